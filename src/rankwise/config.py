@@ -1,0 +1,452 @@
+"""What a user writes (YAML and key=value) turned into checked, frozen settings. No torch in here.
+
+`load` is the one door: it reads a file, applies the overrides, checks every value against the schema of methods and
+tasks that its caller hands in, and returns a `RunConfig` (one run) or an `Experiment` (a file with `vary:`).
+Whatever is wrong comes back as one `InputError`, one line that says what is wrong and what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import itertools
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what is wrong and what to do about it."""
+
+
+def need(module: str, extra: str) -> types.ModuleType:
+    """Import and return `module`, which comes with the optional dependencies `extra`.
+
+    Raises InputError naming the extra to install where the module is not there.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name.partition(".")[0]):
+            raise
+        package = module.partition(".")[0]
+        raise InputError(f"{package} is not installed: pip install 'rankwise[{extra}]'") from None
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean "x"?)` for the choice that looks most like `word`, or an empty string; made to end a message."""
+    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f' (did you mean "{found[0]}"?)' if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """What may be named in a configuration: methods by name (frozen dataclasses, fields = options) and task names."""
+
+    methods: Mapping[str, type]
+    tasks: frozenset[str] | set[str]
+
+
+# What `scale: smoke` allows at most: enough to go through every stage of a run, too little to learn anything.
+SMOKE = {"train_rows": 64, "eval_rows": 64, "max_steps": 4}
+
+
+class RunConfig(BaseModel):
+    """The settings of one run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    task: str = Field(description="name of the task, as `rankwise tasks` lists them")
+    model: str | None = Field(None, description="folder or hub name of the base model; the embedded MiniLM when absent")
+    method: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "lora"}, description="name of the method and its options"
+    )
+    epochs: float = Field(3.0, gt=0, description="passes over the training rows; max_steps, when given, wins")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps of the whole run, instead of epochs")
+    batch_size: int = Field(32, ge=1, description="rows in one optimizer step")
+    learning_rate: float = Field(1e-3, gt=0, description="highest learning rate of the schedule")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the fresh weights and of the order of the rows")
+    max_length: int = Field(128, ge=4, description="longest input in tokens; longer texts are cut")
+    train_rows: int | None = Field(None, ge=1, description="rows to train on, drawn once and the same for every seed")
+    eval_rows: int | None = Field(None, ge=1, description="rows to score, drawn once and the same for every seed")
+    warmup: float = Field(0.06, ge=0, description="share of the steps (up to 1), or a whole number of steps above 1")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="course of the rate after warm-up")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay of the trained matrices")
+    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; once an epoch when absent")
+    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; once an epoch when absent")
+    scale: Literal["smoke", "full"] = Field("full", description="smoke: a few rows and steps, to try the whole way")
+    runs: str = Field("runs", min_length=1, description="folder in which the folder of the run is made")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, data: Any) -> Any:
+        """`method: lora` means `method: {name: lora}`, and `scale: smoke` caps rows and steps."""
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        method = data.get("method")
+        if isinstance(method, str):
+            data["method"] = {"name": method}
+        if data.get("scale") == "smoke":
+            for key, most in SMOKE.items():
+                value = data.get(key)
+                if value is None or (isinstance(value, int) and value > most):
+                    data[key] = most
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if not isinstance(self.method.get("name"), str):
+            raise ValueError("method: needs a name, as in `method: {name: lora}`")
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup = {self.warmup}: expected a share up to 1 or a whole number of steps")
+        return self
+
+
+class Experiment(BaseModel):
+    """Many runs: what they share (`base`, fields of RunConfig) and what differs between them (`vary`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str
+    base: dict[str, Any]
+    vary: dict[str, list[Any]]
+    report: dict[str, str] = Field(default_factory=dict)
+    runs: str
+
+    def configs(self) -> Iterator[RunConfig]:
+        """Every combination of the axes, the last axis fastest.
+
+        A method of the axis `method` that brings its own `learning_rate: [..]` is run at those rates and no others.
+        Raises InputError for a combination that is no valid run.
+        """
+        for values in itertools.product(*self.vary.values()):
+            data: dict[str, Any] = {**self.base, "runs": self.runs}
+            chosen = dict(zip(self.vary, values, strict=True))
+            # the method first: `method.rank` then sets an option of the method just chosen
+            for key in sorted(chosen, key=lambda key: key.count(".")):
+                _put(data, key, chosen[key])
+            method = _as_method(data.get("method", {"name": "lora"}))
+            rates = method.pop("learning_rate", None)
+            data["method"] = method
+            if rates is None:
+                yield _run_config(data)
+                continue
+            if "learning_rate" in self.vary and chosen["learning_rate"] != self.vary["learning_rate"][0]:
+                continue  # the method's own rates take the place of the axis: once, not once per value
+            for rate in rates if isinstance(rates, list) else [rates]:
+                yield _run_config({**data, "learning_rate": rate})
+
+
+def load(
+    source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str] = (), schema: Schema = Schema({}, set())
+) -> RunConfig | Experiment:
+    """The configuration in `source` (a YAML file, or a mapping) with `key=value` overrides applied, fully checked.
+
+    A file with `vary:` is an Experiment, any other a RunConfig. Method options come back complete, defaults filled in.
+    In an experiment an override of a varied key replaces that axis (`seed=0`, `seed=[0,1]`), `method=NAME` keeps the
+    varied methods of that name, and `method.OPTION=value` reaches every varied method that has the option.
+    Raises InputError for everything that is wrong with the file or the values.
+    """
+    name, where = "experiment", ""
+    if source is None:
+        data: dict[str, Any] = {}
+    elif isinstance(source, Mapping):
+        data = json.loads(json.dumps(source, default=str))
+    else:
+        name, where = Path(source).stem, f"{source}: "
+        data = read_yaml(Path(source))
+    settings = [_override(text) for text in overrides]
+    try:
+        if "vary" in data or any(key.startswith("vary.") for key, _ in settings):
+            return _experiment(data, settings, schema, name)
+        for key, value in settings:
+            _put(data, key, value)
+        return _complete(_run_config(data), schema)
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
+
+
+def json_schema(schema: Schema) -> dict[str, Any]:
+    """The JSON schema of a configuration file, for editors: one run or an experiment."""
+    result = RunConfig.model_json_schema()
+    properties = result["properties"]
+    properties["task"]["enum"] = sorted(schema.tasks)
+    methods: list[dict[str, Any]] = [{"enum": sorted(schema.methods)}]
+    for name, kind in sorted(schema.methods.items()):
+        options: dict[str, Any] = {"name": {"const": name}}
+        for field, hint in _options(kind).items():
+            options[field.name] = TypeAdapter(hint).json_schema()
+            if field.default is not dataclasses.MISSING:
+                options[field.name]["default"] = TypeAdapter(hint).dump_python(field.default, mode="json")
+        methods.append(
+            {
+                "type": "object",
+                "description": (kind.__doc__ or "").strip().partition("\n")[0],
+                "properties": options,
+                "required": ["name"],
+                "additionalProperties": False,
+            }
+        )
+    properties["method"] = {"oneOf": methods, "default": {"name": "lora"}}
+    properties["vary"] = {
+        "type": "object",
+        "description": "axes of an experiment: dotted key -> list of values",
+        "additionalProperties": {"type": "array", "minItems": 1},
+    }
+    properties["report"] = {
+        "type": "object",
+        "properties": {"title": {"type": "string"}, "text": {"type": "string"}},
+        "additionalProperties": False,
+    }
+    result["anyOf"] = [{"required": ["task"]}, {"required": ["vary"]}]
+    result.pop("required", None)
+    result["title"] = "rankwise configuration"
+    return result
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-3 is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 asks for a dot in a float, so that SafeLoader reads the learning rate 1e-3 as a word.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a piece of YAML, numbers like 1e-3 included. Raises InputError, one line, where it is broken."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        raise InputError(f"{f'line {mark.line + 1}: ' if mark else ''}not valid YAML: {problem}") from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError, one line, for a file that is missing, unreadable or no mapping."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        siblings = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise InputError(f"{path}: there is no such file{nearest(path.name, siblings)}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+    try:
+        data = parse_yaml(text)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if data is None:
+        raise InputError(f"{path}: is empty; the least it needs is `task: NAME`")
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected `key: value` lines, found a {type(data).__name__}")
+    return data
+
+
+def _override(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"{text!r}: expected key=value, as in learning_rate=1e-3")
+    try:
+        return key.strip(), parse_yaml(value)
+    except InputError as error:
+        raise InputError(f"{key.strip()}: {error}") from None
+
+
+def _as_method(value: Any) -> dict[str, Any]:
+    if isinstance(value, str):
+        return {"name": value}
+    if isinstance(value, dict):
+        return dict(value)
+    raise InputError(f"method = {value!r}: expected a name or a mapping, as in `method: {{name: lora, rank: 8}}`")
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key. The mapping below `method` and `report` is copied first: the combinations must not share it."""
+    head, dot, rest = key.partition(".")
+    if not dot:
+        data[head] = value
+    elif head == "method":
+        data[head] = {**_as_method(data.get(head, {"name": "lora"})), rest: value}
+    elif head in ("vary", "report"):
+        below = data.get(head)
+        data[head] = {**(below if isinstance(below, dict) else {}), rest: value}
+    else:
+        raise InputError(f"{key}: only method, vary and report have keys below them")
+
+
+def _run_config(data: Mapping[str, Any]) -> RunConfig:
+    for key in data:
+        if key not in RunConfig.model_fields:
+            raise InputError(f"{key}: there is no such key{nearest(key, [*RunConfig.model_fields, 'vary', 'report'])}")
+    if data.get("task") is None:
+        raise InputError("task: is missing; `rankwise tasks` lists the names")
+    try:
+        # by way of JSON: strict about types, yet a list is fine where a tuple is wanted
+        return RunConfig.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise InputError(_explain(error)) from None
+
+
+def _explain(error: ValidationError, key: str = "") -> str:
+    """One line for the first key that is wrong; a union's alternatives are joined by `or`."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    place = key or str(first["loc"][0])
+    expected = dict.fromkeys(
+        item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+        for item in error.errors()
+        if key or item["loc"][:1] == first["loc"][:1]
+    )
+    return f"{place} = {first['input']!r}: expected {' or '.join(expected)}"
+
+
+def _options(kind: type) -> dict[dataclasses.Field[Any], Any]:
+    """Fields of a method's dataclass that are options, with their types."""
+    hints = typing.get_type_hints(kind)
+    return {field: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+
+
+def _complete(config: RunConfig, schema: Schema) -> RunConfig:
+    """`config` with its task checked and its method's options checked and filled in."""
+    if config.task not in schema.tasks:
+        known = ", ".join(sorted(schema.tasks))
+        raise InputError(f"task = {config.task!r}: no such task{nearest(config.task, schema.tasks)}; known: {known}")
+    name = config.method["name"]
+    if name not in schema.methods:
+        known = ", ".join(sorted(schema.methods))
+        raise InputError(f"method = {name!r}: no such method{nearest(name, schema.methods)}; known: {known}")
+    return config.model_copy(update={"method": _method(schema.methods[name], config.method)})
+
+
+def _method(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    name = given["name"]
+    options = {field.name: hint for field, hint in _options(kind).items()}
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        if key == "name":
+            continue
+        if key not in options:
+            hint = nearest(key, options) or (f"; its options: {', '.join(options)}" if options else "; it has none")
+            raise InputError(f"method.{key}: {name} has no such option{hint}")
+        try:
+            values[key] = TypeAdapter(options[key]).validate_json(json.dumps(value, default=str), strict=True)
+        except ValidationError as error:
+            raise InputError(_explain(error, f"method.{key}")) from None
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"method.{key} = {value}: expected a finite number")
+    try:
+        method = kind(**values)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"method {name}: {str(error).partition(chr(10))[0]}") from None
+    full = {key: TypeAdapter(hint).dump_python(getattr(method, key), mode="json") for key, hint in options.items()}
+    return {"name": name, **full}
+
+
+def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: Schema, name: str) -> Experiment:
+    data = dict(data)
+    for key, value in settings:
+        if key.startswith(("vary.", "report.")):
+            _put(data, key, value)
+    vary = data.pop("vary", None)
+    if not isinstance(vary, dict) or not vary:
+        raise InputError("vary: expected axes, as in `vary: {seed: [0, 1, 2]}`")
+    keys = [*RunConfig.model_fields]
+    for axis, values in vary.items():
+        if str(axis).partition(".")[0] not in keys or axis == "runs":
+            raise InputError(f"vary.{axis}: there is no such key{nearest(axis, keys)}")
+        if not isinstance(values, list) or not values:
+            raise InputError(f"vary.{axis} = {values!r}: expected a list of values, as in `{axis}: [..]`")
+    if "method" in vary:
+        vary["method"] = [_as_method(entry) for entry in vary["method"]]
+        for entry in vary["method"]:
+            if entry.get("learning_rate") == []:
+                raise InputError(f"vary.method: {entry.get('name')} has an empty list of learning rates")
+    for key, value in settings:
+        if not key.startswith(("vary.", "report.")):
+            _override_experiment(data, vary, key, value, schema)
+    report = data.pop("report", None) or {}
+    runs = data.pop("runs", None) or f"runs/{name}"
+    for key in data:
+        if key not in RunConfig.model_fields:
+            raise InputError(f"{key}: there is no such key{nearest(key, [*keys, 'vary', 'report'])}")
+    for key in report if isinstance(report, dict) else ():
+        if key not in ("title", "text"):
+            raise InputError(f"report.{key}: there is no such key{nearest(key, ('title', 'text'))}")
+    try:
+        experiment = Experiment(name=name, base=data, vary=vary, report=report, runs=runs)
+    except ValidationError as error:
+        raise InputError(_explain(error)) from None
+    # Each combination is checked here, so that a sweep cannot stumble over its last run hours later.
+    for config in experiment.configs():
+        _complete(config, schema)
+    if "method" in vary:
+        vary["method"] = [_filled(entry, schema, vary) for entry in vary["method"]]
+    elif "method.name" not in vary:
+        data["method"] = _filled(_as_method(data.get("method", {"name": "lora"})), schema, vary)
+    return experiment.model_copy(update={"base": data, "vary": vary})
+
+
+def _filled(entry: dict[str, Any], schema: Schema, vary: Mapping[str, Any]) -> dict[str, Any]:
+    """A method with its defaults written out, its own learning rates kept."""
+    rates = {key: entry[key] for key in ("learning_rate",) if key in entry}
+    given = {key: value for key, value in entry.items() if key != "learning_rate" and f"method.{key}" not in vary}
+    return {**_method(schema.methods[entry["name"]], given), **rates}
+
+
+def _override_experiment(
+    data: dict[str, Any], vary: dict[str, list[Any]], key: str, value: Any, schema: Schema
+) -> None:
+    """Let an override win over the axes, where the plain value in `base` would be overruled by them unseen."""
+    entries: list[dict[str, Any]] = vary.get("method", [])
+    if key in ("method", "method.name") and entries and isinstance(value, str):
+        vary["method"] = [entry for entry in entries if entry.get("name") == value] or [{"name": value}]
+    elif key in vary:
+        vary[key] = value if isinstance(value, list) else [value]
+        if key == "method":
+            vary[key] = [_as_method(entry) for entry in vary[key]]
+    elif key.startswith("method.") and entries:
+        option = key.partition(".")[2]
+        having = [entry for entry in entries if _has(schema, entry, option)]
+        if not having:
+            known = {field.name for kind in schema.methods.values() for field in _options(kind)}
+            raise InputError(f"{key}: none of the varied methods has this option{nearest(option, known)}")
+        for entry in having:
+            entry[option] = value
+    else:
+        _put(data, key, value)
+    if key == "learning_rate":
+        for entry in entries:
+            entry.pop("learning_rate", None)
+
+
+def _has(schema: Schema, entry: Mapping[str, Any], option: str) -> bool:
+    kind = schema.methods.get(str(entry.get("name")))
+    return kind is not None and option in {field.name for field in _options(kind)}

@@ -1,0 +1,109 @@
+"""A method decides where rank goes; the rank engine acts. One method is one file in this folder."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from rankwise.config import InputError, nearest
+from rankwise.optim import SimplexAdam
+from rankwise.ranks import RankPlan, sites
+from rankwise.ranks.resize import fold
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+_registry: dict[str, type["Method"]] = {}
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One way to spend trainable parameters on a frozen model. Its fields are the YAML options.
+
+    It has no state: whatever must survive a restart is a tensor on the model, so resuming needs no hook.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, name: str = "", **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if name:
+            cls.name = name
+            _registry[name] = cls
+
+    @abstractmethod
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        """Freeze `model` and add what trains. The modules named in `head` stay trainable and are saved whole."""
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Disjoint groups over everything that trains, in model order. No weight decay on biases and norms."""
+        adapters = {id(p) for site in sites(model) if site.present for p in (site.A, site.B)}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in adapters]
+        return [
+            {"name": "adapter", "params": [p for p in model.parameters() if id(p) in adapters and p.requires_grad]},
+            {"name": "weights", "params": [p for p in rest if p.dim() > 1]},
+            {"name": "biases", "params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+
+    def optimizer(self, model: nn.Module, args: "TrainingArguments") -> SimplexAdam:
+        """SimplexAdam with the rate, betas, epsilon and weight decay of `args`."""
+        betas = (args.adam_beta1, args.adam_beta2)
+        return SimplexAdam(self, model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+
+    def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
+        """Called once after each optimizer step: prox or projection in place, and new ranks when they change.
+
+        Args:
+            step: steps taken, the first being 1.
+            lr: the rate that this step used for ω or the gates (for the first group where there are none).
+        """
+        return None
+
+    def fold(self, model: nn.Module) -> nn.Module:
+        """To plain LoRA with unchanged outputs, in place: every scale moves into its factors."""
+        if sites(model):
+            fold(model)
+        return model
+
+    def weights(self, model: nn.Module) -> dict[str, float] | None:
+        """ω by site while a search is on, else None."""
+        return None
+
+    @property
+    def rewarm_steps(self) -> int:
+        """Steps of linear warm-up after each rank change, 0 for none."""
+        return 0
+
+    @property
+    def restart_step(self) -> int | None:
+        """The step at which the learning-rate schedule begins anew, None for never."""
+        return None
+
+
+def build(options: dict[str, Any]) -> Method:
+    """The method that `{"name": …, option: value, …}` describes.
+
+    Raises:
+        InputError: an unknown name or option, or a value out of range.
+    """
+    known = registry()
+    name = options.get("name")
+    if name not in known:
+        raise InputError(f"unknown method {name!r}{nearest(str(name), known)}; known: {', '.join(sorted(known))}")
+    try:
+        return known[name](**{k: v for k, v in options.items() if k != "name"})
+    except TypeError as error:
+        raise InputError(f"method {name}: {str(error).partition('() ')[2] or error}") from error
+
+
+def registry() -> dict[str, type[Method]]:
+    """All methods by name."""
+    return dict(_registry)
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise InputError(message) unless `holds`: how a method's `__post_init__` checks its options."""
+    if not holds:
+        raise InputError(message)

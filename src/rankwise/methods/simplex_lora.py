@@ -1,0 +1,143 @@
+"""SimplexLoRA (Shalygin, Davydenko, Veprikov, MIPT 2025; slides of 6 May 2025 and abstract): ranks from a simplex.
+
+h = W x + b + s ω_i B A x for each of n sites, with ω on the simplex {ω ≥ 0, Σω = n}.
+
+    0. every rank r0, every ω_i = 1
+    1. after each optimizer step (ω by SGD at its own rate) project ω onto the simplex
+    2. every T steps turn ω into integer ranks, r_i = ⌊ω_i r0⌋, and resize by QR + SVD
+    3. K times
+    4. fold ω into B and train on as plain LoRA
+
+Where the authors' published code differs: it rounds up (`rounding: ceil`), which overspends; it draws fresh factors at
+each change (`change: reinit`); it adds the product of an emptied adapter to W (`empty: merge`); its projection may be a
+softmax. Our defaults spend at most the parameters of uniform r0 (`rounding: budget`) and keep what was learnt (`svd`).
+
+One thing to know: ∂L/∂ω_i = ⟨∂L/∂ΔW_i, s B_i A_i⟩ is 0 while B = 0, so ω hardly moves in the first steps. Hence the
+large rate of ω, and a T that leaves B time to grow.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.methods.base import require
+from rankwise.methods.lora import LoRA
+from rankwise.optim import project
+from rankwise.ranks import RankPlan, allocate, sites
+from rankwise.ranks.resize import add_omega, fold
+from rankwise.ranks.sites import adapted, omega
+
+
+@dataclass(frozen=True)
+class SimplexLoRA(LoRA, name="simplex-lora"):
+    """LoRA whose ranks move to where the weights ω on a simplex say they are worth it.
+
+    Attributes:
+        every: T, steps between two rank changes.
+        times: K, how many rank changes.
+        rounding: `budget` (never over the parameters of uniform `rank`), `floor` (slides) or `ceil` (authors' code).
+        change: `svd` keeps the best approximation of BA at the new rank, `reinit` starts the changed sites afresh.
+        empty: the product of a site whose rank becomes 0 is `drop`ped or `merge`d into W.
+        finish: `continue` with the factors found, or `restart` factors and schedule at the found ranks.
+        moments: Adam's moments of changed sites: `reset`, or `keep` (carried along with the factors).
+        rewarm: steps of linear warm-up of all rates after each rank change.
+        projection: `simplex` (Euclidean), `softmax` or `rank-softmax` (softmax weighted by the current ranks).
+        omega_rate: learning rate of ω by SGD; it follows the run's schedule.
+        omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection.
+    """
+
+    every: int = 10
+    times: int = 3
+    rounding: Literal["floor", "ceil", "budget"] = "budget"
+    change: Literal["svd", "reinit"] = "svd"
+    empty: Literal["drop", "merge"] = "drop"
+    finish: Literal["continue", "restart"] = "continue"
+    moments: Literal["reset", "keep"] = "reset"
+    rewarm: int = 0
+    projection: Literal["simplex", "softmax", "rank-softmax"] = "simplex"
+    omega_rate: float = 5.0
+    omega_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("every", "times"):
+            require(getattr(self, option) >= 1, f"{option} must be at least 1, not {getattr(self, option)}")
+        for option in ("rewarm", "omega_rate", "omega_decay"):
+            require(getattr(self, option) >= 0, f"{option} must not be negative, not {getattr(self, option)}")
+        for option, known in CHOICES.items():
+            value = getattr(self, option)
+            require(value in known, f"{option} must be one of {', '.join(known)}, not {value!r}")
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        model = super().attach(model, head)
+        add_omega(model)
+        return model
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        weights = omega(model)
+        groups = super().param_groups(model)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p is not weights]
+        # The group stays when ω is gone, so that a checkpoint from after the search fits one from during it.
+        mine = {"name": "omega", "params": [] if weights is None else [weights], "rule": "sgd", "lr": self.omega_rate}
+        return [*groups, {**mine, "weight_decay": 0.0}]
+
+    def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
+        weights = omega(model)
+        if weights is None:  # the search is over
+            return None
+        if lr > 0:
+            with torch.no_grad():
+                weights.sub_(lr * self.omega_decay * (weights - 1))
+                weights.copy_(self._project(weights, model))
+        if step % self.every:
+            return None
+        here = sites(model)
+        found = allocate(
+            weights.tolist(), [s.cost for s in here], [s.limit for s in here], rank=self.rank, rounding=self.rounding
+        )
+        last = step >= self.every * self.times
+        if last:
+            fold(model)
+        return RankPlan(
+            zip([s.name for s in here], found, strict=True),
+            change=self.change,
+            empty=self.empty,
+            moments=self.moments,
+            restart=last and self.finish == "restart",
+        )
+
+    def _project(self, weights: Tensor, model: nn.Module) -> Tensor:
+        n = len(weights)
+        if self.projection == "simplex":
+            return project.simplex(weights, n)
+        if self.projection == "softmax":
+            return project.softmax(weights, n)
+        return project.softmax(weights, n, weights.new_tensor([s.rank for s in sites(model)]))
+
+    def weights(self, model: nn.Module) -> dict[str, float] | None:
+        values = omega(model)
+        if values is None:
+            return None
+        return dict(zip([s.name for s in sites(adapted(model))], values.tolist(), strict=True))
+
+    @property
+    def rewarm_steps(self) -> int:
+        return self.rewarm
+
+    @property
+    def restart_step(self) -> int | None:
+        return self.every * self.times if self.finish == "restart" else None
+
+
+CHOICES = {
+    "rounding": ("floor", "ceil", "budget"),
+    "change": ("svd", "reinit"),
+    "empty": ("drop", "merge"),
+    "finish": ("continue", "restart"),
+    "moments": ("reset", "keep"),
+    "projection": ("simplex", "softmax", "rank-softmax"),
+}

@@ -1,0 +1,69 @@
+"""Maps onto the sets in which ω and g live. Each computes in fp64 and returns the dtype it was given."""
+
+import torch
+from torch import Tensor
+
+
+def simplex(x: Tensor, total: float) -> Tensor:
+    """argmin_y ‖y − x‖² over {y ≥ 0, Σy = total}: the exact sort-based algorithm (Held et al. 1974; Duchi et al. 2008).
+
+    A point that is in the set already (to 1e-9 of its total, in its own dtype) comes back bit for bit.
+
+    Args:
+        x: (n,).
+        total: > 0.
+    Raises:
+        ValueError: if x is not finite or total not positive.
+    """
+    v = x.double()
+    if not total > 0 or not torch.isfinite(v).all():
+        raise ValueError("the simplex needs finite numbers and a total above 0")
+    slack = max(1e-9, x.numel() * torch.finfo(x.dtype).eps / 2) * total
+    if (v >= 0).all() and (v.sum() - total).abs() <= slack:
+        return x.clone()
+    # The largest k with x_(k) > θ_k, where θ_k makes the k largest sum to the total; then y = (x − θ)₊.
+    descending = v.sort(descending=True).values
+    theta = (descending.cumsum(0) - total) / torch.arange(1, v.numel() + 1, device=v.device)
+    k = int((descending > theta).sum())
+    return (v - theta[k - 1]).clamp_min(0).to(x.dtype)
+
+
+def softmax(x: Tensor, total: float, weights: Tensor | None = None) -> Tensor:
+    """y_i = total · w_i e^{x_i} / Σ_j w_j e^{x_j}, with w = 1 or, rank-weighted, w_i = r_i (SimplexLoRA's code).
+
+    It lands on the simplex but is no projection: applied twice it moves twice.
+
+    Args:
+        x, weights: (n,). total: > 0.
+    """
+    v = x.double()
+    if weights is not None:
+        v = v + weights.double().log()  # log 0 = −inf: a site without rank gets nothing
+    return (total * torch.softmax(v, 0)).to(x.dtype)
+
+
+def top_k(x: Tensor, k: int) -> Tensor:
+    """argmin_y ‖y − x‖² over {‖y‖₀ ≤ k}: keeps the k entries of largest |x|, of equal ones the first (WeightLoRA).
+
+    Args:
+        x: (n,). k: 0 to n.
+    Raises:
+        ValueError: if k is outside 0..n.
+    """
+    if not 0 <= k <= x.numel():
+        raise ValueError(f"cannot keep {k} of {x.numel()}")
+    kept = x.abs().sort(descending=True, stable=True).indices[:k]
+    return torch.zeros_like(x).index_copy(0, kept, x[kept])
+
+
+def prox_l1(x: Tensor, xi: float) -> Tensor:
+    """argmin_y ½‖y − x‖² + ξ‖y‖₁: the soft threshold sign(x) max(|x| − ξ, 0) (SoRA, eq. 5).
+
+    Args:
+        x: any shape. xi: ≥ 0.
+    Raises:
+        ValueError: if ξ is negative.
+    """
+    if xi < 0:
+        raise ValueError(f"a threshold cannot be negative: {xi}")
+    return x.sign() * (x.abs() - xi).clamp_min(0)

@@ -1,0 +1,49 @@
+"""From weights on a simplex to integer ranks (SimplexLoRA, step 2)."""
+
+from collections.abc import Sequence
+from math import ceil, floor
+
+EDGE = 1e-4  # ω r0 = 7.9999999 means 8: without this a projection's rounding noise would cost whole ranks
+
+ROUNDINGS = ("floor", "ceil", "budget")
+
+
+def allocate(
+    weights: Sequence[float], costs: Sequence[int], limits: Sequence[int], rank: int, rounding: str = "budget"
+) -> list[int]:
+    """Integer ranks r_i for weights ω_i ≥ 0 with Σω = n.
+
+    floor:  r_i = ⌊ω_i r0 + 1e-4⌋, as the slides and the abstract have it.
+    ceil:   r_i = ⌈ω_i r0 − 1e-4⌉, as the authors' code has it; it may spend more than uniform ranks would.
+    budget: quotas q_i = ω_i P / Σ_j ω_j c_j with P = r0 Σ_j c_j, rounded by largest remainder. The cost Σ r_i c_i never
+            exceeds P, and what is left is less than the cheapest unit that a site with ω > 0 could still take.
+
+    Args:
+        weights: ω, one per site. costs: c_i = in + out, parameters per unit of rank. limits: largest rank of a site.
+        rank: r0, the uniform rank at the start.
+    """
+    if rounding == "floor":
+        return [min(floor(w * rank + EDGE), limit) for w, limit in zip(weights, limits, strict=True)]
+    if rounding == "ceil":
+        return [min(max(ceil(w * rank - EDGE), 0), limit) for w, limit in zip(weights, limits, strict=True)]
+    return _within(rank * sum(costs), weights, costs, limits)
+
+
+def _within(budget: int, weights: Sequence[float], costs: Sequence[int], limits: Sequence[int]) -> list[int]:
+    spent = sum(w * c for w, c in zip(weights, costs, strict=True))
+    if not spent > 0:
+        raise ValueError("no weight is above 0, so there is nothing to allocate by")
+    quotas = [w * budget / spent for w in weights]
+    ranks = [min(floor(q + EDGE), limit) for q, limit in zip(quotas, limits, strict=True)]
+    left = budget - sum(r * c for r, c in zip(ranks, costs, strict=True))
+    while left < 0:  # only where the edge tipped several sites upwards at once
+        i = min((i for i, r in enumerate(ranks) if r), key=lambda i: quotas[i] - ranks[i])
+        ranks[i] -= 1
+        left += costs[i]
+    while True:
+        able = [i for i, w in enumerate(weights) if w > 0 and ranks[i] < limits[i] and costs[i] <= left]
+        if not able:
+            return ranks
+        i = max(able, key=lambda i: quotas[i] - ranks[i])  # ties: the first site
+        ranks[i] += 1
+        left -= costs[i]

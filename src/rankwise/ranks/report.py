@@ -1,0 +1,59 @@
+"""Where an adapter's rank sits, as a table for people and as JSON for machines."""
+
+import json
+from dataclasses import asdict, dataclass
+from io import StringIO
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import nn
+
+from rankwise.ranks.sites import sites
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One site: its name, rank, parameters per unit of rank (`cost`) and parameters in all."""
+
+    site: str
+    rank: int
+    cost: int
+    parameters: int
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """Rank and parameters of every site. Prints as a table, in a terminal or in a notebook."""
+
+    sites: list[RankRow]
+
+    @property
+    def total(self) -> int:
+        """Parameters of all adapters together."""
+        return sum(row.parameters for row in self.sites)
+
+    def to_json(self) -> str:
+        return json.dumps({"sites": [asdict(row) for row in self.sites], "total": self.total}, indent=2)
+
+    def table(self) -> Table:
+        table = Table("site", title="ranks")
+        for heading in ("rank", "parameters"):
+            table.add_column(heading, justify="right")
+        for row in self.sites:
+            table.add_row(row.site, str(row.rank), f"{row.parameters:,}")
+        table.add_section()
+        table.add_row("all sites", str(sum(row.rank for row in self.sites)), f"{self.total:,}")
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table()
+
+    def __str__(self) -> str:
+        text = StringIO()
+        Console(file=text, width=100).print(self.table())
+        return text.getvalue().rstrip()
+
+
+def rank_report(model: nn.Module) -> RankReport:
+    """Rank, cost and parameters of every site of `model`, emptied ones included."""
+    return RankReport([RankRow(s.name, s.rank, s.cost, s.parameters) for s in sites(model)])

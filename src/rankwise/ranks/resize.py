@@ -1,0 +1,404 @@
+"""Changing ranks. `replace` is the only code in rankwise that swaps a Parameter or touches an optimizer's state.
+
+The change of rank minimises ‖B_old A_old − B_new A_new‖_F (SimplexLoRA; Eckart–Young): QR of B and of Aᵀ, SVD of the
+r×r core in fp64. The out×in product is never formed. PEFT 0.21 is driven through its public dictionaries.
+"""
+
+import re
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.optim import Optimizer
+
+from rankwise.config import InputError
+from rankwise.ranks.sites import OMEGA, Scale, Site, adapted, omega, sites
+
+Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter
+
+_optimizers: weakref.WeakKeyDictionary[nn.Module, "weakref.WeakSet[Optimizer]"] = weakref.WeakKeyDictionary()
+
+
+class RankPlan(dict[str, int]):
+    """New ranks by site name, and how to get there.
+
+    Args:
+        ranks: site name -> new rank; sites that are not named keep theirs.
+        change: `svd` keeps as much of BA as the new rank can hold; `reinit` draws A afresh and sets B = 0.
+        empty: what becomes of BA at rank 0: `drop` it, or `merge` it into W.
+        moments: Adam's moments of a changed site are `reset`, or `keep`: carried along with the factors.
+        restart: draw fresh factors for every site, also where the rank stays.
+    """
+
+    def __init__(
+        self,
+        ranks: Mapping[str, int] | Iterable[tuple[str, int]],
+        change: str = "svd",
+        empty: str = "drop",
+        moments: str = "reset",
+        restart: bool = False,
+    ):
+        super().__init__(ranks)
+        self.change, self.empty, self.moments, self.restart = change, empty, moments, restart
+
+
+def follow(model: nn.Module, optimizer: Optimizer) -> None:
+    """From now on `optimizer` goes along with every rank change of `model`. The optimizer is held weakly."""
+    _optimizers.setdefault(adapted(model), weakref.WeakSet()).add(optimizer)
+
+
+def replace(
+    model: nn.Module, owner: nn.Module, name: str, new: Tensor | None, group: str = "", carry: Carry | None = None
+) -> None:
+    """Put `new` in the place of the Parameter `owner.name`, in the model and in every optimizer that follows it.
+
+    Args:
+        new: the new values, or None to take the Parameter away.
+        group: the parameter group (by its `name`) that a Parameter without predecessor joins.
+        carry: maps each moment of the old Parameter to the new one; without it the state starts from nothing.
+    """
+    old = owner._parameters.get(name)
+    trains = old is None or old.requires_grad
+    fresh = None if new is None else nn.Parameter(new.detach().contiguous(), requires_grad=trains)
+    owner.register_parameter(name, fresh)
+    if isinstance(owner, nn.Linear) and new is not None:
+        owner.out_features, owner.in_features = new.shape
+    for optimizer in _optimizers.get(adapted(model), ()):
+        state = optimizer.state.pop(old, None) if old is not None else None
+        for entry in optimizer.param_groups:
+            kept = [fresh if p is old else p for p in entry["params"] if p is not old or fresh is not None]
+            if old is None and fresh is not None and entry.get("name") == group:
+                kept.append(fresh)
+            entry["params"] = kept
+        if state and carry is not None and fresh is not None:
+            moments = {"exp_avg": False, "exp_avg_sq": True}
+            optimizer.state[fresh] = {k: carry(v, moments[k]) if k in moments else v for k, v in state.items()}
+
+
+def _in_model_order(model: nn.Module) -> None:
+    """A returning Parameter joins its group at the end; checkpoints know parameters by position, so sort."""
+    peft = adapted(model)
+    order = {id(p): i for i, p in enumerate(peft.parameters())}
+    for optimizer in _optimizers.get(peft, ()):
+        for entry in optimizer.param_groups:
+            entry["params"].sort(key=lambda p: order.get(id(p), len(order)))
+
+
+@torch.no_grad()
+def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best factors of rank `rank` ≤ r for the product BA.
+
+    The split is A' = Vᵀ Q_Aᵀ, B' = Q_B U S: with the balanced √S split both factors would vanish where BA = 0, and with
+    them every gradient.
+
+    Args:
+        A: (r, in). B: (out, r).
+    Returns:
+        A' (rank, in), B' (out, rank), and the maps L (rank, r), R (r, rank) with A' = L A and B' = B R.
+    """
+    QB, RB = torch.linalg.qr(B.double())
+    QA, RA = torch.linalg.qr(A.double().T)
+    U, S, Vh = torch.linalg.svd(RB @ RA.T)
+    U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
+    L, R = Vh @ torch.linalg.pinv(RA).T, torch.linalg.pinv(RB) @ (U * S)
+    return (Vh @ QA.T).to(A.dtype), ((QB @ U) * S).to(B.dtype), L.to(A.dtype), R.to(B.dtype)
+
+
+@torch.no_grad()
+def extend(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors of rank `rank` ≥ r with the same product, bit for bit: A gains unit rows orthogonal to its own, B zeros.
+
+    Args:
+        A: (r, in). B: (out, r).
+    """
+    more = rank - A.shape[0]
+    basis = torch.linalg.qr(A.double().T)[0]  # (in, r)
+    draw = torch.randn(A.shape[1], more, dtype=torch.float64).to(A.device)  # from the CPU's stream: checkpoints keep it
+    for _ in range(2):  # the second pass removes what rounding left of A's row space
+        draw = torch.linalg.qr(draw - basis @ (basis.T @ draw))[0]
+    return torch.cat([A, draw.T.to(A.dtype)]), torch.cat([B, B.new_zeros(B.shape[0], more)], dim=1)
+
+
+def fresh_A(rank: int, like: Tensor, in_features: int) -> Tensor:
+    """A as LoRA starts it (Kaiming uniform with a = √5, PEFT's default), shape (rank, in)."""
+    A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=sqrt(5))
+    return A.to(device=like.device, dtype=like.dtype)
+
+
+def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | None = None) -> dict[str, int]:
+    """Give the sites of `plan` their new ranks, in the model, in PEFT's records and in the optimizers.
+
+    The scale s = alpha / r0 of a site stays, so its alpha becomes s·r. Sites whose rank does not change are not
+    touched, nor are their moments.
+
+    Args:
+        model: a model with LoRA adapters, from rankwise or from PEFT alone.
+        plan: a RankPlan, or a plain dict of site name -> rank.
+        optimizer: an optimizer that is not known yet; SimplexAdam makes itself known.
+    Returns:
+        The ranks that changed.
+    Raises:
+        InputError: an unknown site, a rank below 0 or above min(in, out), or a plan that empties every site.
+    """
+    peft = adapted(model)
+    if optimizer is not None:
+        follow(peft, optimizer)
+    plan = plan if isinstance(plan, RankPlan) else RankPlan(plan)
+    here = {site.name: site for site in sites(peft)}
+    _check(here, plan)
+    changed = {name: rank for name, rank in plan.items() if plan.restart or rank != here[name].rank}
+    for name, rank in changed.items():
+        site = here[name]
+        if rank == 0:
+            _empty(peft, site, plan.empty)
+        elif not site.present:
+            _refill(peft, site, rank)
+        else:
+            _change(peft, site, rank, plan)
+    if changed:
+        _in_model_order(peft)
+        _record(peft)
+    return changed
+
+
+def _check(here: dict[str, Site], plan: RankPlan) -> None:
+    for name, rank in plan.items():
+        if name not in here:
+            raise InputError(f"the plan names {name!r}, which is no site of this model")
+        if not 0 <= rank <= here[name].limit:
+            raise InputError(f"rank {rank} does not fit {name}: it must be 0 to {here[name].limit}")
+    if here and not any(plan.get(name, site.rank) for name, site in here.items()):
+        raise InputError("the plan leaves no site with any rank; PEFT can neither train nor save such an adapter")
+
+
+def _change(model: PeftModel, site: Site, rank: int, plan: RankPlan) -> None:
+    A, B = site.A.detach(), site.B.detach()
+    r = site.rank
+    carry_A: Carry | None = None
+    carry_B: Carry | None = None
+    if plan.restart or plan.change == "reinit":
+        new_A, new_B = fresh_A(rank, A, site.in_features), B.new_zeros(site.out_features, rank)
+    elif rank > r:
+        new_A, new_B = extend(A, B, rank)
+        carry_A = lambda m, _: torch.cat([m, m.new_zeros(rank - r, m.shape[1])])  # noqa: E731
+        carry_B = lambda m, _: torch.cat([m, m.new_zeros(m.shape[0], rank - r)], dim=1)  # noqa: E731
+    else:
+        new_A, new_B, L, R = truncate(A, B, rank)
+        # ∂L/∂A' = Rᵀ ∂L/∂A and ∂L/∂B' = ∂L/∂B Lᵀ; the second moments follow with squared entries, as if independent.
+        carry_A = lambda m, second: (R.square() if second else R).T @ m  # noqa: E731
+        carry_B = lambda m, second: m @ (L.square() if second else L).T  # noqa: E731
+    if plan.moments == "reset":
+        carry_A = carry_B = None
+    replace(model, *site.A_owner, new_A, carry=carry_A)
+    replace(model, *site.B_owner, new_B, carry=carry_B)
+    _set_sizes(site, rank)
+
+
+def _set_sizes(site: Site, rank: int) -> None:
+    linear = site.layer.lora_A[site.adapter]
+    linear.in_features, linear.out_features = site.in_features, rank
+    site.layer.r[site.adapter] = rank
+    rslora = getattr(site.layer, "use_rslora", {}).get(site.adapter, False)
+    site.layer.lora_alpha[site.adapter] = site.scaling * (sqrt(rank) if rslora else rank)
+
+
+def _empty(model: PeftModel, site: Site, how: str) -> None:
+    if how == "merge":
+        factors = Merged(site.layer.lora_A[site.adapter].weight.detach().clone(), site.B.detach().clone())
+        merge(site, factors)
+    layer, adapter = site.layer, site.adapter
+    scaling = site.scaling
+    replace(model, *site.A_owner, None)
+    replace(model, *site.B_owner, None)
+    for part in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.r, layer.lora_alpha, layer.scaling):
+        del part[adapter]
+    layer.__dict__.setdefault("lora_empty", {})[adapter] = scaling  # what a return needs to know
+
+
+def _refill(model: PeftModel, site: Site, rank: int) -> None:
+    layer, adapter = site.layer, site.adapter
+    config: Any = model.peft_config[adapter]
+    scaling = layer.lora_empty.pop(adapter)
+    weight = layer.get_base_layer().weight
+    # Beside the other adapters: on the base weight's device, in their dtype (PEFT keeps adapters in fp32).
+    like = next((s.B for s in sites(model) if s.present), weight.float())
+    like = torch.empty(0, device=weight.device, dtype=like.dtype)
+    A, B = nn.Linear(site.in_features, rank, bias=False), nn.Linear(rank, site.out_features, bias=False)
+    A._parameters["weight"] = B._parameters["weight"] = None
+    layer.lora_A[adapter], layer.lora_B[adapter] = A, B
+    layer.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+    layer.scaling[adapter] = scaling
+    replace(model, A, "weight", fresh_A(rank, like, site.in_features), group="adapter")
+    replace(model, B, "weight", torch.zeros(site.out_features, rank).to(like), group="adapter")
+    _set_sizes(site, rank)
+    if omega(model) is not None:
+        index = [s.name for s in sites(model)].index(site.name)
+        _put_scale(model, site, index)
+
+
+class Merged(nn.Module):
+    """The factors of a site that was emptied into W: A (r, in) with its scale, B (out, r). A checkpoint keeps them."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, A: Tensor, B: Tensor):
+        super().__init__()
+        self.register_buffer("A", A)
+        self.register_buffer("B", B)
+
+
+@torch.no_grad()
+def merge(site: Site, factors: Merged) -> None:
+    """Add s·BA to W, and remember the factors under the layer, since no adapter file holds W."""
+    base = site.layer.get_base_layer()
+    if not torch.is_floating_point(base.weight) or base.weight.dim() != 2:
+        raise InputError(f"{site.name} is quantised, nothing can be merged into it; use empty=drop")
+    delta = site.scaling * (factors.B @ factors.A)
+    base.weight += (delta.T if site.layer.fan_in_fan_out else delta).to(base.weight.dtype)
+    if not hasattr(site.layer, "lora_merged"):
+        site.layer.lora_merged = nn.ModuleDict()
+    if site.adapter not in site.layer.lora_merged:
+        site.layer.lora_merged[site.adapter] = nn.ModuleList()
+    site.layer.lora_merged[site.adapter].append(factors)
+
+
+def merged(model: nn.Module) -> list[str]:
+    """Names of the sites whose product was merged into the base weight."""
+    return [s.name for s in sites(model) if s.adapter in getattr(s.layer, "lora_merged", {})]
+
+
+def _record(model: PeftModel) -> None:
+    """Write the ranks into PEFT's own configuration, so that what is saved loads in stock PEFT.
+
+    Keys are anchored: PEFT would match an unanchored one against the end of other modules' names too.
+    """
+    adapter = model.active_adapter
+    config: Any = model.peft_config[adapter]
+    here = sites(model)
+    kept = [s for s in here if s.present]
+    config.rank_pattern = {"^" + re.escape(s.name): s.rank for s in kept if s.rank != config.r}
+    config.alpha_pattern = {
+        "^" + re.escape(s.name): s.layer.lora_alpha[adapter]
+        for s in kept
+        if s.layer.lora_alpha[adapter] != config.lora_alpha
+    }
+    before = vars(config).setdefault("excluded_before", config.exclude_modules)  # not a field, so PEFT does not save it
+    empty = [re.escape(s.name) for s in here if not s.present]
+    if not empty:
+        config.exclude_modules = before
+        return
+    if isinstance(before, str):
+        empty.insert(0, before)
+    elif before:  # PEFT means the ends of names by a list
+        empty.insert(0, rf"(?:.*\.)?(?:{'|'.join(map(re.escape, before))})")
+    config.exclude_modules = "|".join(f"(?:{pattern})" for pattern in empty)
+
+
+# --- ω: on for a search, folded away after it ------------------------------------------------------------------------
+
+
+def _put_scale(model: PeftModel, site: Site, index: int) -> None:
+    """Parametrize A by its ω. The stored A stays the Parameter it was."""
+    linear: Any = site.layer.lora_A[site.adapter]
+    A = linear.weight
+    parametrize.register_parametrization(
+        linear, "weight", Scale(getattr(model.base_model, OMEGA), site.adapter, index), unsafe=True
+    )
+    # torch copied A into a Parameter of its own; the optimizers know the first one.
+    linear.parametrizations.weight.register_parameter("original", A)
+
+
+def add_omega(model: nn.Module) -> nn.Parameter:
+    """Give every site a scale ω_i = 1, entries of one (n,) fp32 parameter that the model owns."""
+    peft = adapted(model)
+    here = sites(peft)
+    if not hasattr(peft.base_model, OMEGA):
+        setattr(peft.base_model, OMEGA, nn.ParameterDict())
+    omegas = getattr(peft.base_model, OMEGA)
+    device = next(s.B.device for s in here if s.present)
+    replace(peft, omegas, peft.active_adapter, torch.ones(len(here), device=device), group="omega")
+    omegas._keys[peft.active_adapter] = None
+    for index, site in enumerate(here):
+        if site.present:
+            _put_scale(peft, site, index)
+    return omegas[peft.active_adapter]
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> None:
+    """Move every ω into its B and take ω away: plain LoRA with the same outputs. Nothing happens where no ω is."""
+    peft = adapted(model)
+    weights = omega(peft)
+    if weights is None:
+        return
+    for site in sites(peft):
+        if site.scale is None:
+            continue
+        site.B.mul_(site.scale.value.to(site.B.dtype))
+        linear, A = site.layer.lora_A[site.adapter], site.A
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+        linear.register_parameter("weight", A)  # the Parameter that the optimizers know
+    omegas = getattr(peft.base_model, OMEGA)
+    replace(peft, omegas, peft.active_adapter, None)
+    del omegas[peft.active_adapter]
+
+
+# --- a state dict brings its own structure ---------------------------------------------------------------------------
+
+
+def follow_state_dict(model: PeftModel) -> None:
+    """Make `model.load_state_dict` re-rank the model first, whoever calls it.
+
+    Trainer's resume, Trainer's best model, PEFT's `load_adapter` and a bare loop all end there, so one hook serves all.
+    """
+    model.register_load_state_dict_pre_hook(_match)
+
+
+def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Give `model` the ranks, the ω and the merged products that `state` was saved with. Values follow from loading."""
+    peft = adapted(model)
+    adapter = peft.active_adapter
+    # PEFT writes keys without the adapter's name, and on loading names those it finds in the model as it is now.
+    nameless = re.compile(rf"(\.lora_(?:A|B|omega|merged))(?=\.|$)(?!\.{re.escape(adapter)}(?:\.|$))")
+    for old in [key for key in state if nameless.search(key)]:
+        state[nameless.sub(rf"\1.{adapter}", old)] = state.pop(old)
+
+    def key(site: Site, part: str) -> str:
+        return f"{prefix}base_model.model.{site.name}.{part}"
+
+    stored = {site.name: state.get(key(site, f"lora_B.{adapter}.weight")) for site in sites(peft)}
+    wanted = {name: 0 if B is None else B.shape[1] for name, B in stored.items()}
+    if not any(wanted.values()):
+        return  # not about this adapter: a head alone, or the base weights
+    scaled = f"{prefix}base_model.{OMEGA}.{adapter}" in state
+    if not scaled:
+        fold(peft)
+    resize(peft, RankPlan(wanted, change="reinit"))
+    if scaled and omega(peft) is None:
+        add_omega(peft)
+    for site in sites(peft):
+        known = len(getattr(site.layer, "lora_merged", {}).get(adapter, ()))
+        while (A := state.get(key(site, f"lora_merged.{adapter}.{known}.A"))) is not None:
+            B = state[key(site, f"lora_merged.{adapter}.{known}.B")]
+            merge(site, Merged(A.clone(), B.clone()))
+            known += 1
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a checkpoint's optimizer state refers to: the ranks by site, and whether ω was on."""
+
+    ranks: dict[str, int]
+    scaled: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Structure":
+        here = sites(model)
+        return cls({s.name: s.rank for s in here}, bool(here) and omega(model) is not None)

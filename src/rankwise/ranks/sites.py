@@ -1,0 +1,156 @@
+"""A site is one adapted weight: `h = W x + b + s B A x`, with A (r, in), B (out, r) and the scale s = alpha / r0.
+
+Sites are read off the PEFT model each time they are asked for, so there is no second book to keep. The scale ω of
+SimplexLoRA is a parametrization of A: every reader of `lora_A.weight` sees ω·A, PEFT's forward, merge and disable among
+them, without knowing. All ω of a model are one (n,) parameter beside the sites, so an emptied site keeps its ω.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+
+OMEGA = "lora_omega"  # on the tuner itself, whose own parameters PEFT saves and loads: a checkpoint keeps ω unasked
+
+
+class Scale(nn.Module):
+    """Multiplies A by one entry of ω. As a parametrization it leaves the stored A as it was."""
+
+    def __init__(self, omegas: nn.ParameterDict, adapter: str, index: int):
+        super().__init__()
+        # In a tuple, so that torch does not register ω once more under every site.
+        self.source = (omegas, adapter, index)
+
+    @property
+    def value(self) -> Tensor:
+        """ω of this site, shape ()."""
+        omegas, adapter, index = self.source
+        return omegas[adapter][index]
+
+    def forward(self, A: Tensor) -> Tensor:
+        return A * self.value.to(A.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One adapted weight of a PEFT model, present (`rank` > 0) or emptied (`rank` == 0)."""
+
+    name: str  # the module's path in the base model
+    layer: Any  # peft.tuners.lora.LoraLayer, whose dictionaries PEFT leaves untyped
+    adapter: str
+
+    @property
+    def present(self) -> bool:
+        return self.adapter in self.layer.lora_A
+
+    @property
+    def A_owner(self) -> tuple[nn.Module, str]:
+        """The module and attribute that hold A's Parameter: the linear, or its parametrization while a scale is on."""
+        linear = self.layer.lora_A[self.adapter]
+        if parametrize.is_parametrized(linear, "weight"):
+            return linear.parametrizations.weight, "original"
+        return linear, "weight"
+
+    @property
+    def B_owner(self) -> tuple[nn.Module, str]:
+        return self.layer.lora_B[self.adapter], "weight"
+
+    @property
+    def A(self) -> nn.Parameter:
+        """Shape (r, in), without the scale."""
+        owner, name = self.A_owner
+        return getattr(owner, name)
+
+    @property
+    def B(self) -> nn.Parameter:
+        """Shape (out, r)."""
+        return self.layer.lora_B[self.adapter].weight
+
+    @property
+    def scale(self) -> Scale | None:
+        """The parametrization that multiplies A, if one is on."""
+        owner, name = self.A_owner if self.present else (None, "")
+        return owner[0] if name == "original" else None  # type: ignore[index]
+
+    @property
+    def scaling(self) -> float:
+        """s, which stays alpha / r0 whatever the rank becomes."""
+        return self.layer.scaling[self.adapter] if self.present else self.layer.lora_empty[self.adapter]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0] if self.present else 0
+
+    @property
+    def in_features(self) -> int:
+        return self.layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.layer.out_features
+
+    @property
+    def cost(self) -> int:
+        """Parameters per unit of rank: in + out."""
+        return self.in_features + self.out_features
+
+    @property
+    def limit(self) -> int:
+        """The largest rank that adds anything: min(in, out)."""
+        return min(self.in_features, self.out_features)
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * self.cost
+
+
+def adapted(model: nn.Module) -> PeftModel:
+    """The PEFT model inside wrappers such as DistributedDataParallel or a compiled module.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    while not isinstance(model, PeftModel):
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if inner is None:
+            raise TypeError(f"{type(model).__name__} has no adapter: attach a method first")
+        model = inner
+    return model
+
+
+def is_weight(module: nn.Module) -> bool:
+    """Whether a site can sit on this module: a linear map, in torch's layout or GPT-2's transposed one."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+def _sites(model: PeftModel) -> Iterator[Site]:
+    adapter = model.active_adapter
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, LoraLayer) or not is_weight(module.get_base_layer()):
+            continue
+        if adapter in module.lora_A or adapter in getattr(module, "lora_empty", {}):
+            yield Site(name, module, adapter)
+
+
+def sites(model: nn.Module) -> list[Site]:
+    """All sites of the active adapter in model order, the emptied ones among them; none where nothing is adapted."""
+    try:
+        return list(_sites(adapted(model)))
+    except TypeError:
+        return []
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    """Rank of every site, by name."""
+    return {site.name: site.rank for site in sites(model)}
+
+
+def omega(model: nn.Module) -> nn.Parameter | None:
+    """The (n,) parameter of ω in the order of `sites`, or None when no search is on."""
+    peft = adapted(model)
+    return getattr(peft.base_model, OMEGA, {}).get(peft.active_adapter)

@@ -1,0 +1,61 @@
+"""rankwise inside anyone's Trainer."""
+
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.methods import Method
+from rankwise.optim import SimplexAdam
+from rankwise.ranks import sites
+
+
+class RankCallback(TrainerCallback):
+    """Add to any Trainer, together with the method's optimizer:
+
+        Trainer(..., callbacks=[RankCallback(method)], optimizers=(method.optimizer(model, args), None))
+
+    The optimizer does the work. The callback makes sure that it is the method's own, and adds the adapters' parameters
+    and the number of empty sites to what the Trainer logs. Resuming takes nothing more: the weights of a checkpoint
+    bring their ranks along.
+    """
+
+    def __init__(self, method: Method):
+        self.method = method
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = _inner(kwargs["optimizer"])
+        if not isinstance(optimizer, SimplexAdam) or optimizer.method != self.method:
+            raise RuntimeError(
+                f"the method {self.method.name} needs its own optimizer: pass the Trainer "
+                "optimizers=(method.optimizer(model, args), None)"
+            )
+        if optimizer.steps != state.global_step:
+            raise RuntimeError(
+                f"training goes on at step {state.global_step}, but the optimizer is at step {optimizer.steps}: resume "
+                "from a checkpoint that holds the optimizer (save_only_model=False)"
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        here = sites(kwargs["model"])
+        if logs is not None and here:
+            mine = {
+                "adapter_parameters": sum(site.parameters for site in here),
+                "empty_sites": sum(not site.present for site in here),
+            }
+            logs.update(mine)  # what the callbacks after this one report
+            state.log_history[-1].update(mine)
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)

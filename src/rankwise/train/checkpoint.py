@@ -1,0 +1,76 @@
+"""Checkpoints for a bare training loop. In a Trainer the Trainer writes them."""
+
+import os
+import shutil
+import tempfile
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from rankwise.config import InputError
+from rankwise.optim import SimplexAdam
+
+FILE = "checkpoint.pt"
+
+
+def save_checkpoint(
+    folder: str | PathLike[str], model: nn.Module, optimizer: SimplexAdam, scheduler: LRScheduler | None = None
+) -> Path:
+    """Write all that an exact continuation needs: what trains, merged products, optimizer, schedule, random streams.
+
+    The base weights are not in it. The folder is replaced as a whole or not at all.
+    """
+    folder = Path(folder)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    state = {
+        "model": {name: value for name, value in model.state_dict().items() if name not in frozen},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict() if scheduler else None,
+        "random": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        with (made / FILE).open("wb") as file:
+            torch.save(state, file)
+            os.fsync(file.fileno())
+        if folder.exists():
+            shutil.rmtree(folder)
+        made.rename(folder)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        raise
+    return folder
+
+
+def load_checkpoint(
+    folder: str | PathLike[str], model: nn.Module, optimizer: SimplexAdam, scheduler: LRScheduler | None = None
+) -> int:
+    """Bring model, optimizer, schedule and random streams to where `save_checkpoint` left them.
+
+    Attach the method to a fresh base model and make its optimizer first; the ranks follow the checkpoint.
+
+    Returns:
+        The steps taken so far.
+    Raises:
+        InputError: no checkpoint there, or one that cannot be read.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise InputError(f"{folder} holds no checkpoint: {FILE} is not there")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{path} cannot be read, it may be cut short: {error}") from error
+    model.load_state_dict(state["model"], strict=False)
+    optimizer.load_state_dict(state["optimizer"])
+    if scheduler is not None and state["scheduler"] is not None:
+        scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["random"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    return optimizer.steps

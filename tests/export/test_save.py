@@ -1,0 +1,115 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import rankwise as rw
+import tiny
+from rankwise.ranks import RankPlan, ranks, sites
+from rankwise.ranks.sites import omega
+
+STOCK = """
+import sys
+sys.modules["rankwise"] = None  # any import of it fails
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+base, adapter, inputs, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter).eval()
+with torch.no_grad():
+    logits = model(**load_file(inputs)).logits
+    merged = model.merge_and_unload()(**load_file(inputs)).logits
+save_file({"logits": logits, "merged": merged}, out)
+"""
+
+
+def searched(shape, steps):
+    """A model after `steps` of a search that ends at step 4; every kind of site is made sure of."""
+    method = rw.SimplexLoRA(rank=3, every=2, times=2, omega_rate=50.0)
+    torch.manual_seed(1)
+    model = method.attach(tiny.model(shape), head=tiny.head(shape))
+    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), steps)
+    names = list(ranks(model))
+    rw.resize(model, {names[0]: 0, names[1]: 1, names[2]: 5})
+    return model
+
+
+@pytest.mark.parametrize("shape", tiny.SHAPES)
+@pytest.mark.parametrize("steps", [3, 5])
+def test_stock_peft_without_rankwise_gives_the_same_logits(shape, steps, tmp_path):
+    model = searched(shape, steps)
+    assert (omega(model) is not None) == (steps == 3)
+    before = tiny.logits(model)
+    rw.save(model, tmp_path / "adapter")
+    assert torch.equal(tiny.logits(model), before) and (omega(model) is not None) == (steps == 3)
+    tiny.model(shape).save_pretrained(tmp_path / "base")
+    save_file({k: v for k, v in tiny.batch().items() if k != "labels"}, tmp_path / "in")
+    paths = [str(tmp_path / name) for name in ("base", "adapter", "in", "out")]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, *paths], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    theirs = load_file(tmp_path / "out")
+    assert (theirs["logits"] - before).abs().max() <= 1e-5
+    assert (theirs["merged"] - before).abs().max() <= 1e-5
+
+
+def test_what_is_saved_is_a_plain_adapter(tmp_path):
+    model = searched("bert", 3)
+    rw.save(model, tmp_path / "adapter")
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) or "classifier" in key for key in keys)
+    first, *_ = sites(model)
+    assert first.rank == 0 and not any(first.name in key for key in keys)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert all(key.startswith("^") for key in config["rank_pattern"])
+    for site in sites(model):
+        pattern = "^" + site.name.replace(".", r"\.")
+        if site.present and site.rank != 3:
+            assert config["rank_pattern"][pattern] == site.rank
+            assert config["alpha_pattern"][pattern] == pytest.approx(site.rank * 16 / 3)
+
+
+def test_loading_again_finds_the_same_ranks(tmp_path):
+    model = searched("bert", 5)
+    rw.save(model, tmp_path / "adapter")
+    again = rw.load(tiny.model(), tmp_path / "adapter")
+    assert ranks(again) == {name: rank for name, rank in ranks(model).items() if rank}
+
+
+def test_a_loaded_adapter_can_be_resized_and_saved_again(tmp_path):
+    rw.save(searched("bert", 5), tmp_path / "adapter")
+    again = rw.load(tiny.model(), tmp_path / "adapter")
+    rw.resize(again, dict.fromkeys(ranks(again), 2))
+    rw.save(again, tmp_path / "smaller")
+    assert torch.allclose(tiny.logits(rw.load(tiny.model(), tmp_path / "smaller")), tiny.logits(again), atol=1e-6)
+
+
+def test_a_merged_product_cannot_be_saved_as_an_adapter(tmp_path):
+    model = searched("bert", 5)
+    rw.resize(model, RankPlan({sites(model)[1].name: 0}, empty="merge"))
+    with pytest.raises(rw.InputError, match="merged into the base weights"):
+        rw.save(model, tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saving_replaces_what_was_there_or_leaves_it(tmp_path):
+    model = searched("bert", 5)
+    rw.save(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "old").touch()
+    rw.save(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter" / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_folders_without_an_adapter_and_of_another_model_are_refused(tmp_path):
+    with pytest.raises(rw.InputError, match="holds no adapter"):
+        rw.load(tiny.model(), tmp_path)
+    with pytest.raises(rw.InputError, match="say which method"):
+        rw.save(tiny.model(), tmp_path / "adapter")
+    method = rw.Head()
+    rw.save(method.attach(tiny.model(), head=["classifier"]), tmp_path / "head", method, head=["classifier"])
+    with pytest.raises(rw.InputError, match="classifier"):
+        rw.load(tiny.model("gpt2"), tmp_path / "head")

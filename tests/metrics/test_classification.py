@@ -1,0 +1,108 @@
+"""The metrics agree with scikit-learn and scipy where those are defined, and have a value where they are not."""
+
+import numpy as np
+import pytest
+import scipy.stats
+import sklearn.metrics
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from rankwise.metrics.classification import METRICS, accuracy, f1, finite, matthews, pearson, spearman
+
+floats = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+
+
+def pairs(values):
+    return st.integers(2, 40).flatmap(
+        lambda n: st.tuples(st.lists(values, min_size=n, max_size=n), st.lists(values, min_size=n, max_size=n))
+    )
+
+
+@given(pairs(st.integers(0, 2)))
+def test_accuracy_and_matthews_agree_with_sklearn(pair):
+    predictions, labels = pair
+    assert accuracy(predictions, labels) == sklearn.metrics.accuracy_score(labels, predictions)
+    assume(len(set(predictions)) > 1 and len(set(labels)) > 1)
+    assert matthews(predictions, labels) == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, predictions))
+
+
+@given(pairs(st.integers(0, 1)))
+def test_f1_agrees_with_sklearn(pair):
+    predictions, labels = pair
+    assert f1(predictions, labels) == pytest.approx(sklearn.metrics.f1_score(labels, predictions, zero_division=0.0))
+
+
+@given(pairs(floats))
+def test_correlations_agree_with_scipy(pair):
+    predictions, labels = pair
+    assume(np.std(predictions) > 1e-3 and np.std(labels) > 1e-3)
+    assert pearson(predictions, labels) == pytest.approx(np.corrcoef(predictions, labels)[0, 1], abs=1e-6)
+    assert spearman(predictions, labels) == pytest.approx(
+        scipy.stats.spearmanr(predictions, labels).statistic, abs=1e-9
+    )
+
+
+@given(st.floats(width=32, allow_nan=False, allow_infinity=False), pairs(floats))
+def test_constant_predictions_or_labels_correlate_0(constant, pair):
+    values = pair[0]
+    for metric in (pearson, spearman):
+        assert metric([constant] * len(values), values) == 0.0
+        assert metric(values, [constant] * len(values)) == 0.0
+
+
+@given(pairs(st.integers(0, 1)))
+def test_one_class_only_has_matthews_0(pair):
+    values = pair[0]
+    for constant in (0, 1):
+        assert matthews([constant] * len(values), values) == 0.0
+        assert matthews(values, [constant] * len(values)) == 0.0
+
+
+def test_f1_of_nothing_found_and_nothing_there_is_0():
+    assert f1([0, 0], [0, 0]) == 0.0
+    assert f1([0, 0], [1, 1]) == 0.0
+    assert f1([1, 1], [1, 1]) == 1.0
+
+
+@given(pairs(floats))
+def test_correlations_stay_between_minus_1_and_1(pair):
+    for metric in (pearson, spearman):
+        assert -1.0 <= metric(*pair) <= 1.0
+
+
+def test_a_single_row_has_a_value():
+    assert accuracy([1], [1]) == 1.0
+    assert matthews([1], [1]) == pearson([0.5], [1.0]) == spearman([0.5], [1.0]) == 0.0
+
+
+def test_nearly_constant_predictions_do_not_warn():
+    assert -1.0 <= pearson([1.0, 1.0, 1.0 + 1e-15], [1.0, 2.0, 3.0]) <= 1.0
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_prediction_that_is_not_finite_is_refused(name, bad):
+    with pytest.raises(ValueError, match="1 of 3 predictions are not finite"):
+        METRICS[name]([0.0, bad, 1.0], [0, 1, 1])
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_shapes_that_differ_are_refused(name):
+    for predictions, labels in (([0, 1], [0]), ([], []), ([[0, 1]], [[0, 1]])):
+        with pytest.raises(ValueError, match="one shape"):
+            METRICS[name](predictions, labels)
+
+
+def test_labels_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="labels must be finite"):
+        pearson([0.0, 1.0], [0.0, np.nan])
+
+
+@pytest.mark.parametrize("metric", [accuracy, f1, matthews])
+def test_logits_are_not_classes(metric):
+    with pytest.raises(ValueError, match="whole numbers"):
+        metric([0.3, 0.7], [0, 1])
+
+
+def test_finite_lets_finite_values_through():
+    assert finite([1, 2.5]).tolist() == [1.0, 2.5]

@@ -1,0 +1,153 @@
+import pytest
+import torch
+
+import rankwise as rw
+import tiny
+from rankwise.ranks import ranks, sites
+from rankwise.ranks.sites import omega
+
+SEARCH = rw.SimplexLoRA(rank=4, every=3, times=2, omega_rate=20.0)
+
+
+def attached(method, shape="bert"):
+    torch.manual_seed(1)
+    return method.attach(tiny.model(shape), head=tiny.head(shape))
+
+
+def test_lora_under_simplex_adam_is_adamw_step_by_step():
+    method = rw.LoRA(rank=2)
+    ours, theirs = attached(method), attached(method)
+    mine = rw.SimplexAdam(method, ours, lr=1e-2, weight_decay=0.1)
+    other = torch.optim.AdamW(method.param_groups(theirs), lr=1e-2, weight_decay=0.1)
+    torch.manual_seed(2)
+    a = tiny.train(ours, mine, 5)
+    torch.manual_seed(2)
+    b = tiny.train(theirs, other, 5)
+    assert a == b
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_an_sgd_group_takes_a_plain_step_and_keeps_its_gradient():
+    model = attached(SEARCH)
+    optimizer = rw.SimplexAdam(SEARCH, model, lr=1e-2)
+    weights = omega(model)
+    weights.grad = torch.zeros_like(weights)
+    weights.grad[0], weights.grad[1] = 0.01, -0.01  # their sum is 0, so the step stays on the simplex
+    optimizer.step()
+    assert torch.allclose(weights[:2], torch.tensor([1 - 0.2, 1 + 0.2]))
+    assert weights.grad[0] == 0.01 and weights not in optimizer.state
+
+
+def test_rate_0_leaves_omega_and_the_factors_where_they_are():
+    model = attached(SEARCH)
+    optimizer = rw.SimplexAdam(SEARCH, model, lr=0.0)
+    with torch.no_grad():
+        omega(model)[:2] = torch.tensor([0.3, 1.7])
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [p.detach().clone() for p in model.parameters()]
+    tiny.train(model, optimizer, 2)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("rounding", ["floor", "ceil", "budget"])
+@pytest.mark.parametrize("change", ["svd", "reinit"])
+def test_the_search_moves_rank_within_the_budget_and_ends_as_plain_lora(rounding, change):
+    method = rw.SimplexLoRA(rank=4, every=3, times=2, omega_rate=20.0, rounding=rounding, change=change)
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1e-2)
+    budget = sum(s.parameters for s in sites(model))
+    tiny.train(model, optimizer, 3)
+    assert sum(omega(model).tolist()) == pytest.approx(len(sites(model)), rel=1e-6)
+    tiny.train(model, optimizer, 4, start=3)
+    assert omega(model) is None and not any("parametrizations" in n for n, _ in model.named_parameters())
+    assert len(set(ranks(model).values())) > 1
+    if rounding != "ceil":
+        assert sum(s.parameters for s in sites(model)) <= budget
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    grouped = [p for g in optimizer.param_groups for p in g["params"]]
+    assert {id(p) for p in trainable} == {id(p) for p in grouped} and len(trainable) == len(grouped)
+
+
+def test_folding_at_the_end_does_not_move_the_function():
+    method = rw.SimplexLoRA(rank=4, every=100, omega_rate=20.0)
+    model = attached(method)
+    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), 4)
+    assert omega(model).std() > 0.01
+    before = tiny.logits(model)
+    method.fold(model)
+    assert omega(model) is None
+    assert torch.allclose(tiny.logits(model), before, atol=1e-5)
+
+
+def test_an_emptied_site_comes_back_when_its_weight_rises():
+    method = rw.SimplexLoRA(rank=2, every=1, times=4)
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1e-2)
+    first = sites(model)[0]
+    with torch.no_grad():
+        omega(model)[0], omega(model)[1] = 0.0, 2.0
+    optimizer.step()
+    assert first.rank == 0
+    with torch.no_grad():
+        omega(model)[0], omega(model)[1] = 1.5, 0.5
+    optimizer.step()
+    assert first.rank == 3 and first.scale is not None and not first.B.any()
+    tiny.train(model, optimizer, 1)
+    assert first.B.any()
+
+
+def test_restart_draws_every_site_afresh():
+    method = rw.SimplexLoRA(rank=4, every=2, times=1, finish="restart")
+    model = attached(method)
+    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), 2)
+    assert all(not s.B.any() for s in sites(model) if s.present)
+
+
+def test_rewarming_scales_the_rate_and_leaves_the_schedule_alone():
+    method = rw.SimplexLoRA(rank=4, every=2, times=1, rewarm=4, omega_rate=50.0)
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1e-2)
+    tiny.train(model, optimizer, 2)
+    assert optimizer.changed == 2
+    site = next(s for s in sites(model) if s.present)
+    moved = []
+    for step in range(2, 8):
+        before = site.A.detach().clone()
+        tiny.train(model, optimizer, 1, start=step)
+        moved.append((site.A - before).abs().max().item())
+        assert optimizer.param_groups[0]["lr"] == 1e-2
+    assert moved[0] < 0.5 * moved[3]
+
+
+def test_decay_pulls_omega_to_1():
+    method = rw.SimplexLoRA(rank=4, every=100, omega_rate=1.0, omega_decay=0.5)
+    model = attached(method)
+    with torch.no_grad():
+        omega(model)[:2] = torch.tensor([0.0, 2.0])
+    method.after_step(model, 1, lr=1.0)
+    assert torch.allclose(omega(model)[:2], torch.tensor([0.5, 1.5]))
+
+
+def test_state_of_other_ranks_is_refused():
+    model = attached(SEARCH)
+    optimizer = rw.SimplexAdam(SEARCH, model, lr=1e-2)
+    tiny.train(model, optimizer, 4)
+    fresh = attached(SEARCH)
+    with pytest.raises(RuntimeError, match="other ranks"):
+        rw.SimplexAdam(SEARCH, fresh, lr=1e-2).load_state_dict(optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="not written by SimplexAdam"):
+        optimizer.load_state_dict(torch.optim.AdamW(fresh.parameters()).state_dict())
+
+
+def test_a_step_that_a_gradient_scaler_skips_changes_nothing():
+    method = rw.SimplexLoRA(rank=4, every=1, times=3)
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with torch.no_grad():
+        omega(model)[:2] = torch.tensor([0.0, 2.0])
+    scaler.scale(model(**tiny.batch()).loss * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert optimizer.steps == 0 and set(ranks(model).values()) == {4}

@@ -1,0 +1,65 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankwise.optim.project import simplex
+from rankwise.ranks import allocate
+
+
+@st.composite
+def problems(draw):
+    n = draw(st.integers(1, 12))
+    raw = draw(st.lists(st.floats(-2, 6, width=32), min_size=n, max_size=n))
+    costs = draw(st.lists(st.integers(2, 4000), min_size=n, max_size=n))
+    limits = draw(st.lists(st.integers(1, 64), min_size=n, max_size=n))
+    return simplex(torch.tensor(raw), n).tolist(), costs, limits, draw(st.integers(1, 16))
+
+
+@given(problems())
+def test_budget_is_never_exceeded_and_nothing_that_fits_is_left(problem):
+    weights, costs, limits, rank = problem
+    ranks = allocate(weights, costs, limits, rank, "budget")
+    left = rank * sum(costs) - sum(r * c for r, c in zip(ranks, costs, strict=True))
+    assert left >= 0
+    assert all(0 <= r <= limit for r, limit in zip(ranks, limits, strict=True))
+    rows = zip(weights, costs, ranks, limits, strict=True)
+    assert all(c > left for w, c, r, limit in rows if w > 0 and r < limit)
+
+
+@given(problems())
+def test_a_site_without_weight_gets_no_rank(problem):
+    weights, costs, limits, rank = problem
+    for rounding in ("floor", "ceil", "budget"):
+        ranks = allocate(weights, costs, limits, rank, rounding)
+        assert all(r == 0 for w, r in zip(weights, ranks, strict=True) if w == 0)
+
+
+@given(problems())
+def test_floor_spends_at_most_and_ceil_at_least_what_the_weights_say(problem):
+    weights, _, _, rank = problem
+    n, costs, limits = len(weights), [2] * len(weights), [10**6] * len(weights)
+    low, high = (allocate(weights, costs, limits, rank, how) for how in ("floor", "ceil"))
+    assert sum(low) <= n * rank + 1e-3 * n <= sum(high) + 2e-3 * n + n * rank * 1e-6
+    assert all(0 <= b - a <= 1 for a, b in zip(low, high, strict=True))
+
+
+@given(st.integers(1, 40), st.integers(1, 32), st.floats(-1e-6, 1e-6))
+def test_uniform_weights_keep_uniform_ranks_on_the_knife_edge(n, rank, noise):
+    weights = [1 + (noise if i % 2 else -noise) for i in range(n)]
+    for rounding in ("floor", "ceil", "budget"):
+        assert allocate(weights, [768 + 64 * (i % 3) for i in range(n)], [100] * n, rank, rounding) == [rank] * n
+
+
+def test_budget_by_hand():
+    # P = 2·(10 + 10 + 20) = 80; Σωc = 15 + 10 + 10 = 35; quotas 3.43, 2.29, 1.14 cost 30 + 20 + 20, and 10 are left.
+    assert allocate([1.5, 1.0, 0.5], [10, 10, 20], [9, 9, 9], 2, "budget") == [4, 2, 1]
+
+
+def test_a_full_site_passes_its_share_on():
+    assert allocate([2.0, 0.5, 0.5], [10, 10, 10], [2, 9, 9], 3, "budget") == [2, 4, 3]
+
+
+def test_no_weight_at_all_is_an_error():
+    with pytest.raises(ValueError, match="nothing to allocate by"):
+        allocate([0.0, 0.0], [1, 1], [4, 4], 2, "budget")
