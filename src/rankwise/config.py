@@ -66,26 +66,42 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     task: str = Field(description="name of the task, as `rankwise tasks` lists them")
-    model: str | None = Field(None, description="folder or hub name of the base model; the embedded MiniLM when absent")
+    model: str | None = Field(
+        default=None, description="folder or hub name of the base model; the embedded MiniLM when absent"
+    )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lora"}, description="name of the method and its options"
     )
-    epochs: float = Field(3.0, gt=0, description="passes over the training rows; max_steps, when given, wins")
-    max_steps: int | None = Field(None, ge=1, description="optimizer steps of the whole run, instead of epochs")
-    batch_size: int = Field(32, ge=1, description="rows in one optimizer step")
-    learning_rate: float = Field(1e-3, gt=0, description="highest learning rate of the schedule")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the fresh weights and of the order of the rows")
-    max_length: int = Field(128, ge=4, description="longest input in tokens; longer texts are cut")
-    train_rows: int | None = Field(None, ge=1, description="rows to train on, drawn once and the same for every seed")
-    eval_rows: int | None = Field(None, ge=1, description="rows to score, drawn once and the same for every seed")
-    warmup: float = Field(0.06, ge=0, description="share of the steps (up to 1), or a whole number of steps above 1")
-    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="course of the rate after warm-up")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay of the trained matrices")
-    clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; once an epoch when absent")
-    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; once an epoch when absent")
-    scale: Literal["smoke", "full"] = Field("full", description="smoke: a few rows and steps, to try the whole way")
-    runs: str = Field("runs", min_length=1, description="folder in which the folder of the run is made")
+    epochs: float = Field(default=3.0, gt=0, description="passes over the training rows; max_steps, when given, wins")
+    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps of the whole run, instead of epochs")
+    batch_size: int = Field(default=32, ge=1, description="rows in one optimizer step")
+    learning_rate: float = Field(default=1e-3, gt=0, description="highest learning rate of the schedule")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the fresh weights and of the order of the rows")
+    max_length: int = Field(default=128, ge=4, description="longest input in tokens; longer texts are cut")
+    train_rows: int | None = Field(
+        default=None, ge=1, description="rows to train on, drawn once and the same for every seed"
+    )
+    eval_rows: int | None = Field(
+        default=None, ge=1, description="rows to score, drawn once and the same for every seed"
+    )
+    warmup: float = Field(
+        default=0.06, ge=0, description="share of the steps (up to 1), or a whole number of steps above 1"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="course of the rate after warm-up"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay of the trained matrices")
+    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    eval_every: int | None = Field(
+        default=None, ge=1, description="steps between evaluations; once an epoch when absent"
+    )
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, description="steps between checkpoints; once an epoch when absent"
+    )
+    scale: Literal["smoke", "full"] = Field(
+        default="full", description="smoke: a few rows and steps, to try the whole way"
+    )
+    runs: str = Field(default="runs", min_length=1, description="folder in which the folder of the run is made")
 
     @model_validator(mode="before")
     @classmethod

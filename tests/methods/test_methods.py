@@ -1,5 +1,7 @@
 """What every registered method promises. A new method is tested here the moment its file exists."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ import rankwise as rw
 import tiny
 from rankwise.methods import build, registry
 from rankwise.ranks import sites
+from rankwise.ranks.sites import omega
 
 OPTIONS = {"simplex-lora": {"rank": 2, "every": 2, "times": 2, "omega_rate": 20.0}, "lora": {"rank": 2}}
 every_method = pytest.mark.parametrize("name", sorted(registry()))
@@ -139,3 +142,33 @@ def test_what_does_not_fit_the_model_gets_one_clear_line(made, head, message):
     with pytest.raises(rw.InputError, match=message) as caught:
         made().attach(tiny.model(), head=head)
     assert "\n" not in str(caught.value)
+
+
+def test_a_live_scale_is_seen_by_merge_disable_and_a_deep_copy():
+    model = attached("simplex-lora")
+    tiny.train(model, rw.SimplexAdam(method("simplex-lora"), model, lr=1e-2), 1)
+    with torch.no_grad():
+        for site in sites(model):
+            torch.nn.init.normal_(site.B, std=0.2)
+        omega(model)[:3] = torch.tensor([0.0, 2.0, 0.5])
+    before = tiny.logits(model)
+    twin = copy.deepcopy(model)
+    model.merge_adapter()
+    assert torch.allclose(tiny.logits(model), before, atol=1e-5)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert not torch.allclose(tiny.logits(model), before, atol=1e-3)
+    with torch.no_grad():
+        omega(model).zero_()
+    assert torch.equal(tiny.logits(twin), before) and not torch.equal(tiny.logits(model), before)
+
+
+def test_a_site_with_weight_0_adds_nothing_but_its_omega_still_has_a_gradient():
+    model = attached("simplex-lora")
+    with torch.no_grad():
+        for site in sites(model):
+            torch.nn.init.normal_(site.B, std=0.2)
+        omega(model)[0] = 0.0
+    model(**tiny.batch()).loss.backward()
+    first = sites(model)[0]
+    assert not first.B.grad.any() and not first.A.grad.any() and omega(model).grad[0] != 0

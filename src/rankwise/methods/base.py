@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -32,6 +32,12 @@ class Method(ABC):
         if name:
             cls.name = name
             _registry[name] = cls
+
+    def __post_init__(self) -> None:
+        for option, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                value, known = getattr(self, option), get_args(hint)
+                require(value in known, f"{option} must be one of {', '.join(known)}, not {value!r}")
 
     @abstractmethod
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:

@@ -32,6 +32,7 @@ class LoRA(Method, name="lora"):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.rank >= 1, f"rank must be at least 1, not {self.rank}")
         require(self.alpha > 0, f"alpha must be above 0, not {self.alpha}")
         require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")

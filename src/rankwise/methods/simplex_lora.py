@@ -67,9 +67,6 @@ class SimplexLoRA(LoRA, name="simplex-lora"):
             require(getattr(self, option) >= 1, f"{option} must be at least 1, not {getattr(self, option)}")
         for option in ("rewarm", "omega_rate", "omega_decay"):
             require(getattr(self, option) >= 0, f"{option} must not be negative, not {getattr(self, option)}")
-        for option, known in CHOICES.items():
-            value = getattr(self, option)
-            require(value in known, f"{option} must be one of {', '.join(known)}, not {value!r}")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)
@@ -132,12 +129,3 @@ class SimplexLoRA(LoRA, name="simplex-lora"):
     def restart_step(self) -> int | None:
         return self.every * self.times if self.finish == "restart" else None
 
-
-CHOICES = {
-    "rounding": ("floor", "ceil", "budget"),
-    "change": ("svd", "reinit"),
-    "empty": ("drop", "merge"),
-    "finish": ("continue", "restart"),
-    "moments": ("reset", "keep"),
-    "projection": ("simplex", "softmax", "rank-softmax"),
-}

@@ -22,6 +22,7 @@ class RankCallback(TrainerCallback):
 
     def __init__(self, method: Method):
         self.method = method
+        self._counted: tuple[int, dict[str, float]] = (-1, {})  # the step of the last rank change, and what it left
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -46,14 +47,14 @@ class RankCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        here = sites(kwargs["model"])
-        if logs is not None and here:
-            mine = {
-                "adapter_parameters": sum(site.parameters for site in here),
-                "empty_sites": sum(not site.present for site in here),
-            }
-            logs.update(mine)  # what the callbacks after this one report
-            state.log_history[-1].update(mine)
+        changed = getattr(_inner(kwargs["optimizer"]), "changed", 0)
+        if changed != self._counted[0]:  # walking a large model at every log would cost as much as a small step
+            here = sites(kwargs["model"])
+            parameters, empty = sum(site.parameters for site in here), sum(not site.present for site in here)
+            self._counted = changed, {"adapter_parameters": parameters, "empty_sites": empty} if here else {}
+        if logs is not None:
+            logs.update(self._counted[1])  # what the callbacks after this one report
+            state.log_history[-1].update(self._counted[1])
 
 
 def _inner(optimizer: Optimizer) -> Optimizer:

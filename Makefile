@@ -1,0 +1,52 @@
+# make setup   the environment in .venv (once; later calls do nothing)
+# make demo    a small real comparison on this machine, with its report
+# make check   linter, types, direction of imports
+# make test    check, then the tests: what CI runs
+
+# Where pip finds torch alone, e.g. https://download.pytorch.org/whl/cpu. Empty: the default index.
+TORCH_INDEX ?=
+# SKIP_TORCH=1 keeps the torch that is there: in .venv, or else in the Python that .venv is made from.
+SKIP_TORCH ?=
+# The first Python on the path that is new enough.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3 python; do \
+	$$name -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check test clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "rankwise needs Python 3.11 or newer, found $(or $(PYTHON),none): install one, or make setup PYTHON=path" >&2; exit 2; }
+	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(if $(SKIP_TORCH),--system-site-packages) .venv || { \
+		echo "$(PYTHON) cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+ifdef SKIP_TORCH
+	grep -v '^torch==' constraints.txt > .venv/constraints.txt
+else
+	cp constraints.txt .venv/constraints.txt
+	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
+endif
+	$(BIN)/python -m pip install -c .venv/constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/rankwise compare experiments/quickstart.yaml
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# One test process per core, each with one thread.
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,162 @@
+"""Carry out the runs of an experiment, and be stopped without losing any of them."""
+
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from rankwise.bench.progress import Count, Display
+from rankwise.bench.runners import Ended, Runner
+from rankwise.config import RunConfig
+from rankwise.runs.files import write_whole
+from rankwise.runs.store import Store
+
+INTERRUPTED = 130
+STOPPED = 75  # EX_TEMPFAIL: start the same command again and it goes on
+GRACE = 60.0
+"""Seconds that a run has for its last step and its checkpoint."""
+POLL = 0.2
+"""Seconds between two looks at the processes."""
+
+
+@dataclass
+class Outcome:
+    """What became of the runs."""
+
+    done: list[Path] = field(default_factory=list)
+    failed: list[Path] = field(default_factory=list)
+    stopped: list[Path] = field(default_factory=list)
+    """Told to stop by somebody else than the sweep; the same command goes on with them."""
+
+
+class Interrupted(SystemExit):  # noqa: N818 - it is no error: exit codes 75 and 130
+    """The sweep was told to stop; its workers have ended."""
+
+
+def carry_out(store: Store, folders: Sequence[Path], runner: Runner, console: Console | None = None) -> Outcome:
+    """Carry out the runs in `folders` that are not done yet, and return which are done and which failed.
+
+    A run that another sweep is at work on is waited for. SIGINT and SIGTERM are passed on to the runs as SIGTERM: they
+    write a checkpoint, then `Interrupted` (a SystemExit of 130 or 75) is raised. The same call goes on from there.
+    Raises InputError where a folder cannot be written to.
+    """
+    names = {folder: called(store.config(folder)) for folder in folders}
+    with Display(console or Console(file=sys.stderr), names) as display, _signals() as asked:
+        sweep = _Sweep(store, runner, display, names)
+        sweep.carry_out(asked)
+    return sweep.outcome
+
+
+def called(config: RunConfig) -> str:
+    """A run in a few words, for a log with several of them."""
+    return f"{config.task} {config.method['name']} rate {config.learning_rate:g} seed {config.seed}"
+
+
+class _Sweep:
+    def __init__(self, store: Store, runner: Runner, display: Display, names: dict[Path, str]) -> None:
+        self.outcome = Outcome()
+        self._store, self._runner, self._display, self._names = store, runner, display, names
+        self._pending: deque[Path] = deque()
+        self._elsewhere: list[Path] = []
+        """Runs that another sweep in the same folder is at work on."""
+        for folder in names:
+            (self.outcome.done if store.state(folder) == "done" else self._pending).append(folder)
+
+    def carry_out(self, asked: list[int]) -> None:
+        """Until every run is done or has failed, or until a signal is in `asked`."""
+        if self.outcome.done:
+            self._display.say(f"{len(self.outcome.done)} of {len(self._names)} runs are done already")
+        work = bool(self._pending)
+        try:
+            while self._pending or self._elsewhere or self._runner.running():
+                self._collect()
+                self._launch()
+                self._show()
+                if asked:
+                    raise Interrupted(INTERRUPTED if asked[0] == signal.SIGINT else STOPPED)
+                time.sleep(POLL)
+        finally:
+            if self._runner.running():
+                self._display.say(f"stopping {len(self._runner.running())} runs; they write a checkpoint first")
+                self._runner.stop(GRACE)
+        if work:
+            self._show(now=True)
+
+    def _collect(self) -> None:
+        for ended in self._runner.ended():
+            self._settle(ended)
+        for folder in list(self._elsewhere):
+            state = self._store.state(folder)
+            if state == "running":
+                continue
+            self._elsewhere.remove(folder)
+            # what the other sweep was stopped in is ours now
+            {"done": self.outcome.done, "failed": self.outcome.failed}.get(state, self._pending).append(folder)
+
+    def _settle(self, ended: Ended) -> None:
+        """Put a run whose process is over where it belongs, and note why where the process could not."""
+        folder, state = ended.folder, self._store.state(ended.folder)
+        if state == "done":
+            self.outcome.done.append(folder)
+        elif state == "running":
+            self._elsewhere.append(folder)  # another sweep was a moment faster
+        elif ended.code in (STOPPED, -signal.SIGTERM) and state != "failed":
+            self.outcome.stopped.append(folder)
+            self._display.say(f"stopped: {self._names[folder]}")
+        else:
+            if state != "failed":
+                with suppress(OSError):  # a full disk: the line below has to do
+                    write_whole(folder / "error.txt", f"{_last_words(ended)}\n")
+            self.outcome.failed.append(folder)
+            self._display.say(f"failed: {self._names[folder]}: {self._store.standing(folder).error or ended.reason}")
+
+    def _launch(self) -> None:
+        while self._pending and len(self._runner.running()) < self._runner.jobs:
+            folder = self._pending.popleft()
+            if self._store.state(folder) == "running":
+                self._display.say(f"{self._names[folder]}: another process is at work on it, waiting for that")
+                self._elsewhere.append(folder)
+            else:
+                self._store.forget_error(folder)
+                self._runner.start(folder)
+
+    def _show(self, now: bool = False) -> None:
+        done, failed = len(self.outcome.done), len(self.outcome.failed) + len(self.outcome.stopped)
+        self._display.show(Count(done, failed, len(self._names), self._runner.running()), now)
+
+
+def _last_words(ended: Ended) -> str:
+    with suppress(OSError):
+        lines = (ended.folder / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        said = [line.strip() for line in lines if line.strip()]
+        if said:
+            return f"{ended.reason}; the last line of its log: {said[-1]}"
+    return ended.reason
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that asked to stop, in a list that fills as they come.
+
+    The first one is noted for the loop, which stops the runs in an orderly way; a second one raises at once.
+    """
+    asked: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            raise Interrupted(INTERRUPTED if number == signal.SIGINT else STOPPED)
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,463 @@
+"""The command line. stdout carries the result, stderr the log.
+
+Exit codes: 0 done, 1 failed, 2 something wrong with what the user gave, 3 some runs of a sweep failed, 75 stopped but
+resumable, 130 interrupted. Everything heavy is imported inside the commands, so that `--help` is there at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rankwise.bench.compare import Outcome
+    from rankwise.bench.runners import Runner
+    from rankwise.config import Experiment, RunConfig, Schema
+    from rankwise.runs.store import Store
+
+FAILED, INPUT, SOME_FAILED, STOPPED, INTERRUPTED = 1, 2, 3, 75, 130
+
+app = typer.Typer(
+    name="rankwise",
+    help="Fine-tune with low-rank adapters, learn where the rank belongs, compare methods fairly.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Settings = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings that win over the file's")
+]
+Runs = Annotated[Path, typer.Argument(metavar="RUNS", help="folder of runs")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done and do nothing")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", "-j", min=1, help="runs at once; one per core, or one on a GPU, when not given"),
+]
+RunnerName = Annotated[str, typer.Option("--runner", help="where the runs are carried out")]
+
+
+@app.command()
+def train(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG.yaml | RUN_FOLDER [KEY=VALUE]...", help="one run, or settings without a file"),
+    ],
+    as_json: Json = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out one run, from the start or from where it was stopped."""
+    # SIGTERM while torch is still being imported; the run itself answers it with a checkpoint.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+    from rankwise.config import InputError
+    from rankwise.runs.store import Store
+
+    source, settings = (None, what) if "=" in what[0] and not Path(what[0]).exists() else (Path(what[0]), what[1:])
+    if source is not None and source.is_dir():
+        if settings:
+            raise InputError(f"{settings[0]}: the settings of a run are in its run.yaml and stay as they are")
+        folder, store = source, Store(source.parent)
+        if dry_run:
+            _print_settings(store.config(folder), folder, as_json)
+            return
+    else:
+        config = _run_config(source, settings)
+        store = Store(config.runs)
+        revision = _revision(config.task)
+        if dry_run:
+            _print_settings(config, store.place(config, revision), as_json)
+            return
+        folder = store.create(config, revision)
+    from rankwise.train.run import run
+
+    with contextlib.redirect_stdout(sys.stderr):
+        result = run(folder)
+    if as_json:
+        _print_json(result)
+    else:
+        from rankwise.runs.summary import Summary
+
+        print(Summary.of(store.results([folder]), {}).text())
+        print(f"\nrun: {folder}")
+
+
+@app.command()
+def compare(
+    source: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="an experiment: a file with `vary:`")],
+    settings: Settings = None,
+    jobs: Jobs = None,
+    runner: RunnerName = "local",
+    as_json: Json = False,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Carry out an experiment, or what is left of it, and compare its methods."""
+    from rankwise.runs.grid import expand
+    from rankwise.runs.store import Store
+
+    sweep = _runner(runner, jobs)
+    experiment = _experiment(source, settings or [])
+    store = Store(experiment.runs)
+    configs = expand(experiment)
+    revisions = {task: _revision(task) for task in dict.fromkeys(config.task for config in configs)}
+    if dry_run:
+        _print_plan(store, [(config, store.place(config, revisions[config.task])) for config in configs], as_json)
+        return
+    folders = [store.create(config, revisions[config.task]) for config in configs]
+    store.note(experiment)
+    _sweep(store, folders, sweep, as_json)
+
+
+@app.command()
+def status(runs: Runs, as_json: Json = False, debug: Debug = False) -> None:
+    """Say how the runs of a folder stand."""
+    from rankwise.runs.store import Store
+    from rankwise.runs.tables import plain
+
+    store = Store(runs)
+    standings = [store.standing(folder) for folder in store.folders()]
+    if as_json:
+        _print_json(
+            [
+                {"run": each.folder.name, "state": each.state, "step": each.step, "steps": each.steps}
+                | ({"error": each.error} if each.error else {})
+                for each in standings
+            ]
+        )
+        return
+    counts = {state: sum(each.state == state for each in standings) for state in _STATES}
+    print(f"{runs}: {len(standings)} runs" + "".join(f", {count} {state}" for state, count in counts.items() if count))
+    if standings:
+        rows = [
+            [each.folder.name, each.state, f"{each.step}/{each.steps}" if each.steps else "", each.error]
+            for each in sorted(standings, key=lambda each: _STATES.index(each.state))
+        ]
+        print(plain(["run", "state", "steps", "error"], rows))
+
+
+_STATES = ("pending", "running", "stopped", "failed", "done")
+
+
+@app.command()
+def retry(
+    runs: Runs, jobs: Jobs = None, runner: RunnerName = "local", as_json: Json = False, debug: Debug = False
+) -> None:
+    """Carry out the failed runs of a folder again, and no others."""
+    from rankwise.runs.store import Store
+
+    sweep = _runner(runner, jobs)
+    store = Store(runs)
+    failed = [folder for folder in store.folders() if store.state(folder) == "failed"]
+    if not failed:
+        print(f"{runs}: no run has failed", file=sys.stderr)
+    _sweep(store, failed, sweep, as_json, shown=store.folders())
+
+
+@app.command()
+def report(
+    runs: Runs,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write one offline page")] = None,
+    md: Annotated[bool, typer.Option("--md", help="print the table as Markdown")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="print the table as CSV")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="print the table as LaTeX")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what the finished runs of a folder say: a table on stdout, or a page."""
+    from rankwise.config import InputError
+    from rankwise.runs.store import Store
+
+    if sum((md, csv, latex, as_json)) > 1:
+        raise InputError("--md, --csv, --latex and --json: choose one; stdout holds one table")
+    store = Store(runs)
+    results = store.results()
+    if not results:
+        raise InputError(f"{runs}: no run in it has finished; `rankwise status {runs}` says how they stand")
+    if html:
+        from rankwise.report.html import write
+
+        try:
+            print(f"report: {write(runs, html)}", file=sys.stderr)
+        except OSError as error:
+            raise InputError(f"{html}: cannot be written: {(error.strerror or str(error)).lower()}") from None
+    if md or csv or latex:
+        from rankwise.report import text
+        from rankwise.runs.tables import best, summarise
+
+        form: Callable[..., str] = text.markdown if md else text.csv if csv else text.latex
+        print(form(best(summarise(results))))
+    elif as_json or not html:
+        summary = _summary(store)
+        print(_json(summary.as_json()) if as_json else summary.text())
+
+
+@app.command()
+def validate(
+    source: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a run or an experiment")],
+    settings: Settings = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a configuration and print it with all defaults filled in."""
+    import yaml
+
+    from rankwise.config import RunConfig, load
+    from rankwise.runs.grid import expand
+
+    config = load(source, settings or [], _schema())
+    content = config.model_dump(mode="json")
+    if as_json:
+        _print_json(content)
+        return
+    print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
+    count = "one run" if isinstance(config, RunConfig) else f"an experiment of {len(expand(config))} runs"
+    print(f"{source} is valid: {count}", file=sys.stderr)
+
+
+@app.command()
+def schema(debug: Debug = False) -> None:
+    """Print the JSON schema of configuration files, for editors."""
+    from rankwise.config import json_schema
+
+    _print_json(json_schema(_schema()))
+
+
+@app.command()
+def methods(as_json: Json = False, debug: Debug = False) -> None:
+    """List the methods and their options."""
+    from rankwise.config import json_schema
+
+    found = {
+        entry["properties"]["name"]["const"]: {
+            "summary": entry["description"],
+            "options": {key: value.get("default") for key, value in entry["properties"].items() if key != "name"},
+        }
+        for entry in json_schema(_schema())["properties"]["method"]["oneOf"]
+        if "properties" in entry
+    }
+    if as_json:
+        _print_json(found)
+        return
+    for name, about in found.items():
+        print(f"{name}: {about['summary']}")
+        for option, default in about["options"].items():
+            print(f"  {option} = {json.dumps(default)}")
+
+
+@app.command()
+def tasks(as_json: Json = False, debug: Debug = False) -> None:
+    """List the tasks."""
+    from rankwise.runs.tables import plain
+    from rankwise.tasks import registry
+
+    found: dict[str, dict[str, Any]] = {
+        name: {
+            "summary": (task.__doc__ or "").strip().partition("\n")[0],
+            "score": task.main,
+            "metrics": list(task.metrics),
+            "text": list(task.text),
+            "labels": list(task.labels) if isinstance(task.labels, tuple) else None,
+        }
+        for name, task in registry().items()
+    }
+    if as_json:
+        _print_json(found)
+        return
+    print(plain(["task", "metrics", "about"], [[n, ", ".join(t["metrics"]), t["summary"]] for n, t in found.items()]))
+
+
+@app.command()
+def env(as_json: Json = False, debug: Debug = False) -> None:
+    """Print versions, device and the environment variables that count."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import rankwise
+    from rankwise.bench.runners.local import cores
+
+    found: dict[str, Any] = {"rankwise": rankwise.__version__, "python": platform.python_version()}
+    for package in ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scikit-learn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found["cores"] = cores()
+    for name in ("RANKWISE_DATA", "HF_HOME", "HF_HUB_OFFLINE"):
+        found[name] = os.environ.get(name)
+    if as_json:
+        _print_json(found)
+        return
+    for key, value in found.items():
+        print(f"{key}: {'-' if value is None else value}")
+
+
+def main() -> None:
+    """Run the command line and leave with one of the exit codes above."""
+    # A result in UTF-8 whatever the terminal says, so that no ± stops a finished sweep.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        app(prog_name="rankwise")
+    except Exception as error:
+        from rankwise.config import InputError
+
+        if "--debug" in sys.argv:
+            raise
+        line = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, InputError):
+            print(f"rankwise: {line}", file=sys.stderr)
+            sys.exit(INPUT)
+        print(f"rankwise: {type(error).__name__}: {line} (--debug shows where)", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def _schema() -> Schema:
+    import rankwise.methods
+    import rankwise.tasks
+    from rankwise.config import Schema
+
+    return Schema(rankwise.methods.registry(), frozenset(rankwise.tasks.registry()))
+
+
+def _run_config(source: Path | None, settings: Sequence[str]) -> RunConfig:
+    from rankwise.config import InputError, RunConfig, load
+
+    config = load(source, settings, _schema())
+    if not isinstance(config, RunConfig):
+        raise InputError(f"{source}: has `vary:`, so it is an experiment: rankwise compare {source}")
+    return config
+
+
+def _experiment(source: Path, settings: Sequence[str]) -> Experiment:
+    from rankwise.config import InputError, RunConfig, load
+
+    config = load(source, settings, _schema())
+    if isinstance(config, RunConfig):
+        raise InputError(f"{source}: has no `vary:`, so it is one run: rankwise train {source}")
+    return config
+
+
+def _revision(task: str) -> str:
+    import rankwise.tasks
+
+    return rankwise.tasks.load(task).revision()
+
+
+def _runner(name: str, jobs: int | None) -> Runner:
+    from rankwise.bench.runners import runner
+    from rankwise.bench.runners.local import default_jobs
+
+    return runner(name)(jobs or default_jobs())
+
+
+def _sweep(
+    store: Store, folders: Sequence[Path], runner: Runner, as_json: bool, shown: Sequence[Path] | None = None
+) -> None:
+    """Carry out `folders`, print what the runs in `shown` say, write the page, and leave with the exit code."""
+    from rankwise.bench.compare import carry_out
+
+    outcome = carry_out(store, folders, runner)
+    summary = _summary(store, folders if shown is None else shown)
+    if not as_json:
+        print(summary.text())
+    page = _page(store, summary)
+    if as_json:
+        _print_json(
+            {
+                "runs": str(store.folder),
+                **{state: [path.name for path in getattr(outcome, state)] for state in ("done", "failed", "stopped")},
+                **summary.as_json(),
+                "report": str(page) if page else None,
+            }
+        )
+    elif page:
+        print(f"\nreport: {page}")
+    code = _exit_code(store, outcome)
+    if code:
+        sys.exit(code)
+
+
+def _page(store: Store, summary: Any) -> Path | None:
+    """The report of the whole folder; the table is out already, so what hinders the page is only said."""
+    from rankwise.config import InputError
+
+    if not summary.rows:
+        return None
+    try:
+        from rankwise.report.html import write
+
+        return write(store.folder, None)
+    except (InputError, OSError) as error:
+        print(f"no report.html: {' '.join(str(error).split())}", file=sys.stderr)
+        return None
+
+
+def _exit_code(store: Store, outcome: Outcome) -> int:
+    if outcome.failed:
+        again = f"`rankwise retry {store.folder}` carries them out again"
+        print(f"{len(outcome.failed)} runs failed; {again}", file=sys.stderr)
+        return SOME_FAILED
+    if outcome.stopped:
+        print(f"{len(outcome.stopped)} runs were stopped; the same command goes on with them", file=sys.stderr)
+        return STOPPED
+    return 0
+
+
+def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
+    from rankwise.metrics.classification import METRICS
+    from rankwise.runs.summary import Summary
+
+    return Summary.of(store.results(folders), METRICS)
+
+
+def _print_settings(config: RunConfig, folder: Path, as_json: bool) -> None:
+    import yaml
+
+    content = config.model_dump(mode="json")
+    print(_json(content) if as_json else yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
+    print(f"dry run: would be carried out in {folder}", file=sys.stderr)
+
+
+def _print_plan(store: Store, plan: Sequence[tuple[RunConfig, Path]], as_json: bool) -> None:
+    from rankwise.runs.tables import plain
+
+    states = [store.state(folder) for _, folder in plan]
+    if as_json:
+        _print_json(
+            [
+                {"run": folder.name, "state": state, "config": config.model_dump(mode="json", exclude={"runs"})}
+                for (config, folder), state in zip(plan, states, strict=True)
+            ]
+        )
+        return
+    rows = [
+        [folder.name, config.method["name"], f"{config.learning_rate:g}", str(config.seed), state]
+        for (config, folder), state in zip(plan, states, strict=True)
+    ]
+    print(plain(["run", "method", "learning rate", "seed", "state"], rows))
+    left = sum(state != "done" for state in states)
+    print(f"{len(plan)} runs in {store.folder}, {left} to carry out", file=sys.stderr)
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=1, ensure_ascii=False, default=str)
+
+
+def _print_json(content: Any) -> None:
+    print(_json(content))

@@ -1,0 +1,44 @@
+"""Files that are written whole or not at all, and lines that a killed process may have left broken."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rankwise.config import InputError
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace `path` by `text` so that whoever looks, even after a power cut, finds the old file or the new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole JSON lines up to the first broken one, which a killed process may have left; [] for no file."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ():
+        try:
+            line = json.loads(text) if text.endswith("\n") else None
+        except ValueError:
+            line = None
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
+    return lines
+
+
+def unwritable(folder: Path, error: OSError) -> InputError:
+    """The error to raise where a folder the user named cannot be written to."""
+    reason = (error.strerror or str(error)).lower()
+    return InputError(f"{folder}: cannot be written to: {reason}; choose another folder with runs=DIR")

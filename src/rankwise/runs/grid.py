@@ -1,0 +1,29 @@
+"""From an experiment to its runs, and what a run is called."""
+
+import hashlib
+import json
+
+import rankwise
+from rankwise.config import Experiment, RunConfig
+
+
+def expand(experiment: Experiment) -> list[RunConfig]:
+    """Every run of the experiment, once each, all of one seed before the next.
+
+    A sweep that is cut short so has compared everything at fewer seeds, instead of some methods not at all.
+    Raises InputError for a combination of the axes that is no valid run.
+    """
+    runs: list[RunConfig] = []
+    for config in experiment.configs():
+        if config not in runs:
+            runs.append(config)
+    return sorted(runs, key=lambda config: config.seed)
+
+
+def run_id(config: RunConfig, revision: str) -> str:
+    """12 hex digits that name a run: its settings, the version of rankwise, its task's name and the data's revision.
+
+    Where the run is stored is not part of it.
+    """
+    what = [config.model_dump(mode="json", exclude={"runs"}), rankwise.__version__, config.task, revision]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,194 @@
+"""A folder of runs. What lies in it is all there is to know about them: no database, no server."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+import numpy as np
+import yaml
+
+from rankwise.config import Experiment, InputError, RunConfig, need, read_yaml
+from rankwise.runs.files import read_lines, unwritable, write_whole
+from rankwise.runs.grid import run_id
+
+State = Literal["pending", "running", "stopped", "failed", "done"]
+
+RESULT_KEYS = {
+    *("run", "task", "method", "options", "model", "seed", "learning_rate"),
+    *("score", "metrics", "splits", "parameters", "cost"),
+}
+"""What a result.json has to hold to count as one."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one run stands."""
+
+    folder: Path
+    state: State
+    step: int
+    """Optimizer steps done."""
+    steps: int | None
+    """Steps of the whole run, where it has come far enough to know."""
+    error: str
+    """First line of its error, when it failed."""
+
+
+class Store:
+    """The runs below one folder, each in a folder of its own that is called `<task>-<method>-<seed>-<id>`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def place(self, config: RunConfig, revision: str) -> Path:
+        """Where this run is or would be. `revision` is that of the task's data, as `Task.revision()` gives it."""
+        return self.folder / f"{config.task}-{config.method['name']}-{config.seed}-{run_id(config, revision)}"
+
+    def create(self, config: RunConfig, revision: str) -> Path:
+        """The folder of this run, made with its `run.yaml` where it was not there yet; arguments as for `place`.
+
+        Raises InputError where nothing can be written.
+        """
+        folder = self.place(config, revision)
+        if self._read(folder) is not None:
+            return folder
+        settings = {"id": run_id(config, revision), **config.model_dump(mode="json", exclude={"runs"})}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "run.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
+        return folder
+
+    def forget_error(self, folder: Path) -> None:
+        """Let a failed run be begun again. Raises InputError where nothing can be written."""
+        try:
+            (folder / "error.txt").unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(folder, error) from None
+
+    def note(self, experiment: Experiment) -> None:
+        """Write the experiment beside its runs, for the report and for whoever looks later.
+
+        Raises InputError where nothing can be written.
+        """
+        content = {"name": experiment.name, **experiment.base, "vary": experiment.vary, "report": experiment.report}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / "experiment.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
+
+    def experiment(self) -> dict[str, Any]:
+        """What `note` wrote (name, vary, report, and the settings all runs share); {} where it is not there."""
+        try:
+            return read_yaml(self.folder / "experiment.yaml")
+        except InputError:
+            return {}
+
+    def folders(self) -> list[Path]:
+        """The folders that hold a run, by name. Raises InputError where the folder of runs is not there."""
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder}: there is no such folder of runs")
+        return sorted(path.parent for path in self.folder.glob("*/run.yaml"))
+
+    def config(self, folder: Path) -> RunConfig:
+        """The settings of a run. Raises InputError where its `run.yaml` is missing or damaged."""
+        found = self._read(folder)
+        if found is None:
+            raise InputError(f"{folder}: its run.yaml is missing or damaged")
+        return found[1]
+
+    def state(self, folder: Path) -> State:
+        """How a run stands; see `Standing`."""
+        if self.result(folder) is not None:
+            return "done"
+        if _held(folder / "run.lock"):
+            return "running"
+        if (folder / "error.txt").exists():
+            return "failed"
+        if (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoint-*")):
+            return "stopped"
+        return "pending"
+
+    def standing(self, folder: Path) -> Standing:
+        """How a run stands, with its progress and the first line of its error."""
+        state = self.state(folder)
+        step, steps = progress(folder)
+        error = ""
+        if state == "failed":
+            text = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip()
+            error = next(iter(text.splitlines()), "unknown")
+        return Standing(folder, state, step, steps, error)
+
+    def result(self, folder: Path) -> dict[str, Any] | None:
+        """The result of a finished run; None where it is not there, half written, or of some other run."""
+        found = self._read(folder)
+        try:
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        if found is None or not isinstance(result, dict) or not result.keys() >= RESULT_KEYS:
+            return None
+        if result["run"] != found[0] or not all(
+            isinstance(result[key], dict) for key in ("options", "metrics", "splits", "parameters", "cost")
+        ):
+            return None
+        return result
+
+    def results(self, folders: Sequence[Path] | None = None) -> list[dict[str, Any]]:
+        """The results of all finished runs (of those in `folders`), each with its `folder` and its `config`."""
+        found = ((folder, self.result(folder)) for folder in (self.folders() if folders is None else folders))
+        return [
+            {**result, "folder": folder, "config": self.config(folder).model_dump(mode="json", exclude={"runs"})}
+            for folder, result in found
+            if result is not None
+        ]
+
+    def _read(self, folder: Path) -> tuple[str, RunConfig] | None:
+        try:
+            settings = read_yaml(folder / "run.yaml")
+            return str(settings.pop("id")), RunConfig.model_validate(settings)
+        except (KeyError, ValueError):  # InputError and pydantic's ValidationError are ValueErrors
+            return None
+
+
+def predictions(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Predictions and labels, (n,) each, of a run's main evaluation split; None where there are none to be read."""
+    try:
+        table = need("pyarrow.parquet", "bench").read_table(
+            folder / "predictions.parquet", columns=["split", "prediction", "label"]
+        )
+    except (OSError, ValueError, KeyError):  # pyarrow's errors are of these kinds
+        return None
+    columns = {name: np.asarray(table.column(name).to_pylist()) for name in table.column_names}
+    main = columns["split"] == columns["split"][0] if len(table) else np.zeros(0, dtype=bool)
+    if not main.any() or (columns["label"][main] == -1).all():
+        return None
+    return columns["prediction"][main], columns["label"][main]
+
+
+def progress(folder: Path) -> tuple[int, int | None]:
+    """Steps done and steps of the whole run, from `metrics.jsonl`; (0, None) before its first line."""
+    try:
+        lines = read_lines(folder / "metrics.jsonl")
+    except OSError:
+        return 0, None
+    steps = next((int(line["steps"]) for line in lines if "steps" in line), None)
+    return max((int(line.get("step", 0)) for line in lines), default=0), steps
+
+
+def _held(path: Path) -> bool:
+    """Whether a live process holds the lock; the file itself stays behind when one is gone."""
+    if not path.exists():
+        return False
+    try:
+        with filelock.FileLock(path, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False  # a folder that cannot be written to is nobody's place of work

@@ -1,0 +1,148 @@
+"""Results as rows: seeds drawn together, the best learning rate of each method, and tables of plain text."""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rankwise.runs.stats import mean, sd, t_interval
+
+Row = dict[str, Any]
+
+_SHOWN_APART = {"task", "method", "learning_rate", "seed"}
+"""Settings that a row shows in columns of their own, or draws together."""
+
+
+def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """One row per task, method and learning rate, its seeds drawn together. Takes what `Store.results` gives.
+
+    A row holds
+      task, learning_rate; method (the label in tables), name (of the method alone), options; seeds, n (how many);
+      score (name of the main metric), scores (its value by seed), mean, sd (sample), interval (95 % t: low, high);
+      metrics (name -> {mean, sd});
+      budget, trainable (at its peak), final, head: parameters, the head's in none but the last;
+      peak_memory, adapter_bytes (bytes), seconds, examples_per_second: means over the seeds;
+      split, rows, official, note: what it was evaluated on;
+      folders: the folder of each seed's run.
+    mean, sd and interval are None where they are not defined: no labels, or one seed.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        settings = {key: value for key, value in result["config"].items() if key not in ("seed", "method")}
+        groups.setdefault(json.dumps([result["method"], result["options"], settings], sort_keys=True), []).append(
+            result
+        )
+    labels = _labels(results)
+    rows = [_row(members, labels[_identity(members[0])]) for members in groups.values()]
+    return sorted(rows, key=lambda row: (row["task"], row["name"], row["method"], row["learning_rate"]))
+
+
+def best(rows: Sequence[Row]) -> list[Row]:
+    """Of each task and method the row of the learning rate with the best mean.
+
+    Only the rates with the most seeds are candidates: a single lucky seed must not win over three.
+    """
+    chosen: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = (row["task"], row["method"])
+        if key not in chosen or _rank(row) > _rank(chosen[key]):
+            chosen[key] = row
+    return list(chosen.values())
+
+
+def _rank(row: Row) -> tuple[int, float]:
+    return row["n"], -math.inf if row["mean"] is None else row["mean"]
+
+
+def _row(members: list[dict[str, Any]], label: str) -> Row:
+    first = members[0]
+    evaluated = first["splits"]["evaluation"][0]
+    by_seed = {result["seed"]: result for result in sorted(members, key=lambda result: result["seed"])}
+    scores = {
+        seed: result["metrics"][result["score"]]
+        for seed, result in by_seed.items()
+        if result["score"] in result["metrics"]
+    }
+    values = list(scores.values())
+    parameters = {key: _average(by_seed, "parameters", key) for key in ("budget", "trainable", "final", "head")}
+    cost = {key: _average(by_seed, "cost", key) for key in ("seconds", "examples_per_second")}
+    return {
+        "task": first["task"],
+        "method": label,
+        "name": first["method"],
+        "options": first["options"],
+        "learning_rate": first["learning_rate"],
+        "seeds": list(by_seed),
+        "n": len(by_seed),
+        "score": first["score"],
+        "scores": scores,
+        "mean": mean(values) if values else None,
+        "sd": sd(values),
+        "interval": t_interval(values),
+        "metrics": {
+            name: {"mean": mean(each), "sd": sd(each)}
+            for name in first["metrics"]
+            if (each := [result["metrics"][name] for result in by_seed.values() if name in result["metrics"]])
+        },
+        **{key: round(value) for key, value in parameters.items()},
+        **cost,
+        "peak_memory": round(_average(by_seed, "cost", "peak_memory_bytes")),
+        "adapter_bytes": round(_average(by_seed, "cost", "adapter_bytes")),
+        "split": evaluated["name"],
+        "rows": evaluated["rows"],
+        "official": evaluated["official"],
+        "note": evaluated["note"],
+        "folders": {seed: result["folder"] for seed, result in by_seed.items()},
+    }
+
+
+def _average(by_seed: dict[int, dict[str, Any]], part: str, key: str) -> float:
+    return mean([result[part][key] for result in by_seed.values()])
+
+
+def _identity(result: dict[str, Any]) -> str:
+    settings = {key: value for key, value in result["config"].items() if key not in _SHOWN_APART}
+    return json.dumps([result["method"], result["options"], settings], sort_keys=True)
+
+
+def _labels(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What to call each method: its name, its rank, and whatever else tells it from its like among these results."""
+    labels = {}
+    for result in results:
+        like = [other["options"] for other in results if other["method"] == result["method"]]
+        settings = [other["config"] for other in results]
+        parts = [
+            f"{key}={_word(value)}"
+            for key, value in result["options"].items()
+            if key == "rank" or any(other.get(key, value) != value for other in like)
+        ] + [
+            f"{key}={_word(value)}"
+            for key, value in result["config"].items()
+            if key not in _SHOWN_APART and any(other.get(key) != value for other in settings)
+        ]
+        labels[_identity(result)] = " ".join([result["method"], *parts])
+    return labels
+
+
+def _word(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain text, columns as wide as they need; the first is ranged left, numbers right."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [bool(index) and all(_numeric(cell) for cell in column[1:]) for index, column in enumerate(columns)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if ranged else cell.ljust(width)
+            for cell, width, ranged in zip(line, widths, right, strict=True)
+        )
+        for line in [header, *rows]
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _numeric(cell: str) -> bool:
+    return not cell or cell[0].isdigit() or cell[0] in "-+−"

@@ -1,0 +1,168 @@
+"""What happens around the steps of a run: its lines on disk, evaluations, checkpoints, and the reasons to end it."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from rankwise.methods import Method
+from rankwise.ranks import ranks
+from rankwise.runs.files import read_lines
+from rankwise.train.files import append_line, cut_lines, flush, mark_complete
+from rankwise.train.stop import Stop
+
+
+class DivergedError(RuntimeError):
+    """The loss, the gradient or the weights are not finite any more. The checkpoints on disk are from before that."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and what is due when, all in optimizer steps."""
+
+    rows: int
+    batch_size: int
+    steps: int
+    eval_every: int
+    checkpoint_every: int
+
+    @property
+    def per_epoch(self) -> int:
+        return math.ceil(self.rows / self.batch_size)
+
+    @property
+    def line_every(self) -> int:
+        """Steps that a line of metrics.jsonl averages over: some 200 lines in a long run, each step in a short one."""
+        return math.ceil(self.steps / 200)
+
+    def examples(self, step: int) -> int:
+        """Training rows seen after `step` steps; the last batch of an epoch may be short."""
+        epochs, batches = divmod(step, self.per_epoch)
+        return epochs * self.rows + batches * self.batch_size
+
+
+@dataclass
+class Carried:
+    """What a checkpoint carries over a restart beside the training state. Work lost to a kill is not in it."""
+
+    seconds: float = 0.0
+    """Wall time of the training loop, with its evaluations and checkpoints."""
+    step_seconds: float = 0.0
+    """Wall time of the optimizer steps alone."""
+    peak_memory_bytes: int = 0
+    losses: list[float] = field(default_factory=list)
+    """Losses since the last line of metrics.jsonl."""
+
+
+class Progress(TrainerCallback):
+    """Writes metrics.jsonl and ranks.jsonl, and decides at each step what is due: line, evaluation, checkpoint."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        method: Method,
+        evaluate: Callable[[], dict[str, float]],
+        carried: Carried,
+        stop: Stop,
+    ) -> None:
+        self.metrics, self.ranks = folder / "metrics.jsonl", folder / "ranks.jsonl"
+        self.folder, self.plan, self.method, self.stop = folder, plan, method, stop
+        self.evaluate, self.carried = evaluate, carried
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Bring the lines on disk back to the checkpoint's step, or begin them."""
+        step = state.global_step
+        for path in (self.metrics, self.ranks):
+            cut_lines(path, step if step else -1)
+        lines = read_lines(self.ranks)
+        self.last: dict[str, Any] = {key: lines[-1][key] for key in ("ranks", "parameters")} if lines else {}
+        if step == 0:
+            append_line(self.metrics, {"step": 0, "steps": self.plan.steps})
+            self._rank_line(kwargs["model"], 0, kwargs["optimizer"])
+        self.since = self.step_since = time.perf_counter()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.step_since = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = state.global_step
+        self._rank_line(kwargs["model"], step, kwargs["optimizer"])
+        # Nothing at the last step: what follows the training evaluates and saves for good.
+        if step < self.plan.steps:
+            control.should_training_stop = self.stop.asked
+            control.should_save = self.stop.asked or step % self.plan.checkpoint_every == 0
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """A step's loss and then its evaluation; the Trainer comes here before it writes the step's checkpoint."""
+        logs = kwargs["logs"]
+        if "loss" not in logs:  # the Trainer's own summary at the end
+            return
+        self.carried.step_seconds += time.perf_counter() - self.step_since
+        del state.log_history[:-1]  # it would be written into each checkpoint, longer each time
+        step = state.global_step
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0.0)):
+                raise DivergedError(
+                    f"{name.replace('grad_norm', 'norm of the gradient')} is {logs[name]} at step {step}"
+                )
+        if control.should_save and not all(p.isfinite().all() for p in kwargs["model"].parameters() if p.requires_grad):
+            raise DivergedError(f"weights are not finite after step {step}")
+        self.carried.losses.append(logs["loss"])
+        if step % self.plan.line_every == 0 or step == self.plan.steps:
+            loss = math.fsum(self.carried.losses) / len(self.carried.losses)
+            line = {"step": step, "epoch": state.epoch, "loss": loss, "learning_rate": logs["learning_rate"]}
+            append_line(self.metrics, line)
+            self.carried.losses.clear()
+        if step % self.plan.eval_every == 0 and step < self.plan.steps:
+            self.evaluation_line(step, state.epoch, self.evaluate())
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.count()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for path in (self.metrics, self.ranks):
+            flush(path)
+        self.count()
+        mark_complete(self.folder / f"checkpoint-{state.global_step}", asdict(self.carried))
+
+    def count(self) -> None:
+        """Bring time and memory up to now."""
+        now = time.perf_counter()
+        self.carried.seconds += now - self.since
+        self.since = now
+        self.carried.peak_memory_bytes = max(self.carried.peak_memory_bytes, peak_memory())
+
+    def evaluation_line(self, step: int, epoch: float | None, scores: dict[str, float]) -> None:
+        """One evaluation into metrics.jsonl."""
+        append_line(self.metrics, {"step": step, "epoch": epoch, "eval": scores})
+
+    def _rank_line(self, model: nn.Module, step: int, optimizer: Any) -> None:
+        """A line when the ranks or the number of trainable parameters have changed, and at each check of a search."""
+        changed = getattr(optimizer, "optimizer", optimizer).changed == step  # accelerate wraps it
+        checked = step % getattr(self.method, "every", step + 1) == 0
+        if not (changed or checked):  # to walk a small model at each step would cost a tenth of its speed on a GPU
+            return
+        weights = self.method.weights(model)
+        now = {"ranks": ranks(model), "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        if now != self.last or weights is not None:
+            append_line(self.ranks, {"step": step, **now, **({} if weights is None else {"weights": weights})})
+            self.last = now
+
+
+def peak_memory() -> int:
+    """Most bytes in use at once: on a GPU those of this process's tensors, else the whole process's resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB

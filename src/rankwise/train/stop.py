@@ -1,0 +1,66 @@
+"""How a run is asked to stop: SIGTERM, or the end of the process that launched it."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+STOPPED = 75  # EX_TEMPFAIL: start the same command again and it goes on
+GRACE = 10.0  # seconds for the last step and its checkpoint once the parent is gone
+POLL = 0.5  # seconds
+
+
+class Stop:
+    """Whether SIGTERM has come: only noted while `patient`, for the loop to act on; else it ends the process."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._patient = False
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """Around the training loop, which finishes its step and writes a checkpoint first."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    def on_signal(self, *_: object) -> None:
+        self.asked = True
+        if not self._patient:
+            raise SystemExit(STOPPED)
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Answer SIGTERM with exit code 75 while the block runs. Signals reach only the main thread: elsewhere a no-op."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, stop.on_signal)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def follow_parent() -> None:
+    """End this process soon after the parent named in RANKWISE_PARENT (a process id) is gone; without it, do nothing.
+
+    A killed sweep so leaves no worker behind, and the worker still writes its checkpoint if it can within `GRACE`.
+    """
+    parent = os.environ.get("RANKWISE_PARENT", "")
+    if parent.isdigit():
+        threading.Thread(target=_watch, args=(int(parent),), name="follow-parent", daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(STOPPED)

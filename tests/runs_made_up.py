@@ -1,0 +1,63 @@
+"""Runs as a worker leaves them, with made-up numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+
+from rankwise.config import RunConfig
+from rankwise.runs.store import Store
+
+REVISION = "0123456789ab"
+
+
+def config(**settings: Any) -> RunConfig:
+    return RunConfig(**{"task": "cola", "method": {"name": "lora", "rank": 4, "alpha": 16.0}, **settings})
+
+
+def result(folder: Path, of: RunConfig, accuracy: float, **more: Any) -> dict[str, Any]:
+    name, options = of.method["name"], {key: value for key, value in of.method.items() if key != "name"}
+    budget = 1000 * options.get("rank", 0)
+    return {
+        "run": folder.name.rpartition("-")[2],
+        "task": of.task,
+        "method": name,
+        "options": options,
+        "model": "minilm-l6",
+        "seed": of.seed,
+        "learning_rate": of.learning_rate,
+        "score": "accuracy",
+        "metrics": {"accuracy": accuracy, "f1": accuracy / 2},
+        "splits": {
+            "train": {"name": "train", "rows": 100, "official": True, "note": ""},
+            "evaluation": [{"name": "validation", "rows": 50, "official": True, "note": ""}],
+        },
+        "parameters": {"trainable": budget + 36, "final": budget - 8, "budget": budget, "head": 770},
+        "cost": {
+            "seconds": 90.0 + of.seed,
+            "peak_memory_bytes": 3 * 1024**3 // 2,
+            "examples_per_second": 40.0,
+            "adapter_bytes": 2048,
+        },
+        **more,
+    }
+
+
+def finish(store: Store, of: RunConfig, accuracy: float, **more: Any) -> Path:
+    """A finished run of this accuracy; `more` replaces parts of its result."""
+    folder = store.create(of, REVISION)
+    (folder / "result.json").write_text(json.dumps(result(folder, of, accuracy, **more)))
+    return folder
+
+
+def predict(folder: Path, predictions: list[int], labels: list[int]) -> None:
+    """The predictions of a run on its main split, and one row of another split behind them."""
+    rows = {
+        "split": ["validation"] * len(labels) + ["mismatched"],
+        "idx": [*range(len(labels)), 0],
+        "label": [*labels, 1],
+        "prediction": [*predictions, 0],
+    }
+    pyarrow.parquet.write_table(pa.table(rows), folder / "predictions.parquet")

@@ -1,0 +1,59 @@
+"""One small real run: MiniLM on a few docstrings, 12 steps, a checkpoint every 3."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LORA = {"name": "lora", "rank": 2}
+# Large rates, so that the ranks do move within the nine steps of the search.
+SIMPLEX = {"name": "simplex-lora", "rank": 4, "every": 3, "times": 3, "omega_rate": 2000.0}
+SETTINGS = {
+    "id": "0123456789ab",
+    "task": "stdlib-kind",
+    "method": LORA,
+    "max_steps": 12,
+    "batch_size": 16,
+    "learning_rate": 5e-3,
+    "max_length": 16,
+    "train_rows": 72,  # five batches an epoch, the last one short
+    "eval_rows": 24,
+    "checkpoint_every": 3,
+}
+PATIENCE = 300  # seconds, for a machine that does much else
+
+
+def make(folder: Path, **settings: Any) -> Path:
+    """A run folder with its run.yaml and nothing else."""
+    folder.mkdir(parents=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump({**SETTINGS, **settings}))
+    return folder
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    """A process of its own that works on the run; its output goes to log.txt as in a sweep."""
+    with (folder / "log.txt").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "rankwise", "train", str(folder)],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.01)
+
+
+def reached(folder: Path, step: int) -> bool:
+    """Whether the line of this step is in metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    return path.exists() and f'"step": {step},' in path.read_text()

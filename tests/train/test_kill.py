@@ -1,0 +1,136 @@
+"""Runs that are cut off, for real, and what becomes of them. Each is compared with the same run left alone."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+
+from rankwise.train.files import MARKER, last_complete
+from small_run import LORA, PATIENCE, SIMPLEX, make, reached, start, wait_for
+
+
+def cut(folder: Path, step: int, how: signal.Signals) -> int:
+    """Start the run, send it a signal once it has done `step`, and return its exit status."""
+    process = start(folder)
+    wait_for(lambda: reached(folder, step) or process.poll() is not None)
+    process.send_signal(how)
+    return process.wait(PATIENCE)
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest complete checkpoint, -1 for none."""
+    found = last_complete(folder)
+    return int(found[0].name.removeprefix("checkpoint-")) if found else -1
+
+
+def log(folder: Path) -> str:
+    return (folder / "log.txt").read_text()
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "result.json").read_text())
+    del found["cost"]
+    return found
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """Every file that two runs of one configuration must share is the same."""
+    assert result(folder) == result(other)
+    for name in ("metrics.jsonl", "ranks.jsonl", "adapter/adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    tables = [pyarrow.parquet.read_table(each / "predictions.parquet") for each in (folder, other)]
+    assert tables[0].equals(tables[1])
+
+
+def test_a_run_killed_and_stopped_within_epochs_ends_as_the_uncut_one(tmp_path: Path) -> None:
+    """Killed by -9 within the search, told to stop by SIGTERM near the end of it; both in the middle of an epoch."""
+    alone, folder = make(tmp_path / "alone", method=SIMPLEX), make(tmp_path / "run", method=SIMPLEX)
+    undisturbed = start(alone)
+    assert cut(folder, 5, signal.SIGKILL) == -signal.SIGKILL
+    assert newest(folder) == 3
+    assert not (folder / "result.json").exists()
+
+    assert cut(folder, 7, signal.SIGTERM) == 75
+    assert newest(folder) == json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert not (folder / "error.txt").exists()
+
+    assert start(folder).wait(PATIENCE) == 0, log(folder)
+    assert undisturbed.wait(PATIENCE) == 0, log(alone)
+    assert_same(folder, alone)
+
+    # Had the ranks stood still, the above would prove little.
+    lines = [json.loads(line) for line in (alone / "ranks.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 3, 6, 9]
+    assert lines[0]["ranks"] != lines[1]["ranks"] != lines[2]["ranks"]
+    assert ["weights" in line for line in lines] == [True, True, True, False]
+    assert set(lines[1]["weights"]) == set(lines[1]["ranks"])
+
+
+def test_a_run_of_plain_lora_killed_ends_as_the_uncut_one(tmp_path: Path) -> None:
+    alone, folder = make(tmp_path / "alone", method=LORA), make(tmp_path / "run", method=LORA)
+    undisturbed = start(alone)
+    assert cut(folder, 8, signal.SIGKILL) == -signal.SIGKILL
+    assert newest(folder) == 6
+    assert start(folder).wait(PATIENCE) == 0, log(folder)
+    assert undisturbed.wait(PATIENCE) == 0, log(alone)
+    assert_same(folder, alone)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_a_line(tmp_path: Path) -> None:
+    """The limit on the size of a file fails writes as a full disk does: with an OSError, in the midst of a file."""
+    folder = make(tmp_path / "run", max_steps=40)
+    process = start(folder)
+    wait_for(lambda: (folder / "checkpoint-3" / MARKER).exists() or process.poll() is not None)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    assert process.wait(PATIENCE) == 1
+    error = (folder / "error.txt").read_text().splitlines()
+    assert error[0] and "Traceback" in error[2]
+    assert newest(folder) >= 3
+    assert not (folder / "result.json").exists()
+
+
+PARENT = """
+import os, subprocess, sys, time
+environment = {**os.environ, "RANKWISE_PARENT": str(os.getpid()), "OMP_NUM_THREADS": "1"}
+worker = subprocess.Popen([sys.executable, "-m", "rankwise", "train", sys.argv[1]], env=environment, stdout=2)
+print(worker.pid, flush=True)
+time.sleep(3600)
+"""
+
+
+def test_a_worker_ends_with_its_parent_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """The parent is killed by -9, so it cannot tell its worker anything."""
+    folder = make(tmp_path / "run", max_steps=200, checkpoint_every=200)
+    with (folder / "log.txt").open("wb") as log:
+        command = [sys.executable, "-c", PARENT, str(folder)]
+        parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+    try:
+        worker = int(parent.stdout.readline())
+        wait_for(lambda: reached(folder, 2) or not alive(worker))
+    finally:
+        parent.kill()
+        parent.communicate()
+    wait_for(lambda: not alive(worker))
+    assert 2 <= newest(folder) < 200, (folder / "log.txt").read_text()
+
+
+def test_an_interrupt_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", max_steps=200)
+    assert cut(folder, 4, signal.SIGINT) == 130
+    assert newest(folder) >= 3
+    assert not (folder / "error.txt").exists()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs; one that has ended and that nobody has asked after does not."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False

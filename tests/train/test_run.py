@@ -1,0 +1,296 @@
+"""One run in its folder: what it leaves behind, what it refuses, and how it fails."""
+
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import rankwise
+from rankwise import tasks
+from rankwise.config import InputError
+from rankwise.tasks import encode, subset
+from rankwise.train import model as models
+from rankwise.train.evaluate import predict
+from rankwise.train.files import MARKER, last_complete
+from rankwise.train.progress import DivergedError, Plan
+from rankwise.train.run import run
+from small_run import LORA, SIMPLEX, make, reached, wait_for
+
+HEAD = {"name": "head"}
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make(tmp_path_factory.mktemp("runs") / "run", method=SIMPLEX)
+    (folder / "error.txt").write_text("of an earlier try")
+    run(folder)
+    return folder
+
+
+def test_a_finished_run_leaves_all_its_files_and_no_others(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        *("run.yaml", "run.lock", "env.json", "metrics.jsonl", "ranks.jsonl", "predictions.parquet", "adapter"),
+        "result.json",
+    }
+
+
+def test_the_result_says_all_that_a_table_needs_and_no_path(finished: Path) -> None:
+    result = json.loads((finished / "result.json").read_text())
+    assert (result["run"], result["task"], result["method"]) == ("0123456789ab", "stdlib-kind", "simplex-lora")
+    assert (result["model"], result["seed"], result["learning_rate"]) == ("minilm-l6", 0, 5e-3)
+    assert result["options"]["every"] == 3 and result["options"]["targets"] == "all-linear"
+    assert result["score"] == "accuracy" and set(result["metrics"]) == {"accuracy"}
+    assert result["splits"]["train"]["rows"] == 72
+    assert [split["rows"] for split in result["splits"]["evaluation"]] == [24]
+    assert result["splits"]["train"]["official"] is False and result["splits"]["train"]["note"]
+    assert all(value > 0 for value in result["cost"].values()) and set(result["cost"]) == {
+        *("seconds", "peak_memory_bytes", "examples_per_second", "adapter_bytes")
+    }
+    assert str(finished.parent) not in json.dumps(result)
+
+
+def test_parameters_are_counted_without_the_head_and_at_their_peak(finished: Path) -> None:
+    counted = json.loads((finished / "result.json").read_text())["parameters"]
+    # MiniLM: 6 layers of four maps 384 x 384 and two of 384 x 1536, and the pooler; r = 4; one ω a site in the search.
+    budget = 4 * (6 * (4 * 768 + 2 * 1920) + 768)
+    assert counted["budget"] == budget and counted["head"] == 384 * 3 + 3
+    assert counted["trainable"] == budget + 37
+    assert budget - 768 < counted["final"] <= budget
+
+
+def test_the_lines_tell_the_course_of_the_run(finished: Path) -> None:
+    found = lines(finished / "metrics.jsonl")
+    assert found[0] == {"step": 0, "steps": 12}
+    losses = [line for line in found if "loss" in line]
+    assert [line["step"] for line in losses] == list(range(1, 13))
+    assert losses[4]["epoch"] == 1.0 and losses[-1]["epoch"] == 2.4
+    assert losses[0]["learning_rate"] == 0.0 and losses[1]["learning_rate"] == 5e-3
+    evaluations = [line for line in found if "eval" in line]
+    assert [line["step"] for line in evaluations] == [5, 10, 12]
+    assert all(set(line["eval"]) == {"loss", "accuracy"} for line in evaluations)
+    assert losses[-1]["loss"] < losses[0]["loss"]
+
+
+def test_the_predictions_give_the_metrics_and_are_of_the_rows_they_name(finished: Path) -> None:
+    table = pyarrow.parquet.read_table(finished / "predictions.parquet")
+    assert table.column_names == ["split", "idx", "label", "prediction", "logits"]
+    columns = {name: np.array(table.column(name).to_pylist()) for name in table.column_names}
+    assert (columns["logits"].argmax(axis=1) == columns["prediction"]).all()
+    metrics = json.loads((finished / "result.json").read_text())["metrics"]
+    assert (columns["label"] == columns["prediction"]).mean() == pytest.approx(metrics["accuracy"])
+    rows = subset(tasks.load("stdlib-kind").evaluation()[0], 24).data
+    assert columns["idx"].tolist() == rows["idx"][:] and columns["label"].tolist() == rows["label"][:]
+
+
+def test_stock_peft_gets_from_the_adapter_what_the_run_predicted(finished: Path) -> None:
+    task = tasks.load("stdlib-kind")
+    split = subset(task.evaluation()[0], 24)
+    torch.manual_seed(1)  # another head than the run began with: the adapter brings its own
+    base, tokenizer, _ = models.build(None, task.labels, 16)
+    model = PeftModel.from_pretrained(base, str(finished / "adapter"))
+    logits = predict(model, encode(split, task, tokenizer, 16), tokenizer, batch_size=5)
+    kept = pyarrow.parquet.read_table(finished / "predictions.parquet").column("logits").to_pylist()
+    np.testing.assert_allclose(logits, np.array(kept), atol=1e-5)
+
+
+def test_a_finished_run_is_returned_untouched(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != "run.lock"}
+    assert run(finished) == json.loads((finished / "result.json").read_text())
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.name != "run.lock"}
+
+
+@pytest.mark.parametrize("text", ["", '{"run": "0123456789ab"', '{"run": "another", "metrics": {}}', "[]"])
+def test_half_a_result_or_a_foreign_one_does_not_count(text: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", method=HEAD, max_steps=1, eval_rows=4)
+    (folder / "result.json").write_text(text)
+    assert run(folder)["run"] == "0123456789ab"
+    assert json.loads((folder / "result.json").read_text())["metrics"]
+
+
+def test_head_trains_the_head_alone(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", method=HEAD, eval_every=6)
+    result = run(folder)
+    assert result["parameters"] == {"trainable": 0, "final": 0, "budget": 0, "head": 1155}
+    assert [line["ranks"] for line in lines(folder / "ranks.jsonl")] == [{}]
+    assert [line["step"] for line in lines(folder / "metrics.jsonl") if "eval" in line] == [6, 12]
+    base, _, _ = models.build(None, tasks.load("stdlib-kind").labels, 16)
+    start = base.classifier.weight.detach().clone()
+    trained = rankwise.load(base, folder / "adapter")
+    assert not torch.equal(start, trained.classifier.weight)
+
+
+LONG = {"max_steps": 30, "eval_every": 20, "checkpoint_every": 20}  # long enough to be stopped on its way
+
+
+@pytest.fixture
+def terminate() -> Iterator[Callable[[Path, int], None]]:
+    """Send this process SIGTERM once the run in a folder has done a step."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # should the run be over by then
+
+    def watch(folder: Path, step: int) -> None:
+        wait_for(lambda: reached(folder, step))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    yield lambda folder, step: threading.Thread(target=watch, args=(folder, step), daemon=True).start()
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_head_goes_on_where_it_was_stopped_and_time_adds_up(
+    terminate: Callable[[Path, int], None], tmp_path: Path
+) -> None:
+    alone, folder = (make(tmp_path / name, method=HEAD, **LONG) for name in ("alone", "run"))
+    whole = run(alone)
+    terminate(folder, 4)
+    with pytest.raises(SystemExit) as caught:
+        run(folder)
+    assert caught.value.code == 75
+    age(folder, 1e6)
+    resumed = run(folder)
+    assert {**whole, "cost": None} == {**resumed, "cost": None}
+    assert 1e6 < resumed["cost"]["seconds"] < 2e6
+    for name in ("metrics.jsonl", "ranks.jsonl", "adapter/adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
+
+
+def test_without_resume_a_run_begins_anew(terminate: Callable[[Path, int], None], tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", method=HEAD, **LONG)
+    terminate(folder, 4)
+    with pytest.raises(SystemExit):
+        run(folder)
+    age(folder, 1e6)
+    assert run(folder, resume=False)["cost"]["seconds"] < 1e6
+
+
+def age(folder: Path, seconds: float) -> None:
+    """Let the newest checkpoint say that it took that much longer."""
+    checkpoint, _ = last_complete(folder) or pytest.fail("no checkpoint was left")
+    marker = json.loads((checkpoint / MARKER).read_text())
+    marker["carried"]["seconds"] += seconds
+    (checkpoint / MARKER).write_text(json.dumps(marker))
+
+
+def test_a_run_that_cannot_write_says_so_and_can_be_run_again(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", method=HEAD, max_steps=1, eval_rows=4)
+    (folder / "metrics.jsonl").mkdir()
+    with pytest.raises(OSError):
+        run(folder)
+    assert "metrics.jsonl" in (folder / "error.txt").read_text().splitlines()[0]
+    (folder / "metrics.jsonl").rmdir()
+    run(folder)
+    assert not (folder / "error.txt").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_path: Path) -> None:
+    """Of two steps of warm-up the first has rate 0, so the weights break at the second and the loss at the third."""
+    folder = make(tmp_path / "run", learning_rate=1e30, warmup=2, checkpoint_every=1)
+    with pytest.raises(DivergedError, match=r"loss is (nan|inf) at step 3") as caught:
+        run(folder)
+    first, _, traceback = (folder / "error.txt").read_text().partition("\n")
+    assert first == str(caught.value) and "DivergedError" in traceback
+    checkpoint, _ = last_complete(folder) or pytest.fail("no checkpoint was kept")
+    assert checkpoint.name == "checkpoint-2"
+    assert all(weight.isfinite().all() for weight in load_file(checkpoint / "adapter_model.safetensors").values())
+    assert all(np.isfinite(row["loss"]) for row in lines(folder / "metrics.jsonl") if "loss" in row)
+    assert not (folder / "result.json").exists()
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run")
+    with filelock.FileLock(folder / "run.lock"), pytest.raises(InputError, match="another process"):
+        run(folder)
+    assert not (folder / "error.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"task": "stdlib-kid"}, "stdlib-kind"),
+        ({"method": {"name": "lora", "rnk": 2}}, "rank"),
+        ({"method": {"name": "lora", "targets": ["qery"]}}, "query"),
+        ({"method": {"name": "lora", "rank": 385}}, "rank 385 is too large"),
+        ({"max_length": 600}, "max_length: 600"),
+        ({"model": "/no/such/folder"}, "/no/such/folder"),
+        ({"id": ""}, "id"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line_and_stays_in_the_folder(
+    settings: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "run", **settings)
+    with pytest.raises(InputError, match=line) as caught:
+        run(folder)
+    assert "\n" not in str(caught.value)
+    assert (folder / "error.txt").read_text().splitlines()[0] == str(caught.value)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run\.yaml"):
+        run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(make(tmp_path / "run", method=LORA, max_steps=1, eval_rows=4))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def similarity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A little STS-B in a folder of one's own: pairs of sentences and how alike they are."""
+    folder = tmp_path / "data" / "glue" / "stsb"
+    folder.mkdir(parents=True)
+    words = ["a cat sits", "a dog runs", "the sun is out", "rain falls on the roof"]
+    for name, rows in (("train", 16), ("validation", 8)):
+        pairs = [(words[i % 4], words[(i + i // 4) % 4]) for i in range(rows)]
+        columns = {
+            "sentence1": [a for a, _ in pairs],
+            "sentence2": [b for _, b in pairs],
+            "label": [5.0 if a == b else 0.25 * (i % 5) for i, (a, b) in enumerate(pairs)],
+            "idx": list(range(rows)),
+        }
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / f"{name}.parquet")
+    monkeypatch.setenv("RANKWISE_DATA", str(tmp_path / "data"))
+    yield
+
+
+@pytest.mark.usefixtures("similarity")
+def test_a_regression_runs_on_pairs(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", task="stsb", max_steps=3, batch_size=8, train_rows=None, eval_rows=None)
+    result = run(folder)
+    assert set(result["metrics"]) == {"pearson", "spearman"} and result["splits"]["train"]["rows"] == 16
+    table = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
+    assert table["label"][0] == 5.0
+    assert table["prediction"] == [logits[0] for logits in table["logits"]]
+
+
+def test_answers_do_not_depend_on_the_order_or_the_batches() -> None:
+    task = tasks.load("stdlib-kind")
+    split = subset(task.evaluation()[0], 12)
+    model, tokenizer, _ = models.build(None, task.labels, 64)
+    model.train()
+    tokens = encode(split, task, tokenizer, 64)
+    at_once, singly = (predict(model, tokens, tokenizer, size) for size in (12, 1))
+    np.testing.assert_allclose(at_once, singly, atol=1e-5)
+    assert model.training
+
+
+def test_examples_are_counted_with_the_short_batch_at_the_end_of_an_epoch() -> None:
+    plan = Plan(rows=72, batch_size=16, steps=500, eval_every=5, checkpoint_every=5)
+    assert [plan.examples(step) for step in (0, 1, 4, 5, 6, 10)] == [0, 16, 64, 72, 88, 144]
+    assert plan.line_every == 3
