@@ -1,0 +1,210 @@
+"""Sweeps that are crashed, stopped and killed. The workers stand in for the training; `test_cli.py` has a real one."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import pytest
+from rich.console import Console
+
+from rankwise.bench.compare import Outcome, carry_out
+from rankwise.bench.runners.local import Local
+from rankwise.config import InputError
+from rankwise.runs.store import Store
+from runs_made_up import REVISION, config, finish
+
+HERE = Path(__file__).parent
+PATIENCE = 120  # seconds, for a machine that does much else
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "runs")
+
+
+def runner(jobs: int = 2) -> Local:
+    return Local(jobs, command=[sys.executable, str(HERE / "worker.py")])
+
+
+def runs(store: Store, *kinds: int | None) -> list[Path]:
+    """One run for each entry, which says what becomes of it; see worker.py."""
+    return [store.create(config(seed=seed, max_steps=5, train_rows=kind), REVISION) for seed, kind in enumerate(kinds)]
+
+
+def sweep(store: Store, folders: list[Path], jobs: int = 2) -> tuple[Outcome, str]:
+    log = io.StringIO()
+    return carry_out(store, folders, runner(jobs), Console(file=log)), log.getvalue()
+
+
+def start(store: Store) -> subprocess.Popen[str]:
+    """A sweep in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "sweep.py"), str(store.folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.02)
+
+
+def started(folder: Path) -> list[int]:
+    """Process ids of the workers that were started on a run, one after another."""
+    path = folder / "started"
+    return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and was not asked for its exit code does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_every_run_is_carried_out_and_a_crash_takes_nothing_with_it(store: Store) -> None:
+    folders = runs(store, None, 2, 3, 4, None)
+    outcome, log = sweep(store, folders)
+    assert sorted(outcome.done) == sorted([folders[0], folders[4]])
+    assert sorted(outcome.failed) == sorted(folders[1:4])
+    assert "failed: cola lora rate 0.001 seed 1: the loss is not finite" in log
+    errors = [store.standing(folder).error for folder in folders[1:4]]
+    assert errors[0] == "the loss is not finite"
+    assert errors[1].startswith("the process was killed by signal 9, as the kernel does when memory runs out")
+    assert errors[2] == "the process ended with exit code 1; the last line of its log: something broke"
+    assert log.splitlines()[-1] == "5/5 runs, 3 failed"
+    assert all((folder / "log.txt").exists() for folder in folders)
+
+
+def test_what_is_done_is_left_alone_and_the_rest_is_carried_out(store: Store) -> None:
+    folders = runs(store, None, 2, None)
+    finish(store, store.config(folders[0]), 0.9)
+    before = (folders[0] / "result.json").stat().st_mtime_ns
+    sweep(store, folders)
+    outcome, log = sweep(store, folders)
+    assert "2 of 3 runs are done already" in log
+    assert len(outcome.done) == 2
+    assert [len(started(folder)) for folder in folders] == [0, 2, 1]
+    assert (folders[0] / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_damaged_result_is_made_again(store: Store) -> None:
+    folders = runs(store, None)
+    (folders[0] / "result.json").write_text('{"run": "')
+    outcome, _ = sweep(store, folders)
+    assert outcome.done == folders
+    assert store.result(folders[0]) is not None
+
+
+def test_no_more_runs_at_once_than_jobs_and_the_cores_are_divided(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("rankwise.bench.runners.local.cores", lambda: 7)
+    folders = runs(store, None, None)
+    sweep(store, folders, jobs=3)
+    assert [(folder / "started").read_text().split()[1] for folder in folders] == ["2", "2"]
+    environment = runner(2).environment()
+    threads = {environment[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS", "RAYON")}
+    assert threads == {"3"}
+    assert environment["RANKWISE_PARENT"] == str(os.getpid())
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    environment = runner(2).environment()
+    assert (environment["MKL_NUM_THREADS"], environment["TOKENIZERS_PARALLELISM"]) == ("1", "false")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_sweep_that_is_told_to_stop_stops_its_workers_and_goes_on_later(
+    number: signal.Signals, code: int, store: Store
+) -> None:
+    folders = runs(store, 1, 1, None)
+    process = start(store)
+    wait_for(lambda: sum(len(started(folder)) for folder in folders) >= 2)
+    workers = [each for folder in folders for each in started(folder)]
+    process.send_signal(number)
+    _, log = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code
+    assert "they write a checkpoint first" in log
+    assert "Traceback" not in log
+    assert not any(alive(each) for each in workers)
+    assert sorted(store.state(folder) for folder in folders[:2]) == ["stopped", "stopped"]
+    assert (folders[0] / "checkpoint-1").exists()
+
+
+def test_a_killed_sweep_leaves_no_worker_and_the_same_call_goes_on(store: Store) -> None:
+    folders = runs(store, None, 1)
+    process = start(store)
+    wait_for(lambda: store.state(folders[0]) == "done" and bool(started(folders[1])))
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(alive(each) for each in started(folders[1])))
+    assert store.state(folders[1]) == "stopped"
+    finish(store, store.config(folders[1]), 0.5)
+    outcome, _ = sweep(store, folders)
+    assert sorted(outcome.done) == sorted(folders)
+
+
+def test_a_worker_that_will_not_stop_is_killed_with_its_children(store: Store) -> None:
+    (folder,) = runs(store, 5)
+    local = runner(1)
+    local.start(folder)
+    wait_for(lambda: (folder / "child").exists() and (folder / "child").read_text().endswith("\n"))
+    local.stop(grace=0.1)
+    processes = [*started(folder), int((folder / "child").read_text())]
+    wait_for(lambda: not any(alive(each) for each in processes))
+    assert [(each.folder, each.code) for each in local.ended()] == [(folder, -signal.SIGKILL)]
+
+
+def test_a_worker_stopped_from_outside_is_neither_done_nor_failed(store: Store) -> None:
+    (folder,) = runs(store, 1)
+    process = start(store)
+    wait_for(lambda: bool(started(folder)))
+    os.kill(started(folder)[0], signal.SIGTERM)
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert out.split() == ["0", "0", "1"]
+    assert store.state(folder) == "stopped"
+
+
+def test_two_sweeps_in_one_folder_share_the_runs(store: Store) -> None:
+    folders = runs(store, *[None] * 6)
+    both = [start(store), start(store)]
+    for process in both:
+        out, log = process.communicate(timeout=PATIENCE)
+        assert out.split() == ["6", "0", "0"], log
+    assert [len(started(folder)) for folder in folders] == [1] * 6
+
+
+def test_a_run_that_another_process_holds_is_waited_for(store: Store) -> None:
+    (folder,) = runs(store, None)
+    lock = filelock.FileLock(folder / "run.lock")
+    lock.acquire()
+    process = start(store)
+    assert process.stderr is not None
+    assert "another process is at work on it, waiting for that" in process.stderr.readline()
+    lock.release()
+    out, _ = process.communicate(timeout=PATIENCE)
+    assert out.split() == ["1", "0", "0"]
+
+
+def test_a_folder_that_cannot_be_written_to_ends_the_sweep_in_one_line(store: Store) -> None:
+    first, second = runs(store, None, None)
+    (second / "log.txt").mkdir()  # stands for a folder that takes no file; root may write anywhere
+    with pytest.raises(InputError, match="cannot be written to: is a directory"):
+        sweep(store, [first, second])
+    assert store.state(second) == "pending"

@@ -1,0 +1,72 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rankwise.bench import progress
+from rankwise.bench.progress import Count, Display
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, to be set by the test."""
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def run(folder: Path, step: int, steps: int) -> Path:
+    folder.mkdir(exist_ok=True)
+    lines = [{"step": 0, "steps": steps}, {"step": step, "loss": 0.1}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_without_a_terminal_there_is_a_line_every_ten_seconds(tmp_path: Path, clock: list[float]) -> None:
+    out = io.StringIO()
+    first, second = run(tmp_path / "first", 0, 100), tmp_path / "second"
+    names = {first: "cola lora", second: "cola head"}
+    with Display(Console(file=out), names) as display:
+        display.show(Count(0, 0, 4, [first, second]))
+        assert out.getvalue() == ""
+        clock[0] += 10
+        display.show(Count(0, 0, 4, [first, second]))
+        clock[0] += 9
+        display.show(Count(0, 0, 4, [first, second]))
+        clock[0] += 21
+        run(first, 50, 100)
+        display.show(Count(1, 1, 4, [first]))
+        display.show(Count(3, 1, 4, []), now=True)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "0/4 runs, cola lora 0/100 steps; cola head starting"
+    # two runs and a half in 40 s, one and a half to go
+    assert lines[1] == "2/4 runs, 1 failed, cola lora 50/100 steps, about 24 s left"
+    assert lines[2] == "4/4 runs, 1 failed"
+    assert len(lines) == 3
+
+
+def test_work_done_before_does_not_count_for_the_time_left(tmp_path: Path, clock: list[float]) -> None:
+    out = io.StringIO()
+    folder = run(tmp_path / "run", 80, 100)
+    with Display(Console(file=out), {folder: "run"}) as display:
+        clock[0] += 10
+        display.show(Count(10, 0, 12, [folder]))
+        clock[0] += 10
+        run(folder, 90, 100)
+        display.show(Count(10, 0, 12, [folder]))
+    # a tenth of a run in 20 s, 1.1 runs to go
+    assert out.getvalue().splitlines()[1].endswith("run 90/100 steps, about 3 min 40 s left")
+
+
+def test_on_a_terminal_there_are_bars(tmp_path: Path) -> None:
+    out = io.StringIO()
+    folder = run(tmp_path / "run", 80, 100)
+    console = Console(file=out, force_terminal=True, width=120)
+    with Display(console, {folder: "cola lora"}) as display:
+        display.show(Count(0, 0, 2, [folder]))
+        display.show(Count(1, 0, 2, []))
+    assert "0/2 runs" in out.getvalue()
+    assert "cola lora" in out.getvalue()
+    assert "1/2 runs" in out.getvalue()

@@ -1,0 +1,133 @@
+import json
+from pathlib import Path
+
+import filelock
+import pytest
+import yaml
+
+from rankwise.config import Experiment, InputError
+from rankwise.runs.store import Store, predictions, progress
+from runs_made_up import REVISION, config, finish, predict, result
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "runs")
+
+
+def test_a_run_has_a_readable_folder_with_its_resolved_settings(store: Store) -> None:
+    folder = store.create(config(seed=3), REVISION)
+    assert folder == store.place(config(seed=3), REVISION)
+    assert folder.name.startswith("cola-lora-3-")
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    assert settings.pop("id") == folder.name.rpartition("-")[2]
+    assert settings == config(seed=3).model_dump(mode="json", exclude={"runs"})
+    assert store.folders() == [folder]
+    assert store.config(folder) == config(seed=3)
+
+
+def test_making_a_run_again_changes_nothing_and_a_damaged_one_is_mended(store: Store) -> None:
+    folder = finish(store, config(), 0.5)
+    before = (folder / "run.yaml").read_bytes()
+    assert store.create(config(runs="elsewhere"), REVISION) == folder
+    assert store.state(folder) == "done"
+    (folder / "run.yaml").write_text("id: [")
+    assert store.state(folder) == "pending"
+    with pytest.raises(InputError, match="run.yaml is missing or damaged"):
+        store.config(folder)
+    store.create(config(), REVISION)
+    assert (folder / "run.yaml").read_bytes() == before
+    assert not list(folder.glob(".run.yaml*"))
+
+
+def test_the_states_a_run_goes_through(store: Store) -> None:
+    folder = store.create(config(), REVISION)
+    assert store.state(folder) == "pending"
+    with filelock.FileLock(folder / "run.lock"):
+        assert store.state(folder) == "running"
+    assert store.state(folder) == "pending"
+    (folder / "metrics.jsonl").write_text('{"step": 0, "steps": 30}\n{"step": 7, "loss": 0.1}\n{"step": 8, "lo')
+    assert store.state(folder) == "stopped"
+    (folder / "error.txt").write_text("\nno more memory\n\nTraceback\n")
+    standing = store.standing(folder)
+    assert (standing.state, standing.step, standing.steps, standing.error) == ("failed", 7, 30, "no more memory")
+    store.forget_error(folder)
+    assert store.state(folder) == "stopped"
+    finish(store, config(), 0.5)
+    assert store.state(folder) == "done"
+
+
+@pytest.mark.parametrize("name", ["half", "foreign", "list", "another", "no cost", "empty", "binary"])
+def test_only_a_whole_result_of_this_very_run_counts(name: str, store: Store) -> None:
+    folder = store.create(config(), REVISION)
+    whole = result(folder, config(), 0.5)
+    text = {
+        "half": json.dumps(whole)[:-20],
+        "foreign": '{"hello": "world"}',
+        "list": "[1, 2]",
+        "another": json.dumps({**whole, "run": "000000000000"}),
+        "no cost": json.dumps({key: value for key, value in whole.items() if key != "cost"}),
+        "empty": "",
+        "binary": "\0",
+    }[name]
+    (folder / "result.json").write_text(text)
+    assert store.result(folder) is None
+    assert store.state(folder) == "pending"
+    assert store.results() == []
+
+
+def test_results_come_with_their_folder_and_settings(store: Store) -> None:
+    first = finish(store, config(), 0.5)
+    second = finish(store, config(seed=1), 0.6)
+    store.create(config(seed=2), REVISION)
+    assert {each["folder"]: each["metrics"]["accuracy"] for each in store.results()} == {first: 0.5, second: 0.6}
+    (only,) = store.results([second])
+    assert only["config"]["seed"] == 1
+    assert "runs" not in only["config"]
+
+
+def test_what_else_lies_in_the_folder_is_no_run(store: Store) -> None:
+    folder = store.create(config(), REVISION)
+    (store.folder / "notes").mkdir()
+    (store.folder / "report.html").write_text("")
+    assert store.folders() == [folder]
+
+
+def test_the_experiment_is_kept_beside_its_runs(store: Store) -> None:
+    assert store.experiment() == {}
+    store.note(Experiment(name="x", base={"task": "cola"}, vary={"seed": [0]}, report={"title": "ω"}, runs="r"))
+    assert store.experiment() == {"name": "x", "task": "cola", "vary": {"seed": [0]}, "report": {"title": "ω"}}
+    assert store.folders() == []
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing: there is no such folder of runs"):
+        Store(tmp_path / "missing").folders()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    store = Store(tmp_path / "file" / "runs")
+    with pytest.raises(InputError, match="cannot be written to: not a directory; choose another folder with runs=DIR"):
+        store.create(config(), REVISION)
+    with pytest.raises(InputError, match="cannot be written to"):
+        store.note(Experiment(name="x", base={}, vary={"seed": [0]}, runs="r"))
+
+
+def test_progress_before_the_first_line(tmp_path: Path) -> None:
+    assert progress(tmp_path) == (0, None)
+    (tmp_path / "metrics.jsonl").write_text('{"ste')
+    assert progress(tmp_path) == (0, None)
+
+
+def test_predictions_are_those_of_the_main_split(store: Store) -> None:
+    folder = store.create(config(), REVISION)
+    assert predictions(folder) is None
+    predict(folder, [1, 0, 1], [1, 1, 1])
+    found = predictions(folder)
+    assert found is not None
+    assert [each.tolist() for each in found] == [[1, 0, 1], [1, 1, 1]]
+    predict(folder, [1, 0, 1], [-1, -1, -1])
+    assert predictions(folder) is None
+    (folder / "predictions.parquet").write_bytes(b"PAR1")
+    assert predictions(folder) is None

@@ -1,0 +1,118 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from rankwise.metrics.classification import METRICS
+from rankwise.runs.store import Store
+from rankwise.runs.summary import Summary, duration, plus_minus, size
+from runs_made_up import config, finish, predict
+
+HEAD = {"name": "head"}
+SIMPLEX = {"name": "simplex-lora", "rank": 4, "every": 10}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def summary(store: Store) -> Summary:
+    return Summary.of(store.results(), METRICS)
+
+
+def three_methods(store: Store) -> None:
+    for seed, noise in enumerate((0.0, 0.01, -0.02)):
+        finish(store, config(seed=seed), 0.80 + noise)
+        finish(store, config(seed=seed, method=SIMPLEX), 0.81 - noise)
+        finish(store, config(seed=seed, method=HEAD), 0.60 + noise + seed * 0.001)
+
+
+def test_findings_say_how_far_the_head_is_behind_and_whether_methods_differ(store: Store) -> None:
+    three_methods(store)
+    head, simplex = summary(store).findings()
+    assert head.startswith("cola, accuracy: training the head only is 0.199 behind lora rank=4 (95 % intervals: -0.20")
+    assert head.endswith("over 3 seeds): a difference at n = 3.")
+    assert simplex.startswith("cola, accuracy: simplex-lora rank=4 against lora rank=4: +0.017")
+    assert simplex.endswith("no difference shown at n = 3.")
+
+
+def test_one_seed_shows_nothing(store: Store) -> None:
+    finish(store, config(), 0.9)
+    finish(store, config(method=HEAD), 0.1)
+    (sentence,) = summary(store).findings()
+    assert sentence.endswith("0.800 behind lora rank=4. One seed shows nothing; use three at least.")
+
+
+def test_the_bootstrap_joins_in_where_predictions_of_the_same_rows_are_there(store: Store) -> None:
+    three_methods(store)
+    labels = [0, 1] * 20
+    for result in store.results():
+        right = {"lora": 32, "simplex-lora": 32, "head": 24}[result["method"]]
+        predict(result["folder"], labels[:right] + [1 - label for label in labels[right:]], labels)
+    first = summary(store)
+    assert all("over the examples" in sentence for sentence in first.findings())
+    assert first.findings() == summary(store).findings()
+    predict(store.results()[0]["folder"], [1], [1])
+    assert any("over the examples" not in sentence for sentence in summary(store).findings())
+
+
+def test_a_method_is_measured_against_lora_at_the_nearest_budget(store: Store) -> None:
+    for rank, score in ((2, 0.5), (4, 0.6), (16, 0.7)):
+        finish(store, config(method={"name": "lora", "rank": rank}), score)
+    finish(store, config(method=SIMPLEX), 0.6)
+    finish(store, config(method=HEAD), 0.4)
+    against = {each.ours["name"]: each.theirs["method"] for each in summary(store).contrasts}
+    assert against == {"simplex-lora": "lora rank=4", "head": "lora rank=16"}
+
+
+def test_the_text_holds_all_that_a_row_has_to_carry(store: Store) -> None:
+    three_methods(store)
+    finish(store, config(learning_rate=0.5), 0.1)
+    text = summary(store).text()
+    assert "cola: accuracy on 50 rows of validation" in text
+    line = next(line for line in text.splitlines() if line.startswith("lora rank=4"))
+    assert line.split() == [
+        *("lora", "rank=4", "0.001", "3", "0.797", "±", "0.015", "0.759", "…", "0.835"),
+        *("0.398", "±", "0.008", "4,000", "4,036", "3,992", "770"),
+    ]
+    costs = [line for line in text.splitlines() if line.startswith("lora rank=4")][1]
+    assert costs.split() == ["lora", "rank=4", "1.5", "GiB", "1", "min", "31", "s", "40.0", "2.0", "KiB"]
+    assert "every score is a little too high" in text
+
+
+def test_a_split_that_is_not_official_is_marked_and_explained(store: Store) -> None:
+    splits = {"train": {}, "evaluation": [{"name": "part", "rows": 9, "official": False, "note": "9 of 10 rows"}]}
+    finish(store, config(), 0.5, splits=splits)
+    text = summary(store).text()
+    assert "cola *: accuracy on 9 rows of part" in text
+    assert "cola *: part is not the official split: 9 of 10 rows." in text
+
+
+def test_the_json_is_plain_and_holds_no_path(store: Store) -> None:
+    three_methods(store)
+    text = json.dumps(summary(store).as_json(), allow_nan=False)
+    assert str(store.folder) not in text
+    content = json.loads(text)
+    assert [row["method"] for row in content["best"]] == ["head", "lora rank=4", "simplex-lora rank=4"]
+    assert {each["method"]: each["shown"] for each in content["differences"]} == {
+        "head": True,
+        "simplex-lora rank=4": False,
+    }
+
+
+def test_nothing_finished_makes_an_empty_text() -> None:
+    assert Summary.of([], METRICS).text() == ""
+
+
+def test_sizes_and_times_for_people() -> None:
+    assert [size(count) for count in (0, 1023, 2048, 700 * 1024, 1.25 * 1024**2, 3 * 1024**3)] == [
+        *("0 B", "1023 B", "2.0 KiB", "700 KiB", "1.2 MiB", "3.0 GiB")
+    ]
+    assert [duration(seconds) for seconds in (0.4, 59.6, 3599, 7500)] == [
+        "0 s",
+        "1 min 0 s",
+        "59 min 59 s",
+        "2 h 5 min",
+    ]
+    assert (plus_minus(0.5, 0.01), plus_minus(0.5, None), plus_minus(None, None)) == ("0.500 ± 0.010", "0.500", "")

@@ -1,0 +1,101 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rankwise.runs.store import Store
+from rankwise.runs.tables import Row, best, plain, summarise
+from runs_made_up import config, finish
+
+HEAD = {"name": "head"}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path)
+
+
+def rows(store: Store) -> list[Row]:
+    return summarise(store.results())
+
+
+def test_seeds_are_drawn_together_and_rates_kept_apart(store: Store) -> None:
+    for seed, score in enumerate((0.7, 0.8, 0.9)):
+        finish(store, config(seed=seed, learning_rate=1e-3), score)
+    finish(store, config(seed=0, learning_rate=3e-3), 0.5)
+    three, one = rows(store)
+    assert (three["method"], three["learning_rate"], three["seeds"], three["n"]) == ("lora rank=4", 1e-3, [0, 1, 2], 3)
+    assert (three["mean"], three["sd"]) == (pytest.approx(0.8), pytest.approx(0.1))
+    assert three["scores"] == {0: 0.7, 1: 0.8, 2: 0.9}
+    assert three["metrics"]["f1"] == {"mean": pytest.approx(0.4), "sd": pytest.approx(0.05)}
+    assert (three["budget"], three["trainable"], three["final"], three["head"]) == (4000, 4036, 3992, 770)
+    assert (three["seconds"], three["examples_per_second"], three["adapter_bytes"]) == (91.0, 40.0, 2048)
+    assert three["folders"][2] == store.place(config(seed=2, learning_rate=1e-3), "0123456789ab")
+    assert (one["n"], one["sd"], one["interval"]) == (1, None, None)
+
+
+@pytest.mark.parametrize(
+    ("methods", "settings", "labels"),
+    [
+        ([HEAD, {"name": "lora", "rank": 4}], [{}], ["head", "lora rank=4"]),
+        (
+            [{"name": "lora", "rank": 4, "alpha": 8.0}, {"name": "lora", "rank": 4, "alpha": 16.0}],
+            [{}],
+            ["lora rank=4 alpha=16.0", "lora rank=4 alpha=8.0"],
+        ),
+        ([HEAD], [{"epochs": 1.0}, {"epochs": 2.0}], ["head epochs=1.0", "head epochs=2.0"]),
+        (
+            [{"name": "lora", "targets": ["query", "key"]}, {"name": "lora", "targets": "all-linear"}],
+            [{}],
+            ["lora targets=all-linear", "lora targets=query,key"],
+        ),
+    ],
+)
+def test_a_label_tells_a_method_from_its_like(
+    methods: list[dict[str, Any]], settings: list[dict[str, Any]], labels: list[str], store: Store
+) -> None:
+    """Runs whose settings differ are never drawn together, whatever it is that differs."""
+    for method in methods:
+        for each in settings:
+            finish(store, config(method=method, **each), 0.5)
+    assert [row["method"] for row in rows(store)] == labels
+
+
+def test_the_best_rate_has_the_best_mean_among_those_with_the_most_seeds(store: Store) -> None:
+    for rate, scores in ((1e-3, (0.7, 0.7)), (3e-3, (0.6, 0.9)), (1e-2, (0.99,))):
+        for seed, score in enumerate(scores):
+            finish(store, config(seed=seed, learning_rate=rate), score)
+    finish(store, config(method=HEAD), 0.1)
+    finish(store, config(task="mrpc", learning_rate=1e-3), 0.2)
+    chosen = {(row["task"], row["method"]): row["learning_rate"] for row in best(rows(store))}
+    assert chosen == {("cola", "lora rank=4"): 3e-3, ("cola", "head"): 1e-3, ("mrpc", "lora rank=4"): 1e-3}
+
+
+def test_a_task_without_labels_has_rows_without_scores(store: Store) -> None:
+    finish(store, config(task="ax"), 0.0, score="", metrics={})
+    (row,) = rows(store)
+    assert (row["mean"], row["sd"], row["interval"], row["metrics"]) == (None, None, None, {})
+    assert best([row]) == [row]
+
+
+def test_rows_are_json_and_say_what_is_not_official(store: Store) -> None:
+    splits = {"train": {}, "evaluation": [{"name": "part", "rows": 9, "official": False, "note": "9 of 10 rows"}]}
+    finish(store, config(), 0.5, splits=splits)
+    (row,) = rows(store)
+    assert (row["split"], row["rows"], row["official"], row["note"]) == ("part", 9, False, "9 of 10 rows")
+    json.dumps({key: value for key, value in row.items() if key != "folders"}, allow_nan=False)
+
+
+def test_no_results_make_no_rows() -> None:
+    assert summarise([]) == []
+    assert best([]) == []
+
+
+def test_a_plain_table_ranges_numbers_right() -> None:
+    assert plain(["name", "n", "text"], [["a", "1", "x"], ["bcdef", "10", "-y"]]).splitlines() == [
+        "name    n  text",
+        "-----  --  ----",
+        "a       1  x",
+        "bcdef  10  -y",
+    ]

@@ -1,0 +1,315 @@
+"""The command line as a user meets it: what it prints where, its exit codes, and a sweep that is killed for real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rankwise.cli import main
+from rankwise.runs.store import Store
+from runs_made_up import REVISION, config, finish
+
+PATIENCE = 300  # seconds, for a machine that does much else
+TINY = {
+    "task": "stdlib-kind",
+    "max_steps": 100,
+    "batch_size": 4,
+    "max_length": 8,
+    "train_rows": 240,
+    "eval_rows": 16,
+    "checkpoint_every": 30,
+}
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+    """Call the command line in this process; gives its exit code, stdout and stderr."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rankwise", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+
+
+def write(file: Path, content: dict[str, Any]) -> Path:
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def rankwise(*arguments: object, **popen: Any) -> subprocess.Popen[str]:
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "rankwise", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **popen,
+    )
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = (
+        "import sys; sys.argv = ['rankwise', '--help']\n"
+        "from rankwise.cli import main\n"
+        "try: main()\n"
+        "finally: print(*sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    for command in "train compare status retry report validate schema methods tasks env".split():  # noqa: SIM905
+        assert f"  {command} " in done.stdout
+    loaded = set(done.stderr.split())
+    assert not loaded & {"torch", "transformers", "peft", "datasets", "pandas", "numpy", "scipy", "pydantic", "rich"}
+
+
+def test_status_and_the_rest_of_the_runs_room_load_no_torch(tmp_path: Path) -> None:
+    finish(Store(tmp_path), config(), 0.5)
+    script = (
+        "import sys; sys.argv = ['rankwise', 'status', sys.argv[1]]\n"
+        "import rankwise.runs.summary, rankwise.runs.grid, rankwise.report.html, rankwise.report.text\n"
+        "from rankwise.cli import main\n"
+        "try: main()\n"
+        "finally: assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "task=stdlib-kind", "epoch=3"], 'epoch: there is no such key (did you mean "epochs"?)'),
+        (["train", "task=stdlib-kind", "epochs=three"], "epochs = 'three': expected number"),
+        (["train", "task=stdlib-kin"], 'no such task (did you mean "stdlib-kind"?)'),
+        (["train", "task=stdlib-kind", "method=simplexlora"], 'no such method (did you mean "simplex-lora"?)'),
+        (["train", "task=stdlib-kind", "method.rnk=3"], 'method.rnk: lora has no such option (did you mean "rank"?)'),
+        (["train", "task=stdlib-kind", "runs=FILE/runs"], "FILE/runs: cannot be written to: not a directory"),
+        (["train", "missing.yaml"], "missing.yaml: there is no such file"),
+        (["train", "broken.yaml"], "broken.yaml: line 2: not valid YAML"),
+        (["train", "sweep.yaml"], "sweep.yaml: has `vary:`, so it is an experiment: rankwise compare sweep.yaml"),
+        (["train", "."], "no run.yaml in it"),
+        (["train", ".", "seed=1"], "seed=1: the settings of a run are in its run.yaml and stay as they are"),
+        (["compare", "one.yaml"], "one.yaml: has no `vary:`, so it is one run: rankwise train one.yaml"),
+        (["compare", "missing.yaml"], "missing.yaml: there is no such file"),
+        (["compare", "sweep.yaml", "--runner", "ray2"], "--runner ray2: there is no such runner"),
+        (["compare", "sweep.yaml", "runs=FILE/runs"], "FILE/runs: cannot be written to: not a directory"),
+        (["validate", "one.yaml", "seed"], "'seed': expected key=value"),
+        (["status", "missing"], "missing: there is no such folder of runs"),
+        (["retry", "missing"], "missing: there is no such folder of runs"),
+        (["report", "."], ".: no run in it has finished; `rankwise status .` says how they stand"),
+        (["report", ".", "--md", "--csv"], "choose one"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(
+    arguments: list[str], message: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "broken.yaml").write_text("task: [cola\n")
+    write(tmp_path / "one.yaml", TINY)
+    write(tmp_path / "sweep.yaml", {**TINY, "vary": {"seed": [0]}})
+    code, out, err = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("rankwise: ")
+    assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["rankwise", "status", "missing", "--debug"])
+    with pytest.raises(ValueError, match="no such folder of runs"):
+        main()
+
+
+def test_an_unforeseen_error_is_one_line_and_exits_with_1(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "folders", lambda self: 1 / 0)
+    code, out, err = cli("status", "somewhere")
+    assert (code, out) == (1, "")
+    assert err == "rankwise: ZeroDivisionError: division by zero (--debug shows where)\n"
+
+
+def test_a_wrong_usage_exits_with_2(cli: Cli) -> None:
+    assert cli("train")[0] == 2
+    assert cli("compare", "x.yaml", "--jobs", "0")[0] == 2
+    assert cli("nothing")[0] == 2
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
+    file = write(tmp_path / "sweep.yaml", {**TINY, "vary": {"method": ["lora", "head"], "seed": [0, 1]}})
+    runs = tmp_path / "runs"
+    code, out, err = cli("compare", file, f"runs={runs}", "--dry-run")
+    assert code == 0
+    assert err == f"4 runs in {runs}, 4 to carry out\n"
+    assert len(out.splitlines()) == 6
+    content = json.loads(cli("compare", file, f"runs={runs}", "--dry-run", "--json")[1])
+    assert [each["state"] for each in content] == ["pending"] * 4
+    code, out, err = cli("train", "task=stdlib-kind", "seed=4", f"runs={runs}", "--dry-run", "--json")
+    assert json.loads(out)["seed"] == 4
+    assert f"dry run: would be carried out in {runs}/stdlib-kind-lora-4-" in err
+    assert not runs.exists()
+
+
+def test_validate_prints_what_was_resolved(cli: Cli, tmp_path: Path) -> None:
+    code, out, err = cli("validate", write(tmp_path / "one.yaml", TINY), "method.rank=2")
+    assert code == 0
+    assert yaml.safe_load(out)["method"]["rank"] == 2
+    assert err.endswith("one.yaml is valid: one run\n")
+    sweep = write(tmp_path / "sweep.yaml", {**TINY, "vary": {"method": ["lora", "head"], "seed": [0, 1]}})
+    assert cli("validate", sweep)[2].endswith("sweep.yaml is valid: an experiment of 4 runs\n")
+
+
+def test_lists_are_there_for_people_and_machines(cli: Cli) -> None:
+    assert "lora: " in cli("methods")[1]
+    assert json.loads(cli("methods", "--json")[1])["lora"]["options"]["rank"] == 8
+    assert "cola" in cli("tasks")[1]
+    assert json.loads(cli("tasks", "--json")[1])["cola"]["score"] == "matthews"
+    assert json.loads(cli("schema")[1])["properties"]["task"]["enum"]
+    found = json.loads(cli("env", "--json")[1])
+    assert found["torch"]
+    assert {"RANKWISE_DATA", "HF_HOME", "HF_HUB_OFFLINE", "device"} <= found.keys()
+    assert "HF_HUB_OFFLINE: 1" in cli("env")[1]
+
+
+def test_status_shows_each_run_and_the_error_of_a_failed_one(cli: Cli, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    finish(store, config(), 0.5)
+    failed = store.create(config(seed=1), REVISION)
+    (failed / "error.txt").write_text("no space left on device\n\nTraceback\n")
+    store.create(config(seed=2), REVISION)
+    code, out, err = cli("status", tmp_path)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{tmp_path}: 3 runs, 1 pending, 1 failed, 1 done\n")
+    assert any(line.startswith(failed.name) and "no space left on device" in line for line in out.splitlines())
+    states = {each["run"]: each for each in json.loads(cli("status", tmp_path, "--json")[1])}
+    assert states[failed.name] == {
+        "run": failed.name,
+        "state": "failed",
+        "step": 0,
+        "steps": None,
+        "error": "no space left on device",
+    }
+
+
+def test_report_prints_one_table_or_writes_a_page(cli: Cli, tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    for seed in (0, 1, 2):
+        finish(store, config(seed=seed), 0.8 + seed / 100)
+        finish(store, config(seed=seed, method={"name": "head"}), 0.6)
+    code, out, _ = cli("report", store.folder)
+    assert code == 0
+    assert "0.810 ± 0.010" in out
+    assert "training the head only is 0.210 behind lora rank=4" in out
+    assert json.loads(cli("report", store.folder, "--json")[1])["best"][1]["mean"] == pytest.approx(0.81)
+    assert cli("report", store.folder, "--md")[1].startswith("| ")
+    assert "task,method" in cli("report", store.folder, "--csv")[1]
+    assert r"\begin{" in cli("report", store.folder, "--latex")[1]
+    page = tmp_path / "page.html"
+    code, out, err = cli("report", store.folder, "--html", page)
+    assert (code, out, err) == (0, "", f"report: {page}\n")
+    assert "lora rank=4" in page.read_text()
+    (tmp_path / "FILE").write_text("")
+    code, _, err = cli("report", store.folder, "--html", tmp_path / "FILE" / "page.html")
+    assert code == 2
+    assert err.count("\n") == 1
+
+
+def test_retry_with_nothing_failed_has_nothing_to_do(cli: Cli, tmp_path: Path) -> None:
+    finish(Store(tmp_path), config(), 0.5)
+    code, out, err = cli("retry", tmp_path, "--json")
+    assert code == 0
+    assert "no run has failed" in err
+    assert json.loads(out)["done"] == []
+
+
+def workers(parent: int) -> list[int]:
+    """Processes that a sweep launched and that still run."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        if f"RANKWISE_PARENT={parent}\0".encode() in environment:
+            found.append(int(folder.name))
+    return found
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not happened():
+        assert time.monotonic() < end, "what was waited for did not come"
+        time.sleep(0.05)
+
+
+def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_command(cli: Cli, tmp_path: Path) -> None:
+    """Ctrl-C stops the run in an orderly way; kill -9 leaves no worker; a bad run takes none with it."""
+    runs = tmp_path / "runs"
+    vary = {"method": [{"name": "lora", "rank": 2}, {"name": "lora", "rank": 2, "targets": ["nothing"]}], "seed": [0]}
+    file = write(tmp_path / "sweep.yaml", {**TINY, "vary": vary, "report": {"title": "Tiny"}})
+    command = ("compare", file, f"runs={runs}", "--jobs", "2", "--json")
+
+    def reached(step: int) -> bool:
+        return any(f'"step": {step},' in path.read_text() for path in runs.glob("*/metrics.jsonl"))
+
+    first = rankwise(*command)
+    wait_for(lambda: reached(1))
+    first.send_signal(signal.SIGINT)
+    out, log = first.communicate(timeout=PATIENCE)
+    assert (first.returncode, out) == (130, ""), log
+    assert "Traceback" not in log
+    assert not workers(first.pid)
+    (good,) = (path.parent for path in runs.glob("*/metrics.jsonl"))
+    assert Store(runs).state(good) == "stopped"
+    assert list(good.glob("checkpoint-*"))
+
+    second = rankwise(*command)
+    wait_for(lambda: reached(12))
+    assert workers(second.pid)
+    second.kill()
+    second.communicate()
+    wait_for(lambda: not workers(second.pid))
+    assert Store(runs).state(good) == "stopped"
+
+    third = rankwise(*command)
+    out, log = third.communicate(timeout=PATIENCE)
+    assert third.returncode == 3, log
+    assert "Traceback" not in log
+    content = json.loads(out)
+    assert content["done"] == [good.name]
+    (failed,) = content["failed"]
+    assert "nothing" in Store(runs).standing(runs / failed).error
+    assert "Tiny" in Path(content["report"]).read_text()
+    steps = [json.loads(line)["step"] for line in (good / "metrics.jsonl").read_text().splitlines()]
+    assert (steps, steps[-1]) == (sorted(steps), TINY["max_steps"])
+
+    # a finished run is printed and not carried out again
+    before = (good / "result.json").read_bytes()
+    code, out, _ = cli("train", good, "--json")
+    assert (code, json.loads(out)) == (0, json.loads(before))
+    code, out, _ = cli("train", good)
+    assert "lora rank=2" in out
+    assert (good / "result.json").read_bytes() == before
+
+    # only the failed one is carried out again, and fails again
+    code, out, log = cli("retry", runs, "--json")
+    assert (code, json.loads(out)["failed"], json.loads(out)["done"]) == (3, [failed], []), log
+    assert (good / "result.json").read_bytes() == before
+    assert (runs / failed / "log.txt").read_text().count("nothing") >= 2
+    states = {each["run"]: each["state"] for each in json.loads(cli("status", runs, "--json")[1])}
+    assert states == {good.name: "done", failed: "failed"}

@@ -1,0 +1,268 @@
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from rankwise.config import Experiment, InputError, RunConfig, Schema, json_schema, load, nearest, need
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """A method with options of every kind."""
+
+    rank: int = 8
+    alpha: float = 16
+    targets: str | tuple[str, ...] = "all-linear"
+    rounding: Literal["floor", "ceil"] = "floor"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"rank = {self.rank}: expected 1 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bare:
+    """A method without options."""
+
+
+SCHEMA = Schema({"lora": Adapter, "head": Bare}, {"cola", "mrpc"})
+SWEEP: dict[str, Any] = {
+    "task": "cola",
+    "vary": {
+        "method": [{"name": "lora", "rank": 4, "learning_rate": [1e-3, 3e-3]}, {"name": "head", "learning_rate": 0.1}],
+        "seed": [0, 1],
+    },
+}
+
+
+def one(*overrides: str, **settings: Any) -> RunConfig:
+    config = load({"task": "cola", **settings}, overrides, SCHEMA)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def sweep(*overrides: str, **settings: Any) -> list[RunConfig]:
+    experiment = load({**SWEEP, **settings}, overrides, SCHEMA)
+    assert isinstance(experiment, Experiment)
+    return list(experiment.configs())
+
+
+def test_defaults_of_run_and_method_are_filled_in() -> None:
+    config = one()
+    assert (config.learning_rate, config.seed, config.schedule) == (1e-3, 0, "linear")
+    assert config.method == {
+        "name": "lora",
+        "rank": 8,
+        "alpha": 16.0,
+        "targets": "all-linear",
+        "rounding": "floor",
+    }
+
+
+def test_what_was_resolved_resolves_to_itself() -> None:
+    config = one("method.targets=[query, key]", "scale=smoke")
+    assert load(config.model_dump(mode="json"), [], SCHEMA) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("3E-05", 3e-5), ("0.01", 0.01), ("1", 1.0), ("5.e-1", 0.5)]
+)
+def test_a_learning_rate_is_a_number_however_it_is_written(text: str, value: float, tmp_path: Path) -> None:
+    """YAML 1.1 reads 1e-3 as a word."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"task: cola\nlearning_rate: {text}\n")
+    config = load(file, [], SCHEMA)
+    assert isinstance(config, RunConfig)
+    assert config.learning_rate == one(f"learning_rate={text}").learning_rate == value
+
+
+def test_an_override_wins_and_may_be_all_there_is() -> None:
+    assert one("seed=3", seed=1).seed == 3
+    config = load(None, ["task=mrpc", "method.name=head"], SCHEMA)
+    assert isinstance(config, RunConfig)
+    assert (config.task, config.method) == ("mrpc", {"name": "head"})
+
+
+def test_smoke_caps_rows_and_steps_and_leaves_less_alone() -> None:
+    config = one(scale="smoke", train_rows=2000, max_steps=2)
+    assert (config.train_rows, config.eval_rows, config.max_steps) == (64, 64, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("epoch=3", 'epoch: there is no such key (did you mean "epochs"?)'),
+        ("epochs=three", "epochs = 'three': expected number"),
+        ("epochs=0", "epochs = 0: expected greater than 0"),
+        ("batch_size=1.5", "batch_size = 1.5: expected integer"),
+        ("batch_size='32'", "batch_size = '32': expected integer"),
+        ("seed=true", "seed = True: expected integer"),
+        ("seed=-1", "seed = -1: expected greater than or equal to 0"),
+        ("learning_rate=.inf", "learning_rate = inf: expected a finite number"),
+        ("schedule=lin", "schedule = 'lin': expected 'linear', 'cosine' or 'constant'"),
+        ("warmup=1.5", "warmup = 1.5: expected a share up to 1 or a whole number of steps"),
+        ("task=colla", "task = 'colla': no such task (did you mean \"cola\"?); known: cola, mrpc"),
+        ("method=lorra", "method = 'lorra': no such method (did you mean \"lora\"?); known: head, lora"),
+        ("method={rank: 3}", "method: needs a name, as in `method: {name: lora}`"),
+        ("method.rnk=3", 'method.rnk: lora has no such option (did you mean "rank"?)'),
+        ("method.rank=four", "method.rank = 'four': expected integer"),
+        ("method.rank=0", "method lora: rank = 0: expected 1 or more"),
+        ("method.alpha=.nan", "method.alpha = nan: expected a finite number"),
+        ("method.rounding=up", "method.rounding = 'up': expected 'floor' or 'ceil'"),
+        ("method.targets=[1]", "method.targets"),
+        ("model.name=x", "model.name: only method, vary and report have keys below them"),
+        ("seed", "'seed': expected key=value, as in learning_rate=1e-3"),
+        ("epochs=[1", "epochs: line 1: not valid YAML"),
+    ],
+)
+def test_a_wrong_value_is_named_in_one_line(override: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        one(override)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_method_without_options_says_so() -> None:
+    with pytest.raises(InputError, match="head has no such option; it has none"):
+        one("method=head", "method.rank=4")
+
+
+def test_a_missing_task_is_named() -> None:
+    with pytest.raises(InputError, match="task: is missing"):
+        load({"seed": 1}, [], SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"- 1\n- 2\n", "expected `key: value` lines, found a list"),
+        (b"task: [cola\n", "line 2: not valid YAML"),
+        (b"task: cola\ntask: mrpc\n", "line 2: not valid YAML: the key 'task' is given twice"),
+        (b"task: \xff\xfe\n", "not a text file in UTF-8"),
+    ],
+)
+def test_a_broken_file_is_named_in_one_line(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        load(file, [], SCHEMA)
+    assert str(file) in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "quickstart.yaml").write_text("task: cola\n")
+    with pytest.raises(InputError, match=r'no such file \(did you mean "quickstart.yaml"\?\)'):
+        load(tmp_path / "quikstart.yaml", [], SCHEMA)
+    with pytest.raises(InputError, match="is a directory"):
+        load(tmp_path, [], SCHEMA)
+
+
+def test_an_experiment_is_the_product_of_its_axes_each_method_at_its_own_rates() -> None:
+    runs = [(config.seed, config.method["name"], config.learning_rate) for config in sweep()]
+    assert sorted(runs) == [
+        *[(0, "head", 0.1), (0, "lora", 1e-3), (0, "lora", 3e-3)],
+        *[(1, "head", 0.1), (1, "lora", 1e-3), (1, "lora", 3e-3)],
+    ]
+
+
+def test_a_methods_own_rates_take_the_place_of_the_axis() -> None:
+    vary = {"method": ["lora", {"name": "head", "learning_rate": [0.1]}], "learning_rate": [1e-3, 3e-3]}
+    assert sorted((c.method["name"], c.learning_rate) for c in sweep(vary=vary)) == [
+        *[("head", 0.1), ("lora", 1e-3), ("lora", 3e-3)]
+    ]
+
+
+def test_a_dotted_axis_sets_an_option_of_each_method() -> None:
+    runs = sweep(vary={"method.rank": [2, 4], "method": ["lora", {"name": "lora", "alpha": 32}]})
+    assert [(c.method["rank"], c.method["alpha"]) for c in runs] == [(2, 16), (2, 32), (4, 16), (4, 32)]
+
+
+def test_the_file_names_the_experiment_and_its_runs(tmp_path: Path) -> None:
+    file = tmp_path / "small.yaml"
+    file.write_text(yaml.safe_dump(SWEEP))
+    experiment = load(file, [], SCHEMA)
+    assert isinstance(experiment, Experiment)
+    assert (experiment.name, experiment.runs) == ("small", "runs/small")
+    assert {config.runs for config in experiment.configs()} == {"runs/small"}
+    elsewhere = load(file, ["runs=/tmp/x"], SCHEMA)
+    assert elsewhere.runs == "/tmp/x"
+
+
+@pytest.mark.parametrize(
+    ("override", "runs"),
+    [
+        ("seed=5", [(5, "head", 0.1, None), (5, "lora", 1e-3, 4), (5, "lora", 3e-3, 4)]),
+        ("method=head", [(0, "head", 0.1, None), (1, "head", 0.1, None)]),
+        (
+            "learning_rate=0.2",
+            [(0, "head", 0.2, None), (0, "lora", 0.2, 4), (1, "head", 0.2, None), (1, "lora", 0.2, 4)],
+        ),
+    ],
+)
+def test_an_override_wins_over_the_axes(override: str, runs: list[Any]) -> None:
+    found = [(c.seed, c.method["name"], c.learning_rate, c.method.get("rank")) for c in sweep(override)]
+    assert sorted(found, key=str) == runs
+
+
+def test_an_option_reaches_the_methods_that_have_it() -> None:
+    assert {c.method.get("rank") for c in sweep("method.rank=2")} == {2, None}
+    with pytest.raises(InputError, match=r'method.rnk: none of the varied methods has this option .*"rank"'):
+        sweep("method.rnk=2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vary": {}}, "vary: expected axes"),
+        ({"vary": {"sed": [1]}}, 'vary.sed: there is no such key (did you mean "seed"?)'),
+        ({"vary": {"seed": 1}}, "vary.seed = 1: expected a list of values"),
+        ({"vary": {"seed": []}}, "vary.seed = []: expected a list of values"),
+        ({"vary": {"seed": [0, "one"]}}, "seed = 'one': expected integer"),
+        ({"vary": {"method": ["lora", "haed"]}}, "method = 'haed': no such method (did you mean \"head\"?)"),
+        ({"vary": {"method": ["lora", "head"], "method.rank": [2]}}, "method.rank: head has no such option"),
+        ({"vary": {"method": [{"name": "lora", "learning_rate": []}]}}, "vary.method: lora has an empty list"),
+        ({"report": {"titel": "x"}}, 'report.titel: there is no such key (did you mean "title"?)'),
+        ({"epoch": 3}, 'epoch: there is no such key (did you mean "epochs"?)'),
+    ],
+)
+def test_every_combination_is_checked_before_the_first_run(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        sweep(**settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_the_combinations_share_no_mapping() -> None:
+    first, second, *_ = sweep()
+    first.method["rank"] = 99
+    assert second.method.get("rank") != 99
+
+
+def test_the_json_schema_knows_methods_options_and_tasks() -> None:
+    schema = json_schema(SCHEMA)
+    assert schema["properties"]["task"]["enum"] == ["cola", "mrpc"]
+    lora = next(
+        entry
+        for entry in schema["properties"]["method"]["oneOf"]
+        if entry.get("properties", {}).get("name") == {"const": "lora"}
+    )
+    assert lora["properties"]["rank"] == {"type": "integer", "default": 8}
+    assert lora["description"] == "A method with options of every kind."
+    assert lora["additionalProperties"] is False
+    assert {"vary", "report", "learning_rate"} <= schema["properties"].keys()
+    assert all("description" in schema["properties"][key] for key in RunConfig.model_fields if key != "method")
+
+
+def test_nearest_is_silent_where_nothing_is_near() -> None:
+    assert nearest("lorra", ["lora", "head"]) == ' (did you mean "lora"?)'
+    assert nearest("xyz", ["lora", "head"]) == ""
+
+
+def test_need_names_the_extra_of_a_missing_package() -> None:
+    assert need("json", "bench").dumps([]) == "[]"
+    with pytest.raises(InputError, match=r"surely_not_there is not installed: pip install 'rankwise\[bench\]'"):
+        need("surely_not_there.part", "bench")
