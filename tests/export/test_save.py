@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import rankwise as rw
@@ -113,3 +114,24 @@ def test_folders_without_an_adapter_and_of_another_model_are_refused(tmp_path):
     rw.save(method.attach(tiny.model(), head=["classifier"]), tmp_path / "head", method, head=["classifier"])
     with pytest.raises(rw.InputError, match="classifier"):
         rw.load(tiny.model("gpt2"), tmp_path / "head")
+
+
+def test_a_folder_of_other_things_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(rw.InputError, match="something else"):
+        rw.save(searched("bert", 5), tmp_path)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_adapter_of_any_name_and_in_a_wrapper_is_saved_plain(tmp_path):
+    model = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["query"]), adapter_name="mine").eval()
+    torch.nn.init.normal_(sites(model)[0].B)
+    rw.save(torch.nn.DataParallel(model), tmp_path / "adapter")
+    assert torch.equal(tiny.logits(rw.load(tiny.model(), tmp_path / "adapter")), tiny.logits(model))
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path):
+    rw.save(searched("bert", 5), tmp_path / "adapter")
+    with pytest.raises(rw.InputError, match="does not fit this model") as caught:
+        rw.load(tiny.model("gpt2"), tmp_path / "adapter")
+    assert "\n" not in str(caught.value)

@@ -135,6 +135,7 @@ def test_bad_options_get_one_clear_line(options, message):
         (lambda: rw.LoRA(rank=4, targets=["querry"]), ["classifier"], "query"),
         (lambda: rw.LoRA(rank=64), ["classifier"], "too large"),
         (lambda: rw.LoRA(rank=4), ["klassifier"], "classifier"),
+        (lambda: rw.LoRA(targets=[]), ["classifier"], "targets is empty"),
         (lambda: rw.Head(), [], "name its modules"),
     ],
 )
@@ -172,3 +173,39 @@ def test_a_site_with_weight_0_adds_nothing_but_its_omega_still_has_a_gradient():
     model(**tiny.batch()).loss.backward()
     first = sites(model)[0]
     assert not first.B.grad.any() and not first.A.grad.any() and omega(model).grad[0] != 0
+
+
+def test_a_model_with_an_adapter_takes_no_second_method():
+    with pytest.raises(rw.InputError, match="an adapter already"):
+        method("simplex-lora").attach(attached("lora"))
+
+
+def test_the_largest_rank_is_read_off_the_layer_and_not_off_packed_weights():
+    model = tiny.model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):  # as bitsandbytes holds 4-bit weights
+            module.weight = torch.nn.Parameter(torch.zeros(module.weight.numel() // 2, 1), requires_grad=False)
+    assert all(site.rank == 2 for site in sites(rw.LoRA(rank=2).attach(model)))
+
+
+def test_a_checkpoint_of_a_model_with_tied_weights_holds_no_base_weight(tmp_path):
+    model = attached("lora", "t5")
+    rw.save_checkpoint(tmp_path / "checkpoint", model, rw.SimplexAdam(method("lora"), model))
+    names = torch.load(tmp_path / "checkpoint" / "checkpoint.pt")["model"]
+    assert all("lora_" in name or "modules_to_save" in name for name in names)
+
+
+def test_a_checkpoint_of_another_method_or_head_is_refused(tmp_path):
+    model = attached("lora")
+    rw.save_checkpoint(tmp_path / "checkpoint", model, rw.SimplexAdam(method("lora"), model))
+    other = method("lora").attach(tiny.model(), head=["pooler"])
+    with pytest.raises(rw.InputError, match="another method, head or model"):
+        rw.load_checkpoint(tmp_path / "checkpoint", other, rw.SimplexAdam(method("lora"), other))
+
+
+def test_a_checkpoint_does_not_replace_a_folder_of_other_things(tmp_path):
+    model = attached("lora")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(rw.InputError, match="something else"):
+        rw.save_checkpoint(tmp_path, model, rw.SimplexAdam(method("lora"), model))
+    assert (tmp_path / "thesis.tex").exists()

@@ -95,3 +95,9 @@ def test_prox_at_threshold_0_moves_nothing(x):
     assert torch.equal(project.prox_l1(x, 0.0), x)
     with pytest.raises(ValueError, match="negative"):
         project.prox_l1(x, -1.0)
+
+
+def test_a_huge_entry_does_not_lose_the_total_in_rounding():
+    assert project.simplex(torch.tensor([1e20, 0.0]), 1.0).tolist() == [1.0, 0.0]
+    with pytest.raises(ValueError, match="at least one"):
+        project.simplex(torch.tensor([]), 1.0)

@@ -151,3 +151,69 @@ def test_a_step_that_a_gradient_scaler_skips_changes_nothing():
     scaler.step(optimizer)
     scaler.update()
     assert optimizer.steps == 0 and set(ranks(model).values()) == {4}
+
+
+def test_a_restart_leaves_sites_empty_that_were_empty_already():
+    method = rw.SimplexLoRA(rank=2, every=1, times=2, finish="restart")
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model)
+    for _ in range(2):
+        with torch.no_grad():
+            omega(model)[:2] = torch.tensor([0.0, 2.0])
+        optimizer.step()
+    assert omega(model) is None and list(ranks(model).values())[:3] == [0, 4, 2]
+
+
+def test_rewarming_begins_at_a_thousandth_and_is_over_after_its_steps():
+    method = rw.SimplexLoRA(rank=4, every=100, rewarm=2)
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1.0)
+    optimizer.changed = 10
+    shares = []
+    for optimizer.steps in (11, 12, 13):
+        with optimizer._rewarmed():
+            shares.append(optimizer.param_groups[0]["lr"])
+    assert shares == pytest.approx([0.001, 0.5005, 1.0])
+
+
+def test_folding_carries_the_moments_of_b_to_its_new_gradient():
+    """B' = ωB has the gradient ∂L/∂B / ω; with moments left as they were, Adam's step on B would be 1/ω too long."""
+    method = rw.SimplexLoRA(rank=2, every=100)
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1e-3)
+    tiny.train(model, optimizer, 2)
+    with torch.no_grad():
+        omega(model)[0] = 0.25
+    site = sites(model)[0]
+    A, B = ({k: v.clone() for k, v in optimizer.state[p].items()} for p in (site.A, site.B))
+    method.fold(model)
+    assert torch.equal(optimizer.state[site.A]["exp_avg"], A["exp_avg"])
+    assert torch.allclose(optimizer.state[site.B]["exp_avg"], B["exp_avg"] / 0.25)
+    assert torch.allclose(optimizer.state[site.B]["exp_avg_sq"], B["exp_avg_sq"] / 0.25**2)
+
+
+def test_an_omega_that_is_not_finite_is_called_a_divergence():
+    model = attached(SEARCH)
+    optimizer = rw.SimplexAdam(SEARCH, model)
+    omega(model).grad = torch.full_like(omega(model), float("nan"))
+    with pytest.raises(ValueError, match="diverged"):
+        optimizer.step()
+
+
+def test_a_group_that_is_added_later_is_stepped_too():
+    method = rw.LoRA(rank=2)
+    optimizer = rw.SimplexAdam(method, attached(method), lr=0.1)
+    late = torch.nn.Parameter(torch.ones(1))
+    optimizer.add_param_group({"params": [late]})
+    late.grad = torch.ones(1)
+    optimizer.step()
+    assert late.item() < 1
+
+
+def test_ranks_do_not_change_in_one_of_several_processes(monkeypatch):
+    method = rw.SimplexLoRA(rank=2, every=1)
+    optimizer = rw.SimplexAdam(method, attached(method))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        optimizer.step()

@@ -63,3 +63,8 @@ def test_a_full_site_passes_its_share_on():
 def test_no_weight_at_all_is_an_error():
     with pytest.raises(ValueError, match="nothing to allocate by"):
         allocate([0.0, 0.0], [1, 1], [4, 4], 2, "budget")
+
+
+def test_an_unknown_rounding_is_an_error():
+    with pytest.raises(ValueError, match="floor, ceil, budget"):
+        allocate([1.0], [1], [4], 2, "ciel")

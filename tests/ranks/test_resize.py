@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -180,3 +181,116 @@ def test_report_counts_what_trains():
     report = rw.rank_report(model)
     assert report.total == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert "all sites" in str(report) and f'"total": {report.total}' in report.to_json()
+
+
+def test_a_site_that_returns_joins_the_other_sites_in_an_optimizer_without_group_names():
+    model = adapted()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    name = sites(model)[0].name
+    rw.resize(model, {name: 0}, optimizer)
+    rw.resize(model, {name: 2})
+    trained = [id(p) for p in model.parameters() if p.requires_grad]
+    assert [id(p) for g in optimizer.param_groups for p in g["params"]] == trained
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        lambda p: torch.optim.AdamW(p, amsgrad=True),
+        lambda p: torch.optim.RMSprop(p),
+    ],
+)
+@pytest.mark.parametrize("rank", [2, 6])
+def test_moments_of_other_optimizers_fit_the_new_factors_too(made, rank):
+    model = adapted()
+    optimizer = made([p for p in model.parameters() if p.requires_grad])
+    tiny.train(model, optimizer, 2)
+    rw.resize(model, RankPlan(dict.fromkeys(ranks(model), rank), moments="keep"), optimizer)
+    for site in sites(model):
+        for value in optimizer.state.get(site.A, {}).values():
+            assert value.dim() == 0 or value.shape == site.A.shape
+    tiny.train(model, optimizer, 1)
+
+
+def test_a_merged_adapter_is_not_resized():
+    """PEFT's unmerge would subtract the new product from weights that hold the old one."""
+    model = adapted()
+    model.merge_adapter()
+    with pytest.raises(rw.InputError, match="unmerge_adapter"):
+        rw.resize(model, dict.fromkeys(ranks(model), 1))
+
+
+def test_a_site_that_returns_in_evaluation_has_no_dropout():
+    torch.manual_seed(1)
+    model = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["query"], lora_dropout=0.5)).eval()
+    name = sites(model)[0].name
+    rw.resize(model, {name: 0})
+    rw.resize(model, {name: 2})
+    torch.nn.init.normal_(sites(model)[0].B)
+    assert torch.equal(tiny.logits(model), tiny.logits(model))
+    assert not sites(model)[0].layer.lora_dropout["default"].training
+
+
+def test_an_adapter_larger_than_its_layer_may_stay_and_shrink():
+    model = adapted(rank=20)
+    assert rw.resize(model, ranks(model)) == {}
+    before = tiny.logits(model)
+    rw.resize(model, dict.fromkeys(ranks(model), 16))
+    assert torch.allclose(tiny.logits(model), before, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_what_cannot_be_emptied_is_refused_before_anything_changes():
+    torch.manual_seed(1)
+    with_bias = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["query"], lora_bias=True))
+    first, second = ranks(with_bias)
+    with pytest.raises(rw.InputError, match="more than A and B"):
+        rw.resize(with_bias, {first: 1, second: 0})
+    assert set(ranks(with_bias).values()) == {2}
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    language = transformers.AutoModelForCausalLM.from_config(config)
+    tied = get_peft_model(language, LoraConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    with pytest.raises(rw.InputError, match="shares its weight"):
+        rw.resize(tied, RankPlan({"model.layers.0.self_attn.q_proj": 1, "lm_head": 0}, empty="merge"))
+    assert set(ranks(tied).values()) == {2}
+
+
+def attached():
+    torch.manual_seed(1)
+    model = rw.LoRA(rank=2).attach(tiny.model(), head=["classifier"])
+    for site in sites(model):
+        torch.nn.init.normal_(site.B, std=0.3)
+    return model
+
+
+def test_a_state_from_before_a_merge_takes_the_product_out_of_the_weights_again():
+    model = attached()
+    states, logits = [], []
+    for name in list(ranks(model))[:3]:
+        states.append({k: v.clone() for k, v in model.state_dict().items() if "lora_" in k})
+        logits.append(tiny.logits(model))
+        torch.nn.init.normal_(sites(model)[-1].B, std=0.3)
+        rw.resize(model, RankPlan({name: 0}, empty="merge"))
+    for i in (2, 0, 1):
+        model.load_state_dict(states[i], strict=False)
+        assert torch.allclose(tiny.logits(model), logits[i], atol=1e-5)
+
+
+def test_a_state_with_another_adapter_is_loaded_under_its_own_name(tmp_path):
+    model, other = attached(), attached()
+    with torch.no_grad():
+        for site in sites(other):
+            site.B.neg_()
+    rw.save(other, tmp_path / "other")
+    model.load_adapter(str(tmp_path / "other"), "a+b")
+    before = tiny.logits(model)
+    model.set_adapter("a+b")
+    assert torch.equal(tiny.logits(model), tiny.logits(other)) and not torch.equal(tiny.logits(model), before)
+    again = attached()
+    again.load_adapter(str(tmp_path / "other"), "a+b")
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(tiny.logits(again), before)

@@ -5,19 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
 import rankwise as rw
 import tiny
 from rankwise.ranks import ranks
+from rankwise.ranks.resize import merged
 from rankwise.ranks.sites import omega
 
 STEPS = 9  # in epochs of 3 steps
 METHODS = {
     "lora": rw.LoRA(rank=2, dropout=0.1),
     "simplex": rw.SimplexLoRA(rank=2, every=2, times=2, omega_rate=200.0, dropout=0.1),
-    "restart": rw.SimplexLoRA(rank=2, every=2, times=2, omega_rate=200.0, finish="restart", rewarm=2, moments="keep"),
-    "merge": rw.SimplexLoRA(rank=2, every=2, times=2, omega_rate=200.0, empty="merge"),
+    "restart": rw.SimplexLoRA(rank=2, every=2, times=2, omega_rate=5e3, finish="restart", rewarm=2, moments="keep"),
+    "merge": rw.SimplexLoRA(rank=2, every=2, times=2, omega_rate=5e3, empty="merge"),  # a rate that empties sites
     "reinit": rw.SimplexLoRA(rank=2, every=2, times=2, omega_rate=200.0, change="reinit", rounding="floor"),
 }
 
@@ -70,6 +78,7 @@ def test_a_run_cut_at_any_step_and_resumed_is_bit_identical(name, tmp_path):
     method = METHODS[name]
     whole = trained("rank", method, tmp_path, train_sampling_strategy="group_by_length")
     assert name == "lora" or len(set(ranks(whole.model).values())) > 1
+    assert bool(merged(whole.model)) == (name == "merge")
     for cut in range(1, STEPS):
         again = trained("rank", method, tmp_path / "again", resume=str(tmp_path / f"checkpoint-{cut}"),
                         train_sampling_strategy="group_by_length")
@@ -100,18 +109,33 @@ def test_gradient_accumulation_counts_optimizer_steps(tmp_path):
     assert omega(trainer.model) is None
 
 
+def best_at(step, monkeypatch):
+    """Let every evaluation find the model best at `step`."""
+
+    def evaluate(self, *args, **kwargs):
+        metrics = {"eval_score": float(self.state.global_step == step)}
+        self.log(dict(metrics))
+        return metrics
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+
+
+def test_the_best_model_is_loaded_from_before_a_merge(tmp_path, monkeypatch):
+    best_at(1, monkeypatch)
+    trainer = trained("rank", METHODS["merge"], tmp_path, load_best_model_at_end=True, metric_for_best_model="score",
+                      eval_strategy="steps", eval_steps=1)
+    then = trained("rank", METHODS["merge"], tmp_path / "then", stop=1)
+    assert merged(trained("rank", METHODS["merge"], tmp_path / "whole").model) and not merged(trainer.model)
+    assert ranks(trainer.model) == ranks(then.model)
+    assert torch.allclose(tiny.logits(trainer.model), tiny.logits(then.model), atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["rank", "plain"])
 @pytest.mark.parametrize("best", [1, 3, 6])
 def test_the_best_model_is_loaded_across_rank_changes(kind, best, tmp_path, monkeypatch):
     """Best is where the evaluation is told so; the model must then be the one of that checkpoint, ω included."""
     method = METHODS["simplex"]
-
-    def evaluate(self, *args, **kwargs):
-        metrics = {"eval_score": float(self.state.global_step == best)}
-        self.log(dict(metrics))
-        return metrics
-
-    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    best_at(best, monkeypatch)
     trainer = trained(kind, method, tmp_path, load_best_model_at_end=True, metric_for_best_model="score",
                       eval_strategy="steps", eval_steps=1)
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
@@ -172,3 +196,23 @@ def test_checkpoints_of_a_search_are_loud_in_stock_peft(tmp_path):
         keys = set(file.keys())
     assert any("lora_omega" in key for key in keys) and not any(key.endswith("lora_A.weight") for key in keys)
     assert json.loads((tmp_path / "checkpoint-1" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_second_training_of_one_trainer_is_refused_and_of_a_new_one_goes_on(tmp_path):
+    trainer = trained("rank", METHODS["simplex"], tmp_path)
+    with pytest.raises(RuntimeError, match="make a new Trainer"):
+        trainer.train()
+    again = rw.RankTrainer(method=METHODS["simplex"], model=trainer.model, args=arguments(tmp_path / "again"),
+                           train_dataset=tiny.rows(), data_collator=default_data_collator)
+    again.train()
+    assert again.state.global_step == STEPS
+
+
+def test_steps_that_a_gradient_scaler_skipped_do_not_hinder_a_resume(tmp_path):
+    """The Trainer counts them, the optimizer does not."""
+    method = METHODS["simplex"]
+    model = method.attach(tiny.model(), head=tiny.head())
+    optimizer = rw.SimplexAdam(method, model)
+    optimizer.steps = 3
+    state = TrainerState(global_step=5)
+    rw.RankCallback(method).on_train_begin(arguments(tmp_path), state, TrainerControl(), optimizer=optimizer)

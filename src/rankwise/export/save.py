@@ -4,6 +4,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from rankwise.config import InputError
 from rankwise.methods import Method, build
 from rankwise.ranks.resize import merged
-from rankwise.ranks.sites import OMEGA, sites
+from rankwise.ranks.sites import OMEGA, adapted, sites
 
 DESCRIPTION = "rankwise.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,16 +33,20 @@ def save(
     and `head` say what to rebuild, and `rankwise.load` reads it.
 
     Raises:
-        InputError: if products were merged into the base weights (`empty: merge`), or if a model without adapter comes
-            without its method.
+        InputError: if products were merged into the base weights (`empty: merge`), if a model without adapter comes
+            without its method, or if `folder` holds other things than an adapter, which would be lost.
     """
     folder = Path(folder)
+    if folder.exists() and not _holds_adapter(folder) and any(folder.iterdir()):
+        raise InputError(f"{folder} holds something else than an adapter; give a new or an empty folder")
+    with suppress(TypeError):
+        model = adapted(model)  # out of its wrappers
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         made = Path(name) / "adapter"
         made.mkdir()
         if isinstance(model, PeftModel):
-            _save_adapter(model, made)
+            made = _save_adapter(model, made)
         elif method is not None:
             description = {"method": {"name": method.name, **asdict(method)}, "head": list(head)}
             trained = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
@@ -55,14 +60,22 @@ def save(
     return folder
 
 
-def _save_adapter(model: PeftModel, folder: Path) -> None:
+def _holds_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() or (folder / DESCRIPTION).is_file()
+
+
+def _save_adapter(model: PeftModel, folder: Path) -> Path:
+    """Save the active adapter, and return where in `folder` PEFT put it: in a folder of its name, unless `default`."""
     if names := merged(model):
         raise InputError(
             f"the product of {names[0]} ({len(names)} sites in all) was merged into the base weights, so an adapter "
             "alone would not give this model; save model.merge_and_unload(), or train with empty=drop"
         )
     # Embeddings belong to the base; asking PEFT to find out would make it look for the base model on the hub.
-    model.save_pretrained(str(folder), state_dict=folded_state(model), save_embedding_layers=False)
+    name = model.active_adapter
+    state = folded_state(model)
+    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False, selected_adapters=[name])
+    return folder if name == "default" else folder / name
 
 
 @torch.no_grad()
@@ -86,7 +99,10 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
-        return PeftModel.from_pretrained(model, str(folder))
+        try:
+            return PeftModel.from_pretrained(model, str(folder))
+        except (RuntimeError, ValueError) as error:
+            raise InputError(f"{folder} does not fit this model: {' '.join(str(error).split())[:300]}") from error
     if not (folder / DESCRIPTION).is_file():
         raise InputError(f"{folder} holds no adapter: neither adapter_config.json nor {DESCRIPTION} is there")
     description = json.loads((folder / DESCRIPTION).read_text())

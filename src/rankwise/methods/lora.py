@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from rankwise.config import InputError, nearest
 from rankwise.methods.base import Method, require
 from rankwise.ranks.resize import follow_state_dict
-from rankwise.ranks.sites import is_weight
+from rankwise.ranks.sites import features, is_weight
 
 ALL_LINEAR = "all-linear"
 
@@ -38,9 +38,10 @@ class LoRA(Method, name="lora"):
         require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        require(not isinstance(model, PeftModel), "this model has an adapter already: attach to the base model instead")
         names = target_names(model, self.targets, head)
         for name in names:
-            limit = min(model.get_parameter(f"{name}.weight").shape)
+            limit = min(features(model.get_submodule(name)))
             require(self.rank <= limit, f"rank {self.rank} is too large for {name}, which allows at most {limit}")
         head_names(model, head)
         config = LoraConfig(
@@ -60,7 +61,7 @@ def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[
     """Full names of the linear layers that `targets` means; layers inside the head are never among them.
 
     Raises:
-        InputError: a name that matches nothing; the message lists what would.
+        InputError: no name at all, or one that matches nothing; the message lists what would.
     """
     output = getattr(model, "get_output_embeddings", lambda: None)()
     aside = [*head, *SEQ_CLS_HEAD_NAMES]
@@ -69,9 +70,11 @@ def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[
         for name, module in model.named_modules()
         if is_weight(module) and module is not output and not any(_inside(part, name) for part in aside)
     ]
+    require(bool(linear), f"{type(model).__name__} has no linear layer outside its head, so nothing can be adapted")
     if targets == ALL_LINEAR:
         return linear
     wanted = [targets] if isinstance(targets, str) else list(targets)
+    require(bool(wanted), f"targets is empty: name modules, or {ALL_LINEAR}")
     for target in wanted:
         if not any(_ends(target, name) for name in linear):
             ends = sorted({name.rpartition(".")[2] for name in linear})

@@ -41,10 +41,12 @@ class SimplexLoRA(LoRA, name="simplex-lora"):
         rounding: `budget` (never over the parameters of uniform `rank`), `floor` (slides) or `ceil` (authors' code).
         change: `svd` keeps the best approximation of BA at the new rank, `reinit` starts the changed sites afresh.
         empty: the product of a site whose rank becomes 0 is `drop`ped or `merge`d into W.
-        finish: `continue` with the factors found, or `restart` factors and schedule at the found ranks.
+        finish: `continue` with the factors found, or `restart` with fresh ones at the found ranks; RankTrainer then
+            begins the schedule anew too, elsewhere the schedule is the caller's.
         moments: Adam's moments of changed sites: `reset`, or `keep` (carried along with the factors).
         rewarm: steps of linear warm-up of all rates after each rank change.
-        projection: `simplex` (Euclidean), `softmax` or `rank-softmax` (softmax weighted by the current ranks).
+        projection: `simplex` (Euclidean), `softmax` or `rank-softmax` (softmax weighted by the current ranks). The last
+            two are no projections: step after step they enlarge any difference by themselves, without a gradient too.
         omega_rate: learning rate of ω by SGD; it follows the run's schedule.
         omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection.
     """
@@ -86,6 +88,10 @@ class SimplexLoRA(LoRA, name="simplex-lora"):
         weights = omega(model)
         if weights is None:  # the search is over
             return None
+        if not torch.isfinite(weights).all():
+            raise ValueError(
+                f"ω is not finite after step {step}: the training has diverged; lower the learning rate or omega_rate"
+            )
         if lr > 0:
             with torch.no_grad():
                 weights.sub_(lr * self.omega_decay * (weights - 1))

@@ -13,14 +13,17 @@ def simplex(x: Tensor, total: float) -> Tensor:
         x: (n,).
         total: > 0.
     Raises:
-        ValueError: if x is not finite or total not positive.
+        ValueError: if x is empty or not finite, or total not positive.
     """
     v = x.double()
+    if x.numel() == 0:
+        raise ValueError("the simplex needs at least one entry")
     if not total > 0 or not torch.isfinite(v).all():
         raise ValueError("the simplex needs finite numbers and a total above 0")
     slack = max(1e-9, x.numel() * torch.finfo(x.dtype).eps / 2) * total
     if (v >= 0).all() and (v.sum() - total).abs() <= slack:
         return x.clone()
+    v = v - v.max()  # the projection is the same, and cannot lose the total in the rounding of a huge x
     # The largest k with x_(k) > θ_k, where θ_k makes the k largest sum to the total; then y = (x − θ)₊.
     descending = v.sort(descending=True).values
     theta = (descending.cumsum(0) - total) / torch.arange(1, v.numel() + 1, device=v.device)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from rankwise.ranks.resize import RankPlan, Structure, follow, resize
@@ -50,11 +51,17 @@ class SimplexAdam(torch.optim.AdamW):
         self.changed = 0  # the step of the last rank change, 0 before any
         groups = [{"rule": "adamw", **group} for group in method.param_groups(model)]
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.defaults["rule"] = "adamw"  # of groups that are added later
         if Structure.of(model).ranks:
             follow(model, self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every group, then the method's; returns what `closure` returned.
+
+        Raises:
+            RuntimeError: if ranks would change in one of several processes (DistributedDataParallel).
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -65,23 +72,30 @@ class SimplexAdam(torch.optim.AdamW):
             with self._sgd():
                 super().step()
         plan = self.method.after_step(self.model, self.steps, lr)
+        if plan is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                "ranks cannot change under DistributedDataParallel: it would go on averaging the gradients of the "
+                "replaced parameters only, and the processes would drift apart; train the search in one process"
+            )
         if plan is not None and resize(self.model, plan):
             self.changed = self.steps
         return loss
 
     @contextmanager
     def _rewarmed(self) -> Iterator[None]:
-        """Every rate times the share that a re-warm-up allows at this step."""
+        """Every rate times the share that a re-warm-up allows at this step, from REWARM_FROM at the first one on."""
         rewarm, since = self.method.rewarm_steps, self.steps - self.changed
         if not self.changed or since > rewarm:
             yield
             return
         rates = [group["lr"] for group in self.param_groups]
         for group in self.param_groups:
-            group["lr"] = group["lr"] * (REWARM_FROM + (1 - REWARM_FROM) * since / rewarm)
-        yield
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
+            group["lr"] = group["lr"] * (REWARM_FROM + (1 - REWARM_FROM) * (since - 1) / rewarm)
+        try:
+            yield
+        finally:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     @contextmanager
     def _sgd(self) -> Iterator[None]:

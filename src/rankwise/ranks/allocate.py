@@ -21,7 +21,11 @@ def allocate(
     Args:
         weights: ω, one per site. costs: c_i = in + out, parameters per unit of rank. limits: largest rank of a site.
         rank: r0, the uniform rank at the start.
+    Raises:
+        ValueError: an unknown rounding, arguments of different lengths, or no weight above 0 (`budget`).
     """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
     if rounding == "floor":
         return [min(floor(w * rank + EDGE), limit) for w, limit in zip(weights, limits, strict=True)]
     if rounding == "ceil":

@@ -22,6 +22,9 @@ from rankwise.ranks.sites import OMEGA, Scale, Site, adapted, omega, sites
 
 Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter
 
+# What optimizers keep in the shape of a parameter: the name, and whether it is of second order.
+_MOMENTS = {"exp_avg": False, "momentum_buffer": False, "exp_avg_sq": True, "max_exp_avg_sq": True}
+
 _optimizers: weakref.WeakKeyDictionary[nn.Module, "weakref.WeakSet[Optimizer]"] = weakref.WeakKeyDictionary()
 
 
@@ -60,8 +63,10 @@ def replace(
 
     Args:
         new: the new values, or None to take the Parameter away.
-        group: the parameter group (by its `name`) that a Parameter without predecessor joins.
-        carry: maps each moment of the old Parameter to the new one; without it the state starts from nothing.
+        group: the parameter group (by its `name`) that a Parameter without predecessor joins; in an optimizer without
+            such a group, the one that holds the other sites.
+        carry: maps each moment of the old Parameter to the new one; without it the state starts from nothing, and so
+            it does in an optimizer that keeps more than moments of Adam or SGD.
     """
     old = owner._parameters.get(name)
     trains = old is None or old.requires_grad
@@ -72,13 +77,22 @@ def replace(
     for optimizer in _optimizers.get(adapted(model), ()):
         state = optimizer.state.pop(old, None) if old is not None else None
         for entry in optimizer.param_groups:
-            kept = [fresh if p is old else p for p in entry["params"] if p is not old or fresh is not None]
-            if old is None and fresh is not None and entry.get("name") == group:
-                kept.append(fresh)
-            entry["params"] = kept
-        if state and carry is not None and fresh is not None:
-            moments = {"exp_avg": False, "exp_avg_sq": True}
-            optimizer.state[fresh] = {k: carry(v, moments[k]) if k in moments else v for k, v in state.items()}
+            entry["params"] = [fresh if p is old else p for p in entry["params"] if p is not old or fresh is not None]
+        if old is None and fresh is not None and (home := _home(optimizer, model, group)) is not None:
+            home["params"].append(fresh)
+        if state and state.keys() <= {"step", *_MOMENTS} and carry is not None and fresh is not None:
+            optimizer.state[fresh] = {
+                k: carry(v, _MOMENTS[k]) if k in _MOMENTS and v is not None else v for k, v in state.items()
+            }
+
+
+def _home(optimizer: Optimizer, model: nn.Module, group: str) -> dict[str, Any] | None:
+    """The group that a Parameter without predecessor joins."""
+    for entry in optimizer.param_groups:
+        if entry.get("name") == group:
+            return entry
+    factors = {id(p) for site in sites(model) if site.present for p in (site.A, site.B)}
+    return next((g for g in optimizer.param_groups if any(id(p) in factors for p in g["params"])), None)
 
 
 def _in_model_order(model: nn.Module) -> None:
@@ -144,15 +158,17 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
     Returns:
         The ranks that changed.
     Raises:
-        InputError: an unknown site, a rank below 0 or above min(in, out), or a plan that empties every site.
+        InputError: an unknown site, a rank below 0 or above min(in, out), a plan that empties every site, a site that
+            is merged into its base weight at the moment (`merge_adapter`), or one that cannot be emptied as the plan
+            says. The model is then as it was.
     """
     peft = adapted(model)
     if optimizer is not None:
         follow(peft, optimizer)
     plan = plan if isinstance(plan, RankPlan) else RankPlan(plan)
     here = {site.name: site for site in sites(peft)}
-    _check(here, plan)
-    changed = {name: rank for name, rank in plan.items() if plan.restart or rank != here[name].rank}
+    _check(peft, here, plan)
+    changed = {name: r for name, r in plan.items() if r != here[name].rank or (plan.restart and r > 0)}
     for name, rank in changed.items():
         site = here[name]
         if rank == 0:
@@ -167,14 +183,30 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
     return changed
 
 
-def _check(here: dict[str, Site], plan: RankPlan) -> None:
+def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
     for name, rank in plan.items():
         if name not in here:
             raise InputError(f"the plan names {name!r}, which is no site of this model")
-        if not 0 <= rank <= here[name].limit:
-            raise InputError(f"rank {rank} does not fit {name}: it must be 0 to {here[name].limit}")
+        site = here[name]
+        limit = max(site.limit, site.rank)  # an adapter from elsewhere may be larger than it need be
+        if not 0 <= rank <= limit:
+            raise InputError(f"rank {rank} does not fit {name}: it must be 0 to {limit}")
+        if rank != site.rank or plan.restart:
+            if site.adapter in site.layer.merged_adapters:
+                raise InputError(f"{name} is merged into its base weight: call unmerge_adapter() before a rank change")
+            if rank == 0 and site.present:
+                _check_emptying(model, site, plan.empty)
     if here and not any(plan.get(name, site.rank) for name, site in here.items()):
         raise InputError("the plan leaves no site with any rank; PEFT can neither train nor save such an adapter")
+
+
+def _check_emptying(model: PeftModel, site: Site, how: str) -> None:
+    if site.adapter in site.layer.lora_variant or site.layer.lora_B[site.adapter].bias is not None:
+        raise InputError(f"{site.name} has more than A and B (lora_bias, DoRA or another variant): it cannot go")
+    if how == "merge":
+        weight = _float_weight(site)
+        if sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
+            raise InputError(f"{site.name} shares its weight with another module, which a merge would change too")
 
 
 def _change(model: PeftModel, site: Site, rank: int, plan: RankPlan) -> None:
@@ -227,12 +259,12 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     scaling = layer.lora_empty.pop(adapter)
     weight = layer.get_base_layer().weight
     # Beside the other adapters: on the base weight's device, in their dtype (PEFT keeps adapters in fp32).
-    like = next((s.B for s in sites(model) if s.present), weight.float())
-    like = torch.empty(0, device=weight.device, dtype=like.dtype)
+    like = torch.empty(0, device=weight.device, dtype=next(s.B.dtype for s in sites(model) if s.present))
     A, B = nn.Linear(site.in_features, rank, bias=False), nn.Linear(rank, site.out_features, bias=False)
     A._parameters["weight"] = B._parameters["weight"] = None
     layer.lora_A[adapter], layer.lora_B[adapter] = A, B
-    layer.lora_dropout[adapter] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+    dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+    layer.lora_dropout[adapter] = dropout.train(layer.training)
     layer.scaling[adapter] = scaling
     replace(model, A, "weight", fresh_A(rank, like, site.in_features), group="adapter")
     replace(model, B, "weight", torch.zeros(site.out_features, rank).to(like), group="adapter")
@@ -257,11 +289,7 @@ class Merged(nn.Module):
 @torch.no_grad()
 def merge(site: Site, factors: Merged) -> None:
     """Add s·BA to W, and remember the factors under the layer, since no adapter file holds W."""
-    base = site.layer.get_base_layer()
-    if not torch.is_floating_point(base.weight) or base.weight.dim() != 2:
-        raise InputError(f"{site.name} is quantised, nothing can be merged into it; use empty=drop")
-    delta = site.scaling * (factors.B @ factors.A)
-    base.weight += (delta.T if site.layer.fan_in_fan_out else delta).to(base.weight.dtype)
+    _add_product(site, factors, 1)
     if not hasattr(site.layer, "lora_merged"):
         site.layer.lora_merged = nn.ModuleDict()
     if site.adapter not in site.layer.lora_merged:
@@ -269,9 +297,45 @@ def merge(site: Site, factors: Merged) -> None:
     site.layer.lora_merged[site.adapter].append(factors)
 
 
+def _float_weight(site: Site) -> Tensor:
+    weight: Tensor = site.layer.get_base_layer().weight
+    if not torch.is_floating_point(weight) or weight.dim() != 2:
+        raise InputError(f"{site.name} is quantised, nothing can be merged into it; use empty=drop")
+    return weight
+
+
+def _add_product(site: Site, factors: Merged, sign: int) -> None:
+    weight = _float_weight(site)
+    delta = sign * site.scaling * (factors.B @ factors.A)
+    weight += (delta.T if site.layer.fan_in_fan_out else delta).to(weight)
+
+
+def _merged(site: Site) -> list[Any]:
+    """The factors that were merged into the site's weight, the first ones first."""
+    kept = getattr(site.layer, "lora_merged", {})
+    return list(kept[site.adapter]) if site.adapter in kept else []
+
+
+@torch.no_grad()
+def _match_merged(site: Site, wanted: list[Merged]) -> None:
+    """Take out of W what was merged since (up to rounding), and merge what is missing."""
+    have = _merged(site)
+    same = 0
+    for a, b in zip(have, wanted, strict=False):
+        if not (torch.equal(a.A, b.A.to(a.A.device)) and torch.equal(a.B, b.B.to(a.B.device))):
+            break
+        same += 1
+    for factors in reversed(have[same:]):
+        _add_product(site, factors, -1)
+    if have:
+        site.layer.lora_merged[site.adapter] = nn.ModuleList(have[:same])
+    for factors in wanted[same:]:
+        merge(site, factors.to(site.layer.get_base_layer().weight.device))
+
+
 def merged(model: nn.Module) -> list[str]:
     """Names of the sites whose product was merged into the base weight."""
-    return [s.name for s in sites(model) if s.adapter in getattr(s.layer, "lora_merged", {})]
+    return [s.name for s in sites(model) if _merged(s)]
 
 
 def _record(model: PeftModel) -> None:
@@ -333,7 +397,10 @@ def add_omega(model: nn.Module) -> nn.Parameter:
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Move every ω into its B and take ω away: plain LoRA with the same outputs. Nothing happens where no ω is."""
+    """Move every ω into its B and take ω away: plain LoRA with the same outputs. Nothing happens where no ω is.
+
+    B' = ωB has the gradient ∂L/∂B' = ∂L/∂B / ω, and B's moments follow it; those of A, whose gradient stays, stay.
+    """
     peft = adapted(model)
     weights = omega(peft)
     if weights is None:
@@ -341,13 +408,20 @@ def fold(model: nn.Module) -> None:
     for site in sites(peft):
         if site.scale is None:
             continue
-        site.B.mul_(site.scale.value.to(site.B.dtype))
+        _fold_one(peft, site, site.scale.value.item())
         linear, A = site.layer.lora_A[site.adapter], site.A
         parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
         linear.register_parameter("weight", A)  # the Parameter that the optimizers know
     omegas = getattr(peft.base_model, OMEGA)
     replace(peft, omegas, peft.active_adapter, None)
     del omegas[peft.active_adapter]
+
+
+def _fold_one(model: PeftModel, site: Site, value: float) -> None:
+    def carry(moment: Tensor, second: bool) -> Tensor:
+        return moment / (value * value if second else value)
+
+    replace(model, *site.B_owner, site.B * value, carry=carry if value > 1e-6 else None)
 
 
 # --- a state dict brings its own structure ---------------------------------------------------------------------------
@@ -357,6 +431,8 @@ def follow_state_dict(model: PeftModel) -> None:
     """Make `model.load_state_dict` re-rank the model first, whoever calls it.
 
     Trainer's resume, Trainer's best model, PEFT's `load_adapter` and a bare loop all end there, so one hook serves all.
+    A state that holds factors of the active adapter is taken as the whole of it: sites that it leaves out are emptied.
+    One without any (a head, the base weights, another adapter) changes no rank.
     """
     model.register_load_state_dict_pre_hook(_match)
 
@@ -366,9 +442,10 @@ def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) 
     peft = adapted(model)
     adapter = peft.active_adapter
     # PEFT writes keys without the adapter's name, and on loading names those it finds in the model as it is now.
-    nameless = re.compile(rf"(\.lora_(?:A|B|omega|merged))(?=\.|$)(?!\.{re.escape(adapter)}(?:\.|$))")
+    names = "|".join(map(re.escape, peft.peft_config))
+    nameless = re.compile(rf"\.lora_(?:A|B|omega|merged)(?=\.|$)(?!\.(?:{names})(?:\.|$))")
     for old in [key for key in state if nameless.search(key)]:
-        state[nameless.sub(rf"\1.{adapter}", old)] = state.pop(old)
+        state[nameless.sub(lambda found: f"{found[0]}.{adapter}", old)] = state.pop(old)
 
     def key(site: Site, part: str) -> str:
         return f"{prefix}base_model.model.{site.name}.{part}"
@@ -384,11 +461,11 @@ def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) 
     if scaled and omega(peft) is None:
         add_omega(peft)
     for site in sites(peft):
-        known = len(getattr(site.layer, "lora_merged", {}).get(adapter, ()))
-        while (A := state.get(key(site, f"lora_merged.{adapter}.{known}.A"))) is not None:
-            B = state[key(site, f"lora_merged.{adapter}.{known}.B")]
-            merge(site, Merged(A.clone(), B.clone()))
-            known += 1
+        products: list[Merged] = []
+        while (A := state.get(key(site, f"lora_merged.{adapter}.{len(products)}.A"))) is not None:
+            B = state[key(site, f"lora_merged.{adapter}.{len(products)}.B")]
+            products.append(Merged(A.clone(), B.clone()))
+        _match_merged(site, products)
 
 
 @dataclass(frozen=True)

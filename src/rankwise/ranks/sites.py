@@ -128,6 +128,13 @@ def is_weight(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
+def features(module: Any) -> tuple[int, int]:
+    """(in, out) of a linear map. Not its weight's shape: 4-bit weights are packed into one column."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features
+
+
 def _sites(model: PeftModel) -> Iterator[Site]:
     adapter = model.active_adapter
     for name, module in model.get_base_model().named_modules():

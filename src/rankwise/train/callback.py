@@ -33,7 +33,12 @@ class RankCallback(TrainerCallback):
                 f"the method {self.method.name} needs its own optimizer: pass the Trainer "
                 "optimizers=(method.optimizer(model, args), None)"
             )
-        if optimizer.steps != state.global_step:
+        if optimizer.steps > state.global_step:
+            raise RuntimeError(
+                f"training starts at step {state.global_step}, but the optimizer has taken {optimizer.steps} already: "
+                "resume from a checkpoint, or make a new Trainer for a second training"
+            )
+        if state.global_step and not optimizer.steps:  # fewer are right: a gradient scaler skips some
             raise RuntimeError(
                 f"training goes on at step {state.global_step}, but the optimizer is at step {optimizer.steps}: resume "
                 "from a checkpoint that holds the optimizer (save_only_model=False)"

@@ -21,10 +21,16 @@ def save_checkpoint(
 ) -> Path:
     """Write all that an exact continuation needs: what trains, merged products, optimizer, schedule, random streams.
 
-    The base weights are not in it. The folder is replaced as a whole or not at all.
+    The base weights are not in it; of random streams, torch's are. The folder is replaced as a whole or not at all.
+
+    Raises:
+        InputError: a folder that holds other things than a checkpoint, which would be lost.
     """
     folder = Path(folder)
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    if folder.exists() and not (folder / FILE).is_file() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds something else than a checkpoint; give a new or an empty folder")
+    # Tied weights have several names, and all of them are in the state dict.
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     state = {
         "model": {name: value for name, value in model.state_dict().items() if name not in frozen},
         "optimizer": optimizer.state_dict(),
@@ -57,7 +63,8 @@ def load_checkpoint(
     Returns:
         The steps taken so far.
     Raises:
-        InputError: no checkpoint there, or one that cannot be read.
+        InputError: no checkpoint there, one that cannot be read, or one of another method or head.
+        RuntimeError: shapes that do not fit the model.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -66,7 +73,10 @@ def load_checkpoint(
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path} cannot be read, it may be cut short: {error}") from error
-    model.load_state_dict(state["model"], strict=False)
+    missing, unexpected = model.load_state_dict(state["model"], strict=False)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    if strange := sorted({*unexpected, *trained.intersection(missing)}):
+        raise InputError(f"{path} is of another method, head or model: {strange[0]} is on one side only")
     optimizer.load_state_dict(state["optimizer"])
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
