@@ -237,6 +237,17 @@ def test_retry_with_nothing_failed_has_nothing_to_do(cli: Cli, tmp_path: Path) -
     assert json.loads(out)["done"] == []
 
 
+def test_a_page_that_cannot_be_made_takes_no_result_with_it(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(Store(tmp_path), config(), 0.5)
+    monkeypatch.setattr("rankwise.report.html.write", lambda *_: 1 / 0)
+    code, out, err = cli("retry", tmp_path, "--json")
+    content = json.loads(out)
+    assert (code, content["report"], content["best"][0]["mean"]) == (0, None, 0.5)
+    assert "no report.html: division by zero" in err
+
+
 def workers(parent: int) -> list[int]:
     """Processes that a sweep launched and that still run."""
     found = []
@@ -278,8 +289,9 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     assert Store(runs).state(good) == "stopped"
     assert list(good.glob("checkpoint-*"))
 
+    stopped_at = Store(runs).standing(good).step
     second = rankwise(*command)
-    wait_for(lambda: reached(12))
+    wait_for(lambda: Store(runs).standing(good).step > stopped_at)
     assert workers(second.pid)
     second.kill()
     second.communicate()

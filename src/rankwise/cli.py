@@ -394,16 +394,14 @@ def _sweep(
 
 
 def _page(store: Store, summary: Any) -> Path | None:
-    """The report of the whole folder; the table is out already, so what hinders the page is only said."""
-    from rankwise.config import InputError
-
+    """The report of the whole folder. What hinders it is only said: the results are worth more than the page."""
     if not summary.rows:
         return None
     try:
         from rankwise.report.html import write
 
         return write(store.folder, None)
-    except (InputError, OSError) as error:
+    except Exception as error:
         print(f"no report.html: {' '.join(str(error).split())}", file=sys.stderr)
         return None
 

@@ -20,6 +20,7 @@ def test_markdown_has_a_line_per_row_and_the_note(rows: list[Row]) -> None:
     assert lines[0].startswith("| method | accuracy (mean ± sd) | 95 % interval | learning rate | seeds |")
     assert lines[4].startswith("| simplex-lora rank=4 | 0.7")
     assert "\\* stdlib-module, validation: split by rankwise from docstrings" in lines
+    assert "\\* stdlib-module, train: 4,800 of 5,000 rows" in lines
 
 
 def test_csv_can_be_read_back_in_full_precision(rows: list[Row]) -> None:
@@ -27,6 +28,7 @@ def test_csv_can_be_read_back_in_full_precision(rows: list[Row]) -> None:
     assert [float(line["mean"]) for line in found] == [row["mean"] for row in rows]
     assert [float(line["f1_sd"]) for line in found] == [row["metrics"]["f1"]["sd"] for row in rows]
     assert found[1]["trainable"] == "331776" and found[1]["official"] == "False"
+    assert found[1]["train_note"] == "4,800 of 5,000 rows"
     assert float(found[0]["interval_low"]) < float(found[0]["mean"]) < float(found[0]["interval_high"])
 
 

@@ -1,3 +1,4 @@
+import fcntl
 import json
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_the_states_a_run_goes_through(store: Store) -> None:
     assert store.state(folder) == "stopped"
     finish(store, config(), 0.5)
     assert store.state(folder) == "done"
+
+
+def test_two_that_look_at_once_do_not_take_each_other_for_the_run(store: Store) -> None:
+    folder = store.create(config(), REVISION)
+    with filelock.FileLock(folder / "run.lock"):
+        pass
+    (folder / "error.txt").write_text("broken\n")
+    with (folder / "run.lock").open("rb") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        assert store.state(folder) == "failed"
 
 
 @pytest.mark.parametrize("name", ["half", "foreign", "list", "another", "no cost", "empty", "binary"])

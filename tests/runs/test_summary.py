@@ -82,11 +82,22 @@ def test_the_text_holds_all_that_a_row_has_to_carry(store: Store) -> None:
 
 
 def test_a_split_that_is_not_official_is_marked_and_explained(store: Store) -> None:
-    splits = {"train": {}, "evaluation": [{"name": "part", "rows": 9, "official": False, "note": "9 of 10 rows"}]}
+    whole = {"name": "train", "rows": 100, "official": True, "note": ""}
+    splits = {"train": whole, "evaluation": [{"name": "part", "rows": 9, "official": False, "note": "9 of 10 rows"}]}
     finish(store, config(), 0.5, splits=splits)
     text = summary(store).text()
     assert "cola *: accuracy on 9 rows of part" in text
     assert "cola *: part is not the official split: 9 of 10 rows." in text
+    assert "train is not" not in text
+
+
+def test_training_on_some_rows_only_is_marked_although_the_split_scored_is_official(store: Store) -> None:
+    some = {"name": "train", "rows": 9, "official": False, "note": "9 of 100 rows, drawn with seed 0"}
+    whole = {"name": "validation", "rows": 50, "official": True, "note": ""}
+    finish(store, config(train_rows=9), 0.5, splits={"train": some, "evaluation": [whole]})
+    text = summary(store).text()
+    assert "cola *: accuracy on 50 rows of validation" in text
+    assert "cola *: train is not the official split: 9 of 100 rows, drawn with seed 0." in text
 
 
 def test_the_json_is_plain_and_holds_no_path(store: Store) -> None:

@@ -80,7 +80,8 @@ def test_a_task_without_labels_has_rows_without_scores(store: Store) -> None:
 
 
 def test_rows_are_json_and_say_what_is_not_official(store: Store) -> None:
-    splits = {"train": {}, "evaluation": [{"name": "part", "rows": 9, "official": False, "note": "9 of 10 rows"}]}
+    part = {"name": "part", "rows": 9, "official": False, "note": "9 of 10 rows"}
+    splits = {"train": {"name": "train", "rows": 100, "official": True, "note": ""}, "evaluation": [part]}
     finish(store, config(), 0.5, splits=splits)
     (row,) = rows(store)
     assert (row["split"], row["rows"], row["official"], row["note"]) == ("part", 9, False, "9 of 10 rows")

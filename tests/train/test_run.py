@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from rankwise.train.evaluate import predict
 from rankwise.train.files import MARKER, last_complete
 from rankwise.train.progress import DivergedError, Plan
 from rankwise.train.run import run
+from rankwise.train.stop import Stop
 from small_run import LORA, SIMPLEX, make, reached, wait_for
 
 HEAD = {"name": "head"}
@@ -138,22 +140,28 @@ def test_head_trains_the_head_alone(tmp_path: Path) -> None:
 LONG = {"max_steps": 30, "eval_every": 20, "checkpoint_every": 20}  # long enough to be stopped on its way
 
 
+Terminate = Callable[..., None]
+
+
 @pytest.fixture
-def terminate() -> Iterator[Callable[[Path, int], None]]:
-    """Send this process SIGTERM once the run in a folder has done a step."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # should the run be over by then
+def terminate() -> Iterator[Terminate]:
+    """Send this process a signal once the run in a folder has done a step."""
+    both = (signal.SIGTERM, signal.SIGINT)
+    before = {how: signal.signal(how, signal.SIG_IGN) for how in both}  # should the run be over by then
 
-    def watch(folder: Path, step: int) -> None:
+    def watch(folder: Path, step: int, how: signal.Signals) -> None:
         wait_for(lambda: reached(folder, step))
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), how)
 
-    yield lambda folder, step: threading.Thread(target=watch, args=(folder, step), daemon=True).start()
-    signal.signal(signal.SIGTERM, before)
+    def start(folder: Path, step: int, how: signal.Signals = signal.SIGTERM) -> None:
+        threading.Thread(target=watch, args=(folder, step, how), daemon=True).start()
+
+    yield start
+    for how, handler in before.items():
+        signal.signal(how, handler)
 
 
-def test_head_goes_on_where_it_was_stopped_and_time_adds_up(
-    terminate: Callable[[Path, int], None], tmp_path: Path
-) -> None:
+def test_head_goes_on_where_it_was_stopped_and_time_adds_up(terminate: Terminate, tmp_path: Path) -> None:
     alone, folder = (make(tmp_path / name, method=HEAD, **LONG) for name in ("alone", "run"))
     whole = run(alone)
     terminate(folder, 4)
@@ -168,7 +176,31 @@ def test_head_goes_on_where_it_was_stopped_and_time_adds_up(
         assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
 
 
-def test_without_resume_a_run_begins_anew(terminate: Callable[[Path, int], None], tmp_path: Path) -> None:
+def test_ctrl_c_leaves_a_checkpoint_too_and_says_how_to_go_on(
+    terminate: Terminate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make(tmp_path / "run", method=HEAD, **LONG)
+    terminate(folder, 4, signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        run(folder)
+    assert caught.value.code == 130
+    checkpoint, _ = last_complete(folder) or pytest.fail("no checkpoint was left")
+    step = checkpoint.name.removeprefix("checkpoint-")
+    assert capsys.readouterr() == ("", f"stopped after step {step}; the same command goes on from there\n")
+
+
+def test_only_a_second_ctrl_c_cuts_the_step_short() -> None:
+    stop = Stop()
+    with stop.patient():
+        stop.on_signal(signal.SIGTERM)
+        stop.on_signal(signal.SIGTERM)
+        assert (stop.asked, stop.code) == (True, 75)
+        with pytest.raises(SystemExit) as caught:
+            stop.on_signal(signal.SIGINT)
+    assert caught.value.code == 130
+
+
+def test_without_resume_a_run_begins_anew(terminate: Terminate, tmp_path: Path) -> None:
     folder = make(tmp_path / "run", method=HEAD, **LONG)
     terminate(folder, 4)
     with pytest.raises(SystemExit):
@@ -208,6 +240,20 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_pa
     assert all(weight.isfinite().all() for weight in load_file(checkpoint / "adapter_model.safetensors").values())
     assert all(np.isfinite(row["loss"]) for row in lines(folder / "metrics.jsonl") if "loss" in row)
     assert not (folder / "result.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run")
+    (folder / "run.lock").symlink_to(tmp_path / "missing" / "run.lock")  # what root, too, cannot open for writing
+    with pytest.raises(InputError, match="run: cannot be written to"):
+        run(folder)
+
+
+def test_a_finished_run_is_returned_from_a_folder_that_cannot_be_written_to(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "run.lock").unlink()
+    (tmp_path / "run" / "run.lock").symlink_to(tmp_path / "missing" / "run.lock")
+    assert run(tmp_path / "run")["run"] == "0123456789ab"
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(tmp_path: Path) -> None:

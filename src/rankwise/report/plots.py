@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 
 from rankwise.config import need
+from rankwise.runs.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -367,23 +366,8 @@ def save(figure: Figure, path: Path | str) -> Path:
     with matplotlib.rc_context(STYLE):
         metadata = {"Date": None} if kind == "svg" else {"Software": None}
         figure.savefig(buffer, format=kind, dpi=200, metadata=metadata, bbox_inches="tight")
-    _write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return path
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that a reader never sees half of it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:

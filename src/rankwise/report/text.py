@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rankwise.runs.summary import duration, plus_minus, size, span
-from rankwise.runs.tables import Row
+from rankwise.runs.tables import Row, unofficial
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 def who(rows: Sequence[Row]) -> list[Column]:
     """The method, behind the task where there are several."""
     method = Column("method", lambda row: row["method"], "name, rank, and what tells it from the others", number=False)
-    task = Column("task", task_name, "* marks a split that is not the official one", number=False)
+    task = Column("task", task_name, "* marks a split that is not official, trained on or scored", number=False)
     return [task, method] if len({row["task"] for row in rows}) > 1 else [method]
 
 
@@ -54,8 +54,8 @@ def scores(rows: Sequence[Row]) -> list[Column]:
 
 
 def task_name(row: Row) -> str:
-    """The task, with a star when the split it was scored on is not the official one."""
-    return row["task"] if row["official"] else f"{row['task']} *"
+    """The task, with a star when a split it was trained or scored on is not the official one."""
+    return f"{row['task']} *" if unofficial(row) else row["task"]
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -74,6 +74,7 @@ def csv(rows: Sequence[Row]) -> str:
     metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     keys = ["task", "method", "learning_rate", "n", "score", "mean", "sd", "budget", "trainable", "final", "head"]
     keys += ["peak_memory", "seconds", "examples_per_second", "adapter_bytes", "split", "rows", "official", "note"]
+    keys += ["train_split", "train_official", "train_note"]
     ends = [f"{name}{end}" for name in metrics for end in ("", "_sd")]
     text = io.StringIO()
     writer = csv_format.writer(text, lineterminator="\n")
@@ -107,7 +108,7 @@ def _latex_line(cells: Sequence[str]) -> str:
 
 def _footnote(rows: Sequence[Row], form: str) -> str:
     """Why a split is not official, so that no table is quoted without it."""
-    notes = dict.fromkeys(f"{row['task']}, {row['split']}: {row['note']}" for row in rows if not row["official"])
+    notes = dict.fromkeys(f"{row['task']}, {split}: {why}" for row in rows for split, why in unofficial(row).items())
     return "".join(form.format(note) for note in notes)
 
 

@@ -9,12 +9,12 @@ from typing import Any
 from rankwise.config import InputError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace `path` by `text` so that whoever looks, even after a power cut, finds the old file or the new one."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace `path` by `content` so that whoever looks, even after a power cut, finds the old file or the new one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         Path(name).chmod(0o644)

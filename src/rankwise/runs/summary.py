@@ -8,7 +8,7 @@ import numpy as np
 
 from rankwise.runs.stats import Difference, Interval, difference, paired_bootstrap
 from rankwise.runs.store import predictions
-from rankwise.runs.tables import Row, best, plain, summarise
+from rankwise.runs.tables import Row, best, plain, summarise, unofficial
 
 Metrics = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
 """Metric name -> function of (predictions (n,), labels (n,))."""
@@ -79,8 +79,8 @@ class Summary:
                 "the split reported: every score is a little too high."
             )
         for row in self.best:
-            if not row["official"]:
-                text = f"{row['task']} *: {row['split']} is not the official split: {row['note']}"
+            for split, why in unofficial(row).items():
+                text = f"{row['task']} *: {split} is not the official split: {why}"
                 notes.append(text if text.endswith(".") else f"{text}.")
         return list(dict.fromkeys(notes))
 
@@ -89,7 +89,7 @@ class Summary:
         parts = []
         for task in dict.fromkeys(row["task"] for row in self.best):
             rows = [row for row in self.best if row["task"] == task]
-            mark = "" if rows[0]["official"] else " *"
+            mark = " *" if unofficial(rows[0]) else ""
             parts.append(f"{task}{mark}: {rows[0]['score']} on {rows[0]['rows']} rows of {rows[0]['split']}")
             parts.append(_scores(rows))
             parts.append(_costs(rows))

@@ -23,6 +23,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
       budget, trainable (at its peak), final, head: parameters, the head's in none but the last;
       peak_memory, adapter_bytes (bytes), seconds, examples_per_second: means over the seeds;
       split, rows, official, note: what it was evaluated on;
+      train_split, train_official, train_note: what it was trained on;
       folders: the folder of each seed's run.
     mean, sd and interval are None where they are not defined: no labels, or one seed.
     """
@@ -50,13 +51,19 @@ def best(rows: Sequence[Row]) -> list[Row]:
     return list(chosen.values())
 
 
+def unofficial(row: Row) -> dict[str, str]:
+    """The splits behind a row that are not the official ones, those it was trained on included: name -> why."""
+    found = {} if row["official"] else {row["split"]: row["note"]}
+    return found if row["train_official"] else {**found, row["train_split"]: row["train_note"]}
+
+
 def _rank(row: Row) -> tuple[int, float]:
     return row["n"], -math.inf if row["mean"] is None else row["mean"]
 
 
 def _row(members: list[dict[str, Any]], label: str) -> Row:
     first = members[0]
-    evaluated = first["splits"]["evaluation"][0]
+    trained, evaluated = first["splits"]["train"], first["splits"]["evaluation"][0]
     by_seed = {result["seed"]: result for result in sorted(members, key=lambda result: result["seed"])}
     scores = {
         seed: result["metrics"][result["score"]]
@@ -92,6 +99,9 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         "rows": evaluated["rows"],
         "official": evaluated["official"],
         "note": evaluated["note"],
+        "train_split": trained["name"],
+        "train_official": trained["official"],
+        "train_note": trained["note"],
         "folders": {seed: result["folder"] for seed, result in by_seed.items()},
     }
 

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import shutil
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,14 +40,14 @@ from rankwise.export import save
 from rankwise.methods import Method
 from rankwise.ranks import rank_report
 from rankwise.ranks.resize import merged
-from rankwise.runs.files import read_lines, write_whole
+from rankwise.runs.files import read_lines, unwritable, write_whole
 from rankwise.runs.store import Store
 from rankwise.tasks import Split, Task, encode, subset
 from rankwise.train import model as models
 from rankwise.train.evaluate import Evaluation, predict, score, table
 from rankwise.train.files import last_complete
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
-from rankwise.train.stop import STOPPED, Stop, follow_parent, stoppable
+from rankwise.train.stop import Stop, follow_parent, stoppable
 from rankwise.train.trainer import RankTrainer
 
 if TYPE_CHECKING:
@@ -58,16 +59,19 @@ def run(folder: Path, resume: bool = True) -> dict[str, Any]:
 
     A finished run is returned untouched; an unfinished one goes on from its newest complete checkpoint, or from the
     start with `resume=False`. Whatever goes wrong is written to `error.txt` and raised: InputError for what the user
-    gave, DivergedError for a loss that is not finite, OSError for a full disk. After a SIGTERM the step is finished and
-    a checkpoint written, then SystemExit(75).
+    gave, DivergedError for a loss that is not finite, OSError for a full disk. After a SIGTERM or Ctrl-C the step is
+    finished and a checkpoint written, then SystemExit(75 or 130).
     """
     folder = Path(folder)
     if not (folder / "run.yaml").is_file():
         raise InputError(f"{folder}: there is no run.yaml in it; give the folder of a run")
+    finished = Store(folder.parent).result
+    if result := finished(folder):  # also in a folder that cannot be written to
+        return result
     with _locked(folder):
         try:
             name, config = _read(folder)
-            return Store(folder.parent).result(folder) or _live(folder, name, config, resume)
+            return finished(folder) or _live(folder, name, config, resume)
         except Exception as error:
             with suppress(OSError):  # on a full disk the error itself is worth more than the note of it
                 write_whole(folder / "error.txt", f"{_first_line(error)}\n\n{traceback.format_exc()}")
@@ -76,11 +80,17 @@ def run(folder: Path, resume: bool = True) -> dict[str, Any]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(folder / "run.lock", timeout=2)  # seconds: a look at its state holds it for a moment
     try:
-        with filelock.FileLock(folder / "run.lock", timeout=2):  # seconds: a look at its state holds it for a moment
-            yield
+        lock.acquire()
     except filelock.Timeout:
         raise InputError(f"{folder}: another process is at work on this run; wait for it or end it") from None
+    except OSError as error:
+        raise unwritable(folder, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _read(folder: Path) -> tuple[str, RunConfig]:
@@ -137,7 +147,10 @@ class Parts:
         if not all(np.isfinite(outputs).all() for outputs in logits):
             raise DivergedError("the model's outputs are not finite at an evaluation")
         scored = [score(self.task, each, outputs) for each, outputs in zip(self.evaluations, logits, strict=True)]
-        return {name: value for scores in scored for name, value in scores.items()}
+        found = {name: value for scores in scored for name, value in scores.items()}
+        if not all(map(math.isfinite, found.values())):  # the square of a finite output need not be finite
+            raise DivergedError(f"the model's scores are not finite at an evaluation: {found}")
+        return found
 
 
 def _prepare(config: RunConfig) -> Parts:
@@ -203,7 +216,8 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
     with stop.patient():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < parts.plan.steps:
-        raise SystemExit(STOPPED)
+        print(f"stopped after step {trainer.state.global_step}; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(stop.code)
 
 
 def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:

@@ -1,4 +1,4 @@
-"""How a run is asked to stop: SIGTERM, or the end of the process that launched it."""
+"""How a run is asked to stop: SIGTERM, Ctrl-C, or the end of the process that launched it."""
 
 import os
 import signal
@@ -8,15 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 STOPPED = 75  # EX_TEMPFAIL: start the same command again and it goes on
+INTERRUPTED = 130
 GRACE = 10.0  # seconds for the last step and its checkpoint once the parent is gone
 POLL = 0.5  # seconds
 
 
 class Stop:
-    """Whether SIGTERM has come: only noted while `patient`, for the loop to act on; else it ends the process."""
+    """Whether SIGTERM or Ctrl-C has come: only noted while `patient`, for the loop to act on; else it ends the process.
+
+    A second Ctrl-C ends it in any case.
+    """
 
     def __init__(self) -> None:
         self.asked = False
+        self.code = STOPPED
+        """What to exit with."""
         self._patient = False
 
     @contextmanager
@@ -28,24 +34,30 @@ class Stop:
         finally:
             self._patient = False
 
-    def on_signal(self, *_: object) -> None:
-        self.asked = True
-        if not self._patient:
-            raise SystemExit(STOPPED)
+    def on_signal(self, number: int, *_: object) -> None:
+        interrupted = number == signal.SIGINT
+        again, self.asked = self.asked, True
+        self.code = INTERRUPTED if interrupted else STOPPED
+        if not self._patient or (interrupted and again):
+            raise SystemExit(self.code)
 
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Answer SIGTERM with exit code 75 while the block runs. Signals reach only the main thread: elsewhere a no-op."""
+    """Answer SIGTERM with exit code 75 and Ctrl-C with 130 while the block runs.
+
+    Signals reach only the main thread: elsewhere a no-op.
+    """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, stop.on_signal)
+    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def follow_parent() -> None:
