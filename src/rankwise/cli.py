@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -35,7 +35,7 @@ app = typer.Typer(
 )
 
 Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="settings that win over the file's")
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings that win over the file's")
 ]
 Runs = Annotated[Path, typer.Argument(metavar="RUNS", help="folder of runs")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
@@ -52,7 +52,7 @@ RunnerName = Annotated[str, typer.Option("--runner", help="where the runs are ca
 def train(
     what: Annotated[
         list[str],
-        typer.Argument(metavar="CONFIG.yaml | RUN_FOLDER [KEY=VALUE]...", help="one run, or settings without a file"),
+        typer.Argument(metavar="CONFIG.yaml|RUN_FOLDER|KEY=VALUE", help="one run: a file or folder, then settings"),
     ],
     as_json: Json = False,
     dry_run: DryRun = False,
@@ -313,18 +313,35 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
-        app(prog_name="rankwise")
+        code = app(prog_name="rankwise", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
     except Exception as error:
         from rankwise.config import InputError
 
         if "--debug" in sys.argv:
             raise
+        if hasattr(error, "format_message"):  # a usage error, which typer would spread over four lines
+            _refuse_usage(error)
         line = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, InputError):
             print(f"rankwise: {line}", file=sys.stderr)
             sys.exit(INPUT)
         print(f"rankwise: {type(error).__name__}: {line} (--debug shows where)", file=sys.stderr)
         sys.exit(FAILED)
+
+
+def _refuse_usage(error: Any) -> NoReturn:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "rankwise"
+    if len(sys.argv) == 1:  # rankwise alone: its help is what was wanted
+        print(context.get_help() if context else error.format_message())
+    else:
+        print(f"rankwise: {' '.join(error.format_message().split())} (see {command} --help)", file=sys.stderr)
+    sys.exit(INPUT)
 
 
 def _schema() -> Schema:

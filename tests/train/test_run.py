@@ -200,15 +200,6 @@ def test_only_a_second_ctrl_c_cuts_the_step_short() -> None:
     assert caught.value.code == 130
 
 
-def test_without_resume_a_run_begins_anew(terminate: Terminate, tmp_path: Path) -> None:
-    folder = make(tmp_path / "run", method=HEAD, **LONG)
-    terminate(folder, 4)
-    with pytest.raises(SystemExit):
-        run(folder)
-    age(folder, 1e6)
-    assert run(folder, resume=False)["cost"]["seconds"] < 1e6
-
-
 def age(folder: Path, seconds: float) -> None:
     """Let the newest checkpoint say that it took that much longer."""
     checkpoint, _ = last_complete(folder) or pytest.fail("no checkpoint was left")

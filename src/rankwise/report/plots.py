@@ -293,7 +293,7 @@ def score_by_parameters(
 
 
 @_styled
-def curves(lines: Sequence[Line], ylabel: str, title: str, xlabel: str = "optimizer step") -> Figure:
+def curves(lines: Sequence[Line], ylabel: str, title: str) -> Figure:
     """Mean over seeds with a band of one sample standard deviation, at the steps that every seed has.
 
     A line of a single seed has no band. Lines without a common step are left out of the picture.
@@ -319,7 +319,7 @@ def curves(lines: Sequence[Line], ylabel: str, title: str, xlabel: str = "optimi
         if spread is not None:
             banded = True
             axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.set(xlabel="optimizer step", ylabel=ylabel, title=title)
     _legend(figure, axes, note="band: one sample standard deviation over seeds" if banded else "")
     return figure
 

@@ -11,6 +11,9 @@ from rankwise.config import need
 
 Interval = tuple[float, float]
 
+LEVEL = 0.95  # of every interval
+DRAWS = 500  # of the bootstrap
+
 
 def mean(values: Sequence[float]) -> float:
     """The arithmetic mean; NaN for no values."""
@@ -22,12 +25,12 @@ def sd(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
-def t_interval(values: Sequence[float], level: float = 0.95) -> Interval | None:
+def t_interval(values: Sequence[float]) -> Interval | None:
     """Student's interval for the mean: mean ± t(n - 1) sd / √n. None for fewer than two values."""
     spread = sd(values)
     if spread is None:
         return None
-    quantile = float(need("scipy.stats", "bench").t.ppf((1 + level) / 2, len(values) - 1))
+    quantile = float(need("scipy.stats", "bench").t.ppf((1 + LEVEL) / 2, len(values) - 1))
     half = quantile * spread / math.sqrt(len(values))
     return mean(values) - half, mean(values) + half
 
@@ -51,7 +54,7 @@ class Difference:
         return self.seeds is not None and all(low > 0 or high < 0 for low, high in given)
 
 
-def difference(ours: Mapping[int, float], theirs: Mapping[int, float], level: float = 0.95) -> Difference | None:
+def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
     """Ours minus theirs over the seeds that both have; None where they share none.
 
     Args:
@@ -62,7 +65,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float], level: fl
     if not shared:
         return None
     gaps = [ours[seed] - theirs[seed] for seed in shared]
-    return Difference(len(gaps), mean(gaps), t_interval(gaps, level))
+    return Difference(len(gaps), mean(gaps), t_interval(gaps))
 
 
 def paired_bootstrap(
@@ -70,8 +73,6 @@ def paired_bootstrap(
     ours: Sequence[np.ndarray],
     theirs: Sequence[np.ndarray],
     labels: np.ndarray,
-    draws: int = 500,
-    level: float = 0.95,
 ) -> Interval:
     """Percentile interval of score(ours) - score(theirs), the examples drawn anew with replacement, the same for both.
 
@@ -82,12 +83,12 @@ def paired_bootstrap(
     """
     draw = np.random.default_rng(0)
     gaps = []
-    for _ in range(draws):
+    for _ in range(DRAWS):
         rows = draw.integers(0, len(labels), len(labels))
         gold = labels[rows]
         gaps.append(
             mean([score(each[rows], gold) for each in ours]) - mean([score(each[rows], gold) for each in theirs])
         )
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
     low, high = np.quantile(gaps, [tail, 1 - tail])
     return float(low), float(high)

@@ -54,11 +54,11 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def run(folder: Path, resume: bool = True) -> dict[str, Any]:
+def run(folder: Path) -> dict[str, Any]:
     """Train, evaluate and save the run whose `run.yaml` lies in `folder`, and return what `result.json` then holds.
 
-    A finished run is returned untouched; an unfinished one goes on from its newest complete checkpoint, or from the
-    start with `resume=False`. Whatever goes wrong is written to `error.txt` and raised: InputError for what the user
+    A finished run is returned untouched; an unfinished one goes on from its newest complete checkpoint, if it
+    has one. Whatever goes wrong is written to `error.txt` and raised: InputError for what the user
     gave, DivergedError for a loss that is not finite, OSError for a full disk. After a SIGTERM or Ctrl-C the step is
     finished and a checkpoint written, then SystemExit(75 or 130).
     """
@@ -71,7 +71,7 @@ def run(folder: Path, resume: bool = True) -> dict[str, Any]:
     with _locked(folder):
         try:
             name, config = _read(folder)
-            return finished(folder) or _live(folder, name, config, resume)
+            return finished(folder) or _live(folder, name, config)
         except Exception as error:
             with suppress(OSError):  # on a full disk the error itself is worth more than the note of it
                 write_whole(folder / "error.txt", f"{_first_line(error)}\n\n{traceback.format_exc()}")
@@ -108,13 +108,13 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _live(folder: Path, name: str, config: RunConfig, resume: bool) -> dict[str, Any]:
+def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
     follow_parent()
     with stoppable() as stop, models.quiet():
         (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
         write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
         parts = _prepare(config)
-        checkpoint, carried = _start(folder, resume)
+        checkpoint, carried = _start(folder)
         progress = Progress(folder, parts.plan, parts.method, lambda: parts.scores(parts.logits()), carried, stop)
         _train(folder, parts, checkpoint, progress, stop)
         return _finish(folder, name, parts, progress)
@@ -190,10 +190,8 @@ def _plan(config: RunConfig, rows: int) -> Plan:
     )
 
 
-def _start(folder: Path, resume: bool) -> tuple[Path | None, Carried]:
+def _start(folder: Path) -> tuple[Path | None, Carried]:
     """The checkpoint to go on from, None for the beginning, and what it carries."""
-    if not resume:
-        _remove_checkpoints(folder)
     found = last_complete(folder)
     return (found[0], Carried(**found[1])) if found else (None, Carried())
 
