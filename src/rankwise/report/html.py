@@ -266,7 +266,8 @@ def _plural(count: int, word: str) -> str:
 
 def _settings(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> Grid:
     """Every setting with its value, or its values where runs differ; then the options of each method."""
-    keys = list(dict.fromkeys(key for result in results for key in result["config"] if key != "method"))
+    aside = ("method", "after", "followed")
+    keys = list(dict.fromkeys(key for result in results for key in result["config"] if key not in aside))
     lines = []
     for key in keys:
         # a model that is not set has a name all the same: that of the embedded one

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -256,29 +257,41 @@ def score_by_parameters(
 
     Methods of equal size are drawn side by side (moved by a few points on paper, not in the data), because equal
     budgets are the usual case and would hide each other. The axis is logarithmic when sizes differ by more than 20
-    times and none is 0.
+    times; a size of 0 then stands at its left end.
     """
     from matplotlib.transforms import ScaledTranslation
 
     figure, axes = _figure(3.6)
     sizes = [point.parameters for point in points]
     low, high = min(sizes, default=0), max(sizes, default=1)
-    if low > 0 and high / low > 20:
+    smallest = min((size for size in sizes if size), default=1)
+    wide = high / smallest > 20
+    if wide and low > 0:
         axes.set_xscale("log")
         axes.set_xlim(low / 3, high * 3)
+    elif wide:
+        axes.set_xscale("symlog", linthresh=smallest, linscale=0.6)
+        axes.set_xlim(-smallest / 2, high * 3)
+        powers = range(math.ceil(math.log10(smallest)), math.ceil(math.log10(high * 3)))
+        axes.set_xticks([0, *(10.0**power for power in powers)])
+        axes.minorticks_off()
     else:
         axes.set_xlim(-0.15 * max(high, 1), 1.3 * max(high, 1))
     ends = [point.score + side * point.error for point in points for side in (-1, 1)] or [0.0, 1.0]
     pad = 0.12 * (max(ends) - min(ends)) or 0.05
     axes.set_ylim(min(ends) - pad, max(ends) + pad)
     for index, point in enumerate(points):
-        twins = [other for other, size in enumerate(sizes) if abs(size - point.parameters) <= 0.04 * high]
+        twins = [
+            other
+            for other, size in enumerate(sizes)
+            if abs(size - point.parameters) <= 0.04 * (max(size, point.parameters) if wide else high)
+        ]
         shift = 11.0 * (twins.index(index) - (len(twins) - 1) / 2)  # points of 1/72 inch
         axes.errorbar(
             [point.parameters],
             [point.score],
             yerr=[point.error] if point.error else None,
-            marker=MARKERS[index % len(MARKERS)],
+            marker=_of(MARKERS, index),
             color=COLOURS[index % len(COLOURS)],
             markersize=7,
             capsize=4,
@@ -310,9 +323,9 @@ def curves(lines: Sequence[Line], ylabel: str, title: str) -> Figure:
             steps,
             mean,
             color=colour,
-            linestyle=DASHES[index % len(DASHES)],
+            linestyle=_of(DASHES, index),
             linewidth=1.6,
-            marker=MARKERS[index % len(MARKERS)] if few else None,
+            marker=_of(MARKERS, index) if few else None,
             markersize=4,
             label=line.label,
         )
@@ -370,6 +383,11 @@ def save(figure: Figure, path: Path | str) -> Path:
     return path
 
 
+def _of(kinds: Sequence[Any], index: int) -> Any:
+    """A marker or a dash; where the colours begin anew, they meet other ones."""
+    return kinds[(index + index // len(COLOURS)) % len(kinds)]
+
+
 def _figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -415,6 +433,8 @@ def _legend(figure: Figure, axes: Axes, note: str = "") -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         columns = 2 if max(len(label) for label in labels) < 26 else 1
+        rows = -(-len(labels) // columns)
+        figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 3))  # inches: the axes keep their size
         figure.legend(
             handles,
             labels,
