@@ -266,3 +266,42 @@ def test_need_names_the_extra_of_a_missing_package() -> None:
     assert need("json", "bench").dumps([]) == "[]"
     with pytest.raises(InputError, match=r"surely_not_there is not installed: pip install 'rankwise\[bench\]'"):
         need("surely_not_there.part", "bench")
+
+
+CHAIN: dict[str, Any] = {**SWEEP, "chain": [{"method.rank": 4, "epochs": 5.0}, {"method.rank": 2}, {"method.rank": 1}]}
+CHAIN["vary"] = {"seed": [0, 1]}
+
+
+def test_each_combination_becomes_a_chain_whose_runs_name_the_one_before() -> None:
+    found = load(CHAIN, [], SCHEMA)
+    assert isinstance(found, Experiment)
+    configs = list(found.configs())
+    assert [(c.seed, c.method["rank"], c.epochs) for c in configs] == [
+        *((0, 4, 5.0), (0, 2, 3.0), (0, 1, 3.0)),
+        *((1, 4, 5.0), (1, 2, 3.0), (1, 1, 3.0)),
+    ]
+    for chain in (configs[:3], configs[3:]):
+        assert [c.after for c in chain] == [None, chain[0].digest(), chain[1].digest()]
+        assert [c.followed for c in chain] == [True, True, False]
+    assert len({c.digest() for c in configs}) == 6
+
+
+def test_the_digest_is_of_the_settings_and_not_of_where_they_are_stored() -> None:
+    assert one(runs="here").digest() == one(runs="there").digest() != one(seed=1).digest()
+
+
+@pytest.mark.parametrize(
+    ("chain", "message"),
+    [
+        ([], "chain: expected a list"),
+        ([{}], "chain: expected a list"),
+        ({"method.rank": 2}, "chain: expected a list"),
+        ([{"method.rank": 2}, {"epoch": 1.0}], 'chain: epoch cannot differ .*"epochs"'),
+        ([{"seed": 1}], "chain: seed cannot differ"),
+        ([{"epochs": 1.0}, {"epochs": 1.0}], "two stages are alike"),
+        ([{"method.rank": 0}], "rank = 0"),
+    ],
+)
+def test_a_chain_that_cannot_be_gets_one_clear_line(chain: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load({**CHAIN, "chain": chain}, [], SCHEMA)

@@ -2,20 +2,58 @@
 
 import dataclasses
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
-from rankwise.cli import app
-from rankwise.config import RunConfig
+from every import attached, every_method, method
+from rankwise.cli import app, main
+from rankwise.config import RunConfig, Schema, load, parse_yaml
 from rankwise.methods import registry
 
 ROOT = Path(__file__).parent.parent
+METHODS = sorted(registry())
+SECTIONS = ("Equation", "Options", "Parameters", "In the paper", "In the released code", "Here", "Use")
 
 
 def page(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
+
+
+def sections(name: str) -> dict[str, str]:
+    """The page of a method: what stands under each heading, its title among them."""
+    parts = re.split(r"^#{1,2} (.+)\n", page(f"docs/methods/{name}.md"), flags=re.MULTILINE)
+    assert not parts[0]
+    return {heading: text.strip("\n") + "\n" for heading, text in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def options(name: str) -> dict[str, str]:
+    """Options with their defaults, as the page of a method has them or a page of a parent that it links to there."""
+    text = sections(name)["Options"]
+    [table] = re.findall(r"^\| option \| default \| meaning \|\n((?:\|.*\n)+)", text, re.MULTILINE) or [""]
+    own = dict(re.findall(r"^\| `(\w+)` \| (\S+) \| \S", table, re.MULTILINE))
+    found: dict[str, str] = {}
+    for parent in re.findall(r"\]\(([\w-]+)\.md\)", text):
+        if issubclass(registry()[name], registry()[parent]):
+            found |= options(parent)
+    return found | own
+
+
+def written(default: object) -> str:
+    """A default as the pages write it: words in code, numbers and truth values plain, 1.0 as 1."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"`{default}`" if isinstance(default, str) else f"{default:g}"
+
+
+def anchors(name: str) -> set[str]:
+    """Where links into a page can lead: its headings, as GitHub names them."""
+    headings = re.findall(r"^#+ (.+)$", page(name), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
 def test_every_setting_is_described() -> None:
@@ -23,16 +61,64 @@ def test_every_setting_is_described() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("name", sorted(registry()))
-def test_every_option_of_a_method_is_described_with_its_default(name: str) -> None:
-    method = registry()[name]
-    text = page("docs/methods.md")
-    assert f"## `{name}`" in text and f"| `{name}` |" in page("README.md")
-    for field in dataclasses.fields(method):
-        default = f"`{field.default}`" if isinstance(field.default, str) else str(field.default)
-        found = re.search(rf"^\| `{field.name}` \| (\S+) \|", text, re.MULTILINE)
-        assert found, f"docs/methods.md: {field.name} is not there"
-        assert found[1] in (default, default.removesuffix(".0"))
+@every_method
+def test_the_page_of_a_method_has_its_sections_in_order(name: str) -> None:
+    assert list(sections(name)) == [f"`{name}`", *SECTIONS]
+    assert all(sections(name).values())
+
+
+def test_every_page_is_of_a_method_and_both_tables_list_them_all() -> None:
+    pages = [path.stem for path in ROOT.glob("docs/methods/*.md")]
+    assert sorted(pages) == METHODS
+    for page_with_table, folder in (("docs/methods.md", "methods"), ("README.md", "docs/methods")):
+        rows = re.findall(rf"^\| \[`(.+?)`\]\({folder}/(.+?)\.md\) \| \S", page(page_with_table), re.MULTILINE)
+        assert sorted(shown for shown, _ in rows) == METHODS
+        assert all(shown == linked for shown, linked in rows)
+
+
+@every_method
+def test_every_option_is_described_with_its_default_and_no_other(name: str) -> None:
+    fields = {field.name: field for field in dataclasses.fields(registry()[name])}
+    described = options(name)
+    assert described.keys() == fields.keys()
+    for option, default in described.items():
+        assert default == written(fields[option].default), f"{option}: {default}"
+
+
+@every_method
+def test_the_yaml_of_a_page_is_a_valid_run_of_that_method(name: str) -> None:
+    [snippet] = re.findall(r"^```yaml\n(.*?)^```", sections(name)["Use"], re.MULTILINE | re.DOTALL)
+    config = load({"task": "stdlib-kind", **parse_yaml(snippet)}, [], Schema(registry(), {"stdlib-kind"}))
+    assert isinstance(config, RunConfig)
+    assert config.method["name"] == name
+
+
+@every_method
+def test_the_count_of_a_page_is_what_the_command_prints(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [example] = re.findall(r"^(?: {4}\S.*\n)+", sections(name)["Parameters"], re.MULTILINE)
+    command, *lines = [line.strip() for line in example.splitlines()]
+    assert f"--method {name}" in command and lines
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as left:
+        main()
+    printed = capsys.readouterr().out.splitlines()
+    assert not left.value.code
+    assert set(lines) <= set(printed), printed
+
+
+@every_method
+def test_the_page_says_what_loads_what_is_saved(name: str) -> None:
+    plain = isinstance(method(name).fold(attached(name)), PeftModel)
+    text = sections(name)["Use"]
+    assert ("peft.PeftModel.from_pretrained(base, folder)" in text) == plain
+    assert ("rankwise.load(base, folder)" in text) != plain
+
+
+@every_method
+def test_the_page_of_a_method_that_changes_the_start_says_so(name: str) -> None:
+    assert method(name).exact_start or "at the start" in sections(name)["Here"]
 
 
 def test_every_command_is_described() -> None:
@@ -41,12 +127,14 @@ def test_every_command_is_described() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+    "name", ["README.md", "CONTRIBUTING.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 )
 def test_links_and_pictures_lead_somewhere(name: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page(name)):
+    for target, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page(name)):
         if "://" not in target:
-            assert ((ROOT / name).parent / target).exists(), target
+            place = (ROOT / name).parent / target if target else ROOT / name
+            assert place.exists(), target
+            assert not anchor or anchor in anchors(str(place.resolve().relative_to(ROOT.resolve()))), anchor
 
 
 def test_the_readme_opens_with_what_to_type() -> None:

@@ -23,18 +23,24 @@ def test_a_shipped_experiment_loads_and_has_three_seeds(file: Path, schema: Sche
     runs = expand(experiment)
     assert len({config.seed for config in runs}) >= 3
     assert experiment.report["title"]
-    for name in ("lora", "simplex-lora"):
-        assert {config.method["rank"] for config in runs if config.method["name"] == name} == {4}
-    # tuned per method: as many rates for each, and every rate at every seed
-    rates = {
-        (config.task, config.method["name"]): {
-            other.learning_rate
-            for other in runs
-            if (other.task, other.method["name"]) == (config.task, config.method["name"])
-        }
-        for config in runs
-    }
+
+
+@pytest.mark.parametrize("name", ["quickstart", "glue_small", "methods_mrpc"])
+def test_a_comparison_is_at_one_budget_and_tunes_each_method_alike(name: str, schema: Schema) -> None:
+    runs = expand(load(next(file for file in FILES if file.stem == name), [], schema))  # type: ignore[arg-type]
+    for method in ("lora", "simplex-lora"):
+        assert {config.method["rank"] for config in runs if config.method["name"] == method} == {4}
+    # as many rates for each, and every rate at every seed
+    rates: dict[tuple[str, str], set[float]] = {}
+    for config in runs:
+        rates.setdefault((config.task, config.method["name"]), set()).add(config.learning_rate)
     assert {len(each) for each in rates.values()} == {2}
+    assert len(runs) == 2 * len(rates) * 3
+
+
+def test_all_methods_are_compared(schema: Schema) -> None:
+    runs = expand(load(next(file for file in FILES if file.stem == "methods_mrpc"), [], schema))  # type: ignore[arg-type]
+    assert {config.method["name"] for config in runs} == set(schema.methods)
 
 
 def test_the_quickstart_and_the_small_glue_are_shipped(schema: Schema) -> None:

@@ -14,10 +14,26 @@ __version__ = "0.1.0"
 
 # Public name -> where it lives. Looked up on first use, so that `rankwise --help` need not wait for torch.
 _PUBLIC = {
+    "AdaLoRA": "rankwise.methods.adalora",
+    "AdapterH": "rankwise.methods.adapter",
+    "AdapterL": "rankwise.methods.adapter",
+    "BitFit": "rankwise.methods.subset",
+    "DoRA": "rankwise.methods.dora",
+    "FatLoRA": "rankwise.methods.fat_lora",
+    "Full": "rankwise.methods.subset",
+    "FullTop": "rankwise.methods.subset",
     "Head": "rankwise.methods.subset",
     "LoRA": "rankwise.methods.lora",
+    "LoRAFA": "rankwise.methods.lora_fa",
+    "PiSSA": "rankwise.methods.pissa",
+    "PreEmbed": "rankwise.methods.prefix",
+    "PreLayer": "rankwise.methods.prefix",
+    "RandomLoRA": "rankwise.methods.random_lora",
     "SimplexLoRA": "rankwise.methods.simplex_lora",
+    "SoRA": "rankwise.methods.sora",
+    "WeightLoRA": "rankwise.methods.weight_lora",
     "SimplexAdam": "rankwise.optim",
+    "Gated": "rankwise.nets.gated",
     "RankCallback": "rankwise.train.callback",
     "RankTrainer": "rankwise.train.trainer",
     "load_checkpoint": "rankwise.train.checkpoint",
@@ -36,9 +52,20 @@ __all__ = [*_PUBLIC, "__version__"]
 if TYPE_CHECKING:
     from rankwise.config import InputError
     from rankwise.export import load, save
+    from rankwise.methods.adalora import AdaLoRA
+    from rankwise.methods.adapter import AdapterH, AdapterL
+    from rankwise.methods.dora import DoRA
+    from rankwise.methods.fat_lora import FatLoRA
     from rankwise.methods.lora import LoRA
+    from rankwise.methods.lora_fa import LoRAFA
+    from rankwise.methods.pissa import PiSSA
+    from rankwise.methods.prefix import PreEmbed, PreLayer
+    from rankwise.methods.random_lora import RandomLoRA
     from rankwise.methods.simplex_lora import SimplexLoRA
-    from rankwise.methods.subset import Head
+    from rankwise.methods.sora import SoRA
+    from rankwise.methods.subset import BitFit, Full, FullTop, Head
+    from rankwise.methods.weight_lora import WeightLoRA
+    from rankwise.nets.gated import Gated
     from rankwise.optim import SimplexAdam
     from rankwise.ranks import RankPlan, rank_report, resize, sites
     from rankwise.train.callback import RankCallback

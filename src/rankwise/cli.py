@@ -279,6 +279,70 @@ def tasks(as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command()
+def archs(as_json: Json = False, debug: Debug = False) -> None:
+    """List the architectures that parameters can be counted for."""
+    from rankwise.archs import archs
+    from rankwise.runs.tables import plain
+
+    found = archs()
+    if as_json:
+        _print_json(
+            {a.name: {"source": a.source, "built_as": a.built_as, "config": a.config} for a in found.values()}
+        )
+        return
+    rows = [[a.name, a.built_as, str(a.layers), str(a.width), a.source] for a in found.values()]
+    print(plain(["arch", "built as", "layers", "width", "source"], rows))
+
+
+@app.command()
+def params(
+    arch: Annotated[str, typer.Option("--arch", metavar="NAME", help="one of `rankwise archs`")],
+    method: Annotated[str, typer.Option("--method", metavar="NAME", help="one of `rankwise methods`")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the method, and head=[MODULE,…]")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Count what a method trains on a model, without its weights."""
+    from rankwise.archs import find
+    from rankwise.published import labels
+
+    chosen = find(arch)
+    with contextlib.redirect_stdout(sys.stderr):
+        import rankwise.methods
+        from rankwise.config import Schema, load_method
+        from rankwise.train.params import count
+
+        options, head = load_method(method, settings or [], Schema(rankwise.methods.registry(), set()))
+        counted = count(chosen, rankwise.methods.build(options), head)
+    beside = labels(arch, method, options)
+    if as_json:
+        _print_json({**counted.as_json(), "published": [vars(label) for label in beside]})
+        return
+    given = " ".join([method, *(f"{key}={_brief(value)}" for key, value in options.items() if key != "name")])
+    final = "depends on what is learnt" if counted.final is None else f"{counted.final:,}"
+    lines = {
+        "arch": f"{arch} ({chosen.source}), built as {chosen.built_as}",
+        "method": given,
+        "trainable": f"{counted.trainable:,}",
+        "head": f"{counted.head:,} of these, in {', '.join(head)}" if head else "not counted",
+        "final": final if counted.final in (None, counted.trainable) else f"{final} at most",
+        "total": f"{counted.total:,}",
+        "percent": f"{counted.percent:.4g}",
+        "published": "\n           ".join(map(str, beside)) or "-",
+    }
+    for key, value in lines.items():
+        print(f"{key:<9}  {value}")
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_brief, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+@app.command()
 def env(as_json: Json = False, debug: Debug = False) -> None:
     """Print versions, device and the environment variables that count."""
     import platform

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import importlib
 import itertools
 import json
@@ -102,6 +103,17 @@ class RunConfig(BaseModel):
         default="full", description="smoke: a few rows and steps, to try the whole way"
     )
     runs: str = Field(default="runs", min_length=1, description="folder in which the folder of the run is made")
+    after: str | None = Field(
+        default=None, description="digest of the run whose trained weights this one begins with; `chain:` sets it"
+    )
+    followed: bool = Field(
+        default=False, description="keep all that was trained, for a run that begins with it; `chain:` sets it"
+    )
+
+    def digest(self) -> str:
+        """64 hex digits that name these settings, wherever the run is stored."""
+        settings = self.model_dump(mode="json", exclude={"runs"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @model_validator(mode="before")
     @classmethod
@@ -130,22 +142,37 @@ class RunConfig(BaseModel):
 
 
 class Experiment(BaseModel):
-    """Many runs: what they share (`base`, fields of RunConfig) and what differs between them (`vary`)."""
+    """Many runs: what they share (`base`, fields of RunConfig) and what differs between them (`vary`).
+
+    With `chain`, every combination is a chain of runs: each begins with what the one before has trained, under the
+    settings of its stage and with a schedule of its own.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str
     base: dict[str, Any]
     vary: dict[str, list[Any]]
+    chain: list[dict[str, Any]] = Field(default_factory=list)
     report: dict[str, str] = Field(default_factory=dict)
     runs: str
 
     def configs(self) -> Iterator[RunConfig]:
-        """Every combination of the axes, the last axis fastest.
+        """Every combination of the axes, the last axis fastest, each with its stages one after the other.
 
         A method of the axis `method` that brings its own `learning_rate: [..]` is run at those rates and no others.
         Raises InputError for a combination that is no valid run.
         """
+        for data in self._combinations():
+            before: RunConfig | None = None
+            for place, stage in enumerate(self.chain or [{}]):
+                settings = {**data, "followed": place < len(self.chain) - 1, "after": before and before.digest()}
+                for key, value in stage.items():
+                    _put(settings, key, value)
+                before = _run_config(settings)
+                yield before
+
+    def _combinations(self) -> Iterator[dict[str, Any]]:
         for values in itertools.product(*self.vary.values()):
             data: dict[str, Any] = {**self.base, "runs": self.runs}
             chosen = dict(zip(self.vary, values, strict=True))
@@ -156,12 +183,12 @@ class Experiment(BaseModel):
             rates = method.pop("learning_rate", None)
             data["method"] = method
             if rates is None:
-                yield _run_config(data)
+                yield data
                 continue
             if "learning_rate" in self.vary and chosen["learning_rate"] != self.vary["learning_rate"][0]:
                 continue  # the method's own rates take the place of the axis: once, not once per value
             for rate in rates if isinstance(rates, list) else [rates]:
-                yield _run_config({**data, "learning_rate": rate})
+                yield {**data, "learning_rate": rate}
 
 
 def load(
@@ -193,6 +220,22 @@ def load(
         raise InputError(f"{where}{error}") from None
 
 
+def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[dict[str, Any], list[str]]:
+    """The method `name` with its `key=value` options checked and all defaults filled in, and what `head=[…]` names.
+
+    Raises InputError for an unknown method or option, and for a value out of range.
+    """
+    options = dict(_override(text) for text in overrides)
+    if "name" in options:
+        raise InputError("name: is no option; the method is named once")
+    head = options.pop("head", [])
+    head = [head] if isinstance(head, str) else head
+    if not isinstance(head, list) or not all(isinstance(part, str) for part in head):
+        raise InputError(f"head = {head!r}: expected names of modules, as in head=[classifier]")
+    given = {key.removeprefix("method."): value for key, value in options.items()}
+    return _method(schema, {**given, "name": name}), head
+
+
 def json_schema(schema: Schema) -> dict[str, Any]:
     """The JSON schema of a configuration file, for editors: one run or an experiment."""
     result = RunConfig.model_json_schema()
@@ -219,6 +262,12 @@ def json_schema(schema: Schema) -> dict[str, Any]:
         "type": "object",
         "description": "axes of an experiment: dotted key -> list of values",
         "additionalProperties": {"type": "array", "minItems": 1},
+    }
+    properties["chain"] = {
+        "type": "array",
+        "description": "stages, each of settings; a run begins with what the run of the stage before has trained",
+        "items": {"type": "object", "minProperties": 1},
+        "minItems": 1,
     }
     properties["report"] = {
         "type": "object",
@@ -318,9 +367,10 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _run_config(data: Mapping[str, Any]) -> RunConfig:
+    known = [*RunConfig.model_fields, "vary", "chain", "report"]
     for key in data:
         if key not in RunConfig.model_fields:
-            raise InputError(f"{key}: there is no such key{nearest(key, [*RunConfig.model_fields, 'vary', 'report'])}")
+            raise InputError(f"{key}: there is no such key{nearest(key, known)}")
     if data.get("task") is None:
         raise InputError("task: is missing; `rankwise tasks` lists the names")
     try:
@@ -355,15 +405,16 @@ def _complete(config: RunConfig, schema: Schema) -> RunConfig:
     if config.task not in schema.tasks:
         known = ", ".join(sorted(schema.tasks))
         raise InputError(f"task = {config.task!r}: no such task{nearest(config.task, schema.tasks)}; known: {known}")
-    name = config.method["name"]
+    return config.model_copy(update={"method": _method(schema, config.method)})
+
+
+def _method(schema: Schema, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, a method's name and options, checked and with all defaults filled in."""
+    name = given["name"]
     if name not in schema.methods:
         known = ", ".join(sorted(schema.methods))
         raise InputError(f"method = {name!r}: no such method{nearest(name, schema.methods)}; known: {known}")
-    return config.model_copy(update={"method": _method(schema.methods[name], config.method)})
-
-
-def _method(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    name = given["name"]
+    kind = schema.methods[name]
     options = {field.name: hint for field, hint in _options(kind).items()}
     values: dict[str, Any] = {}
     for key, value in given.items():
@@ -409,15 +460,16 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
         if not key.startswith(("vary.", "report.")):
             _override_experiment(data, vary, key, value, schema)
     report = data.pop("report", None) or {}
+    chain = _chain(data.pop("chain", None), keys)
     runs = data.pop("runs", None) or f"runs/{name}"
     for key in data:
         if key not in RunConfig.model_fields:
-            raise InputError(f"{key}: there is no such key{nearest(key, [*keys, 'vary', 'report'])}")
+            raise InputError(f"{key}: there is no such key{nearest(key, [*keys, 'vary', 'chain', 'report'])}")
     for key in report if isinstance(report, dict) else ():
         if key not in ("title", "text"):
             raise InputError(f"report.{key}: there is no such key{nearest(key, ('title', 'text'))}")
     try:
-        experiment = Experiment(name=name, base=data, vary=vary, report=report, runs=runs)
+        experiment = Experiment(name=name, base=data, vary=vary, chain=chain, report=report, runs=runs)
     except ValidationError as error:
         raise InputError(_explain(error)) from None
     # Each combination is checked here, so that a sweep cannot stumble over its last run hours later.
@@ -430,11 +482,25 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
     return experiment.model_copy(update={"base": data, "vary": vary})
 
 
+def _chain(stages: Any, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The stages of `chain:`, checked; none where it is absent."""
+    if stages is None:
+        return []
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) and stage for stage in stages):
+        raise InputError("chain: expected a list of settings, as in `chain: [{method.sparsity: 0.1}, {epochs: 1}]`")
+    for key in (key for stage in stages for key in stage):
+        if str(key).partition(".")[0] not in keys or key in ("runs", "seed", "task", "model", "method", "method.name"):
+            raise InputError(f"chain: {key} cannot differ between the stages of one chain{nearest(key, keys)}")
+    if any(stage in stages[:place] for place, stage in enumerate(stages)):
+        raise InputError("chain: two stages are alike; give the longer training to one of them (epochs, max_steps)")
+    return stages
+
+
 def _filled(entry: dict[str, Any], schema: Schema, vary: Mapping[str, Any]) -> dict[str, Any]:
     """A method with its defaults written out, its own learning rates kept."""
     rates = {key: entry[key] for key in ("learning_rate",) if key in entry}
     given = {key: value for key, value in entry.items() if key != "learning_rate" and f"method.{key}" not in vary}
-    return {**_method(schema.methods[entry["name"]], given), **rates}
+    return {**_method(schema, given), **rates}
 
 
 def _override_experiment(

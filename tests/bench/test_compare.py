@@ -208,3 +208,39 @@ def test_a_folder_that_cannot_be_written_to_ends_the_sweep_in_one_line(store: St
     with pytest.raises(InputError, match="cannot be written to: is a directory"):
         sweep(store, [first, second])
     assert store.state(second) == "pending"
+
+
+def chain(store: Store, *kinds: int | None) -> list[Path]:
+    """Runs of which each begins with the one before."""
+    folders: list[Path] = []
+    before = None
+    for place, kind in enumerate(kinds):
+        before = config(max_steps=5 + place, train_rows=kind, after=before and before.digest())
+        folders.append(store.create(before, REVISION))
+    return folders
+
+
+def test_a_run_that_begins_with_another_waits_for_it(store: Store) -> None:
+    folders = chain(store, None, None, None)
+    outcome, _ = sweep(store, folders[::-1], jobs=3)
+    assert set(outcome.done) == set(folders)
+    times = [(folder / "started").stat().st_mtime_ns for folder in folders]
+    ends = [(folder / "result.json").stat().st_mtime_ns for folder in folders]
+    assert ends[0] <= times[1] and ends[1] <= times[2]
+
+
+def test_what_follows_a_failed_run_fails_with_it_and_goes_on_with_it(store: Store) -> None:
+    folders = chain(store, None, 2, None)
+    outcome, log = sweep(store, folders)
+    assert outcome.done == folders[:1] and set(outcome.failed) == set(folders[1:])
+    assert "the run that it begins with is not done" in log
+    assert folders[1].name in (folders[2] / "error.txt").read_text()
+    assert not (folders[2] / "started").exists()
+    finish(store, config(max_steps=6, train_rows=2, after=config(max_steps=5).digest()), 0.5)
+    assert sweep(store, folders[2:])[0].done == folders[2:]
+
+
+def test_a_chain_without_its_beginning_is_refused(store: Store) -> None:
+    lost = store.create(config(after="0" * 64), REVISION)
+    with pytest.raises(InputError, match="run the whole chain there"):
+        sweep(store, [lost])

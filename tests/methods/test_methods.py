@@ -1,4 +1,4 @@
-"""What every registered method promises. A new method is tested here the moment its file exists."""
+"""Options and promises of single methods; what all of them promise is in test_conformance.py."""
 
 import copy
 
@@ -7,91 +7,10 @@ import torch
 
 import rankwise as rw
 import tiny
-from rankwise.methods import build, registry
+from every import attached, method
+from rankwise.methods import build
 from rankwise.ranks import sites
 from rankwise.ranks.sites import omega
-
-OPTIONS = {"simplex-lora": {"rank": 2, "every": 2, "times": 2, "omega_rate": 20.0}, "lora": {"rank": 2}}
-every_method = pytest.mark.parametrize("name", sorted(registry()))
-
-
-def method(name):
-    return build({"name": name, **OPTIONS.get(name, {})})
-
-
-def attached(name, shape="bert"):
-    torch.manual_seed(1)
-    return method(name).attach(tiny.model(shape), head=tiny.head(shape))
-
-
-@every_method
-@pytest.mark.parametrize("shape", tiny.SHAPES)
-def test_attaching_leaves_the_logits_bit_for_bit(name, shape):
-    assert torch.equal(tiny.logits(attached(name, shape)), tiny.logits(tiny.model(shape)))
-
-
-@every_method
-def test_groups_are_disjoint_and_cover_all_that_trains(name):
-    model = attached(name)
-    grouped = [p for group in method(name).param_groups(model) for p in group["params"]]
-    assert len(grouped) == len({id(p) for p in grouped})
-    assert {id(p) for p in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
-
-
-@every_method
-def test_training_moves_what_trains_and_nothing_else(name):
-    model = attached(name)
-    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-    first = next(p for p in model.parameters() if p.requires_grad)
-    before = first.detach().clone()
-    tiny.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 5)
-    now = dict(model.named_parameters())
-    assert all(torch.equal(now[n], p) for n, p in frozen.items())
-    head = [p for n, p in now.items() if p.requires_grad and tiny.head()[0] in n]
-    assert head and all(p.requires_grad for p in head)
-    assert first.shape != before.shape or not torch.equal(first, before)
-
-
-@every_method
-@pytest.mark.parametrize("cut", range(1, 7))
-def test_a_bare_loop_cut_at_any_step_goes_on_bit_identically(name, cut, tmp_path):
-    def run(steps, resume=None, save=None):
-        model = attached(name)
-        optimizer = rw.SimplexAdam(method(name), model, lr=1e-2)
-        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 8)
-        torch.manual_seed(5)
-        start = rw.load_checkpoint(resume, model, optimizer, schedule) if resume else 0
-        losses = []
-        for step in range(start, steps):
-            losses += tiny.train(model, optimizer, 1, start=step)
-            schedule.step()
-            if save and step + 1 == cut:
-                rw.save_checkpoint(save, model, optimizer, schedule)
-        return losses, model
-
-    whole, model = run(7, save=tmp_path / "checkpoint")
-    rest, resumed = run(7, resume=tmp_path / "checkpoint")
-    assert rest == whole[cut:]
-    a, b = model.state_dict(), resumed.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-@every_method
-def test_saved_and_loaded_again_gives_the_same_logits(name, tmp_path):
-    model = attached(name)
-    tiny.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 3)
-    rw.save(model, tmp_path / "adapter", method(name), head=tiny.head())
-    again = rw.load(tiny.model(), tmp_path / "adapter")
-    assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-6)
-
-
-@every_method
-def test_bf16_autocast_trains(name):
-    model = attached(name)
-    optimizer = rw.SimplexAdam(method(name), model, lr=1e-2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = tiny.train(model, optimizer, 5)
-    assert torch.isfinite(torch.tensor(losses)).all()
 
 
 def test_budget_rounding_never_costs_more_than_uniform_ranks():

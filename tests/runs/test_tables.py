@@ -42,7 +42,7 @@ def test_seeds_are_drawn_together_and_rates_kept_apart(store: Store) -> None:
         (
             [{"name": "lora", "rank": 4, "alpha": 8.0}, {"name": "lora", "rank": 4, "alpha": 16.0}],
             [{}],
-            ["lora rank=4 alpha=16.0", "lora rank=4 alpha=8.0"],
+            ["lora rank=4 alpha=8.0", "lora rank=4 alpha=16.0"],
         ),
         ([HEAD], [{"epochs": 1.0}, {"epochs": 2.0}], ["head epochs=1.0", "head epochs=2.0"]),
         (

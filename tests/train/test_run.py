@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import rankwise
 from rankwise import tasks
 from rankwise.config import InputError
+from rankwise.runs.store import Store
 from rankwise.tasks import encode, subset
 from rankwise.train import model as models
 from rankwise.train.evaluate import predict
@@ -331,3 +332,48 @@ def test_examples_are_counted_with_the_short_batch_at_the_end_of_an_epoch() -> N
     plan = Plan(rows=72, batch_size=16, steps=500, eval_every=5, checkpoint_every=5)
     assert [plan.examples(step) for step in (0, 1, 4, 5, 6, 10)] == [0, 16, 64, 72, 88, 144]
     assert plan.line_every == 3
+
+
+SORA = {"name": "sora", "rank": 2, "gate_rate": 0.1, "sparsity": 1.0}
+
+
+def test_a_run_begins_with_what_the_one_before_has_learnt(tmp_path: Path) -> None:
+    settings = {"method": SORA, "max_steps": 4, "followed": True}
+    first = make(tmp_path / "runs" / "first", **settings)
+    run(first)
+    kept = torch.load(first / "weights.pt", weights_only=True)
+    gates = {name: value for name, value in kept.items() if name.endswith("gates")}
+    assert gates and all((value < 1).all() for value in gates.values())
+    digest = Store(tmp_path / "runs").config(first).digest()
+    for name in ("second", "third"):
+        second = make(tmp_path / "runs" / name, method={**SORA, "sparsity": 0.0}, after=digest, max_steps=4)
+        run(second)
+        assert not (second / "weights.pt").exists()
+    again = [json.loads((tmp_path / "runs" / name / "result.json").read_text()) for name in ("second", "third")]
+    assert again[0]["metrics"] == again[1]["metrics"]
+    losses = [line["loss"] for line in lines(second / "metrics.jsonl") if "loss" in line]
+    fresh = make(tmp_path / "runs" / "fresh", method={**SORA, "sparsity": 0.0}, max_steps=4)
+    run(fresh)
+    assert losses != [line["loss"] for line in lines(fresh / "metrics.jsonl") if "loss" in line]
+
+
+def test_damaged_weights_of_the_run_before_are_named(tmp_path: Path) -> None:
+    first = make(tmp_path / "runs" / "first", method=HEAD, max_steps=1, followed=True)
+    run(first)
+    (first / "weights.pt").write_bytes(b"half")
+    digest = Store(first.parent).config(first).digest()
+    second = make(tmp_path / "runs" / "second", method=HEAD, max_steps=1, after=digest)
+    with pytest.raises(InputError, match="weights.pt cannot be read; delete .*first and run it again"):
+        run(second)
+
+
+def test_the_ranks_of_gates_are_in_the_lines_and_what_is_left_in_the_result(tmp_path: Path) -> None:
+    method = {**SORA, "sparsity": 6.0, "gates": "normal", "rank": 4}
+    folder = make(tmp_path / "runs" / "run", method=method, max_steps=8)
+    result = run(folder)
+    found = lines(folder / "ranks.jsonl")
+    left = sum(found[-1]["ranks"].values())
+    assert 0 < left < sum(found[0]["ranks"].values())
+    assert result["parameters"]["final"] < result["parameters"]["budget"] < result["parameters"]["trainable"]
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert sum(len(value) for name, value in saved.items() if "lora_A" in name) == left

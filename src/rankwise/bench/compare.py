@@ -47,9 +47,10 @@ def carry_out(store: Store, folders: Sequence[Path], runner: Runner, console: Co
     write a checkpoint, then `Interrupted` (a SystemExit of 130 or 75) is raised. The same call goes on from there.
     Raises InputError where a folder cannot be written to.
     """
-    names = {folder: called(store.config(folder)) for folder in folders}
+    configs = {folder: store.config(folder) for folder in folders}
+    names = {folder: called(config) for folder, config in configs.items()}
     with Display(console or Console(file=sys.stderr), names) as display, _signals() as asked:
-        sweep = _Sweep(store, runner, display, names)
+        sweep = _Sweep(store, runner, display, names, _before(store, configs))
         sweep.carry_out(asked)
     return sweep.outcome
 
@@ -59,10 +60,23 @@ def called(config: RunConfig) -> str:
     return f"{config.task} {config.method['name']} rate {config.learning_rate:g} seed {config.seed}"
 
 
+def _before(store: Store, configs: dict[Path, RunConfig]) -> dict[Path, Path]:
+    """Of each run in a chain but the first the run that it begins with, in the sweep or done before."""
+    known = {config.digest(): folder for folder, config in configs.items()}
+    found = {
+        folder: known.get(config.after) or store.before(folder)
+        for folder, config in configs.items()
+        if config.after is not None
+    }
+    return {folder: before for folder, before in found.items() if before is not None}
+
+
 class _Sweep:
-    def __init__(self, store: Store, runner: Runner, display: Display, names: dict[Path, str]) -> None:
+    def __init__(
+        self, store: Store, runner: Runner, display: Display, names: dict[Path, str], before: dict[Path, Path]
+    ) -> None:
         self.outcome = Outcome()
-        self._store, self._runner, self._display, self._names = store, runner, display, names
+        self._store, self._runner, self._display, self._names, self._before = store, runner, display, names, before
         self._pending: deque[Path] = deque()
         self._elsewhere: list[Path] = []
         """Runs that another sweep in the same folder is at work on."""
@@ -118,14 +132,33 @@ class _Sweep:
             self._display.say(f"failed: {self._names[folder]}: {self._store.standing(folder).error or ended.reason}")
 
     def _launch(self) -> None:
-        while self._pending and len(self._runner.running()) < self._runner.jobs:
+        for _ in range(len(self._pending)):
+            if len(self._runner.running()) >= self._runner.jobs:
+                return
             folder = self._pending.popleft()
-            if self._store.state(folder) == "running":
+            before = self._before.get(folder)
+            if before is not None and self._store.state(before) != "done":
+                self._wait(folder, before)
+            elif self._store.state(folder) == "running":
                 self._display.say(f"{self._names[folder]}: another process is at work on it, waiting for that")
                 self._elsewhere.append(folder)
             else:
                 self._store.forget_error(folder)
                 self._runner.start(folder)
+
+    def _wait(self, folder: Path, before: Path) -> None:
+        """A run that begins with another one's weights waits for it, or fails with it."""
+        # A process that has just begun has yet to take the lock, so its state alone does not tell.
+        ours = (*self._pending, *self._elsewhere, *self._runner.running())
+        if before in ours or self._store.state(before) == "running":
+            self._pending.append(folder)
+        elif before in self.outcome.stopped:
+            self.outcome.stopped.append(folder)
+        else:
+            with suppress(OSError):  # a full disk: the line below has to do
+                write_whole(folder / "error.txt", f"the run that it begins with is not done: {before.name}\n")
+            self.outcome.failed.append(folder)
+            self._display.say(f"failed: {self._names[folder]}: the run that it begins with is not done")
 
     def _show(self, now: bool = False) -> None:
         done, failed = len(self.outcome.done), len(self.outcome.failed) + len(self.outcome.stopped)

@@ -5,19 +5,24 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
-import torch
 from peft import PeftModel
+from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save as to_bytes
+from torch import nn
 
 from rankwise.config import InputError
+from rankwise.export.plain import folded, joined, modules, on_part, state_of
 from rankwise.methods import Method, build
-from rankwise.ranks.resize import merged
-from rankwise.ranks.sites import OMEGA, adapted, sites
+from rankwise.ranks.resize import alpha, describe, merged
+from rankwise.ranks.sites import adapted, sites
+from rankwise.ranks.triplets import to_lora, triplets
 
 DESCRIPTION = "rankwise.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -29,8 +34,9 @@ def save(
     """Write the adapter to `folder`, all of it or nothing.
 
     A PEFT model becomes a plain PEFT adapter that stock PEFT loads without rankwise: ω is folded into what is written
-    (the model itself stays as it is), sites of rank 0 are left out. For methods that are no adapter (`head`), `method`
-    and `head` say what to rebuild, and `rankwise.load` reads it.
+    (the model itself stays as it is), sites of rank 0 are left out, and those on parts of a fused projection become one
+    adapter on the whole of it. For methods that are no adapter (`head`), `method` and `head` say what to rebuild, and
+    `rankwise.load` reads it.
 
     Raises:
         InputError: if products were merged into the base weights (`empty: merge`), if a model without adapter comes
@@ -46,6 +52,8 @@ def save(
         made = Path(name) / "adapter"
         made.mkdir()
         if isinstance(model, PeftModel):
+            if triplets(model):  # AdaLoRA
+                model = to_lora(model)
             made = _save_adapter(model, made)
         elif method is not None:
             description = {"method": {"name": method.name, **asdict(method)}, "head": list(head)}
@@ -71,24 +79,26 @@ def _save_adapter(model: PeftModel, folder: Path) -> Path:
             f"the product of {names[0]} ({len(names)} sites in all) was merged into the base weights, so an adapter "
             "alone would not give this model; save model.merge_and_unload(), or train with empty=drop"
         )
-    # Embeddings belong to the base; asking PEFT to find out would make it look for the base model on the hub.
     name = model.active_adapter
-    state = folded_state(model)
-    model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False, selected_adapters=[name])
-    return folder if name == "default" else folder / name
-
-
-@torch.no_grad()
-def folded_state(model: PeftModel) -> dict[str, Tensor]:
-    """The model's state dict as it would be after `fold`, without touching the model."""
-    state = {k: v for k, v in model.state_dict().items() if f"base_model.{OMEGA}." not in k}
-    for site in sites(model):
-        if site.scale is not None:
-            path = f"base_model.model.{site.name}."
-            A = state.pop(f"{path}lora_A.{site.adapter}.parametrizations.weight.original")
-            state[f"{path}lora_A.{site.adapter}.weight"] = A
-            state[f"{path}lora_B.{site.adapter}.weight"] = site.B * site.scale.value.to(site.B.dtype)
-    return state
+    config: Any = model.peft_config[name]
+    model.peft_config[name] = written = copy(config)
+    try:
+        factors, targets = folded(model), modules(model)
+        fused = any(map(on_part, sites(model)))
+        found = {m: sum(len(factors[s.name][0]) for s in here if s.name in factors) for m, here in targets.items()}
+        describe(written, {m: (found[m], alpha(here[0], found[m])) for m, here in targets.items()})
+        if fused:
+            written.target_modules = list(targets)
+        # Embeddings belong to the base; asking PEFT to find out would make it look for the base model on the hub.
+        state = state_of(model, factors)
+        model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False, selected_adapters=[name])
+    finally:
+        model.peft_config[name] = config
+    made = folder if name == "default" else folder / name
+    if fused:
+        file = made / WEIGHTS
+        file.write_bytes(to_bytes(joined(targets, from_bytes(file.read_bytes())), {"format": "pt"}))
+    return made
 
 
 def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:

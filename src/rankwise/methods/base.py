@@ -9,7 +9,7 @@ from torch import nn
 
 from rankwise.config import InputError, nearest
 from rankwise.optim import SimplexAdam
-from rankwise.ranks import RankPlan, sites
+from rankwise.ranks import RankPlan, rank_report, sites
 from rankwise.ranks.resize import fold
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ class Method(ABC):
         betas = (args.adam_beta1, args.adam_beta2)
         return SimplexAdam(self, model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
 
+    def before_step(self, model: nn.Module) -> None:  # noqa: B027 - most methods have nothing to do here
+        """Called right before each optimizer step, with all gradients there: for terms that no loss function has."""
+
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
         """Called once after each optimizer step: prox or projection in place, and new ranks when they change.
 
@@ -76,6 +79,27 @@ class Method(ABC):
     def weights(self, model: nn.Module) -> dict[str, float] | None:
         """ω by site while a search is on, else None."""
         return None
+
+    def budget(self, model: nn.Module) -> int:
+        """Adapter parameters that the method, just attached, may end with: what uniform ranks cost; 0 without ranks."""
+        return rank_report(model).total
+
+    def final(self, model: nn.Module) -> int | None:
+        """The most parameters that can be left to train once the structure has settled, the head's among them.
+
+        None where that depends on what is learnt and has no bound worth naming.
+        """
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    @property
+    def exact_start(self) -> bool:
+        """Whether attaching leaves the model's outputs as they were, bit for bit."""
+        return True
+
+    @property
+    def check_every(self) -> int:
+        """Steps between two looks at what the method learns about ranks, 0 for never."""
+        return 0
 
     @property
     def rewarm_steps(self) -> int:

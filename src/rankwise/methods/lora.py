@@ -1,18 +1,32 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): h = W x + b + s B A x with s = α / r, and every layer the same rank."""
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): h = W x + b + s B A x with s = α / r, and every layer the same rank.
+
+The paper draws A from a Gaussian; its released code and PEFT draw it Kaiming-uniformly (`init: kaiming`). The three SVD
+starts come from a course project on LoRA-FA with SVD initialisation, which they name so:
+
+    svd            B = U√S, A = √S Vᵀ of the rank-r truncation, W stays: the function changes at the start
+    svd_residual   the same, and W ← W - s B A: the function stays (as in PiSSA, arXiv 2404.02948); saving undoes it
+    svd_authors    what their notebooks computed, rows of Vᵀ misread as columns; only to reproduce their figures
+    pissa          PEFT's, which divides the singular values by s, so that s B A is the truncation of W itself
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from rankwise.config import InputError, nearest
 from rankwise.methods.base import Method, require
-from rankwise.ranks.resize import follow_state_dict
-from rankwise.ranks.sites import features, is_weight
+from rankwise.methods.targets import ALL_LINEAR, head_names, target_names
+from rankwise.ranks import sites
+from rankwise.ranks.init_svd import svd_factors
+from rankwise.ranks.resize import follow_state_dict, set_start, start
+from rankwise.ranks.sites import check_own, features
 
-ALL_LINEAR = "all-linear"
+RESIDUAL = ("svd_residual", "pissa")
+"""Starts that are taken out of W."""
+_PEFT_INIT: dict[str, Any] = {"normal": "gaussian", "pissa": "pissa"}
 
 
 @dataclass(frozen=True)
@@ -23,19 +37,35 @@ class LoRA(Method, name="lora"):
         rank: r, of every site.
         alpha: α; the product BA is scaled by s = α / r.
         targets: `all-linear` (every linear layer but the output head), or names of modules, matched by their ends.
+            `c_attn.q`, `c_attn.k` and `c_attn.v` are the parts of GPT-2's fused projection.
         dropout: share of the adapter's inputs that are zeroed in training.
+        init: how A starts, `kaiming` (uniform) or `normal` with B = 0, or how both do: `svd`, `svd_residual`,
+            `svd_authors`, `pissa`.
+        pull: α_reg of the term α_reg ‖B - B0‖²_F, summed over the sites, which holds B at its start. It acts after the
+            clipping of gradients.
     """
 
     rank: int = 8
     alpha: float = 16.0
     targets: str | list[str] = ALL_LINEAR
     dropout: float = 0.0
+    init: Literal["kaiming", "normal", "svd", "svd_residual", "svd_authors", "pissa"] = "kaiming"
+    pull: float = 0.0
+
+    peft_options: ClassVar[dict[str, Any]] = {}
+    """What else goes into PEFT's LoraConfig."""
+    keeps_ranks: ClassVar[bool] = True
+    """Whether every site keeps its rank. One that goes could not give back to W what its start took out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.rank >= 1, f"rank must be at least 1, not {self.rank}")
         require(self.alpha > 0, f"alpha must be above 0, not {self.alpha}")
         require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
+        require(self.pull >= 0, f"pull must not be negative, not {self.pull}")
+        if not self.keeps_ranks:
+            require(self.init in ("kaiming", "normal"), f"{self.name} changes ranks: init must be kaiming or normal")
+            require(self.pull == 0, f"{self.name} changes ranks: pull must be 0")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         require(not isinstance(model, PeftModel), "this model has an adapter already: attach to the base model instead")
@@ -43,6 +73,8 @@ class LoRA(Method, name="lora"):
         for name in names:
             limit = min(features(model.get_submodule(name)))
             require(self.rank <= limit, f"rank {self.rank} is too large for {name}, which allows at most {limit}")
+            if self.init in RESIDUAL:
+                check_own(model, name)
         head_names(model, head)
         config = LoraConfig(
             r=self.rank,
@@ -51,59 +83,38 @@ class LoRA(Method, name="lora"):
             lora_dropout=self.dropout,
             modules_to_save=list(head) or None,
             fan_in_fan_out=not isinstance(model.get_submodule(names[0]), nn.Linear),
+            init_lora_weights=_PEFT_INIT.get(self.init, True),
+            **self.peft_options,
         )
         model = get_peft_model(model, config)
+        self._start(model)
         follow_state_dict(model)
         return model
 
+    @torch.no_grad()
+    def _start(self, model: PeftModel) -> None:
+        """Give the factors their start, where PEFT has not done so."""
+        if self.init in ("kaiming", "normal"):
+            return
+        residual, done = self.init in RESIDUAL, self.init == "pissa"
+        for site in sites(model):
+            if not done:
+                A, B = svd_factors(site.W, self.rank, authors=self.init == "svd_authors")
+                site.A.copy_(A)
+                site.B.copy_(B)
+            if residual or self.pull:
+                set_start(model, site, site.A if residual else None, site.B, subtracted=done)
+        # What is saved fits the pretrained W: whoever loads it shall not take the start out again.
+        config: Any = model.peft_config[model.active_adapter]
+        config.init_lora_weights = True
 
-def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
-    """Full names of the linear layers that `targets` means; layers inside the head are never among them.
+    def before_step(self, model: nn.Module) -> None:
+        for site in sites(model) if self.pull else ():
+            if site.present and site.B.grad is not None:
+                begun = start(site)
+                site.B.grad.add_(site.B.detach() if begun is None else site.B.detach() - begun.B, alpha=2 * self.pull)
 
-    Raises:
-        InputError: no name at all, or one that matches nothing; the message lists what would.
-    """
-    output = getattr(model, "get_output_embeddings", lambda: None)()
-    aside = [*head, *SEQ_CLS_HEAD_NAMES]
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if is_weight(module) and module is not output and not any(_inside(part, name) for part in aside)
-    ]
-    require(bool(linear), f"{type(model).__name__} has no linear layer outside its head, so nothing can be adapted")
-    if targets == ALL_LINEAR:
-        return linear
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    require(bool(wanted), f"targets is empty: name modules, or {ALL_LINEAR}")
-    for target in wanted:
-        if not any(_ends(target, name) for name in linear):
-            ends = sorted({name.rpartition(".")[2] for name in linear})
-            raise InputError(
-                f"target {target!r} matches no linear layer{nearest(target, ends)}; "
-                f"these would match: {ALL_LINEAR}, {', '.join(ends)}"
-            )
-    return [name for name in linear if any(_ends(target, name) for target in wanted)]
-
-
-def head_names(model: nn.Module, head: Sequence[str]) -> list[str]:
-    """Full names of the modules that `head` means.
-
-    Raises:
-        InputError: a name that matches no module.
-    """
-    names = [name for name, _ in model.named_modules()]
-    for part in head:
-        if not any(_ends(part, name) for name in names):
-            top = [name for name, _ in model.named_children()]
-            raise InputError(f"head {part!r} matches no module{nearest(part, top)}; the model has: {', '.join(top)}")
-    return [name for name in names if any(_ends(part, name) for part in head)]
-
-
-def _ends(part: str, name: str) -> bool:
-    """Whether the module `name` is called `part`, in full or by its last components."""
-    return name == part or name.endswith(f".{part}")
-
-
-def _inside(part: str, name: str) -> bool:
-    """Whether the module `name` is called `part` or lies in one that is."""
-    return f".{part}." in f".{name}."
+    @property
+    def exact_start(self) -> bool:
+        # Where the start was taken out of W, W x + s B A x is the old W x up to rounding.
+        return self.init in ("kaiming", "normal")

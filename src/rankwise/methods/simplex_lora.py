@@ -16,23 +16,22 @@ One thing to know: ∂L/∂ω_i = ⟨∂L/∂ΔW_i, s B_i A_i⟩ is 0 while B = 
 large rate of ω, and a T that leaves B time to grow.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.methods.base import require
-from rankwise.methods.lora import LoRA
+from rankwise.methods.omega import OmegaLoRA, check_finite
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
-from rankwise.ranks.resize import add_omega, fold
-from rankwise.ranks.sites import adapted, omega
+from rankwise.ranks.resize import fold
+from rankwise.ranks.sites import omega
 
 
 @dataclass(frozen=True)
-class SimplexLoRA(LoRA, name="simplex-lora"):
+class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     """LoRA whose ranks move to where the weights ω on a simplex say they are worth it.
 
     Attributes:
@@ -47,7 +46,6 @@ class SimplexLoRA(LoRA, name="simplex-lora"):
         rewarm: steps of linear warm-up of all rates after each rank change.
         projection: `simplex` (Euclidean), `softmax` or `rank-softmax` (softmax weighted by the current ranks). The last
             two are no projections: step after step they enlarge any difference by themselves, without a gradient too.
-        omega_rate: learning rate of ω by SGD; it follows the run's schedule.
         omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection.
     """
 
@@ -60,38 +58,20 @@ class SimplexLoRA(LoRA, name="simplex-lora"):
     moments: Literal["reset", "keep"] = "reset"
     rewarm: int = 0
     projection: Literal["simplex", "softmax", "rank-softmax"] = "simplex"
-    omega_rate: float = 5.0
     omega_decay: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for option in ("every", "times"):
             require(getattr(self, option) >= 1, f"{option} must be at least 1, not {getattr(self, option)}")
-        for option in ("rewarm", "omega_rate", "omega_decay"):
+        for option in ("rewarm", "omega_decay"):
             require(getattr(self, option) >= 0, f"{option} must not be negative, not {getattr(self, option)}")
-
-    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
-        model = super().attach(model, head)
-        add_omega(model)
-        return model
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        weights = omega(model)
-        groups = super().param_groups(model)
-        for group in groups:
-            group["params"] = [p for p in group["params"] if p is not weights]
-        # The group stays when ω is gone, so that a checkpoint from after the search fits one from during it.
-        mine = {"name": "omega", "params": [] if weights is None else [weights], "rule": "sgd", "lr": self.omega_rate}
-        return [*groups, {**mine, "weight_decay": 0.0}]
 
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
         weights = omega(model)
         if weights is None:  # the search is over
             return None
-        if not torch.isfinite(weights).all():
-            raise ValueError(
-                f"ω is not finite after step {step}: the training has diverged; lower the learning rate or omega_rate"
-            )
+        check_finite(weights, step)
         if lr > 0:
             with torch.no_grad():
                 weights.sub_(lr * self.omega_decay * (weights - 1))
@@ -104,7 +84,7 @@ class SimplexLoRA(LoRA, name="simplex-lora"):
         )
         last = step >= self.every * self.times
         if last:
-            fold(model)
+            self._end(model)
         return RankPlan(
             zip([s.name for s in here], found, strict=True),
             change=self.change,
@@ -112,6 +92,10 @@ class SimplexLoRA(LoRA, name="simplex-lora"):
             moments=self.moments,
             restart=last and self.finish == "restart",
         )
+
+    def _end(self, model: nn.Module) -> None:
+        """The search is over: no ω is left."""
+        fold(model)
 
     def _project(self, weights: Tensor, model: nn.Module) -> Tensor:
         n = len(weights)
@@ -121,11 +105,14 @@ class SimplexLoRA(LoRA, name="simplex-lora"):
             return project.softmax(weights, n)
         return project.softmax(weights, n, weights.new_tensor([s.rank for s in sites(model)]))
 
-    def weights(self, model: nn.Module) -> dict[str, float] | None:
-        values = omega(model)
-        if values is None:
+    def final(self, model: nn.Module) -> int | None:
+        if self.rounding == "ceil" or (self.rounding == "floor" and len({s.cost for s in sites(model)}) > 1):
             return None
-        return dict(zip([s.name for s in sites(adapted(model))], values.tolist(), strict=True))
+        return (super().final(model) or 0) - len(sites(model))
+
+    @property
+    def check_every(self) -> int:
+        return self.every
 
     @property
     def rewarm_steps(self) -> int:

@@ -1,13 +1,25 @@
-"""Methods that add nothing and train a part of the model that is there already."""
+"""Methods that train a part of the model that is there already: the head, all weights, the last blocks, the biases.
 
-from collections.abc import Sequence
+FT and FT-Top2 are baselines of Hu et al. 2021 (arXiv 2106.09685, section 5.1 and table 3). BitFit is Ben Zaken et al.
+2022 (arXiv 2106.10199). Its released code also trains the classifier and the pooler's bias; here the head says so.
+
+PEFT's `bias="all"` comes only with an adapter beside it and BeftConfig adds a second bias to layers that have one;
+here nothing needs adding or merging, so `requires_grad` alone says all, and `rankwise.save` writes what it marks.
+"""
+
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from rankwise.config import InputError
-from rankwise.methods.base import Method
-from rankwise.methods.lora import head_names
+from rankwise.methods.base import Method, require
+from rankwise.methods.targets import head_names
+from rankwise.nets.blocks import stacks
 
 
 @dataclass(frozen=True)
@@ -17,8 +29,89 @@ class Head(Method, name="head"):
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         if not head:
             raise InputError('the method head trains the head alone: name its modules, as in head=["classifier"]')
-        names = head_names(model, head)
-        model.requires_grad_(False)
-        for name in names:
-            model.get_submodule(name).requires_grad_(True)
+        freeze(model, head)
         return model
+
+
+@dataclass(frozen=True)
+class Full(Method, name="full"):
+    """Full fine-tuning: every weight trains, and what is saved is the whole model."""
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        freeze(model, head)
+        _train(model.parameters())
+        return model
+
+
+@dataclass(frozen=True)
+class FullTop(Method, name="full-top"):
+    """Full fine-tuning of the last blocks alone, without the norm that follows them.
+
+    Attributes:
+        blocks: how many blocks train, counted from the end of the last stack (the decoder's, where there are two).
+    """
+
+    blocks: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.blocks >= 1, f"blocks must be at least 1, not {self.blocks}")
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        last = list(stacks(model)[-1])
+        require(self.blocks <= len(last), f"blocks {self.blocks} is more than the {len(last)} of the last stack")
+        freeze(model, head)
+        _train(chain.from_iterable(block.parameters() for block in last[-self.blocks :]))
+        return model
+
+
+@dataclass(frozen=True)
+class BitFit(Method, name="bitfit"):
+    """All biases train and nothing else, those of the norms among them.
+
+    Where the blocks have no bias at all (Llama, T5), each of their linear layers gets one that starts at 0, as in
+    published uses of BitFit on such models. The paper has no such case: all of its models have biases.
+    """
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        freeze(model, head)
+        try:
+            blocks = [block for stack in stacks(model) for block in stack]
+        except InputError:  # not a transformer: the biases that it has
+            blocks = []
+        if blocks and not any(biases(block) for block in blocks):
+            for linear in (part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)):
+                kind = linear.weight.dtype if linear.weight.is_floating_point() else torch.float32
+                zero = torch.zeros(linear.out_features, device=linear.weight.device, dtype=kind)
+                linear.register_parameter("bias", nn.Parameter(zero))
+        found = biases(model)
+        require(bool(found), f"{type(model).__name__} has no bias to train and no blocks to give one to")
+        _train(found)
+        return model
+
+
+def biases(module: nn.Module) -> list[nn.Parameter]:
+    """All biases in `module` by their names: `bias`, and `q_bias`, `bias_hh_l0` and the like."""
+    ends = [(name.rpartition(".")[2], p) for name, p in module.named_parameters()]
+    return [p for end, p in ends if end == "bias" or end.endswith("_bias") or end.startswith("bias_")]
+
+
+def freeze(model: nn.Module, head: Sequence[str]) -> None:
+    """Freeze all of `model` but the modules that `head` names.
+
+    Raises:
+        InputError: a name that matches no module, or a model that holds a PEFT adapter: its parameters would be taken
+            for the model's own.
+    """
+    held = any(isinstance(part, (PeftModel, BaseTunerLayer)) for part in model.modules())
+    require(not held, "this model has an adapter already: attach to the base model instead")
+    names = head_names(model, head)
+    model.requires_grad_(False)
+    for name in names:
+        _train(model.get_submodule(name).parameters())
+
+
+def _train(parameters: Iterable[nn.Parameter]) -> None:
+    for p in parameters:
+        require(p.is_floating_point(), "quantised weights cannot train: load the model in a floating-point type")
+        p.requires_grad_(True)

@@ -21,6 +21,7 @@ class Decides(Protocol):
     """What the optimizer asks of a method."""
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]: ...
+    def before_step(self, model: nn.Module) -> None: ...
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None: ...
     @property
     def rewarm_steps(self) -> int: ...
@@ -68,7 +69,9 @@ class SimplexAdam(torch.optim.AdamW):
                 loss = closure()
         self.steps += 1
         with self._rewarmed():
-            lr = next((g["lr"] for g in self.param_groups if g["rule"] == "sgd"), self.param_groups[0]["lr"])
+            scales = (g["lr"] for g in self.param_groups if g.get("name") in ("omega", "gates"))
+            lr = next(scales, self.param_groups[0]["lr"])
+            self.method.before_step(self.model)
             with self._sgd():
                 super().step()
         plan = self.method.after_step(self.model, self.steps, lr)

@@ -55,5 +55,5 @@ class RankReport:
 
 
 def rank_report(model: nn.Module) -> RankReport:
-    """Rank, cost and parameters of every site of `model`, emptied ones included."""
-    return RankReport([RankRow(s.name, s.rank, s.cost, s.parameters) for s in sites(model)])
+    """Live rank, cost and parameters of every site of `model`, emptied ones included."""
+    return RankReport([RankRow(s.name, s.live, s.cost, s.parameters) for s in sites(model)])

@@ -6,7 +6,7 @@ r×r core in fp64. The out×in product is never formed. PEFT 0.21 is driven thro
 
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from rankwise.config import InputError
-from rankwise.ranks.sites import OMEGA, Scale, Site, adapted, omega, sites
+from rankwise.ranks.sites import OMEGA, Gates, Omega, Scale, Site, adapted, check_own, omega, sites
 
 Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter
 
@@ -159,8 +159,8 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
         The ranks that changed.
     Raises:
         InputError: an unknown site, a rank below 0 or above min(in, out), a plan that empties every site, a site that
-            is merged into its base weight at the moment (`merge_adapter`), or one that cannot be emptied as the plan
-            says. The model is then as it was.
+            is merged into its base weight at the moment (`merge_adapter`), one with gates, or one that cannot be
+            emptied as the plan says. The model is then as it was.
     """
     peft = adapted(model)
     if optimizer is not None:
@@ -192,6 +192,8 @@ def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
         if not 0 <= rank <= limit:
             raise InputError(f"rank {rank} does not fit {name}: it must be 0 to {limit}")
         if rank != site.rank or plan.restart:
+            if site.gates is not None:
+                raise InputError(f"{name} has gates, which say its rank: fold the model first (method.fold(model))")
             if site.adapter in site.layer.merged_adapters:
                 raise InputError(f"{name} is merged into its base weight: call unmerge_adapter() before a rank change")
             if rank == 0 and site.present:
@@ -203,10 +205,11 @@ def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
 def _check_emptying(model: PeftModel, site: Site, how: str) -> None:
     if site.adapter in site.layer.lora_variant or site.layer.lora_B[site.adapter].bias is not None:
         raise InputError(f"{site.name} has more than A and B (lora_bias, DoRA or another variant): it cannot go")
+    begun = start(site)
+    if begun is not None and begun.A is not None:
+        raise InputError(f"{site.name} has a residual start, so W lacks what the site began with: it cannot go")
     if how == "merge":
-        weight = _float_weight(site)
-        if sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
-            raise InputError(f"{site.name} shares its weight with another module, which a merge would change too")
+        check_own(model.get_base_model(), f"{site.name}.base_layer")
 
 
 def _change(model: PeftModel, site: Site, rank: int, plan: RankPlan) -> None:
@@ -236,8 +239,7 @@ def _set_sizes(site: Site, rank: int) -> None:
     linear = site.layer.lora_A[site.adapter]
     linear.in_features, linear.out_features = site.in_features, rank
     site.layer.r[site.adapter] = rank
-    rslora = getattr(site.layer, "use_rslora", {}).get(site.adapter, False)
-    site.layer.lora_alpha[site.adapter] = site.scaling * (sqrt(rank) if rslora else rank)
+    site.layer.lora_alpha[site.adapter] = alpha(site, rank)
 
 
 def _empty(model: PeftModel, site: Site, how: str) -> None:
@@ -271,7 +273,7 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     _set_sizes(site, rank)
     if omega(model) is not None:
         index = [s.name for s in sites(model)].index(site.name)
-        _put_scale(model, site, index)
+        _put_scale(site, _omega_of(model, site, index))
 
 
 class Merged(nn.Module):
@@ -289,7 +291,7 @@ class Merged(nn.Module):
 @torch.no_grad()
 def merge(site: Site, factors: Merged) -> None:
     """Add s·BA to W, and remember the factors under the layer, since no adapter file holds W."""
-    _add_product(site, factors, 1)
+    _add_product(site, factors.A, factors.B, 1)
     if not hasattr(site.layer, "lora_merged"):
         site.layer.lora_merged = nn.ModuleDict()
     if site.adapter not in site.layer.lora_merged:
@@ -297,16 +299,9 @@ def merge(site: Site, factors: Merged) -> None:
     site.layer.lora_merged[site.adapter].append(factors)
 
 
-def _float_weight(site: Site) -> Tensor:
-    weight: Tensor = site.layer.get_base_layer().weight
-    if not torch.is_floating_point(weight) or weight.dim() != 2:
-        raise InputError(f"{site.name} is quantised, nothing can be merged into it; use empty=drop")
-    return weight
-
-
-def _add_product(site: Site, factors: Merged, sign: int) -> None:
-    weight = _float_weight(site)
-    delta = sign * site.scaling * (factors.B @ factors.A)
+def _add_product(site: Site, A: Tensor, B: Tensor, sign: int) -> None:
+    weight = site.layer.get_base_layer().weight
+    delta = sign * site.scaling * (B @ A)
     weight += (delta.T if site.layer.fan_in_fan_out else delta).to(weight)
 
 
@@ -326,7 +321,7 @@ def _match_merged(site: Site, wanted: list[Merged]) -> None:
             break
         same += 1
     for factors in reversed(have[same:]):
-        _add_product(site, factors, -1)
+        _add_product(site, factors.A, factors.B, -1)
     if have:
         site.layer.lora_merged[site.adapter] = nn.ModuleList(have[:same])
     for factors in wanted[same:]:
@@ -339,22 +334,27 @@ def merged(model: nn.Module) -> list[str]:
 
 
 def _record(model: PeftModel) -> None:
-    """Write the ranks into PEFT's own configuration, so that what is saved loads in stock PEFT.
+    """Write the ranks into PEFT's own configuration."""
+    describe(model.peft_config[model.active_adapter], {s.name: (s.rank, alpha(s, s.rank)) for s in sites(model)})
 
-    Keys are anchored: PEFT would match an unanchored one against the end of other modules' names too.
+
+def alpha(site: Site, rank: int) -> float:
+    """What PEFT has to be told as alpha so that the site, at this rank, keeps its scale s."""
+    rslora = site.present and getattr(site.layer, "use_rslora", {}).get(site.adapter, False)
+    return site.scaling * (sqrt(rank) if rslora else rank)
+
+
+def describe(config: Any, found: Mapping[str, tuple[int, float]]) -> None:
+    """Write (rank, alpha) by site into a PEFT configuration, so that stock PEFT builds the same adapter.
+
+    Sites of rank 0 are left out. Keys are anchored: PEFT would match an unanchored one against the end of other
+    modules' names too.
     """
-    adapter = model.active_adapter
-    config: Any = model.peft_config[adapter]
-    here = sites(model)
-    kept = [s for s in here if s.present]
-    config.rank_pattern = {"^" + re.escape(s.name): s.rank for s in kept if s.rank != config.r}
-    config.alpha_pattern = {
-        "^" + re.escape(s.name): s.layer.lora_alpha[adapter]
-        for s in kept
-        if s.layer.lora_alpha[adapter] != config.lora_alpha
-    }
+    kept = {"^" + re.escape(name): values for name, values in found.items() if values[0]}
+    config.rank_pattern = {key: rank for key, (rank, _) in kept.items() if rank != config.r}
+    config.alpha_pattern = {key: value for key, (_, value) in kept.items() if value != config.lora_alpha}
     before = vars(config).setdefault("excluded_before", config.exclude_modules)  # not a field, so PEFT does not save it
-    empty = [re.escape(s.name) for s in here if not s.present]
+    empty = [re.escape(name) for name, (rank, _) in found.items() if not rank]
     if not empty:
         config.exclude_modules = before
         return
@@ -365,18 +365,82 @@ def _record(model: PeftModel) -> None:
     config.exclude_modules = "|".join(f"(?:{pattern})" for pattern in empty)
 
 
-# --- ω: on for a search, folded away after it ------------------------------------------------------------------------
+# --- starts that W or the loss must remember -------------------------------------------------------------------------
 
 
-def _put_scale(model: PeftModel, site: Site, index: int) -> None:
-    """Parametrize A by its ω. The stored A stays the Parameter it was."""
+class Start(nn.Module):
+    """B0 (out, r) of a site, and A0 (r, in) where s B0 A0 was taken out of W: a residual start. Checkpoints keep it."""
+
+    A: Tensor | None
+    B: Tensor
+
+    def __init__(self, A: Tensor | None, B: Tensor):
+        super().__init__()
+        self.register_buffer("A", A)
+        self.register_buffer("B", B)
+
+
+def start(site: Site) -> Start | None:
+    """How the site started, if that is remembered."""
+    return dict(getattr(site.layer, "lora_start", {})).get(site.adapter)
+
+
+@torch.no_grad()
+def set_start(model: nn.Module, site: Site, A: Tensor | None, B: Tensor, subtracted: bool = False) -> None:
+    """Remember B as B0, and, where A is given, take s·BA out of W.
+
+    Args:
+        A: (r, in). B: (out, r).
+        subtracted: somebody, such as PEFT's PiSSA, has taken it out of W already.
+    """
+    if A is not None and not subtracted:
+        _add_product(site, A, B, -1)
+    if not hasattr(site.layer, "lora_start"):
+        site.layer.lora_start = nn.ModuleDict()
+    site.layer.lora_start[site.adapter] = Start(None if A is None else A.detach().clone(), B.detach().clone())
+
+
+@torch.no_grad()
+def _match_start(model: PeftModel, site: Site, A: Tensor | None, B: Tensor | None) -> None:
+    """Give the site the start (A, B), or none, and W what follows (up to rounding, unless it is the same start)."""
+    have = start(site)
+    if have is not None and B is not None and _equal(have.A, A) and _equal(have.B, B):
+        return
+    if have is not None:
+        if have.A is not None:
+            _add_product(site, have.A, have.B, 1)
+        del site.layer.lora_start[site.adapter]
+    if B is not None:
+        device = site.layer.get_base_layer().weight.device
+        set_start(model, site, None if A is None else A.to(device), B.to(device))
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b.to(a))
+
+
+# --- scales: on for a search, folded away after it -------------------------------------------------------------------
+
+
+def _put_scale(site: Site, scale: Scale) -> None:
+    """Parametrize A. The stored A stays the Parameter it was."""
     linear: Any = site.layer.lora_A[site.adapter]
     A = linear.weight
-    parametrize.register_parametrization(
-        linear, "weight", Scale(getattr(model.base_model, OMEGA), site.adapter, index), unsafe=True
-    )
+    parametrize.register_parametrization(linear, "weight", scale, unsafe=True)
     # torch copied A into a Parameter of its own; the optimizers know the first one.
     linear.parametrizations.weight.register_parameter("original", A)
+
+
+def _omega_of(model: PeftModel, site: Site, index: int) -> Omega:
+    return Omega(getattr(model.base_model, OMEGA), site.adapter, index)
+
+
+@torch.no_grad()
+def add_gates(model: nn.Module, draw: Callable[[int], Tensor]) -> None:
+    """Give every site gates; `draw` makes those of a site, shape (r,), from its rank."""
+    for site in sites(adapted(model)):
+        if site.present:
+            _put_scale(site, Gates(draw(site.rank).to(site.B)))
 
 
 def add_omega(model: nn.Module) -> nn.Parameter:
@@ -391,37 +455,63 @@ def add_omega(model: nn.Module) -> nn.Parameter:
     omegas._keys[peft.active_adapter] = None
     for index, site in enumerate(here):
         if site.present:
-            _put_scale(peft, site, index)
+            _put_scale(site, _omega_of(peft, site, index))
     return omegas[peft.active_adapter]
 
 
 @torch.no_grad()
 def fold(model: nn.Module) -> None:
-    """Move every ω into its B and take ω away: plain LoRA with the same outputs. Nothing happens where no ω is.
+    """Move every scale into its B and take it away: plain LoRA with the same outputs. Nothing happens without scales.
 
-    B' = ωB has the gradient ∂L/∂B' = ∂L/∂B / ω, and B's moments follow it; those of A, whose gradient stays, stay.
+    Units of rank whose gate is 0 are cut, and a site without any other is emptied. Where no site has a live unit, the
+    first one keeps a unit whose product is 0, since PEFT knows no adapter without sites.
     """
     peft = adapted(model)
-    weights = omega(peft)
-    if weights is None:
-        return
-    for site in sites(peft):
-        if site.scale is None:
-            continue
-        _fold_one(peft, site, site.scale.value.item())
-        linear, A = site.layer.lora_A[site.adapter], site.A
-        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
-        linear.register_parameter("weight", A)  # the Parameter that the optimizers know
-    omegas = getattr(peft.base_model, OMEGA)
-    replace(peft, omegas, peft.active_adapter, None)
-    del omegas[peft.active_adapter]
+    here = [site for site in sites(peft) if site.scale is not None]
+    kept = dict(zip([site.name for site in here], kept_units(here), strict=True))
+    for site in here:
+        _fold_one(peft, site, kept[site.name])
+    if omega(peft) is not None:
+        omegas = getattr(peft.base_model, OMEGA)
+        replace(peft, omegas, peft.active_adapter, None)
+        del omegas[peft.active_adapter]
+    if here:
+        _in_model_order(peft)
+        _record(peft)
 
 
-def _fold_one(model: PeftModel, site: Site, value: float) -> None:
+def kept_units(here: Sequence[Site]) -> list[Tensor]:
+    """For each site the indices of the units that a fold keeps: those whose gate is not 0, all without gates."""
+    kept = [
+        torch.arange(s.rank, device=s.B.device) if s.gates is None else s.gates.flatten().nonzero().flatten()
+        for s in here
+    ]
+    if kept and not any(len(units) for units in kept):
+        kept[0] = torch.zeros(1, dtype=torch.long, device=kept[0].device)
+    return kept
+
+
+def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
+    """B' = B diag(g) or ωB, so ∂L/∂B' is ∂L/∂B / g: B's moments follow it; those of A, whose gradient stays, stay."""
+    scale, linear, A = site.scale, site.layer.lora_A[site.adapter], site.A
+    assert scale is not None
+    values = scale.value.detach().to(site.B.dtype).expand(site.rank, 1).T[:, units]  # (1, units)
+
     def carry(moment: Tensor, second: bool) -> Tensor:
-        return moment / (value * value if second else value)
+        return moment[:, units] / (values.square() if second else values)
 
-    replace(model, *site.B_owner, site.B * value, carry=carry if value > 1e-6 else None)
+    if isinstance(scale, Gates):
+        replace(model, scale, "gates", None)
+    parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
+    linear.register_parameter("weight", A)  # the Parameter that the optimizers know
+    if not len(units):
+        _empty(model, site, "drop")
+        return
+    B = site.B.detach()[:, units] * values
+    replace(model, *site.B_owner, B, carry=carry if values.abs().min() > 1e-6 else None)
+    if len(units) < site.rank:
+        replace(model, *site.A_owner, A.detach()[units], carry=lambda moment, _: moment[units])
+        _set_sizes(site, len(units))
 
 
 # --- a state dict brings its own structure ---------------------------------------------------------------------------
@@ -443,7 +533,7 @@ def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) 
     adapter = peft.active_adapter
     # PEFT writes keys without the adapter's name, and on loading names those it finds in the model as it is now.
     names = "|".join(map(re.escape, peft.peft_config))
-    nameless = re.compile(rf"\.lora_(?:A|B|omega|merged)(?=\.|$)(?!\.(?:{names})(?:\.|$))")
+    nameless = re.compile(rf"\.lora_(?:A|B|omega|merged|start)(?=\.|$)(?!\.(?:{names})(?:\.|$))")
     for old in [key for key in state if nameless.search(key)]:
         state[nameless.sub(lambda found: f"{found[0]}.{adapter}", old)] = state.pop(old)
 
@@ -454,13 +544,19 @@ def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) 
     wanted = {name: 0 if B is None else B.shape[1] for name, B in stored.items()}
     if not any(wanted.values()):
         return  # not about this adapter: a head alone, or the base weights
+    gates = f"lora_A.{adapter}.parametrizations.weight.0.gates"
+    gated = any(key(site, gates) in state for site in sites(peft))
     scaled = f"{prefix}base_model.{OMEGA}.{adapter}" in state
-    if not scaled:
+    if Structure.of(peft).scaled and not scaled and not (gated and Structure.of(peft).ranks == wanted):
         fold(peft)
     resize(peft, RankPlan(wanted, change="reinit"))
     if scaled and omega(peft) is None:
         add_omega(peft)
+    if gated and not Structure.of(peft).scaled:
+        add_gates(peft, torch.ones)
     for site in sites(peft):
+        A0, B0 = (state.get(key(site, f"lora_start.{adapter}.{part}")) for part in "AB")
+        _match_start(peft, site, A0, B0)
         products: list[Merged] = []
         while (A := state.get(key(site, f"lora_merged.{adapter}.{len(products)}.A"))) is not None:
             B = state[key(site, f"lora_merged.{adapter}.{len(products)}.B")]
@@ -470,7 +566,7 @@ def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) 
 
 @dataclass(frozen=True)
 class Structure:
-    """What a checkpoint's optimizer state refers to: the ranks by site, and whether ω was on."""
+    """What a checkpoint's optimizer state refers to: the ranks by site, and whether scales were on."""
 
     ranks: dict[str, int]
     scaled: bool
@@ -478,4 +574,5 @@ class Structure:
     @classmethod
     def of(cls, model: nn.Module) -> "Structure":
         here = sites(model)
-        return cls({s.name: s.rank for s in here}, bool(here) and omega(model) is not None)
+        scaled = any(s.gates is not None for s in here) or (bool(here) and omega(model) is not None)
+        return cls({s.name: s.rank for s in here}, scaled)

@@ -1,8 +1,9 @@
 """A site is one adapted weight: `h = W x + b + s B A x`, with A (r, in), B (out, r) and the scale s = alpha / r0.
 
-Sites are read off the PEFT model each time they are asked for, so there is no second book to keep. The scale ω of
-SimplexLoRA is a parametrization of A: every reader of `lora_A.weight` sees ω·A, PEFT's forward, merge and disable among
-them, without knowing. All ω of a model are one (n,) parameter beside the sites, so an emptied site keeps its ω.
+Sites are read off the PEFT model each time they are asked for, so there is no second book to keep. A scale is a
+parametrization of A, SimplexLoRA's ω or SoRA's gates g: every reader of `lora_A.weight` sees ω·A or diag(g) A, PEFT's
+forward, merge and disable among them, without knowing. All ω of a model are one (n,) parameter beside the sites, so an
+emptied site keeps its ω; gates belong to their site.
 """
 
 from collections.abc import Iterator
@@ -15,11 +16,23 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
+from rankwise.config import InputError
+
 OMEGA = "lora_omega"  # on the tuner itself, whose own parameters PEFT saves and loads: a checkpoint keeps ω unasked
 
 
 class Scale(nn.Module):
-    """Multiplies A by one entry of ω. As a parametrization it leaves the stored A as it was."""
+    """Multiplies A, as a parametrization that leaves the stored A as it was."""
+
+    value: Tensor
+    """Shape () or (r, 1)."""
+
+    def forward(self, A: Tensor) -> Tensor:
+        return A * self.value.to(A.dtype)
+
+
+class Omega(Scale):
+    """One entry of ω, which scales a whole site."""
 
     def __init__(self, omegas: nn.ParameterDict, adapter: str, index: int):
         super().__init__()
@@ -27,13 +40,22 @@ class Scale(nn.Module):
         self.source = (omegas, adapter, index)
 
     @property
-    def value(self) -> Tensor:
+    def value(self) -> Tensor:  # type: ignore[override]
         """ω of this site, shape ()."""
         omegas, adapter, index = self.source
         return omegas[adapter][index]
 
-    def forward(self, A: Tensor) -> Tensor:
-        return A * self.value.to(A.dtype)
+
+class Gates(Scale):
+    """One gate per unit of rank (SoRA): g, a Parameter of shape (r, 1)."""
+
+    def __init__(self, gates: Tensor):
+        super().__init__()
+        self.gates = nn.Parameter(gates.reshape(-1, 1))
+
+    @property
+    def value(self) -> Tensor:  # type: ignore[override]
+        return self.gates
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +94,21 @@ class Site:
         return self.layer.lora_B[self.adapter].weight
 
     @property
+    def W(self) -> Tensor:
+        """The pretrained weight, shape (out, in) whatever the layer's own layout."""
+        weight = self.layer.get_base_layer().weight
+        return weight.T if isinstance(self.layer.get_base_layer(), Conv1D) else weight
+
+    @property
     def scale(self) -> Scale | None:
         """The parametrization that multiplies A, if one is on."""
         owner, name = self.A_owner if self.present else (None, "")
         return owner[0] if name == "original" else None  # type: ignore[index]
+
+    @property
+    def gates(self) -> nn.Parameter | None:
+        """Shape (r, 1), if the site has any."""
+        return self.scale.gates if isinstance(self.scale, Gates) else None
 
     @property
     def scaling(self) -> float:
@@ -85,6 +118,11 @@ class Site:
     @property
     def rank(self) -> int:
         return self.A.shape[0] if self.present else 0
+
+    @property
+    def live(self) -> int:
+        """Units of rank that add to the output: all, or those whose gate is not 0."""
+        return self.rank if self.gates is None or self.gates.is_meta else int(self.gates.count_nonzero())
 
     @property
     def in_features(self) -> int:
@@ -106,7 +144,8 @@ class Site:
 
     @property
     def parameters(self) -> int:
-        return self.rank * self.cost
+        """What the live units cost, the gates themselves aside."""
+        return self.live * self.cost
 
 
 def adapted(model: nn.Module) -> PeftModel:
@@ -135,10 +174,21 @@ def features(module: Any) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
+def check_own(model: nn.Module, name: str) -> None:
+    """Raise InputError where the weight of the linear map `name` is quantised or serves another module too."""
+    layer: Any = model.get_submodule(name)
+    if not layer.weight.is_floating_point() or layer.weight.dim() != 2:
+        raise InputError(f"{name} is quantised, its weight cannot change: use empty=drop, and no residual start")
+    if sum(p is layer.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
+        raise InputError(f"{name} shares its weight with another module, which would change too")
+
+
 def _sites(model: PeftModel) -> Iterator[Site]:
     adapter = model.active_adapter
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, LoraLayer) or not is_weight(module.get_base_layer()):
+            continue
+        if not isinstance(module.lora_A, nn.ModuleDict):  # AdaLoRA's layers hold bare parameters, and no plain product
             continue
         if adapter in module.lora_A or adapter in getattr(module, "lora_empty", {}):
             yield Site(name, module, adapter)
@@ -153,8 +203,8 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
-    """Rank of every site, by name."""
-    return {site.name: site.rank for site in sites(model)}
+    """Live rank of every site, by name."""
+    return {site.name: site.live for site in sites(model)}
 
 
 def omega(model: nn.Module) -> nn.Parameter | None:

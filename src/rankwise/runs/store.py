@@ -75,7 +75,8 @@ class Store:
 
         Raises InputError where nothing can be written.
         """
-        content = {"name": experiment.name, **experiment.base, "vary": experiment.vary, "report": experiment.report}
+        content = experiment.model_dump(mode="json", include={"vary", "chain", "report"}, exclude_defaults=True)
+        content = {"name": experiment.name, **experiment.base, **content}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / "experiment.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
@@ -101,6 +102,20 @@ class Store:
         if found is None:
             raise InputError(f"{folder}: its run.yaml is missing or damaged")
         return found[1]
+
+    def before(self, folder: Path) -> Path | None:
+        """The folder of the run whose trained weights this run begins with; None for a run that begins afresh.
+
+        Raises InputError where there should be one and is none.
+        """
+        digest = self.config(folder).after
+        if digest is None:
+            return None
+        for other in self.folders():
+            found = self._read(other)
+            if found is not None and found[1].digest() == digest:
+                return other
+        raise InputError(f"{folder}: the run that it begins with is not in {self.folder}; run the whole chain there")
 
     def state(self, folder: Path) -> State:
         """How a run stands; see `Standing`."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ from rankwise.runs.stats import mean, sd, t_interval
 
 Row = dict[str, Any]
 
-_SHOWN_APART = {"task", "method", "learning_rate", "seed"}
+_CHAIN = {"after", "followed"}
+"""Settings that say where in a chain a run stands, and with which seed; what the stage is, its other settings say."""
+_SHOWN_APART = {"task", "method", "learning_rate", "seed", *_CHAIN}
 """Settings that a row shows in columns of their own, or draws together."""
 
 
@@ -29,13 +32,19 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
-        settings = {key: value for key, value in result["config"].items() if key not in ("seed", "method")}
+        settings = {key: value for key, value in result["config"].items() if key not in {"seed", "method", *_CHAIN}}
         groups.setdefault(json.dumps([result["method"], result["options"], settings], sort_keys=True), []).append(
             result
         )
     labels = _labels(results)
     rows = [_row(members, labels[_identity(members[0])]) for members in groups.values()]
-    return sorted(rows, key=lambda row: (row["task"], row["name"], row["method"], row["learning_rate"]))
+    return sorted(rows, key=lambda row: (row["task"], row["name"], _natural(row["method"]), row["learning_rate"]))
+
+
+def _natural(label: str) -> list[tuple[float, str]]:
+    """For sorting: numbers by their size, so that sparsity=10.0 comes after sparsity=3.0."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", label)
+    return [(float(part), "") if place % 2 else (0.0, part) for place, part in enumerate(parts)]
 
 
 def best(rows: Sequence[Row]) -> list[Row]:

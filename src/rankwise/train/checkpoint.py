@@ -12,14 +12,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rankwise.config import InputError
 from rankwise.optim import SimplexAdam
+from rankwise.optim.projected_adam import ProjectedAdam
+from rankwise.ranks import sites
 
 FILE = "checkpoint.pt"
 
+Stepper = SimplexAdam | ProjectedAdam
+
 
 def save_checkpoint(
-    folder: str | PathLike[str], model: nn.Module, optimizer: SimplexAdam, scheduler: LRScheduler | None = None
+    folder: str | PathLike[str], model: nn.Module, optimizer: Stepper, scheduler: LRScheduler | None = None
 ) -> Path:
-    """Write all that an exact continuation needs: what trains, merged products, optimizer, schedule, random streams.
+    """Write all that an exact continuation needs: what trains, frozen factors, optimizer, schedule, random streams.
 
     The base weights are not in it; of random streams, torch's are. The folder is replaced as a whole or not at all.
 
@@ -29,10 +33,8 @@ def save_checkpoint(
     folder = Path(folder)
     if folder.exists() and not (folder / FILE).is_file() and any(folder.iterdir()):
         raise InputError(f"{folder} holds something else than a checkpoint; give a new or an empty folder")
-    # Tied weights have several names, and all of them are in the state dict.
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     state = {
-        "model": {name: value for name, value in model.state_dict().items() if name not in frozen},
+        "model": learnt_state(model),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict() if scheduler else None,
         "random": torch.get_rng_state(),
@@ -54,7 +56,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: str | PathLike[str], model: nn.Module, optimizer: SimplexAdam, scheduler: LRScheduler | None = None
+    folder: str | PathLike[str], model: nn.Module, optimizer: Stepper, scheduler: LRScheduler | None = None
 ) -> int:
     """Bring model, optimizer, schedule and random streams to where `save_checkpoint` left them.
 
@@ -74,8 +76,7 @@ def load_checkpoint(
     except Exception as error:
         raise InputError(f"{path} cannot be read, it may be cut short: {error}") from error
     missing, unexpected = model.load_state_dict(state["model"], strict=False)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    if strange := sorted({*unexpected, *trained.intersection(missing)}):
+    if strange := sorted({*unexpected, *_learnt(model).intersection(missing)}):
         raise InputError(f"{path} is of another method, head or model: {strange[0]} is on one side only")
     optimizer.load_state_dict(state["optimizer"])
     if scheduler is not None and state["scheduler"] is not None:
@@ -84,3 +85,17 @@ def load_checkpoint(
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
     return optimizer.steps
+
+
+def learnt_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without the base weights. Loaded (`strict=False`) it brings its ranks and scales along."""
+    # Tied weights have several names, and all of them are in the state dict.
+    base = {name for name, _ in model.named_parameters(remove_duplicate=False)} - _learnt(model)
+    return {name: value for name, value in model.state_dict().items() if name not in base}
+
+
+def _learnt(model: nn.Module) -> set[str]:
+    """Names of the parameters that train, and of an adapter's factors also where they are frozen (LoRA-FA's A)."""
+    factors = {id(p) for site in sites(model) if site.present for p in (site.A, site.B)}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, p in named if p.requires_grad or id(p) in factors}

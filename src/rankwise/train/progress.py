@@ -150,9 +150,13 @@ class Progress(TrainerCallback):
     def _rank_line(self, model: nn.Module, step: int, optimizer: Any) -> None:
         """A line when the ranks or the number of trainable parameters have changed, and at each check of a search."""
         changed = getattr(optimizer, "optimizer", optimizer).changed == step  # accelerate wraps it
-        checked = step % getattr(self.method, "every", step + 1) == 0
+        checked = self.method.check_every > 0 and step % self.method.check_every == 0
         if not (changed or checked):  # to walk a small model at each step would cost a tenth of its speed on a GPU
             return
+        self.rank_line(model, step)
+
+    def rank_line(self, model: nn.Module, step: int) -> None:
+        """The ranks, the number of trainable parameters and ω into ranks.jsonl, where there is something new."""
         weights = self.method.weights(model)
         now = {"ranks": ranks(model), "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
         if now != self.last or weights is not None:

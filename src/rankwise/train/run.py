@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,12 @@ from rankwise import methods, tasks
 from rankwise.config import InputError, RunConfig, Schema, load, need, read_yaml
 from rankwise.export import save
 from rankwise.methods import Method
-from rankwise.ranks import rank_report
 from rankwise.ranks.resize import merged
 from rankwise.runs.files import read_lines, unwritable, write_whole
 from rankwise.runs.store import Store
 from rankwise.tasks import Split, Task, encode, subset
 from rankwise.train import model as models
+from rankwise.train.checkpoint import learnt_state
 from rankwise.train.evaluate import Evaluation, predict, score, table
 from rankwise.train.files import last_complete
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
@@ -52,6 +52,10 @@ from rankwise.train.trainer import RankTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+WEIGHTS = "weights.pt"
+"""All that was learnt, unfolded, where another run begins with it."""
 
 
 def run(folder: Path) -> dict[str, Any]:
@@ -115,6 +119,8 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
         write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
         parts = _prepare(config)
         checkpoint, carried = _start(folder)
+        if checkpoint is None:
+            _begin_with(parts.model, Store(folder.parent).before(folder))
         progress = Progress(folder, parts.plan, parts.method, lambda: parts.scores(parts.logits()), carried, stop)
         _train(folder, parts, checkpoint, progress, stop)
         return _finish(folder, name, parts, progress)
@@ -174,7 +180,7 @@ def _prepare(config: RunConfig) -> Parts:
         tokenizer=tokenizer,
         head=head,
         head_parameters=head_parameters,
-        budget=rank_report(model).total,
+        budget=method.budget(model),
         plan=_plan(config, len(tokens)),
     )
 
@@ -194,6 +200,23 @@ def _start(folder: Path) -> tuple[Path | None, Carried]:
     """The checkpoint to go on from, None for the beginning, and what it carries."""
     found = last_complete(folder)
     return (found[0], Carried(**found[1])) if found else (None, Carried())
+
+
+def _begin_with(model: nn.Module, before: Path | None) -> None:
+    """Load what the run in the folder `before` has learnt, if there is one."""
+    if before is None:
+        return
+    try:
+        state = torch.load(before / WEIGHTS, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{before / WEIGHTS} cannot be read; delete {before} and run it again: {error}") from error
+    model.load_state_dict(state, strict=False)
+
+
+def _keep_weights(folder: Path, model: nn.Module) -> None:
+    made = folder / f".{WEIGHTS}"
+    torch.save(learnt_state(model), made)
+    made.replace(folder / WEIGHTS)
 
 
 def _remove_checkpoints(folder: Path) -> None:
@@ -248,6 +271,10 @@ def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments
 
 
 def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[str, Any]:
+    if parts.config.followed:
+        _keep_weights(folder, parts.model)
+    parts = replace(parts, model=parts.method.fold(parts.model))  # what is scored is what is saved
+    progress.rank_line(parts.model, parts.plan.steps)
     logits = parts.logits()
     scores = parts.scores(logits)
     progress.evaluation_line(parts.plan.steps, parts.plan.steps / parts.plan.per_epoch, scores)

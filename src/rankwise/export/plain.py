@@ -1,0 +1,96 @@
+"""What a model has learnt as plain LoRA on the pretrained weights, in the names and shapes of PEFT's files."""
+
+import re
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from rankwise.nets.fused import PARTS, Part
+from rankwise.ranks.resize import kept_units, start
+from rankwise.ranks.sites import OMEGA, Site, sites
+
+
+@torch.no_grad()
+def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
+    """A (r, in) and B (out, r) of every site with rank, as plain LoRA on the pretrained W; the model stays as it is.
+
+    Scales are folded in and units whose gate is 0 left out. A residual start, W ← W - s B0 A0, is undone by appending
+    it with the sign turned: W + s (B A - B0 A0), at rank r + r0.
+    """
+    here = [site for site in sites(model) if site.present]
+    found = {}
+    for site, units in zip(here, kept_units(here), strict=True):
+        A, B = site.A[units], site.B[:, units]
+        if site.scale is not None:
+            B = B * site.scale.value.to(B.dtype).expand(site.rank, 1).T[:, units]
+        begun = start(site)
+        if begun is not None and begun.A is not None:
+            A, B = torch.cat([A, begun.A.to(A)]), torch.cat([B, -begun.B.to(B)], dim=1)
+        if len(units):
+            found[site.name] = A, B
+    return found
+
+
+def on_part(site: Site) -> bool:
+    """Whether the site is on a part of a fused projection."""
+    return isinstance(site.layer.get_base_layer(), Part)
+
+
+def modules(model: PeftModel) -> dict[str, list[Site]]:
+    """The adapted modules of the pretrained model by name, each with its site, or with those on its parts."""
+    found: dict[str, list[Site]] = {}
+    for site in sites(model):
+        found.setdefault(site.name.rpartition(".")[0] if on_part(site) else site.name, []).append(site)
+    return found
+
+
+@torch.no_grad()
+def joined(modules: dict[str, list[Site]], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What PEFT stored, with one pair of factors on each fused projection in the place of those on its parts.
+
+    B_q stands in the rows of q and B_v in those of v, with zeros elsewhere, at rank r_q + r_v:
+
+        ⎡B_q  0 ⎤ ⎡A_q⎤
+        ⎢ 0   0 ⎥ ⎣A_v⎦
+        ⎣ 0  B_v⎦
+
+    PEFT itself stores only what its layers hold, and it has none on the whole. DoRA's magnitudes (out,) are joined too;
+    of parts without an adapter they are the norms of the weight.
+    """
+    stored = dict(stored)
+    for name, here in modules.items():
+        if not on_part(here[0]):
+            continue
+        As, Bs, magnitudes = [], [], {}
+        for site in here:
+            part: Part = site.layer.get_base_layer()
+            prefix = f"base_model.model.{site.name}"
+            if f"{prefix}.lora_A.weight" in stored:
+                As.append(stored.pop(f"{prefix}.lora_A.weight"))
+                scale = site.scaling / here[0].scaling  # the whole has one, that of the first
+                Bs.append(scale * part.widened(stored.pop(f"{prefix}.lora_B.weight")))
+            if f"{prefix}.lora_magnitude_vector" in stored:
+                magnitudes[part.place] = stored.pop(f"{prefix}.lora_magnitude_vector")
+        if As:
+            stored[f"base_model.model.{name}.lora_A.weight"] = torch.cat(As)
+            stored[f"base_model.model.{name}.lora_B.weight"] = torch.cat(Bs, dim=1)
+        if magnitudes:
+            norms = part.whole[0].weight.detach().norm(dim=0).cpu().chunk(len(PARTS))
+            stored[f"base_model.model.{name}.lora_magnitude_vector"] = torch.cat(
+                [magnitudes.get(place, norm) for place, norm in enumerate(norms)]
+            )
+    return stored
+
+
+def state_of(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The model's state dict with `factors` in the place of its own."""
+    names = "|".join(re.escape(site.name) for site in sites(model))
+    ours = re.compile(
+        rf"base_model\.(?:{OMEGA}\.|model\.(?:{names})\.(?:lora_A\.|lora_B\.[^.]+\.weight$|lora_start\.))"
+    )
+    state = {name: value for name, value in model.state_dict().items() if not ours.match(name)}
+    for name, (A, B) in factors.items():
+        for part, value in (("lora_A", A), ("lora_B", B)):
+            state[f"base_model.model.{name}.{part}.{model.active_adapter}.weight"] = value.detach().contiguous()
+    return state

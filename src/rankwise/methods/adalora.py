@@ -1,0 +1,136 @@
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512), as PEFT has it: a peer that finds ranks too.
+
+    h = W x + b + s B diag(E) A x,    s = α / r0,    E = 0 at the start
+
+After each optimizer step every entry w of A, E and B gets a score from |w ∂L/∂w|, smoothed, times its uncertainty
+(eq. 8 to 11); a unit of rank sums its own. Between `start` and `settle` the number of units falls cubically from
+n·r0 to n·rank (eq. 12), and every ΔT steps all E_i but the best are set to 0. Then the choice stays.
+
+In PEFT 0.21 calling the allocator is the user's task, and nothing of what it learns survives a restart; see
+`ranks/triplets.py` for what is done about it. PEFT adds γ times the mean of ‖P Pᵀ - I‖_F over P = A, Bᵀ to the loss of
+models made for a task; here its gradient is added for all. The paper (eq. 4) sums the squares of these norms.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from peft import AdaLoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from rankwise.methods.base import Method, require
+from rankwise.methods.targets import ALL_LINEAR, head_names, target_names
+from rankwise.optim import SimplexAdam
+from rankwise.ranks import RankPlan
+from rankwise.ranks.sites import features
+from rankwise.ranks.triplets import add_orthogonality, add_scores, choose, largest, settings, to_lora, triplets
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+@dataclass(frozen=True)
+class AdaLoRA(Method, name="adalora"):
+    """AdaLoRA (by PEFT): more units of rank than the budget allows at first, and a score decides which stay.
+
+    Attributes:
+        rank: the mean rank of the sites at the end.
+        init_rank: r0, the rank of every site at the start.
+        alpha: α; the scale is α / r0 and stays that.
+        targets: `all-linear` (every linear layer but the output head), or names of modules, matched by their ends.
+        dropout: share of the adapter's inputs that are zeroed in training.
+        start: steps before the first cut; below 1, a share of all steps.
+        settle: steps after the last cut, with the ranks found; below 1, a share of all steps.
+        every: ΔT, steps between two cuts.
+        total: steps of the whole training; 0 takes them from the run's arguments.
+        beta1: β1, how much of the old a smoothed sensitivity keeps at each step.
+        beta2: β2, the same for its uncertainty.
+        orthogonality: γ, the weight of the term that holds the rows of A and the columns of B orthonormal.
+    """
+
+    rank: int = 8
+    init_rank: int = 12
+    alpha: float = 16.0
+    targets: str | list[str] = ALL_LINEAR
+    dropout: float = 0.0
+    start: float = 0.1
+    settle: float = 0.5
+    every: int = 10
+    total: int = 0
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orthogonality: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, least in {"rank": 1, "every": 1, "start": 0, "settle": 0, "total": 0, "orthogonality": 0}.items():
+            require(getattr(self, option) >= least, f"{option} must be at least {least}, not {getattr(self, option)}")
+        for option in ("beta1", "beta2"):
+            require(0 < getattr(self, option) < 1, f"{option} must be between 0 and 1, not {getattr(self, option)}")
+        require(self.init_rank > self.rank, f"init_rank must be above {self.rank} (rank), not {self.init_rank}")
+        require(self.alpha > 0, f"alpha must be above 0, not {self.alpha}")
+        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
+        self._phases(self.total)
+
+    def _phases(self, total: int) -> dict[str, int | None]:
+        """The phases of a training of `total` steps (0: not known yet), in PEFT's words."""
+        start, settle = (int(part * total if part < 1 else part) for part in (self.start, self.settle))
+        message = f"start {start} and settle {settle} leave none of {total} steps to choose ranks in: lower them"
+        require(not total or start + settle < total, message)
+        return {"tinit": start, "tfinal": settle, "total_step": total or None}
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        require(not isinstance(model, PeftModel), "this model has an adapter already: attach to the base model instead")
+        names = target_names(model, self.targets, head)
+        for name in names:
+            limit = min(features(model.get_submodule(name)))
+            require(self.init_rank <= limit, f"init_rank {self.init_rank} is too large for {name}: at most {limit}")
+        head_names(model, head)
+        config = AdaLoraConfig(
+            init_r=self.init_rank,
+            target_r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
+            target_modules=names,
+            lora_dropout=self.dropout,
+            modules_to_save=list(head) or None,
+            fan_in_fan_out=not isinstance(model.get_submodule(names[0]), nn.Linear),
+            deltaT=self.every,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            orth_reg_weight=0.0,  # before_step has it
+            total_step=1,
+        )
+        vars(config).update(self._phases(self.total))  # afterwards, for PEFT insists on a number of steps
+        model = get_peft_model(model, config)
+        add_scores(model)
+        return model
+
+    def optimizer(self, model: nn.Module, args: "TrainingArguments") -> SimplexAdam:
+        vars(settings(model)).update(self._phases(self.total or max(0, args.max_steps)))
+        return super().optimizer(model, args)
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        known = not triplets(model) or settings(model).total_step
+        require(bool(known), "adalora must know how many steps there will be: set total, or max_steps of the run")
+        return super().param_groups(model)
+
+    def before_step(self, model: nn.Module) -> None:
+        add_orthogonality(model, self.orthogonality)
+
+    def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
+        choose(model, step)
+        return None
+
+    def fold(self, model: nn.Module) -> nn.Module:
+        """Plain LoRA on the same base weights, as a new model; the units of rank that are not chosen are cut."""
+        return to_lora(model) if triplets(model) else super().fold(model)
+
+    def budget(self, model: nn.Module) -> int:
+        return self.rank * sum(layer.in_features + layer.out_features for layer in triplets(model).values())
+
+    def final(self, model: nn.Module) -> int | None:
+        return (super().final(model) or 0) + largest(model)
+
+    @property
+    def check_every(self) -> int:
+        return self.every

@@ -1,0 +1,18 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353), as PEFT has it: a peer to compare with.
+
+    h = m ∘ (W + s B A) x / ‖W + s B A‖,    m trained and equal to ‖W‖ at the start, norms over rows of W
+
+The norm is treated as a constant in the backward pass, as the paper proposes in its section 4.3.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rankwise.methods.lora import LoRA
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA, name="dora"):
+    """LoRA on the direction of each weight, beside a trained magnitude per output (by PEFT)."""
+
+    peft_options: ClassVar[dict[str, Any]] = {"use_dora": True}

@@ -1,0 +1,32 @@
+"""FatLoRA (Shalygin, Davydenko, Veprikov, MIPT 2025; also WeightLoRA+): SimplexLoRA's search with other defaults.
+
+`FatLoRA[mfs=K, fs=T]` of their tables is `times: K, every: T`. Ranks are rounded up, so that it may spend more than
+uniform ranks; changed sites start afresh; and at the end of the search ω is set to 1 and not folded in, as their code
+does: the function may jump there.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from rankwise.methods.simplex_lora import SimplexLoRA
+from rankwise.ranks.resize import fold
+from rankwise.ranks.sites import omega
+
+
+@dataclass(frozen=True)
+class FatLoRA(SimplexLoRA, name="fat-lora"):
+    """As simplex-lora with the authors' defaults: ranks rounded up, changed sites afresh, ω = 1 at the end."""
+
+    times: int = 2
+    rounding: Literal["floor", "ceil", "budget"] = "ceil"
+    change: Literal["svd", "reinit"] = "reinit"
+
+    @torch.no_grad()
+    def _end(self, model: nn.Module) -> None:
+        weights = omega(model)
+        if weights is not None:
+            weights.fill_(1.0)
+        fold(model)

@@ -1,0 +1,60 @@
+"""LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A is drawn once and frozen, B trains.
+
+    h = W x + b + s B (A x),    ∂L/∂B = s ∂L/∂h (A x)ᵀ
+
+The gradient of B needs A x, r wide, where that of A would need x, in wide: what a layer keeps for the backward pass
+shrinks by that (section 3). With `dropout` above 0 its mask, in wide too, is kept again.
+
+The paper trains B by AdamW on that gradient. `projected` is what its authors gave to PEFT later: the step of B for
+which the change of s B A comes nearest to that of full fine-tuning, g = s⁻² ∂L/∂B (A Aᵀ)⁻¹, given to AdamW.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from rankwise.methods.base import require
+from rankwise.methods.lora import LoRA
+from rankwise.optim.projected_adam import ProjectedAdam
+from rankwise.ranks import sites
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+@dataclass(frozen=True)
+class LoRAFA(LoRA, name="lora-fa"):
+    """LoRA with A frozen as it was drawn: fewer trainable parameters, and no input kept for the backward pass.
+
+    Attributes:
+        projected: step B by PEFT's LoRA-FA optimizer, which brings its gradient nearest to that of full fine-tuning.
+    """
+
+    projected: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(not (self.projected and self.pull), "pull must be 0 with projected, whose optimizer would rescale it")
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        model = super().attach(model, head)
+        for site in sites(model):
+            site.A.requires_grad_(False)
+        return model
+
+    def budget(self, model: nn.Module) -> int:
+        """What trains: out·r of every site."""
+        return sum(site.B.numel() for site in sites(model))
+
+    def optimizer(self, model: nn.Module, args: "TrainingArguments") -> Any:
+        """SimplexAdam, or with `projected` ProjectedAdam, with the rate, betas, epsilon and weight decay of `args`."""
+        if not self.projected:
+            return super().optimizer(model, args)
+        betas = (args.adam_beta1, args.adam_beta2)
+        return ProjectedAdam(self, model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+
+    def before_step(self, model: nn.Module) -> None:  # only SimplexAdam asks
+        require(not self.projected, "projected goes with ProjectedAdam, which method.optimizer(model, args) gives")
+        super().before_step(model)

@@ -1,0 +1,40 @@
+"""Random choice (Shalygin, Davydenko, Veprikov, MIPT 2025): k of n sites drawn at random, the control for WeightLoRA.
+
+The authors call it RandLoRA, which in PEFT is another method (Albert et al. 2025, arXiv 2502.00987).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rankwise.methods.base import require
+from rankwise.methods.lora import LoRA
+from rankwise.methods.weight_lora import check_keep
+from rankwise.ranks import RankPlan, resize, sites
+
+
+@dataclass(frozen=True)
+class RandomLoRA(LoRA, name="random-lora"):
+    """LoRA on k of the target sites, drawn with the run's seed.
+
+    Attributes:
+        keep: k, how many sites have an adapter.
+    """
+
+    keep: int = 10
+
+    keeps_ranks = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.keep >= 1, f"keep must be at least 1, not {self.keep}")
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        model = super().attach(model, head)
+        check_keep(self.keep, model)
+        here = sites(model)
+        left_out = torch.randperm(len(here), device="cpu")[self.keep :].tolist()
+        resize(model, RankPlan({here[index].name: 0 for index in left_out}))
+        return model

@@ -1,0 +1,84 @@
+"""SoRA (Ding et al. 2023, arXiv 2311.11696): gates decide which units of rank live.
+
+    h = W x + b + s B diag(g) A x
+    g ← T_{η_t λ}(g - η_t ∂L/∂g),    T_ξ(x) = sign(x) max(|x| - ξ, 0)
+
+the proximal gradient step on L + λ‖g‖₁ (eq. 5): a gate that is not worth the threshold becomes exactly 0. At the end
+units with gate 0 are cut and the others folded into B: what is left is plain LoRA of rank nnz(g).
+
+Where the authors' released code differs: its threshold is a constant ξ and no multiple of the rate, it adds an ℓ1 term
+to the loss on top, and by the order of two in-place operations it zeroes all |x| < 2ξ. A gate that the loss does not
+hold shrinks by λ Σ_t η_t in all. With the paper's λ = 3e-4 and the rate of the weights, 8e-4, that would close none:
+hence a rate of the gates' own, 10 by default, for which a run of 1,000 steps closes what starts near 1. While B is near
+0 so are the gradients of the gates: in short runs all of them shrink alike before the loss can tell them apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.methods.base import require
+from rankwise.methods.lora import LoRA
+from rankwise.optim import project
+from rankwise.ranks import RankPlan, sites
+from rankwise.ranks.resize import add_gates
+
+
+@dataclass(frozen=True)
+class SoRA(LoRA, name="sora"):
+    """LoRA with a gate per unit of rank; a soft threshold closes gates, and closed units are cut at the end.
+
+    Attributes:
+        sparsity: λ, the weight of ‖g‖₁. The threshold of a step is the gates' rate times λ.
+        gates: how the gates start: `normal`, drawn from N(0, 1) (authors' code), or `ones` (a course report on SoRA).
+        gate_rate: learning rate of the gates, which follows the run's schedule; 0 for the run's own rate.
+        gate_rule: what steps the gates before the threshold: `sgd`, or `adamw` without weight decay.
+    """
+
+    sparsity: float = 3e-4
+    gates: Literal["normal", "ones"] = "ones"
+    gate_rate: float = 10.0
+    gate_rule: Literal["sgd", "adamw"] = "sgd"
+
+    keeps_ranks: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option in ("sparsity", "gate_rate"):
+            require(getattr(self, option) >= 0, f"{option} must not be negative, not {getattr(self, option)}")
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        model = super().attach(model, head)
+        add_gates(model, torch.randn if self.gates == "normal" else torch.ones)
+        return model
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        gates = _gates(model)
+        mine = {id(g) for g in gates}
+        groups = super().param_groups(model)
+        for group in groups:
+            group["params"] = [p for p in group["params"] if id(p) not in mine]
+        rate = {"lr": self.gate_rate} if self.gate_rate else {}
+        return [*groups, {"name": "gates", "params": gates, "rule": self.gate_rule, "weight_decay": 0.0, **rate}]
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
+        for gates in _gates(model):
+            if not gates.isfinite().all():
+                raise ValueError(f"gates are not finite after step {step}: the training has diverged; lower the rates")
+            gates.copy_(project.prox_l1(gates, lr * self.sparsity))
+        return None
+
+    def final(self, model: nn.Module) -> int | None:
+        return (super().final(model) or 0) - sum(g.numel() for g in _gates(model))
+
+    @property
+    def check_every(self) -> int:
+        return 20
+
+
+def _gates(model: nn.Module) -> list[Tensor]:
+    return [site.gates for site in sites(model) if site.present and site.gates is not None]

@@ -1,0 +1,78 @@
+"""Which modules of a model `targets` and `head` mean."""
+
+from collections.abc import Sequence
+
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+
+from rankwise.config import InputError, nearest
+from rankwise.methods.base import require
+from rankwise.nets.fused import join, parts, split
+from rankwise.ranks.sites import is_weight
+
+ALL_LINEAR = "all-linear"
+
+
+def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
+    """Full names of the linear layers that `targets` means; layers inside the head are never among them.
+
+    `all-linear+NAME` adds to all linear layers what NAME ends in, which may be the output head, such as `lm_head`.
+    A fused projection of which a part is meant is split for it; `all-linear` means such layers as a whole.
+
+    Raises:
+        InputError: no name at all, one that matches nothing (the message lists what would), or a fused projection named
+            both as a whole and by a part.
+    """
+    join(model)  # what an earlier adapter, now gone, had split
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    aside = [*head, *SEQ_CLS_HEAD_NAMES]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if is_weight(module) and module is not output and not any(_inside(part, name) for part in aside)
+    ]
+    require(bool(linear), f"{type(model).__name__} has no linear layer outside its head, so nothing can be adapted")
+    wanted = targets.split("+") if isinstance(targets, str) else list(targets)
+    require(bool(wanted), f"targets is empty: name modules, or {ALL_LINEAR}")
+    if wanted[0] == ALL_LINEAR:
+        chosen = linear
+        linear = [name for name, module in model.named_modules() if is_weight(module)]
+    else:
+        chosen = []
+    fused = {part: whole for part, whole in parts(model).items() if whole in linear}
+    for target in wanted[bool(chosen) :]:
+        if not any(_ends(target, name) for name in (*linear, *fused)):
+            ends = sorted({name.split(".")[-1] for name in linear} | {".".join(p.split(".")[-2:]) for p in fused})
+            raise InputError(
+                f"target {target!r} matches no linear layer{nearest(target, ends)}; "
+                f"these would match: {ALL_LINEAR}, {', '.join(ends)}"
+            )
+    names = [n for n in (*linear, *fused) if n in chosen or any(_ends(target, n) for target in wanted)]
+    twice = [part for part, whole in fused.items() if part in names and whole in names]
+    require(not twice, f"targets mean {''.join(twice[:1])} and also the whole that it is a part of: name one of them")
+    split(model, names)
+    return names
+
+
+def head_names(model: nn.Module, head: Sequence[str]) -> list[str]:
+    """Full names of the modules that `head` means.
+
+    Raises:
+        InputError: a name that matches no module.
+    """
+    names = [name for name, _ in model.named_modules()]
+    for part in head:
+        if not any(_ends(part, name) for name in names):
+            top = [name for name, _ in model.named_children()]
+            raise InputError(f"head {part!r} matches no module{nearest(part, top)}; the model has: {', '.join(top)}")
+    return [name for name in names if any(_ends(part, name) for part in head)]
+
+
+def _ends(part: str, name: str) -> bool:
+    """Whether the module `name` is called `part`, in full or by its last components."""
+    return name == part or name.endswith(f".{part}")
+
+
+def _inside(part: str, name: str) -> bool:
+    """Whether the module `name` is called `part` or lies in one that is."""
+    return f".{part}." in f".{name}."

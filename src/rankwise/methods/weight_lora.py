@@ -1,0 +1,78 @@
+"""WeightLoRA (Shalygin, Davydenko, Veprikov, MIPT 2025, slides; in their tables WLoRA): k of n adapters stay.
+
+h = W x + b + s ω_i B A x for each of n sites, and at most k of the ω_i are not 0.
+
+    1. all ω_i = 1; after each optimizer step (ω by SGD at its own rate) keep the k entries of largest |ω|, others are 0
+    2. after a set step the adapters whose ω_i is 0 are removed for good; ω trains on for those that stay
+    3. at the end ω is folded into B
+
+While B is 0 the gradient of ω is 0, so a projection after the very first step finds n equal entries, and ties decide.
+An adapter with ω = 0 gets no gradient on A and B any more, so it comes back only if ω alone grows past another. That is
+the algorithm as the slides have it (`start: 1`). Our default lets B grow for some steps first.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rankwise.methods.base import require
+from rankwise.methods.omega import OmegaLoRA, check_finite
+from rankwise.optim import project
+from rankwise.ranks import RankPlan, sites
+from rankwise.ranks.sites import omega
+
+
+@dataclass(frozen=True)
+class WeightLoRA(OmegaLoRA, name="weight-lora"):
+    """LoRA with a weight per site, of which the k largest stay; the other sites are removed.
+
+    Attributes:
+        keep: k, how many sites stay.
+        start: the first step after which ω is projected.
+        every: T, the step after which sites with ω = 0 are removed.
+    """
+
+    keep: int = 10
+    start: int = 10
+    every: int = 30
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.keep >= 1, f"keep must be at least 1, not {self.keep}")
+        require(1 <= self.start <= self.every, f"start must be 1 to {self.every} (every), not {self.start}")
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        model = super().attach(model, head)
+        check_keep(self.keep, model)
+        return model
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
+        weights = omega(model)
+        if weights is None:  # folded
+            return None
+        check_finite(weights, step)
+        if step >= self.start and lr > 0:
+            weights.copy_(project.top_k(weights, self.keep))
+        if step != self.every:
+            return None
+        return RankPlan({site.name: 0 for site, w in zip(sites(model), weights.tolist(), strict=True) if w == 0})
+
+    def budget(self, model: nn.Module) -> int:
+        """What the k most expensive sites cost."""
+        return sum(sorted((site.parameters for site in sites(model)), reverse=True)[: self.keep])
+
+    def final(self, model: nn.Module) -> int | None:
+        return (super().final(model) or 0) - super().budget(model) + self.budget(model)
+
+    @property
+    def check_every(self) -> int:
+        return self.every
+
+
+def check_keep(keep: int, model: nn.Module) -> None:
+    """Raise InputError where more sites shall stay than there are."""
+    count = len(sites(model))
+    require(keep <= count, f"keep {keep} is more than the {count} sites there are: keep fewer, or name more targets")

@@ -1,0 +1,1 @@
+"""Parts of networks: where the blocks of a transformer are, and layers that rankwise adds."""

@@ -1,0 +1,102 @@
+"""Where the blocks of a transformer are, and where a block writes to its residual stream.
+
+There is no table of architectures here: blocks are found by their form, and a block of another form is refused.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.config import InputError
+
+_ROUTED = ("expert", "router", "moe")  # what mixtures of experts call their parts
+_READS = re.compile(r"(q|k|v|query|key|value|gate)(_\w+)?")  # layers that no attention ends in, wherever they stand
+
+
+class Outputs(NamedTuple):
+    """The linear layers of one block whose outputs are added to the residual stream, all of the same width."""
+
+    attention: list[nn.Module]  # one, or two where a decoder also attends to an encoder
+    feed_forward: nn.Module
+
+
+def stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The stacks of blocks of a transformer in model order: one, or encoder and decoder.
+
+    A stack is a list of like modules with an attention in each, and lies in no other such list.
+
+    Raises:
+        InputError: if there is none.
+    """
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1:
+            nested = any(name.startswith(f"{outer}.") for outer in found)
+            if not nested and all(any(_attentions(block)) for block in module):
+                found[name] = module
+    if not found:
+        raise InputError(f"{type(model).__name__} has no list of blocks with attention, as transformers have")
+    return list(found.values())
+
+
+def outputs(model: nn.Module) -> list[Outputs]:
+    """The output projections of every block, in model order.
+
+    The feed-forward part of a block is its linear layers outside the attentions: one or two (with a gate) that read the
+    stream, then one that maps back to its width. An attention ends in the last of its layers that maps to that width
+    and is not called a query, key, value or gate.
+
+    Raises:
+        InputError: for a block of any other form: mixtures of experts, several feed-forward parts, attention that
+            calls no linear layer. A wrong guess would adapt the wrong place without a word.
+    """
+    return [_outputs(block) for stack in stacks(model) for block in stack]
+
+
+def _outputs(block: nn.Module) -> Outputs:
+    kind = type(block).__name__
+    if any(word in f"{name}.{type(part).__name__}".lower() for name, part in block.named_modules() for word in _ROUTED):
+        raise InputError(f"{kind} is a mixture of experts: it has no single output projection to put an adapter behind")
+    attentions = list(_attentions(block))
+    inside = {part for attention in attentions for part in attention.modules()}
+    linear = [(name, part) for name, part in _linear(block) if part not in inside]
+    widths = [(_width(part, "in"), _width(part, "out")) for _, part in linear]
+    if len(linear) not in (2, 3) or _reads(linear[-1][0]) or any(wide != widths[-1][1] for wide, _ in widths[:-1]):
+        raise InputError(f"{kind} has no feed-forward part of two linear layers, or three with a gate: unknown block")
+    found = []
+    for attention in attentions:
+        # torch's own attention uses its output projection's weight without calling the module: no hook would run.
+        if any(isinstance(part, nn.MultiheadAttention) for part in attention.modules()):
+            raise InputError(f"{kind} uses torch's fused MultiheadAttention, which bypasses its output projection")
+        ends = [part for name, part in _linear(attention) if _width(part, "out") == widths[-1][1] and not _reads(name)]
+        if not ends:
+            raise InputError(f"{type(attention).__name__} of {kind} has no linear layer to end in: unknown block")
+        found.append(ends[-1])
+    return Outputs(found, linear[-1][1])
+
+
+def _attentions(block: nn.Module) -> Iterator[nn.Module]:
+    """The attentions of a block, each with all that belongs to it (BERT's holds another one and its projection)."""
+    for part in block.children():
+        if "attention" in type(part).__name__.lower():
+            yield part
+        else:
+            yield from _attentions(part)
+
+
+def _linear(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, part) for name, part in module.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+
+
+def _reads(name: str) -> bool:
+    return _READS.fullmatch(name.rpartition(".")[2]) is not None
+
+
+def _width(part: Any, side: str) -> int:
+    """Features on the `in` or `out` side. Not read off the weight, which may be packed or transposed."""
+    if isinstance(part, Conv1D):
+        return part.nx if side == "in" else part.nf
+    return getattr(part, f"{side}_features")

@@ -1,0 +1,336 @@
+"""A gated low-rank factor on any linear or convolution layer of any torch model (the module of the SoRA report).
+
+SoRA (Ding et al. 2023, arXiv 2311.11696, section 3): W + s B diag(g) A with gates g, one per unit of rank, which a
+proximal step g ← T_{ηλ}(g) sets to exactly 0 where rank is not worth its parameters. The course report on it (MIPT NLA
+2023) packs this into a wrapper with three verbs: it works as the layer, `activate` adds the factors and freezes the
+layer, `deactivate` adds their product to W and drops them. Neither transformers nor PEFT is needed for it.
+
+>>> import torch
+>>> from torch import nn
+>>> from rankwise.nets.gated import Gated
+>>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+>>> layers = Gated.wrap(model, [nn.Conv2d, nn.Linear])
+>>> for layer in layers.values():
+...     layer.activate(max_rank=4)
+>>> gates = [layer.gates for layer in layers.values()]
+>>> rest = [p for p in model.parameters() if p.requires_grad and all(p is not g for g in gates)]
+>>> optimizer = torch.optim.SGD([{"params": rest}, {"params": gates, "lr": 1e-3}], lr=1e-2)
+>>> model(torch.randn(2, 3, 8, 8)).pow(2).mean().backward()
+>>> optimizer.step()
+>>> for layer in layers.values():
+...     layer.prox(1e-3 * 0.01)  # the gates' rate η times λ
+>>> [layer.rank for layer in layers.values()]
+[4, 4]
+>>> Gated.unwrap(model)["0"]  # merged: the bare layers again
+Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import skip_init
+
+from rankwise.config import InputError, nearest
+
+Init = Literal["normal", "kaiming"]
+Start = Literal["ones", "normal"]
+
+_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class Gated(nn.Module):
+    """Works as `layer`; between `activate` and `deactivate` it is layer(x) + s B(g · A(x)), and only A, g, B train.
+
+    On a convolution A is one with r output channels and the layer's kernel, stride, padding and dilation, and B is a
+    1×1 convolution, so that the product is again a kernel of the layer's shape and the merge is exact. In a layer with
+    `groups` > 1 both factors keep the groups: the rank is divided evenly among them.
+
+    While active, `weight` is the effective weight W + s B diag(g) A, so that modules that read a layer's weight instead
+    of calling it (nn.MultiheadAttention) see the factors. All else is asked of `layer`.
+
+    A state dict brings its structure: loading one with factors activates the wrapper at the rank stored, loading one
+    of an inactive wrapper drops the factors. The Parameters are new ones where the rank changes: load, activate,
+    deactivate and prune before the optimizer is built, or build it again.
+
+    Attributes:
+        layer: the wrapped layer, frozen while active.
+        A: the factor into the rank, weight (r, in) or (r, in / groups, *kernel); None while inactive.
+        gates: g, shape (r,); None while inactive.
+        B: the factor out of the rank, weight (out, r) or (out, r / groups, 1, …); None while inactive.
+        scaling: s = alpha / max_rank, a tensor () that is saved along; None while inactive.
+
+    Raises:
+        InputError: `layer` is neither nn.Linear nor nn.Conv1d, 2d or 3d, or its weight is computed from others.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        if not isinstance(layer, _KINDS):
+            known = ", ".join(kind.__name__ for kind in _KINDS)
+            raise InputError(f"a {type(layer).__name__} cannot be gated; these can: {known}")
+        if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+            raise InputError(f"the weight of this {type(layer).__name__} is computed: remove its parametrization first")
+        self.layer: Any = layer
+        self._trained: dict[str, bool] = {}
+        self.train(layer.training)
+        self._drop()
+
+    # --- the three verbs ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def activate(self, max_rank: int, alpha: float = 16.0, init: Init = "normal", gates: Start = "ones") -> None:
+        """Freeze the layer and add trainable factors with B = 0: the outputs stay what they are, bit for bit.
+
+        Args:
+            max_rank: r, at most the rank of the weight as a matrix: min(out, in), `in` times the kernel's size for a
+                convolution; a multiple of the layer's groups.
+            alpha: α of s = α / r, r being `max_rank` for ever.
+            init: A from N(0, 1/in) (`normal`, the report) or Kaiming uniform with a = √5 (`kaiming`, SoRA's code).
+            gates: g starts at 1 (`ones`, the report) or from N(0, 1) (`normal`, SoRA's code).
+
+        Raises:
+            InputError: it is active already, or an argument is out of range.
+        """
+        _require(not self.active, "this layer is active already: deactivate it first")
+        groups, limit = self._groups, self.limit
+        whole = isinstance(max_rank, int) and 1 <= max_rank <= limit
+        _require(whole, f"max_rank must be a whole number from 1 to {limit} for this layer, not {max_rank}")
+        _require(max_rank % groups == 0, f"max_rank must be a multiple of the layer's {groups} groups, not {max_rank}")
+        _require(alpha > 0 and math.isfinite(alpha), f"alpha must be above 0 and finite, not {alpha}")
+        _require(init in get_args(Init), f"init must be one of {', '.join(get_args(Init))}, not {init!r}")
+        _require(gates in get_args(Start), f"gates must be one of {', '.join(get_args(Start))}, not {gates!r}")
+        self._add(max_rank)
+        self.scaling.fill_(alpha / max_rank)
+        if init == "normal":
+            self.A.weight.normal_(std=self.layer.weight[0].numel() ** -0.5)
+        else:
+            self.A.reset_parameters()  # torch draws all its layers Kaiming uniform with a = √5
+        self.B.weight.zero_()
+        if gates == "normal":
+            self.gates.normal_()
+        else:
+            self.gates.fill_(1.0)
+
+    @torch.no_grad()
+    def deactivate(self) -> nn.Module:
+        """Add s B diag(g) A to W, drop the factors, let train again what trained before, and return the bare layer.
+
+        The sum is formed in fp32 at least, whatever the layer's dtype.
+
+        Raises:
+            InputError: it is not active.
+        """
+        self._require_active()
+        weight = self.layer.weight
+        weight.copy_(self._merged(torch.promote_types(weight.dtype, torch.float32)))
+        self._drop()
+        return self.layer
+
+    @torch.no_grad()
+    def prox(self, threshold: float) -> None:
+        """Move the gates to argmin_x ½‖x − g‖² + ξ‖x‖₁ = sign(g) max(|g| − ξ, 0), in place.
+
+        Args:
+            threshold: ξ = η λ, the learning rate of the step just taken times the weight of the ℓ1 norm.
+
+        Raises:
+            InputError: it is not active, or the threshold is negative.
+        """
+        self._require_active()
+        _require(threshold >= 0, f"the threshold must not be negative, not {threshold}")
+        self.gates.copy_(functional.softshrink(self.gates, threshold))
+
+    # --- what can be asked, and cut -----------------------------------------------------------------------------
+
+    @property
+    def active(self) -> bool:
+        """Whether the factors are there."""
+        return self.gates is not None
+
+    @property
+    def rank(self) -> int:
+        """Live ranks: gates that are not 0; 0 while inactive."""
+        return int(self.gates.count_nonzero()) if self.active else 0
+
+    @property
+    def limit(self) -> int:
+        """The largest rank that adds anything."""
+        return min(len(self.layer.weight), self._groups * self.layer.weight[0].numel())
+
+    @property
+    def weight(self) -> Tensor:
+        """W, and while active W + s B diag(g) A with gradients to the factors; of W's shape."""
+        return self._merged(self.layer.weight.dtype) if self.active else self.layer.weight
+
+    @torch.no_grad()
+    def prune(self) -> int:
+        """Cut what belongs to gates at 0 out of the factors, which changes no output, and return the live ranks.
+
+        Groups stay of one size, that of the group with most live ranks, and at least one rank stays in each.
+
+        Raises:
+            InputError: it is not active.
+        """
+        self._require_active()
+        groups = self._groups
+        dead = (self.gates == 0).view(groups, -1)
+        size = dead.shape[1]
+        keep = max(int((~dead).sum(1).max()), 1)
+        places = dead.int().argsort(dim=1, stable=True)[:, :keep].sort(dim=1).values  # live ones first, in order
+        rows = (places + size * torch.arange(groups, device=places.device)[:, None]).flatten()
+        A, B, gates = self.A.weight[rows], self.B.weight, self.gates[rows]
+        columns = places.repeat_interleave(len(B) // groups, dim=0).view(len(B), keep, *[1] * (B.dim() - 2))
+        B = B.gather(1, columns)
+        scaling = self.scaling
+        self._add(groups * keep)
+        for new, old in ((self.A.weight, A), (self.B.weight, B), (self.gates, gates), (self.scaling, scaling)):
+            new.copy_(old)
+        return self.rank
+
+    # --- as a module --------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if not self.active:
+            return y
+        gates = self.gates.view(-1, *[1] * (self.A.weight.dim() - 2))  # along the channels of a convolution
+        return y + self.B(self.A(x) * (self.scaling * gates))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def extra_repr(self) -> str:
+        return f"rank {self.rank} of {len(self.gates)}" if self.active else "inactive"
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        gates = state_dict.get(f"{prefix}gates")
+        if gates is None and f"{prefix}layer.weight" in state_dict:
+            self._drop()
+        elif gates is not None and not (self.active and len(gates) == len(self.gates)):
+            self._add(len(gates))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    # --- many layers of a model ---------------------------------------------------------------------------------
+
+    @classmethod
+    def wrap(cls, model: nn.Module, targets: str | type | Sequence[str | type]) -> dict[str, "Gated"]:
+        """Put a wrapper around layers of `model`, in place, and return the wrappers by the layers' names.
+
+        Args:
+            targets: names of layers, matched by their last components, or types such as nn.Linear. Layers that are
+                wrapped already are passed over.
+
+        Raises:
+            InputError: a target that matches no layer, one that cannot be wrapped, or whose weight another module
+                shares (merging would alter that one too). The model is then as it was.
+        """
+        wanted = [targets] if isinstance(targets, (str, type)) else list(targets)
+        inside = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Gated)]
+        free = {
+            name: module
+            for name, module in model.named_modules(remove_duplicate=False)
+            if not any(f"{name}.".startswith(f"{outer}.") for outer in inside)
+        }
+        chosen: dict[str, nn.Module] = {}
+        for target in wanted:
+            matches = {name: module for name, module in free.items() if _matches(target, name, module)}
+            if not matches:
+                word = target if isinstance(target, str) else target.__name__
+                names = {name.rpartition(".")[2] for name, module in free.items() if isinstance(module, _KINDS)}
+                raise InputError(f"{word} matches no layer of {type(model).__name__}{nearest(word, names)}")
+            chosen |= matches
+        _require(bool(chosen), "no targets are given: name layers, or types of layers such as nn.Linear")
+        _require("" not in chosen, f"the model itself is a {type(model).__name__}: wrap it with Gated(model)")
+        made: dict[nn.Module, Gated] = {}
+        for name, layer in chosen.items():
+            try:
+                made.setdefault(layer, cls(layer))
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+            for other, module in model.named_modules():
+                if module is not layer and any(p is layer.weight for p in module._parameters.values()):
+                    raise InputError(f"{name} shares its weight with {other}: untie them, or leave it out")
+        for name in chosen:
+            _put(model, name, made[chosen[name]])
+        return {name: made[layer] for name, layer in chosen.items()}
+
+    @staticmethod
+    def unwrap(model: nn.Module) -> dict[str, nn.Module]:
+        """Put the bare layers back, the active ones merged, and return them by name; outputs stay as they are."""
+        found = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Gated)}
+        _require("" not in found, "the model itself is the wrapper: its deactivate() returns the layer")
+        for name, gated in found.items():
+            if gated.active:
+                gated.deactivate()
+            _put(model, name, gated.layer)
+        return {name: gated.layer for name, gated in found.items()}
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    @property
+    def _groups(self) -> int:
+        return getattr(self.layer, "groups", 1)
+
+    def _require_active(self) -> None:
+        _require(self.active, "this layer is not active: activate it first")
+
+    def _merged(self, dtype: torch.dtype) -> Tensor:
+        """W + s B diag(g) A, group by group, of W's shape."""
+        groups = self._groups
+        gates = (self.scaling * self.gates).to(dtype).view(groups, 1, -1)
+        B = self.B.weight.to(dtype).reshape(groups, -1, gates.shape[2])
+        A = self.A.weight.to(dtype).reshape(groups, gates.shape[2], -1)
+        W = self.layer.weight
+        return W.to(dtype) + ((B * gates) @ A).view(W.shape)
+
+    def _add(self, rank: int) -> None:
+        """Factors of `rank` beside a frozen layer, in its dtype and on its device; the caller fills in every value."""
+        layer = self.layer
+        if not self.active:
+            self._trained = {name: p.requires_grad for name, p in layer.named_parameters()}
+        layer.requires_grad_(False)
+        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        kind: Any = next(kind for kind in _KINDS if isinstance(layer, kind))
+        if kind is nn.Linear:
+            self.A = skip_init(kind, layer.in_features, rank, bias=False, **like)
+            self.B = skip_init(kind, rank, layer.out_features, bias=False, **like)
+        else:
+            ways = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+            self.A = skip_init(kind, layer.in_channels, rank, layer.kernel_size, bias=False, **ways, **like)
+            self.B = skip_init(kind, rank, layer.out_channels, 1, bias=False, groups=layer.groups, **like)
+        self.gates = nn.Parameter(torch.empty(rank, **like))
+        self.scaling = torch.empty((), **like)
+        self.train(self.training)
+
+    def _drop(self) -> None:
+        """No factors, and the layer trains as it did before it was frozen."""
+        self.register_module("A", None)
+        self.register_module("B", None)
+        self.register_parameter("gates", None)
+        self.register_buffer("scaling", None)
+        for name, parameter in self.layer.named_parameters():
+            parameter.requires_grad_(self._trained.get(name, parameter.requires_grad))
+        self._trained = {}
+
+
+def _matches(target: str | type, name: str, module: nn.Module) -> bool:
+    if isinstance(target, type):
+        return isinstance(module, target)
+    return name == target or name.endswith(f".{target}")
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)

@@ -1,0 +1,164 @@
+"""AdaLoRA's layers in PEFT, h = W x + b + s B diag(E) A x.
+
+A triplet is one unit of rank: a row of A (r, in), an entry of E (r, 1), a column of B (out, r).
+
+PEFT 0.21 keeps the scores of entries in dictionaries, and the triplets chosen in its configuration, by which it then
+cuts its own checkpoints to a size that cannot be loaded again. Here both are buffers of the layers, handed to PEFT's
+allocator at each step and taken back after it.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.adalora import AdaLoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from rankwise.ranks.resize import describe, follow_state_dict, resize
+from rankwise.ranks.sites import adapted
+
+PARTS = ("A", "E", "B")
+
+
+class Scores(nn.Module):
+    """The smoothed sensitivity of every entry of A, E and B (`mean_…`), how much it varies (`spread_…`), and which
+    triplets were last chosen (`chosen`, (r, 1)). PEFT saves what hangs on its layers, so checkpoints keep it."""
+
+    chosen: Tensor
+
+    def __init__(self, layer: Any, adapter: str):
+        super().__init__()
+        for part in PARTS:
+            for kind in ("mean", "spread"):
+                self.register_buffer(f"{kind}_{part}", torch.zeros_like(getattr(layer, f"lora_{part}")[adapter].data))
+        self.register_buffer("chosen", torch.ones_like(layer.lora_E[adapter].data, dtype=torch.bool))
+
+
+def triplets(model: nn.Module) -> dict[str, Any]:
+    """AdaLoRA's layers of the active adapter by their names in the base model; none on any other model."""
+    peft = adapted(model)
+    named = peft.get_base_model().named_modules()
+    return {n: layer for n, layer in named if isinstance(layer, AdaLoraLayer) and peft.active_adapter in layer.lora_E}
+
+
+def settings(model: nn.Module) -> Any:
+    """PEFT's configuration of the active adapter."""
+    peft = adapted(model)
+    return peft.peft_config[peft.active_adapter]
+
+
+def largest(model: nn.Module) -> int:
+    """How many more parameters plain LoRA can have at the end than A, E and B together now; negative if fewer.
+
+    Units are counted and not parameters, so the most there can be is where the largest sites get all they can hold.
+    """
+    config = settings(model)
+    costs = sorted((layer.in_features + layer.out_features for layer in triplets(model).values()), reverse=True)
+    left, more = config.target_r * len(costs) if costs else 0, 0  # plain LoRA has no target_r
+    for cost in costs:
+        rank = min(config.init_r, left)
+        left -= rank
+        more += rank * cost - config.init_r * (cost + 1)
+    return more
+
+
+def add_scores(model: PeftModel) -> None:
+    """Give each of AdaLoRA's layers its Scores."""
+    for layer in triplets(model).values():
+        layer.lora_scores = nn.ModuleDict({model.active_adapter: Scores(layer, model.active_adapter)})
+
+
+@torch.no_grad()
+def add_orthogonality(model: nn.Module, weight: float) -> None:
+    """Add to the gradients that of weight · mean_P ‖P Pᵀ - I‖_F, over P = A and P = Bᵀ of all layers.
+
+    ∂‖M‖_F/∂P = 2 M P / ‖M‖_F with M = P Pᵀ - I. A parameter that had no part in the loss gets a gradient here, which
+    PEFT's allocator needs.
+    """
+    here, adapter = triplets(model), adapted(model).active_adapter
+    for layer in here.values():
+        A, E, B = (getattr(layer, f"lora_{part}")[adapter] for part in PARTS)
+        for p in (A, E, B):
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        for P, grad in ((A, A.grad), (B.T, B.grad.T)):
+            M = P @ P.T - torch.eye(len(P), device=P.device, dtype=P.dtype)
+            grad.add_(M @ P / M.norm().clamp_min(torch.finfo(P.dtype).tiny), alpha=weight / len(here))
+
+
+@torch.no_grad()
+def choose(model: nn.Module, step: int) -> None:
+    """PEFT's update_and_allocate after step `step`, with the scores and the choice in tensors before and after it."""
+    peft = adapted(model)
+    tuner: Any = peft.base_model
+    adapter, config = peft.active_adapter, settings(peft)
+    here, allocator = triplets(model), tuner.rankallocator
+    if step > config.total_step - config.tfinal:
+        for layer in here.values():
+            layer.lora_E[adapter].masked_fill_(~layer.lora_scores[adapter].chosen, 0)
+        return
+    scores = {name: layer.lora_scores[adapter] for name, layer in here.items()}
+    mean, spread = (
+        {f"{name}.lora_{p}.{adapter}": getattr(found, f"{kind}_{p}") for name, found in scores.items() for p in PARTS}
+        for kind in ("mean", "spread")
+    )
+    allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc = dict(mean), dict(mean), dict(spread)
+    tuner.update_and_allocate(step)
+    for kept, found in ((mean, allocator.exp_avg_ipt), (spread, allocator.exp_avg_unc)):
+        for name, value in found.items():
+            kept[name].copy_(value)
+    for name, chosen in (config.rank_pattern or {}).items():
+        scores[name.removesuffix(f".lora_E.{adapter}")].chosen.copy_(torch.tensor(chosen)[:, None])
+    config.rank_pattern = None  # or PEFT would cut what it saves to that size, and not load it again
+    allocator.reset_ipt()
+
+
+@torch.no_grad()
+def to_lora(model: nn.Module) -> PeftModel:
+    """Plain LoRA with the same outputs, on the same base weights and with a copy of the head; `model` stays as it is.
+
+    A' = diag(E) A and B' = B without the triplets whose E is 0. Sites without any other are emptied; where no site has
+    a live one, the first keeps one whose product is 0, since PEFT knows no adapter without sites.
+    """
+    peft = adapted(model)
+    here, adapter = triplets(peft), peft.active_adapter
+    old = settings(peft)
+    live = {name: layer.lora_E[adapter].flatten().nonzero().flatten() for name, layer in here.items()}
+    ranks = {name: max(1, len(units)) for name, units in live.items()}
+    scales = {name: layer.scaling[adapter] / (layer.ranknum[adapter].item() + 1e-5) for name, layer in here.items()}
+    config = LoraConfig(
+        r=old.target_r,
+        lora_alpha=old.lora_alpha,
+        target_modules=list(here),
+        lora_dropout=old.lora_dropout,
+        modules_to_save=old.modules_to_save,
+        fan_in_fan_out=old.fan_in_fan_out,
+    )
+    describe(config, {name: (ranks[name], scales[name] * ranks[name]) for name in here})
+    # A second body around the same tensors.
+    base = deepcopy(peft.get_base_model(), {id(t): t for t in (*peft.parameters(), *peft.buffers())})
+    heads = {}
+    for name, part in list(base.named_modules()):
+        if isinstance(part, AdaLoraLayer):
+            base.set_submodule(name, part.base_layer)
+        elif isinstance(part, ModulesToSaveWrapper):
+            heads[name] = part.modules_to_save[adapter].state_dict()
+            base.set_submodule(name, part.original_module)
+    del base.peft_config
+    with torch.random.fork_rng(devices=[]):  # nothing that is drawn here stays
+        made = get_peft_model(base, config, adapter)
+    for name, state in heads.items():
+        wrapper: Any = base.get_submodule(name)
+        wrapper.modules_to_save[adapter].load_state_dict(state)
+    for name, units in live.items():
+        layer: Any = base.get_submodule(name)
+        A, E, B = (getattr(here[name], f"lora_{part}")[adapter] for part in PARTS)
+        units = units if len(units) else units.new_zeros(1)
+        layer.lora_A[adapter].weight.copy_((A * E)[units])
+        layer.lora_B[adapter].weight.copy_(B[:, units])
+    follow_state_dict(made)
+    empty = [name for name, units in live.items() if not len(units)]
+    resize(made, dict.fromkeys(empty[len(empty) == len(live) :], 0))
+    return made.train(peft.training)

@@ -1,0 +1,61 @@
+"""Every registered method on the small models: how each is set up there, and what of it trains."""
+
+import pytest
+import torch
+
+import tiny
+from rankwise.methods import Method, build, registry
+
+OPTIONS = {
+    "adalora": {"rank": 2, "init_rank": 3, "start": 1, "settle": 2, "every": 1, "total": 7},
+    "adapter-h": {"size": 2},
+    "adapter-l": {"size": 2},
+    "dora": {"rank": 2},
+    "fat-lora": {"rank": 2, "every": 2, "times": 2, "omega_rate": 20.0},
+    "full-top": {"blocks": 1},
+    "lora": {"rank": 2},
+    "lora-fa": {"rank": 2},
+    "pissa": {"rank": 2},
+    "pre-embed": {"prefix": 2, "infix": 1},
+    "pre-layer": {"prefix": 2, "infix": 1},
+    "random-lora": {"rank": 2, "keep": 3},
+    "simplex-lora": {"rank": 2, "every": 2, "times": 2, "omega_rate": 20.0},
+    "sora": {"rank": 3, "sparsity": 20.0, "gate_rate": 0.02, "gates": "normal"},
+    "weight-lora": {"rank": 2, "keep": 3, "start": 2, "every": 4},
+}
+
+# What trains, by the ends of names; the head apart.
+FACTORS = r"\.lora_A\.default\.(weight|parametrizations\.weight\.original)$|\.lora_B\.default\.weight$"
+OMEGA = r"^base_model\.lora_omega\.default$"
+TRAINS = {
+    "adalora": r"\.lora_[AEB]\.default$",
+    "adapter-h": r"\.dense\.adapter\.(down|up)\.(weight|bias)$",
+    "adapter-l": r"\.dense\.adapter\.(norm|down|up)\.(weight|bias)$",
+    "bitfit": r"\.bias$",
+    "dora": rf"{FACTORS}|\.lora_magnitude_vector\.default\.weight$",
+    "fat-lora": f"{FACTORS}|{OMEGA}",
+    "full": r"",
+    "full-top": r"encoder\.layer\.1\.",
+    "head": r"$^",
+    "lora": FACTORS,
+    "lora-fa": r"\.lora_B\.default\.weight$",
+    "pissa": FACTORS,
+    "pre-embed": r"virtual",
+    "pre-layer": r"virtual",
+    "random-lora": FACTORS,
+    "simplex-lora": f"{FACTORS}|{OMEGA}",
+    "sora": rf"{FACTORS}|\.lora_A\.default\.parametrizations\.weight\.0\.gates$",
+    "weight-lora": f"{FACTORS}|{OMEGA}",
+}
+
+every_method = pytest.mark.parametrize("name", sorted(registry()))
+every_shape = pytest.mark.parametrize("shape", tiny.SHAPES)
+
+
+def method(name: str, **more: object) -> Method:
+    return build({"name": name, **OPTIONS.get(name, {}), **more})
+
+
+def attached(name: str, shape: str = "bert") -> torch.nn.Module:
+    torch.manual_seed(1)
+    return method(name).attach(tiny.model(shape), head=tiny.head(shape))
