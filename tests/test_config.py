@@ -298,10 +298,24 @@ def test_the_digest_is_of_the_settings_and_not_of_where_they_are_stored() -> Non
         ({"method.rank": 2}, "chain: expected a list"),
         ([{"method.rank": 2}, {"epoch": 1.0}], 'chain: epoch cannot differ .*"epochs"'),
         ([{"seed": 1}], "chain: seed cannot differ"),
-        ([{"epochs": 1.0}, {"epochs": 1.0}], "two stages are alike"),
         ([{"method.rank": 0}], "rank = 0"),
     ],
 )
 def test_a_chain_that_cannot_be_gets_one_clear_line(chain: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         load({**CHAIN, "chain": chain}, [], SCHEMA)
+
+
+def test_the_command_line_does_not_change_what_a_chain_sets() -> None:
+    settings = {**SWEEP, "chain": [{"epochs": 2.0}, {"method.rank": 2}]}
+    for override in ("epochs=7", "method.rank=3"):
+        with pytest.raises(InputError, match="the stages of the chain set it; change the file, or give chain="):
+            load(settings, [override], SCHEMA)
+    changed = load(settings, ["chain=[{epochs: 3}, {epochs: 4}]", "max_length=16"], SCHEMA)
+    assert isinstance(changed, Experiment)
+    assert {config.epochs for config in changed.configs()} == {3.0, 4.0}
+
+
+def test_a_number_beyond_all_counting_is_refused() -> None:
+    with pytest.raises(InputError, match="method.rank = 99999999999999999999: expected a number up to"):
+        one("method.rank=99999999999999999999")

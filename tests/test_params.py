@@ -92,9 +92,11 @@ def counted(arch: str, method: str, head: list[str] | None = None, **options: An
 
 
 def _name(case: Any) -> str | None:
-    return ",".join(f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in case.items()) if isinstance(
-        case, dict
-    ) else None
+    return (
+        ",".join(f"{k}={'+'.join(v) if isinstance(v, list) else v}" for k, v in case.items())
+        if isinstance(case, dict)
+        else None
+    )
 
 
 @pytest.mark.parametrize(("arch", "method", "options", "head", "trainable", "final"), COUNTS, ids=_name)
@@ -224,9 +226,7 @@ def test_a_label_belongs_to_its_options_and_to_no_others() -> None:
 
 
 def test_the_command_prints_a_table_with_the_label_beside(cli: Cli) -> None:
-    code, out, err = cli(
-        "--arch", "gpt3-175b", "--method", "pre-embed", "prefix=256", "infix=8"
-    )
+    code, out, err = cli("--arch", "gpt3-175b", "--method", "pre-embed", "prefix=256", "infix=8")
     assert (code, err) == (0, "")
     assert dict(line.split(maxsplit=1) for line in out.splitlines()) == {
         "arch": "gpt3-175b (Brown et al. 2020, arXiv 2005.14165, table 2.1; as a GPT-2), built as GPT2LMHeadModel",

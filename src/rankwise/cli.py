@@ -34,9 +34,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Settings = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings that win over the file's")
-]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings that win over the file's")]
 Runs = Annotated[Path, typer.Argument(metavar="RUNS", help="folder of runs")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done and do nothing")]
@@ -286,9 +284,7 @@ def archs(as_json: Json = False, debug: Debug = False) -> None:
 
     found = archs()
     if as_json:
-        _print_json(
-            {a.name: {"source": a.source, "built_as": a.built_as, "config": a.config} for a in found.values()}
-        )
+        _print_json({a.name: {"source": a.source, "built_as": a.built_as, "config": a.config} for a in found.values()})
         return
     rows = [[a.name, a.built_as, str(a.layers), str(a.width), a.source] for a in found.values()]
     print(plain(["arch", "built as", "layers", "width", "source"], rows))

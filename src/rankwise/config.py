@@ -57,6 +57,8 @@ class Schema:
     tasks: frozenset[str] | set[str]
 
 
+LARGEST = 2**31 - 1  # of a whole number; no option counts more than that
+
 # What `scale: smoke` allows at most: enough to go through every stage of a run, too little to learn anything.
 SMOKE = {"train_rows": 64, "eval_rows": 64, "max_steps": 4}
 
@@ -429,6 +431,8 @@ def _method(schema: Schema, given: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(_explain(error, f"method.{key}")) from None
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"method.{key} = {value}: expected a finite number")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise InputError(f"method.{key} = {value}: expected a number up to {LARGEST}")
     try:
         method = kind(**values)
     except (ValueError, TypeError) as error:
@@ -461,6 +465,9 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
             _override_experiment(data, vary, key, value, schema)
     report = data.pop("report", None) or {}
     chain = _chain(data.pop("chain", None), keys)
+    for key, _ in settings:
+        if any(key in stage for stage in chain):
+            raise InputError(f"{key}: the stages of the chain set it; change the file, or give chain=[…]")
     runs = data.pop("runs", None) or f"runs/{name}"
     for key in data:
         if key not in RunConfig.model_fields:
@@ -491,8 +498,6 @@ def _chain(stages: Any, keys: Sequence[str]) -> list[dict[str, Any]]:
     for key in (key for stage in stages for key in stage):
         if str(key).partition(".")[0] not in keys or key in ("runs", "seed", "task", "model", "method", "method.name"):
             raise InputError(f"chain: {key} cannot differ between the stages of one chain{nearest(key, keys)}")
-    if any(stage in stages[:place] for place, stage in enumerate(stages)):
-        raise InputError("chain: two stages are alike; give the longer training to one of them (epochs, max_steps)")
     return stages
 
 

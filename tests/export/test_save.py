@@ -1,3 +1,4 @@
+import copy
 import json
 import subprocess
 import sys
@@ -6,9 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import rankwise as rw
 import tiny
+from every import attached, method
 from rankwise.ranks import RankPlan, ranks, sites
 from rankwise.ranks.sites import omega
 
@@ -99,9 +102,9 @@ def test_a_merged_product_cannot_be_saved_as_an_adapter(tmp_path):
 def test_saving_replaces_what_was_there_or_leaves_it(tmp_path):
     model = searched("bert", 5)
     rw.save(model, tmp_path / "adapter")
-    (tmp_path / "adapter" / "old").touch()
+    (tmp_path / "adapter" / "rankwise.json").touch()
     rw.save(model, tmp_path / "adapter")
-    assert not (tmp_path / "adapter" / "old").exists()
+    assert not (tmp_path / "adapter" / "rankwise.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -118,9 +121,71 @@ def test_folders_without_an_adapter_and_of_another_model_are_refused(tmp_path):
 
 def test_a_folder_of_other_things_is_not_replaced(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(rw.InputError, match="something else"):
-        rw.save(searched("bert", 5), tmp_path)
-    assert (tmp_path / "thesis.tex").exists()
+    model = searched("bert", 5)
+    with pytest.raises(rw.InputError, match="holds thesis.tex, which is no part of an adapter"):
+        rw.save(model, tmp_path)
+    rw.save(model, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-3").mkdir()  # as the Trainer puts them beside what it saves
+    with pytest.raises(rw.InputError, match="checkpoint-3"):
+        rw.save(model, tmp_path / "run")
+    assert (tmp_path / "thesis.tex").exists() and (tmp_path / "run" / "checkpoint-3").exists()
+    with pytest.raises(rw.InputError, match="is a file"):
+        rw.save(model, tmp_path / "thesis.tex")
+
+
+def test_statistics_of_a_normalisation_are_saved_with_what_trains(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+
+    for way, head in ((rw.Full(), []), (rw.BitFit(), ["3"]), (rw.Head(), ["3"])):
+        model = way.attach(net(), head=head)
+        optimizer = rw.SimplexAdam(way, model, lr=1e-2)
+        for step in range(5):
+            model(torch.randn(16, 4, generator=torch.Generator().manual_seed(step)) * 3 + 1).square().sum().backward()
+            optimizer.step()
+        rw.save(model, tmp_path / way.name, way, head)
+        x = torch.randn(5, 4)
+        assert torch.equal(rw.load(net(), tmp_path / way.name)(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "rankwise.json", "adapter_config.json"])
+@pytest.mark.parametrize("content", [None, b"", b'{"method": {"na'])
+def test_damaged_files_get_one_line(file, content, tmp_path):
+    rw.save(searched("bert", 5), tmp_path / "lora")
+    way = rw.Head()
+    rw.save(way.attach(tiny.model(), head=["classifier"]), tmp_path / "head", way, head=["classifier"])
+    for folder in (tmp_path / "lora", tmp_path / "head"):
+        if not (folder / file).exists():
+            continue
+        if content is None:
+            (folder / file).unlink()
+        else:
+            (folder / file).write_bytes(content)
+        with pytest.raises(rw.InputError) as caught:
+            rw.load(tiny.model(), folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["sora", "simplex-lora"])
+def test_a_checkpoint_in_the_middle_of_a_search_is_no_adapter(name, tmp_path):
+    model = attached(name)
+    model.save_pretrained(tmp_path)  # what a Trainer writes
+    with pytest.raises(rw.InputError, match="holds the state of a training .* resume from it"):
+        rw.load(tiny.model(), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sora", "simplex-lora", "weight-lora"])
+def test_a_deep_copy_folds_without_the_model_and_the_model_without_it(name):
+    model, way = attached(name), method(name)
+    tiny.train(model, rw.SimplexAdam(way, model, lr=1e-2), 1)
+    before = tiny.logits(model)
+    twin = copy.deepcopy(model)
+    assert torch.allclose(tiny.logits(way.fold(twin)), before, atol=1e-6)
+    assert torch.equal(tiny.logits(model), before)
+    other = copy.deepcopy(model)
+    assert torch.allclose(tiny.logits(way.fold(model)), before, atol=1e-6)
+    assert torch.equal(tiny.logits(other), before)
 
 
 def test_an_adapter_of_any_name_and_in_a_wrapper_is_saved_plain(tmp_path):

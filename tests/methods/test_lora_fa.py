@@ -1,5 +1,7 @@
 """LoRA-FA: A stays for ever, a layer keeps A x and not x, and PEFT's projected update trains and resumes like ours."""
 
+import copy
+
 import pytest
 import torch
 from peft.optimizers import create_lorafa_optimizer
@@ -38,6 +40,20 @@ def stepper(method, model, **more):
 
 
 # --- A is frozen -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("switch", ["disable_adapter", "set_adapter"])
+def test_A_stays_frozen_when_the_adapter_is_switched(switch):
+    method = made()
+    model = attached(method)
+    trains = {name for name, p in model.named_parameters() if p.requires_grad}
+    if switch == "set_adapter":
+        model.set_adapter("default")
+    else:
+        with model.disable_adapter():
+            tiny.logits(model)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
+    assert not any(site.A.requires_grad for site in sites(copy.deepcopy(model)))
 
 
 @every_shape
@@ -97,8 +113,11 @@ class Kept(saved_tensors_hooks):
         return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.tensors}.values())
 
 
-LAYERS = {"Linear": lambda: nn.Linear(12, 20), "Linear without bias": lambda: nn.Linear(12, 20, bias=False),
-          "Conv1D": lambda: Conv1D(20, 12)}
+LAYERS = {
+    "Linear": lambda: nn.Linear(12, 20),
+    "Linear without bias": lambda: nn.Linear(12, 20, bias=False),
+    "Conv1D": lambda: Conv1D(20, 12),
+}
 
 
 def kept_by_one_layer(layer, name, **more):
@@ -325,8 +344,14 @@ def test_the_callback_still_refuses_an_optimizer_that_is_not_the_methods(tmp_pat
     model = attached(method)
     args = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True)
     for wrong in (torch.optim.AdamW(model.parameters()), create_lorafa_optimizer(model, 2, 4, 1e-3)):
-        trainer = Trainer(model, args, train_dataset=tiny.rows(), callbacks=[rw.RankCallback(method)],
-                          data_collator=default_data_collator, optimizers=(wrong, None))
+        trainer = Trainer(
+            model,
+            args,
+            train_dataset=tiny.rows(),
+            callbacks=[rw.RankCallback(method)],
+            data_collator=default_data_collator,
+            optimizers=(wrong, None),
+        )
         with pytest.raises(RuntimeError, match="needs its own optimizer"):
             trainer.train()
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments, default_data_collator
 from transformers.pytorch_utils import Conv1D
@@ -349,3 +349,31 @@ def test_bad_options_get_one_clear_line():
         with pytest.raises(rw.InputError, match=message) as caught:
             build(options)
         assert "\n" not in str(caught.value)
+
+
+# --- what others write and load --------------------------------------------------------------------------------------
+
+
+def test_what_peft_writes_of_a_residual_start_is_loud_and_of_pissa_right(tmp_path):
+    for name, init in (("lora", "svd_residual"), ("lora-fa", "svd_residual"), ("pissa", "pissa")):
+        method = build({"name": name, "rank": 2, **({} if name == "pissa" else {"init": init})})
+        model = attached(method)
+        tiny.train(model, stepper(method, model), 3)
+        model.save_pretrained(tmp_path / name / init)
+        with pytest.raises(rw.InputError, match="holds the state of a training"):
+            rw.load(tiny.model(), tmp_path / name / init)
+        if init == "pissa":
+            again = PeftModel.from_pretrained(tiny.model(), tmp_path / name / init)
+            assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-5)
+        else:
+            with pytest.raises(ValueError, match="svd_residual"):
+                PeftModel.from_pretrained(tiny.model(), tmp_path / name / init)
+
+
+def test_an_adapter_beside_a_residual_start_is_not_saved_as_one_of_the_pretrained_weights(tmp_path):
+    model = attached(made("lora", "svd_residual"))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["query"]))
+    rw.save(model, tmp_path / "first")
+    model.set_adapter("second")
+    with pytest.raises(rw.InputError, match="'default' has a residual start"):
+        rw.save(model, tmp_path / "second")

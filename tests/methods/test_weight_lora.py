@@ -99,3 +99,16 @@ def test_bad_options_get_one_clear_line(kind):
 def test_the_projection_cannot_start_after_the_removal():
     with pytest.raises(rw.InputError, match="start must be 1 to 5"):
         rw.WeightLoRA(start=6, every=5)
+
+
+def test_what_has_no_weight_is_gone_also_when_training_ends_before_the_removal(tmp_path):
+    method = rw.WeightLoRA(rank=2, keep=3, start=1, every=50)
+    model = attached(method)
+    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), 3)
+    before = tiny.logits(model)
+    rw.save(model, tmp_path / "adapter")
+    again = rw.load(tiny.model(), tmp_path / "adapter")
+    folded = method.fold(model)
+    for each in (again, folded):
+        assert sorted(ranks(each).values())[-4:] == ([2, 2, 2] if each is again else [0, 2, 2, 2])
+        assert torch.allclose(tiny.logits(each), before, atol=1e-6)

@@ -33,8 +33,12 @@ def test_no_point_of_the_simplex_is_nearer(x, total):
 def test_simplex_agrees_with_a_qp_solver(x, total):
     x = np.array(x)
     solved = minimize(
-        lambda y: ((y - x) ** 2).sum(), np.full(len(x), total / len(x)), jac=lambda y: 2 * (y - x), method="SLSQP",
-        bounds=[(0, None)] * len(x), constraints={"type": "eq", "fun": lambda y: y.sum() - total, "jac": np.ones_like},
+        lambda y: ((y - x) ** 2).sum(),
+        np.full(len(x), total / len(x)),
+        jac=lambda y: 2 * (y - x),
+        method="SLSQP",
+        bounds=[(0, None)] * len(x),
+        constraints={"type": "eq", "fun": lambda y: y.sum() - total, "jac": np.ones_like},
         options={"ftol": 1e-15, "maxiter": 500},
     )
     assert LinearConstraint(np.ones(len(x)), total, total).residual(solved.x)[0] == pytest.approx(0, abs=1e-9)

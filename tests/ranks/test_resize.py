@@ -249,7 +249,11 @@ def test_what_cannot_be_emptied_is_refused_before_anything_changes():
         rw.resize(with_bias, {first: 1, second: 0})
     assert set(ranks(with_bias).values()) == {2}
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         tie_word_embeddings=True,
     )
     language = transformers.AutoModelForCausalLM.from_config(config)

@@ -81,7 +81,7 @@ def test_the_pictures_are_the_ones_promised(runs: Path) -> None:
     found = page(runs)
     alts = [str(image["alt"]) for image in found.images]
     assert [alt.split(". ")[0].split(" by ")[0] for alt in alts[:4]] == [
-        "Score against trainable parameters",
+        "Score against the parameters kept",
         "training loss",
         "accuracy during training",
         "f1 during training",

@@ -6,6 +6,7 @@ import filelock
 import pytest
 import yaml
 
+import rankwise
 from rankwise.config import Experiment, InputError
 from rankwise.runs.store import Store, predictions, progress
 from runs_made_up import REVISION, config, finish, predict, result
@@ -22,9 +23,23 @@ def test_a_run_has_a_readable_folder_with_its_resolved_settings(store: Store) ->
     assert folder.name.startswith("cola-lora-3-")
     settings = yaml.safe_load((folder / "run.yaml").read_text())
     assert settings.pop("id") == folder.name.rpartition("-")[2]
+    assert settings.pop("made_with") == {"rankwise": rankwise.__version__, "data": REVISION}
     assert settings == config(seed=3).model_dump(mode="json", exclude={"runs"})
     assert store.folders() == [folder]
     assert store.config(folder) == config(seed=3)
+
+
+def test_a_run_begins_with_one_of_its_own_version_and_data(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = config(followed=True), config(after=config(followed=True).digest())
+    monkeypatch.setattr(rankwise, "__version__", "0.0.1")
+    store.create(first, REVISION)
+    monkeypatch.undo()
+    store.create(first, "of other data")
+    folder = store.create(second, REVISION)
+    with pytest.raises(InputError, match="the run that it begins with is not in"):
+        store.before(folder)
+    wanted = store.create(first, REVISION)
+    assert store.before(folder) == wanted and store.before(wanted) is None
 
 
 def test_making_a_run_again_changes_nothing_and_a_damaged_one_is_mended(store: Store) -> None:

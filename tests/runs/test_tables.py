@@ -72,6 +72,24 @@ def test_the_best_rate_has_the_best_mean_among_those_with_the_most_seeds(store: 
     assert chosen == {("cola", "lora rank=4"): 3e-3, ("cola", "head"): 1e-3, ("mrpc", "lora rank=4"): 1e-3}
 
 
+def test_stages_of_chains_never_share_a_row(store: Store) -> None:
+    """Two chains with the same last stages, and stages that differ in the rate or in nothing, have their own rows."""
+    for epochs in (1.0, 2.0):
+        for seed in (0, 1):
+            before = None
+            for stage in ({"epochs": epochs}, {"epochs": 1.0}, {"epochs": 1.0}, {"epochs": 1.0, "learning_rate": 0.5}):
+                last = "learning_rate" in stage
+                link = config(seed=seed, after=before and before.digest(), followed=not last, **stage)
+                finish(store, link, epochs / 4 + seed / 8)
+                before = link
+    found = rows(store)
+    assert len(found) == 8 and all(row["seeds"] == [0, 1] for row in found)
+    assert {row["mean"] for row in found} == {0.3125, 0.5625}
+    assert len({row["method"] for row in found}) == 8
+    assert [sum(f"stage={n}" in row["method"] for row in found) for n in (1, 2, 3, 4)] == [2, 2, 2, 2]
+    assert len(best(found)) == 8  # a stage's rate is no rate among which the best is chosen
+
+
 def test_a_task_without_labels_has_rows_without_scores(store: Store) -> None:
     finish(store, config(task="ax"), 0.0, score="", metrics={})
     (row,) = rows(store)

@@ -363,7 +363,22 @@ def test_damaged_weights_of_the_run_before_are_named(tmp_path: Path) -> None:
     (first / "weights.pt").write_bytes(b"half")
     digest = Store(first.parent).config(first).digest()
     second = make(tmp_path / "runs" / "second", method=HEAD, max_steps=1, after=digest)
-    with pytest.raises(InputError, match="weights.pt cannot be read; delete .*first and run it again"):
+    with pytest.raises(InputError, match="weights.pt is damaged; delete .*first and run the whole chain again$"):
+        run(second)
+
+
+def test_a_run_that_cannot_begin_says_what_to_do(tmp_path: Path) -> None:
+    lora = {"name": "lora", "rank": 2, "targets": ["query"]}
+    first = make(tmp_path / "runs" / "first", method=lora, max_steps=1, followed=True)
+    digest = Store(first.parent).config(first).digest()
+    second = make(tmp_path / "runs" / "second", method={**lora, "targets": ["value"]}, max_steps=1, after=digest)
+    with pytest.raises(InputError, match="is not done; first: rankwise train .*first$"):
+        run(second)
+    run(first)
+    with pytest.raises(InputError, match="on one side only: the stages of a chain have to train the same parts"):
+        run(second)
+    (first / "weights.pt").unlink()
+    with pytest.raises(InputError, match="weights.pt is not there; delete .*first and run the whole chain again"):
         run(second)
 
 

@@ -32,9 +32,20 @@ METHODS = {
 
 def arguments(folder, **more):
     return TrainingArguments(
-        str(folder), max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-2, warmup_steps=2, seed=3,
-        save_strategy="steps", save_steps=1, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
-        dataloader_pin_memory=False, **more,
+        str(folder),
+        max_steps=STEPS,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        seed=3,
+        save_strategy="steps",
+        save_steps=1,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        **more,
     )
 
 
@@ -53,8 +64,14 @@ def trained(kind, method, folder, resume=None, shape="bert", stop=None, **more):
     torch.manual_seed(1)
     model = method.attach(tiny.model(shape), head=tiny.head(shape))
     args = arguments(folder, **more)
-    given = {"model": model, "args": args, "train_dataset": tiny.rows(), "eval_dataset": tiny.rows(8, seed=9),
-             "data_collator": default_data_collator, "callbacks": [Stop(stop)] if stop else []}
+    given = {
+        "model": model,
+        "args": args,
+        "train_dataset": tiny.rows(),
+        "eval_dataset": tiny.rows(8, seed=9),
+        "data_collator": default_data_collator,
+        "callbacks": [Stop(stop)] if stop else [],
+    }
     if kind == "rank":
         trainer = rw.RankTrainer(method=method, **given)
     else:
@@ -80,8 +97,13 @@ def test_a_run_cut_at_any_step_and_resumed_is_bit_identical(name, tmp_path):
     assert name == "lora" or len(set(ranks(whole.model).values())) > 1
     assert bool(merged(whole.model)) == (name == "merge")
     for cut in range(1, STEPS):
-        again = trained("rank", method, tmp_path / "again", resume=str(tmp_path / f"checkpoint-{cut}"),
-                        train_sampling_strategy="group_by_length")
+        again = trained(
+            "rank",
+            method,
+            tmp_path / "again",
+            resume=str(tmp_path / f"checkpoint-{cut}"),
+            train_sampling_strategy="group_by_length",
+        )
         assert losses(again) == losses(whole)
         assert ranks(again.model) == ranks(whole.model)
         assert same_weights(again.model, whole.model)
@@ -122,8 +144,15 @@ def best_at(step, monkeypatch):
 
 def test_the_best_model_is_loaded_from_before_a_merge(tmp_path, monkeypatch):
     best_at(1, monkeypatch)
-    trainer = trained("rank", METHODS["merge"], tmp_path, load_best_model_at_end=True, metric_for_best_model="score",
-                      eval_strategy="steps", eval_steps=1)
+    trainer = trained(
+        "rank",
+        METHODS["merge"],
+        tmp_path,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        eval_strategy="steps",
+        eval_steps=1,
+    )
     then = trained("rank", METHODS["merge"], tmp_path / "then", stop=1)
     assert merged(trained("rank", METHODS["merge"], tmp_path / "whole").model) and not merged(trainer.model)
     assert ranks(trainer.model) == ranks(then.model)
@@ -136,8 +165,15 @@ def test_the_best_model_is_loaded_across_rank_changes(kind, best, tmp_path, monk
     """Best is where the evaluation is told so; the model must then be the one of that checkpoint, ω included."""
     method = METHODS["simplex"]
     best_at(best, monkeypatch)
-    trainer = trained(kind, method, tmp_path, load_best_model_at_end=True, metric_for_best_model="score",
-                      eval_strategy="steps", eval_steps=1)
+    trainer = trained(
+        kind,
+        method,
+        tmp_path,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        eval_strategy="steps",
+        eval_steps=1,
+    )
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     then = trained(kind, method, tmp_path / "then", stop=best)
     assert ranks(trainer.model) == ranks(then.model)
@@ -202,8 +238,13 @@ def test_a_second_training_of_one_trainer_is_refused_and_of_a_new_one_goes_on(tm
     trainer = trained("rank", METHODS["simplex"], tmp_path)
     with pytest.raises(RuntimeError, match="make a new Trainer"):
         trainer.train()
-    again = rw.RankTrainer(method=METHODS["simplex"], model=trainer.model, args=arguments(tmp_path / "again"),
-                           train_dataset=tiny.rows(), data_collator=default_data_collator)
+    again = rw.RankTrainer(
+        method=METHODS["simplex"],
+        model=trainer.model,
+        args=arguments(tmp_path / "again"),
+        train_dataset=tiny.rows(),
+        data_collator=default_data_collator,
+    )
     again.train()
     assert again.state.global_step == STEPS
 
@@ -216,3 +257,43 @@ def test_steps_that_a_gradient_scaler_skipped_do_not_hinder_a_resume(tmp_path):
     optimizer.steps = 3
     state = TrainerState(global_step=5)
     rw.RankCallback(method).on_train_begin(arguments(tmp_path), state, TrainerControl(), optimizer=optimizer)
+
+
+@pytest.mark.parametrize("shape", ["bert", "llama"])
+@pytest.mark.parametrize("method", [rw.LoRA(rank=2), rw.SimplexLoRA(rank=2, every=50)])
+def test_accumulated_gradients_are_those_of_the_whole_batch(method, shape, tmp_path):
+    class Norm(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    found = []
+    for size, pieces in ((8, 1), (2, 4)):
+        torch.manual_seed(1)
+        base = tiny.model(shape)
+        for module in base.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        norm = Norm()
+        args = TrainingArguments(
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=pieces,
+            seed=3,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            max_grad_norm=0.0,
+        )
+        rw.RankTrainer(
+            method=method,
+            model=method.attach(base, head=tiny.head(shape)),
+            args=args,
+            train_dataset=tiny.rows(8),
+            data_collator=default_data_collator,
+            callbacks=[norm],
+        ).train()
+        found.append(norm.found)
+    for whole, summed in zip(*found, strict=True):
+        torch.testing.assert_close(whole, summed, atol=1e-6, rtol=1e-4)

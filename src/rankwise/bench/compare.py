@@ -167,7 +167,7 @@ class _Sweep:
 
 def _last_words(ended: Ended) -> str:
     with suppress(OSError):
-        lines = (ended.folder / "log.txt").read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = (ended.folder / "log.txt").read_bytes()[ended.log_from :].decode(errors="replace").split("\n")
         said = [line.strip() for line in lines if line.strip()]
         if said:
             return f"{ended.reason}; the last line of its log: {said[-1]}"

@@ -15,8 +15,8 @@ from rankwise.ranks.sites import OMEGA, Site, sites
 def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
     """A (r, in) and B (out, r) of every site with rank, as plain LoRA on the pretrained W; the model stays as it is.
 
-    Scales are folded in and units whose gate is 0 left out. A residual start, W ← W - s B0 A0, is undone by appending
-    it with the sign turned: W + s (B A - B0 A0), at rank r + r0.
+    Scales are folded in, and units whose gate is 0 and sites whose ω is 0 left out. A residual start, W ← W - s B0 A0,
+    is undone by appending it with the sign turned: W + s (B A - B0 A0), at rank r + r0.
     """
     here = [site for site in sites(model) if site.present]
     found = {}
@@ -27,7 +27,8 @@ def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
         begun = start(site)
         if begun is not None and begun.A is not None:
             A, B = torch.cat([A, begun.A.to(A)]), torch.cat([B, -begun.B.to(B)], dim=1)
-        if len(units):
+        silent = site.scale is not None and site.gates is None and not site.scale.value.any()
+        if len(units) and not silent:
             found[site.name] = A, B
     return found
 

@@ -85,14 +85,14 @@ class AdaLoRA(Method, name="adalora"):
         for name in names:
             limit = min(features(model.get_submodule(name)))
             require(self.init_rank <= limit, f"init_rank {self.init_rank} is too large for {name}: at most {limit}")
-        head_names(model, head)
+        whole = head_names(model, head)
         config = AdaLoraConfig(
             init_r=self.init_rank,
             target_r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
             target_modules=names,
             lora_dropout=self.dropout,
-            modules_to_save=list(head) or None,
+            modules_to_save=whole or None,
             fan_in_fan_out=not isinstance(model.get_submodule(names[0]), nn.Linear),
             deltaT=self.every,
             beta1=self.beta1,

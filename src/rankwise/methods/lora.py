@@ -75,13 +75,13 @@ class LoRA(Method, name="lora"):
             require(self.rank <= limit, f"rank {self.rank} is too large for {name}, which allows at most {limit}")
             if self.init in RESIDUAL:
                 check_own(model, name)
-        head_names(model, head)
+        whole = head_names(model, head)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
             target_modules=names,
             lora_dropout=self.dropout,
-            modules_to_save=list(head) or None,
+            modules_to_save=whole or None,
             fan_in_fan_out=not isinstance(model.get_submodule(names[0]), nn.Linear),
             init_lora_weights=_PEFT_INIT.get(self.init, True),
             **self.peft_options,
@@ -104,9 +104,10 @@ class LoRA(Method, name="lora"):
                 site.B.copy_(B)
             if residual or self.pull:
                 set_start(model, site, site.A if residual else None, site.B, subtracted=done)
-        # What is saved fits the pretrained W: whoever loads it shall not take the start out again.
+        # For what others than `rankwise.save` write, which does not fit the pretrained W: PEFT takes the start of PiSSA
+        # out again, and refuses the other, which it does not know.
         config: Any = model.peft_config[model.active_adapter]
-        config.init_lora_weights = True
+        config.init_lora_weights = self.init if residual else True
 
     def before_step(self, model: nn.Module) -> None:
         for site in sites(model) if self.pull else ():

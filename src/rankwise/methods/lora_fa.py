@@ -42,6 +42,9 @@ class LoRAFA(LoRA, name="lora-fa"):
         model = super().attach(model, head)
         for site in sites(model):
             site.A.requires_grad_(False)
+            # or PEFT would thaw it when the adapter is switched off and on again
+            frozen = {**site.layer.frozen_peft_weight_names, site.adapter: ("lora_A",)}
+            site.layer.frozen_peft_weight_names = frozen
         return model
 
     def budget(self, model: nn.Module) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
 from rankwise.ranks import sites
-from rankwise.ranks.resize import add_omega
+from rankwise.ranks.resize import add_omega, resize
 from rankwise.ranks.sites import adapted, omega
 
 
@@ -43,6 +43,13 @@ class OmegaLoRA(LoRA):
         # The group stays when ω is gone, so that a checkpoint from after the search fits one from during it.
         mine = {"name": "omega", "params": [] if weights is None else [weights], "rule": "sgd", "lr": self.omega_rate}
         return [*groups, {**mine, "weight_decay": 0.0}]
+
+    def fold(self, model: nn.Module) -> nn.Module:
+        """To plain LoRA with unchanged outputs; sites whose ω is 0 are gone then, also in the middle of a search."""
+        values = self.weights(model) or {}
+        if gone := {name: 0 for name, value in values.items() if value == 0}:
+            resize(model, gone)
+        return super().fold(model)
 
     def weights(self, model: nn.Module) -> dict[str, float] | None:
         values = omega(model)

@@ -16,6 +16,7 @@ One thing to know: ∂L/∂ω_i = ⟨∂L/∂ΔW_i, s B_i A_i⟩ is 0 while B = 
 large rate of ω, and a T that leaves B time to grow.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +28,7 @@ from rankwise.methods.omega import OmegaLoRA, check_finite
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
 from rankwise.ranks.resize import fold
-from rankwise.ranks.sites import omega
+from rankwise.ranks.sites import adapted, check_own, omega
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
             require(getattr(self, option) >= 1, f"{option} must be at least 1, not {getattr(self, option)}")
         for option in ("rewarm", "omega_decay"):
             require(getattr(self, option) >= 0, f"{option} must not be negative, not {getattr(self, option)}")
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        model = super().attach(model, head)
+        for site in sites(model) if self.empty == "merge" else ():
+            check_own(adapted(model).get_base_model(), f"{site.name}.base_layer")
+        return model
 
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
         weights = omega(model)
@@ -121,4 +128,3 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     @property
     def restart_step(self) -> int | None:
         return self.every * self.times if self.finish == "restart" else None
-

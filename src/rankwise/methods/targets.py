@@ -58,14 +58,20 @@ def head_names(model: nn.Module, head: Sequence[str]) -> list[str]:
     """Full names of the modules that `head` means.
 
     Raises:
-        InputError: a name that matches no module.
+        InputError: a name that matches no module, or one that ends another module's, which PEFT would take as well.
     """
     names = [name for name, _ in model.named_modules()]
     for part in head:
         if not any(_ends(part, name) for name in names):
             top = [name for name, _ in model.named_children()]
             raise InputError(f"head {part!r} matches no module{nearest(part, top)}; the model has: {', '.join(top)}")
-    return [name for name in names if any(_ends(part, name) for part in head)]
+    meant = [name for name in names if any(_ends(part, name) for part in head)]
+    for name in meant:
+        if also := [other for other in names if other.endswith(name) and other not in meant]:
+            raise InputError(
+                f"head {name!r} ends the name of {also[0]} too, and PEFT looks at ends: rename one of them"
+            )
+    return meant
 
 
 def _ends(part: str, name: str) -> bool:

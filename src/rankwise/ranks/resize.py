@@ -385,6 +385,16 @@ def start(site: Site) -> Start | None:
     return dict(getattr(site.layer, "lora_start", {})).get(site.adapter)
 
 
+def subtracted(model: PeftModel) -> list[str]:
+    """The adapters, active or not, whose start was taken out of W."""
+    found: dict[str, None] = {}
+    for module in model.modules():
+        for adapter, begun in getattr(module, "lora_start", {}).items():
+            if begun.A is not None:
+                found[adapter] = None
+    return list(found)
+
+
 @torch.no_grad()
 def set_start(model: nn.Module, site: Site, A: Tensor | None, B: Tensor, subtracted: bool = False) -> None:
     """Remember B as B0, and, where A is given, take s·BA out of W.
@@ -502,8 +512,7 @@ def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
 
     if isinstance(scale, Gates):
         replace(model, scale, "gates", None)
-    parametrize.remove_parametrizations(linear, "weight", leave_parametrized=False)
-    linear.register_parameter("weight", A)  # the Parameter that the optimizers know
+    _bare(linear, A)
     if not len(units):
         _empty(model, site, "drop")
         return
@@ -512,6 +521,16 @@ def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
     if len(units) < site.rank:
         replace(model, *site.A_owner, A.detach()[units], carry=lambda moment, _: moment[units])
         _set_sizes(site, len(units))
+
+
+def _bare(linear: nn.Module, A: nn.Parameter) -> None:
+    """Take the parametrization off, leaving the Parameter that the optimizers know.
+
+    torch's own way also takes `weight` off the class that it has made for `linear`, which deep copies share.
+    """
+    linear.__class__ = type(linear).__bases__[0]
+    del linear.parametrizations
+    linear.register_parameter("weight", A)
 
 
 # --- a state dict brings its own structure ---------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def _score_figure(best: Sequence[Row], title: str) -> list[Picture]:
     points = [
         plots.Point(
             row["method"],
-            row["trainable"],
+            row["final"],
             row["mean"],
             (row["interval"][1] - row["interval"][0]) / 2 if row["interval"] else 0.0,
         )
@@ -161,7 +161,7 @@ def _score_figure(best: Sequence[Row], title: str) -> list[Picture]:
     bars = "bars: 95 % t-interval of the mean over seeds" if several else "one seed: no bars"
     figure = plots.score_by_parameters(points, scored[0]["score"], bars, f"{title}: score against size")
     words = "; ".join(f"{row['method']}: {plus_minus(row['mean'], row['sd'])}" for row in scored)
-    return [Picture.of(figure, f"Score against trainable parameters. {words}")]
+    return [Picture.of(figure, f"Score against the parameters kept. {words}")]
 
 
 def _curve_figures(best: Sequence[Row], title: str) -> list[Picture]:

@@ -251,7 +251,7 @@ def ranks_over_time(
 
 @_styled
 def score_by_parameters(
-    points: Sequence[Point], metric: str, error: str, title: str = "Score against trainable parameters"
+    points: Sequence[Point], metric: str, error: str, title: str = "Score against parameters"
 ) -> Figure:
     """One marker per method: parameters across, score up. `error` names what the bars show, for the caption.
 
@@ -300,7 +300,7 @@ def score_by_parameters(
             transform=axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),
         )
     axes.xaxis.set_major_formatter(lambda value, _: "" if value < 0 else short_count(value))
-    axes.set(xlabel="trainable parameters at the peak, head not counted", ylabel=metric, title=title)
+    axes.set(xlabel="parameters kept at the end, head not counted", ylabel=metric, title=title)
     _legend(figure, axes, note=error)
     return figure
 

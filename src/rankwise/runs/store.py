@@ -5,11 +5,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import yaml
 
+import rankwise
 from rankwise.config import Experiment, InputError, RunConfig, need, read_yaml
 from rankwise.runs.files import read_lines, unwritable, write_whole
 from rankwise.runs.grid import run_id
@@ -21,6 +22,15 @@ RESULT_KEYS = {
     *("score", "metrics", "splits", "parameters", "cost"),
 }
 """What a result.json has to hold to count as one."""
+
+
+class _Kept(NamedTuple):
+    """What a `run.yaml` holds."""
+
+    id: str
+    made_with: dict[str, str] | None
+    """The version of rankwise and the revision of the data that the run was made with."""
+    config: RunConfig
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,12 @@ class Store:
         folder = self.place(config, revision)
         if self._read(folder) is not None:
             return folder
-        settings = {"id": run_id(config, revision), **config.model_dump(mode="json", exclude={"runs"})}
+        made_with = {"rankwise": rankwise.__version__, "data": revision}
+        settings = {
+            "id": run_id(config, revision),
+            "made_with": made_with,
+            **config.model_dump(mode="json", exclude={"runs"}),
+        }
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "run.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
@@ -101,19 +116,19 @@ class Store:
         found = self._read(folder)
         if found is None:
             raise InputError(f"{folder}: its run.yaml is missing or damaged")
-        return found[1]
+        return found.config
 
     def before(self, folder: Path) -> Path | None:
         """The folder of the run whose trained weights this run begins with; None for a run that begins afresh.
 
-        Raises InputError where there should be one and is none.
+        Raises InputError where there should be one, of the same version of rankwise and of the data, and is none.
         """
-        digest = self.config(folder).after
-        if digest is None:
+        own = self._read(folder)
+        if own is None or own.config.after is None:
             return None
         for other in self.folders():
             found = self._read(other)
-            if found is not None and found[1].digest() == digest:
+            if found and found.config.digest() == own.config.after and found.made_with == own.made_with:
                 return other
         raise InputError(f"{folder}: the run that it begins with is not in {self.folder}; run the whole chain there")
 
@@ -148,25 +163,44 @@ class Store:
             return None
         if found is None or not isinstance(result, dict) or not result.keys() >= RESULT_KEYS:
             return None
-        if result["run"] != found[0] or not all(
+        if result["run"] != found.id or not all(
             isinstance(result[key], dict) for key in ("options", "metrics", "splits", "parameters", "cost")
         ):
             return None
         return result
 
     def results(self, folders: Sequence[Path] | None = None) -> list[dict[str, Any]]:
-        """The results of all finished runs (of those in `folders`), each with its `folder` and its `config`."""
+        """The results of all finished runs (of those in `folders`), each with its `folder`, its `config` and `lineage`.
+
+        The lineage of a run in a chain is the settings, without the seed, of the runs it goes back to, the first first.
+        """
         found = ((folder, self.result(folder)) for folder in (self.folders() if folders is None else folders))
         return [
-            {**result, "folder": folder, "config": self.config(folder).model_dump(mode="json", exclude={"runs"})}
+            {
+                **result,
+                "folder": folder,
+                "config": self.config(folder).model_dump(mode="json", exclude={"runs"}),
+                "lineage": self._lineage(folder),
+            }
             for folder, result in found
             if result is not None
         ]
 
-    def _read(self, folder: Path) -> tuple[str, RunConfig] | None:
+    def _lineage(self, folder: Path) -> list[dict[str, Any]]:
+        try:
+            before = self.before(folder)
+        except InputError:
+            return [{"unknown": True}]  # its folder is gone
+        if before is None:
+            return []
+        settings = self.config(before).model_dump(mode="json", exclude={"runs", "seed", "after", "followed"})
+        return [*self._lineage(before), settings]
+
+    def _read(self, folder: Path) -> "_Kept | None":
         try:
             settings = read_yaml(folder / "run.yaml")
-            return str(settings.pop("id")), RunConfig.model_validate(settings)
+            name, made_with = str(settings.pop("id")), settings.pop("made_with", None)
+            return _Kept(name, made_with, RunConfig.model_validate(settings))
         except (KeyError, ValueError):  # InputError and pydantic's ValidationError are ValueErrors
             return None
 

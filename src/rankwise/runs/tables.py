@@ -1,8 +1,10 @@
 """Results as rows: seeds drawn together, the best learning rate of each method, and tables of plain text."""
 
+import hashlib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,8 @@ _SHOWN_APART = {"task", "method", "learning_rate", "seed", *_CHAIN}
 def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     """One row per task, method and learning rate, its seeds drawn together. Takes what `Store.results` gives.
 
+    Runs of a chain are drawn together where their whole chains are alike, the seeds aside.
+
     A row holds
       task, learning_rate; method (the label in tables), name (of the method alone), options; seeds, n (how many);
       score (name of the main metric), scores (its value by seed), mean, sd (sample), interval (95 % t: low, high);
@@ -33,9 +37,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         settings = {key: value for key, value in result["config"].items() if key not in {"seed", "method", *_CHAIN}}
-        groups.setdefault(json.dumps([result["method"], result["options"], settings], sort_keys=True), []).append(
-            result
-        )
+        what = [result["method"], result["options"], settings, result["lineage"]]
+        groups.setdefault(json.dumps(what, sort_keys=True), []).append(result)
     labels = _labels(results)
     rows = [_row(members, labels[_identity(members[0])]) for members in groups.values()]
     return sorted(rows, key=lambda row: (row["task"], row["name"], _natural(row["method"]), row["learning_rate"]))
@@ -121,7 +124,7 @@ def _average(by_seed: dict[int, dict[str, Any]], part: str, key: str) -> float:
 
 def _identity(result: dict[str, Any]) -> str:
     settings = {key: value for key, value in result["config"].items() if key not in _SHOWN_APART}
-    return json.dumps([result["method"], result["options"], settings], sort_keys=True)
+    return json.dumps([result["method"], result["options"], settings, result["lineage"]], sort_keys=True)
 
 
 def _labels(results: Sequence[dict[str, Any]]) -> dict[str, str]:
@@ -130,17 +133,32 @@ def _labels(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     for result in results:
         like = [other["options"] for other in results if other["method"] == result["method"]]
         settings = [other["config"] for other in results]
-        parts = [
-            f"{key}={_word(value)}"
-            for key, value in result["options"].items()
-            if key == "rank" or any(other.get(key, value) != value for other in like)
-        ] + [
-            f"{key}={_word(value)}"
-            for key, value in result["config"].items()
-            if key not in _SHOWN_APART and any(other.get(key) != value for other in settings)
-        ]
+        parts = (
+            [
+                f"{key}={_word(value)}"
+                for key, value in result["options"].items()
+                if key == "rank" or any(other.get(key, value) != value for other in like)
+            ]
+            + [
+                *(
+                    [f"stage={len(result['lineage']) + 1}"]
+                    if result["lineage"] or result["config"].get("followed")
+                    else []
+                )
+            ]
+            + [
+                f"{key}={_word(value)}"
+                for key, value in result["config"].items()
+                if key not in _SHOWN_APART and any(other.get(key) != value for other in settings)
+            ]
+        )
         labels[_identity(result)] = " ".join([result["method"], *parts])
-    return labels
+    twice = {label for label, number in Counter(labels.values()).items() if number > 1}
+    # stages that differ in nothing but the stages before them
+    return {
+        key: f"{label} chain={hashlib.sha256(key.encode()).hexdigest()[:4]}" if label in twice else label
+        for key, label in labels.items()
+    }
 
 
 def _word(value: Any) -> str:

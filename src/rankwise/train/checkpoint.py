@@ -31,8 +31,10 @@ def save_checkpoint(
         InputError: a folder that holds other things than a checkpoint, which would be lost.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / FILE).is_file() and any(folder.iterdir()):
-        raise InputError(f"{folder} holds something else than a checkpoint; give a new or an empty folder")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a new or an empty folder")
+    if folder.exists() and (strange := sorted({entry.name for entry in folder.iterdir()} - {FILE})):
+        raise InputError(f"{folder} holds {strange[0]}, which is no checkpoint's; give a new or an empty folder")
     state = {
         "model": learnt_state(model),
         "optimizer": optimizer.state_dict(),
@@ -75,9 +77,8 @@ def load_checkpoint(
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path} cannot be read, it may be cut short: {error}") from error
-    missing, unexpected = model.load_state_dict(state["model"], strict=False)
-    if strange := sorted({*unexpected, *_learnt(model).intersection(missing)}):
-        raise InputError(f"{path} is of another method, head or model: {strange[0]} is on one side only")
+    if strange := load_learnt(model, state["model"]):
+        raise InputError(f"{path} is of another method, head or model: {strange} is on one side only")
     optimizer.load_state_dict(state["optimizer"])
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
@@ -92,6 +93,12 @@ def learnt_state(model: nn.Module) -> dict[str, torch.Tensor]:
     # Tied weights have several names, and all of them are in the state dict.
     base = {name for name, _ in model.named_parameters(remove_duplicate=False)} - _learnt(model)
     return {name: value for name, value in model.state_dict().items() if name not in base}
+
+
+def load_learnt(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
+    """Load what `learnt_state` gave; the name of a tensor that only one side has, or an empty string."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    return min({*unexpected, *_learnt(model).intersection(missing)}, default="")
 
 
 def _learnt(model: nn.Module) -> set[str]:

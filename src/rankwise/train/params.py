@@ -64,12 +64,14 @@ def count(arch: Arch, method: Method, head: Sequence[str] = ()) -> Count:
         warnings.simplefilter("ignore")
         model = build(arch)
         named = {id(p) for name in head_names(model, head) for p in model.get_submodule(name).parameters()}
-        rest = {id(p) for name in _head(model) for p in model.get_submodule(name).parameters()} - named
-        model = method.attach(model, head)
+        whole = head_names(model, head)
+        own = [name for name in _head(model) if name not in whole]
+        model = method.attach(model, [*whole, *own])
         final = method.final(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    aside = sum(p.numel() for _, p in trained if id(p) in rest)
-    trained = [(name, p) for name, p in trained if id(p) not in rest]
+    rest = [(name, p) for name, p in trained if id(p) not in named and _lies_in(own, name)]
+    aside = sum(p.numel() for _, p in rest)
+    trained = [(name, p) for name, p in trained if name not in dict(rest)]
     owners = {id(p): site.name for site in sites(model) if site.present for p in (site.A, site.B)}
     by_module: Counter[str] = Counter()
     for name, p in trained:
@@ -100,6 +102,10 @@ def _head(model: Any) -> list[str]:
     """The modules of a classifier that are new with each task. What a language model puts out with is its own."""
     classifier = type(model).__name__.endswith("ForSequenceClassification")
     return head_modules(model, set()) if classifier else []
+
+
+def _lies_in(modules: Sequence[str], name: str) -> bool:
+    return any(f"{_place(name)}.".startswith(f"{module}.") for module in modules)
 
 
 def _once(model: nn.Module) -> Iterator[nn.Parameter]:

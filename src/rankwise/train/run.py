@@ -43,7 +43,7 @@ from rankwise.runs.files import read_lines, unwritable, write_whole
 from rankwise.runs.store import Store
 from rankwise.tasks import Split, Task, encode, subset
 from rankwise.train import model as models
-from rankwise.train.checkpoint import learnt_state
+from rankwise.train.checkpoint import learnt_state, load_learnt
 from rankwise.train.evaluate import Evaluation, predict, score, table
 from rankwise.train.files import last_complete
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
@@ -100,6 +100,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _read(folder: Path) -> tuple[str, RunConfig]:
     settings = read_yaml(folder / "run.yaml")
     name = str(settings.pop("id", ""))
+    settings.pop("made_with", None)
     config = load(settings, [], Schema(methods.registry(), set(tasks.registry())))
     if not isinstance(config, RunConfig):
         raise InputError(f"{folder / 'run.yaml'}: has `vary:`, so it is an experiment and not one run")
@@ -120,7 +121,7 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
         parts = _prepare(config)
         checkpoint, carried = _start(folder)
         if checkpoint is None:
-            _begin_with(parts.model, Store(folder.parent).before(folder))
+            _begin_with(parts.model, Store(folder.parent), folder)
         progress = Progress(folder, parts.plan, parts.method, lambda: parts.scores(parts.logits()), carried, stop)
         _train(folder, parts, checkpoint, progress, stop)
         return _finish(folder, name, parts, progress)
@@ -202,15 +203,23 @@ def _start(folder: Path) -> tuple[Path | None, Carried]:
     return (found[0], Carried(**found[1])) if found else (None, Carried())
 
 
-def _begin_with(model: nn.Module, before: Path | None) -> None:
-    """Load what the run in the folder `before` has learnt, if there is one."""
+def _begin_with(model: nn.Module, store: Store, folder: Path) -> None:
+    """Load what the run before this one in its chain has learnt, if there is one."""
+    before = store.before(folder)
     if before is None:
         return
+    if store.result(before) is None:
+        raise InputError(f"the run that this one begins with is not done; first: rankwise train {before}")
     try:
         state = torch.load(before / WEIGHTS, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{before / WEIGHTS} cannot be read; delete {before} and run it again: {error}") from error
-    model.load_state_dict(state, strict=False)
+        what = "is not there" if isinstance(error, FileNotFoundError) else "is damaged"
+        raise InputError(f"{before / WEIGHTS} {what}; delete {before} and run the whole chain again") from error
+    if strange := load_learnt(model, state):
+        raise InputError(
+            f"{strange} is on one side only: the stages of a chain have to train the same parts of the model, so "
+            "targets and sizes must not differ"
+        )
 
 
 def _keep_weights(folder: Path, model: nn.Module) -> None:

@@ -9,7 +9,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import unwrap_peft_model
 
 from rankwise.methods import Method
 from rankwise.train.callback import RankCallback
@@ -26,6 +28,11 @@ class RankTrainer(Trainer):
     def __init__(self, *args: Any, method: Method, **kwargs: Any):
         self.method = method
         super().__init__(*args, **kwargs)
+        # transformers leaves the scaling of accumulated gradients to every model whose forward takes **kwargs, but only
+        # the losses of causal language models look at them. With the others gradients would grow with the number of
+        # accumulation steps, which Adam does not mind, and clipping, ω and gates do.
+        if type(unwrap_peft_model(self.model)).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+            self.model_accepts_loss_kwargs = False
         self.add_callback(RankCallback(method))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:

@@ -13,6 +13,8 @@ class Ended:
     folder: Path
     code: int
     """Its exit code, negative for the number of the signal that killed it."""
+    log_from: int = 0
+    """Where in `log.txt` its output begins, in bytes; before it stands that of earlier tries."""
 
     @property
     def reason(self) -> str:

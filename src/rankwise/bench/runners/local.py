@@ -37,11 +37,13 @@ class Local(Runner, name="local"):
         """
         super().__init__(jobs)
         self.command = tuple(command)
+        self._log_from: dict[Path, int] = {}
         self._live: dict[Path, subprocess.Popen[bytes]] = {}
 
     def start(self, folder: Path) -> None:
         try:
             with (folder / "log.txt").open("ab") as log:
+                self._log_from[folder] = log.tell()
                 # A session of its own: Ctrl-C at the terminal reaches the sweep alone, which then asks the run to stop.
                 self._live[folder] = subprocess.Popen(
                     [*self.command, str(folder)],
@@ -70,7 +72,11 @@ class Local(Runner, name="local"):
         return list(self._live)
 
     def ended(self) -> list[Ended]:
-        over = [Ended(folder, code) for folder, process in self._live.items() if (code := process.poll()) is not None]
+        over = [
+            Ended(folder, code, self._log_from[folder])
+            for folder, process in self._live.items()
+            if (code := process.poll()) is not None
+        ]
         for each in over:
             del self._live[each.folder]
         return over
