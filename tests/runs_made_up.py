@@ -22,7 +22,7 @@ def result(folder: Path, of: RunConfig, accuracy: float, **more: Any) -> dict[st
     budget = 1000 * options.get("rank", 0)
     return {
         "run": folder.name.rpartition("-")[2],
-        "task": of.task,
+        "task": of.task["name"],
         "method": name,
         "options": options,
         "model": "minilm-l6",
@@ -52,12 +52,14 @@ def finish(store: Store, of: RunConfig, accuracy: float, **more: Any) -> Path:
     return folder
 
 
-def predict(folder: Path, predictions: list[int], labels: list[int]) -> None:
+def predict(folder: Path, predictions: list[int], labels: list[int], scores: list[float] | None = None) -> None:
     """The predictions of a run on its main split, and one row of another split behind them."""
-    rows = {
+    rows: dict[str, list[Any]] = {
         "split": ["validation"] * len(labels) + ["mismatched"],
         "idx": [*range(len(labels)), 0],
         "label": [*labels, 1],
         "prediction": [*predictions, 0],
     }
+    if scores is not None:
+        rows["score"] = [*scores, 0.0]
     pyarrow.parquet.write_table(pa.table(rows), folder / "predictions.parquet")

@@ -180,7 +180,8 @@ def test_lists_are_there_for_people_and_machines(cli: Cli) -> None:
     assert json.loads(cli("methods", "--json")[1])["lora"]["options"]["rank"] == 8
     assert "cola" in cli("tasks")[1]
     assert json.loads(cli("tasks", "--json")[1])["cola"]["score"] == "matthews"
-    assert json.loads(cli("schema")[1])["properties"]["task"]["enum"]
+    assert json.loads(cli("tasks", "--json")[1])["e2e"]["options"]["beams"] == 10
+    assert "cola" in json.loads(cli("schema")[1])["properties"]["task"]["oneOf"][0]["enum"]
     found = json.loads(cli("env", "--json")[1])
     assert found["torch"]
     assert {"RANKWISE_DATA", "HF_HOME", "HF_HUB_OFFLINE", "device"} <= found.keys()

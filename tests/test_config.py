@@ -27,7 +27,14 @@ class Bare:
     """A method without options."""
 
 
-SCHEMA = Schema({"lora": Adapter, "head": Bare}, {"cola", "mrpc"})
+@dataclasses.dataclass(frozen=True)
+class Custom:
+    """A task with an option."""
+
+    protocol: Literal["official", "halves"] = "official"
+
+
+SCHEMA = Schema({"lora": Adapter, "head": Bare}, {"cola": Bare, "mrpc": Custom})
 SWEEP: dict[str, Any] = {
     "task": "cola",
     "vary": {
@@ -82,7 +89,7 @@ def test_an_override_wins_and_may_be_all_there_is() -> None:
     assert one("seed=3", seed=1).seed == 3
     config = load(None, ["task=mrpc", "method.name=head"], SCHEMA)
     assert isinstance(config, RunConfig)
-    assert (config.task, config.method) == ("mrpc", {"name": "head"})
+    assert (config.task, config.method) == ({"name": "mrpc", "protocol": "official"}, {"name": "head"})
 
 
 def test_smoke_caps_rows_and_steps_and_leaves_less_alone() -> None:
@@ -112,7 +119,7 @@ def test_smoke_caps_rows_and_steps_and_leaves_less_alone() -> None:
         ("method.alpha=.nan", "method.alpha = nan: expected a finite number"),
         ("method.rounding=up", "method.rounding = 'up': expected 'floor' or 'ceil'"),
         ("method.targets=[1]", "method.targets"),
-        ("model.name=x", "model.name: only method, vary and report have keys below them"),
+        ("model.name=x", "model.name: only method, task, vary and report have keys below them"),
         ("seed", "'seed': expected key=value, as in learning_rate=1e-3"),
         ("epochs=[1", "epochs: line 1: not valid YAML"),
     ],
@@ -244,7 +251,9 @@ def test_the_combinations_share_no_mapping() -> None:
 
 def test_the_json_schema_knows_methods_options_and_tasks() -> None:
     schema = json_schema(SCHEMA)
-    assert schema["properties"]["task"]["enum"] == ["cola", "mrpc"]
+    names, *tasks = schema["properties"]["task"]["oneOf"]
+    assert names == {"enum": ["cola", "mrpc"]}
+    assert tasks[1]["properties"]["protocol"]["default"] == "official"
     lora = next(
         entry
         for entry in schema["properties"]["method"]["oneOf"]
@@ -254,7 +263,9 @@ def test_the_json_schema_knows_methods_options_and_tasks() -> None:
     assert lora["description"] == "A method with options of every kind."
     assert lora["additionalProperties"] is False
     assert {"vary", "report", "learning_rate"} <= schema["properties"].keys()
-    assert all("description" in schema["properties"][key] for key in RunConfig.model_fields if key != "method")
+    assert all(
+        "description" in schema["properties"][key] for key in RunConfig.model_fields if key not in ("method", "task")
+    )
 
 
 def test_nearest_is_silent_where_nothing_is_near() -> None:
@@ -297,7 +308,8 @@ def test_the_digest_is_of_the_settings_and_not_of_where_they_are_stored() -> Non
         ([{}], "chain: expected a list"),
         ({"method.rank": 2}, "chain: expected a list"),
         ([{"method.rank": 2}, {"epoch": 1.0}], 'chain: epoch cannot differ .*"epochs"'),
-        ([{"seed": 1}], "chain: seed cannot differ"),
+        ([{"model": "x"}], "chain: model cannot differ"),
+        ([{"method": "lora"}, {"method": "head"}], "chain: head cannot follow lora"),
         ([{"method.rank": 0}], "rank = 0"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 from every import attached, every_method, method
+from rankwise import tasks
 from rankwise.cli import app, main
 from rankwise.config import RunConfig, Schema, load, parse_yaml
 from rankwise.methods import registry
@@ -88,7 +89,7 @@ def test_every_option_is_described_with_its_default_and_no_other(name: str) -> N
 @every_method
 def test_the_yaml_of_a_page_is_a_valid_run_of_that_method(name: str) -> None:
     [snippet] = re.findall(r"^```yaml\n(.*?)^```", sections(name)["Use"], re.MULTILINE | re.DOTALL)
-    config = load({"task": "stdlib-kind", **parse_yaml(snippet)}, [], Schema(registry(), {"stdlib-kind"}))
+    config = load({"task": "stdlib-kind", **parse_yaml(snippet)}, [], Schema(registry(), tasks.registry()))
     assert isinstance(config, RunConfig)
     assert config.method["name"] == name
 

@@ -13,7 +13,7 @@ FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def schema() -> Schema:
-    return Schema(methods.registry(), set(tasks.registry()))
+    return Schema(methods.registry(), tasks.registry())
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -33,7 +33,7 @@ def test_a_comparison_is_at_one_budget_and_tunes_each_method_alike(name: str, sc
     # as many rates for each, and every rate at every seed
     rates: dict[tuple[str, str], set[float]] = {}
     for config in runs:
-        rates.setdefault((config.task, config.method["name"]), set()).add(config.learning_rate)
+        rates.setdefault((config.task["name"], config.method["name"]), set()).add(config.learning_rate)
     assert {len(each) for each in rates.values()} == {2}
     assert len(runs) == 2 * len(rates) * 3
 

@@ -195,7 +195,7 @@ DIFFERENT = {
 def test_a_label_is_what_its_count_rounds_to_or_is_known_to_differ(
     arch: str, method: str, options: dict[str, Any], label: published.Label
 ) -> None:
-    full, head = load_method(method, [f"{k}={json.dumps(v)}" for k, v in options.items()], Schema(registry(), set()))
+    full, head = load_method(method, [f"{k}={json.dumps(v)}" for k, v in options.items()], Schema(registry(), {}))
     assert head == []
     found = count(find(arch), build(full), [])
     assert label in published.labels(arch, method, full)
@@ -277,7 +277,7 @@ def test_the_command_prints_json(cli: Cli) -> None:
         (["--arch", "minilm-l6", "--method", "lora", "rank=999"], "rank 999 is too large for bert.encoder.layer.0"),
         (["--arch", "minilm-l6", "--method", "lora", "rank"], "'rank': expected key=value"),
         (["--arch", "minilm-l6", "--method", "lora", "name=sora"], "name: is no option"),
-        (["--arch", "minilm-l6", "--method", "lora", "targets=[qery]"], 'no linear layer (did you mean "query"?)'),
+        (["--arch", "minilm-l6", "--method", "lora", "targets=[qery]"], 'or convolution (did you mean "query"?)'),
         (["--arch", "minilm-l6", "--method", "lora", "head=[clasifier]"], '(did you mean "classifier"?)'),
         (["--arch", "minilm-l6", "--method", "lora", "head=3"], "head = 3: expected names of modules"),
         (["--arch", "gpt2-medium", "--method", "head"], "name its modules"),
@@ -292,7 +292,7 @@ def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(arguments: list[str]
 
 
 def test_an_option_may_be_written_as_in_a_configuration() -> None:
-    options, head = load_method("lora", ["method.rank=3", "head=classifier"], Schema(registry(), set()))
+    options, head = load_method("lora", ["method.rank=3", "head=classifier"], Schema(registry(), {}))
     assert (options["name"], options["rank"], options["targets"], head) == ("lora", 3, "all-linear", ["classifier"])
 
 

@@ -57,7 +57,7 @@ def test_the_task_of_the_walkthrough_has_rows_and_scores(monkeypatch: pytest.Mon
     monkeypatch.setattr(tasks.Task, "known", dict(tasks.Task.known))
     exec(compile(blocks()[1], "builtin_kind.py", "exec"), {"__name__": "walkthrough"})
 
-    task = tasks.load("builtin-kind")
+    task = tasks.build("builtin-kind")
     train, (validation,) = task.train(), task.evaluation()
     assert len(train.data) > 80 and 20 < len(validation.data) < len(train.data)
     assert set(train.data["label"]) == {0, 1, 2}

@@ -72,8 +72,9 @@ def train(
             return
     else:
         config = _run_config(source, settings)
+        _check_models([config])
         store = Store(config.runs)
-        revision = _revision(config.task)
+        revision = _revisions([config])[_key(config)]
         if dry_run:
             _print_settings(config, store.place(config, revision), as_json)
             return
@@ -109,11 +110,12 @@ def compare(
     experiment = _experiment(source, settings or [])
     store = Store(experiment.runs)
     configs = expand(experiment)
-    revisions = {task: _revision(task) for task in dict.fromkeys(config.task for config in configs)}
+    _check_models(configs)
+    revisions = _revisions(configs)
     if dry_run:
-        _print_plan(store, [(config, store.place(config, revisions[config.task])) for config in configs], as_json)
+        _print_plan(store, [(config, store.place(config, revisions[_key(config)])) for config in configs], as_json)
         return
-    folders = [store.create(config, revisions[config.task]) for config in configs]
+    folders = [store.create(config, revisions[_key(config)]) for config in configs]
     store.note(experiment)
     _sweep(store, folders, sweep, as_json)
 
@@ -215,6 +217,7 @@ def validate(
     from rankwise.runs.grid import expand
 
     config = load(source, settings or [], _schema())
+    _check_models([config] if isinstance(config, RunConfig) else expand(config))
     content = config.model_dump(mode="json")
     if as_json:
         _print_json(content)
@@ -235,15 +238,12 @@ def schema(debug: Debug = False) -> None:
 @app.command()
 def methods(as_json: Json = False, debug: Debug = False) -> None:
     """List the methods and their options."""
-    from rankwise.config import json_schema
+    from rankwise.methods import registry
 
-    found = {
-        entry["properties"]["name"]["const"]: {
-            "summary": entry["description"],
-            "options": {key: value.get("default") for key, value in entry["properties"].items() if key != "name"},
-        }
-        for entry in json_schema(_schema())["properties"]["method"]["oneOf"]
-        if "properties" in entry
+    options = _options("method")
+    found: dict[str, dict[str, Any]] = {
+        name: {"summary": (method.__doc__ or "").strip().partition("\n")[0], "options": options[name]}
+        for name, method in sorted(registry().items())
     }
     if as_json:
         _print_json(found)
@@ -260,13 +260,15 @@ def tasks(as_json: Json = False, debug: Debug = False) -> None:
     from rankwise.runs.tables import plain
     from rankwise.tasks import registry
 
+    options = _options("task")
     found: dict[str, dict[str, Any]] = {
         name: {
             "summary": (task.__doc__ or "").strip().partition("\n")[0],
             "score": task.main,
             "metrics": list(task.metrics),
-            "text": list(task.text),
+            "text": list(task.text) if isinstance(task.text, tuple) else None,
             "labels": list(task.labels) if isinstance(task.labels, tuple) else None,
+            "options": options.get(name, {}),
         }
         for name, task in registry().items()
     }
@@ -310,7 +312,7 @@ def params(
         from rankwise.config import Schema, load_method
         from rankwise.train.params import count
 
-        options, head = load_method(method, settings or [], Schema(rankwise.methods.registry(), set()))
+        options, head = load_method(method, settings or [], Schema(rankwise.methods.registry(), {}))
         counted = count(chosen, rankwise.methods.build(options), head)
     beside = labels(arch, method, options)
     if as_json:
@@ -409,7 +411,7 @@ def _schema() -> Schema:
     import rankwise.tasks
     from rankwise.config import Schema
 
-    return Schema(rankwise.methods.registry(), frozenset(rankwise.tasks.registry()))
+    return Schema(rankwise.methods.registry(), rankwise.tasks.registry())
 
 
 def _run_config(source: Path | None, settings: Sequence[str]) -> RunConfig:
@@ -430,10 +432,40 @@ def _experiment(source: Path, settings: Sequence[str]) -> Experiment:
     return config
 
 
-def _revision(task: str) -> str:
+def _options(key: str) -> dict[str, dict[str, Any]]:
+    """The options of every method or task, by its name, with their defaults."""
+    from rankwise.config import json_schema
+
+    return {
+        entry["properties"]["name"]["const"]: {
+            option: value.get("default") for option, value in entry["properties"].items() if option != "name"
+        }
+        for entry in json_schema(_schema())["properties"][key]["oneOf"]
+        if "properties" in entry
+    }
+
+
+def _check_models(configs: Sequence[RunConfig]) -> None:
+    """Refuse what does not fit its model, a rank, a target or a prefix, before anything is written."""
+    import rankwise.methods
+    import rankwise.tasks
+    from rankwise.train.model import check
+
+    wanted = {json.dumps([config.model, config.task, config.method], sort_keys=True) for config in configs}
+    with contextlib.redirect_stdout(sys.stderr):
+        for model, task, method in map(json.loads, sorted(wanted)):
+            check(model, rankwise.tasks.build(task), rankwise.methods.build(method))
+
+
+def _key(config: RunConfig) -> str:
+    return json.dumps(config.task, sort_keys=True)
+
+
+def _revisions(configs: Sequence[RunConfig]) -> dict[str, str]:
+    """The revision of each task's data, by `_key`."""
     import rankwise.tasks
 
-    return rankwise.tasks.load(task).revision()
+    return {key: rankwise.tasks.build(json.loads(key)).revision() for key in dict.fromkeys(map(_key, configs))}
 
 
 def _runner(name: str, jobs: int | None) -> Runner:

@@ -51,13 +51,16 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """What may be named in a configuration: methods by name (frozen dataclasses, fields = options) and task names."""
+    """What may be named in a configuration: methods and tasks by name, frozen dataclasses whose fields are options."""
 
     methods: Mapping[str, type]
-    tasks: frozenset[str] | set[str]
+    tasks: Mapping[str, type]
 
 
 LARGEST = 2**31 - 1  # of a whole number; no option counts more than that
+
+# What is named and may have options below its name, each with an example.
+NAMED = {"method": "lora", "task": "mrpc"}
 
 # What `scale: smoke` allows at most: enough to go through every stage of a run, too little to learn anything.
 SMOKE = {"train_rows": 64, "eval_rows": 64, "max_steps": 4}
@@ -68,9 +71,13 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    task: str = Field(description="name of the task, as `rankwise tasks` lists them")
+    task: dict[str, Any] = Field(
+        description="name of the task and its options; or `type`, `dataset` and `columns` for data of your own"
+    )
     model: str | None = Field(
-        default=None, description="folder or hub name of the base model; the embedded MiniLM when absent"
+        default=None,
+        description="folder or hub name of the base model, or random-gpt2, random-t5, random-llama or random-bert "
+        "(small, untrained); the embedded MiniLM when absent, the U-Net where masks are wanted",
     )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lora"}, description="name of the method and its options"
@@ -123,10 +130,7 @@ class RunConfig(BaseModel):
         """`method: lora` means `method: {name: lora}`, and `scale: smoke` caps rows and steps."""
         if not isinstance(data, Mapping):
             return data
-        data = dict(data)
-        method = data.get("method")
-        if isinstance(method, str):
-            data["method"] = {"name": method}
+        data = {key: named(key, value) if key in NAMED else value for key, value in data.items()}
         if data.get("scale") == "smoke":
             for key, most in SMOKE.items():
                 value = data.get(key)
@@ -136,8 +140,9 @@ class RunConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if not isinstance(self.method.get("name"), str):
-            raise ValueError("method: needs a name, as in `method: {name: lora}`")
+        for key, value in (("method", self.method), ("task", self.task)):
+            if not isinstance(value.get("name"), str):
+                raise ValueError(f"{key}: needs a name, as in `{key}: {{name: {NAMED[key]}}}`")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup = {self.warmup}: expected a share up to 1 or a whole number of steps")
         return self
@@ -181,7 +186,7 @@ class Experiment(BaseModel):
             # the method first: `method.rank` then sets an option of the method just chosen
             for key in sorted(chosen, key=lambda key: key.count(".")):
                 _put(data, key, chosen[key])
-            method = _as_method(data.get("method", {"name": "lora"}))
+            method = named("method", data.get("method", {"name": "lora"}))
             rates = method.pop("learning_rate", None)
             data["method"] = method
             if rates is None:
@@ -194,7 +199,7 @@ class Experiment(BaseModel):
 
 
 def load(
-    source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str] = (), schema: Schema = Schema({}, set())
+    source: str | Path | Mapping[str, Any] | None, overrides: Sequence[str] = (), schema: Schema = Schema({}, {})
 ) -> RunConfig | Experiment:
     """The configuration in `source` (a YAML file, or a mapping) with `key=value` overrides applied, fully checked.
 
@@ -235,31 +240,16 @@ def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[di
     if not isinstance(head, list) or not all(isinstance(part, str) for part in head):
         raise InputError(f"head = {head!r}: expected names of modules, as in head=[classifier]")
     given = {key.removeprefix("method."): value for key, value in options.items()}
-    return _method(schema, {**given, "name": name}), head
+    return _checked("method", schema.methods, {**given, "name": name}), head
 
 
 def json_schema(schema: Schema) -> dict[str, Any]:
     """The JSON schema of a configuration file, for editors: one run or an experiment."""
     result = RunConfig.model_json_schema()
     properties = result["properties"]
-    properties["task"]["enum"] = sorted(schema.tasks)
-    methods: list[dict[str, Any]] = [{"enum": sorted(schema.methods)}]
-    for name, kind in sorted(schema.methods.items()):
-        options: dict[str, Any] = {"name": {"const": name}}
-        for field, hint in _options(kind).items():
-            options[field.name] = TypeAdapter(hint).json_schema()
-            if field.default is not dataclasses.MISSING:
-                options[field.name]["default"] = TypeAdapter(hint).dump_python(field.default, mode="json")
-        methods.append(
-            {
-                "type": "object",
-                "description": (kind.__doc__ or "").strip().partition("\n")[0],
-                "properties": options,
-                "required": ["name"],
-                "additionalProperties": False,
-            }
-        )
-    properties["method"] = {"oneOf": methods, "default": {"name": "lora"}}
+    for key, known in (("method", schema.methods), ("task", schema.tasks)):
+        properties[key] = {"oneOf": [{"enum": sorted(known)}, *(_part_schema(*each) for each in sorted(known.items()))]}
+    properties["method"]["default"] = {"name": "lora"}
     properties["vary"] = {
         "type": "object",
         "description": "axes of an experiment: dotted key -> list of values",
@@ -280,6 +270,25 @@ def json_schema(schema: Schema) -> dict[str, Any]:
     result.pop("required", None)
     result["title"] = "rankwise configuration"
     return result
+
+
+def _part_schema(name: str, kind: type) -> dict[str, Any]:
+    """The JSON schema of one method or task with its options."""
+    options: dict[str, Any] = {"name": {"const": name}}
+    required = ["name"]
+    for field, hint in _options(kind).items():
+        options[field.name] = TypeAdapter(hint).json_schema()
+        if field.default is not dataclasses.MISSING:
+            options[field.name]["default"] = TypeAdapter(hint).dump_python(field.default, mode="json")
+        else:
+            required.append(field.name)
+    return {
+        "type": "object",
+        "description": (kind.__doc__ or "").strip().partition("\n")[0],
+        "properties": options,
+        "required": required,
+        "additionalProperties": False,
+    }
 
 
 class _Loader(yaml.SafeLoader):
@@ -346,26 +355,31 @@ def _override(text: str) -> tuple[str, Any]:
         raise InputError(f"{key.strip()}: {error}") from None
 
 
-def _as_method(value: Any) -> dict[str, Any]:
+def named(key: str, value: Any) -> dict[str, Any]:
+    """What stands at `method` or `task` as a mapping: a name alone, or a mapping; a task's `type` is its name."""
     if isinstance(value, str):
         return {"name": value}
-    if isinstance(value, dict):
-        return dict(value)
-    raise InputError(f"method = {value!r}: expected a name or a mapping, as in `method: {{name: lora, rank: 8}}`")
+    if not isinstance(value, dict):
+        example = NAMED[key]
+        raise InputError(f"{key} = {value!r}: expected a name or a mapping, as in `{key}: {{name: {example}}}`")
+    if key == "task" and "type" in value and "name" not in value:
+        return {"name" if option == "type" else option: each for option, each in value.items()}
+    return dict(value)
 
 
 def _put(data: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key. The mapping below `method` and `report` is copied first: the combinations must not share it."""
+    """Set a dotted key. The mapping below it is copied first: the combinations must not share it."""
     head, dot, rest = key.partition(".")
     if not dot:
         data[head] = value
-    elif head == "method":
-        data[head] = {**_as_method(data.get(head, {"name": "lora"})), rest: value}
+    elif head in NAMED:
+        part = named(head, data.get(head, {"name": "lora"} if head == "method" else {}))
+        data[head] = {**part, "name" if (head, rest) == ("task", "type") else rest: value}
     elif head in ("vary", "report"):
         below = data.get(head)
         data[head] = {**(below if isinstance(below, dict) else {}), rest: value}
     else:
-        raise InputError(f"{key}: only method, vary and report have keys below them")
+        raise InputError(f"{key}: only {', '.join(NAMED)}, vary and report have keys below them")
 
 
 def _run_config(data: Mapping[str, Any]) -> RunConfig:
@@ -397,47 +411,46 @@ def _explain(error: ValidationError, key: str = "") -> str:
 
 
 def _options(kind: type) -> dict[dataclasses.Field[Any], Any]:
-    """Fields of a method's dataclass that are options, with their types."""
+    """Fields of a method's or a task's dataclass that are options, with their types."""
     hints = typing.get_type_hints(kind)
     return {field: hints[field.name] for field in dataclasses.fields(kind) if field.init}
 
 
 def _complete(config: RunConfig, schema: Schema) -> RunConfig:
-    """`config` with its task checked and its method's options checked and filled in."""
-    if config.task not in schema.tasks:
-        known = ", ".join(sorted(schema.tasks))
-        raise InputError(f"task = {config.task!r}: no such task{nearest(config.task, schema.tasks)}; known: {known}")
-    return config.model_copy(update={"method": _method(schema, config.method)})
+    """`config` with its task and its method checked, and their options filled in."""
+    task = _checked("task", schema.tasks, config.task)
+    return config.model_copy(update={"task": task, "method": _checked("method", schema.methods, config.method)})
 
 
-def _method(schema: Schema, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, a method's name and options, checked and with all defaults filled in."""
+def _checked(key: str, known: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`given`, the name and options of a method or a task, checked and with all defaults filled in."""
     name = given["name"]
-    if name not in schema.methods:
-        known = ", ".join(sorted(schema.methods))
-        raise InputError(f"method = {name!r}: no such method{nearest(name, schema.methods)}; known: {known}")
-    kind = schema.methods[name]
+    if name not in known:
+        raise InputError(f"{key} = {name!r}: no such {key}{nearest(name, known)}; known: {', '.join(sorted(known))}")
+    kind = known[name]
     options = {field.name: hint for field, hint in _options(kind).items()}
     values: dict[str, Any] = {}
-    for key, value in given.items():
-        if key == "name":
+    for option, value in given.items():
+        if option == "name":
             continue
-        if key not in options:
-            hint = nearest(key, options) or (f"; its options: {', '.join(options)}" if options else "; it has none")
-            raise InputError(f"method.{key}: {name} has no such option{hint}")
+        if option not in options:
+            hint = nearest(option, options) or (f"; its options: {', '.join(options)}" if options else "; it has none")
+            raise InputError(f"{key}.{option}: {name} has no such option{hint}")
         try:
-            values[key] = TypeAdapter(options[key]).validate_json(json.dumps(value, default=str), strict=True)
+            values[option] = TypeAdapter(options[option]).validate_json(json.dumps(value, default=str), strict=True)
         except ValidationError as error:
-            raise InputError(_explain(error, f"method.{key}")) from None
+            raise InputError(_explain(error, f"{key}.{option}")) from None
         if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"method.{key} = {value}: expected a finite number")
+            raise InputError(f"{key}.{option} = {value}: expected a finite number")
         if isinstance(value, int) and abs(value) > LARGEST:
-            raise InputError(f"method.{key} = {value}: expected a number up to {LARGEST}")
+            raise InputError(f"{key}.{option} = {value}: expected a number up to {LARGEST}")
     try:
-        method = kind(**values)
+        made = kind(**values)
     except (ValueError, TypeError) as error:
-        raise InputError(f"method {name}: {str(error).partition(chr(10))[0]}") from None
-    full = {key: TypeAdapter(hint).dump_python(getattr(method, key), mode="json") for key, hint in options.items()}
+        raise InputError(f"{key} {name}: {str(error).partition(chr(10))[0]}") from None
+    full = {
+        option: TypeAdapter(hint).dump_python(getattr(made, option), mode="json") for option, hint in options.items()
+    }
     return {"name": name, **full}
 
 
@@ -455,8 +468,9 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
             raise InputError(f"vary.{axis}: there is no such key{nearest(axis, keys)}")
         if not isinstance(values, list) or not values:
             raise InputError(f"vary.{axis} = {values!r}: expected a list of values, as in `{axis}: [..]`")
+    for key in NAMED.keys() & vary.keys():
+        vary[key] = [named(key, entry) for entry in vary[key]]
     if "method" in vary:
-        vary["method"] = [_as_method(entry) for entry in vary["method"]]
         for entry in vary["method"]:
             if entry.get("learning_rate") == []:
                 raise InputError(f"vary.method: {entry.get('name')} has an empty list of learning rates")
@@ -480,13 +494,21 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
     except ValidationError as error:
         raise InputError(_explain(error)) from None
     # Each combination is checked here, so that a sweep cannot stumble over its last run hours later.
+    by_digest: dict[str, RunConfig] = {}
     for config in experiment.configs():
         _complete(config, schema)
-    if "method" in vary:
-        vary["method"] = [_filled(entry, schema, vary) for entry in vary["method"]]
-    elif "method.name" not in vary:
-        data["method"] = _filled(_as_method(data.get("method", {"name": "lora"})), schema, vary)
-    return experiment.model_copy(update={"base": data, "vary": vary})
+        by_digest[config.digest()] = config
+        if config.after is not None:
+            _check_link(by_digest[config.after], config, schema)
+    for key, known in (("method", schema.methods), ("task", schema.tasks)):
+        if key in vary:
+            vary[key] = [_filled(key, entry, known, vary) for entry in vary[key]]
+        elif f"{key}.name" not in vary and (key == "method" or key in data):
+            data[key] = _filled(key, named(key, data.get(key, {"name": "lora"})), known, vary)
+        for stage in chain:
+            if key in stage:
+                stage[key] = _filled(key, named(key, stage[key]), known, {})
+    return experiment.model_copy(update={"base": data, "vary": vary, "chain": chain})
 
 
 def _chain(stages: Any, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -496,16 +518,23 @@ def _chain(stages: Any, keys: Sequence[str]) -> list[dict[str, Any]]:
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) and stage for stage in stages):
         raise InputError("chain: expected a list of settings, as in `chain: [{method.sparsity: 0.1}, {epochs: 1}]`")
     for key in (key for stage in stages for key in stage):
-        if str(key).partition(".")[0] not in keys or key in ("runs", "seed", "task", "model", "method", "method.name"):
+        if str(key).partition(".")[0] not in keys or key in ("runs", "model"):
             raise InputError(f"chain: {key} cannot differ between the stages of one chain{nearest(key, keys)}")
     return stages
 
 
-def _filled(entry: dict[str, Any], schema: Schema, vary: Mapping[str, Any]) -> dict[str, Any]:
-    """A method with its defaults written out, its own learning rates kept."""
-    rates = {key: entry[key] for key in ("learning_rate",) if key in entry}
-    given = {key: value for key, value in entry.items() if key != "learning_rate" and f"method.{key}" not in vary}
-    return {**_method(schema, given), **rates}
+def _check_link(before: RunConfig, config: RunConfig, schema: Schema) -> None:
+    """Refuse a stage that cannot begin with what the one before has trained."""
+    first, second = before.method["name"], config.method["name"]
+    if first != second and not getattr(schema.methods[first], "whole", False):
+        raise InputError(f"chain: {second} cannot follow {first}; only what trains the whole model can be followed so")
+
+
+def _filled(key: str, entry: dict[str, Any], known: Mapping[str, type], vary: Mapping[str, Any]) -> dict[str, Any]:
+    """A method or task with its defaults written out; a method's own learning rates are kept."""
+    rates = {option: entry[option] for option in ("learning_rate",) if key == "method" and option in entry}
+    given = {option: each for option, each in entry.items() if option not in rates and f"{key}.{option}" not in vary}
+    return {**_checked(key, known, given), **rates}
 
 
 def _override_experiment(
@@ -517,8 +546,8 @@ def _override_experiment(
         vary["method"] = [entry for entry in entries if entry.get("name") == value] or [{"name": value}]
     elif key in vary:
         vary[key] = value if isinstance(value, list) else [value]
-        if key == "method":
-            vary[key] = [_as_method(entry) for entry in vary[key]]
+        if key in NAMED:
+            vary[key] = [named(key, entry) for entry in vary[key]]
     elif key.startswith("method.") and entries:
         option = key.partition(".")[2]
         having = [entry for entry in entries if _has(schema, entry, option)]

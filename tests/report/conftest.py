@@ -74,7 +74,7 @@ def finish(store: Store, config: RunConfig, level: float, moving: bool = True) -
     size = 0 if name == "head" else 331_776
     result = {
         "run": folder.name.rpartition("-")[2],
-        "task": config.task,
+        "task": config.task["name"],
         "method": name,
         "options": {key: value for key, value in config.method.items() if key != "name"},
         "model": "minilm-l6",

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from rankwise.config import InputError, RunConfig
@@ -135,6 +137,36 @@ def test_several_tasks_get_an_overview(tmp_path: Path, make: Callable[..., Path]
     found = page(make(tmp_path / "runs", tasks=("stdlib-module", "cola"), seeds=(0,)))
     assert "All tasks, each method at its best learning rate" in found.text
     assert len([image for image in found.images if str(image["alt"]).startswith("Score")]) == 2
+
+
+def test_texts_stand_side_by_side_escaped_and_shortened(tmp_path: Path, make: Callable[..., Path]) -> None:
+    folder = make(tmp_path / "runs", seeds=(0, 1))
+    for result in Store(folder).results():
+        wrote = f"<script>{result['method']}</script>" if result["seed"] == 0 else "of another seed"
+        rows = {
+            "split": ["validation"] * 9 + ["test"],
+            "idx": [*range(9), 0],
+            "source": [f"<b>source</b> {place} " + "x" * (1000 if place == 2 else 1) for place in range(10)],
+            "references": [["one & only"]] * 4 + [["first", "second"]] * 6,
+            "prediction": [wrote] * 8 + ["", ""],
+        }
+        pyarrow.parquet.write_table(pyarrow.table(rows), result["folder"] / "predictions.parquet")
+    out = html.write(folder).read_text(encoding="utf-8")
+    found = Page(out)
+    assert "What was written" in found.text and "<script>" not in out and "of another seed" not in found.text
+    for words in ("<script>head</script>", "<script>lora</script>", "one & only", "references first second"):
+        assert words in found.text
+    assert "x … (1,016 characters in all)" in found.text
+    assert [f"source</b> {place} " in found.text for place in range(9)].count(True) == 4
+
+
+def test_pictures_of_masks_are_shown_once_a_method(tmp_path: Path, make: Callable[..., Path]) -> None:
+    folder = make(tmp_path / "runs", seeds=(0, 1))
+    for result in Store(folder).results():
+        (result["folder"] / "masks.png").write_bytes(b"\x89PNG")
+    found = page(folder)
+    masks = [image for image in found.images if "makes of some images" in str(image["alt"])]
+    assert len(masks) == 3 and {image["src"] for image in masks} == {"data:image/png;base64,iVBORw=="}
 
 
 def test_unfinished_runs_are_listed_and_leave_no_number(tmp_path: Path) -> None:

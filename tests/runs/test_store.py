@@ -8,7 +8,7 @@ import yaml
 
 import rankwise
 from rankwise.config import Experiment, InputError
-from rankwise.runs.store import Store, predictions, progress
+from rankwise.runs.store import Store, answers, progress
 from runs_made_up import REVISION, config, finish, predict, result
 
 
@@ -146,14 +146,22 @@ def test_progress_before_the_first_line(tmp_path: Path) -> None:
     assert progress(tmp_path) == (0, None)
 
 
-def test_predictions_are_those_of_the_main_split(store: Store) -> None:
+def test_answers_are_those_of_the_main_split(store: Store) -> None:
     folder = store.create(config(), REVISION)
-    assert predictions(folder) is None
+    assert answers(folder) is None
     predict(folder, [1, 0, 1], [1, 1, 1])
-    found = predictions(folder)
-    assert found is not None
-    assert [each.tolist() for each in found] == [[1, 0, 1], [1, 1, 1]]
+    found = answers(folder)
+    assert found is not None and not found.scored
+    assert (found.predictions.tolist(), found.labels.tolist()) == ([1, 0, 1], [1, 1, 1])
     predict(folder, [1, 0, 1], [-1, -1, -1])
-    assert predictions(folder) is None
+    assert answers(folder) is None
     (folder / "predictions.parquet").write_bytes(b"PAR1")
-    assert predictions(folder) is None
+    assert answers(folder) is None
+
+
+def test_answers_with_a_score_each_are_these_scores(store: Store) -> None:
+    folder = store.create(config(), REVISION)
+    predict(folder, [0, 0, 0], [-1, -1, -1], scores=[0.5, 0.25, 1.0])
+    found = answers(folder)
+    assert found is not None and found.scored
+    assert (found.predictions.tolist(), found.labels.tolist()) == ([0.5, 0.25, 1.0], [0, 1, 2])

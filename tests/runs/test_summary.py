@@ -57,6 +57,15 @@ def test_the_bootstrap_joins_in_where_predictions_of_the_same_rows_are_there(sto
     assert any("over the examples" not in sentence for sentence in summary(store).findings())
 
 
+def test_the_bootstrap_draws_scores_of_examples_where_there_are_such(store: Store) -> None:
+    three_methods(store)
+    for result in store.results():
+        worth = {"lora": 0.5, "simplex-lora": 0.5, "head": 0.25}[result["method"]]
+        predict(result["folder"], [0] * 40, [-1] * 40, scores=[worth] * 40)
+    examples = {each.ours["name"]: each.found.examples for each in summary(store).contrasts}
+    assert examples == {"simplex-lora": (0.0, 0.0), "head": (-0.25, -0.25)}
+
+
 def test_a_method_is_measured_against_lora_at_the_nearest_budget(store: Store) -> None:
     for rank, score in ((2, 0.5), (4, 0.6), (16, 0.7)):
         finish(store, config(method={"name": "lora", "rank": rank}), score)

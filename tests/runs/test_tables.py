@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from rankwise.runs.store import Store
-from rankwise.runs.tables import Row, best, plain, summarise
+from rankwise.runs.summary import Summary
+from rankwise.runs.tables import Row, averages, best, plain, summarise
 from runs_made_up import config, finish
 
 HEAD = {"name": "head"}
@@ -70,6 +71,19 @@ def test_the_best_rate_has_the_best_mean_among_those_with_the_most_seeds(store: 
     finish(store, config(task="mrpc", learning_rate=1e-3), 0.2)
     chosen = {(row["task"], row["method"]): row["learning_rate"] for row in best(rows(store))}
     assert chosen == {("cola", "lora rank=4"): 3e-3, ("cola", "head"): 1e-3, ("mrpc", "lora rank=4"): 1e-3}
+
+
+def test_a_benchmark_is_averaged_over_its_tasks_for_the_methods_that_have_all_of_them(store: Store) -> None:
+    for seed, (cola, mrpc) in enumerate([(0.5, 0.75), (0.25, 0.75)]):
+        for task, counted in (("cola", cola), ("mrpc", mrpc)):
+            finish(store, config(task=task, seed=seed), 0.9, benchmark={"name": "GLUE", "score": counted})
+    finish(store, config(task="cola", method=HEAD), 0.9, benchmark={"name": "GLUE", "score": 1.0})
+    finish(store, config(task="wnli"), 0.9, benchmark={})
+    (found,) = averages(best(rows(store)))
+    assert (found.benchmark, found.tasks, found.method) == ("GLUE", ("cola", "mrpc"), "lora rank=4")
+    assert found.scores == {0: 0.625, 1: 0.5}
+    assert "GLUE, average over 2 tasks (cola, mrpc)" in Summary.of(store.results(), {}).text()
+    assert Summary.of(store.results(), {}).as_json()["averages"][0]["scores"] == {0: 0.625, 1: 0.5}
 
 
 def test_stages_of_chains_never_share_a_row(store: Store) -> None:

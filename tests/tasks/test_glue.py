@@ -25,7 +25,7 @@ def write(file: Path, **columns) -> Path:
 
 
 def rows(name: str, n: int = 6, unlabelled: bool = False) -> dict:
-    task = tasks.load(name)
+    task = tasks.build(name)
     labels = (
         [-1] * n
         if unlabelled
@@ -61,7 +61,7 @@ def refused(call) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_task_reads_and_scores(folder, name):
-    task = tasks.load(name)
+    task = tasks.build(name)
     train, evaluation = task.train(), task.evaluation()
     for split in (train, *evaluation):
         assert split.data.column_names == [*task.text, "label", "idx"]
@@ -83,7 +83,7 @@ def test_every_task_reads_and_scores(folder, name):
 
 
 def test_a_file_of_another_size_is_not_official(folder):
-    split = tasks.load("rte").train()
+    split = tasks.build("rte").train()
     assert not split.official
     assert split.note == "train: 6 rows, not the official 2,490 of train"
 
@@ -91,7 +91,7 @@ def test_a_file_of_another_size_is_not_official(folder):
 def test_a_subset_stands_in_and_is_not_official(folder):
     file = folder / "glue/qnli/train.parquet"
     file.rename(file.with_name("train_subset.parquet"))
-    split = tasks.load("qnli").train()
+    split = tasks.build("qnli").train()
     assert (split.name, split.official) == ("train_subset", False)
     assert split.note == "train_subset: 6 rows, not the official 104,743 of train"
 
@@ -100,15 +100,15 @@ def test_a_subset_of_the_official_size_is_still_not_official(folder):
     columns = rows("wnli", 71)
     (folder / "glue/wnli/validation.parquet").unlink()
     write(folder / "glue/wnli/validation_subset.parquet", **columns)
-    assert not tasks.load("wnli").evaluation()[0].official
+    assert not tasks.build("wnli").evaluation()[0].official
     write(folder / "glue/wnli/validation.parquet", **columns)
-    official = tasks.load("wnli").evaluation()[0]
+    official = tasks.build("wnli").evaluation()[0]
     assert (official.official, official.note) == (True, "")
 
 
 def test_ax_trains_on_mnli_and_is_unlabelled(folder):
-    task = tasks.load("ax")
-    assert task.train().data[:] == tasks.load("mnli").train().data[:]
+    task = tasks.build("ax")
+    assert task.train().data[:] == tasks.build("mnli").train().data[:]
     (test,) = task.evaluation()
     assert not test.labelled
     assert task.score(test, np.zeros(6)) == {}
@@ -118,11 +118,11 @@ def test_idx_is_the_row_where_the_file_has_none(folder):
     columns = rows("rte")
     del columns["idx"]
     write(folder / "glue/rte/train.parquet", **columns)
-    assert tasks.load("rte").train().data["idx"][:] == list(range(6))
+    assert tasks.build("rte").train().data["idx"][:] == list(range(6))
 
 
 def test_the_revision_is_of_the_rows_not_of_the_place(folder, tmp_path_factory, monkeypatch):
-    revision = tasks.load("cola").revision()
+    revision = tasks.build("cola").revision()
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     for split in ("train", "validation"):
         # other idx, other order of columns, smaller types, other compression: the same data
@@ -134,14 +134,14 @@ def test_the_revision_is_of_the_rows_not_of_the_place(folder, tmp_path_factory, 
         file = write(elsewhere / "glue/cola" / f"{split}.parquet", **columns)
         pq.write_table(pq.read_table(file), file, compression="zstd")
     monkeypatch.setenv("RANKWISE_DATA", str(elsewhere))
-    assert tasks.load("cola").revision() == revision
+    assert tasks.build("cola").revision() == revision
     write(elsewhere / "glue/cola/validation.parquet", **rows("cola") | {"label": [1, 1] * 3})
-    assert tasks.load("cola").revision() != revision
+    assert tasks.build("cola").revision() != revision
 
 
 def test_a_folder_that_is_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv("RANKWISE_DATA", str(tmp_path / "nowhere"))
-    message = refused(tasks.load("cola").train)
+    message = refused(tasks.build("cola").train)
     assert "RANKWISE_DATA" in message
     assert "nowhere" in message
     assert "unset" in message
@@ -149,14 +149,14 @@ def test_a_folder_that_is_not_there(monkeypatch, tmp_path):
 
 def test_a_file_that_is_not_there(folder):
     (folder / "glue/mnli/validation_mismatched.parquet").unlink()
-    assert "validation_mismatched.parquet does not exist" in refused(tasks.load("mnli").evaluation)
+    assert "validation_mismatched.parquet does not exist" in refused(tasks.build("mnli").evaluation)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])
 def test_a_truncated_file(folder, keep):
     file = folder / "glue/cola/train.parquet"
     file.write_bytes(file.read_bytes()[:keep])
-    message = refused(tasks.load("cola").train)
+    message = refused(tasks.build("cola").train)
     assert str(file) in message
     assert "cannot be read as parquet" in message
 
@@ -166,14 +166,14 @@ def test_a_damaged_file(folder):
     data = bytearray(file.read_bytes())
     data[4:200] = b"\xff" * 196
     file.write_bytes(bytes(data))
-    assert str(file) in refused(tasks.load("cola").train)
+    assert str(file) in refused(tasks.build("cola").train)
 
 
 def test_a_folder_in_place_of_a_file(folder):
     file = folder / "glue/cola/train.parquet"
     file.unlink()
     file.mkdir()
-    assert "does not exist" in refused(tasks.load("cola").train)
+    assert "does not exist" in refused(tasks.build("cola").train)
 
 
 BAD = {
@@ -193,7 +193,7 @@ BAD = {
 @pytest.mark.parametrize("wanted", BAD)
 def test_bad_rows(folder, wanted):
     file = write(folder / "glue/cola/train.parquet", **BAD[wanted])
-    message = refused(tasks.load("cola").train)
+    message = refused(tasks.build("cola").train)
     assert wanted in message
     assert str(file) in message
 
@@ -201,19 +201,19 @@ def test_bad_rows(folder, wanted):
 @pytest.mark.parametrize("grade", [-0.1, 5.1, float("nan"), float("inf")])
 def test_a_grade_outside_0_to_5(folder, grade):
     write(folder / "glue/stsb/train.parquet", **rows("stsb") | {"label": [1.0, 2.0, grade, 3.0, 4.0, 5.0]})
-    assert "in row 2 is not 0.0 to 5.0" in refused(tasks.load("stsb").train)
+    assert "in row 2 is not 0.0 to 5.0" in refused(tasks.build("stsb").train)
 
 
 def test_a_label_where_none_is_public(folder):
     write(folder / "glue/ax/test.parquet", **rows("ax", unlabelled=True) | {"label": [-1, -1, 1, -1, -1, -1]})
-    assert "label 1 in row 2 is not -1" in refused(tasks.load("ax").evaluation)
+    assert "label 1 in row 2 is not -1" in refused(tasks.build("ax").evaluation)
 
 
 PROGRAM = """
 from rankwise import tasks
 from rankwise.config import InputError
 try:
-    tasks.load("rte").train()
+    tasks.build("rte").train()
 except InputError as error:
     print(error)
 """
@@ -245,13 +245,13 @@ import sys
 from rankwise import tasks
 from rankwise.tasks import glue
 glue.HUB = sys.argv[1]
-task = tasks.load("rte")
+task = tasks.build("rte")
 print(task.revision(), len(task.train().data), task.evaluation()[0].name, *task.train().data.features)
 """
 
 
 def test_a_dataset_laid_out_as_on_the_hub_gives_the_same_rows(folder, tmp_path):
-    revision = tasks.load("rte").revision()
+    revision = tasks.build("rte").revision()
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub/README.md").write_text(CARD)
     for split in ("train", "validation"):
@@ -278,11 +278,72 @@ OFFICIAL = {
 }
 
 
+def test_halves_share_the_rows_and_report_the_second(folder):
+    for name, count in (("rte", 6), ("mnli", 6)):
+        whole = tasks.build(name).evaluation()
+        task = tasks.build({"name": name, "protocol": "halves"})
+        halves = task.evaluation()
+        assert [half.suffix for half in halves] == [
+            end for split in whole for end in (split.suffix, split.suffix + "_test")
+        ]
+        for split, first, second in zip(whole, halves[::2], halves[1::2], strict=True):
+            assert len(first.data) == len(second.data) == count // 2
+            assert sorted(first.data["idx"][:] + second.data["idx"][:]) == split.data["idx"][:]
+            assert not first.official and "half of validation" in second.note
+        assert [half.data[:] for half in task.evaluation()] == [half.data[:] for half in halves]
+    assert tasks.build({"name": "rte", "protocol": "halves"}).label == "rte protocol=halves"
+
+
+@pytest.mark.parametrize(
+    ("name", "averaged", "halves"),
+    [
+        ("cola", ("matthews",), ("matthews_test",)),
+        ("mrpc", ("accuracy", "f1"), ("accuracy_test", "f1_test")),
+        ("mnli", ("accuracy", "accuracy_mismatched"), ("accuracy_test", "accuracy_mismatched_test")),
+        ("stsb", ("pearson", "spearman"), ("pearson_test", "spearman_test")),
+        ("wnli", (), ()),
+    ],
+)
+def test_what_counts_in_the_average(name, averaged, halves):
+    assert tasks.build(name).averaged == averaged
+    assert tasks.build({"name": name, "protocol": "halves"}).averaged == halves
+
+
+def test_wnli_and_ax_are_outside_the_average():
+    inside = {name for name in NAMES if tasks.build(name).benchmark == "GLUE"}
+    assert inside == {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"}
+    with pytest.raises(InputError, match="ax has no labels to halve"):
+        tasks.build({"name": "ax", "protocol": "halves"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_submission_has_a_line_for_each_row_as_the_website_takes_it(folder, monkeypatch, name):
+    task = tasks.build(name) if name == "ax" else tasks.build({"name": name, "submission": True})
+    for split in task.tests:
+        # a test split that comes with labels: they are not to be seen
+        write(folder / "glue" / name / f"{split}.parquet", **rows(name, unlabelled=name != "mrpc"))
+    monkeypatch.setattr(type(task), "tests", {split: (file, 6) for split, (file, _) in task.tests.items()})
+    tests = [split for split in task.evaluation() if split.name in task.tests]
+    assert len(tests) == len(task.tests) and not any(split.labelled for split in tests)
+    first = 7.25 if not task.labels else len(task.labels) - 1
+    files = {}
+    for split in tests:
+        files |= task.files(split, np.array([first, 0, 0, 0, 0, 0]))
+        assert task.files(split, np.zeros(5)) == {}
+    assert set(files) == {file for file, _ in task.tests.values()}
+    said = {"stsb": "5.000", "mnli": "contradiction", "ax": "contradiction", "rte": "not_entailment"}
+    said["qnli"] = "not_entailment"
+    for text in files.values():
+        lines = text.splitlines()
+        assert lines[0] == "index\tprediction" and len(lines) == 7 and text.endswith("\n")
+        assert lines[1] == f"0\t{said.get(name, '1')}"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_real_files(name):
     if not (Path(REAL) / "glue" / name).is_dir() or not REAL:
         pytest.skip(f"RANKWISE_DATA has no glue/{name}")
-    task = tasks.load(name)
+    task = tasks.build(name)
     splits = [task.train(), *task.evaluation()]
     assert [(split.name, len(split.data)) for split in splits] == OFFICIAL[name]
     for split in splits:

@@ -18,7 +18,7 @@ NAMES = ["stdlib-module", "stdlib-kind", "stdlib-match"]
 
 @pytest.fixture(scope="module", params=NAMES)
 def task(request):
-    return tasks.load(request.param)
+    return tasks.build(request.param)
 
 
 def rows(split, *columns):
@@ -51,21 +51,21 @@ def test_no_text_is_on_both_sides(task):
 def test_no_line_is_on_different_sides_in_two_tasks():
     lines = {"train": set(), "validation": set()}
     for name in NAMES:
-        for split in (tasks.load(name).train(), *tasks.load(name).evaluation()):
+        for split in (tasks.build(name).train(), *tasks.build(name).evaluation()):
             lines[split.name] |= set(split.data["line"])
     assert not lines["train"] & lines["validation"]
 
 
 @pytest.mark.parametrize("name", ["stdlib-module", "stdlib-kind"])
 def test_a_line_stands_once(name):
-    task = tasks.load(name)
+    task = tasks.build(name)
     lines = [line for split in (task.train(), *task.evaluation()) for line in split.data["line"]]
     assert len({stdlib_docs._key(line) for line in lines}) == len(lines)
     assert all(line == " ".join(line.split()) for line in lines)
 
 
 def test_modules_are_the_24_with_the_most_lines():
-    task = tasks.load("stdlib-module")
+    task = tasks.build("stdlib-module")
     assert len(task.labels) == 24 == len(set(task.labels))
     assert list(task.labels) == sorted(task.labels)
     assert set(task.labels) <= sys.stdlib_module_names
@@ -81,13 +81,13 @@ def test_labels_are_what_the_library_says():
         kinds.setdefault(docstring.line, set()).add(docstring.kind)
         modules.setdefault(docstring.line, set()).add(docstring.module)
     for name, truth in (("stdlib-kind", kinds), ("stdlib-module", modules)):
-        task = tasks.load(name)
+        task = tasks.build(name)
         for split in (task.train(), *task.evaluation()):
             assert all(truth[line] == {task.labels[label]} for line, label in rows(split, "line", "label"))
 
 
 def test_match_is_balanced_and_neither_text_alone_tells():
-    task = tasks.load("stdlib-match")
+    task = tasks.build("stdlib-match")
     truth = {(docstring.line, docstring.body) for docstring in stdlib_docs._docstrings()}
     module = {docstring.body: docstring.module for docstring in stdlib_docs._docstrings()}
     by_line = {docstring.line: docstring.module for docstring in stdlib_docs._docstrings() if docstring.body}
@@ -143,7 +143,7 @@ from rankwise.tasks import stdlib_docs
 before = set(sys.modules)
 stdlib_docs._docstrings()
 added = sorted(set(sys.modules) - before)
-found = {name: tasks.load(name) for name in sys.argv[1:]}
+found = {name: tasks.build(name) for name in sys.argv[1:]}
 print(json.dumps([added, {name: [task.revision(), task.train().data[:5]] for name, task in found.items()}]))
 """
 
@@ -164,13 +164,13 @@ def test_two_processes_build_the_same_rows_and_import_nothing():
     added, found = answers[0]
     assert not {"turtle", "antigravity", "this", "tkinter"} & set(added)
     assert {name: revision for name, (revision, _) in found.items()} == {
-        name: tasks.load(name).revision() for name in NAMES
+        name: tasks.build(name).revision() for name in NAMES
     }
 
 
 def test_the_order_of_the_folder_does_not_matter(monkeypatch):
     names = stdlib_docs._files()
-    expected = tasks.load("stdlib-kind").revision()
+    expected = tasks.build("stdlib-kind").revision()
     walk = os.walk
 
     def backwards(top):
@@ -181,7 +181,7 @@ def test_the_order_of_the_folder_does_not_matter(monkeypatch):
     monkeypatch.setattr(os, "walk", backwards)
     assert stdlib_docs._files() == names
     stdlib_docs._docstrings.cache_clear()
-    assert tasks.load("stdlib-kind").revision() == expected
+    assert tasks.build("stdlib-kind").revision() == expected
 
 
 def test_a_library_without_sources_is_told(monkeypatch, tmp_path):
@@ -191,7 +191,7 @@ def test_a_library_without_sources_is_told(monkeypatch, tmp_path):
     stdlib_docs._docstrings.cache_clear()
     try:
         with pytest.raises(InputError, match="no Python sources") as caught:
-            tasks.load("stdlib-match").train()
+            tasks.build("stdlib-match").train()
     finally:
         stdlib_docs._docstrings.cache_clear()
     assert str(tmp_path) in str(caught.value)

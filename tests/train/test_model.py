@@ -8,7 +8,9 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model
 from transformers.utils import logging as transformers_logging
 
 import tiny
+from rankwise import tasks
 from rankwise.config import InputError
+from rankwise.tasks import Task
 from rankwise.train.model import build, label
 
 
@@ -22,6 +24,13 @@ def words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", model_max_length=16)
 
 
+def labelled(*names: str) -> Task:
+    """A task whose classes have these names; none of its rows are read."""
+    task = tasks.build("stdlib-kind")
+    vars(task)["labels"] = names
+    return task
+
+
 def saved(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -30,7 +39,7 @@ def saved(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 def test_the_embedded_model_has_a_classifier_and_keeps_its_pooler_frozen(capfd: pytest.CaptureFixture[str]) -> None:
     verbosity = transformers_logging.get_verbosity()
-    model, tokenizer, head = build(None, ("no", "yes"), 128)
+    model, tokenizer, head = build(None, labelled("no", "yes"), 128)
     assert head == ["classifier"]
     assert model.config.id2label == {0: "no", 1: "yes"}
     assert model.config.problem_type == "single_label_classification"
@@ -42,7 +51,7 @@ def test_the_embedded_model_has_a_classifier_and_keeps_its_pooler_frozen(capfd: 
 def test_a_pooler_drawn_at_random_belongs_to_the_head(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     config = BertConfig(vocab_size=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     folder = saved(BertModel(config, add_pooling_layer=False), words, tmp_path / "base")
-    assert build(folder, ("a", "b", "c"), 8)[2] == ["bert.pooler", "classifier"]
+    assert build(folder, labelled("a", "b", "c"), 8)[2] == ["bert.pooler", "classifier"]
 
 
 def test_a_decoder_gets_a_padding_token_and_rows_do_not_depend_on_it(
@@ -50,7 +59,7 @@ def test_a_decoder_gets_a_padding_token_and_rows_do_not_depend_on_it(
 ) -> None:
     config = GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=1, n_positions=16)
     folder = saved(GPT2Model(config), words, tmp_path / "base")
-    model, tokenizer, head = build(folder, ("a", "b"), 16)
+    model, tokenizer, head = build(folder, labelled("a", "b"), 16)
     assert head == ["score"]
     assert tokenizer.pad_token == "<end>" and model.config.pad_token_id == 0
     model.eval()
@@ -60,19 +69,19 @@ def test_a_decoder_gets_a_padding_token_and_rows_do_not_depend_on_it(
 
 
 def test_no_labels_means_one_output_trained_as_a_regression() -> None:
-    model, _, _ = build(None, (), 128)
+    model, _, _ = build(None, labelled(), 128)
     assert model.config.num_labels == 1 and model.config.problem_type == "regression"
 
 
 def test_a_head_for_other_labels_is_drawn_anew(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     folder = saved(tiny.model("bert"), words, tmp_path / "trained")
-    model, _, head = build(folder, ("a", "b", "c", "d", "e"), 16)
+    model, _, head = build(folder, labelled("a", "b", "c", "d", "e"), 16)
     assert head == ["classifier"] and model.classifier.out_features == 5
 
 
 def test_weights_in_half_precision_are_trained_in_fp32(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     folder = saved(tiny.model("bert").to(torch.bfloat16), words, tmp_path / "half")
-    model, _, _ = build(folder, ("a", "b", "c"), 16)
+    model, _, _ = build(folder, labelled("a", "b", "c"), 16)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -82,13 +91,13 @@ def test_a_base_with_missing_weights_is_refused(words: PreTrainedTokenizerFast, 
     config.num_hidden_layers = 3
     config.save_pretrained(folder)
     with pytest.raises(InputError, match=r"no fitting weights for 16 parameters .*bert\.encoder\.layer\.2"):
-        build(folder, ("a", "b", "c"), 16)
+        build(folder, labelled("a", "b", "c"), 16)
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "someone/unknown-model"])
 def test_a_model_that_cannot_be_had_is_one_line(name: str) -> None:
     with pytest.raises(InputError, match=name) as caught:
-        build(name, ("a", "b"), 16)
+        build(name, labelled("a", "b"), 16)
     assert "\n" not in str(caught.value)
 
 
@@ -97,13 +106,13 @@ def test_a_damaged_model_is_one_line(words: PreTrainedTokenizerFast, tmp_path: P
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot load") as caught:
-        build(folder, ("a", "b"), 16)
+        build(folder, labelled("a", "b"), 16)
     assert "\n" not in str(caught.value)
 
 
 def test_more_tokens_than_the_model_reads_are_refused() -> None:
     with pytest.raises(InputError, match="max_length: 513 is more than the 512 tokens"):
-        build(None, ("a", "b"), 513)
+        build(None, labelled("a", "b"), 513)
 
 
 def test_a_result_names_a_model_without_its_place(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ import rankwise
 from rankwise import tasks
 from rankwise.config import InputError
 from rankwise.runs.store import Store
-from rankwise.tasks import encode, subset
+from rankwise.tasks import subset
+from rankwise.tasks.classification import logits
 from rankwise.train import model as models
-from rankwise.train.evaluate import predict
 from rankwise.train.files import MARKER, last_complete
 from rankwise.train.progress import DivergedError, Plan
 from rankwise.train.run import run
@@ -97,19 +97,19 @@ def test_the_predictions_give_the_metrics_and_are_of_the_rows_they_name(finished
     assert (columns["logits"].argmax(axis=1) == columns["prediction"]).all()
     metrics = json.loads((finished / "result.json").read_text())["metrics"]
     assert (columns["label"] == columns["prediction"]).mean() == pytest.approx(metrics["accuracy"])
-    rows = subset(tasks.load("stdlib-kind").evaluation()[0], 24).data
+    rows = subset(tasks.build("stdlib-kind").evaluation()[0], 24).data
     assert columns["idx"].tolist() == rows["idx"][:] and columns["label"].tolist() == rows["label"][:]
 
 
 def test_stock_peft_gets_from_the_adapter_what_the_run_predicted(finished: Path) -> None:
-    task = tasks.load("stdlib-kind")
+    task = tasks.build("stdlib-kind")
     split = subset(task.evaluation()[0], 24)
     torch.manual_seed(1)  # another head than the run began with: the adapter brings its own
-    base, tokenizer, _ = models.build(None, task.labels, 16)
+    base, tokenizer, _ = models.build(None, task, 16)
     model = PeftModel.from_pretrained(base, str(finished / "adapter"))
-    logits = predict(model, encode(split, task, tokenizer, 16), tokenizer, batch_size=5)
+    found = logits(model, task.encode(split, tokenizer, 16), tokenizer, batch_size=5)
     kept = pyarrow.parquet.read_table(finished / "predictions.parquet").column("logits").to_pylist()
-    np.testing.assert_allclose(logits, np.array(kept), atol=1e-5)
+    np.testing.assert_allclose(found, np.array(kept), atol=1e-5)
 
 
 def test_a_finished_run_is_returned_untouched(finished: Path) -> None:
@@ -132,7 +132,7 @@ def test_head_trains_the_head_alone(tmp_path: Path) -> None:
     assert result["parameters"] == {"trainable": 0, "final": 0, "budget": 0, "head": 1155}
     assert [line["ranks"] for line in lines(folder / "ranks.jsonl")] == [{}]
     assert [line["step"] for line in lines(folder / "metrics.jsonl") if "eval" in line] == [6, 12]
-    base, _, _ = models.build(None, tasks.load("stdlib-kind").labels, 16)
+    base, _, _ = models.build(None, tasks.build("stdlib-kind"), 16)
     start = base.classifier.weight.detach().clone()
     trained = rankwise.load(base, folder / "adapter")
     assert not torch.equal(start, trained.classifier.weight)
@@ -314,16 +314,16 @@ def test_a_regression_runs_on_pairs(tmp_path: Path) -> None:
     assert set(result["metrics"]) == {"pearson", "spearman"} and result["splits"]["train"]["rows"] == 16
     table = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
     assert table["label"][0] == 5.0
-    assert table["prediction"] == [logits[0] for logits in table["logits"]]
+    assert table["prediction"] == [each[0] for each in table["logits"]]
 
 
 def test_answers_do_not_depend_on_the_order_or_the_batches() -> None:
-    task = tasks.load("stdlib-kind")
+    task = tasks.build("stdlib-kind")
     split = subset(task.evaluation()[0], 12)
-    model, tokenizer, _ = models.build(None, task.labels, 64)
+    model, tokenizer, _ = models.build(None, task, 64)
     model.train()
-    tokens = encode(split, task, tokenizer, 64)
-    at_once, singly = (predict(model, tokens, tokenizer, size) for size in (12, 1))
+    tokens = task.encode(split, tokenizer, 64)
+    at_once, singly = (logits(model, tokens, tokenizer, size) for size in (12, 1))
     np.testing.assert_allclose(at_once, singly, atol=1e-5)
     assert model.training
 

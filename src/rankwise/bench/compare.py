@@ -57,7 +57,7 @@ def carry_out(store: Store, folders: Sequence[Path], runner: Runner, console: Co
 
 def called(config: RunConfig) -> str:
     """A run in a few words, for a log with several of them."""
-    return f"{config.task} {config.method['name']} rate {config.learning_rate:g} seed {config.seed}"
+    return f"{config.task['name']} {config.method['name']} rate {config.learning_rate:g} seed {config.seed}"
 
 
 def _before(store: Store, configs: dict[Path, RunConfig]) -> dict[Path, Path]:

@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from rankwise.nets.fused import PARTS, Part
-from rankwise.ranks.resize import kept_units, start
+from rankwise.ranks.resize import kept_units, shaped, start
 from rankwise.ranks.sites import OMEGA, Site, sites
 
 
@@ -21,7 +21,7 @@ def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
     here = [site for site in sites(model) if site.present]
     found = {}
     for site, units in zip(here, kept_units(here), strict=True):
-        A, B = site.A[units], site.B[:, units]
+        A, B = site.A.flatten(1)[units], site.B.flatten(1)[:, units]
         if site.scale is not None:
             B = B * site.scale.value.to(B.dtype).expand(site.rank, 1).T[:, units]
         begun = start(site)
@@ -86,12 +86,14 @@ def joined(modules: dict[str, list[Site]], stored: dict[str, Tensor]) -> dict[st
 
 def state_of(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
     """The model's state dict with `factors` in the place of its own."""
-    names = "|".join(re.escape(site.name) for site in sites(model))
+    here = {site.name: site for site in sites(model)}
+    names = "|".join(map(re.escape, here))
     ours = re.compile(
         rf"base_model\.(?:{OMEGA}\.|model\.(?:{names})\.(?:lora_A\.|lora_B\.[^.]+\.weight$|lora_start\.))"
     )
     state = {name: value for name, value in model.state_dict().items() if not ours.match(name)}
     for name, (A, B) in factors.items():
-        for part, value in (("lora_A", A), ("lora_B", B)):
-            state[f"base_model.model.{name}.{part}.{model.active_adapter}.weight"] = value.detach().contiguous()
+        for part, value, own in (("lora_A", A, here[name].A), ("lora_B", B, here[name].B)):
+            value = shaped(value.detach(), own).contiguous()
+            state[f"base_model.model.{name}.{part}.{model.active_adapter}.weight"] = value
     return state

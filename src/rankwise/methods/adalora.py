@@ -22,7 +22,7 @@ from rankwise.methods.base import Method, require
 from rankwise.methods.targets import ALL_LINEAR, head_names, target_names
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan
-from rankwise.ranks.sites import features
+from rankwise.ranks.sites import features, is_convolution
 from rankwise.ranks.triplets import add_orthogonality, add_scores, choose, largest, settings, to_lora, triplets
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ class AdaLoRA(Method, name="adalora"):
         require(not isinstance(model, PeftModel), "this model has an adapter already: attach to the base model instead")
         names = target_names(model, self.targets, head)
         for name in names:
+            message = f"{name} is a convolution, and adalora is for linear layers only"
+            require(not is_convolution(model.get_submodule(name)), message)
             limit = min(features(model.get_submodule(name)))
             require(self.init_rank <= limit, f"init_rank {self.init_rank} is too large for {name}: at most {limit}")
         whole = head_names(model, head)

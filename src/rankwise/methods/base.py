@@ -26,6 +26,8 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    whole: ClassVar[bool] = False
+    """Whether all weights of the model train, so that any other method can go on from what it leaves."""
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any):
         super().__init_subclass__(**kwargs)

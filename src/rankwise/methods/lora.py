@@ -16,13 +16,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from rankwise.methods.base import Method, require
 from rankwise.methods.targets import ALL_LINEAR, head_names, target_names
 from rankwise.ranks import sites
 from rankwise.ranks.init_svd import svd_factors
-from rankwise.ranks.resize import follow_state_dict, set_start, start
-from rankwise.ranks.sites import check_own, features
+from rankwise.ranks.resize import follow_state_dict, set_start, shaped, start
+from rankwise.ranks.sites import check_own, features, is_convolution
 
 RESIDUAL = ("svd_residual", "pissa")
 """Starts that are taken out of W."""
@@ -37,7 +38,7 @@ class LoRA(Method, name="lora"):
         rank: r, of every site.
         alpha: α; the product BA is scaled by s = α / r.
         targets: `all-linear` (every linear layer but the output head), or names of modules, matched by their ends.
-            `c_attn.q`, `c_attn.k` and `c_attn.v` are the parts of GPT-2's fused projection.
+            `c_attn.q`, `c_attn.k` and `c_attn.v` are the parts of GPT-2's fused projection. Convolutions are named.
         dropout: share of the adapter's inputs that are zeroed in training.
         init: how A starts, `kaiming` (uniform) or `normal` with B = 0, or how both do: `svd`, `svd_residual`,
             `svd_authors`, `pissa`.
@@ -75,6 +76,8 @@ class LoRA(Method, name="lora"):
             require(self.rank <= limit, f"rank {self.rank} is too large for {name}, which allows at most {limit}")
             if self.init in RESIDUAL:
                 check_own(model, name)
+            message = f"{name} is a convolution, and {self.linear_only} is for linear layers only"
+            require(not (self.linear_only and is_convolution(model.get_submodule(name))), message)
         whole = head_names(model, head)
         config = LoraConfig(
             r=self.rank,
@@ -82,7 +85,7 @@ class LoRA(Method, name="lora"):
             target_modules=names,
             lora_dropout=self.dropout,
             modules_to_save=whole or None,
-            fan_in_fan_out=not isinstance(model.get_submodule(names[0]), nn.Linear),
+            fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
             init_lora_weights=_PEFT_INIT.get(self.init, True),
             **self.peft_options,
         )
@@ -100,10 +103,11 @@ class LoRA(Method, name="lora"):
         for site in sites(model):
             if not done:
                 A, B = svd_factors(site.W, self.rank, authors=self.init == "svd_authors")
-                site.A.copy_(A)
-                site.B.copy_(B)
+                site.A.copy_(shaped(A, site.A))
+                site.B.copy_(shaped(B, site.B))
             if residual or self.pull:
-                set_start(model, site, site.A if residual else None, site.B, subtracted=done)
+                A, B = site.A.flatten(1), site.B.flatten(1)
+                set_start(model, site, A if residual else None, B, subtracted=done)
         # For what others than `rankwise.save` write, which does not fit the pretrained W: PEFT takes the start of PiSSA
         # out again, and refuses the other, which it does not know.
         config: Any = model.peft_config[model.active_adapter]
@@ -112,8 +116,13 @@ class LoRA(Method, name="lora"):
     def before_step(self, model: nn.Module) -> None:
         for site in sites(model) if self.pull else ():
             if site.present and site.B.grad is not None:
-                begun = start(site)
-                site.B.grad.add_(site.B.detach() if begun is None else site.B.detach() - begun.B, alpha=2 * self.pull)
+                begun, B = start(site), site.B.detach()
+                site.B.grad.add_(B if begun is None else B - shaped(begun.B, B), alpha=2 * self.pull)
+
+    @property
+    def linear_only(self) -> str:
+        """The option chosen that PEFT has for linear layers and not for convolutions, or an empty string."""
+        return "init=pissa" if self.init == "pissa" else ""
 
     @property
     def exact_start(self) -> bool:

@@ -47,6 +47,10 @@ class LoRAFA(LoRA, name="lora-fa"):
             site.layer.frozen_peft_weight_names = frozen
         return model
 
+    @property
+    def linear_only(self) -> str:
+        return "projected" if self.projected else super().linear_only
+
     def budget(self, model: nn.Module) -> int:
         """What trains: out·r of every site."""
         return sum(site.B.numel() for site in sites(model))

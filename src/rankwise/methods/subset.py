@@ -37,6 +37,8 @@ class Head(Method, name="head"):
 class Full(Method, name="full"):
     """Full fine-tuning: every weight trains, and what is saved is the whole model."""
 
+    whole = True
+
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         freeze(model, head)
         _train(model.parameters())

@@ -8,50 +8,62 @@ from torch import nn
 from rankwise.config import InputError, nearest
 from rankwise.methods.base import require
 from rankwise.nets.fused import join, parts, split
-from rankwise.ranks.sites import is_weight
+from rankwise.ranks.sites import check_convolution, is_convolution, is_weight
 
 ALL_LINEAR = "all-linear"
 
 
 def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
-    """Full names of the linear layers that `targets` means; layers inside the head are never among them.
+    """Full names of the layers that `targets` means; layers inside the head are never among them.
 
-    `all-linear+NAME` adds to all linear layers what NAME ends in, which may be the output head, such as `lm_head`.
-    A fused projection of which a part is meant is split for it; `all-linear` means such layers as a whole.
+    `all-linear` means no convolution: these are named. `all-linear+NAME` adds to all linear layers what NAME ends in,
+    which may be the output head, such as `lm_head`. A fused projection of which a part is meant is split for it;
+    `all-linear` means such layers as a whole.
 
     Raises:
-        InputError: no name at all, one that matches nothing (the message lists what would), or a fused projection named
-            both as a whole and by a part.
+        InputError: no name at all, one that matches nothing (the message lists what would), a fused projection named
+            both as a whole and by a part, or a convolution of a kind that cannot be adapted.
     """
     join(model)  # what an earlier adapter, now gone, had split
     output = getattr(model, "get_output_embeddings", lambda: None)()
     aside = [*head, *SEQ_CLS_HEAD_NAMES]
-    linear = [
+    layers = [
         name
         for name, module in model.named_modules()
         if is_weight(module) and module is not output and not any(_inside(part, name) for part in aside)
     ]
-    require(bool(linear), f"{type(model).__name__} has no linear layer outside its head, so nothing can be adapted")
+    require(bool(layers), f"{type(model).__name__} has no linear layer outside its head, so nothing can be adapted")
     wanted = targets.split("+") if isinstance(targets, str) else list(targets)
     require(bool(wanted), f"targets is empty: name modules, or {ALL_LINEAR}")
     if wanted[0] == ALL_LINEAR:
-        chosen = linear
-        linear = [name for name, module in model.named_modules() if is_weight(module)]
+        chosen = [name for name in layers if not is_convolution(model.get_submodule(name))]
+        require(bool(chosen), f"{type(model).__name__} has no linear layer outside its head: name its convolutions")
+        layers = [name for name, module in model.named_modules() if is_weight(module)]
     else:
         chosen = []
-    fused = {part: whole for part, whole in parts(model).items() if whole in linear}
+    fused = {part: whole for part, whole in parts(model).items() if whole in layers}
     for target in wanted[bool(chosen) :]:
-        if not any(_ends(target, name) for name in (*linear, *fused)):
-            ends = sorted({name.split(".")[-1] for name in linear} | {".".join(p.split(".")[-2:]) for p in fused})
+        if not any(_ends(target, name) for name in (*layers, *fused)):
+            _check_transposed(model, target)
+            ends = sorted({name.split(".")[-1] for name in layers} | {".".join(p.split(".")[-2:]) for p in fused})
             raise InputError(
-                f"target {target!r} matches no linear layer{nearest(target, ends)}; "
+                f"target {target!r} matches no linear layer or convolution{nearest(target, ends)}; "
                 f"these would match: {ALL_LINEAR}, {', '.join(ends)}"
             )
-    names = [n for n in (*linear, *fused) if n in chosen or any(_ends(target, n) for target in wanted)]
+    names = [n for n in (*layers, *fused) if n in chosen or any(_ends(target, n) for target in wanted)]
     twice = [part for part, whole in fused.items() if part in names and whole in names]
     require(not twice, f"targets mean {''.join(twice[:1])} and also the whole that it is a part of: name one of them")
+    for name in set(names).intersection(layers):
+        check_convolution(name, model.get_submodule(name))
     split(model, names)
     return names
+
+
+def _check_transposed(model: nn.Module, target: str) -> None:
+    """Raise InputError where `target` means a transposed convolution."""
+    for name, module in model.named_modules():
+        if _ends(target, name) and isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+            raise InputError(f"target {target!r} means {name}, a transposed convolution, for which PEFT has no LoRA")
 
 
 def head_names(model: nn.Module, head: Sequence[str]) -> list[str]:

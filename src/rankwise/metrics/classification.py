@@ -13,12 +13,16 @@ from numpy.typing import ArrayLike
 from rankwise.config import need
 
 
+class NotFiniteError(ValueError):
+    """A model's outputs hold infinities or NaN."""
+
+
 def finite(values: ArrayLike) -> np.ndarray:
-    """`values` as an array; ValueError that counts the values that are not finite."""
+    """`values` as an array; NotFiniteError that counts the values that are not finite."""
     array = np.asarray(values)
     bad = int(np.count_nonzero(~np.isfinite(array)))
     if bad:
-        raise ValueError(
+        raise NotFiniteError(
             f"{bad} of {array.size} predictions are not finite: the training has diverged; try a lower learning rate"
         )
     return array

@@ -16,9 +16,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
+from transformers.pytorch_utils import Conv1D
 
 from rankwise.config import InputError
-from rankwise.ranks.sites import OMEGA, Gates, Omega, Scale, Site, adapted, check_own, omega, sites
+from rankwise.ranks.sites import OMEGA, Gates, Omega, Scale, Site, adapted, check_own, is_convolution, omega, sites
 
 Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter
 
@@ -62,18 +63,18 @@ def replace(
     """Put `new` in the place of the Parameter `owner.name`, in the model and in every optimizer that follows it.
 
     Args:
-        new: the new values, or None to take the Parameter away.
+        new: the new values, or None to take the Parameter away. A factor of a convolution may come as a matrix.
         group: the parameter group (by its `name`) that a Parameter without predecessor joins; in an optimizer without
             such a group, the one that holds the other sites.
-        carry: maps each moment of the old Parameter to the new one; without it the state starts from nothing, and so
-            it does in an optimizer that keeps more than moments of Adam or SGD.
+        carry: maps each moment of the old Parameter to the new one, both as matrices; without it the state starts from
+            nothing, and so it does in an optimizer that keeps more than moments of Adam or SGD.
     """
     old = owner._parameters.get(name)
     trains = old is None or old.requires_grad
+    if new is not None and old is not None:
+        new = shaped(new, old)
     fresh = None if new is None else nn.Parameter(new.detach().contiguous(), requires_grad=trains)
     owner.register_parameter(name, fresh)
-    if isinstance(owner, nn.Linear) and new is not None:
-        owner.out_features, owner.in_features = new.shape
     for optimizer in _optimizers.get(adapted(model), ()):
         state = optimizer.state.pop(old, None) if old is not None else None
         for entry in optimizer.param_groups:
@@ -82,8 +83,14 @@ def replace(
             home["params"].append(fresh)
         if state and state.keys() <= {"step", *_MOMENTS} and carry is not None and fresh is not None:
             optimizer.state[fresh] = {
-                k: carry(v, _MOMENTS[k]) if k in _MOMENTS and v is not None else v for k, v in state.items()
+                k: shaped(carry(v.flatten(1), _MOMENTS[k]), v) if k in _MOMENTS and v is not None else v
+                for k, v in state.items()
             }
+
+
+def shaped(matrix: Tensor, like: Tensor) -> Tensor:
+    """`matrix` with the kernel of `like`, a factor of a convolution; of a linear map, as it is."""
+    return matrix.reshape(len(matrix), -1, *like.shape[2:]) if like.dim() > 2 else matrix
 
 
 def _home(optimizer: Optimizer, model: nn.Module, group: str) -> dict[str, Any] | None:
@@ -213,7 +220,7 @@ def _check_emptying(model: PeftModel, site: Site, how: str) -> None:
 
 
 def _change(model: PeftModel, site: Site, rank: int, plan: RankPlan) -> None:
-    A, B = site.A.detach(), site.B.detach()
+    A, B = site.A.detach().flatten(1), site.B.detach().flatten(1)
     r = site.rank
     carry_A: Carry | None = None
     carry_B: Carry | None = None
@@ -236,16 +243,19 @@ def _change(model: PeftModel, site: Site, rank: int, plan: RankPlan) -> None:
 
 
 def _set_sizes(site: Site, rank: int) -> None:
-    linear = site.layer.lora_A[site.adapter]
-    linear.in_features, linear.out_features = site.in_features, rank
+    A, B = site.layer.lora_A[site.adapter], site.layer.lora_B[site.adapter]
+    if is_convolution(A):
+        A.out_channels = B.in_channels = rank
+    else:
+        A.out_features = B.in_features = rank
     site.layer.r[site.adapter] = rank
     site.layer.lora_alpha[site.adapter] = alpha(site, rank)
 
 
 def _empty(model: PeftModel, site: Site, how: str) -> None:
     if how == "merge":
-        factors = Merged(site.layer.lora_A[site.adapter].weight.detach().clone(), site.B.detach().clone())
-        merge(site, factors)
+        A, B = site.layer.lora_A[site.adapter].weight, site.B
+        merge(site, Merged(A.detach().flatten(1).clone(), B.detach().flatten(1).clone()))
     layer, adapter = site.layer, site.adapter
     scaling = site.scaling
     replace(model, *site.A_owner, None)
@@ -262,18 +272,29 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     weight = layer.get_base_layer().weight
     # Beside the other adapters: on the base weight's device, in their dtype (PEFT keeps adapters in fp32).
     like = torch.empty(0, device=weight.device, dtype=next(s.B.dtype for s in sites(model) if s.present))
-    A, B = nn.Linear(site.in_features, rank, bias=False), nn.Linear(rank, site.out_features, bias=False)
+    A, B = _factors(site, rank)
+    shape_A, shape_B = A.weight.shape, B.weight.shape
     A._parameters["weight"] = B._parameters["weight"] = None
     layer.lora_A[adapter], layer.lora_B[adapter] = A, B
     dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
     layer.lora_dropout[adapter] = dropout.train(layer.training)
     layer.scaling[adapter] = scaling
-    replace(model, A, "weight", fresh_A(rank, like, site.in_features), group="adapter")
-    replace(model, B, "weight", torch.zeros(site.out_features, rank).to(like), group="adapter")
+    replace(model, A, "weight", fresh_A(rank, like, site.in_features).reshape(shape_A), group="adapter")
+    replace(model, B, "weight", torch.zeros(shape_B).to(like), group="adapter")
     _set_sizes(site, rank)
     if omega(model) is not None:
         index = [s.name for s in sites(model)].index(site.name)
         _put_scale(site, _omega_of(model, site, index))
+
+
+def _factors(site: Site, rank: int) -> tuple[Any, Any]:
+    """The layers that PEFT puts on a site for A and B."""
+    base: Any = site.layer.get_base_layer()
+    if not is_convolution(base):
+        return nn.Linear(site.in_features, rank, bias=False), nn.Linear(rank, site.out_features, bias=False)
+    kind = type(base)
+    A = kind(base.in_channels, rank, base.kernel_size, base.stride, base.padding, bias=False)
+    return A, kind(rank, base.out_channels, 1, bias=False)
 
 
 class Merged(nn.Module):
@@ -302,7 +323,7 @@ def merge(site: Site, factors: Merged) -> None:
 def _add_product(site: Site, A: Tensor, B: Tensor, sign: int) -> None:
     weight = site.layer.get_base_layer().weight
     delta = sign * site.scaling * (B @ A)
-    weight += (delta.T if site.layer.fan_in_fan_out else delta).to(weight)
+    weight += (delta.T if isinstance(site.layer.get_base_layer(), Conv1D) else delta.reshape(weight.shape)).to(weight)
 
 
 def _merged(site: Site) -> list[Any]:
@@ -516,10 +537,10 @@ def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
     if not len(units):
         _empty(model, site, "drop")
         return
-    B = site.B.detach()[:, units] * values
+    B = site.B.detach().flatten(1)[:, units] * values
     replace(model, *site.B_owner, B, carry=carry if values.abs().min() > 1e-6 else None)
     if len(units) < site.rank:
-        replace(model, *site.A_owner, A.detach()[units], carry=lambda moment, _: moment[units])
+        replace(model, *site.A_owner, A.detach().flatten(1)[units], carry=lambda moment, _: moment[units])
         _set_sizes(site, len(units))
 
 

@@ -1,5 +1,9 @@
 """A site is one adapted weight: `h = W x + b + s B A x`, with A (r, in), B (out, r) and the scale s = alpha / r0.
 
+On a convolution A is one with r channels and the layer's kernel, and B one of kernel 1, so that s B A is a kernel of
+the layer's shape. Read as matrices, each place of the kernel being an input of its own, they are A and B as above with
+in = channels · places of the kernel: ranks are counted, chosen and changed on these matrices.
+
 Sites are read off the PEFT model each time they are asked for, so there is no second book to keep. A scale is a
 parametrization of A, SimplexLoRA's ω or SoRA's gates g: every reader of `lora_A.weight` sees ω·A or diag(g) A, PEFT's
 forward, merge and disable among them, without knowing. All ω of a model are one (n,) parameter beside the sites, so an
@@ -8,6 +12,7 @@ emptied site keeps its ω; gates belong to their site.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from peft import PeftModel
@@ -28,7 +33,7 @@ class Scale(nn.Module):
     """Shape () or (r, 1)."""
 
     def forward(self, A: Tensor) -> Tensor:
-        return A * self.value.to(A.dtype)
+        return A * self.value.to(A.dtype).reshape(-1, *[1] * (A.dim() - 1))
 
 
 class Omega(Scale):
@@ -84,20 +89,20 @@ class Site:
 
     @property
     def A(self) -> nn.Parameter:
-        """Shape (r, in), without the scale."""
+        """Shape (r, in), a convolution's (r, channels, *kernel), without the scale."""
         owner, name = self.A_owner
         return getattr(owner, name)
 
     @property
     def B(self) -> nn.Parameter:
-        """Shape (out, r)."""
+        """Shape (out, r), a convolution's (out, r, 1, …)."""
         return self.layer.lora_B[self.adapter].weight
 
     @property
     def W(self) -> Tensor:
         """The pretrained weight, shape (out, in) whatever the layer's own layout."""
         weight = self.layer.get_base_layer().weight
-        return weight.T if isinstance(self.layer.get_base_layer(), Conv1D) else weight
+        return weight.T if isinstance(self.layer.get_base_layer(), Conv1D) else weight.flatten(1)
 
     @property
     def scale(self) -> Scale | None:
@@ -126,11 +131,11 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        return self.layer.in_features
+        return features(self.layer.get_base_layer())[0]
 
     @property
     def out_features(self) -> int:
-        return self.layer.out_features
+        return features(self.layer.get_base_layer())[1]
 
     @property
     def cost(self) -> int:
@@ -163,21 +168,47 @@ def adapted(model: nn.Module) -> PeftModel:
 
 
 def is_weight(module: nn.Module) -> bool:
-    """Whether a site can sit on this module: a linear map, in torch's layout or GPT-2's transposed one."""
-    return isinstance(module, (nn.Linear, Conv1D))
+    """Whether a site can sit on this module: a linear map, in torch's layout or GPT-2's, or a convolution."""
+    return isinstance(module, (nn.Linear, Conv1D)) or is_convolution(module)
+
+
+def is_convolution(module: nn.Module) -> bool:
+    """Whether this is a convolution; transposed ones, which PEFT does not adapt, are none."""
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
 def features(module: Any) -> tuple[int, int]:
-    """(in, out) of a linear map. Not its weight's shape: 4-bit weights are packed into one column."""
+    """(in, out) of a linear map. Not its weight's shape: 4-bit weights are packed into one column.
+
+    Of a convolution as a matrix: channels · places of the kernel, channels.
+    """
     if isinstance(module, Conv1D):
         return module.nx, module.nf
+    if is_convolution(module):
+        return module.in_channels * prod(module.kernel_size), module.out_channels
     return module.in_features, module.out_features
 
 
+def check_convolution(name: str, module: Any) -> None:
+    """Raise InputError for a convolution on which PEFT 0.21's factors are no product of two matrices to add to W."""
+    if not is_convolution(module):
+        return
+    if module.groups > 1:
+        reason = f"has {module.groups} groups: PEFT could not merge what is learnt on it"
+    elif any(step != 1 for step in module.dilation):
+        reason = "is dilated, and PEFT's factors are not"
+    elif module.padding_mode != "zeros":
+        reason = f"has {module.padding_mode} padding, and PEFT's factors pad with zeros"
+    else:
+        return
+    raise InputError(f"the convolution {name} {reason}; leave it out of targets")
+
+
 def check_own(model: nn.Module, name: str) -> None:
-    """Raise InputError where the weight of the linear map `name` is quantised or serves another module too."""
+    """Raise InputError where the weight of the layer `name` is quantised or serves another module too."""
     layer: Any = model.get_submodule(name)
-    if not layer.weight.is_floating_point() or layer.weight.dim() != 2:
+    packed = layer.weight.dim() != 2 and not is_convolution(layer)
+    if not layer.weight.is_floating_point() or packed:
         raise InputError(f"{name} is quantised, its weight cannot change: use empty=drop, and no residual start")
     if sum(p is layer.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
         raise InputError(f"{name} shares its weight with another module, which would change too")
@@ -186,7 +217,10 @@ def check_own(model: nn.Module, name: str) -> None:
 def _sites(model: PeftModel) -> Iterator[Site]:
     adapter = model.active_adapter
     for name, module in model.get_base_model().named_modules():
-        if not isinstance(module, LoraLayer) or not is_weight(module.get_base_layer()):
+        base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else None
+        if base is None or not is_weight(base):
+            continue
+        if is_convolution(base) and base.groups > 1:  # B is one matrix per group
             continue
         if not isinstance(module.lora_A, nn.ModuleDict):  # AdaLoRA's layers hold bare parameters, and no plain product
             continue

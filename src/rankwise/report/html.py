@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import rankwise
 from rankwise.config import InputError, need
-from rankwise.report import plots, text
+from rankwise.report import examples, plots, text
 from rankwise.runs.files import read_lines, write_whole
+from rankwise.runs.stats import mean, sd
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary, plus_minus
-from rankwise.runs.tables import Row
+from rankwise.runs.tables import Average, Row, averages
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,8 +36,15 @@ class Picture:
 
     @classmethod
     def of(cls, figure: "Figure", alt: str) -> "Picture":
-        data = base64.b64encode(plots.svg(figure).encode()).decode()
-        return cls(f"data:image/svg+xml;base64,{data}", alt)
+        return cls._of(plots.svg(figure).encode(), "svg+xml", alt)
+
+    @classmethod
+    def png(cls, content: bytes, alt: str) -> "Picture":
+        return cls._of(content, "png", alt)
+
+    @classmethod
+    def _of(cls, content: bytes, kind: str, alt: str) -> "Picture":
+        return cls(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", alt)
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,7 @@ def _unfinished(store: Store, folders: Sequence[Path]) -> list[dict[str, str]]:
             message = f"step {standing.step} of {standing.steps}"
         try:
             config = store.config(folder)
-            label = f"{config.task}, {config.method['name']}, rate {config.learning_rate:g}, seed {config.seed}"
+            label = f"{config.task['name']}, {config.method['name']}, rate {config.learning_rate:g}, seed {config.seed}"
         except InputError:
             label = folder.name
         found.append({"label": label, "state": standing.state, "message": message})
@@ -121,7 +129,21 @@ def _overview(best: Sequence[Row]) -> Grid | None:
     for method in dict.fromkeys(row["method"] for row in best):
         cells = [by_place.get((method, task)) for task in tasks]
         rows.append([method, *(plus_minus(row["mean"], row["sd"]) if row else "" for row in cells)])
+    for benchmark, own in _averages(best).items():
+        unit = f"mean of {len(own[0].tasks)} tasks, metrics of a task drawn together"
+        columns.append(text.Column(f"{benchmark} average", str, unit=unit))
+        by_method = {each.method: list(each.scores.values()) for each in own}
+        for row in rows:
+            values = by_method.get(row[0], [])
+            row.append(plus_minus(mean(values), sd(values)) if values else "")
     return Grid(columns, rows, "All tasks, each method at its best learning rate")
+
+
+def _averages(best: Sequence[Row]) -> dict[str, list[Average]]:
+    found: dict[str, list[Average]] = {}
+    for each in averages(best):
+        found.setdefault(each.benchmark, []).append(each)
+    return found
 
 
 def _grid(rows: Sequence[Row], columns: Sequence[text.Column], caption: str) -> Grid:
@@ -133,6 +155,7 @@ def _task(name: str, summary: Summary, store: Store) -> dict[str, Any]:
     rows = [row for row in summary.rows if row["task"] == name]
     title = text.task_name(best[0])
     scored = [*text.who(rows), *text.scores(rows), *text.SIZES]
+    shown = examples.pictures(best)
     return {
         "name": title,
         "split": f"{best[0]['score'] or 'not scored'} on {best[0]['rows']:,} rows of {best[0]['split']}",
@@ -140,6 +163,8 @@ def _task(name: str, summary: Summary, store: Store) -> dict[str, Any]:
         "cost": _grid(best, [*text.who(best), *text.COSTS], f"{title}: what a run of it costs"),
         "every": _grid(rows, scored, f"{title}: every learning rate") if len(rows) > len(best) else None,
         "figures": [*_score_figure(best, title), *_curve_figures(best, title)],
+        "examples": examples.examples(best),
+        "pictures": [(method, Picture.png(png, f"what {method} makes of some images")) for method, png in shown],
         "ranks": [found for row in best if (found := _ranks(row)) is not None],
     }
 

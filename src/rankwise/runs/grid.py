@@ -21,9 +21,9 @@ def expand(experiment: Experiment) -> list[RunConfig]:
 
 
 def run_id(config: RunConfig, revision: str) -> str:
-    """12 hex digits that name a run: its settings, the version of rankwise, its task's name and the data's revision.
+    """12 hex digits that name a run: its settings, the version of rankwise and the revision of its task's data.
 
     Where the run is stored is not part of it.
     """
-    what = [config.model_dump(mode="json", exclude={"runs"}), rankwise.__version__, config.task, revision]
+    what = [config.model_dump(mode="json", exclude={"runs"}), rankwise.__version__, revision]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]

@@ -55,7 +55,7 @@ class Store:
 
     def place(self, config: RunConfig, revision: str) -> Path:
         """Where this run is or would be. `revision` is that of the task's data, as `Task.revision()` gives it."""
-        return self.folder / f"{config.task}-{config.method['name']}-{config.seed}-{run_id(config, revision)}"
+        return self.folder / f"{config.task['name']}-{config.method['name']}-{config.seed}-{run_id(config, revision)}"
 
     def create(self, config: RunConfig, revision: str) -> Path:
         """The folder of this run, made with its `run.yaml` where it was not there yet; arguments as for `place`.
@@ -205,19 +205,30 @@ class Store:
             return None
 
 
-def predictions(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
-    """Predictions and labels, (n,) each, of a run's main evaluation split; None where there are none to be read."""
+class Answers(NamedTuple):
+    """What a run said of the examples of its main evaluation split."""
+
+    predictions: np.ndarray
+    """(n,), or each example's own score where `scored`."""
+    labels: np.ndarray
+    """(n,), or each example's number where `scored`."""
+    scored: bool
+
+
+def answers(folder: Path) -> Answers | None:
+    """The answers of a finished run; None where there are none to be read, or no labels to compare them with."""
     try:
-        table = need("pyarrow.parquet", "bench").read_table(
-            folder / "predictions.parquet", columns=["split", "prediction", "label"]
-        )
+        file = need("pyarrow.parquet", "bench").ParquetFile(folder / "predictions.parquet")
+        scored = "score" in file.schema_arrow.names
+        table = file.read(columns=["split", "score", "idx"] if scored else ["split", "prediction", "label"])
+        table = table.rename_columns(["split", "prediction", "label"])  # an error where one is not there
     except (OSError, ValueError, KeyError):  # pyarrow's errors are of these kinds
         return None
     columns = {name: np.asarray(table.column(name).to_pylist()) for name in table.column_names}
     main = columns["split"] == columns["split"][0] if len(table) else np.zeros(0, dtype=bool)
     if not main.any() or (columns["label"][main] == -1).all():
         return None
-    return columns["prediction"][main], columns["label"][main]
+    return Answers(columns["prediction"][main], columns["label"][main], scored)
 
 
 def progress(folder: Path) -> tuple[int, int | None]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.runs.stats import Difference, Interval, difference, paired_bootstrap
-from rankwise.runs.store import predictions
-from rankwise.runs.tables import Row, best, plain, summarise, unofficial
+from rankwise.runs.stats import Difference, Interval, difference, mean, paired_bootstrap, sd, t_interval
+from rankwise.runs.store import answers
+from rankwise.runs.tables import Average, Row, averages, best, plain, summarise, unofficial
 
 Metrics = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
 """Metric name -> function of (predictions (n,), labels (n,))."""
@@ -82,6 +82,7 @@ class Summary:
             for split, why in unofficial(row).items():
                 text = f"{row['task']} *: {split} is not the official split: {why}"
                 notes.append(text if text.endswith(".") else f"{text}.")
+            notes += [f"{row['task']}: {remark}" for remark in row["remarks"]]
         return list(dict.fromkeys(notes))
 
     def text(self) -> str:
@@ -93,6 +94,8 @@ class Summary:
             parts.append(f"{task}{mark}: {rows[0]['score']} on {rows[0]['rows']} rows of {rows[0]['split']}")
             parts.append(_scores(rows))
             parts.append(_costs(rows))
+        if found := averages(self.best):
+            parts.append(_averages(found))
         if self.best:
             parts.append(COLUMNS)
         for sentences in (self.findings(), self.notes()):
@@ -105,6 +108,7 @@ class Summary:
         return {
             "rows": [_public(row) for row in self.rows],
             "best": [_public(row) for row in self.best],
+            "averages": [asdict(each) for each in averages(self.best)],
             "differences": [
                 {
                     "task": each.ours["task"],
@@ -171,6 +175,23 @@ def _scores(rows: Sequence[Row]) -> str:
     )
 
 
+def _averages(found: Sequence[Average]) -> str:
+    """A line per method and what the average is over, for it may be a part of the benchmark."""
+    parts = []
+    for benchmark in dict.fromkeys(each.benchmark for each in found):
+        rows = [each for each in found if each.benchmark == benchmark]
+        table = plain(
+            ["method", "seeds", "mean ± sd", "95 % interval"],
+            [
+                [row.method, str(len(values)), plus_minus(mean(values), sd(values)), span(t_interval(values))]
+                for row in rows
+                if (values := list(row.scores.values()))
+            ],
+        )
+        parts.append(f"{benchmark}, average over {len(rows[0].tasks)} tasks ({', '.join(rows[0].tasks)})\n\n{table}")
+    return "\n\n".join(parts)
+
+
 def _costs(rows: Sequence[Row]) -> str:
     return plain(
         ["method", "peak memory", "time of a run", "examples/s", "adapter on disk"],
@@ -199,17 +220,23 @@ def _reference(row: Row, rows: Sequence[Row]) -> Row | None:
 
 def _bootstrap(ours: Row, theirs: Row, metrics: Metrics) -> Interval | None:
     """The interval over examples; None where a prediction is missing or other rows were scored."""
-    score = metrics.get(ours["score"])
     seeds = sorted(ours["scores"].keys() & theirs["scores"].keys())
-    found = [predictions(row["folders"][seed]) for row in (ours, theirs) for seed in seeds]
-    pairs = [pair for pair in found if pair is not None]
-    if score is None or len(pairs) < len(found) or not pairs:
+    found = [answers(row["folders"][seed]) for row in (ours, theirs) for seed in seeds]
+    given = [each for each in found if each is not None]
+    if len(given) < len(found) or not given:
         return None
-    labels = pairs[0][1]
-    if not all(np.array_equal(labels, gold) for _, gold in pairs):
+    labels = given[0].labels
+    if not all(np.array_equal(labels, each.labels) for each in given):
         return None
-    guesses = [guess for guess, _ in pairs]
+    score = _mean if given[0].scored else metrics.get(ours["score"])
+    if score is None:
+        return None
+    guesses = [each.predictions for each in given]
     return paired_bootstrap(score, guesses[: len(seeds)], guesses[len(seeds) :], labels)
+
+
+def _mean(scores: np.ndarray, _: np.ndarray) -> float:
+    return float(scores.mean())
 
 
 def _public(row: Row) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rankwise.runs.stats import mean, sd, t_interval
@@ -27,10 +28,12 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
       task, learning_rate; method (the label in tables), name (of the method alone), options; seeds, n (how many);
       score (name of the main metric), scores (its value by seed), mean, sd (sample), interval (95 % t: low, high);
       metrics (name -> {mean, sd});
+      benchmark (whose part the task is, or ""), counted (by seed, what counts in its average);
       budget, trainable (at its peak), final, head: parameters, the head's in none but the last;
       peak_memory, adapter_bytes (bytes), seconds, examples_per_second: means over the seeds;
       split, rows, official, note: what it was evaluated on;
       train_split, train_official, train_note: what it was trained on;
+      remarks: what the runs themselves say that a reader has to know;
       folders: the folder of each seed's run.
     mean, sd and interval are None where they are not defined: no labels, or one seed.
     """
@@ -61,6 +64,35 @@ def best(rows: Sequence[Row]) -> list[Row]:
         if key not in chosen or _rank(row) > _rank(chosen[key]):
             chosen[key] = row
     return list(chosen.values())
+
+
+@dataclass(frozen=True)
+class Average:
+    """A benchmark's average of one method: the mean over tasks, each task's metrics drawn together first."""
+
+    benchmark: str
+    tasks: tuple[str, ...]
+    method: str
+    scores: dict[int, float]
+    """By seed, of the seeds that all tasks have."""
+
+
+def averages(chosen: Sequence[Row]) -> list[Average]:
+    """Over the tasks of each benchmark, of the methods that have all of them; `chosen` is what `best` gives.
+
+    Only where there are two tasks or more of it.
+    """
+    found = []
+    for benchmark in dict.fromkeys(row["benchmark"] for row in chosen if row["benchmark"]):
+        rows = [row for row in chosen if row["benchmark"] == benchmark]
+        tasks = tuple(dict.fromkeys(row["task"] for row in rows))
+        for method in dict.fromkeys(row["method"] for row in rows):
+            counted = [row["counted"] for row in rows if row["method"] == method]
+            seeds = set.intersection(*(set(each) for each in counted))
+            if len(tasks) > 1 and len(counted) == len(tasks) and seeds:
+                scores = {seed: mean([each[seed] for each in counted]) for seed in sorted(seeds)}
+                found.append(Average(benchmark, tasks, method, scores))
+    return found
 
 
 def unofficial(row: Row) -> dict[str, str]:
@@ -103,6 +135,8 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
             for name in first["metrics"]
             if (each := [result["metrics"][name] for result in by_seed.values() if name in result["metrics"]])
         },
+        "benchmark": first.get("benchmark", {}).get("name", ""),
+        "counted": {seed: found["score"] for seed, result in by_seed.items() if (found := result.get("benchmark"))},
         **{key: round(value) for key, value in parameters.items()},
         **cost,
         "peak_memory": round(_average(by_seed, "cost", "peak_memory_bytes")),
@@ -114,6 +148,7 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         "train_split": trained["name"],
         "train_official": trained["official"],
         "train_note": trained["note"],
+        "remarks": list(dict.fromkeys(note for result in by_seed.values() for note in result.get("notes", []))),
         "folders": {seed: result["folder"] for seed, result in by_seed.items()},
     }
 

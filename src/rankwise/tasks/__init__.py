@@ -2,11 +2,13 @@
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from typing import Any
 
 from rankwise.config import InputError, nearest
-from rankwise.tasks.base import Split, Task, encode, subset
+from rankwise.tasks.base import Evaluation, Scored, Split, Task, subset
 
-__all__ = ["Split", "Task", "encode", "load", "registry", "subset"]
+__all__ = ["Evaluation", "Scored", "Split", "Task", "build", "registry", "subset"]
 
 
 def registry() -> dict[str, type[Task]]:
@@ -16,9 +18,13 @@ def registry() -> dict[str, type[Task]]:
     return dict(sorted(Task.known.items()))
 
 
-def load(name: str) -> Task:
-    """The task called `name`. Its data is read when a split is asked for. InputError for a name nobody has."""
-    known = registry()
+def build(settings: str | Mapping[str, Any]) -> Task:
+    """The task of a name, or of a mapping of `name` and options. Its data is read when a split is asked for.
+
+    InputError for a name nobody has; TypeError for an option that the task does not have.
+    """
+    options = {"name": settings} if isinstance(settings, str) else dict(settings)
+    name, known = options.pop("name"), registry()
     if name not in known:
         raise InputError(f"no task is called {name!r}; `rankwise tasks` lists them{nearest(name, known)}")
-    return known[name]()
+    return known[name](**options)

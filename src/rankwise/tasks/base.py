@@ -1,26 +1,36 @@
-"""What a task is: named text columns, labels, official metrics, and splits that say whether they are official."""
+"""What a task is: rows with a claim to be official, and the way from rows to batches to scores.
+
+One family of tasks is one file: `classification`, `generation`, `segmentation`. A family knows what its model takes and
+gives; a task of it only says where the rows are and what their columns mean.
+"""
 
 import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
+from torch import Tensor, nn
 
-from rankwise.config import InputError, need
+from rankwise.config import InputError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
+
+Family = Literal["classification", "generation", "segmentation"]
+Batch = dict[str, Tensor]
+
+REFERENCES = "references"
+"""The column of all right answers, in splits that have more than one for a row."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows of one task. `data` has the task's text columns, `idx`, and `label` (all -1, or absent: unlabelled).
+    """Rows of one task, in columns that its family names; `idx` numbers them.
 
     `official` is True only for the rows that published numbers are computed on; `note` says why it is not.
     `suffix` is put behind the metric names, so that two evaluation splits can stand in one table.
@@ -34,20 +44,57 @@ class Split:
 
     @property
     def labelled(self) -> bool:
-        """Whether the rows can be trained or scored on."""
+        """Whether the rows can be trained or scored on: they have labels that are not all -1."""
         return "label" in self.data.column_names and any(label != -1 for label in self.data["label"])
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One split on its way to a score: its rows, and the same rows as the model takes them, in the same order."""
+
+    split: Split
+    examples: "Dataset"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What an evaluation found: loss and metrics by name, and a table of what was said of each example.
+
+    The table has the columns `split`, `idx`, `label` and `prediction`, whatever else the family adds, and `score`, the
+    worth of each example, where the main metric is the mean of that. `notes` say what a reader of the metrics has to
+    know, such as why one is missing.
+    """
+
+    metrics: dict[str, float]
+    rows: "pa.Table"
+    notes: tuple[str, ...] = ()
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
+    """What to write beside the predictions, by file name: what a leaderboard takes, pictures."""
+
+
+@dataclass(frozen=True)
 class Task(ABC):
-    """One task. A subclass names itself: `class CoLA(Task, name="cola")`; its docstring's first line is the summary."""
+    """One task. A subclass names itself: `class CoLA(Classification, name="cola")`; its fields are the YAML options.
+
+    Its docstring's first line is the summary.
+    """
 
     known: ClassVar[dict[str, type["Task"]]] = {}
     name: ClassVar[str] = ""
-    text: tuple[str, ...] = ()
-    """One or two text columns."""
-    main: str = ""
+    family: ClassVar[Family]
+    text: ClassVar[tuple[str, ...]] = ()
+    """The columns that the model reads."""
+    target: ClassVar[str] = "label"
+    """The column that it learns."""
+    labels: ClassVar[tuple[str, ...]] = ()
+    """Names of the classes in the order of their numbers; empty where there are none."""
+    main: ClassVar[str] = ""
     """Name of the metric that runs are compared by; empty where the labels are not public."""
-    metrics: tuple[str, ...] = ()
+    metrics: ClassVar[tuple[str, ...]] = ()
+    benchmark: ClassVar[str] = ""
+    """Name of the benchmark in whose average the task counts."""
+    averaged: ClassVar[tuple[str, ...]] = ()
+    """The metrics, suffixes included, whose mean counts there."""
 
     def __init_subclass__(cls, name: str = "", aliases: Sequence[str] = (), **rest: Any) -> None:
         super().__init_subclass__(**rest)
@@ -61,8 +108,15 @@ class Task(ABC):
                 )
             Task.known[word] = cls
 
-    labels: tuple[str, ...] = ()
-    """Names of the classes in the order of their numbers; empty for a regression."""
+    @property
+    def label(self) -> str:
+        """What tables call the task: its name, and the options that are not the default ones."""
+        given = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in fields(self)
+            if field.default is MISSING or getattr(self, field.name) != field.default
+        ]
+        return " ".join([self.name, *given])
 
     @abstractmethod
     def train(self) -> Split:
@@ -71,6 +125,30 @@ class Task(ABC):
     @abstractmethod
     def evaluation(self) -> list[Split]:
         """The rows to evaluate on, the main split first. InputError for data that is missing or damaged."""
+
+    @abstractmethod
+    def encode(self, split: Split, processor: Any, max_length: int) -> "Dataset":
+        """The rows of `split` in their order as `collate` and `evaluate` take them, with `length` to group them by.
+
+        `processor` is what came with the model: the tokenizer of a text model.
+        """
+
+    @abstractmethod
+    def collate(self, model: nn.Module, processor: Any, seed: int) -> Callable[[list[dict[str, Any]]], Batch]:
+        """From encoded training rows to the batch that `model` computes its loss from.
+
+        What is drawn at random for a batch depends on `seed` and on the rows in it alone, so that it can be repeated.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self, model: nn.Module, evaluation: Evaluation, processor: Any, batch_size: int, final: bool
+    ) -> Scored:
+        """Loss and metrics on one split; during training (`final` False) what takes long may be left out.
+
+        No random number is drawn, and the model stays in the mode it was in. ValueError for outputs that are not
+        finite.
+        """
 
     def revision(self) -> str:
         """12 hex digits that change with any text, label or order of the data; the same wherever the data is stored."""
@@ -81,34 +159,11 @@ class Task(ABC):
         digest = hashlib.sha256(json.dumps([self.text, self.labels]).encode())
         for split in (self.train(), *self.evaluation()):
             digest.update(f"\n{split.name}".encode())
-            for column in (*self.text, "label"):
+            for column in (*self.text, self.target, REFERENCES):
                 if column in split.data.column_names:
-                    digest.update(json.dumps(split.data[column][:]).encode())
+                    for value in split.data[column]:
+                        digest.update(value if isinstance(value, bytes) else json.dumps(value).encode())
         return digest.hexdigest()[:12]
-
-    def decode(self, logits: np.ndarray) -> np.ndarray:
-        """Logits (n, classes) to class numbers (n,); (n, 1) or (n,) to values (n,) for a regression.
-
-        ValueError for a logit that is not finite: argmax would turn it into a class without a word.
-        """
-        from rankwise.metrics.classification import finite
-
-        logits = finite(np.asarray(logits, dtype=np.float64).reshape(len(logits), -1))
-        return logits.argmax(axis=1) if self.labels else logits[:, 0]
-
-    def score(self, split: Split, predictions: np.ndarray, labels: np.ndarray | None = None) -> dict[str, float]:
-        """The task's metrics of `predictions` (n,), class numbers or values; {} for a split without labels.
-
-        `labels` (n,) are the split's own unless given. ValueError for a prediction that is not finite.
-        """
-        from rankwise.metrics.classification import METRICS, finite
-
-        predictions = finite(predictions)
-        if not split.labelled:
-            return {}
-        if labels is None:
-            labels = np.asarray(split.data["label"][:])
-        return {name + split.suffix: METRICS[name](predictions, labels) for name in self.metrics}
 
 
 def subset(split: Split, rows: int | None, seed: int = 0) -> Split:
@@ -126,35 +181,3 @@ def subset(split: Split, rows: int | None, seed: int = 0) -> Split:
     data = split.data.select(sorted(order[:rows]), keep_in_memory=True)
     drawn = f"{rows:,} of {total:,} rows, drawn with seed {seed}"
     return replace(split, data=data, official=False, note=f"{split.note}; {drawn}" if split.note else drawn)
-
-
-def encode(split: Split, task: Task, tokenizer: "PreTrainedTokenizerBase", max_length: int) -> "Dataset":
-    """`split` as token numbers: what the tokenizer's model takes, `length` in tokens and, when labelled, `labels`.
-
-    Cut to `max_length` tokens (of a pair the longer text first), not padded, in the order of the split, in memory only.
-    """
-    datasets = need("datasets", "bench")
-    pa = need("pyarrow", "bench")
-    if max_length <= tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2):
-        raise InputError(f"max_length={max_length} leaves no room for text: the tokenizer's own marks take it all")
-    kinds = {
-        "labels": pa.int64() if task.labels else pa.float32(),
-        "length": pa.int32(),
-        "attention_mask": pa.list_(pa.int8()),
-    }
-    labelled = split.labelled
-    tables = []
-    # In blocks: Python lists of token numbers take ten times the room of the arrow table that they end up in.
-    for block in split.data.iter(batch_size=10_000):
-        columns = dict(tokenizer(*(block[column] for column in task.text), truncation=True, max_length=max_length))
-        columns["length"] = [len(ids) for ids in columns["input_ids"]]
-        if labelled:
-            columns["labels"] = block["label"]
-        tables.append(
-            pa.table(
-                {name: pa.array(values, kinds.get(name, pa.list_(pa.int32()))) for name, values in columns.items()}
-            )
-        )
-    if not tables:
-        raise InputError(f"split {split.name!r} of task {task.name!r} has no rows")
-    return datasets.Dataset(pa.concat_tables(tables))

@@ -5,13 +5,16 @@ label numbers are those of `nyu-mll/glue`. A file `<split>_subset.parquet` stand
 is marked as not official, as is any file whose number of rows is not the published one.
 """
 
-import os
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
 
 from rankwise.config import InputError, need
-from rankwise.tasks.base import Split, Task
+from rankwise.tasks.base import Split
+from rankwise.tasks.classification import Classification
+from rankwise.tasks.source import Origin, Rows, checked
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,104 +22,112 @@ if TYPE_CHECKING:
 HUB = "nyu-mll/glue"
 
 
-class GLUE(Task):
-    """A GLUE task: its columns, labels and metrics, and the rows that each of its splits has on the hub."""
+@dataclass(frozen=True)
+class GLUE(Classification):
+    """A GLUE task: its columns, labels and metrics, and the rows that each of its splits has on the hub.
 
-    main = "accuracy"
-    metrics: tuple[str, ...] = ("accuracy",)
+    Attributes:
+        protocol: `official` scores all validation rows. `halves` draws them into two halves and scores both: the first
+            is there to choose by (a learning rate), the second, whose metrics end in `_test`, to report. So do Ding et
+            al. 2023 (SoRA), for GLUE's test labels are not public.
+        submission: also predict the unlabelled test rows, into files that the GLUE website takes.
+    """
+
+    main: ClassVar[str] = "accuracy"
+    metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
+    counted: ClassVar[tuple[str, ...]] = ()
+    """The metrics that count in GLUE's average, where these are not all."""
+    benchmark = "GLUE"
     rows: ClassVar[dict[str, int]]
     """Rows of each official split in use: the training split first, then those to evaluate on."""
+    tests: ClassVar[dict[str, tuple[str, int]]]
+    """Of each unlabelled split the file in a submission and the number of its rows."""
+    words: ClassVar[bool] = False
+    """Whether a submission has the names of the labels and not their numbers."""
+
+    protocol: Literal["official", "halves"] = "official"
+    submission: bool = False
+
+    @property
+    def averaged(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The metrics of all evaluation splits; with halves, of the second ones."""
+        if not self.benchmark:
+            return ()
+        end = "_test" if self.protocol == "halves" else ""
+        return tuple(name + suffix + end for suffix in self._suffixes() for name in self.counted or self.metrics)
 
     def train(self) -> Split:
         return self._split(next(iter(self.rows)))
 
     def evaluation(self) -> list[Split]:
-        return [self._split(name) for name in list(self.rows)[1:]]
+        names = list(self.rows)[1:]
+        found = [self._split(name, suffix) for name, suffix in zip(names, self._suffixes(), strict=True)]
+        if self.protocol == "halves":
+            found = [half for split in found for half in _halves(split)]
+        return [*found, *(self._test(name) for name in self.tests if self.submission)]
+
+    def files(self, split: Split, predicted: np.ndarray) -> dict[str, str | bytes]:
+        """The file of a submission, if `split` is a complete test split: a line per row, number and prediction."""
+        file, count = self.tests.get(split.name, ("", 0))
+        if not file or len(predicted) != count:
+            return {}
+        lines = [f"{number}\t{self._submitted(value)}" for number, value in enumerate(predicted.tolist())]
+        return {file: "\n".join(["index\tprediction", *lines, ""])}
+
+    def _submitted(self, value: Any) -> str:
+        if not self.labels:
+            return f"{min(max(value, 0.0), 5.0):.3f}"
+        return self.labels[value] if self.words else str(value)
+
+    def _suffixes(self) -> tuple[str, ...]:
+        return ("",)
+
+    def _test(self, name: str) -> Split:
+        datasets = need("datasets", "bench")
+        pa = need("pyarrow", "bench")
+        rows = self._origin().read(name)
+        unlabelled = pa.array([-1] * rows.table.num_rows)  # MRPC's come with labels, which are not for choosing by
+        place = rows.table.column_names.index("label") if "label" in rows.table.column_names else -1
+        without = rows.table.remove_column(place) if place >= 0 else rows.table
+        table = _checked(replace(rows, table=without.append_column("label", unlabelled)), self.text, self.labels, False)
+        note = rows.note(name, self.tests[name][1])
+        return Split(rows.split, datasets.Dataset(table), not note, note, "_submission")
+
+    def _origin(self) -> Origin:
+        return Origin("GLUE", f"glue/{self.name}", HUB, self.name)
 
     def _split(self, name: str, suffix: str = "", labelled: bool = True) -> Split:
         datasets = need("datasets", "bench")
-        table, found, where = _local(self.name, name) if os.environ.get("RANKWISE_DATA") else _hub(self.name, name)
-        table = _checked(table, where, self.text, self.labels, labelled)
-        wanted = self.rows[name]
-        official = found == name and table.num_rows == wanted
-        note = "" if official else f"{found}: {table.num_rows:,} rows, not the official {wanted:,} of {name}"
-        return Split(found, datasets.Dataset(table), official, note, suffix)
+        rows = self._origin().read(name)
+        table = _checked(rows, self.text, self.labels, labelled)
+        note = rows.note(name, self.rows[name])
+        return Split(rows.split, datasets.Dataset(table), not note, note, suffix)
 
 
-def _local(task: str, split: str) -> tuple["pa.Table", str, str]:
-    """The table of RANKWISE_DATA's file for a split, the name of the split that was found, and the file's name."""
-    pa = need("pyarrow", "bench")
-    parquet = need("pyarrow.parquet", "bench")
-    root = os.environ["RANKWISE_DATA"]
-    if not Path(root).is_dir():
-        raise InputError(
-            f"RANKWISE_DATA={root!r} is not a folder: point it at one that holds glue/{task}/{split}.parquet, "
-            "or unset it to take GLUE from the hub"
-        )
-    folder = Path(root, "glue", task)
-    for name in (split, f"{split}_subset"):
-        file = folder / f"{name}.parquet"
-        if file.is_file():
-            break
-    else:
-        raise InputError(
-            f"{folder / split}.parquet does not exist: put it there, or unset RANKWISE_DATA to use the hub"
-        )
-    try:
-        # one file, read whole: a dataset's reader would take folder names for columns
-        table = parquet.ParquetFile(file).read()
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file} cannot be read as parquet ({_line(error)}): fetch or write the file again") from error
-    return table, name, str(file)
+def _halves(split: Split) -> list[Split]:
+    """Two halves of the rows, in their old order, the same whatever the seed of a run."""
+    order = list(range(len(split.data)))
+    random.Random(0).shuffle(order)
+    middle = len(order) // 2
+    found = []
+    for which, places, end in (("first", order[:middle], ""), ("second", order[middle:], "_test")):
+        data = split.data.select(sorted(places), keep_in_memory=True)
+        note = f"the {which} half of {split.name}, drawn with seed 0"
+        note = f"{split.note}; {note}" if split.note else note
+        found.append(Split(f"{split.name}_{which}", data, False, note, split.suffix + end))
+    return found
 
 
-def _hub(task: str, split: str) -> tuple["pa.Table", str, str]:
-    """The table of the hub's split, the name of the split, and what to call it in a message."""
-    datasets = need("datasets", "bench")
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        data = datasets.load_dataset(HUB, task, split=split)
-    except Exception as error:  # the hub's client raises a dozen unrelated types, which all mean: no data
-        raise InputError(
-            f"{HUB} ({task}, {split}) cannot be fetched from the hub ({_line(error)}): go online, or "
-            f"point RANKWISE_DATA at a folder that holds glue/{task}/{split}.parquet"
-        ) from error
-    return data.data.table, split, f"{HUB} ({task}, {split})"
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _checked(
-    table: "pa.Table", where: str, text: tuple[str, ...], labels: tuple[str, ...], labelled: bool
-) -> "pa.Table":
-    """`table` cut down to text, label and idx, in the types of the hub; InputError naming `where` for bad rows."""
+def _checked(rows: Rows, text: tuple[str, ...], labels: tuple[str, ...], labelled: bool) -> "pa.Table":
+    """`rows` cut down to text, label and idx, in the types of the hub; InputError for bad rows."""
     pa = need("pyarrow", "bench")
     compute = need("pyarrow.compute", "bench")
-    missing = [column for column in (*text, "label") if column not in table.column_names]
-    if missing:
-        raise InputError(
-            f"{where} has no column {missing[0]!r}, only {', '.join(table.column_names)}: fetch the file again"
-        )
-    if table.num_rows == 0:
-        raise InputError(f"{where} has no rows: fetch the file again")
-    kind = pa.int64() if labels else pa.float32()
-    types = dict.fromkeys(text, pa.string()) | {"label": kind, "idx": pa.int64()}
-    if "idx" not in table.column_names:
-        table = table.append_column("idx", pa.array(range(table.num_rows), pa.int64()))
-    columns = {}
-    for column, wanted in types.items():
-        if table[column].null_count:
-            row = compute.index(table[column].is_null(), True).as_py()
-            raise InputError(f"{where} has no {column} in row {row}: fetch the file again")
-        try:
-            columns[column] = table[column].cast(wanted)
-        except pa.ArrowException as error:
-            raise InputError(f"{where}: column {column!r} does not hold {wanted} ({_line(error)})") from error
+    if "idx" not in rows.table.column_names:
+        rows = replace(rows, table=rows.table.append_column("idx", pa.array(range(rows.table.num_rows), pa.int64())))
+    label = pa.int64() if labels else pa.float32()
+    table = checked(rows, dict.fromkeys(text, pa.string()) | {"label": label, "idx": pa.int64()})
     low, high = (0, len(labels) - 1) if labels else (0.0, 5.0)
-    values = columns["label"]
+    values = table["label"]
     if labelled:
         inside = compute.and_(compute.greater_equal(values, low), compute.less_equal(values, high))
     else:
@@ -125,8 +136,8 @@ def _checked(
     row = compute.index(inside, False).as_py()
     if row != -1:
         allowed = f"{low} to {high}" if low != high else f"{low}"
-        raise InputError(f"{where}: label {values[row].as_py()} in row {row} is not {allowed}: fetch the file again")
-    return pa.table(columns)
+        raise InputError(f"{rows.where}: label {values[row].as_py()} in {rows.at(row)} is not {allowed}: {rows.remedy}")
+    return table
 
 
 class CoLA(GLUE, name="cola"):
@@ -136,7 +147,9 @@ class CoLA(GLUE, name="cola"):
     labels = ("unacceptable", "acceptable")
     main = "matthews"
     metrics = ("matthews", "accuracy")
+    counted = ("matthews",)
     rows = {"train": 8_551, "validation": 1_043}
+    tests = {"test": ("CoLA.tsv", 1_063)}
 
 
 class SST2(GLUE, name="sst2"):
@@ -145,6 +158,7 @@ class SST2(GLUE, name="sst2"):
     text = ("sentence",)
     labels = ("negative", "positive")
     rows = {"train": 67_349, "validation": 872}
+    tests = {"test": ("SST-2.tsv", 1_821)}
 
 
 class MRPC(GLUE, name="mrpc"):
@@ -154,6 +168,7 @@ class MRPC(GLUE, name="mrpc"):
     labels = ("not_equivalent", "equivalent")
     metrics = ("accuracy", "f1")
     rows = {"train": 3_668, "validation": 408}
+    tests = {"test": ("MRPC.tsv", 1_725)}
 
 
 class QQP(GLUE, name="qqp"):
@@ -163,6 +178,7 @@ class QQP(GLUE, name="qqp"):
     labels = ("not_duplicate", "duplicate")
     metrics = ("accuracy", "f1")
     rows = {"train": 363_846, "validation": 40_430}
+    tests = {"test": ("QQP.tsv", 390_965)}
 
 
 class STSB(GLUE, name="stsb"):
@@ -173,6 +189,7 @@ class STSB(GLUE, name="stsb"):
     main = "pearson"
     metrics = ("pearson", "spearman")
     rows = {"train": 5_749, "validation": 1_500}
+    tests = {"test": ("STS-B.tsv", 1_379)}
 
 
 class MNLI(GLUE, name="mnli"):
@@ -181,9 +198,11 @@ class MNLI(GLUE, name="mnli"):
     text = ("premise", "hypothesis")
     labels = ("entailment", "neutral", "contradiction")
     rows = {"train": 392_702, "validation_matched": 9_815, "validation_mismatched": 9_832}
+    tests = {"test_matched": ("MNLI-m.tsv", 9_796), "test_mismatched": ("MNLI-mm.tsv", 9_847)}
+    words = True
 
-    def evaluation(self) -> list[Split]:
-        return [self._split("validation_matched"), self._split("validation_mismatched", suffix="_mismatched")]
+    def _suffixes(self) -> tuple[str, ...]:
+        return ("", "_mismatched")
 
 
 class QNLI(GLUE, name="qnli"):
@@ -192,6 +211,8 @@ class QNLI(GLUE, name="qnli"):
     text = ("question", "sentence")
     labels = ("entailment", "not_entailment")
     rows = {"train": 104_743, "validation": 5_463}
+    tests = {"test": ("QNLI.tsv", 5_463)}
+    words = True
 
 
 class RTE(GLUE, name="rte"):
@@ -200,6 +221,8 @@ class RTE(GLUE, name="rte"):
     text = ("sentence1", "sentence2")
     labels = ("entailment", "not_entailment")
     rows = {"train": 2_490, "validation": 277}
+    tests = {"test": ("RTE.tsv", 3_000)}
+    words = True
 
 
 class WNLI(GLUE, name="wnli"):
@@ -207,9 +230,12 @@ class WNLI(GLUE, name="wnli"):
 
     text = ("sentence1", "sentence2")
     labels = ("not_entailment", "entailment")
+    benchmark = ""
     rows = {"train": 635, "validation": 71}
+    tests = {"test": ("WNLI.tsv", 146)}
 
 
+@dataclass(frozen=True)
 class AX(GLUE, name="ax"):
     """GLUE's diagnostic set: trained on MNLI; its labels are not public, so it gives predictions and no metric."""
 
@@ -217,7 +243,14 @@ class AX(GLUE, name="ax"):
     labels = MNLI.labels
     main = ""
     metrics = ()
+    benchmark = ""
     rows = {"test": 1_104}
+    tests = {"test": ("AX.tsv", 1_104)}
+    words = True
+
+    def __post_init__(self) -> None:
+        if self.protocol != "official" or self.submission:
+            raise InputError("ax has no labels to halve, and is always written for a submission: leave its options out")
 
     def train(self) -> Split:
         return MNLI().train()

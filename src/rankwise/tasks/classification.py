@@ -1,0 +1,151 @@
+"""The family of tasks that give a text, or a pair of texts, a class or a value."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from rankwise.config import InputError, need
+from rankwise.metrics.classification import METRICS, finite
+from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One or two text columns and `label`: a class number, or a value where the task has no `labels` (a regression).
+
+    Rows whose labels are all -1, or that have none, are unlabelled: they give predictions and no score.
+    """
+
+    family = "classification"
+
+    def encode(self, split: Split, processor: PreTrainedTokenizerBase, max_length: int) -> "Dataset":
+        """`split` as token numbers: what the tokenizer's model takes, `length` in tokens and, when labelled, `labels`.
+
+        Cut to `max_length` tokens (of a pair the longer text first), not padded, in memory only.
+        """
+        datasets = need("datasets", "bench")
+        pa = need("pyarrow", "bench")
+        if max_length <= processor.num_special_tokens_to_add(pair=len(self.text) == 2):
+            raise InputError(f"max_length={max_length} leaves no room for text: the tokenizer's own marks take it all")
+        kinds = {
+            "labels": pa.int64() if self.labels else pa.float32(),
+            "length": pa.int32(),
+            "attention_mask": pa.list_(pa.int8()),
+        }
+        labelled = split.labelled
+        tables = []
+        # In blocks: Python lists of token numbers take ten times the room of the arrow table that they end up in.
+        for block in split.data.iter(batch_size=10_000):
+            columns = dict(processor(*(block[column] for column in self.text), truncation=True, max_length=max_length))
+            columns["length"] = [len(ids) for ids in columns["input_ids"]]
+            if labelled:
+                columns["labels"] = block["label"]
+            tables.append(
+                pa.table(
+                    {name: pa.array(values, kinds.get(name, pa.list_(pa.int32()))) for name, values in columns.items()}
+                )
+            )
+        if not tables:
+            raise InputError(f"split {split.name!r} of task {self.name!r} has no rows")
+        return datasets.Dataset(pa.concat_tables(tables))
+
+    def collate(
+        self, model: nn.Module, processor: PreTrainedTokenizerBase, seed: int
+    ) -> Callable[[list[dict[str, Any]]], Batch]:
+        pad = DataCollatorWithPadding(processor)
+        return lambda rows: pad([{name: each for name, each in row.items() if name != "length"} for row in rows])
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        evaluation: Evaluation,
+        processor: PreTrainedTokenizerBase,
+        batch_size: int,
+        final: bool,
+    ) -> Scored:
+        outputs = logits(model, evaluation.examples, processor, batch_size)
+        predicted = self.decode(outputs)
+        rows = self._rows(evaluation, outputs, predicted)
+        files = self.files(evaluation.split, predicted) if final else {}
+        return Scored(self.scores(evaluation.split, outputs, predicted), rows, files=files)
+
+    def files(self, split: Split, predicted: np.ndarray) -> dict[str, str | bytes]:
+        """What to write beside the predictions (n,) of `split`; nothing unless a task has a use for it."""
+        return {}
+
+    def decode(self, logits: np.ndarray) -> np.ndarray:
+        """Logits (n, classes) to class numbers (n,); (n, 1) or (n,) to values (n,) for a regression.
+
+        ValueError for a logit that is not finite: argmax would turn it into a class without a word.
+        """
+        logits = finite(np.asarray(logits, dtype=np.float64).reshape(len(logits), -1))
+        return logits.argmax(axis=1) if self.labels else logits[:, 0]
+
+    def score(self, split: Split, predictions: np.ndarray, labels: np.ndarray | None = None) -> dict[str, float]:
+        """The task's metrics of `predictions` (n,), class numbers or values; {} for a split without labels.
+
+        `labels` (n,) are the split's own unless given. ValueError for a prediction that is not finite.
+        """
+        predictions = finite(predictions)
+        if not split.labelled:
+            return {}
+        if labels is None:
+            labels = np.asarray(split.data["label"][:])
+        return {name + split.suffix: METRICS[name](predictions, labels) for name in self.metrics}
+
+    def scores(self, split: Split, outputs: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+        """Mean loss of logits (n, outputs) and the task's metrics; {} for a split without labels."""
+        if not split.labelled:
+            return {}
+        given, labels = torch.from_numpy(outputs), torch.tensor(split.data["label"][:])
+        loss = (
+            functional.cross_entropy(given, labels) if self.labels else functional.mse_loss(given[:, 0], labels.float())
+        )
+        return {f"loss{split.suffix}": loss.item(), **self.score(split, predicted)}
+
+    def _rows(self, evaluation: Evaluation, outputs: np.ndarray, predicted: np.ndarray) -> Any:
+        pa = need("pyarrow", "bench")
+        data, kind = evaluation.split.data, pa.int64() if self.labels else pa.float64()
+        return pa.table(
+            {
+                "split": pa.array([evaluation.split.name] * len(data)),
+                "idx": pa.array(data["idx"][:], pa.int64()),
+                "label": pa.array(data["label"][:] if "label" in data.column_names else [-1] * len(data), kind),
+                "prediction": pa.array(predicted.tolist(), kind),
+                "logits": pa.array(outputs.tolist(), pa.list_(pa.float32())),
+            }
+        )
+
+
+def logits(model: nn.Module, examples: "Dataset", tokenizer: PreTrainedTokenizerBase, batch_size: int) -> np.ndarray:
+    """Logits (n, outputs) in fp32 in the order of `examples`, whose other columns than the model's inputs are ignored.
+
+    Batches are made of rows of like length. No random number is drawn, and the model stays in the mode it was in.
+    """
+    # The longest first, so that a batch too large for the memory fails at once; equal lengths in their old order.
+    order = np.argsort(-np.asarray(examples["length"][:]), kind="stable")
+    inputs = examples.remove_columns([name for name in ("length", "labels") if name in examples.column_names])
+    collate = DataCollatorWithPadding(tokenizer)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            rows = inputs[order[start : start + batch_size].tolist()]
+            batch = collate([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
+            outputs = model(**{name: values.to(device) for name, values in batch.items()})
+            found.append(outputs.logits.float().cpu().numpy())
+    model.train(training)
+    result = np.empty((len(order), found[0].shape[1]), dtype=np.float32)
+    result[order] = np.concatenate(found)
+    return result

@@ -1,0 +1,275 @@
+"""Anyone's data, without code: `task: {type: …, dataset: …, columns: …}`.
+
+    type             columns                    label or target
+    classification   text, label                a name or a whole number; the classes are those of the training rows
+    pair             text, text_pair, label     the same
+    regression       text[, text_pair], label   a number
+    seq2seq          text, target               a text, written by an encoder-decoder or a decoder
+    causal           text, target               a text, written by a decoder
+    segmentation     image, mask                an image whose pixels are class numbers
+
+`columns` says which column has each role; a role that it does not name is a column of that name. The dataset is a
+folder with a file for each split (`train.csv`, `validation.csv`; or .jsonl, or .parquet), one such file, or what the
+hub calls it. Of a single file a tenth of the rows, drawn by their content, is held out.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from rankwise.config import InputError, nearest, need
+from rankwise.tasks.base import Split, Task
+from rankwise.tasks.classification import Classification
+from rankwise.tasks.segmentation import Segmentation
+from rankwise.tasks.source import Rows, checked, read
+from rankwise.tasks.summarisation import Summarisation
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+HELD_OUT = 10
+"""One row in so many of a single file is scored and not trained on."""
+
+
+@dataclass(frozen=True)
+class Custom(Task):
+    """Rows that a user names.
+
+    Attributes:
+        dataset: a folder with a file for each split, a file, or a name on the hub.
+        columns: from role to column: text, text_pair, label, target.
+        split: the rows to score: a file's name without its ending, or a split on the hub.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ()
+
+    dataset: str = ""
+    columns: dict[str, str] = field(default_factory=dict)
+    split: str = "validation"
+
+    def __post_init__(self) -> None:
+        if not self.dataset:
+            raise InputError(
+                f"task {self.name} needs a dataset: a folder with train.csv (or .jsonl, .parquet), or a name"
+            )
+        for role in self.columns:
+            if role not in self.roles:
+                known = ", ".join(self.roles)
+                raise InputError(
+                    f"columns: {self.name} has no role {role!r}{nearest(role, self.roles)}; it has {known}"
+                )
+        parent = getattr(super(), "__post_init__", None)
+        if parent is not None:
+            parent()
+
+    @property
+    def label(self) -> str:
+        return f"{Path(self.dataset).stem} ({self.name})"
+
+    def train(self) -> Split:
+        return self._split("train")
+
+    def evaluation(self) -> list[Split]:
+        return [self._split(self.split)]
+
+    def table(self, rows: Rows) -> "pa.Table":
+        """The columns of `rows` under the names of their roles, checked."""
+        raise NotImplementedError
+
+    def _split(self, name: str) -> Split:
+        datasets = need("datasets", "bench")
+        pa = need("pyarrow", "bench")
+        file = Path(self.dataset).expanduser()
+        rows = self.fetch(name)
+        table, note = self.table(rows), "the user's own data"
+        if file.is_file():
+            held = [_drawn(row) for row in table.to_pylist()]
+            table = table.filter(pa.array([each == (name != "train") for each in held]))
+            note = f"{note}: {'a' if name != 'train' else 'all but a'} tenth of {file.name}, drawn by content"
+            if table.num_rows == 0:
+                raise InputError(f"{rows.where} has too few rows to hold some out: give a folder with a file per split")
+        table = table.append_column("idx", pa.array(range(table.num_rows), pa.int64()))
+        return Split(name, datasets.Dataset(table), False, note)
+
+    def fetch(self, name: str) -> Rows:
+        """The rows of the split `name`, as they are in the file."""
+        return read(self.dataset, name)
+
+    def _named(self, rows: Rows, types: dict[str, Any], filled: tuple[str, ...] = ()) -> "pa.Table":
+        """`checked`, with the user's column names in messages and the roles' names in the table."""
+        given = {role: self.columns.get(role, role) for role in types}
+        twice = [column for column in given.values() if list(given.values()).count(column) > 1]
+        if twice:
+            raise InputError(f"columns: {twice[0]!r} has two roles; each needs a column of its own")
+        table = checked(rows, {given[role]: kind for role, kind in types.items()}, [given[role] for role in filled])
+        return table.rename_columns(list(types))
+
+
+def _drawn(row: dict[str, Any]) -> bool:
+    """Whether a row is held out: by what is read alone, so that equal texts stay together whatever their order."""
+    content = repr([value for role, value in row.items() if role in ("text", "text_pair", "source", "image")])
+    return int(hashlib.sha256(content.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
+
+
+@dataclass(frozen=True)
+class Labelled(Custom, Classification):
+    """Rows with a class each."""
+
+    main = "accuracy"
+    metrics = ("accuracy", "matthews")
+    roles: ClassVar[tuple[str, ...]] = ("text", "label")
+
+    @property
+    def text(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The roles that are read."""
+        return tuple(role for role in self.roles if role.startswith("text"))
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The classes of the training rows; numbers in their order, names by the alphabet."""
+        rows = read(self.dataset, "train")
+        found = set(self._classes(rows).to_pylist())
+        if len(found) < 2:
+            raise InputError(f"{rows.where} has one class only, {min(found)!r}: there is nothing to tell apart")
+        return tuple(sorted(found, key=_place))
+
+    def table(self, rows: Rows) -> "pa.Table":
+        pa = need("pyarrow", "bench")
+        table = self._named(rows, {role: pa.string() for role in self.text}, self.text)
+        number = {name: place for place, name in enumerate(self.labels)}
+        classes = self._classes(rows).to_pylist()
+        strange = next((row for row, name in enumerate(classes) if name not in number), None)
+        if strange is not None:
+            raise InputError(
+                f"{rows.where}: the label {classes[strange]!r} in {rows.at(strange)} is none of the training rows'"
+                f"{nearest(classes[strange], number)}: {rows.remedy}"
+            )
+        return table.append_column("label", pa.array([number[name] for name in classes], pa.int64()))
+
+    def _classes(self, rows: Rows) -> Any:
+        pa = need("pyarrow", "bench")
+        return self._named(rows, {"label": pa.string()}, ("label",))["label"]
+
+
+def _place(name: str) -> tuple[bool, float, str]:
+    """For sorting: whole numbers by their size, then names."""
+    number = name.removeprefix("-").isdecimal()
+    return not number, float(name) if number else math.inf, name
+
+
+@dataclass(frozen=True)
+class CustomClassification(Labelled, name="classification"):
+    """Your own rows of a text and its class. Accuracy and Matthews correlation."""
+
+
+@dataclass(frozen=True)
+class CustomPair(Labelled, name="pair"):
+    """Your own rows of two texts and their class. Accuracy and Matthews correlation."""
+
+    roles = ("text", "text_pair", "label")
+
+
+@dataclass(frozen=True)
+class CustomRegression(Custom, Classification, name="regression"):
+    """Your own rows of a text, or two, and a number. Pearson and Spearman correlation."""
+
+    main = "pearson"
+    metrics = ("pearson", "spearman")
+    roles = ("text", "text_pair", "label")
+
+    @property
+    def text(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The roles that are read: the second text where `columns` names it."""
+        return ("text", "text_pair") if "text_pair" in self.columns else ("text",)
+
+    def table(self, rows: Rows) -> "pa.Table":
+        pa = need("pyarrow", "bench")
+        table = self._named(rows, {role: pa.string() for role in self.text} | {"label": pa.float32()}, self.text)
+        values = table["label"].to_pylist()
+        row = next((row for row, value in enumerate(values) if not math.isfinite(value)), None)
+        if row is not None:
+            raise InputError(f"{rows.where}: the label {values[row]} in {rows.at(row)} is not finite: {rows.remedy}")
+        return table
+
+
+@dataclass(frozen=True)
+class Written(Custom, Summarisation):
+    """Rows with a text to write each; what is written may also be called their label."""
+
+    roles = ("text", "target", "label")
+
+    def table(self, rows: Rows) -> "pa.Table":
+        pa = need("pyarrow", "bench")
+        roles = ("text", "label" if "label" in self.columns else "target")
+        return self._named(rows, dict.fromkeys(roles, pa.string()), roles).rename_columns(["source", "target"])
+
+
+@dataclass(frozen=True)
+class CustomSeq2Seq(Written, name="seq2seq"):
+    """Your own rows of a text and the text to write for it, by an encoder-decoder or a decoder. ROUGE-1, 2 and L."""
+
+
+@dataclass(frozen=True)
+class CustomCausal(Written, name="causal"):
+    """Your own rows of a prompt and how it goes on, written by a decoder. ROUGE-1, 2 and L."""
+
+
+@dataclass(frozen=True)
+class CustomSegmentation(Custom, Segmentation, name="segmentation"):
+    """Your own images and masks, in a folder for each split or in parquet files. Dice and IoU.
+
+    A folder holds `train/images` and `train/masks`, and the same for its other splits, with files of the same names
+    (the endings may differ). Parquet files have the columns `image` and `mask`, the bytes of image files.
+
+    Attributes:
+        names: the classes in the order of their numbers in the masks; other numbers do not count. Two are a background
+            and a foreground, whose masks may also have 255 for the foreground.
+    """
+
+    roles = ("image", "mask")
+    names: tuple[str, ...] = ("background", "foreground")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if len(self.names) < 2:
+            raise InputError(f"names must be two classes at least, not {list(self.names)}")
+
+    @property
+    def labels(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The classes."""
+        return self.names
+
+    def table(self, rows: Rows) -> "pa.Table":
+        pa = need("pyarrow", "bench")
+        table = self._named(rows, {"image": pa.binary(), "mask": pa.binary()})
+        files = rows.table["where"] if "where" in rows.table.column_names else None
+        return table.append_column("where", files or [[f"{rows.where}, {rows.at(row)}" for row in range(len(table))]])
+
+    def numbers(self, mask: np.ndarray) -> np.ndarray:
+        if self.classes == 1:
+            mask = np.where(mask == 255, 1, mask)
+        return super().numbers(mask)
+
+    def fetch(self, name: str) -> Rows:
+        folder = Path(self.dataset).expanduser() / name
+        return _pictures(folder) if (folder / "images").is_dir() else super().fetch(name)
+
+
+def _pictures(folder: Path) -> Rows:
+    """The files of `folder/images`, each with that of the same name in `folder/masks`, by name."""
+    pa = need("pyarrow", "bench")
+    masks = {file.stem: file for file in sorted((folder / "masks").glob("*")) if file.is_file()}
+    images = [file for file in sorted((folder / "images").glob("*")) if file.is_file()]
+    if lonely := [file for file in images if file.stem not in masks]:
+        raise InputError(f"{lonely[0]} has no mask: put one called {lonely[0].stem}.png into {folder / 'masks'}")
+    columns = {
+        "image": pa.array([file.read_bytes() for file in images], pa.binary()),
+        "mask": pa.array([masks[file.stem].read_bytes() for file in images], pa.binary()),
+        "where": [str(file) for file in images],
+    }
+    return Rows(pa.table(columns), folder.name, str(folder / "images"), "put some there")

@@ -1,0 +1,337 @@
+"""The family of tasks that turn a text into another text.
+
+One task serves both kinds of models, by what their configuration says (`is_encoder_decoder`):
+
+    encoder-decoder   the encoder reads the source; the decoder writes the target and an end mark
+    decoder           one row: source, end mark, target, end mark; the loss counts what follows the first end mark
+
+The second is how the released code of LoRA (Hu et al. 2021, arXiv 2106.09685) joins context and completion for GPT-2.
+In both the loss is the mean over target tokens, the end mark among them, and nothing of the target is in what the model
+reads before it writes: not in the encoder, and not in the prompt that an output is generated from.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+)
+
+from rankwise.config import InputError, need
+from rankwise.metrics.classification import NotFiniteError
+from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+UNTOLD = -100
+"""The label of a token that the loss leaves out."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a task thinks of all outputs for one split.
+
+    Attributes:
+        metrics: by name, without the split's suffix.
+        scores: the worth of each output, where the main metric is the mean of that.
+        notes: what a reader of the metrics has to know, such as why one is missing.
+    """
+
+    metrics: dict[str, float]
+    scores: Sequence[float] | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Generation(Task):
+    """Rows of a `source`, a `target` and `idx`; in splits to evaluate on `references` where there are several targets.
+
+    Attributes:
+        prefix: text put before each source.
+        target_length: longest target in tokens, its end mark included; longer ones are cut. Outputs are no longer.
+        beams: width of the beam search; 1 takes the likeliest token at each step.
+        length_penalty: p; a beam of n tokens is worth its log-probability / n^p, so that more makes outputs longer.
+        no_repeat: n; no n tokens come twice in one output. 0 allows it.
+        split: the rows to score.
+    """
+
+    family = "generation"
+    text: ClassVar[tuple[str, ...]] = ("source",)
+    target: ClassVar[str] = "target"
+
+    prefix: str = ""
+    target_length: int = 64
+    beams: int = 4
+    length_penalty: float = 1.0
+    no_repeat: int = 0
+    split: Literal["validation", "test"] = "validation"
+
+    def __post_init__(self) -> None:
+        if self.target_length < 2:
+            raise InputError(f"target_length must be at least 2, a token and the end mark, not {self.target_length}")
+        if self.beams < 1:
+            raise InputError(f"beams must be at least 1, not {self.beams}")
+        if not math.isfinite(self.length_penalty):
+            raise InputError(f"length_penalty must be a finite number, not {self.length_penalty}")
+        if self.no_repeat < 0:
+            raise InputError(f"no_repeat must not be negative, not {self.no_repeat}")
+
+    @abstractmethod
+    def score_texts(self, hypotheses: list[str], split: Split) -> Judged:
+        """The metrics of one output for each row of `split`, in its order."""
+
+    def encode(self, split: Split, processor: PreTrainedTokenizerBase, max_length: int) -> "Dataset":
+        """`split` as token numbers: `input_ids` of prefix and source, and `targets`, one or several for each row.
+
+        Sources are cut to `max_length` tokens with the tokenizer's own marks, targets to `target_length` with the end
+        mark; `length` is that of a source and its longest target. Not padded, in memory only.
+        """
+        datasets = need("datasets", "bench")
+        pa = need("pyarrow", "bench")
+        if max_length <= processor.num_special_tokens_to_add():
+            raise InputError(f"max_length={max_length} leaves no room for text: the tokenizer's own marks take it all")
+        end = _end(processor)
+        tables = []
+        for block in split.data.iter(batch_size=10_000):  # in blocks: Python's lists take ten times the room of arrow's
+            sources = [self.prefix + text for text in block["source"]]
+            inputs = processor(sources, truncation=True, max_length=max_length)["input_ids"]
+            groups = block["references"] if "references" in block else [[text] for text in block["target"]]
+            flat = [text for group in groups for text in group]
+            cut = processor(flat, add_special_tokens=False, truncation=True, max_length=self.target_length - 1)
+            ended = iter([*ids, end] for ids in cut["input_ids"])
+            targets = [[next(ended) for _ in group] for group in groups]
+            length = [len(ids) + max(map(len, group)) for ids, group in zip(inputs, targets, strict=True)]
+            columns = {
+                "input_ids": pa.array(inputs, pa.list_(pa.int32())),
+                "targets": pa.array(targets, pa.list_(pa.list_(pa.int32()))),
+                "length": pa.array(length, pa.int32()),
+            }
+            tables.append(pa.table(columns))
+        if not tables:
+            raise InputError(f"split {split.name!r} of task {self.name!r} has no rows")
+        return datasets.Dataset(pa.concat_tables(tables))
+
+    def collate(
+        self, model: nn.Module, processor: PreTrainedTokenizerBase, seed: int
+    ) -> Callable[[list[dict[str, Any]]], Batch]:
+        """From encoded rows to a batch with `labels`; InputError for a decoder that reads what it has yet to write."""
+        _check_direction(model)
+        return lambda rows: self._batch(model, processor, [(row["input_ids"], row["targets"][0]) for row in rows])
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        evaluation: Evaluation,
+        processor: PreTrainedTokenizerBase,
+        batch_size: int,
+        final: bool,
+    ) -> Scored:
+        """`loss` per target token, over all references; at the end also what the model writes, and its metrics."""
+        split, examples = evaluation.split, evaluation.examples
+        self._check_outputs(model, examples)  # not only at the end, when a long training would be lost
+        training = model.training
+        model.eval()
+        try:
+            with torch.inference_mode():
+                metrics = {"loss": self._loss(model, examples, processor, batch_size)}
+                hypotheses = self.generate(model, examples, processor, batch_size) if final else None
+        finally:
+            model.train(training)
+        judged = Judged({}) if hypotheses is None else self.score_texts(hypotheses, split)
+        metrics |= judged.metrics
+        return Scored(
+            {name + split.suffix: value for name, value in metrics.items()},
+            _table(split, hypotheses, judged.scores),
+            judged.notes,
+        )
+
+    def generate(
+        self, model: nn.Module, examples: "Dataset", processor: PreTrainedTokenizerBase, batch_size: int
+    ) -> list[str]:
+        """What `model`, in evaluation mode, writes for each of `examples` in their order, without space around it.
+
+        The task's own options decide how, whatever generation settings came with the model.
+        """
+        self._check_outputs(model, examples)
+        two, inner = _encodes(model), _inner(model)
+        end, pad = _end(processor), _pad(processor)
+        config = GenerationConfig(
+            max_new_tokens=self.target_length,
+            num_beams=self.beams,
+            length_penalty=self.length_penalty if self.beams > 1 else None,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=pad,
+            decoder_start_token_id=inner.config.decoder_start_token_id if two else None,
+        )
+        device = next(model.parameters()).device
+        texts = [""] * len(examples)
+        for rows in _batches(examples["length"][:], batch_size):
+            sources = examples[rows]["input_ids"]
+            if not two:
+                sources = [[*source, end] for source in sources]
+            ids, mask = _padded(sources, pad, left=not two)  # a decoder goes on where the row ends
+            begun = 1 if two else ids.shape[1]
+            rules = LogitsProcessorList([_NoRepeat(self.no_repeat, begun)] if self.no_repeat else [])
+            with _settings(inner, config):
+                outputs = inner.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    generation_config=config,
+                    logits_processor=rules,
+                )
+            for row, output in zip(rows, outputs[:, begun:].tolist(), strict=True):
+                written = output[: output.index(end)] if end in output else output
+                text = processor.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                texts[row] = str(text).strip()
+        return texts
+
+    def _check_outputs(self, model: nn.Module, examples: "Dataset") -> None:
+        prompt = 0 if _encodes(model) else 1 + max(map(len, examples["input_ids"][:]))
+        _check_room(model, prompt + self.target_length)
+
+    def _loss(self, model: nn.Module, examples: "Dataset", processor: PreTrainedTokenizerBase, size: int) -> float:
+        """Mean over all target tokens, whatever the batches."""
+        pairs = [(row["input_ids"], target) for row in examples for target in row["targets"]]
+        device = next(model.parameters()).device
+        total = tokens = 0.0
+        for rows in _batches([len(source) + len(target) for source, target in pairs], size):
+            batch = self._batch(model, processor, [pairs[row] for row in rows])
+            loss = model(**{name: values.to(device) for name, values in batch.items()}).loss.item()
+            if not math.isfinite(loss):
+                raise NotFiniteError(f"the loss is {loss}: the training has diverged; try a lower learning rate")
+            count = sum(len(pairs[row][1]) for row in rows)
+            total, tokens = total + loss * count, tokens + count
+        return total / tokens
+
+    def _batch(
+        self, model: nn.Module, processor: PreTrainedTokenizerBase, pairs: Sequence[tuple[list[int], list[int]]]
+    ) -> Batch:
+        """Pairs of source and target as the model takes them to compute its loss, padded on the right."""
+        pad = _pad(processor)
+        if _encodes(model):
+            ids, mask = _padded([source for source, _ in pairs], pad)
+            labels, _ = _padded([target for _, target in pairs], UNTOLD)
+        else:
+            prompts = [[*source, _end(processor)] for source, _ in pairs]
+            targets = [target for _, target in pairs]
+            ids, mask = _padded([p + t for p, t in zip(prompts, targets, strict=True)], pad)
+            labels, _ = _padded([[UNTOLD] * len(p) + t for p, t in zip(prompts, targets, strict=True)], UNTOLD)
+        _check_room(model, labels.shape[1])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class _NoRepeat(LogitsProcessor):
+    """No n-gram twice in what is written; what stands in the prompt may be said again, as in LoRA's released code."""
+
+    def __init__(self, n: int, begun: int):
+        self.rule, self.begun = NoRepeatNGramLogitsProcessor(n), begun
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.rule(input_ids[:, self.begun :], scores)
+
+
+@contextmanager
+def _settings(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """`config` in place of the model's own settings, which would otherwise fill what `config` leaves open."""
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _encodes(model: nn.Module) -> bool:
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+def _inner(model: nn.Module) -> Any:
+    """The transformers model, with the adapter's layers in it."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not hasattr(inner, "generate"):
+        raise InputError(f"{type(inner).__name__} cannot write text: give a model that was trained to generate")
+    return inner
+
+
+def _end(processor: PreTrainedTokenizerBase) -> int:
+    if not isinstance(processor.eos_token_id, int):
+        raise InputError("the model's tokenizer has no end mark (eos_token), which tells where a text ends")
+    return processor.eos_token_id
+
+
+def _pad(processor: PreTrainedTokenizerBase) -> int:
+    return processor.pad_token_id if isinstance(processor.pad_token_id, int) else _end(processor)
+
+
+def _padded(rows: Sequence[list[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Rows of one length, and a mask with 1 where they were given."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), value), torch.zeros((len(rows), width), dtype=torch.long)
+    for place, row in enumerate(rows):
+        columns = slice(width - len(row), None) if left else slice(len(row))
+        ids[place, columns], mask[place, columns] = torch.tensor(row), 1
+    return ids, mask
+
+
+def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Places of like length in groups; the longest first, so that what is too large for the memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _check_room(model: nn.Module, width: int) -> None:
+    """InputError for rows that are longer than what the model's decoder can read."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and width > most:
+        what = "target_length is" if _encodes(model) else "source and target_length together are"
+        raise InputError(f"{what} {width} tokens, more than the {most} of the model: lower max_length or target_length")
+
+
+def _check_direction(model: nn.Module) -> None:
+    """InputError for a decoder whose output depends on the tokens that follow: it would read the target."""
+    if _encodes(model):
+        return
+    config: Any = model.config
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    with torch.inference_mode():
+        last = config.get_text_config().vocab_size - 1
+        first = model(input_ids=torch.tensor([[0, 0], [0, last]], device=device)).logits[:, 0]
+    model.train(training)
+    if not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"{type(_inner(model)).__name__} reads the tokens after the one that it predicts, so that it cannot write "
+            "text: give a decoder (GPT-2, Llama, …) or an encoder-decoder (T5, …)"
+        )
+
+
+def _table(split: Split, hypotheses: list[str] | None, scores: Sequence[float] | None) -> "pa.Table":
+    """What was written for each row, no rows where nothing was; `label` is -1, there is no class to compare with."""
+    pa = need("pyarrow", "bench")
+    data = split.data if hypotheses is not None else split.data.select([])
+    references = data["references"][:] if "references" in data.column_names else [[text] for text in data["target"][:]]
+    columns = {
+        "split": pa.array([split.name] * len(data), pa.string()),
+        "idx": pa.array(data["idx"][:], pa.int64()),
+        "label": pa.array([-1] * len(data), pa.int64()),
+        "source": pa.array(data["source"][:], pa.string()),
+        "prediction": pa.array(hypotheses or [], pa.string()),
+        "references": pa.array(references, pa.list_(pa.string())),
+    }
+    if scores is not None:
+        columns["score"] = pa.array([float(score) for score in scores], pa.float64())
+    return pa.table(columns)

@@ -1,0 +1,194 @@
+"""The family of tasks that give each pixel of an image a class.
+
+Images and masks are kept as they are in their files and read again for each batch. A mask has a class number per pixel;
+numbers that are no class count neither in the loss nor in a score. Both are brought to one size, images by bilinear
+interpolation and masks by the nearest pixel, and that size is the one that is scored.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from rankwise.config import InputError, need
+from rankwise.metrics.classification import NotFiniteError
+from rankwise.metrics.segmentation import METRICS, PER_IMAGE, counts
+from rankwise.nets.unet import IGNORE, masks
+from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SHOWN = 4
+"""Images in the picture of a run."""
+FILE = "masks.png"
+
+
+@dataclass(frozen=True)
+class Segmentation(Task):
+    """Rows of an `image` and a `mask`, both as the bytes of a file, `idx`, and `where`, what to call a row in messages.
+
+    Attributes:
+        height, width: what images and masks are brought to, in pixels.
+        augment: turn training images left to right, cut, brighten and darken them at random.
+    """
+
+    family = "segmentation"
+    text: ClassVar[tuple[str, ...]] = ("image",)
+    target: ClassVar[str] = "mask"
+    main: ClassVar[str] = "dice"
+    metrics: ClassVar[tuple[str, ...]] = ("dice", "iou")
+
+    height: int = 256
+    width: int = 256
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        for option in ("height", "width"):
+            if getattr(self, option) < 1:
+                raise InputError(f"{option} must be at least 1 pixel, not {getattr(self, option)}")
+
+    @property
+    def classes(self) -> int:
+        """Channels of the logits: one for a foreground against a background."""
+        return 1 if len(self.labels) == 2 else len(self.labels)
+
+    def encode(self, split: Split, processor: None, max_length: int) -> "Dataset":
+        """The rows as they are, once all of them have been looked at. InputError for what is no image or no mask."""
+        for row in split.data:
+            self._read(row["image"], row["mask"], row["where"])
+        datasets = need("datasets", "bench")
+        pa = need("pyarrow", "bench")
+        kept = split.data.select_columns(["idx", "image", "mask"]).with_format("arrow")[:]
+        return datasets.Dataset(kept.append_column("length", pa.array([1] * kept.num_rows)))
+
+    def collate(self, model: nn.Module, processor: None, seed: int) -> Callable[[list[dict[str, Any]]], Batch]:
+        def batch(rows: list[dict[str, Any]]) -> Batch:
+            numbers = f"{seed}:{[row['idx'] for row in rows]}"
+            draw = np.random.default_rng(int(hashlib.sha256(numbers.encode()).hexdigest()[:16], 16))
+            pairs = [self._read(row["image"], row["mask"], f"row {row['idx']}") for row in rows]
+            return _tensors([_varied(*pair, draw) for pair in pairs] if self.augment else pairs)
+
+        return batch
+
+    def evaluate(
+        self, model: nn.Module, evaluation: Evaluation, processor: None, batch_size: int, final: bool
+    ) -> Scored:
+        """`loss`, the mean of the batches' Dice losses, and Dice and IoU of the whole split; a picture at the end."""
+        pa = need("pyarrow", "bench")
+        split = evaluation.split
+        device, training = next(model.parameters()).device, model.training
+        model.eval()
+        losses, found, pixels = [], [], []
+        with torch.inference_mode():
+            for start in range(0, len(evaluation.examples), batch_size):
+                rows = evaluation.examples[start : start + batch_size]
+                pairs = [self._read(*pair, split.name) for pair in zip(rows["image"], rows["mask"], strict=True)]
+                batch = _tensors(pairs)
+                outputs = model(**{name: values.to(device) for name, values in batch.items()})
+                if not outputs.logits.isfinite().all():
+                    raise NotFiniteError("a logit is not finite: the training has diverged; try a lower learning rate")
+                losses.append((outputs.loss.item(), len(pairs)))
+                given = masks(outputs.logits).cpu().numpy()
+                found.append(counts(given, batch["labels"].numpy(), self.classes))
+                pixels.append(given.astype(np.uint8))
+        model.train(training)
+        counted, given = np.concatenate(found), np.concatenate(pixels)
+        metrics = {"loss": sum(loss * size for loss, size in losses) / sum(size for _, size in losses)}
+        metrics |= {name: METRICS[name](counted) for name in self.metrics}
+        columns: dict[str, Any] = {
+            "split": [split.name] * len(given),
+            "idx": split.data["idx"][:],
+            "label": [-1] * len(given),
+            "prediction": [_png(mask) for mask in given],
+            **{name: _per_image(name, counted).tolist() for name in self.metrics},
+        }
+        files = {FILE: self._picture(split, given)} if final else {}
+        return Scored({name + split.suffix: value for name, value in metrics.items()}, pa.table(columns), files=files)
+
+    def numbers(self, mask: np.ndarray) -> np.ndarray:
+        """Class numbers of a mask (h, w) of the data; IGNORE for what is no class."""
+        return np.where(mask < len(self.labels), mask, IGNORE)
+
+    def _read(self, image: bytes, mask: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
+        """An image (height, width, 3) and its class numbers (height, width)."""
+        pil = need("PIL.Image", "vision")
+        pictures = []
+        for name, content in (("image", image), ("mask", mask)):
+            try:
+                picture = pil.open(io.BytesIO(content))
+                picture.load()
+            except (OSError, ValueError, SyntaxError) as error:  # PIL's ways to say that a file is broken
+                raise InputError(f"{where}: the {name} cannot be read ({error}): mend it or leave it out") from error
+            pictures.append(picture)
+        sizes = [f"{picture.width}×{picture.height}" for picture in pictures]
+        if sizes[0] != sizes[1]:
+            raise InputError(f"{where}: the image is {sizes[0]} pixels and its mask {sizes[1]}: they must be alike")
+        if pictures[1].mode not in ("L", "P", "I", "1"):
+            raise InputError(
+                f"{where}: the mask has colours ({pictures[1].mode}); it must have a class number per pixel"
+            )
+        size = (self.width, self.height)
+        colours = pictures[0].convert("RGB").resize(size, pil.Resampling.BILINEAR)
+        classes = pictures[1].resize(size, pil.Resampling.NEAREST)
+        return np.asarray(colours), self.numbers(np.asarray(classes).astype(np.int64))
+
+    def _picture(self, split: Split, given: np.ndarray) -> bytes:
+        """A few images, evenly spread, each above its true mask and the mask that was given, as a PNG."""
+        shown = min(SHOWN, len(given))
+        columns = []
+        for place in (number * len(given) // shown for number in range(shown)):
+            image, truth = self._read(split.data["image"][place], split.data["mask"][place], split.name)
+            guess = np.where(truth == IGNORE, IGNORE, given[place])
+            columns.append(np.concatenate([image, _coloured(truth), _coloured(guess)]))
+        return _png(np.concatenate(columns, axis=1))
+
+
+def _varied(image: np.ndarray, mask: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Turned or not, cut to three quarters of its sides or more and enlarged again, brighter or darker."""
+    pil = need("PIL.Image", "vision")
+    if draw.random() < 0.5:
+        image, mask = image[:, ::-1], mask[:, ::-1]
+    height, width = mask.shape
+    share = draw.uniform(0.75, 1)
+    h, w = max(1, round(share * height)), max(1, round(share * width))
+    top, left = draw.integers(height - h + 1), draw.integers(width - w + 1)
+    part = np.ascontiguousarray(image[top : top + h, left : left + w])
+    image = np.asarray(pil.fromarray(part).resize((width, height), pil.Resampling.BILINEAR))
+    rows = (top + (np.arange(height) * h) // height).astype(int)
+    columns = (left + (np.arange(width) * w) // width).astype(int)
+    image = np.clip(image * draw.uniform(0.7, 1.3), 0, 255)
+    return image, mask[np.ix_(rows, columns)]
+
+
+def _tensors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
+    images = np.stack([image for image, _ in pairs]).astype(np.float32) / 255
+    labels = np.stack([mask for _, mask in pairs])
+    return {"pixel_values": torch.from_numpy(images).movedim(-1, 1).contiguous(), "labels": torch.from_numpy(labels)}
+
+
+def _per_image(name: str, counted: np.ndarray) -> np.ndarray:
+    """The metric of each image; NaN for one in which no pixel counts."""
+    scores = np.full(len(counted), np.nan)
+    some = counted.sum(axis=(1, 2)) > 0
+    scores[some] = PER_IMAGE[name](counted[some])
+    return scores
+
+
+def _coloured(mask: np.ndarray) -> np.ndarray:
+    """A colour for each class, black for pixels that do not count: (h, w) to (h, w, 3)."""
+    colours = need("matplotlib", "bench").colormaps["tab20"](np.arange(max(20, mask.max() + 1)) % 20)[:, :3]
+    found = (255 * colours[np.clip(mask, 0, None)]).astype(np.uint8)
+    found[mask == IGNORE] = 0
+    return found
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    need("PIL.Image", "vision").fromarray(pixels).save(out, "PNG", optimize=True)
+    return out.getvalue()

@@ -1,0 +1,316 @@
+"""Where rows come from: a file for each split, or a dataset of the hub; and the checks that every task makes of them.
+
+`read` fetches one split, of a folder or of the hub; `Origin` is a published dataset, which has its place in both.
+Neither looks at the columns. `checked` does, and names file and row of the first thing wrong.
+
+A folder holds `train.parquet`, `train.csv` or `train.jsonl`, and the same for its other splits. CSV is UTF-8 with a
+header line and commas, and all of its fields are text until `checked` casts them; an empty field is an empty text.
+JSONL is UTF-8 with one object per line; a key that is absent is a null. Rows count from 0, lines of a file from 1.
+"""
+
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.config import InputError, nearest, need
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ENDINGS = (".parquet", ".csv", ".jsonl")
+AGAIN = "fetch the file again"
+MEND = "mend it or leave it out"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split as it was found.
+
+    Attributes:
+        table: its columns, as they are in the file.
+        split: its name, which ends in `_subset` where such a file stood in for it.
+        where: what to call it in a message.
+        remedy: what to do where something is wrong with it.
+        unit: what messages count by, `row` or `line`.
+        numbers: that of each row; None where rows count from 0 without a gap.
+    """
+
+    table: "pa.Table"
+    split: str
+    where: str
+    remedy: str = AGAIN
+    unit: str = "row"
+    numbers: Sequence[int] | None = None
+
+    def at(self, row: int) -> str:
+        """What to call row `row` of the table in a message."""
+        return f"{self.unit} {row if self.numbers is None else self.numbers[row]}"
+
+    def take(self, rows: Sequence[int]) -> "Rows":
+        """Some of the rows, which messages call as before."""
+        numbers = rows if self.numbers is None else [self.numbers[row] for row in rows]
+        return replace(self, table=self.table.take(rows), numbers=numbers)
+
+    def without_blanks(self, *columns: str) -> "Rows":
+        """The rows that have a letter in each of these text columns; a column that is not there leaves out nothing."""
+        pa = need("pyarrow", "bench")
+        compute = need("pyarrow.compute", "bench")
+        keep = list(range(self.table.num_rows))
+        for column in columns:
+            if column not in self.table.column_names:
+                continue
+            kind = self.table.schema.field(column).type
+            if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+                text = compute.fill_null(compute.utf8_trim_whitespace(self.table[column]), "")
+                filled = compute.not_equal(text, "").to_pylist()
+                keep = [row for row in keep if filled[row]]
+        return self if len(keep) == self.table.num_rows else self.take(keep)
+
+    def note(self, split: str, official: int, found: int | None = None) -> str:
+        """Why these are not the `official` rows of `split`, or "" where they are; `found` when some were left out."""
+        found = self.table.num_rows if found is None else found
+        if self.split == split and found == official:
+            return ""
+        return f"{self.split}: {found:,} rows, not the official {official:,} of {split}"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A published dataset, in the folder RANKWISE_DATA when that variable is set and on the hub otherwise.
+
+    Attributes:
+        title: its name in messages.
+        folder: where it lies below RANKWISE_DATA; a file `<split>_subset` there stands in for a missing `<split>`.
+        hub: its name on the hub; empty where it is not there.
+        name: which of the configurations on the hub.
+        revision: which branch on the hub.
+        files: the data file of each split, where the hub has files and no splits.
+    """
+
+    title: str
+    folder: str
+    hub: str
+    name: str | None = None
+    revision: str | None = None
+    files: Mapping[str, str] | None = None
+
+    def read(self, split: str) -> Rows:
+        """The rows of `split`, whose columns `checked` has yet to see. InputError where they cannot be had."""
+        example = f"{self.folder}/{split}.parquet"
+        root = os.environ.get("RANKWISE_DATA")
+        if root:
+            if not Path(root).is_dir():
+                raise InputError(
+                    f"RANKWISE_DATA={root!r} is not a folder: point it at one that holds {example}, "
+                    f"or unset it to take {self.title} from the hub"
+                )
+            return _from_folder(
+                Path(root, self.folder),
+                (split, f"{split}_subset"),
+                "put it there, or unset RANKWISE_DATA to use the hub",
+            )
+        if not self.hub:
+            raise InputError(f"{self.title} is not on the hub: point RANKWISE_DATA at a folder that holds {example}")
+        remedy = f"go online, or point RANKWISE_DATA at a folder that holds {example}"
+        file = None if self.files is None else self.files[split]
+        return _from_hub(self.hub, split, remedy, self.name, revision=self.revision, data_files=file)
+
+
+def read(dataset: str, split: str) -> Rows:
+    """The rows of `split` of a dataset that a user names: a folder, a file, or what the hub calls it.
+
+    A relative path starts at the working directory. A file has no splits: its rows are all of them, whatever `split`.
+    InputError where the rows cannot be had.
+    """
+    path = Path(dataset).expanduser()
+    if path.is_dir():
+        return replace(_from_folder(path, (split,), "the dataset needs a file for each split"), remedy=MEND)
+    if path.is_file() and path.suffix in ENDINGS:
+        return replace(_from_file(path, split), remedy=MEND)
+    if path.exists() or path.is_absolute() or dataset.startswith((".", "~")) or path.suffix in ENDINGS:
+        endings = " or ".join(ENDINGS)
+        raise InputError(f"dataset: {dataset} is no folder and no file that ends in {endings}; give one, or a hub name")
+    return _from_hub(dataset, split, "go online, or give a folder or a file")
+
+
+def checked(rows: Rows, types: Mapping[str, Any], filled: Sequence[str] = ()) -> "pa.Table":
+    """The columns `types` of `rows`, cast to these pyarrow types; None keeps a column's own.
+
+    InputError, naming file and row, for a column that is not there, no rows at all, a null, a value of another type,
+    and in the columns `filled` a text without a letter in it, be it alone or in a list, or a list of nothing.
+    """
+    pa = need("pyarrow", "bench")
+    compute = need("pyarrow.compute", "bench")
+    table = rows.table
+    if table.num_rows == 0:
+        raise InputError(f"{rows.where} has no rows: {rows.remedy}")
+    for column in types:
+        if column not in table.column_names:
+            here = ", ".join(table.column_names) + nearest(column, table.column_names)
+            remedy = "name another" if rows.remedy == MEND else rows.remedy
+            raise InputError(f"{rows.where} has no column {column!r}, only {here}: {remedy}")
+    columns = {}
+    for column, wanted in types.items():
+        values = table[column]
+        if values.null_count:
+            row = compute.index(values.is_null(), True).as_py()
+            raise InputError(f"{rows.where} has no {column} in {rows.at(row)}: {rows.remedy}")
+        if wanted is not None:
+            try:
+                values = values.cast(wanted)
+            except pa.ArrowException as error:
+                raise InputError(_wrong_type(rows, column, wanted, error)) from error
+        if column in filled:
+            row = next((row for row, value in enumerate(values.to_pylist()) if not _filled(value)), None)
+            if row is not None:
+                raise InputError(f"{rows.where} has an empty {column} in {rows.at(row)}: {rows.remedy}")
+        columns[column] = values
+    return pa.table(columns)
+
+
+def _filled(value: str | list[str | None] | None) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(_filled, value))
+    return bool(value and value.strip())
+
+
+def _wrong_type(rows: Rows, column: str, wanted: Any, error: Exception) -> str:
+    """The message for a column that does not cast, with the first row that does not, where one alone is at fault."""
+    pa = need("pyarrow", "bench")
+    for row in range(rows.table.num_rows):
+        try:
+            rows.table[column].slice(row, 1).cast(wanted)
+        except pa.ArrowException as own:
+            return f"{rows.where}: column {column!r} does not hold {wanted} in {rows.at(row)} ({_line(own)})"
+    return f"{rows.where}: column {column!r} does not hold {wanted} ({_line(error)})"
+
+
+def _from_folder(folder: Path, splits: Sequence[str], remedy: str) -> Rows:
+    """The first of `splits` that the folder has a file for."""
+    for split in splits:
+        found = [file for ending in ENDINGS if (file := folder / f"{split}{ending}").is_file()]
+        if len(found) > 1:
+            raise InputError(f"{folder} has both {found[0].name} and {found[1].name}: leave one of them")
+        for file in found:
+            return _from_file(file, split)
+    endings = f" (nor {' or '.join(ENDINGS[1:])})"
+    raise InputError(f"{folder / splits[0]}.parquet does not exist{endings}: {remedy}")
+
+
+def _from_file(file: Path, split: str) -> Rows:
+    if file.suffix == ".parquet":
+        return Rows(_parquet(file), split, str(file))
+    table, lines = _table(file, _csv(file) if file.suffix == ".csv" else _jsonl(file))
+    return Rows(table, split, str(file), unit="line", numbers=lines)
+
+
+def _parquet(file: Path) -> "pa.Table":
+    pa = need("pyarrow", "bench")
+    try:
+        # one file, read whole: a dataset's reader would take folder names for columns
+        return need("pyarrow.parquet", "bench").ParquetFile(file).read()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{file} cannot be read as parquet ({_line(error)}): fetch or write the file again") from error
+
+
+def _table(file: Path, found: Iterator[tuple[int, dict[str, Any]]]) -> tuple["pa.Table", list[int]]:
+    """The rows of a text file as a table, and the line that each begins on."""
+    pa = need("pyarrow", "bench")
+    lines, rows = [], []
+    for line, row in found:
+        lines.append(line)
+        rows.append(row)
+    columns = {}
+    for column in dict.fromkeys(key for row in rows for key in row):
+        values = [row.get(column) for row in rows]
+        try:
+            columns[column] = pa.array(values)
+        except (pa.ArrowException, OverflowError) as error:
+            kind = next(type(value) for value in values if value is not None)
+            # in JSON alone: 1 and 1.5 go together, 1 and "1" do not
+            other = [
+                line
+                for line, value in zip(lines, values, strict=True)
+                if value is not None and type(value) is not kind and {type(value), kind} != {int, float}
+            ]
+            place = f" in line {other[0]}" if other else ""
+            raise InputError(
+                f"{file}: column {column!r} is not of one kind{place} ({_line(error)}): write all its values alike"
+            ) from error
+    return pa.table(columns), lines
+
+
+def _text(file: Path) -> str:
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {(error.strerror or str(error)).lower()}") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(f"{file}: line {line} is not text in UTF-8 (byte {error.start}): save it as UTF-8") from None
+
+
+def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    text = _text(file)
+    limit = csv.field_size_limit(sys.maxsize)  # a field may be an article
+    try:
+        # newline="": a field may have lines of its own, and they keep their ends
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        header = next(reader, [])
+        if twice := {name for name in header if header.count(name) > 1}:
+            raise InputError(f"{file}: the column {min(twice)!r} is there twice in the header: rename one")
+        begins = reader.line_num + 1
+        for fields in reader:
+            if fields:  # not an empty line
+                if len(fields) != len(header):
+                    raise InputError(
+                        f"{file}: line {begins} has {len(fields)} fields and the header {len(header)}: put fields that "
+                        "hold commas, quotes or line ends in quotes"
+                    )
+                yield begins, dict(zip(header, fields, strict=True))
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        raise InputError(f"{file}: line {reader.line_num} is not CSV ({_line(error)})") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_text(file).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(
+                f"{file}: line {number} is not JSON ({_line(error)}): write one object per line"
+            ) from error
+        if not isinstance(row, dict):
+            raise InputError(f"{file}: line {number} is no JSON object: write one per line, with a key for each column")
+        yield number, row
+
+
+def _from_hub(dataset: str, split: str, remedy: str, name: str | None = None, **options: Any) -> Rows:
+    datasets = need("datasets", "bench")
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    file = options.get("data_files")
+    where = file if file and "://" in file else f"{dataset} ({f'{name}, ' if name else ''}{split})"
+    try:
+        part = "train" if file else split  # files that are not sorted into splits are one split of this name
+        data = datasets.load_dataset(dataset, name, split=part, **options)
+    except Exception as error:  # the hub's client raises a dozen unrelated types, which all mean: no data
+        raise InputError(f"{where} cannot be fetched from the hub ({_line(error)}): {remedy}") from error
+    return Rows(data.data.table, split, where)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,152 @@
+"""Long texts into short ones: summaries of dialogues, titles of articles; ROUGE F1 with stemming.
+
+    samsum          SAMSum (Gliwa et al. 2019, arXiv 1911.12237): `RANKWISE_DATA/samsum/<split>.parquet`, or
+                    `knkarthick/samsum` on the hub; columns `dialogue` and `summary`
+    titles          abstracts of SciTLDR (Cachola et al. 2020, arXiv 2004.15011) and the titles of their papers:
+                    `RANKWISE_DATA/summarization/scitldr/<split>.parquet`, columns `article` and `title`, or the files
+                    of its authors on the web, `source` and `title`
+    medium-titles   articles from Medium and their titles: `RANKWISE_DATA/medium-articles/train.parquet`, or
+                    `fabiochiu/medium-articles` on the hub; columns `text` and `title`
+
+The two of titles are as in a course report on SoRA with T5: "summarize: " before the text, 512 tokens into 64.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from rankwise.config import InputError, need
+from rankwise.metrics.rouge import per_example
+from rankwise.tasks.base import REFERENCES, Split
+from rankwise.tasks.generation import Generation, Judged
+from rankwise.tasks.source import Origin, Rows, checked
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SAMSUM = Origin("SAMSum", "samsum", "knkarthick/samsum")
+_SCITLDR = "https://raw.githubusercontent.com/allenai/scitldr/master/SciTLDR-Data/SciTLDR-A"
+SCITLDR = Origin(
+    "SciTLDR",
+    "summarization/scitldr",
+    "json",  # the hub's own copy of these files is without the titles
+    files={
+        "train": f"{_SCITLDR}/train.jsonl",
+        "validation": f"{_SCITLDR}/dev.jsonl",
+        "test": f"{_SCITLDR}/test.jsonl",
+    },
+)
+MEDIUM = Origin(
+    "Medium's articles", "medium-articles", "fabiochiu/medium-articles", files={"train": "medium_articles.csv"}
+)
+
+
+class Summarisation(Generation):
+    """A text into a shorter one, scored by ROUGE against one reference or the best of several.
+
+    ROUGE-L comes first, as the one that looks at the order of words; the other two are beside it.
+    """
+
+    main: ClassVar[str] = "rouge_l"
+    metrics: ClassVar[tuple[str, ...]] = ("rouge_l", "rouge_1", "rouge_2")
+
+    def score_texts(self, hypotheses: list[str], split: Split) -> Judged:
+        references = split.data[REFERENCES if REFERENCES in split.data.column_names else self.target][:]
+        found = per_example(hypotheses, references)
+        return Judged({name: float(found[name].mean()) for name in self.metrics}, found[self.main].tolist())
+
+
+@dataclass(frozen=True)
+class SAMSum(Summarisation, name="samsum"):
+    """A chat between friends into a summary of it; ROUGE-L first."""
+
+    target_length: int = 96
+
+    def train(self) -> Split:
+        return self._read("train")
+
+    def evaluation(self) -> list[Split]:
+        return [self._read(self.split)]
+
+    def _read(self, name: str) -> Split:
+        rows = SAMSUM.read(name)
+        kept = rows.without_blanks("dialogue")  # one of the published training rows has none
+        table = _texts(kept, "dialogue", "summary")
+        note = rows.note(name, {"train": 14_732, "validation": 818, "test": 819}[name], table.num_rows)
+        return _split(rows.split, table, note, _left_out(rows, kept, "dialogue"))
+
+
+@dataclass(frozen=True)
+class Titles(Summarisation, name="titles"):
+    """The abstract of a paper on machine learning into its title; ROUGE-L first. Give it max_length=512."""
+
+    prefix: str = "summarize: "
+
+    def train(self) -> Split:
+        return self._read("train")
+
+    def evaluation(self) -> list[Split]:
+        return [self._read(self.split)]
+
+    def _read(self, name: str) -> Split:
+        pa = need("pyarrow", "bench")
+        rows = SCITLDR.read(name)
+        if "article" in rows.table.column_names:
+            table = _texts(rows, "article", "title")
+        else:  # as its authors have it, a sentence at a time
+            types = {"source": pa.list_(pa.string()), "title": pa.string()}
+            found = checked(rows, types, filled=("title",))
+            sources = [" ".join(each.strip() for each in sentences) for sentences in found["source"].to_pylist()]
+            table = pa.table({"source": sources, "target": found["title"]})
+        note = rows.note(name, {"train": 1_992, "validation": 619, "test": 618}[name])
+        return _split(rows.split, table, note, "there are no published scores of these titles")
+
+
+@dataclass(frozen=True)
+class MediumTitles(Summarisation, name="medium-titles"):
+    """An article from Medium into its title, 190,000 of them; ROUGE-L first. Give it max_length=512.
+
+    The set is one file. Of the articles, each once, 2 in 100 are for validation and 2 for test, by a digest of them.
+    """
+
+    prefix: str = "summarize: "
+
+    def train(self) -> Split:
+        return self._part("train", lambda draw: draw >= 4)
+
+    def evaluation(self) -> list[Split]:
+        return [self._part(self.split, lambda draw: draw in ((0, 1) if self.split == "validation" else (2, 3)))]
+
+    def _part(self, name: str, mine: Callable[[int], bool]) -> Split:
+        rows = MEDIUM.read("train")
+        kept = rows.without_blanks("text", "title")
+        texts = _texts(kept, "text", "title").to_pydict()
+        titles = {text: title for text, title in zip(*texts.values(), strict=True) if mine(_draw(text))}
+        if not titles:
+            raise InputError(f"{rows.where} has too few articles to make a {name} split of: {rows.remedy}")
+        table = need("pyarrow", "bench").table({"source": list(titles), "target": list(titles.values())})
+        return _split(name, table, "split by rankwise", _left_out(rows, kept, "text or title"))
+
+
+def _draw(text: str) -> int:
+    """0 to 99, the same for a text wherever it stands."""
+    return int(hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8], 16) % 100
+
+
+def _texts(rows: Rows, source: str, target: str) -> "pa.Table":
+    """The two columns that make up a task, checked, as `source` and `target`."""
+    types = dict.fromkeys((source, target), need("pyarrow", "bench").string())
+    return checked(rows, types, filled=(source, target)).rename_columns(["source", "target"])
+
+
+def _left_out(rows: Rows, kept: Rows, what: str) -> str:
+    less = rows.table.num_rows - kept.table.num_rows
+    return f"{less:,} rows without {what} left out" if less else ""
+
+
+def _split(name: str, table: "pa.Table", *notes: str) -> Split:
+    datasets = need("datasets", "bench")
+    table = table.append_column("idx", need("pyarrow", "bench").array(range(table.num_rows)))
+    note = "; ".join(filter(None, notes))
+    return Split(name, datasets.Dataset(table), not note, note)

@@ -1,0 +1,94 @@
+"""Small models with random weights, for trying the whole way where no pretrained model can be had.
+
+Their words are a byte-level BPE vocabulary learnt from the task's own training rows. What such a model scores shows
+that the way works, not what a method is worth.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+from rankwise.tasks import Split, Task
+
+WORDS = 4096
+"""Size of the vocabulary, at most."""
+LENGTH = 512
+"""Longest input in tokens."""
+PAD, END, BEGIN = "<pad>", "</s>", "<s>"
+
+_IDS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+
+CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
+    "random-bert": lambda words: BertConfig(
+        vocab_size=words,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=LENGTH,
+        **_IDS,
+    ),
+    "random-gpt2": lambda words: GPT2Config(
+        vocab_size=words, n_embd=128, n_layer=4, n_head=4, n_positions=LENGTH, **_IDS
+    ),
+    "random-llama": lambda words: LlamaConfig(
+        vocab_size=words,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=384,
+        max_position_embeddings=LENGTH,
+        **_IDS,
+    ),
+    "random-t5": lambda words: T5Config(
+        vocab_size=words,
+        d_model=128,
+        d_kv=32,
+        d_ff=512,
+        num_layers=3,
+        num_heads=4,
+        **_IDS,
+    ),
+}
+"""From the number of words to the configuration of a model."""
+
+
+def build(name: str, task: Task, train: Split) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """A tokenizer made of the words of `train`, and the configuration of the model `name`, one of CONFIGS, for it."""
+    tokenizer = _tokenizer(task, train)
+    config = CONFIGS[name](len(tokenizer))
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = config.pad_token_id
+    if name in ("random-bert", "random-t5"):  # each text ends with a mark, as these models' own tokenizers have it
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, 1)]
+        )
+    return tokenizer, config
+
+
+def _tokenizer(task: Task, train: Split) -> PreTrainedTokenizerBase:
+    learnt = Tokenizer(models.BPE())
+    learnt.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learnt.decoder = decoders.ByteLevel()
+    trainer: Any = trainers.BpeTrainer(
+        vocab_size=WORDS,
+        special_tokens=[PAD, END, BEGIN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    columns = [*task.text, *([task.target] if task.family == "generation" else [])]
+    learnt.train_from_iterator((row[column] for row in train.data for column in columns), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=learnt, pad_token=PAD, eos_token=END, bos_token=BEGIN, model_max_length=LENGTH
+    )

@@ -1,0 +1,162 @@
+"""Data of anyone's own: every type, every kind of file, and what is wrong with it in one line."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from rankwise import tasks
+from rankwise.config import InputError
+from rankwise.train.run import run
+from small_run import make
+
+REVIEWS = [
+    {"body": f"the film, number {i}, was {'good' if i % 3 else 'bad'}", "mood": "+" if i % 3 else "-"}
+    for i in range(30)
+]
+
+
+def write(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".csv":
+        with file.open("w", newline="", encoding="utf-8") as out:
+            writer = csv.DictWriter(out, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif file.suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pa.Table.from_pylist(rows), file)
+    return file
+
+
+def reviews(folder: Path, **options: Any) -> Any:
+    columns = {"text": "body", "label": "mood"}
+    return tasks.build({"name": "classification", "dataset": str(folder), "columns": columns, **options})
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl", ".parquet"])
+def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path, ending: str) -> None:
+    write(tmp_path / f"train{ending}", REVIEWS[:20])
+    write(tmp_path / f"validation{ending}", REVIEWS[20:])
+    task = reviews(tmp_path)
+    assert task.labels == ("+", "-") and task.label == f"{tmp_path.name} (classification)"
+    train, validation = task.train(), task.evaluation()[0]
+    assert train.data["text"][:] == [row["body"] for row in REVIEWS[:20]]
+    assert validation.data["label"][:] == [task.labels.index(row["mood"]) for row in REVIEWS[20:]]
+    assert not train.official and train.labelled
+    assert task.revision() == reviews(tmp_path).revision()
+
+
+def test_a_single_file_holds_out_a_tenth_by_content(tmp_path: Path) -> None:
+    rows = [{"body": f"text {i // 2}", "mood": i % 2} for i in range(400)]  # each text twice
+    task = reviews(write(tmp_path / "all.csv", rows))
+    train, held = task.train().data["text"][:], task.evaluation()[0].data["text"][:]
+    assert len(train) + len(held) == 400 and 10 <= len(held) <= 80
+    assert not set(train) & set(held)
+    assert task.labels == ("0", "1") and "tenth of all.csv" in task.train().note
+    again = reviews(write(tmp_path / "turned.csv", rows[::-1]))
+    assert again.evaluation()[0].data["text"][:] == held[::-1]
+
+
+def test_classes_that_are_numbers_keep_their_order(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"body": f"a {i}", "mood": i % 12 - 1} for i in range(24)])
+    assert reviews(tmp_path).labels == tuple(str(number) for number in range(-1, 11))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns", "metrics"),
+    [
+        (
+            "pair",
+            {"a": "one text", "b": "another", "same": "yes"},
+            {"text": "a", "text_pair": "b", "label": "same"},
+            {"accuracy", "matthews"},
+        ),
+        ("regression", {"a": "one text", "grade": 1.5}, {"text": "a", "label": "grade"}, {"pearson", "spearman"}),
+    ],
+)
+def test_a_run_on_own_data(
+    tmp_path: Path, name: str, rows: dict[str, Any], columns: dict[str, str], metrics: set[str]
+) -> None:
+    for split in ("train", "validation"):
+        many = [{**rows, "a": f"text number {i}"} for i in range(24)]
+        for i, row in enumerate(many):
+            row |= {"same": "yes" if i % 2 else "no"} if name == "pair" else {"grade": i / 4}
+        write(tmp_path / "data" / f"{split}.jsonl", many)
+    task = {"name": name, "dataset": str(tmp_path / "data"), "columns": columns}
+    result = run(make(tmp_path / "run", task=task, max_steps=2, batch_size=8))
+    assert set(result["metrics"]) == metrics and result["task"] == f"data ({name})"
+    assert str(tmp_path) not in json.dumps(result)
+
+
+@pytest.mark.parametrize(("name", "model"), [("seq2seq", "random-t5"), ("causal", "random-gpt2")])
+def test_a_text_is_written_for_own_data(tmp_path: Path, name: str, model: str) -> None:
+    write(tmp_path / "data" / "train.csv", [{"in": f"say {i}", "out": f"it is {i}"} for i in range(16)])
+    write(tmp_path / "data" / "test.csv", [{"in": "say 3", "out": "it is 3"}])
+    options = {"columns": {"text": "in", "label": "out"}, "split": "test", "target_length": 8, "beams": 1}
+    task = {"name": name, "dataset": str(tmp_path / "data"), **options}
+    folder = make(tmp_path / "run", task=task, model=model, max_steps=2, batch_size=8)
+    assert set(run(folder)["metrics"]) == {"rouge_l", "rouge_1", "rouge_2"}
+    rows = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pylist()
+    assert rows[0]["source"] == "say 3" and rows[0]["references"] == ["it is 3"]
+
+
+def refused(task: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        task.train(), task.evaluation()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_wrong_is_said_with_file_and_row(tmp_path: Path) -> None:
+    train = write(tmp_path / "train.csv", REVIEWS[:20])
+    write(tmp_path / "validation.csv", [*REVIEWS[20:23], {"body": "odd", "mood": "?"}])
+    assert f"{tmp_path / 'validation.csv'}: the label '?' in line 5 is none of the training rows'" in refused(
+        reviews(tmp_path)
+    )
+    assert "no column 'bodies', only body, mood (did you mean \"body\"?)" in refused(
+        reviews(tmp_path, columns={"text": "bodies", "label": "mood"})
+    )
+    (tmp_path / "validation.csv").unlink()
+    assert "validation.parquet does not exist (nor .csv or .jsonl)" in refused(reviews(tmp_path))
+    write(train, [{"body": " ", "mood": "+"}, *REVIEWS])
+    assert f"{train} has an empty body in line 2" in refused(reviews(tmp_path))
+    train.write_bytes("body,mood\nhällo,+\n".encode("latin-1"))
+    assert f"{train}: line 2 is not text in UTF-8" in refused(reviews(tmp_path))
+    write(train, [{"body": f"a {i}", "mood": "+"} for i in range(3)])
+    assert "has one class only, '+'" in refused(reviews(tmp_path))
+    grades = {"name": "regression", "dataset": str(tmp_path), "columns": {"text": "body", "label": "mood"}}
+    assert "column 'mood' does not hold float in line 2" in refused(tasks.build(grades))
+    write(train, [{"body": "a", "mood": "nan"}])
+    assert "the label nan in line 2 is not finite" in refused(tasks.build(grades))
+    assert "is no folder and no file that ends in .parquet or .csv or .jsonl" in refused(reviews(tmp_path / "gone.csv"))
+
+
+def test_options_that_make_no_sense_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs a dataset"):
+        tasks.build("pair")
+    with pytest.raises(InputError, match=r"no role 'txt' \(did you mean \"text\"\?\); it has text, label"):
+        reviews(tmp_path, columns={"txt": "body"})
+    write(tmp_path / "train.csv", REVIEWS)
+    assert "'body' has two roles" in refused(
+        tasks.build(
+            {
+                "name": "pair",
+                "dataset": str(tmp_path),
+                "columns": {"text": "body", "text_pair": "body", "label": "mood"},
+            }
+        )
+    )
+
+
+def test_scores_of_own_data_are_those_of_its_labels(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", REVIEWS)
+    task = reviews(tmp_path, split="train")
+    split = task.evaluation()[0]
+    assert task.score(split, np.asarray(split.data["label"][:])) == {"accuracy": 1.0, "matthews": 1.0}
