@@ -273,7 +273,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
 def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_command(cli: Cli, tmp_path: Path) -> None:
     """Ctrl-C stops the run in an orderly way; kill -9 leaves no worker; a bad run takes none with it."""
     runs = tmp_path / "runs"
-    vary = {"method": [{"name": "lora", "rank": 2}, {"name": "lora", "rank": 2, "targets": ["nothing"]}], "seed": [0]}
+    vary = {"max_length": [TINY["max_length"], 600], "seed": [0]}  # more tokens than the model reads
     file = write(tmp_path / "sweep.yaml", {**TINY, "vary": vary, "report": {"title": "Tiny"}})
     command = ("compare", file, f"runs={runs}", "--jobs", "2", "--json")
 
@@ -307,7 +307,7 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     content = json.loads(out)
     assert content["done"] == [good.name]
     (failed,) = content["failed"]
-    assert "nothing" in Store(runs).standing(runs / failed).error
+    assert "max_length: 600" in Store(runs).standing(runs / failed).error
     assert "Tiny" in Path(content["report"]).read_text()
     steps = [json.loads(line)["step"] for line in (good / "metrics.jsonl").read_text().splitlines()]
     assert (steps, steps[-1]) == (sorted(steps), TINY["max_steps"])
@@ -317,7 +317,7 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     code, out, _ = cli("train", good, "--json")
     assert (code, json.loads(out)) == (0, json.loads(before))
     code, out, _ = cli("train", good)
-    assert "lora rank=2" in out
+    assert "lora rank=8" in out
     assert (good / "result.json").read_bytes() == before
 
     # only the failed one is carried out again, and fails again

@@ -5,6 +5,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
+from rankwise import tasks
 from rankwise.config import Experiment, InputError, RunConfig, Schema, json_schema, load, nearest, need
 
 
@@ -331,3 +332,25 @@ def test_the_command_line_does_not_change_what_a_chain_sets() -> None:
 def test_a_number_beyond_all_counting_is_refused() -> None:
     with pytest.raises(InputError, match="method.rank = 99999999999999999999: expected a number up to"):
         one("method.rank=99999999999999999999")
+
+
+def test_an_option_of_varied_tasks_is_set_on_the_command_line_or_refused() -> None:
+    settings = {**SWEEP, "vary": {"task": ["cola", "mrpc"], "seed": [0]}}
+    experiment = load(settings, ["task.protocol=halves"], SCHEMA)
+    assert isinstance(experiment, Experiment)
+    assert [config.task.get("protocol") for config in experiment.configs()] == [None, "halves"]
+    with pytest.raises(InputError, match="task.protocl: none of the varied tasks has this option"):
+        load(settings, ["task.protocl=halves"], SCHEMA)
+    chained = {"vary": {"seed": [0]}, "chain": [{"task": "cola"}, {"task": "mrpc"}]}
+    with pytest.raises(InputError, match="task.protocol: the stages of the chain set it"):
+        load(chained, ["task.protocol=halves"], SCHEMA)
+
+
+def test_the_schema_asks_for_no_option_that_has_a_default() -> None:
+    schema = json_schema(Schema({"lora": Adapter}, tasks.registry()))
+    pair = next(
+        each
+        for each in schema["properties"]["task"]["oneOf"]
+        if each.get("properties", {}).get("name", {}).get("const") == "pair"
+    )
+    assert pair["required"] == ["name"] and pair["properties"]["columns"]["default"] == {}

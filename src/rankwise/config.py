@@ -278,8 +278,9 @@ def _part_schema(name: str, kind: type) -> dict[str, Any]:
     required = ["name"]
     for field, hint in _options(kind).items():
         options[field.name] = TypeAdapter(hint).json_schema()
-        if field.default is not dataclasses.MISSING:
-            options[field.name]["default"] = TypeAdapter(hint).dump_python(field.default, mode="json")
+        made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if made is not dataclasses.MISSING:
+            options[field.name]["default"] = TypeAdapter(hint).dump_python(made, mode="json")
         else:
             required.append(field.name)
     return {
@@ -424,7 +425,9 @@ def _complete(config: RunConfig, schema: Schema) -> RunConfig:
 
 def _checked(key: str, known: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
     """`given`, the name and options of a method or a task, checked and with all defaults filled in."""
-    name = given["name"]
+    name = given.get("name")
+    if name is None:
+        raise InputError(f"{key}: needs a name, as in `{key}: {{name: {NAMED[key]}}}`")
     if name not in known:
         raise InputError(f"{key} = {name!r}: no such {key}{nearest(name, known)}; known: {', '.join(sorted(known))}")
     kind = known[name]
@@ -480,7 +483,7 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
     report = data.pop("report", None) or {}
     chain = _chain(data.pop("chain", None), keys)
     for key, _ in settings:
-        if any(key in stage for stage in chain):
+        if any(key in stage or key.partition(".")[0] in stage for stage in chain):
             raise InputError(f"{key}: the stages of the chain set it; change the file, or give chain=[…]")
     runs = data.pop("runs", None) or f"runs/{name}"
     for key in data:
@@ -548,12 +551,12 @@ def _override_experiment(
         vary[key] = value if isinstance(value, list) else [value]
         if key in NAMED:
             vary[key] = [named(key, entry) for entry in vary[key]]
-    elif key.startswith("method.") and entries:
-        option = key.partition(".")[2]
-        having = [entry for entry in entries if _has(schema, entry, option)]
+    elif key.partition(".")[0] in NAMED and vary.get(part := key.partition(".")[0]):
+        option, known = key.partition(".")[2], getattr(schema, f"{part}s")
+        having = [entry for entry in vary[part] if _has(known, entry, option)]
         if not having:
-            known = {field.name for kind in schema.methods.values() for field in _options(kind)}
-            raise InputError(f"{key}: none of the varied methods has this option{nearest(option, known)}")
+            names = {field.name for kind in known.values() for field in _options(kind)}
+            raise InputError(f"{key}: none of the varied {part}s has this option{nearest(option, names)}")
         for entry in having:
             entry[option] = value
     else:
@@ -563,6 +566,6 @@ def _override_experiment(
             entry.pop("learning_rate", None)
 
 
-def _has(schema: Schema, entry: Mapping[str, Any], option: str) -> bool:
-    kind = schema.methods.get(str(entry.get("name")))
+def _has(known: Mapping[str, type], entry: Mapping[str, Any], option: str) -> bool:
+    kind = known.get(str(entry.get("name")))
     return kind is not None and option in {field.name for field in _options(kind)}

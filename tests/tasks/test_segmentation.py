@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rankwise import tasks
-from rankwise.config import InputError
+from rankwise.config import InputError, RunConfig
 from rankwise.metrics.segmentation import counts, dice
 from rankwise.nets.unet import IGNORE, RefinedUNet, UNet
 from rankwise.runs.store import Store
@@ -222,3 +222,40 @@ def test_the_real_films() -> None:
     labels = whole.collate(UNet(classes=11, size=(192, 256)), None, 0)(rows)["labels"]
     assert labels.shape == (2, 192, 256) and set(labels.unique().tolist()) <= {IGNORE, *range(11)}
     assert json.dumps(whole.revision())
+
+
+def test_a_chain_goes_over_two_tasks_in_one_sweep(tmp_path: Path) -> None:
+    """As a sweep makes its folders: each with the revision of its own data, which differ."""
+    first, second = write(tmp_path / "a"), write(tmp_path / "b", rows=10)
+    store = Store(tmp_path / "runs")
+    settings: dict[str, Any] = {"model": "unet", "batch_size": 4, "max_steps": 2, "runs": str(tmp_path / "runs")}
+    before = RunConfig(task=first, method="full", followed=True, **settings)
+    lora = {"name": "lora", "rank": 2, "targets": ["bottleneck"]}
+    after = RunConfig(task=second, method=lora, after=before.digest(), **settings)
+    folders = [store.create(config, tasks.build(config.task).revision()) for config in (before, after)]
+    assert store.before(folders[1]) == folders[0]
+    assert [run(folder)["method"] for folder in folders] == ["full", "lora"]
+    assert [len(result["lineage"]) for result in store.results(folders)] == [0, 1]
+
+
+def test_data_that_changed_since_the_run_was_made_is_noticed(tmp_path: Path) -> None:
+    task = write(tmp_path / "data")
+    config = RunConfig(task=task, method="head", batch_size=4, max_steps=1, runs=str(tmp_path / "runs"))
+    folder = Store(tmp_path / "runs").create(config, tasks.build(task).revision())
+    write(tmp_path / "data", rows=11)
+    with pytest.raises(InputError, match="the data is not what it was when this run was made"):
+        run(folder)
+
+
+def test_pictures_of_sixteen_bits_and_empty_masks_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "data" / "train.parquet"
+    write(tmp_path / "data")
+    image, mask = pair(1)
+    out = io.BytesIO()
+    Image.fromarray(np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)).save(out, "PNG")
+    for row, message in (
+        ((out.getvalue(), mask), "more than 8 bits"),
+        ((image, png(np.full((64, 64), 128))), "no pixel"),
+    ):
+        pyarrow.parquet.write_table(pa.table({"image": [row[0]], "mask": [row[1]]}), file)
+        assert f"{file}, row 0" in refused(tmp_path / "data") and message in refused(tmp_path / "data")

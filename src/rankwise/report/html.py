@@ -205,7 +205,7 @@ def _curve_figures(best: Sequence[Row], title: str) -> list[Picture]:
         for row in best:
             curves = [_curve(run, value) for run in lines[row["method"]]]
             drawn.append(plots.Line(f"{row['method']}, rate {row['learning_rate']:g}", curves))
-        if any(len(steps) for line in drawn for steps, _ in line.curves):
+        if any(len(steps) > 1 for line in drawn for steps, _ in line.curves):  # a point is no course
             figure = plots.curves(drawn, label, f"{title}: {what}")
             figures.append(Picture.of(figure, f"{what} by optimizer step, a line per method"))
     return figures

@@ -33,6 +33,13 @@ class _Kept(NamedTuple):
     config: RunConfig
 
 
+def _alike(one: _Kept, other: _Kept) -> bool:
+    """Whether two runs were made with the same version and data; the data of two tasks are never alike."""
+    if one.config.task == other.config.task or None in (one.made_with, other.made_with):
+        return one.made_with == other.made_with
+    return one.made_with["rankwise"] == other.made_with["rankwise"]  # type: ignore[index]
+
+
 @dataclass(frozen=True)
 class Standing:
     """How one run stands."""
@@ -121,16 +128,22 @@ class Store:
     def before(self, folder: Path) -> Path | None:
         """The folder of the run whose trained weights this run begins with; None for a run that begins afresh.
 
-        Raises InputError where there should be one, of the same version of rankwise and of the data, and is none.
+        Raises InputError where there should be one, of this version of rankwise and, if it has the same task, of
+        the same data, and is none.
         """
         own = self._read(folder)
         if own is None or own.config.after is None:
             return None
         for other in self.folders():
             found = self._read(other)
-            if found and found.config.digest() == own.config.after and found.made_with == own.made_with:
+            if found and found.config.digest() == own.config.after and _alike(found, own):
                 return other
         raise InputError(f"{folder}: the run that it begins with is not in {self.folder}; run the whole chain there")
+
+    def revision(self, folder: Path) -> str | None:
+        """The revision of the data that the run was made with, where that is noted."""
+        found = self._read(folder)
+        return found.made_with["data"] if found and found.made_with else None
 
     def state(self, folder: Path) -> State:
         """How a run stands; see `Standing`."""

@@ -25,7 +25,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     Runs of a chain are drawn together where their whole chains are alike, the seeds aside.
 
     A row holds
-      task, learning_rate; method (the label in tables), name (of the method alone), options; seeds, n (how many);
+      task (its label), task_options (as JSON), learning_rate; method (the label in tables), name (of the method alone),
+      options; seeds, n (how many);
       score (name of the main metric), scores (its value by seed), mean, sd (sample), interval (95 % t: low, high);
       metrics (name -> {mean, sd});
       benchmark (whose part the task is, or ""), counted (by seed, what counts in its average);
@@ -58,9 +59,9 @@ def best(rows: Sequence[Row]) -> list[Row]:
 
     Only the rates with the most seeds are candidates: a single lucky seed must not win over three.
     """
-    chosen: dict[tuple[str, str], Row] = {}
+    chosen: dict[tuple[str, str], Row] = {}  # tasks may have one label, such as two files of one name
     for row in rows:
-        key = (row["task"], row["method"])
+        key = (row["task_options"], row["method"])
         if key not in chosen or _rank(row) > _rank(chosen[key]):
             chosen[key] = row
     return list(chosen.values())
@@ -119,6 +120,7 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
     cost = {key: _average(by_seed, "cost", key) for key in ("seconds", "examples_per_second")}
     return {
         "task": first["task"],
+        "task_options": json.dumps(first["config"]["task"], sort_keys=True),
         "method": label,
         "name": first["method"],
         "options": first["options"],

@@ -111,12 +111,17 @@ class Task(ABC):
     @property
     def label(self) -> str:
         """What tables call the task: its name, and the options that are not the default ones."""
-        given = [
-            f"{field.name}={getattr(self, field.name)}"
-            for field in fields(self)
-            if field.default is MISSING or getattr(self, field.name) != field.default
-        ]
-        return " ".join([self.name, *given])
+        return " ".join([self.name, *self.given()])
+
+    def given(self, aside: Sequence[str] = ()) -> list[str]:
+        """The options that are not the default ones, as `beams=4`, those in `aside` left out."""
+        found = []
+        for option in fields(self):
+            default = option.default if option.default_factory is MISSING else option.default_factory()
+            value = getattr(self, option.name)
+            if value != default and option.name not in aside:
+                found.append(f"{option.name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+        return found
 
     @abstractmethod
     def train(self) -> Split:

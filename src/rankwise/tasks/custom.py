@@ -69,7 +69,8 @@ class Custom(Task):
 
     @property
     def label(self) -> str:
-        return f"{Path(self.dataset).stem} ({self.name})"
+        # no path: a result says nothing about where on the disk its data lies
+        return " ".join([f"{Path(self.dataset).stem} ({self.name})", *self.given(aside=("dataset", "columns"))])
 
     def train(self) -> Split:
         return self._split("train")

@@ -61,7 +61,9 @@ class Segmentation(Task):
     def encode(self, split: Split, processor: None, max_length: int) -> "Dataset":
         """The rows as they are, once all of them have been looked at. InputError for what is no image or no mask."""
         for row in split.data:
-            self._read(row["image"], row["mask"], row["where"])
+            _, mask = self._read(row["image"], row["mask"], row["where"])
+            if (mask == IGNORE).all():
+                raise InputError(f"{row['where']}: no pixel of the mask is one of the {len(self.labels)} classes")
         datasets = need("datasets", "bench")
         pa = need("pyarrow", "bench")
         kept = split.data.select_columns(["idx", "image", "mask"]).with_format("arrow")[:]
@@ -113,7 +115,7 @@ class Segmentation(Task):
 
     def numbers(self, mask: np.ndarray) -> np.ndarray:
         """Class numbers of a mask (h, w) of the data; IGNORE for what is no class."""
-        return np.where(mask < len(self.labels), mask, IGNORE)
+        return np.where((mask >= 0) & (mask < len(self.labels)), mask, IGNORE)
 
     def _read(self, image: bytes, mask: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
         """An image (height, width, 3) and its class numbers (height, width)."""
@@ -123,13 +125,15 @@ class Segmentation(Task):
             try:
                 picture = pil.open(io.BytesIO(content))
                 picture.load()
-            except (OSError, ValueError, SyntaxError) as error:  # PIL's ways to say that a file is broken
+            except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:  # PIL's ways to say no
                 raise InputError(f"{where}: the {name} cannot be read ({error}): mend it or leave it out") from error
             pictures.append(picture)
         sizes = [f"{picture.width}×{picture.height}" for picture in pictures]
         if sizes[0] != sizes[1]:
             raise InputError(f"{where}: the image is {sizes[0]} pixels and its mask {sizes[1]}: they must be alike")
-        if pictures[1].mode not in ("L", "P", "I", "1"):
+        if pictures[0].mode.startswith(("I", "F")):  # PIL would cut these values at 255
+            raise InputError(f"{where}: the image has more than 8 bits a pixel: save it with 8")
+        if pictures[1].mode not in ("L", "P", "I", "1") and not pictures[1].mode.startswith("I;16"):
             raise InputError(
                 f"{where}: the mask has colours ({pictures[1].mode}); it must have a class number per pixel"
             )

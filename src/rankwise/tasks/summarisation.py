@@ -12,6 +12,7 @@ The two of titles are as in a course report on SoRA with T5: "summarize: " befor
 """
 
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -54,7 +55,12 @@ class Summarisation(Generation):
     def score_texts(self, hypotheses: list[str], split: Split) -> Judged:
         references = split.data[REFERENCES if REFERENCES in split.data.column_names else self.target][:]
         found = per_example(hypotheses, references)
-        return Judged({name: float(found[name].mean()) for name in self.metrics}, found[self.main].tolist())
+        texts = [text for each in references for text in ([each] if isinstance(each, str) else each)]
+        silent = sum(not re.search("[a-z0-9]", text.lower()) for text in texts)
+        notes = (
+            (f"{silent} of {len(texts)} references have no word that ROUGE counts (a to z, 0 to 9)",) if silent else ()
+        )
+        return Judged({name: float(found[name].mean()) for name in self.metrics}, found[self.main].tolist(), notes)
 
 
 @dataclass(frozen=True)

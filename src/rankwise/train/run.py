@@ -112,7 +112,7 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
         (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
         write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
         before = _before(folder)
-        parts = _prepare(config, before)
+        parts = _prepare(config, before, Store(folder.parent).revision(folder))
         checkpoint, carried = _start(folder)
         if checkpoint is None and before is not None and before.same:
             _begin_with(parts.model, before)
@@ -162,8 +162,12 @@ def together(scored: list[Scored]) -> dict[str, float]:
     return found
 
 
-def _prepare(config: RunConfig, before: "Before | None") -> Parts:
+def _prepare(config: RunConfig, before: "Before | None", made_with: str | None) -> Parts:
     task = tasks.build(config.task)
+    if made_with not in (None, task.revision()):
+        raise InputError(
+            "the data is not what it was when this run was made; begin a new one: rankwise train CONFIG.yaml"
+        )
     train = subset(task.train(), config.train_rows)
     splits = [subset(split, config.eval_rows) for split in task.evaluation()]
     set_seed(config.seed)  # before the model, whose head and adapters are drawn at random
