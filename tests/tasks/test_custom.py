@@ -160,3 +160,26 @@ def test_scores_of_own_data_are_those_of_its_labels(tmp_path: Path) -> None:
     task = reviews(tmp_path, split="train")
     split = task.evaluation()[0]
     assert task.score(split, np.asarray(split.data["label"][:])) == {"accuracy": 1.0, "matthews": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"body": "a", "mood": 1}\n{"body": "b", "body": "c", "mood": 2}\n',
+            "line 2 is not JSON (the key 'body' is there twice",
+        ),
+        ('{"body": "a", "mood": 1.5}\n{"body": "b", "mood": NaN}\n', "the label nan in line 2 is no class"),
+        ('{"body": "cut \\\\ud83d", "mood": 1}\n', "line 1 is not JSON"),
+        ("[" * 100_000 + "\n", "line 1 is not JSON"),
+    ],
+)
+def test_json_that_means_nothing_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "train.jsonl").write_text(content.replace("\\\\", "\\"))
+    assert message in refused(reviews(tmp_path))
+
+
+def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+    table = pa.table([["a"], ["b"], ["c"]], names=["body", "body", "mood"])
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    assert "has the column 'body' twice" in refused(reviews(tmp_path))

@@ -104,6 +104,10 @@ def _save_adapter(model: PeftModel, folder: Path) -> Path:
         fused = any(map(on_part, sites(model)))
         found = {m: sum(len(factors[s.name][0]) for s in here if s.name in factors) for m, here in targets.items()}
         describe(written, {m: (found[m], alpha(here[0], found[m])) for m, here in targets.items()})
+        # sorted: sets of words have another order in each process, and equal runs shall leave equal files
+        for option in ("target_modules", "modules_to_save"):
+            if isinstance(names := getattr(written, option), set):
+                setattr(written, option, sorted(names))
         if fused:
             written.target_modules = list(targets)
         # Embeddings belong to the base; asking PEFT to find out would make it look for the base model on the hub.

@@ -154,6 +154,11 @@ class Labelled(Custom, Classification):
 
     def _classes(self, rows: Rows) -> Any:
         pa = need("pyarrow", "bench")
+        column = self.columns.get("label", "label")
+        if column in rows.table.column_names and pa.types.is_floating(rows.table[column].type):
+            for row, value in enumerate(rows.table[column].to_pylist()):
+                if value is not None and not math.isfinite(value):
+                    raise InputError(f"{rows.where}: the label {value} in {rows.at(row)} is no class: {rows.remedy}")
         return self._named(rows, {"label": pa.string()}, ("label",))["label"]
 
 

@@ -151,6 +151,8 @@ def checked(rows: Rows, types: Mapping[str, Any], filled: Sequence[str] = ()) ->
     if table.num_rows == 0:
         raise InputError(f"{rows.where} has no rows: {rows.remedy}")
     for column in types:
+        if table.column_names.count(column) > 1:
+            raise InputError(f"{rows.where} has the column {column!r} twice: rename one")
         if column not in table.column_names:
             here = ", ".join(table.column_names) + nearest(column, table.column_names)
             remedy = "name another" if rows.remedy == MEND else rows.remedy
@@ -283,13 +285,22 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         csv.field_size_limit(limit)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := {key for key in keys if keys.count(key) > 1}:
+        raise ValueError(f"the key {min(twice)!r} is there twice")
+    json.dumps(pairs, ensure_ascii=False).encode()
+    return dict(pairs)
+
+
 def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = json.loads(line, object_pairs_hook=_object)
+            line.encode()  # a half of a surrogate pair is no text
+        except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{file}: line {number} is not JSON ({_line(error)}): write one object per line"
             ) from error
