@@ -1,8 +1,12 @@
 """Every registered method on the small models: how each is set up there, and what of it trains."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 
+import rankwise as rw
 import tiny
 from rankwise.methods import Method, build, registry
 
@@ -59,3 +63,19 @@ def method(name: str, **more: object) -> Method:
 def attached(name: str, shape: str = "bert") -> torch.nn.Module:
     torch.manual_seed(1)
     return method(name).attach(tiny.model(shape), head=tiny.head(shape))
+
+
+def goes_on_bit_identically(
+    start: Callable[[], tuple[torch.nn.Module, rw.SimplexAdam]], cut: int, folder: Path
+) -> None:
+    """Assert that a bare loop of 5 steps, cut after `cut` and resumed from `folder`, ends as an uncut one does."""
+    model, optimizer = start()
+    torch.manual_seed(5)
+    losses = tiny.train(model, optimizer, cut)
+    rw.save_checkpoint(folder, model, optimizer)
+    losses += tiny.train(model, optimizer, 5 - cut, start=cut)
+    resumed, optimizer = start()
+    steps = rw.load_checkpoint(folder, resumed, optimizer)
+    assert tiny.train(resumed, optimizer, 5 - steps, start=steps) == losses[cut:]
+    a, b = model.state_dict(), resumed.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -2,17 +2,16 @@
 
 import copy
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import AdaLoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 import rankwise as rw
+import stock
 import tiny
 from rankwise.methods import build
 from rankwise.ranks import ranks
@@ -21,21 +20,6 @@ from rankwise.ranks.triplets import settings, triplets
 every_shape = pytest.mark.parametrize("shape", tiny.SHAPES)
 TOTAL = 12
 OPTIONS = {"rank": 2, "init_rank": 4, "start": 2, "settle": 4, "every": 2, "total": TOTAL}
-
-STOCK = """
-import sys
-sys.modules["rankwise"] = None
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
-base, adapter, inputs, out = sys.argv[1:]
-model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter).eval()
-with torch.no_grad():
-    logits = model(**load_file(inputs)).logits
-    merged = model.merge_and_unload()(**load_file(inputs)).logits
-save_file({"logits": logits, "merged": merged}, out)
-"""
 
 
 def made(**more):
@@ -137,16 +121,8 @@ def test_attaching_changes_no_bit_and_the_head_trains():
 
 
 def test_a_layer_that_had_no_part_in_the_loss_hinders_nothing():
-    class Half(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.idle = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, x):
-            return self.used(x)
-
     method = made()
-    model = method.attach(Half())
+    model = method.attach(tiny.Half(6))
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
     for _ in range(TOTAL):
         model(torch.randn(3, 6)).square().sum().backward()
@@ -274,13 +250,7 @@ def test_stock_peft_without_rankwise_loads_what_was_folded(shape, tmp_path):
     assert ranks(folded)[names[0]] == 0
     rw.save(folded, tmp_path / "adapter")
     assert not any(names[0] in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    tiny.model(shape).save_pretrained(tmp_path / "base")
-    save_file({k: v for k, v in tiny.batch().items() if k != "labels"}, tmp_path / "in")
-    paths = [str(tmp_path / part) for part in ("base", "adapter", "in", "out")]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, *paths], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for logits in load_file(tmp_path / "out").values():
-        assert (logits - tiny.logits(model)).abs().max() <= 1e-5
+    stock.agrees(tiny.model(shape), tiny.batch(), {tmp_path / "adapter": tiny.logits(model)}, tmp_path)
 
 
 def test_on_parts_of_a_fused_projection_it_allocates_folds_and_is_saved(tmp_path):

@@ -1,16 +1,14 @@
 """What every registered method promises. A new method is tested here the moment its file exists."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments, default_data_collator
 
 import rankwise as rw
+import stock
 import tiny
 from every import TRAINS, attached, every_method, every_shape, method
 from rankwise.ranks import sites
@@ -19,23 +17,6 @@ SEARCH_FREE = (
     "adapter-h", "adapter-l", "bitfit", "dora", "full", "full-top", "head", "lora", "lora-fa", "pissa", "pre-embed",
     "pre-layer", "random-lora",
 )  # fmt: skip
-
-# Several adapters, saved and loaded in one process that cannot import rankwise.
-STOCK = """
-import sys
-sys.modules["rankwise"] = None
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
-base, inputs, out, *adapters = sys.argv[1:]
-found = {}
-for adapter in adapters:
-    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter).eval()
-    with torch.no_grad():
-        found[adapter] = model(**load_file(inputs)).logits
-save_file(found, out)
-"""
 
 
 def optimizer(name, model, lr=1e-2):
@@ -207,21 +188,14 @@ def test_stock_peft_loads_every_method_that_is_an_adapter(shape, tmp_path):
     for name in TRAINS:
         model = attached(name, shape)
         tiny.train(model, optimizer(name, model), 3)
-        expected[str(tmp_path / name)] = tiny.logits(model)
+        expected[tmp_path / name] = tiny.logits(model)
         model = method(name).fold(model)
         if isinstance(model, PeftModel):
             rw.save(model, tmp_path / name)
         else:
-            del expected[str(tmp_path / name)]
+            del expected[tmp_path / name]
     assert len(expected) >= 10
-    tiny.model(shape).save_pretrained(tmp_path / "base")
-    save_file({k: v for k, v in tiny.batch().items() if k != "labels"}, tmp_path / "in")
-    paths = [str(tmp_path / part) for part in ("base", "in", "out")]
-    command = [sys.executable, "-W", "ignore", "-c", STOCK, *paths, *expected]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for name, logits in load_file(tmp_path / "out").items():
-        assert (logits - expected[name]).abs().max() <= 1e-5, name
+    stock.agrees(tiny.model(shape), tiny.batch(), expected, tmp_path)
 
 
 @every_method

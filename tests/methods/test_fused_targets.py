@@ -2,8 +2,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -13,11 +11,12 @@ import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import TrainingArguments, default_data_collator
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
+import stock
 import tiny
 from every import method
 from rankwise.nets.fused import Fused, Part
@@ -27,24 +26,6 @@ from rankwise.ranks.sites import omega
 QV = ["c_attn.q", "c_attn.v"]
 WHOLES = [f"transformer.h.{layer}.attn.c_attn" for layer in range(2)]
 SITES = [f"{whole}.{part}" for whole in WHOLES for part in "qv"]
-
-STOCK = """
-import sys
-sys.modules["rankwise"] = None  # any import of it fails
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-import transformers
-kind, base, inputs, out, *adapters = sys.argv[1:]
-read = getattr(transformers, kind).from_pretrained
-found = {}
-for adapter in adapters:
-    model = PeftModel.from_pretrained(read(base), adapter).eval()
-    with torch.no_grad():
-        found[adapter] = model(**load_file(inputs)).logits
-        found[adapter + " merged"] = model.merge_and_unload()(**load_file(inputs)).logits
-save_file(found, out)
-"""
 
 
 def classifier(seed=0):
@@ -397,23 +378,13 @@ def trained(name, base=classifier):
 
 @pytest.mark.parametrize("base", [classifier, language_model])
 def test_stock_peft_in_a_fresh_process_gives_the_same_logits(base, tmp_path):
-    kind = type(base()).__name__
-    base().save_pretrained(tmp_path / "base")
-    save_file(inputs(), tmp_path / "in")
     wanted = {}
     for name in METHODS:
         model = trained(name, base)
-        wanted[name] = logits(model)
-        assert not torch.allclose(wanted[name], logits(base()), atol=1e-4)
+        wanted[tmp_path / name] = logits(model)
+        assert not torch.allclose(wanted[tmp_path / name], logits(base()), atol=1e-4)
         rw.save(model, tmp_path / name)
-    paths = [str(tmp_path / name) for name in ("base", "in", "out", *METHODS)]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", STOCK, kind, *paths], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = load_file(tmp_path / "out")
-    for name in METHODS:
-        for what in ("", " merged"):
-            difference = (found[str(tmp_path / name) + what] - wanted[name]).abs().max()
-            assert difference <= 1e-5, (name, what, difference)
+    stock.agrees(base(), inputs(), wanted, tmp_path)
 
 
 def test_a_search_moves_rank_between_q_and_v_and_is_exported_at_every_moment():

@@ -125,6 +125,6 @@ def test_a_checkpoint_of_another_method_or_head_is_refused(tmp_path):
 def test_a_checkpoint_does_not_replace_a_folder_of_other_things(tmp_path):
     model = attached("lora")
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(rw.InputError, match="holds thesis.tex, which is no checkpoint's"):
+    with pytest.raises(rw.InputError, match="holds thesis.tex, which is no part of a checkpoint"):
         rw.save_checkpoint(tmp_path, model, rw.SimplexAdam(method("lora"), model))
     assert (tmp_path / "thesis.tex").exists()

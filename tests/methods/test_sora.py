@@ -103,7 +103,7 @@ def test_a_larger_lambda_leaves_fewer_ranks():
 @given(data=st.data())
 def test_a_fold_cuts_closed_gates_and_changes_no_output(shape, data):
     method = rw.SoRA(rank=3)
-    model = with_products(attached(method, shape))
+    model = with_products(attached(method, shape)).double()  # in fp32 T5 rounds by more than the bound itself
     live = {}
     with torch.no_grad():
         for site in sites(model):
@@ -114,7 +114,7 @@ def test_a_fold_cuts_closed_gates_and_changes_no_output(shape, data):
     assert ranks(model) == live
     assert rw.rank_report(model).total == sum(live[s.name] * s.cost for s in sites(model))
     folded = method.fold(model)
-    assert torch.allclose(tiny.logits(folded), before, atol=5e-5)
+    assert torch.allclose(tiny.logits(folded), before, atol=1e-5)
     if any(live.values()):
         assert ranks(folded) == live and all(s.A.shape[0] == live[s.name] for s in sites(folded) if s.present)
     else:

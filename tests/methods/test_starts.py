@@ -1,16 +1,13 @@
 """How factors start: SVD starts of LoRA and LoRA-FA, PiSSA and DoRA; with export, resume and the pull to the start."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments, default_data_collator
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
+import stock
 import tiny
 from rankwise.methods import build
 from rankwise.ranks import sites
@@ -22,24 +19,6 @@ every_shape = pytest.mark.parametrize("shape", tiny.SHAPES)
 PARTS = {"targets": ["c_attn.q", "c_attn.v"], "rank": 2, "alpha": 4.0}  # of GPT-2's fused projection
 every_kind = pytest.mark.parametrize("kind", ["lora", "lora-fa"])
 every_init = pytest.mark.parametrize("init", INITS)
-
-# Several adapters on one untouched base, each loaded and merged in a process that cannot import rankwise.
-STOCK = """
-import sys
-sys.modules["rankwise"] = None
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
-base, inputs, out, *adapters = sys.argv[1:]
-found = {}
-for adapter in adapters:
-    model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter).eval()
-    with torch.no_grad():
-        found[adapter] = model(**load_file(inputs)).logits
-        found[adapter + " merged"] = model.merge_and_unload()(**load_file(inputs)).logits
-save_file(found, out)
-"""
 
 
 def made(kind="lora", init="kaiming", **more):
@@ -165,15 +144,8 @@ def test_stock_peft_on_the_untouched_base_gives_the_trained_logits(shape, tmp_pa
         rw.save(model, tmp_path / name)
         assert torch.equal(tiny.logits(model), before)
         assert (before - tiny.logits(attached(method, shape))).abs().max() > 1e-3  # it did learn something
-        expected[str(tmp_path / name)] = before
-    tiny.model(shape).save_pretrained(tmp_path / "base")
-    save_file({k: v for k, v in tiny.batch().items() if k != "labels"}, tmp_path / "in")
-    paths = [str(tmp_path / part) for part in ("base", "in", "out")]
-    command = [sys.executable, "-W", "ignore", "-c", STOCK, *paths, *expected]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for name, logits in load_file(tmp_path / "out").items():
-        assert (logits - expected[name.removesuffix(" merged")]).abs().max() <= 1e-5, name
+        expected[tmp_path / name] = before
+    stock.agrees(tiny.model(shape), tiny.batch(), expected, tmp_path)
 
 
 @every_kind

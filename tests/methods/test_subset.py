@@ -8,6 +8,7 @@ from torch import nn
 
 import rankwise as rw
 import tiny
+from every import goes_on_bit_identically
 from rankwise.methods import build
 from rankwise.methods.subset import biases
 
@@ -155,16 +156,7 @@ def test_cut_and_resumed_goes_on_bit_identically(name, shape, cut, tmp_path):
         model = attached(name, shape)
         return model, rw.SimplexAdam(method(name), model, lr=1e-2)
 
-    model, optimizer = start()
-    torch.manual_seed(5)
-    losses = tiny.train(model, optimizer, cut)
-    rw.save_checkpoint(tmp_path / "checkpoint", model, optimizer)
-    losses += tiny.train(model, optimizer, 5 - cut, start=cut)
-    resumed, optimizer = start()
-    steps = rw.load_checkpoint(tmp_path / "checkpoint", resumed, optimizer)
-    assert tiny.train(resumed, optimizer, 5 - steps, start=steps) == losses[cut:]
-    a, b = model.state_dict(), resumed.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    goes_on_bit_identically(start, cut, tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

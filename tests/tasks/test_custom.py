@@ -13,6 +13,7 @@ import pytest
 from rankwise import tasks
 from rankwise.config import InputError
 from rankwise.train.run import run
+from refused import refused
 from small_run import make
 
 REVIEWS = [
@@ -107,35 +108,32 @@ def test_a_text_is_written_for_own_data(tmp_path: Path, name: str, model: str) -
     assert rows[0]["source"] == "say 3" and rows[0]["references"] == ["it is 3"]
 
 
-def refused(task: Any) -> str:
-    with pytest.raises(InputError) as caught:
-        task.train(), task.evaluation()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def unread(task: Any) -> str:
+    return refused(lambda: (task.train(), task.evaluation()))
 
 
 def test_what_is_wrong_is_said_with_file_and_row(tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", REVIEWS[:20])
     write(tmp_path / "validation.csv", [*REVIEWS[20:23], {"body": "odd", "mood": "?"}])
-    assert f"{tmp_path / 'validation.csv'}: the label '?' in line 5 is none of the training rows'" in refused(
+    assert f"{tmp_path / 'validation.csv'}: the label '?' in line 5 is none of the training rows'" in unread(
         reviews(tmp_path)
     )
-    assert "no column 'bodies', only body, mood (did you mean \"body\"?)" in refused(
+    assert "no column 'bodies', only body, mood (did you mean \"body\"?)" in unread(
         reviews(tmp_path, columns={"text": "bodies", "label": "mood"})
     )
     (tmp_path / "validation.csv").unlink()
-    assert "validation.parquet does not exist (nor .csv or .jsonl)" in refused(reviews(tmp_path))
+    assert "validation.parquet does not exist (nor .csv or .jsonl)" in unread(reviews(tmp_path))
     write(train, [{"body": " ", "mood": "+"}, *REVIEWS])
-    assert f"{train} has an empty body in line 2" in refused(reviews(tmp_path))
+    assert f"{train} has an empty body in line 2" in unread(reviews(tmp_path))
     train.write_bytes("body,mood\nhällo,+\n".encode("latin-1"))
-    assert f"{train}: line 2 is not text in UTF-8" in refused(reviews(tmp_path))
+    assert f"{train}: line 2 is not text in UTF-8" in unread(reviews(tmp_path))
     write(train, [{"body": f"a {i}", "mood": "+"} for i in range(3)])
-    assert "has one class only, '+'" in refused(reviews(tmp_path))
+    assert "has one class only, '+'" in unread(reviews(tmp_path))
     grades = {"name": "regression", "dataset": str(tmp_path), "columns": {"text": "body", "label": "mood"}}
-    assert "column 'mood' does not hold float in line 2" in refused(tasks.build(grades))
+    assert "column 'mood' does not hold float in line 2" in unread(tasks.build(grades))
     write(train, [{"body": "a", "mood": "nan"}])
-    assert "the label nan in line 2 is not finite" in refused(tasks.build(grades))
-    assert "is no folder and no file that ends in .parquet or .csv or .jsonl" in refused(reviews(tmp_path / "gone.csv"))
+    assert "the label nan in line 2 is not finite" in unread(tasks.build(grades))
+    assert "is no folder and no file that ends in .parquet or .csv or .jsonl" in unread(reviews(tmp_path / "gone.csv"))
 
 
 def test_options_that_make_no_sense_are_named(tmp_path: Path) -> None:
@@ -144,7 +142,7 @@ def test_options_that_make_no_sense_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no role 'txt' \(did you mean \"text\"\?\); it has text, label"):
         reviews(tmp_path, columns={"txt": "body"})
     write(tmp_path / "train.csv", REVIEWS)
-    assert "'body' has two roles" in refused(
+    assert "'body' has two roles" in unread(
         tasks.build(
             {
                 "name": "pair",
@@ -174,12 +172,12 @@ def test_scores_of_own_data_are_those_of_its_labels(tmp_path: Path) -> None:
         ("[" * 100_000 + "\n", "line 1 is not JSON"),
     ],
 )
-def test_json_that_means_nothing_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_json_that_means_nothing_is_unread(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "train.jsonl").write_text(content.replace("\\\\", "\\"))
-    assert message in refused(reviews(tmp_path))
+    assert message in unread(reviews(tmp_path))
 
 
-def test_a_parquet_file_with_a_column_twice_is_refused(tmp_path: Path) -> None:
+def test_a_parquet_file_with_a_column_twice_is_unread(tmp_path: Path) -> None:
     table = pa.table([["a"], ["b"], ["c"]], names=["body", "body", "mood"])
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
-    assert "has the column 'body' twice" in refused(reviews(tmp_path))
+    assert "has the column 'body' twice" in unread(reviews(tmp_path))

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from rankwise import tasks
-from rankwise.config import InputError
 from rankwise.tasks import Split
 from rankwise.train.run import run
+from refused import refused
 from small_run import make
 
 REAL = os.environ.get("RANKWISE_DATA", "")
@@ -45,14 +45,6 @@ def folder(tmp_path, monkeypatch):
         write(tmp_path, split, ROWS)
     monkeypatch.setenv("RANKWISE_DATA", str(tmp_path))
     return tmp_path
-
-
-def refused(call) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_training_rows_are_references_and_scored_rows_are_groups(folder):

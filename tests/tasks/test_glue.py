@@ -13,6 +13,7 @@ import pytest
 from rankwise import tasks
 from rankwise.config import InputError
 from rankwise.tasks.glue import GLUE
+from refused import refused
 
 REAL = os.environ.get("RANKWISE_DATA", "")
 NAMES = [name for name, task in tasks.registry().items() if issubclass(task, GLUE)]
@@ -48,15 +49,6 @@ def folder(tmp_path, monkeypatch):
             write(tmp_path / "glue" / name / f"{split}.parquet", **rows(name, unlabelled=name == "ax"))
     monkeypatch.setenv("RANKWISE_DATA", str(tmp_path))
     return tmp_path
-
-
-def refused(call) -> str:
-    """The message of the InputError that `call` raises: one line."""
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("name", NAMES)

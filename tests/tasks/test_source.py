@@ -10,18 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rankwise.config import InputError
 from rankwise.tasks.source import Origin, checked, read
+from refused import refused
 
 STRINGS = {"text": pa.string(), "target": pa.string()}
-
-
-def refused(call) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def fails(folder, types=STRINGS, filled=("target",)) -> str:

@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rankwise import tasks
-from rankwise.config import InputError
 from rankwise.train.run import run
+from refused import refused
 from small_run import make, reached, start, wait_for
 
 REAL = os.environ.get("RANKWISE_DATA", "")
@@ -56,14 +56,6 @@ def folder(tmp_path, monkeypatch):
     write(tmp_path, "medium-titles", "train", rows(400))
     monkeypatch.setenv("RANKWISE_DATA", str(tmp_path))
     return tmp_path
-
-
-def refused(call) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("name", ["samsum", "titles"])

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from rankwise import tasks
-from rankwise.config import InputError
 from rankwise.metrics.wikisql import parse
 from rankwise.train.run import run
+from refused import refused
 from small_run import make
 
 REAL = os.environ.get("RANKWISE_DATA", "")
@@ -77,14 +77,6 @@ def queries(folder):
 @pytest.fixture
 def with_tables(folder):
     return [write(folder, split, TABLES) for split in ("train", "validation", "test")]
-
-
-def refused(call) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def test_queries_without_tables(queries):

@@ -25,6 +25,7 @@ from rankwise.methods import Method, build
 from rankwise.ranks.resize import alpha, describe, merged, subtracted
 from rankwise.ranks.sites import adapted, sites
 from rankwise.ranks.triplets import to_lora, triplets
+from rankwise.runs.files import check_replaceable
 
 CONFIG = "adapter_config.json"
 DESCRIPTION = "rankwise.json"
@@ -49,10 +50,7 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
             `folder` is a file or holds other things than an adapter, which would be lost.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a new or an empty folder")
-    if folder.exists() and (strange := sorted({entry.name for entry in folder.iterdir()} - OURS)):
-        raise InputError(f"{folder} holds {strange[0]}, which is no part of an adapter; give a new or an empty folder")
+    check_replaceable(folder, OURS, "an adapter")
     with suppress(TypeError):
         model = adapted(model)  # out of its wrappers
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -15,14 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, get_peft_model
 from torch import nn
 
 from rankwise.methods.base import Method, require
-from rankwise.methods.targets import ALL_LINEAR, head_names, target_names
+from rankwise.methods.targets import ALL_LINEAR, placement
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan
-from rankwise.ranks.sites import features, is_convolution
 from rankwise.ranks.triplets import add_orthogonality, add_scores, choose, largest, settings, to_lora, triplets
 
 if TYPE_CHECKING:
@@ -80,22 +79,13 @@ class AdaLoRA(Method, name="adalora"):
         return {"tinit": start, "tfinal": settle, "total_step": total or None}
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
-        require(not isinstance(model, PeftModel), "this model has an adapter already: attach to the base model instead")
-        names = target_names(model, self.targets, head)
-        for name in names:
-            message = f"{name} is a convolution, and adalora is for linear layers only"
-            require(not is_convolution(model.get_submodule(name)), message)
-            limit = min(features(model.get_submodule(name)))
-            require(self.init_rank <= limit, f"init_rank {self.init_rank} is too large for {name}: at most {limit}")
-        whole = head_names(model, head)
+        place = placement(model, self.targets, head, self.init_rank, "init_rank", only="adalora")
         config = AdaLoraConfig(
             init_r=self.init_rank,
             target_r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
-            target_modules=names,
             lora_dropout=self.dropout,
-            modules_to_save=whole or None,
-            fan_in_fan_out=not isinstance(model.get_submodule(names[0]), nn.Linear),
+            **place,
             deltaT=self.every,
             beta1=self.beta1,
             beta2=self.beta2,

@@ -16,14 +16,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from rankwise.methods.base import Method, require
-from rankwise.methods.targets import ALL_LINEAR, head_names, target_names
+from rankwise.methods.targets import ALL_LINEAR, placement
 from rankwise.ranks import sites
 from rankwise.ranks.init_svd import svd_factors
 from rankwise.ranks.resize import follow_state_dict, set_start, shaped, start
-from rankwise.ranks.sites import check_own, features, is_convolution
+from rankwise.ranks.sites import check_own
 
 RESIDUAL = ("svd_residual", "pissa")
 """Starts that are taken out of W."""
@@ -69,23 +68,14 @@ class LoRA(Method, name="lora"):
             require(self.pull == 0, f"{self.name} changes ranks: pull must be 0")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
-        require(not isinstance(model, PeftModel), "this model has an adapter already: attach to the base model instead")
-        names = target_names(model, self.targets, head)
-        for name in names:
-            limit = min(features(model.get_submodule(name)))
-            require(self.rank <= limit, f"rank {self.rank} is too large for {name}, which allows at most {limit}")
-            if self.init in RESIDUAL:
-                check_own(model, name)
-            message = f"{name} is a convolution, and {self.linear_only} is for linear layers only"
-            require(not (self.linear_only and is_convolution(model.get_submodule(name))), message)
-        whole = head_names(model, head)
+        place = placement(model, self.targets, head, self.rank, only=self.linear_only)
+        for name in place["target_modules"] if self.init in RESIDUAL else ():
+            check_own(model, name)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
-            target_modules=names,
             lora_dropout=self.dropout,
-            modules_to_save=whole or None,
-            fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
+            **place,
             init_lora_weights=_PEFT_INIT.get(self.init, True),
             **self.peft_options,
         )

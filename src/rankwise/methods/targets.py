@@ -1,14 +1,17 @@
 """Which modules of a model `targets` and `head` mean."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from peft import PeftModel
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from rankwise.config import InputError, nearest
 from rankwise.methods.base import require
 from rankwise.nets.fused import join, parts, split
-from rankwise.ranks.sites import check_convolution, is_convolution, is_weight
+from rankwise.ranks.sites import check_convolution, features, is_convolution, is_weight
 
 ALL_LINEAR = "all-linear"
 
@@ -57,6 +60,32 @@ def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[
         check_convolution(name, model.get_submodule(name))
     split(model, names)
     return names
+
+
+def placement(
+    model: nn.Module, targets: str | Sequence[str], head: Sequence[str], rank: int, option: str = "rank", only: str = ""
+) -> dict[str, Any]:
+    """Where an adapter of rank `rank` sits on the base `model`, in the words of PEFT's configurations.
+
+    Args:
+        targets, head: as `target_names` and `head_names` take them.
+        option: what the user calls the rank.
+        only: what is for linear layers only, and so refuses convolutions; empty for what takes both.
+    Raises:
+        InputError: a model with an adapter, names that mean nothing, or a rank or layer that does not go together.
+    """
+    require(not isinstance(model, PeftModel), "this model has an adapter already: attach to the base model instead")
+    names = target_names(model, targets, head)
+    for name in names:
+        layer = model.get_submodule(name)
+        limit = min(features(layer))
+        require(rank <= limit, f"{option} {rank} is too large for {name}, which allows at most {limit}")
+        require(not (only and is_convolution(layer)), f"{name} is a convolution, and {only} is for linear layers only")
+    return {
+        "target_modules": names,
+        "modules_to_save": head_names(model, head) or None,
+        "fan_in_fan_out": isinstance(model.get_submodule(names[0]), Conv1D),
+    }
 
 
 def _check_transposed(model: nn.Module, target: str) -> None:

@@ -23,6 +23,7 @@ Names for targets and heads: the linear layer in the middle is `bottleneck`, the
 """
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from itertools import pairwise
@@ -162,7 +163,7 @@ A network for segmentation. `rankwise.nets.unet` has its class, whose `from_pret
 """
 
 
-class Segmenter(nn.Module, PyTorchModelHubMixin, model_card_template=_CARD):
+class Segmenter(nn.Module, PyTorchModelHubMixin, ABC, model_card_template=_CARD):
     """What both networks share: the way down, the middle, the way up, the loss, and files in the format of the hub.
 
     `save_pretrained(folder)` writes config.json and model.safetensors. `from_pretrained(folder)` builds the network
@@ -206,14 +207,17 @@ class Segmenter(nn.Module, PyTorchModelHubMixin, model_card_template=_CARD):
                 module.eval()
         return self
 
+    @abstractmethod
     def _begin(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Images (n, 3, H, W) as the first block takes them."""
 
+    @abstractmethod
     def _middle(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What happens between the way down and the way up, shapes unchanged."""
 
+    @abstractmethod
     def _end(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Logits (n, classes, H, W) from what the last block gives."""
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **rest: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             break
         lines.append(line)
     return lines
+
+
+def check_replaceable(folder: Path, own: Set[str], what: str) -> None:
+    """Raise InputError where `folder` is a file, or holds an entry whose name is not in `own`: it would be lost."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a new or an empty folder")
+    if strange := sorted({entry.name for entry in folder.iterdir()} - own):
+        raise InputError(f"{folder} holds {strange[0]}, which is no part of {what}; give a new or an empty folder")
 
 
 def unwritable(folder: Path, error: OSError) -> InputError:

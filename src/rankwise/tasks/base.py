@@ -10,7 +10,6 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -155,14 +154,13 @@ class Task(ABC):
         finite.
         """
 
-    def revision(self) -> str:
-        """12 hex digits that change with any text, label or order of the data; the same wherever the data is stored."""
-        return self._revision
+    def revision(self, splits: Sequence[Split] | None = None) -> str:
+        """12 hex digits that change with any text, label or order of the data; the same wherever the data is stored.
 
-    @cached_property
-    def _revision(self) -> str:
+        `splits` are the whole training and evaluation splits, for whoever has read them already.
+        """
         digest = hashlib.sha256(json.dumps([self.text, self.labels]).encode())
-        for split in (self.train(), *self.evaluation()):
+        for split in splits or (self.train(), *self.evaluation()):
             digest.update(f"\n{split.name}".encode())
             for column in (*self.text, self.target, REFERENCES):
                 if column in split.data.column_names:

@@ -15,6 +15,7 @@ hub calls it. Of a single file a tenth of the rows, drawn by their content, is h
 
 import hashlib
 import math
+from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -78,9 +79,9 @@ class Custom(Task):
     def evaluation(self) -> list[Split]:
         return [self._split(self.split)]
 
+    @abstractmethod
     def table(self, rows: Rows) -> "pa.Table":
         """The columns of `rows` under the names of their roles, checked."""
-        raise NotImplementedError
 
     def _split(self, name: str) -> Split:
         datasets = need("datasets", "bench")

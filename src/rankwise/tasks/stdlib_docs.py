@@ -15,6 +15,7 @@ import re
 import sys
 import sysconfig
 import warnings
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
@@ -61,9 +62,9 @@ class StdlibTask(Classification):
     def evaluation(self) -> list[Split]:
         return [self._split("validation", True)]
 
+    @abstractmethod
     def examples(self) -> list[tuple[tuple[str, ...], int]]:
         """Every (texts, label) of the task, both sides; the first text decides the side and the place."""
-        raise NotImplementedError
 
     @cached_property
     def _examples(self) -> list[tuple[tuple[str, ...], int]]:

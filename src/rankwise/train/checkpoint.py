@@ -14,6 +14,7 @@ from rankwise.config import InputError
 from rankwise.optim import SimplexAdam
 from rankwise.optim.projected_adam import ProjectedAdam
 from rankwise.ranks import sites
+from rankwise.runs.files import check_replaceable
 
 FILE = "checkpoint.pt"
 
@@ -31,10 +32,7 @@ def save_checkpoint(
         InputError: a folder that holds other things than a checkpoint, which would be lost.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give a new or an empty folder")
-    if folder.exists() and (strange := sorted({entry.name for entry in folder.iterdir()} - {FILE})):
-        raise InputError(f"{folder} holds {strange[0]}, which is no checkpoint's; give a new or an empty folder")
+    check_replaceable(folder, {FILE}, "a checkpoint")
     state = {
         "model": learnt_state(model),
         "optimizer": optimizer.state_dict(),

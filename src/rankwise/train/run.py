@@ -164,12 +164,13 @@ def together(scored: list[Scored]) -> dict[str, float]:
 
 def _prepare(config: RunConfig, before: "Before | None", made_with: str | None) -> Parts:
     task = tasks.build(config.task)
-    if made_with not in (None, task.revision()):
+    whole = [task.train(), *task.evaluation()]
+    if made_with not in (None, task.revision(whole)):
         raise InputError(
             "the data is not what it was when this run was made; begin a new one: rankwise train CONFIG.yaml"
         )
-    train = subset(task.train(), config.train_rows)
-    splits = [subset(split, config.eval_rows) for split in task.evaluation()]
+    train = subset(whole[0], config.train_rows)
+    splits = [subset(split, config.eval_rows) for split in whole[1:]]
     set_seed(config.seed)  # before the model, whose head and adapters are drawn at random
     base, processor, head = models.build(config.model, task, config.max_length, train)
     if before is not None and not before.same:

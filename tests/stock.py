@@ -1,0 +1,46 @@
+"""What stock PEFT makes of saved adapters, in a fresh process that cannot import rankwise."""
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+SCRIPT = """
+import sys
+sys.modules["rankwise"] = None  # any import of it fails
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+kind, base, inputs, out, *adapters = sys.argv[1:]
+found = {}
+for adapter in adapters:
+    base_model = getattr(transformers, kind).from_pretrained(base)
+    model = PeftModel.from_pretrained(base_model, adapter).eval()
+    with torch.no_grad():
+        found[adapter] = model(**load_file(inputs)).logits
+        found[adapter + " merged"] = model.merge_and_unload()(**load_file(inputs)).logits
+save_file(found, out)
+"""
+
+
+def agrees(base: nn.Module, inputs: Mapping[str, Tensor], expected: Mapping[Path, Tensor], folder: Path) -> None:
+    """Assert that each adapter of `expected` gives its logits on `base` to 1e-5, as it is and merged.
+
+    Args:
+        base: the pretrained model, untouched; `folder` takes it and what passes between the processes.
+    """
+    base.save_pretrained(folder / "base")
+    save_file({name: values for name, values in inputs.items() if name != "labels"}, folder / "in")
+    paths = [str(folder / part) for part in ("base", "in", "out")]
+    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, type(base).__name__, *paths, *map(str, expected)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = load_file(folder / "out")
+    assert found.keys() >= {str(adapter) for adapter in expected}
+    for adapter, logits in expected.items():
+        for name in (str(adapter), f"{adapter} merged"):
+            assert (found[name] - logits).abs().max() <= 1e-5, name
