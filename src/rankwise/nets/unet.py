@@ -272,9 +272,9 @@ class RefinedUNet(Segmenter):
     """A U-Net that is wider, on half the resolution, with attention on its skip connections and residual blocks.
 
     On a CPU a step costs about what one of the default `UNet` costs: nothing is computed at the full resolution. A
-    convolution of stride 2 comes first, and last a 1×1 convolution to four logits per class and position, which are
-    laid out as 2×2 pixels (sub-pixel convolution, Shi et al. 2016, arXiv 1609.05158). Batch norm follows the 1×1 and
-    3×3 convolutions on the way and the bottleneck, which joins each position with the mean over the image,
+    convolution of stride 2 comes first, and the logits are enlarged bilinearly last, which leaves no checkerboard as
+    transposed and sub-pixel convolutions do (Odena et al. 2016, doi 10.23915/distill.00003). Batch norm follows the
+    1×1 and 3×3 convolutions on the way and the bottleneck, which joins each position with the mean over the image,
 
         x ← ReLU(x + norm(W [x, mean(x)] + b)),    W (c, 2c),
 
@@ -305,7 +305,7 @@ class RefinedUNet(Segmenter):
         self.bottleneck = nn.Linear(2 * last, last)
         self.bottleneck_norm = nn.BatchNorm2d(last)
         self.up = _way_up(widths, refined=True)
-        self.classifier = nn.Conv2d(first, 4 * classes, 1)
+        self.classifier = nn.Conv2d(first, classes, 1)
 
     def _begin(self, images: Tensor) -> Tensor:
         _size(images.shape[-2:], self.step)
@@ -317,7 +317,7 @@ class RefinedUNet(Segmenter):
         return functional.relu(x + self.bottleneck_norm(self.bottleneck(both).movedim(-1, 1)))
 
     def _end(self, x: Tensor) -> Tensor:
-        return functional.pixel_shuffle(self.classifier(x), 2)
+        return functional.interpolate(self.classifier(x), scale_factor=2, mode="bilinear")
 
 
 def _way_down(inputs: int, widths: Sequence[int], refined: bool = False) -> nn.ModuleList:
