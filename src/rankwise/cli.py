@@ -451,10 +451,13 @@ def _check_models(configs: Sequence[RunConfig]) -> None:
     import rankwise.tasks
     from rankwise.train.model import check
 
-    wanted = {json.dumps([config.model, config.task, config.method], sort_keys=True) for config in configs}
+    wanted = {
+        json.dumps([config.model, config.task, config.method, config.label_smoothing], sort_keys=True)
+        for config in configs
+    }
     with contextlib.redirect_stdout(sys.stderr):
-        for model, task, method in map(json.loads, sorted(wanted)):
-            check(model, rankwise.tasks.build(task), rankwise.methods.build(method))
+        for model, task, method, label_smoothing in map(json.loads, sorted(wanted)):
+            check(model, rankwise.tasks.build(task), rankwise.methods.build(method), label_smoothing)
 
 
 def _key(config: RunConfig) -> str:

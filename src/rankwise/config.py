@@ -101,6 +101,9 @@ class RunConfig(BaseModel):
         default="linear", description="course of the rate after warm-up"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay of the trained matrices")
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each label that is spread evenly over all classes or tokens"
+    )
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
     eval_every: int | None = Field(
         default=None, ge=1, description="steps between evaluations; once an epoch when absent"

@@ -17,6 +17,7 @@ from rankwise.metrics.classification import NotFiniteError
 from rankwise.tasks import Evaluation, Split, subset
 from rankwise.tasks.generation import UNTOLD, Generation, Judged, _NoRepeat
 from rankwise.train import random_model
+from rankwise.train.trainer import RankTrainer
 
 KINDS = ("gpt2", "llama", "t5")
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -299,6 +300,36 @@ def test_a_training_batch_has_the_loss_of_the_evaluation(given_model):
     with torch.no_grad():
         loss = model(**Colours().collate(model, tokenizer, 0)(list(examples))).loss.item()
     assert loss == pytest.approx(by_hand(model, examples), rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "pieces"), [("t5", 1), ("gpt2", 1), ("gpt2", 2), ("llama", 6)])
+def test_smoothed_labels_spread_over_all_tokens_and_count_no_masked_one(kind, pieces, tmp_path):
+    tokenizer = tokenizer_of(kind)
+    dropouts = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "llama": (), "t5": ("dropout_rate",)}
+    model = model_of(kind, len(tokenizer), **dict.fromkeys(dropouts[kind], 0.0))
+    examples, collate = encoded(Colours(), tokenizer), Colours().collate(model, tokenizer, 0)
+    batch = collate(list(examples))
+    with torch.no_grad():
+        logits, labels = model(**batch).logits, batch["labels"]
+    if kind != "t5":  # a decoder's logits are those of the token that follows
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=UNTOLD, label_smoothing=0.3
+    )
+    method = methods.build({"name": "full"})
+    trainer = RankTrainer(
+        method=method,
+        model=method.attach(model),
+        args=transformers.TrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=6 // pieces, gradient_accumulation_steps=pieces,
+            label_smoothing_factor=0.3, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
+            save_strategy="no", remove_unused_columns=False,
+        ),
+        train_dataset=examples,
+        data_collator=collate,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_told(given_model):

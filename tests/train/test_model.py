@@ -8,10 +8,10 @@ from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model
 from transformers.utils import logging as transformers_logging
 
 import tiny
-from rankwise import tasks
+from rankwise import methods, tasks
 from rankwise.config import InputError
 from rankwise.tasks import Task
-from rankwise.train.model import build, label
+from rankwise.train.model import build, check, label
 
 
 @pytest.fixture
@@ -113,6 +113,13 @@ def test_a_damaged_model_is_one_line(words: PreTrainedTokenizerFast, tmp_path: P
 def test_more_tokens_than_the_model_reads_are_refused() -> None:
     with pytest.raises(InputError, match="max_length: 513 is more than the 512 tokens"):
         build(None, labelled("a", "b"), 513)
+
+
+@pytest.mark.parametrize("task", ["stsb", "camvid"])
+def test_labels_that_are_no_classes_are_not_smoothed(task: str) -> None:
+    with pytest.raises(InputError, match=f"label_smoothing: the loss of {task} is no cross-entropy"):
+        check(None, tasks.build(task), methods.build({"name": "lora"}), label_smoothing=0.1)
+    check(None, tasks.build("mrpc"), methods.build({"name": "lora"}), label_smoothing=0.1)
 
 
 def test_a_result_names_a_model_without_its_place(tmp_path: Path) -> None:

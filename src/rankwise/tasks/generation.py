@@ -231,7 +231,10 @@ class Generation(Task):
             ids, mask = _padded([p + t for p, t in zip(prompts, targets, strict=True)], pad)
             labels, _ = _padded([[UNTOLD] * len(p) + t for p, t in zip(prompts, targets, strict=True)], UNTOLD)
         _check_room(model, labels.shape[1])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if _encodes(model):  # the model makes them of the labels, unless a Trainer that smooths those keeps them back
+            batch["decoder_input_ids"] = _inner(model).prepare_decoder_input_ids_from_labels(labels)
+        return batch
 
 
 class _NoRepeat(LogitsProcessor):

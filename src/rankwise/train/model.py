@@ -82,8 +82,13 @@ def build(
     return model, tokenizer, []
 
 
-def check(name: str | None, task: Task, method: Method) -> None:
-    """Raise InputError where `method` cannot be attached to the model `name` for `task`. No weights are read."""
+def check(name: str | None, task: Task, method: Method, label_smoothing: float = 0.0) -> None:
+    """Raise InputError where `method` cannot be attached to the model `name` for `task`. No weights are read.
+
+    Also where the labels of `task` cannot be smoothed and `label_smoothing` is not 0.
+    """
+    if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
+        raise InputError(f"label_smoothing: the loss of {task.name} is no cross-entropy; leave it at 0")
     with quiet(), _input_errors(name or EMBEDDED), warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # of PEFT, about merging, which nobody does here
         if task.family == "segmentation":

@@ -292,6 +292,7 @@ def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments
         warmup_steps=plan.steps if config.warmup == 1 else config.warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
+        label_smoothing_factor=config.label_smoothing,
         seed=config.seed,
         data_seed=config.seed,
         train_sampling_strategy="group_by_length",
