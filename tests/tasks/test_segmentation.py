@@ -128,6 +128,12 @@ def test_a_run_goes_from_pictures_to_masks(model: str, method: str, tmp_path: Pa
     assert set(result["metrics"]) == {"dice", "iou"} and result["model"] == model
     assert result["parameters"]["head"] > 0 and (folder / "masks.png").is_file()
     assert len(pyarrow.parquet.read_table(folder / "predictions.parquet")) == 12
+    if method == "full":  # its network is a `model:` for other runs
+        net, _, _ = build(str(folder / "model"), tasks.build(task), 0)
+        split = tasks.build(task).evaluation()[0]
+        evaluation = Evaluation(split, tasks.build(task).encode(split, None, 0))
+        scored = tasks.build(task).evaluate(net, evaluation, None, 4, final=False)
+        assert {name: scored.metrics[name] for name in result["metrics"]} == result["metrics"]
 
 
 def test_a_network_trained_on_one_set_is_adapted_to_another(tmp_path: Path) -> None:

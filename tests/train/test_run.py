@@ -17,6 +17,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rankwise
 from rankwise import tasks
@@ -136,6 +137,21 @@ def test_head_trains_the_head_alone(tmp_path: Path) -> None:
     start = base.classifier.weight.detach().clone()
     trained = rankwise.load(base, folder / "adapter")
     assert not torch.equal(start, trained.classifier.weight)
+
+
+def test_all_weights_are_saved_as_a_model_that_others_load_and_runs_begin_with(tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", method={"name": "full"}, max_steps=2, learning_rate=1e-4)
+    result = run(folder)
+    assert not (folder / "adapter").exists() and result["cost"]["adapter_bytes"] > 2**26  # bytes
+    task = tasks.build("stdlib-kind")
+    split = subset(task.evaluation()[0], 24)
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    found = logits(model, task.encode(split, tokenizer, 16), tokenizer, batch_size=5)
+    kept = pyarrow.parquet.read_table(folder / "predictions.parquet").column("logits").to_pylist()
+    np.testing.assert_allclose(found, np.array(kept), atol=1e-5)
+    after = make(tmp_path / "after", method=HEAD, max_steps=1, model=str(folder / "model"))
+    assert run(after)["model"] == "model"
 
 
 LONG = {"max_steps": 30, "eval_every": 20, "checkpoint_every": 20}  # long enough to be stopped on its way

@@ -124,7 +124,7 @@ def _segmenter(name: str | None, task: Any) -> nn.Module:
         model: Any = SEGMENTERS["unet-refined" if "stem.weight" in keys else UNET].from_pretrained(name)
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(f"model: cannot load {name}: {' '.join(str(error).split())[:200]}") from error
-    if (own := model.classifier.out_channels // (4 if isinstance(model, RefinedUNet) else 1)) != classes:
+    if (own := model.classifier.out_channels) != classes:
         raise InputError(f"model: {name} has {own} outputs per pixel, and {task.name} needs {classes}")
     return model
 

@@ -364,13 +364,20 @@ def _write_predictions(folder: Path, scored: list[Scored]) -> None:
 
 
 def _save_model(folder: Path, parts: Parts) -> int:
-    """Save what was learnt and return its size in bytes: an adapter, or the whole model where products were merged."""
-    kept = folder / "adapter"
-    if isinstance(parts.model, PeftModel) and merged(parts.model):
-        kept = folder / "model"
-        parts.model.merge_and_unload().save_pretrained(kept)
-    else:
+    """Save what was learnt and return its size in bytes: an adapter, or the whole model where all of it has changed."""
+    whole: Any = None
+    if isinstance(parts.model, PeftModel):
+        if merged(parts.model):
+            whole = parts.model.merge_and_unload()
+    elif all(p.requires_grad for p in parts.model.parameters()):
+        whole = parts.model
+    kept = folder / ("adapter" if whole is None else "model")
+    if whole is None:
         save(parts.model, kept, parts.method, parts.head)
+    else:
+        whole.save_pretrained(kept)
+        if parts.processor is not None:
+            parts.processor.save_pretrained(kept)  # so that the folder can be a `model:`, here and elsewhere
     return sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
 
 
