@@ -2,11 +2,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+import jsonschema
 import pytest
 import yaml
 
-from rankwise import tasks
-from rankwise.config import Experiment, InputError, RunConfig, Schema, json_schema, load, nearest, need
+from rankwise import methods, tasks
+from rankwise.config import Experiment, InputError, RunConfig, Schema, json_schema, load, nearest, need, read_yaml
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +270,23 @@ def test_the_json_schema_knows_methods_options_and_tasks() -> None:
     )
 
 
+EXPERIMENTS = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))
+OWN = {"task": {"type": "pair", "dataset": "d", "columns": {"text": "a", "text_pair": "b", "label": "c"}}, "epochs": 1}
+
+
+def test_editors_accept_by_the_schema_what_rankwise_accepts() -> None:
+    check = jsonschema.Draft202012Validator(json_schema(Schema(methods.registry(), tasks.registry()))).is_valid
+    for file in EXPERIMENTS:
+        assert check(read_yaml(file)), file.name
+    assert check(OWN) and check({"task": "mrpc", "method": {"name": "sora", "rank": 4}})
+    assert check({"task": {"name": "e2e", "beams": 4}})
+    assert not check({**OWN, "epoch": 1})
+    assert not check({"task": {**OWN["task"], "column": {}}})
+    assert not check({"task": {**OWN["task"], "name": "pair"}})
+    assert not check({"task": {"dataset": "d"}})
+    assert not check({"task": "mrpc", "method": {"name": "sora", "rate": 4}})
+
+
 def test_nearest_is_silent_where_nothing_is_near() -> None:
     assert nearest("lorra", ["lora", "head"]) == ' (did you mean "lora"?)'
     assert nearest("xyz", ["lora", "head"]) == ""
@@ -353,4 +371,4 @@ def test_the_schema_asks_for_no_option_that_has_a_default() -> None:
         for each in schema["properties"]["task"]["oneOf"]
         if each.get("properties", {}).get("name", {}).get("const") == "pair"
     )
-    assert pair["required"] == ["name"] and pair["properties"]["columns"]["default"] == {}
+    assert pair["required"] == [] and pair["properties"]["columns"]["default"] == {}

@@ -438,7 +438,7 @@ def _options(key: str) -> dict[str, dict[str, Any]]:
 
     return {
         entry["properties"]["name"]["const"]: {
-            option: value.get("default") for option, value in entry["properties"].items() if option != "name"
+            option: value.get("default") for option, value in entry["properties"].items() if "const" not in value
         }
         for entry in json_schema(_schema())["properties"][key]["oneOf"]
         if "properties" in entry

@@ -250,8 +250,9 @@ def json_schema(schema: Schema) -> dict[str, Any]:
     """The JSON schema of a configuration file, for editors: one run or an experiment."""
     result = RunConfig.model_json_schema()
     properties = result["properties"]
-    for key, known in (("method", schema.methods), ("task", schema.tasks)):
-        properties[key] = {"oneOf": [{"enum": sorted(known)}, *(_part_schema(*each) for each in sorted(known.items()))]}
+    for key, known, words in (("method", schema.methods, ["name"]), ("task", schema.tasks, ["name", "type"])):
+        parts = [_part_schema(name, kind, words) for name, kind in sorted(known.items())]
+        properties[key] = {"oneOf": [{"enum": sorted(known)}, *parts]}
     properties["method"]["default"] = {"name": "lora"}
     properties["vary"] = {
         "type": "object",
@@ -275,10 +276,10 @@ def json_schema(schema: Schema) -> dict[str, Any]:
     return result
 
 
-def _part_schema(name: str, kind: type) -> dict[str, Any]:
-    """The JSON schema of one method or task with its options."""
-    options: dict[str, Any] = {"name": {"const": name}}
-    required = ["name"]
+def _part_schema(name: str, kind: type, words: Sequence[str]) -> dict[str, Any]:
+    """The JSON schema of one method or task with its options; its name stands at one of `words`."""
+    options: dict[str, Any] = {word: {"const": name} for word in words}
+    required = []
     for field, hint in _options(kind).items():
         options[field.name] = TypeAdapter(hint).json_schema()
         made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -291,6 +292,7 @@ def _part_schema(name: str, kind: type) -> dict[str, Any]:
         "description": (kind.__doc__ or "").strip().partition("\n")[0],
         "properties": options,
         "required": required,
+        "oneOf": [{"required": [word]} for word in words],
         "additionalProperties": False,
     }
 
