@@ -3,6 +3,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,14 +13,15 @@ import pyarrow.parquet
 import pytest
 
 from rankwise.config import InputError, RunConfig
-from rankwise.report import html
+from rankwise.report import figures, html
 from rankwise.runs.store import Store
+from reported_runs import finish, write_lines
 
 VOID = {"meta", "img", "br"}
 
 
 class Page(HTMLParser):
-    """Text, pictures and addresses of a page; fails on tags that do not match."""
+    """Text, pictures, tags and addresses of a page; fails on tags that do not match."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -27,11 +29,15 @@ class Page(HTMLParser):
         self.words: list[str] = []
         self.images: list[dict[str, str | None]] = []
         self.addresses: list[str] = []
+        self.anchors: list[str] = []
+        self.tags: Counter[str] = Counter()
         self.feed(text)
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
+        self.tags[tag] += 1
+        self.anchors += [found["id"]] if found.get("id") else []
         self.addresses += [value for key, value in attrs if key in ("src", "href", "action") and value]
         if tag == "img":
             self.images.append(found)
@@ -42,7 +48,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] not in ("style", "script"):
             self.words.append(data)
 
     @property
@@ -59,8 +65,8 @@ def test_the_page_holds_everything_and_fetches_nothing(runs: Path) -> None:
     assert out == runs / "report.html"
     text = out.read_text(encoding="utf-8")
     found = Page(text)
-    assert all(address.startswith("data:image/svg+xml;base64,") for address in found.addresses)
-    assert not re.search(r"<(script|link|iframe)|@import|url\(", text)
+    assert all(address.startswith(("data:image/svg+xml;base64,", "#")) for address in found.addresses)
+    assert not re.search(r"<(link|iframe)|@import|url\(", text) and found.tags["script"] == 1
     assert 'name="viewport"' in text
     for words in (
         "Where does rank belong?",
@@ -71,6 +77,7 @@ def test_the_page_holds_everything_and_fetches_nothing(runs: Path) -> None:
         "331,776",
         "mean ± sd",
         "95 % interval",
+        "3 ( 0 , 1 , 2 )",
         "not the official split",
         "Configuration",
         "Environment",
@@ -82,15 +89,18 @@ def test_the_page_holds_everything_and_fetches_nothing(runs: Path) -> None:
 def test_the_pictures_are_the_ones_promised(runs: Path) -> None:
     found = page(runs)
     alts = [str(image["alt"]) for image in found.images]
-    assert [alt.split(". ")[0].split(" by ")[0] for alt in alts[:4]] == [
+    assert [re.split(r"\. | by optimizer| at some", alt)[0] for alt in alts] == [
         "Score against the parameters kept",
+        "Score by learning rate",
+        "Score against the time of a run and its peak memory",
         "training loss",
         "accuracy during training",
         "f1 during training",
+        "Rank of each site by step",  # one method moves its ranks, and only that one is drawn
+        "Ranks by projection and layer",
+        alts[-1].split(". ")[0],
     ]
-    assert alts[4].startswith("Rank of each site by step")  # one method moves its ranks, and only that one is drawn
-    assert alts[5].startswith("Final ranks: encoder.layer.0.attention.self.query")
-    assert len(alts) == 6
+    assert alts[-1].startswith("Final ranks: encoder.layer.0.attention.self.query")
     for image in found.images:
         assert b"<svg" in base64.b64decode(str(image["src"]).partition(",")[2])
 
@@ -108,7 +118,7 @@ def test_what_comes_from_a_run_is_escaped(tmp_path: Path, make: Callable[..., Pa
         content["splits"]["evaluation"][0]["note"] = '"><b>bold</b>'
         result.write_text(json.dumps(content))
     text = html.write(folder).read_text(encoding="utf-8")
-    assert "<script" not in text and "<img src=x" not in text and "<b>bold" not in text
+    assert Page(text).tags["script"] == 1 and "<img src=x" not in text and "<b>bold" not in text
     assert "failed, <img src=x onerror=alert(2)> & co" in Page(text).text
 
 
@@ -136,7 +146,7 @@ def test_agreement_between_seeds_is_counted(runs: Path) -> None:
 def test_several_tasks_get_an_overview(tmp_path: Path, make: Callable[..., Path]) -> None:
     found = page(make(tmp_path / "runs", tasks=("stdlib-module", "cola"), seeds=(0,)))
     assert "All tasks, each method at its best learning rate" in found.text
-    assert len([image for image in found.images if str(image["alt"]).startswith("Score")]) == 2
+    assert len([image for image in found.images if str(image["alt"]).startswith("Score against the param")]) == 2
 
 
 def test_texts_stand_side_by_side_escaped_and_shortened(tmp_path: Path, make: Callable[..., Path]) -> None:
@@ -153,11 +163,13 @@ def test_texts_stand_side_by_side_escaped_and_shortened(tmp_path: Path, make: Ca
         pyarrow.parquet.write_table(pyarrow.table(rows), result["folder"] / "predictions.parquet")
     out = html.write(folder).read_text(encoding="utf-8")
     found = Page(out)
-    assert "What was written" in found.text and "<script>" not in out and "of another seed" not in found.text
+    shown, _, each_run = found.text.rpartition("Every run")
+    assert "What was written" in shown and found.tags["script"] == 1 and "of another seed" not in shown
+    assert "written of another seed" in each_run
     for words in ("<script>head</script>", "<script>lora</script>", "one & only", "references first second"):
         assert words in found.text
     assert "x … (1,016 characters in all)" in found.text
-    assert [f"source</b> {place} " in found.text for place in range(9)].count(True) == 4
+    assert [f"source</b> {place} " in shown for place in range(9)].count(True) == 4
 
 
 def test_pictures_of_masks_are_shown_once_a_method(tmp_path: Path, make: Callable[..., Path]) -> None:
@@ -178,7 +190,7 @@ def test_unfinished_runs_are_listed_and_leave_no_number(tmp_path: Path) -> None:
     assert "0 of 2 runs finished" in found.text
     assert "cola, lora, rate 0.001, seed 1: pending" in found.text
     assert "seed 2: stopped, step 10 of 300" in found.text
-    assert "Results" not in found.text and not found.images
+    assert "Beside the paper" not in found.text and not found.images
 
 
 def test_a_finished_run_with_missing_curves_still_has_its_row(tmp_path: Path, make: Callable[..., Path]) -> None:
@@ -188,7 +200,82 @@ def test_a_finished_run_with_missing_curves_still_has_its_row(tmp_path: Path, ma
             path.unlink()
     found = page(folder)
     assert "simplex-lora rank=4" in found.text
-    assert len(found.images) == 1
+    assert len(found.images) == 3
+
+
+def test_every_run_has_a_section_that_its_row_links_to(runs: Path) -> None:
+    found = page(runs)
+    links = [address.removeprefix("#") for address in found.addresses if address.startswith("#run-")]
+    sections = [anchor for anchor in found.anchors if anchor.startswith("run-")]
+    assert len(sections) == len(set(sections)) == 18 and set(links) == set(sections)
+    assert {address[1:] for address in found.addresses if address.startswith("#")} <= set(found.anchors)
+    result = min(Store(runs).results(), key=lambda each: each["folder"])
+    said = found.text.rpartition("Every run")[2]
+    assert f"accuracy {result['metrics']['accuracy']:.4f}" in said and "train_rows: 4800" in said
+
+
+def test_the_section_of_a_failed_run_holds_the_end_of_its_error(tmp_path: Path) -> None:
+    failed = Store(tmp_path / "runs").create(RunConfig(task="cola", seed=3), "x")
+    (failed / "error.txt").write_text("it broke\n\n" + "far away\n" * 5000 + "the <last> line\n", encoding="utf-8")
+    found = page(tmp_path / "runs")
+    assert found.text.count("far away") < 1000 and "the <last> line" in found.text
+    assert "cola, lora, rate 0.001, seed 3: failed, it broke" in found.text and "1 failed" in found.text
+
+
+def test_a_classifier_names_the_rows_it_got_wrong(tmp_path: Path, make: Callable[..., Path]) -> None:
+    folder = make(tmp_path / "runs", seeds=(0,))
+    for result in Store(folder).results():
+        rows = {"split": ["v"] * 30 + ["w"], "idx": [*range(31)], "label": [1] * 31, "prediction": [1] * 5 + [0] * 26}
+        pyarrow.parquet.write_table(pyarrow.table(rows), result["folder"] / "predictions.parquet")
+    text = page(folder).text
+    assert "25 of 30 rows answered wrong" in text
+    assert "label): 5 (0 for 1), 6 (0 for 1)" in text and "14 (0 for 1)." in text and "15 (0 for 1)" not in text
+
+
+def test_ours_stands_beside_the_paper(runs: Path, tmp_path: Path) -> None:
+    row = {"paper_row": "LoRA, <r> = 8", "task": "mrpc", "metric": "accuracy", "ours": 0.8897, "seeds": 3}
+    row |= {"budget": 442_368, "published": None, "published_parameters": 300_000, "note": "shifted cells"}
+    found = Page(html.write(runs, tmp_path / "out.html", [row]).read_text(encoding="utf-8"))
+    assert "LoRA, <r> = 8 mrpc accuracy 0.8897 3 442,368 300,000 shifted cells" in found.text
+    assert "published" in found.anchors and "published" not in page(runs).anchors
+
+
+def test_several_ranks_and_rates_are_drawn_apart(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    for rank in (1, 4):
+        for rate in (1e-4, 1e-3):
+            for init in ("kaiming", "svd"):
+                method = {"name": "lora-fa", "rank": rank, "init": init}
+                finish(store, RunConfig(task="mrpc", method=method, learning_rate=rate), 0.7, parameters=rank * 1000)
+    alts = [str(image["alt"]) for image in page(tmp_path / "runs").images]
+    assert sum(alt.endswith("a panel for each rank and learning rate") for alt in alts) == 2  # loss and accuracy
+
+
+def test_sizes_of_a_method_are_one_family_and_other_options_are_not() -> None:
+    rows = [
+        {"method": method}
+        for method in ("lora rank=1 init=svd", "lora rank=4 init=svd", "lora rank=4 init=kaiming", "head")
+    ]
+    assert list(figures.families(rows).values()) == ["lora init=svd"] * 2 + ["lora rank=4 init=kaiming", "head"]
+    with_alpha = [{"method": f"lora rank={rank} alpha={2 * rank}"} for rank in (1, 2)]
+    assert set(figures.families(with_alpha).values()) == {"lora"}
+    apart = [{"method": f"lora rank={rank} alpha={alpha}"} for rank in (1, 2) for alpha in (1, 2)]
+    assert set(figures.families(apart).values()) == {"lora alpha=1", "lora alpha=2"}
+
+
+def test_a_thousand_runs_make_a_page_of_a_few_megabytes(runs: Path) -> None:
+    text = html.write(runs).read_text(encoding="utf-8")
+    sections = text.partition('<h2 id="runs">')[2].partition("</main>")[0]
+    assert len(sections) / 18 < 6000
+
+
+def test_a_score_or_loss_that_is_no_number_leaves_no_picture_but_stays_in_the_table(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    for rate in (1e-4, 1e-3):
+        folder = finish(store, RunConfig(task="mrpc", learning_rate=rate), float("nan"))
+        write_lines(folder / "metrics.jsonl", [{"step": step, "loss": float("inf")} for step in (1, 2, 3)])
+    found = page(tmp_path / "runs")
+    assert "nan" in found.text and not found.images
 
 
 def test_a_folder_without_runs_is_an_input_error(tmp_path: Path) -> None:

@@ -1,114 +1,13 @@
-from pathlib import Path
-
 import numpy as np
 import pytest
-from PIL import Image
 
+from drawn import texts
 from rankwise.report import plots
-from rankwise.report.plots import Line, Place, Point, places
-
-RANKS = {f"encoder.layer.{layer}.attention.self.{name}": layer + 1 for layer in range(3) for name in ("query", "value")}
-
-
-def texts(figure) -> list[str]:  # type: ignore[no-untyped-def]
-    import matplotlib.text
-
-    return [each.get_text() for each in figure.findobj(matplotlib.text.Text)]
-
-
-def test_bert_sites_get_short_names_that_tell_them_apart() -> None:
-    endings = ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"]
-    found = places([*(f"bert.encoder.layer.1.{end}" for end in endings), "bert.pooler.dense"])
-    assert list(found.values()) == [
-        Place(1, "query"),
-        Place(1, "attention.output"),
-        Place(1, "intermediate"),
-        Place(1, "output"),
-        Place(None, "pooler"),
-    ]
-
-
-def test_llama_gpt2_and_t5_sites() -> None:
-    llama = places(["model.layers.11.self_attn.q_proj", "model.layers.11.mlp.gate_proj"])
-    assert list(llama.values()) == [Place(11, "q_proj"), Place(11, "gate_proj")]
-    assert places(["transformer.h.0.attn.c_attn"]) == {"transformer.h.0.attn.c_attn": Place(0, "c_attn")}
-    t5 = places(
-        [
-            "encoder.block.0.layer.0.SelfAttention.q",
-            "decoder.block.0.layer.0.SelfAttention.q",
-            "decoder.block.0.layer.1.EncDecAttention.q",
-            "lm_head",
-        ]
-    )
-    assert [place.projection for place in t5.values()] == [
-        "encoder SelfAttention.q",
-        "decoder SelfAttention.q",
-        "decoder EncDecAttention.q",
-        "lm_head",
-    ]
-
-
-@pytest.mark.parametrize(
-    "names", [["0.dense", "1.dense"], ["a.dense", "a.b.dense"], ["dense"], ["layer.0.dense", "dense"]]
-)
-def test_no_two_sites_of_a_layer_share_a_name(names: list[str]) -> None:
-    assert len(set(places(names).values())) == len(names)
-
-
-def test_the_rank_picture_shows_every_rank(tmp_path: Path) -> None:
-    figure = plots.rank_picture({**RANKS, "encoder.layer.0.attention.self.query": 0}, tmp_path / "made" / "ranks.png")
-    shown = texts(figure)
-    assert {"0", "1", "2", "3", "query", "value", "rank", "projection"} <= set(shown)
-    with Image.open(tmp_path / "made" / "ranks.png") as image:
-        assert image.width > 600
-    assert [path.name for path in (tmp_path / "made").iterdir()] == ["ranks.png"]
-
-
-def test_the_rank_picture_can_be_an_svg_and_repeats_itself(tmp_path: Path) -> None:
-    plots.rank_picture(RANKS, tmp_path / "a.svg")
-    plots.rank_picture(RANKS, tmp_path / "b.svg")
-    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
-    assert "<svg" in (tmp_path / "a.svg").read_text()
-
-
-def test_no_ranks_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no ranks"):
-        plots.rank_picture({})
-    with pytest.raises(ValueError, match="empty"):
-        plots.ranks_over_time([], 10)
-
-
-@pytest.mark.parametrize("top", [1, 8, 64])
-def test_ranks_of_any_size_can_be_drawn(top: int) -> None:
-    plots.svg(plots.rank_picture(dict.fromkeys(RANKS, top)))
-    plots.svg(plots.rank_picture(dict.fromkeys(RANKS, 0)))
-
-
-def test_the_heat_map_has_a_row_per_site_and_a_column_per_change() -> None:
-    history = [(0, RANKS), (20, {**RANKS, "encoder.layer.2.attention.self.value": 0}), (40, RANKS)]
-    figure = plots.ranks_over_time(history, 60)
-    mesh = figure.axes[0].collections[0]
-    assert mesh.get_array().shape == (6, 3)
-    assert mesh.get_array()[5].tolist() == [3, 0, 3]
-    assert figure.axes[0].get_xlim() == (0, 60)
-    assert {"0   query", "2   query", "value"} <= set(texts(figure))
-
-
-def test_the_heat_map_ends_soon_after_the_last_change_and_says_so() -> None:
-    figure = plots.ranks_over_time([(0, RANKS), (10, {**RANKS, "encoder.layer.0.attention.self.query": 3})], 1000)
-    assert figure.axes[0].get_xlim() == (0, 14)
-    assert any("no change after step 10; the run ended at step 1000" in text for text in texts(figure))
-
-
-def test_a_large_model_names_layers_only() -> None:
-    many = {f"layers.{layer}.{name}": 4 for layer in range(40) for name in ("q", "k", "v", "o")}
-    figure = plots.ranks_over_time([(0, many)], 10)
-    assert len(figure.axes[0].get_yticks()) == 40
-    plots.svg(plots.rank_picture(many))
+from rankwise.report.plots import Line, Point, Rate, Tried
 
 
 def test_methods_of_equal_size_stand_side_by_side() -> None:
-    points = [Point("a", 1000, 0.7, 0.02), Point("b", 1000, 0.72), Point("head", 0, 0.5, 0.01)]
+    points = [Point("a", 0, 1000, 0.7, 0.02), Point("b", 1, 1000, 0.72), Point("head", 2, 0, 0.5, 0.01)]
     figure = plots.score_by_parameters(points, "accuracy", "bars: something")
     figure.canvas.draw()
     axes = figure.axes[0]
@@ -121,8 +20,81 @@ def test_methods_of_equal_size_stand_side_by_side() -> None:
 
 
 def test_sizes_far_apart_get_a_logarithmic_axis() -> None:
-    far = [Point("small", 1e4, 0.7), Point("large", 1e8, 0.8)]
+    far = [Point("small", 0, 1e4, 0.7), Point("large", 1, 1e8, 0.8)]
     assert plots.score_by_parameters(far, "f1", "").axes[0].get_xscale() == "log"
+
+
+def test_several_sizes_of_one_method_are_joined_and_moved_as_one() -> None:
+    points = [Point(label, look, size, 0.7, 0.02) for look, label in enumerate("ab") for size in (4e5, 1e5, 2e5)]
+    figure = plots.score_by_parameters([*points, Point("c", 2, 1e7, 0.8)], "accuracy", "")
+    figure.canvas.draw()
+    lines = [bar.lines[0] for bar in figure.axes[0].containers]
+    assert [line.get_linestyle() != "None" for line in lines] == [True, True, False]
+    assert list(lines[0].get_xdata()) == [1e5, 2e5, 4e5]
+    one, other = (line.get_transform().transform(line.get_xydata()) for line in lines[:2])
+    gaps = other[:, 0] - one[:, 0]
+    assert gaps[0] > 1 and np.ptp(gaps) < 1e-6
+    assert [text for text in texts(figure) if text in "abc" and text] == ["a", "b", "c"]
+
+
+def test_cost_is_drawn_within_its_axes_with_round_ticks() -> None:
+    seconds = [Point("a", 0, 92.5, 0.7, 0.1), Point("b", 1, 380.0, 0.6)]
+    memory = [Point("a", 0, 700 * 2**20, 0.7, 0.1), Point("b", 1, 3 * 2**30, 0.6)]
+    figure = plots.score_by_cost(seconds, memory, "accuracy", "bars")
+    for axes, points in zip(figure.axes, (seconds, memory), strict=True):
+        low, high = axes.get_xlim()
+        assert all(low < point.x < high for point in points)
+        assert 1 < len(axes.get_xticks()) < 5
+    shown = texts(figure)
+    assert {"2 min", "1 GiB", "time of a run", "peak memory"} <= set(shown)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-3, 5.0, 3e5])
+def test_equal_costs_can_be_drawn(value: float) -> None:
+    points = [Point("a", 0, value, 0.7), Point("b", 1, value, 0.7)]
+    plots.svg(plots.score_by_cost(points, points, "accuracy", ""))
+
+
+def test_the_rate_that_was_chosen_has_a_ring_and_the_seeds_their_spread() -> None:
+    methods = [
+        Tried("a", 0, [Rate(1e-2, 0.6, 0.02, 3), Rate(1e-3, 0.7, None, 1), Rate(1e-4, 0.5, 0.01, 3)], 1e-3),
+        Tried("b", 1, [Rate(1e-3, 0.4, 0.1, 2), Rate(3e-3, 0.5, 0.1, 2)]),
+    ]
+    figure = plots.score_by_rate(methods, "accuracy")
+    axes = figure.axes[0]
+    rings = [line for line in axes.lines if line.get_markerfacecolor() == "none" and len(line.get_xdata())]
+    assert [(list(ring.get_xdata()), list(ring.get_ydata())) for ring in rings] == [([1e-3], [0.7])]
+    bars = axes.containers[0].lines[2][0].get_segments()
+    spreads = [np.ptp(bar[:, 1]) for bar in bars if len(bar) and np.isfinite(bar).all()]
+    np.testing.assert_allclose(sorted(spreads), [0.02, 0.04])
+    assert axes.get_xscale() == "log" and {"0.0001", "0.001", "0.01"} <= set(texts(figure))
+    low, high = axes.get_ylim()
+    assert low < 0.3 and high > 0.72
+    assert any("ring: the rate chosen" in text for text in texts(figure))
+
+
+def test_panels_stand_by_rank_and_rate_with_equal_axes_and_one_legend() -> None:
+    line = [Line("a", 0, [([1, 2], [0.1, 0.2])]), Line("b", 1, [([1, 2], [0.3, 0.9]), ([1, 2], [0.5, 0.7])])]
+    cells = {(rank, rate): line for rank in (8, 1) for rate in (1e-3, 1e-4, 5e-3)}
+    del cells[8, 1e-4]
+    figure = plots.panels(cells, "loss", "title")
+    assert len(figure.axes) == 6 and len({axes.get_ylim() for axes in figure.axes}) == 1
+    assert [axes.get_title("center") for axes in figure.axes[:3]] == ["rate 0.0001", "rate 0.001", "rate 0.005"]
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["rank 1", "rank 8"]
+    assert [len(axes.lines) for axes in figure.axes] == [2, 2, 2, 0, 2, 2]
+    assert texts(figure).count("no run") == 1
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
+    with pytest.raises(ValueError, match="no curves"):
+        plots.panels({}, "loss", "title")
+
+
+@pytest.mark.parametrize("name", ["$x_{", "a\nb\x00\x1b", "名前 🙂", '<&">', "y" * 900, "_", ""])
+def test_any_name_can_be_drawn_and_widens_nothing(name: str) -> None:
+    line = [([1, 2], [0.1, 0.2])]
+    plain = plots.svg(plots.curves([Line("a", 0, line)], "loss", "title"))
+    odd = plots.svg(plots.curves([Line(name, 0, line)], name, name))
+    widths = [float(text.partition('width="')[2].partition("pt")[0]) for text in (plain, odd)]
+    assert widths[1] < 1.1 * widths[0]
 
 
 def test_mean_and_spread_use_the_steps_that_all_seeds_have() -> None:
@@ -136,8 +108,8 @@ def test_mean_and_spread_use_the_steps_that_all_seeds_have() -> None:
 
 
 def test_curves_say_what_the_band_is_only_when_there_is_one() -> None:
-    one = plots.curves([Line("a", [([1, 2], [0.1, 0.2])])], "loss", "title")
-    two = plots.curves([Line("a", [([1, 2], [0.1, 0.2]), ([1, 2], [0.3, 0.2])])], "loss", "title")
+    one = plots.curves([Line("a", 0, [([1, 2], [0.1, 0.2])])], "loss", "title")
+    two = plots.curves([Line("a", 0, [([1, 2], [0.1, 0.2]), ([1, 2], [0.3, 0.2])])], "loss", "title")
     assert not any("band" in text for text in texts(one))
     assert any("sample standard deviation" in text for text in texts(two))
 

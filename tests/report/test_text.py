@@ -1,5 +1,6 @@
 import csv
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,60 @@ def test_tasks_of_different_metrics_share_one_table(rows: list[Row]) -> None:
     found = [column.heading for column in text.columns([*rows, other])]
     assert found[:4] == ["task", "method", "metric", "score"]
     assert text.markdown([other]).splitlines()[0].count("accuracy") == 0
+
+
+def test_every_format_holds_the_same_columns(rows: list[Row]) -> None:
+    shown = text.columns(rows)
+    heads = [f"{column.heading} ({column.unit})" if column.unit else column.heading for column in shown]
+    assert text.markdown(rows).splitlines()[0] == f"| {' | '.join(heads)} |"
+    in_latex = text.latex(rows).splitlines()[2].removesuffix(" \\\\").replace("$\\pm$", "±").replace("\\%", "%")
+    assert in_latex.split(" & ") == heads
+    found = next(csv.DictReader(io.StringIO(text.csv(rows))))
+    for column in shown:
+        for key, value in column.values.items():
+            assert found[key] == ("" if value(rows[0]) is None else str(value(rows[0])))
+
+
+def latex_cells(line: str) -> list[str]:
+    """The cells of a row of a tabular, read as TeX reads it; fails on what TeX would stop at."""
+    assert line.endswith(" \\\\")
+    cells, depth, math, place = [""], 0, False, 0
+    line = line.removesuffix(" \\\\")
+    while place < len(line):
+        letter = line[place]
+        if letter == "\\":
+            word = re.match(r"\\([A-Za-z]+|[&%$#_{}])", line[place:])
+            assert word, line[place:]
+            assert word[1] != "pm" or math
+            cells[-1] += word[0]
+            place += len(word[0])
+            continue
+        assert letter not in "%#_^~"
+        assert letter not in "<>|" or math
+        if letter == "&":
+            assert depth == 0 and not math
+            cells.append("")
+        else:
+            cells[-1] += letter
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        assert depth >= 0
+        math ^= letter == "$"
+        place += 1
+    assert depth == 0 and not math
+    return cells
+
+
+HOSTILE = ["a_b & 50%", "\\input{x}", "{", "}}", "$x^2$ ~#", "a\nb\r\nc", "<i> | \\\\", "|", "λ=0.1 …", "%", "\\"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_no_name_breaks_a_table(rows: list[Row], name: str) -> None:
+    for row in rows:
+        row |= {"method": name, "task": name, "note": name, "train_note": f"{name}\n% end"}
+    shown = text.columns(rows)
+    lines = text.latex(rows).splitlines()
+    assert [len(latex_cells(line)) for line in [lines[2], *lines[4:-4]]] == [len(shown)] * (1 + len(rows))
+    assert lines[-4:-2] == ["\\bottomrule", "\\end{tabular}"] and all(line.startswith("% *") for line in lines[-2:])
+    table = text.markdown(rows).splitlines()[: 2 + len(rows)]
+    assert {len(re.findall(r"(?<!\\)\|", line.replace("\\\\", ""))) for line in table} == {len(shown) + 1}
+    assert [line["method"] for line in csv.DictReader(io.StringIO(text.csv(rows), newline=""))] == [name] * len(rows)

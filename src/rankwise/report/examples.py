@@ -11,6 +11,9 @@ from rankwise.runs.tables import Row
 SHOWN = 4
 LONGEST = 800
 """Characters of a text; the rest is left out, and said to be."""
+OF_ONE_RUN = 2
+"""Examples in the section of one run, and MISSED rows that it got wrong."""
+MISSED = 10
 PICTURE = "masks.png"
 """The file of a run that shows some of its outputs."""
 
@@ -29,21 +32,24 @@ def examples(best: Sequence[Row]) -> list[Example]:
 
     Empty where the runs wrote no texts. A method that has not written for one of the rows is left out of that.
     """
-    written = {row["method"]: found for row in best if (found := _written(_first(row)))}
-    if not written:
-        return []
-    rows = next(iter(written.values()))
-    numbers = list(rows)
-    shown = min(SHOWN, len(numbers))
-    chosen = [numbers[place * len(numbers) // shown] for place in range(shown)]
-    return [
-        Example(
-            _cut(rows[number]["source"]),
-            [_cut(text) for text in rows[number]["references"]],
-            {method: _cut(own[number]["prediction"]) for method, own in written.items() if number in own},
-        )
-        for number in chosen
-    ]
+    return _side_by_side({row["method"]: _written(_first(row)) for row in best}, SHOWN, LONGEST)
+
+
+def of_run(folder: Path) -> list[Example]:
+    """What one run wrote for fewer rows, shorter; empty where it wrote no texts."""
+    return _side_by_side({"written": _written(folder)}, OF_ONE_RUN, LONGEST // 3)
+
+
+def missed(folder: Path) -> str:
+    """How many rows of the main split a classifier got wrong, and the first of them; "" where there are no classes."""
+    rows = _rows(folder, ["split", "idx", "label", "prediction"])
+    classes = [row for row in rows if isinstance(row["label"], int) and isinstance(row["prediction"], int)]
+    if not rows or len(classes) < len(rows) or any(row["label"] < 0 for row in rows):
+        return ""
+    wrong = [row for row in rows if row["label"] != row["prediction"]]
+    listed = ", ".join(f"{row['idx']} ({row['prediction']} for {row['label']})" for row in wrong[:MISSED])
+    text = f"{len(wrong):,} of {len(rows):,} rows answered wrong"
+    return f"{text}; the first, as row (answer for label): {listed}." if wrong else f"{text}."
 
 
 def pictures(best: Sequence[Row]) -> list[tuple[str, bytes]]:
@@ -56,18 +62,40 @@ def _first(row: Row) -> Path:
     return Path(row["folders"][min(row["folders"])])
 
 
+def _side_by_side(written: dict[str, dict[int, dict[str, Any]]], count: int, longest: int) -> list[Example]:
+    written = {method: rows for method, rows in written.items() if rows}
+    if not written:
+        return []
+    rows = next(iter(written.values()))
+    numbers = list(rows)
+    shown = min(count, len(numbers))
+    chosen = [numbers[place * len(numbers) // shown] for place in range(shown)]
+    return [
+        Example(
+            _cut(rows[number]["source"], longest),
+            [_cut(text, longest) for text in rows[number]["references"]],
+            {method: _cut(own[number]["prediction"], longest) for method, own in written.items() if number in own},
+        )
+        for number in chosen
+    ]
+
+
 def _written(folder: Path) -> dict[int, dict[str, Any]]:
     """The rows of the main split by their number; {} where there are none, or they are no texts."""
-    columns = ["split", "idx", "source", "references", "prediction"]
+    return {row["idx"]: row for row in _rows(folder, ["split", "idx", "source", "references", "prediction"])}
+
+
+def _rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
+    """The answers to the main split; [] where there are none, or a column is not there."""
     try:
         file = need("pyarrow.parquet", "bench").ParquetFile(folder / "predictions.parquet")
         if not set(columns) <= set(file.schema_arrow.names):
-            return {}
+            return []
         rows = file.read(columns=columns).to_pylist()
     except (OSError, ValueError):  # pyarrow's errors are of these kinds
-        return {}
-    return {row["idx"]: row for row in rows if row["split"] == rows[0]["split"]}
+        return []
+    return [row for row in rows if row["split"] == rows[0]["split"]]
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} characters in all)"
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} … ({len(text):,} characters in all)"

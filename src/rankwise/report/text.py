@@ -2,22 +2,31 @@
 
 import csv as csv_format
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rankwise.runs.summary import duration, plus_minus, size, span
 from rankwise.runs.tables import Row, unofficial
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column: what stands above it, what it means, and the cell of a row."""
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What stands above a column, and whether there are numbers below it."""
 
     heading: str
-    cell: Callable[[Row], str]
-    meaning: str = ""
     unit: str = ""
     number: bool = True
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Column(Head):
+    """A column of results: the cell of a row, the values behind the cell, and what they mean."""
+
+    cell: Callable[[Row], str]
+    values: Mapping[str, Callable[[Row], Any]]
+    """Name in the CSV -> what stands there for a row; rows are sorted by the first."""
+    meaning: str
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
@@ -27,9 +36,7 @@ def columns(rows: Sequence[Row]) -> list[Column]:
 
 def who(rows: Sequence[Row]) -> list[Column]:
     """The method, behind the task where there are several."""
-    method = Column("method", lambda row: row["method"], "name, rank, and what tells it from the others", number=False)
-    task = Column("task", task_name, "* marks a split that is not official, trained on or scored", number=False)
-    return [task, method] if len({row["task"] for row in rows}) > 1 else [method]
+    return [TASK, METHOD] if len({row["task"] for row in rows}) > 1 else [METHOD]
 
 
 def scores(rows: Sequence[Row]) -> list[Column]:
@@ -38,24 +45,31 @@ def scores(rows: Sequence[Row]) -> list[Column]:
     others = dict.fromkeys(name for row in rows for name in row["metrics"] if name != row["score"])
     main = Column(
         names[0] if len(names) == 1 and names[0] else "score",
-        lambda row: plus_minus(row["mean"], row["sd"]),
-        "mean over the seeds ± sample standard deviation",
         "mean ± sd",
+        cell=lambda row: plus_minus(row["mean"], row["sd"]),
+        values={"mean": _of("mean"), "sd": _of("sd")},
+        meaning="mean over the seeds ± sample standard deviation",
     )
-    metric = Column("metric", lambda row: row["score"], "the main metric of the task", number=False)
-    return [
-        *([metric] if len(names) > 1 else []),
-        main,
-        Column("95 % interval", lambda row: span(row["interval"]), "Student's t-interval of the mean over the seeds"),
-        Column("learning rate", lambda row: f"{row['learning_rate']:g}", "of the adapters and the head"),
-        Column("seeds", lambda row: str(row["n"]), "how many runs the row draws together"),
-        *(Column(name, _metric(name), "a further metric of the same runs", "mean ± sd") for name in others),
-    ]
+    return [*([METRIC] if len(names) > 1 else []), main, INTERVAL, RATE, SEEDS, *map(_metric, others)]
 
 
 def task_name(row: Row) -> str:
     """The task, with a star when a split it was trained or scored on is not the official one."""
     return f"{row['task']} *" if unofficial(row) else row["task"]
+
+
+def word(value: Any) -> str:
+    """A setting as people say it: `not set` for None, options behind the name of a method or a task."""
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, Mapping):
+        options = ", ".join(f"{key}={word(each)}" for key, each in value.items() if key != "name")
+        return f"{value.get('name', '')} ({options})" if options else str(value.get("name", ""))
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -64,25 +78,22 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [
         [_heading(column) for column in shown],
         ["---:" if column.number else "---" for column in shown],
-        *([column.cell(row).replace("|", "\\|") for column in shown] for row in rows),
+        *([_one_line(column.cell(row)).replace("|", "\\|") for column in shown] for row in rows),
     ]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + _footnote(rows, "\n\\* {}\n")
 
 
 def csv(rows: Sequence[Row]) -> str:
     """Comma-separated values in full precision, one line per row, metrics as `accuracy` and `accuracy_sd`."""
-    metrics = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    keys = ["task", "method", "learning_rate", "n", "score", "mean", "sd", "budget", "trainable", "final", "head"]
-    keys += ["peak_memory", "seconds", "examples_per_second", "adapter_bytes", "split", "rows", "official", "note"]
-    keys += ["train_split", "train_official", "train_note"]
-    ends = [f"{name}{end}" for name in metrics for end in ("", "_sd")]
+    fixed = [TASK, METRIC, *(column for column in columns(rows) if column not in (TASK, METRIC))]
+    metrics = map(_metric, dict.fromkeys(name for row in rows for name in row["metrics"]))
+    found = {key: value for column in (*fixed, *metrics) for key, value in column.values.items()}
+    found |= {key: _of(key) for key in ("split", "rows", "official", "note")}
+    found |= {key: _of(key) for key in ("train_split", "train_official", "train_note")}
     text = io.StringIO()
     writer = csv_format.writer(text, lineterminator="\n")
-    writer.writerow([*keys, "interval_low", "interval_high", *ends])
-    for row in rows:
-        low, high = row["interval"] or (None, None)
-        values = [row["metrics"].get(name, {}).get(kind) for name in metrics for kind in ("mean", "sd")]
-        writer.writerow([*(row[key] for key in keys), low, high, *values])
+    writer.writerow(found)
+    writer.writerows([value(row) for value in found.values()] for row in rows)
     return text.getvalue()
 
 
@@ -96,45 +107,115 @@ def latex(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n" + _footnote(rows, "% * {}\n")
 
 
-def _heading(column: Column) -> str:
+def _heading(column: Head) -> str:
     return f"{column.heading} ({column.unit})" if column.unit else column.heading
+
+
+def _one_line(text: str) -> str:
+    """Without the line breaks that would end a row of a table, or a comment, early."""
+    return " ".join(text.split())
 
 
 def _latex_line(cells: Sequence[str]) -> str:
     marks = {"\\": "\\textbackslash{}", "±": "$\\pm$", "…": "--", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    marks |= {mark: f"\\{mark}" for mark in "&%$#_{}"}
-    return " & ".join("".join(marks.get(letter, letter) for letter in cell) for cell in cells) + " \\\\"
+    marks |= {mark: f"\\{mark}" for mark in "&%$#_{}"} | {mark: f"${mark}$" for mark in "<>|"}
+    return " & ".join("".join(marks.get(letter, letter) for letter in _one_line(cell)) for cell in cells) + " \\\\"
 
 
 def _footnote(rows: Sequence[Row], form: str) -> str:
     """Why a split is not official, so that no table is quoted without it."""
     notes = dict.fromkeys(f"{row['task']}, {split}: {why}" for row in rows for split, why in unofficial(row).items())
-    return "".join(form.format(note) for note in notes)
+    return "".join(form.format(_one_line(note)) for note in notes)
 
 
-def _metric(name: str) -> Callable[[Row], str]:
-    def cell(row: Row) -> str:
-        found = row["metrics"].get(name)
-        return plus_minus(found["mean"], found["sd"]) if found else ""
-
-    return cell
+def _of(key: str) -> Callable[[Row], Any]:
+    return lambda row: row[key]
 
 
-def _count(key: str) -> Callable[[Row], str]:
-    return lambda row: f"{row[key]:,}"
+def _end(place: int) -> Callable[[Row], Any]:
+    return lambda row: row["interval"][place] if row["interval"] else None
 
 
+def _metric(name: str) -> Column:
+    def value(kind: str) -> Callable[[Row], Any]:
+        return lambda row: row["metrics"].get(name, {}).get(kind)
+
+    return Column(
+        name,
+        "mean ± sd",
+        cell=lambda row: plus_minus(value("mean")(row), value("sd")(row)),
+        values={name: value("mean"), f"{name}_sd": value("sd")},
+        meaning="a further metric of the same runs",
+    )
+
+
+def _count(heading: str, key: str, meaning: str) -> Column:
+    return Column(heading, "parameters", cell=lambda row: f"{row[key]:,}", values={key: _of(key)}, meaning=meaning)
+
+
+TASK = Column(
+    "task",
+    number=False,
+    cell=task_name,
+    values={"task": _of("task")},
+    meaning="* marks a split that is not official, trained on or scored",
+)
+METHOD = Column(
+    "method",
+    number=False,
+    cell=_of("method"),
+    values={"method": _of("method")},
+    meaning="name, rank, and what tells it from the others",
+)
+METRIC = Column(
+    "metric", number=False, cell=_of("score"), values={"score": _of("score")}, meaning="the main metric of the task"
+)
+INTERVAL = Column(
+    "95 % interval",
+    cell=lambda row: span(row["interval"]),
+    values={"interval_low": _end(0), "interval_high": _end(1)},
+    meaning="Student's t-interval of the mean over the seeds",
+)
+RATE = Column(
+    "learning rate",
+    cell=lambda row: f"{row['learning_rate']:g}",
+    values={"learning_rate": _of("learning_rate")},
+    meaning="of the adapters and the head",
+)
+SEEDS = Column(
+    "seeds", cell=lambda row: str(row["n"]), values={"n": _of("n")}, meaning="how many runs the row draws together"
+)
 SIZES = (
-    Column("budget", _count("budget"), "adapter parameters that the method may spend", "parameters"),
-    Column(
-        "peak", _count("trainable"), "most adapter parameters at any time, with the weights ω of a search", "parameters"
-    ),
-    Column("final", _count("final"), "adapter parameters at the end", "parameters"),
-    Column("head", _count("head"), "parameters of the head, in none of the other counts", "parameters"),
+    _count("budget", "budget", "adapter parameters that the method may spend"),
+    _count("peak", "trainable", "most adapter parameters at any time, with the weights ω of a search"),
+    _count("final", "final", "adapter parameters at the end"),
+    _count("head", "head", "parameters of the head, in none of the other counts"),
 )
 COSTS = (
-    Column("peak memory", lambda row: size(row["peak_memory"]), "most memory in use at once, mean over the seeds"),
-    Column("time of a run", lambda row: duration(row["seconds"]), "training with its evaluations, mean over the seeds"),
-    Column("speed", lambda row: f"{row['examples_per_second']:.1f}", "training rows per second, mean", "rows/s"),
-    Column("adapter", lambda row: size(row["adapter_bytes"]), "size of what is saved, mean over the seeds", "on disk"),
+    Column(
+        "peak memory",
+        cell=lambda row: size(row["peak_memory"]),
+        values={"peak_memory": _of("peak_memory")},
+        meaning="most memory in use at once, mean over the seeds",
+    ),
+    Column(
+        "time of a run",
+        cell=lambda row: duration(row["seconds"]),
+        values={"seconds": _of("seconds")},
+        meaning="training with its evaluations, mean over the seeds",
+    ),
+    Column(
+        "speed",
+        "rows/s",
+        cell=lambda row: f"{row['examples_per_second']:.1f}",
+        values={"examples_per_second": _of("examples_per_second")},
+        meaning="training rows per second, mean",
+    ),
+    Column(
+        "adapter",
+        "on disk",
+        cell=lambda row: size(row["adapter_bytes"]),
+        values={"adapter_bytes": _of("adapter_bytes")},
+        meaning="size of what is saved, mean over the seeds",
+    ),
 )

@@ -1,0 +1,296 @@
+"""From rows of results to the pictures of a page, each with words for whoever cannot see it."""
+
+import base64
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rankwise.report import heat, plots
+from rankwise.runs.files import read_lines
+from rankwise.runs.summary import duration, plus_minus, size
+from rankwise.runs.tables import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+POINTS = 60  # most points in one curve
+SIZES = {"rank", "size", "prefix", "infix", "blocks", "keep", "budget"}
+"""Options of methods that only make them larger or smaller."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as the address of an image that holds all its data, and the words for whoever cannot see it."""
+
+    source: str
+    alt: str
+    wide: bool = False
+    """Whether its text would be too small to read were it made as narrow as a phone."""
+
+    @classmethod
+    def of(cls, figure: "Figure", alt: str) -> "Picture":
+        return cls._of(plots.svg(figure).encode(), "svg+xml", alt, figure.get_figwidth() > 1.2 * plots.WIDTH)
+
+    @classmethod
+    def png(cls, content: bytes, alt: str) -> "Picture":
+        return cls._of(content, "png", alt)
+
+    @classmethod
+    def _of(cls, content: bytes, kind: str, alt: str, wide: bool = False) -> "Picture":
+        return cls(f"data:image/{kind};base64,{base64.b64encode(content).decode()}", alt, wide)
+
+
+def of_task(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture]:
+    """All pictures of one task but those of ranks: `best` has a row per method, `rows` one per learning rate too."""
+    looks = {row["method"]: place for place, row in enumerate(best)}
+    return [
+        *_sizes(best, looks, title),
+        *of_rates(_by_rate(rows), {row["method"]: row["learning_rate"] for row in best}, best[0]["score"], title),
+        *_costs(best, looks, title),
+        *_curves(best, looks, title),
+        *_panels(rows, looks, title),
+    ]
+
+
+def of_rates(
+    tried: Mapping[str, Sequence[plots.Rate]], chosen: Mapping[str, float], metric: str, title: str
+) -> list[Picture]:
+    """Score by learning rate of every method of `chosen` that was tried at several rates; nothing where none was.
+
+    Args:
+        tried: method -> its scores by rate, on the rows that are reported or on those held out for choosing.
+        chosen: method -> the rate that its result is reported at. Its order gives colours and marks.
+    """
+    methods = [
+        plots.Tried(method, look, tried[method], chosen[method])
+        for look, method in enumerate(chosen)
+        if len({each.rate for each in tried.get(method, ())}) > 1
+    ]
+    if not methods:
+        return []
+    words = "; ".join(
+        f"{method.label}: "
+        + ", ".join(f"{plus_minus(each.mean, each.sd)} at {each.rate:g}" for each in method.rates)
+        + f", chosen {method.chosen:g}"
+        for method in methods
+    )
+    figure = plots.score_by_rate(methods, metric, f"{title}: score by learning rate")
+    return [Picture.of(figure, f"Score by learning rate. {words}")]
+
+
+def of_ranks(row: Row) -> dict[str, Any] | None:
+    """Words and pictures of where the rank went; None for a method without sites or whose ranks cannot move."""
+    histories = {seed: history(folder) for seed, folder in _folders(row).items()}
+    seed = min((seed for seed, lines in histories.items() if lines), default=None)
+    if seed is None or not any(len(changes(lines)) > 1 or _searched(lines) for lines in histories.values()):
+        return None
+    course = changes(histories[seed])
+    steps = max((line["step"] for line in read_lines(_folders(row)[seed] / "metrics.jsonl")), default=course[-1][0])
+    final = course[-1][1]
+    words = f"Seed {seed}, learning rate {row['learning_rate']:g}. {in_words(course)}"
+    if len(course) == 1:
+        return {"label": row["method"], "text": words, "figures": []}
+    ends = [changes(each)[-1][1] for each in histories.values() if each]
+    if len(ends) > 1:
+        moved = [site for site, rank in course[0][1].items() if any(end.get(site) != rank for end in ends)]
+        same = sum(len({end.get(site) for end in ends}) == 1 for site in moved)
+        words += (
+            f" Over {len(ends)} seeds, {len(moved)} of {len(final)} sites end away from their first rank in some seed;"
+            f" all seeds agree at {same} of these."
+        )
+    label = f"{row['method']}, seed {seed}"
+    top = max(rank for _, ranks in course for rank in ranks.values())
+    listed = ", ".join(f"{site} {rank}" for site, rank in final.items())
+    over_time = heat.ranks_over_time(course, steps, f"Ranks over time: {label}")
+    figures = [Picture.of(over_time, f"Rank of each site by step. {words}")]
+    if len(course) > 2:
+        frames = heat.ranks_in_steps(course, f"Ranks by projection and layer: {label}")
+        figures.append(Picture.of(frames, f"Ranks by projection and layer at some steps. {words}"))
+    end = heat.rank_picture(final, title=f"Final ranks: {label}", top=top)
+    figures.append(Picture.of(end, f"Final ranks: {listed}"))
+    return {"label": row["method"], "text": words, "figures": figures}
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `ranks.jsonl` that name sites."""
+    return [line for line in read_lines(folder / "ranks.jsonl") if line.get("ranks")]
+
+
+def changes(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, int]]]:
+    """(step, ranks) at the start and wherever the ranks are not those of the line before."""
+    kept: list[tuple[int, dict[str, int]]] = []
+    for line in lines:
+        if not kept or line["ranks"] != kept[-1][1]:
+            kept.append((line["step"], line["ranks"]))
+    return kept
+
+
+def in_words(course: Sequence[tuple[int, Mapping[str, int]]]) -> str:
+    """What `changes` found, in a sentence."""
+    final = course[-1][1]
+    if len(course) == 1:
+        return f"The search found no reason to move: all ranks stayed as they were ({_range(final)})."
+    empty = sum(rank == 0 for rank in final.values())
+    words = f"{_plural(len(course) - 1, 'change')}; at the end ranks of {_range(final)}"
+    return f"{words}, {_plural(empty, 'site')} empty." if empty else f"{words}."
+
+
+def curve(
+    lines: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any]
+) -> tuple[list[float], list[float]]:
+    """Steps and finite values, drawn together where there are so many that noise would hide the course."""
+    found = [(line["step"], each) for line in lines if (each := value(line)) is not None and math.isfinite(each)]
+    many = -(-len(found) // POINTS) or 1
+    groups = [found[start : start + many] for start in range(0, len(found), many)]
+    return [group[-1][0] for group in groups], [fmean(each for _, each in group) for group in groups]
+
+
+def loss(line: Mapping[str, Any]) -> Any:
+    """The training loss in a line of `metrics.jsonl`; None in a line of another kind."""
+    return line.get("loss")
+
+
+def evaluated(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    """What reads the metric `name` from a line of `metrics.jsonl`."""
+    return lambda line: line.get("eval", {}).get(name)
+
+
+def families(rows: Sequence[Row]) -> dict[str, str]:
+    """Method -> what to call it together with its other sizes; the method itself where it has one size only."""
+    labels = list(dict.fromkeys(row["method"] for row in rows))
+    words = {label: [word for word in label.split(" ") if word.partition("=")[0] not in SIZES] for label in labels}
+    # alpha often goes with the rank: it is dropped too, where each size has one
+    bare = {label: " ".join(word for word in words[label] if not word.startswith("alpha=")) for label in labels}
+    named = {}
+    for label in labels:
+        like = [other for other in labels if bare[other] == bare[label]]
+        by_size = {tuple(word for word in other.split(" ") if word.partition("=")[0] in SIZES) for other in like}
+        if len(by_size) < len(like):
+            like = [other for other in labels if words[other] == words[label]]
+            named[label] = " ".join(words[label]) if len(like) > 1 else label
+        else:
+            named[label] = bare[label] if len(like) > 1 else label
+    return named
+
+
+def _sizes(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:
+    scored = _scored(best)
+    if not scored:
+        return []
+    named = families(scored)
+    first = {named[row["method"]]: looks[row["method"]] for row in reversed(scored)}
+    points = [
+        plots.Point(name := named[row["method"]], first[name], row["final"], row["mean"], _half(row)) for row in scored
+    ]
+    figure = plots.score_by_parameters(points, scored[0]["score"], _bars(scored), f"{title}: score against size")
+    words = "; ".join(f"{row['method']}: {plus_minus(row['mean'], row['sd'])}" for row in scored)
+    return [Picture.of(figure, f"Score against the parameters kept. {words}")]
+
+
+def _costs(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:
+    scored = _scored(best)
+    if len(scored) < 2:
+        return []
+    seconds, memory = (
+        [plots.Point(row["method"], looks[row["method"]], row[key], row["mean"], _half(row)) for row in scored]
+        for key in ("seconds", "peak_memory")
+    )
+    figure = plots.score_by_cost(seconds, memory, scored[0]["score"], _bars(scored), f"{title}: score against cost")
+    words = "; ".join(
+        f"{row['method']}: {plus_minus(row['mean'], row['sd'])}, {duration(row['seconds'])}, {size(row['peak_memory'])}"
+        for row in scored
+    )
+    return [Picture.of(figure, f"Score against the time of a run and its peak memory. {words}")]
+
+
+def _scored(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["mean"] is not None and math.isfinite(row["mean"])]
+
+
+def _half(row: Row) -> float:
+    return (row["interval"][1] - row["interval"][0]) / 2 if row["interval"] else 0.0
+
+
+def _bars(rows: Sequence[Row]) -> str:
+    several = any(_half(row) for row in rows)
+    return "bars: 95 % t-interval of the mean over seeds" if several else "one seed: no bars"
+
+
+def _by_rate(rows: Sequence[Row]) -> dict[str, list[plots.Rate]]:
+    found: dict[str, list[plots.Rate]] = {}
+    for row in _scored(rows):
+        found.setdefault(row["method"], []).append(plots.Rate(row["learning_rate"], row["mean"], row["sd"], row["n"]))
+    return found
+
+
+def _curves(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:
+    runs = {row["method"]: _runs(row) for row in best}
+    evaluations = [line["eval"] for each in runs.values() for run in each for line in run if "eval" in line]
+    wanted: list[tuple[str, str, Callable[[Mapping[str, Any]], Any]]] = [("training loss", "training loss", loss)]
+    for name in dict.fromkeys(name for scores in evaluations for name in scores):
+        shown = "evaluation loss" if name == "loss" else name
+        wanted.append((f"{shown} during training", shown, evaluated(name)))
+    found = []
+    for what, label, value in wanted:
+        lines = [plots.Line(name, looks[name], [curve(run, value) for run in each]) for name, each in runs.items()]
+        if any(len(steps) > 1 for line in lines for steps, _ in line.curves):  # a point is no course
+            figure = plots.curves(lines, label, f"{title}: {what}")
+            found.append(Picture.of(figure, f"{what} by optimizer step, a line per method at its best learning rate"))
+    return found
+
+
+def _panels(rows: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:
+    """Loss and main metric by rank and learning rate, of the methods that were run at several of both."""
+    ranked = [row for row in rows if row["options"].get("rank") is not None]
+    named = families(ranked)
+
+    def several(row: Row) -> bool:
+        like = [other for other in ranked if named[other["method"]] == named[row["method"]]]
+        return all(len(set(each)) > 1 for each in zip(*(_place(other) for other in like), strict=True))
+
+    ranked = [row for row in ranked if several(row)]
+    if not ranked:
+        return []
+    first = {named[row["method"]]: looks[row["method"]] for row in reversed(ranked)}
+    metric = ranked[0]["score"]
+    found = []
+    for label, value in (("training loss", loss), (metric, evaluated(metric))):
+        cells: dict[tuple[int, float], list[plots.Line]] = {}
+        for row in ranked:
+            name = named[row["method"]]
+            drawn = [curve(run, value) for run in _runs(row)]
+            if any(len(steps) > 1 for steps, _ in drawn):
+                cells.setdefault(_place(row), []).append(plots.Line(name, first[name], drawn))
+        if cells:
+            figure = plots.panels(cells, label, f"{title}: {label} by rank and learning rate")
+            found.append(Picture.of(figure, f"{label} during training, a panel for each rank and learning rate"))
+    return found
+
+
+def _place(row: Row) -> tuple[int, float]:
+    return row["options"]["rank"], row["learning_rate"]
+
+
+def _folders(row: Row) -> dict[int, Path]:
+    return {seed: Path(folder) for seed, folder in row["folders"].items()}
+
+
+def _runs(row: Row) -> list[list[dict[str, Any]]]:
+    return [read_lines(folder / "metrics.jsonl") for folder in _folders(row).values()]
+
+
+def _searched(lines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the method looked for ranks at all: a search writes its weights along with the ranks."""
+    return any("weights" in line for line in lines)
+
+
+def _range(ranks: Mapping[str, int]) -> str:
+    low, high = min(ranks.values()), max(ranks.values())
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _plural(count: int, word: str) -> str:
+    return f"{count} {word}{'' if count == 1 else 's'}"

@@ -1,0 +1,174 @@
+"""A section for every run: its settings, result, curves, ranks, and some of its answers; of one that failed, why.
+
+A report may hold a thousand of them, so a section is a few kilobytes: curves are drawn here, as SVG of one line, and
+not by matplotlib, whose smallest picture has twenty.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rankwise.config import InputError
+from rankwise.report import examples, figures, heat, text
+from rankwise.runs.files import read_lines
+from rankwise.runs.store import Store
+from rankwise.runs.summary import duration, size
+from rankwise.runs.tables import Row
+
+ERROR = 3000
+"""Characters of an error: its end, where the cause stands."""
+WIDTH, HEIGHT = 300, 70
+"""Of a curve, in the units of its SVG."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line through a box of WIDTH times HEIGHT, and what stands at its ends."""
+
+    name: str
+    points: str
+    low: str
+    high: str
+    steps: str
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Final ranks by projection and layer: rows of (rank, shade from 0 to 8); the text is empty where no site is."""
+
+    words: str
+    layers: list[str]
+    rows: list[tuple[str, list[tuple[str, int]]]]
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is said of one run. `anchor` is its address within the page."""
+
+    anchor: str
+    label: str
+    state: str
+    result: str = ""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    settings: str = ""
+    curves: list[Curve] = field(default_factory=list)
+    ranks: Ranks | None = None
+    answers: str = ""
+    written: list[examples.Example] = field(default_factory=list)
+    error: str = ""
+
+
+def anchor(folder: Path) -> str:
+    """The address of a run within the page; its folder may have been given any name."""
+    return f"run-{hashlib.sha256(folder.name.encode(errors='replace')).hexdigest()[:10]}"
+
+
+def pages(store: Store, folders: Sequence[Path], results: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[Page]:
+    """One for each of `folders`, in the order of the tables, those without a result behind them.
+
+    Args:
+        results: of the finished runs, as `Store.results` gives them.
+        rows: the same drawn together, as `summarise` gives them.
+    """
+    by_folder = {Path(result["folder"]): result for result in results}
+    finished = {Path(folder): row for row in rows for folder in row["folders"].values()}
+    found = [_finished(folder, by_folder[folder], row) for folder, row in finished.items()]
+    return [*found, *(_unfinished(store, folder) for folder in folders if folder not in finished)]
+
+
+def _finished(folder: Path, result: Mapping[str, Any], row: Row) -> Page:
+    lines = read_lines(folder / "metrics.jsonl")
+    score = result["metrics"].get(result["score"])
+    wanted: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = [
+        ("training loss", figures.loss),
+        ("evaluation loss", figures.evaluated("loss")),
+        (result["score"], figures.evaluated(result["score"])),
+    ]
+    parameters, cost = result["parameters"], result["cost"]
+    facts = [
+        *((name, _number(value)) for name, value in result["metrics"].items()),
+        *((f"{name} parameters", _number(value)) for name, value in parameters.items()),
+        ("time", duration(cost["seconds"])),
+        ("peak memory", size(cost["peak_memory_bytes"])),
+        ("adapter on disk", size(cost["adapter_bytes"])),
+        ("trained on", _split(result["splits"]["train"])),
+        *(("scored on", _split(split)) for split in result["splits"]["evaluation"]),
+    ]
+    return Page(
+        anchor(folder),
+        f"{row['task']}, {row['method']}, rate {row['learning_rate']:g}, seed {result['seed']}",
+        "done",
+        "" if score is None else f"{result['score']} {_number(score)}",
+        facts,
+        _settings(result["config"]),
+        [found for name, value in wanted if (found := _curve(name, *figures.curve(lines, value)))],
+        _ranks(folder),
+        examples.missed(folder),
+        examples.of_run(folder),
+    )
+
+
+def _unfinished(store: Store, folder: Path) -> Page:
+    standing = store.standing(folder)
+    try:
+        config = store.config(folder)
+        label = f"{config.task['name']}, {config.method['name']}, rate {config.learning_rate:g}, seed {config.seed}"
+        settings = _settings(config.model_dump(mode="json", exclude={"runs"}))
+    except InputError:
+        label, settings = folder.name, ""
+    error = ""
+    if standing.state == "failed":
+        error = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip()
+        error = error if len(error) <= ERROR else f"{standing.error}\n…\n{error[-ERROR:]}"
+    reached = standing.error or (f"step {standing.step} of {standing.steps}" if standing.steps else "")
+    curve = _curve("training loss", *figures.curve(read_lines(folder / "metrics.jsonl"), figures.loss))
+    return Page(
+        anchor(folder),
+        label,
+        standing.state,
+        reached,
+        settings=settings,
+        curves=[curve] if curve else [],
+        error=error,
+    )
+
+
+def _curve(name: str, steps: Sequence[float], values: Sequence[float]) -> Curve | None:
+    if len(steps) < 2:
+        return None
+    low, high = min(values), max(values)
+    across = WIDTH / ((steps[-1] - steps[0]) or 1)
+    heights = [HEIGHT * (high - value) / (high - low) if high > low else HEIGHT / 2 for value in values]
+    points = " ".join(f"{(step - steps[0]) * across:.0f},{up:.0f}" for step, up in zip(steps, heights, strict=True))
+    return Curve(name, points, f"{low:.3g}", f"{high:.3g}", f"steps {steps[0]:g} to {steps[-1]:g}")
+
+
+def _ranks(folder: Path) -> Ranks | None:
+    """The ranks at the end; None where none has moved."""
+    course = figures.changes(figures.history(folder))
+    if len(course) < 2:
+        return None
+    rows, layers, grid = heat.rank_grid(course[-1][1])
+    top = max(1.0, np.nanmax(grid))
+    cells = [[("", 0) if np.isnan(rank) else (f"{rank:.0f}", round(8 * rank / top)) for rank in line] for line in grid]
+    return Ranks(
+        figures.in_words(course), [heat.layer_name(each) for each in layers], list(zip(rows, cells, strict=True))
+    )
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """What is set, in one line: most of it is the same for all runs, and stands in the table of the configuration."""
+    return " · ".join(f"{key}: {text.word(value)}" for key, value in config.items() if value is not None)
+
+
+def _split(split: Mapping[str, Any]) -> str:
+    rows = f"{split['rows']:,} rows of {split['name']}"
+    return f"{rows} ({split['note']})" if split["note"] else rows
+
+
+def _number(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
