@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from rankwise.runs.store import Store
 
 FAILED, INPUT, SOME_FAILED, STOPPED, INTERRUPTED = 1, 2, 3, 75, 130
+TELL_AFTER = 20.0
+"""Seconds until one of several processes tells its error. One line is enough: where all fail alike, the main one tells
+at once and ends, upon which the launcher ends the others; and so where another process is lost."""
 
 app = typer.Typer(
     name="rankwise",
@@ -60,6 +64,7 @@ def train(
     # SIGTERM while torch is still being imported; the run itself answers it with a checkpoint.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     from rankwise.config import InputError
+    from rankwise.runs.processes import is_main
     from rankwise.runs.store import Store
 
     source, settings = (None, what) if "=" in what[0] and not Path(what[0]).exists() else (Path(what[0]), what[1:])
@@ -78,11 +83,13 @@ def train(
         if dry_run:
             _print_settings(config, store.place(config, revision), as_json)
             return
-        folder = store.create(config, revision)
+        folder = (store.create if is_main() else store.place)(config, revision)
     from rankwise.train.run import run
 
     with contextlib.redirect_stdout(sys.stderr):
         result = run(folder)
+    if not is_main():
+        return
     if as_json:
         _print_json(result)
     else:
@@ -383,7 +390,10 @@ def main() -> None:
         sys.exit(FAILED)
     except Exception as error:
         from rankwise.config import InputError
+        from rankwise.runs.processes import LostError, is_main
 
+        if isinstance(error, LostError) or not is_main():
+            time.sleep(TELL_AFTER)
         if "--debug" in sys.argv:
             raise
         if hasattr(error, "format_message"):  # a usage error, which typer would spread over four lines

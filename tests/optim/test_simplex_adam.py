@@ -208,12 +208,3 @@ def test_a_group_that_is_added_later_is_stepped_too():
     late.grad = torch.ones(1)
     optimizer.step()
     assert late.item() < 1
-
-
-def test_ranks_do_not_change_in_one_of_several_processes(monkeypatch):
-    method = rw.SimplexLoRA(rank=2, every=1)
-    optimizer = rw.SimplexAdam(method, attached(method))
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
-        optimizer.step()

@@ -9,11 +9,16 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from rankwise.config import InputError
+from rankwise.optim import processes
 from rankwise.ranks.resize import RankPlan, Structure, follow, resize
 
+SHARDED = (
+    "ranks cannot be learnt on a model that is sharded (FSDP): search without it, save the adapter, and train that one "
+    "sharded with a fixed-rank method"
+)
 REWARM_FROM = 1e-3  # where a re-warm-up begins, as a share of the rate (SimplexLoRA, authors' LinearLR)
 
 
@@ -24,6 +29,8 @@ class Decides(Protocol):
     def before_step(self, model: nn.Module) -> None: ...
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None: ...
     @property
+    def check_every(self) -> int: ...
+    @property
     def rewarm_steps(self) -> int: ...
 
 
@@ -32,10 +39,15 @@ class SimplexAdam(torch.optim.AdamW):
 
     A group may set `lr`, `weight_decay` and `rule`: "adamw" (default) or "sgd", which is p ← p − lr ∂L/∂p.
 
+    Where several processes train one model (torch.distributed), each takes every step, on gradients that were averaged
+    before. They compare the new ranks at each change, and fresh factors are those of the first process.
+
     Args:
         method: a rankwise method.
         model: the model it was attached to.
         lr, betas, eps, weight_decay: of the groups that do not set their own.
+    Raises:
+        InputError: a method that learns ranks on a model that is sharded (FSDP).
     """
 
     def __init__(
@@ -51,6 +63,8 @@ class SimplexAdam(torch.optim.AdamW):
         self.steps = 0  # steps taken
         self.changed = 0  # the step of the last rank change, 0 before any
         groups = [{"rule": "adamw", **group} for group in method.param_groups(model)]
+        if method.check_every and any(hasattr(p, "device_mesh") for group in groups for p in group["params"]):
+            raise InputError(SHARDED)
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.defaults["rule"] = "adamw"  # of groups that are added later
         if Structure.of(model).ranks:
@@ -61,12 +75,15 @@ class SimplexAdam(torch.optim.AdamW):
         """One step of every group, then the method's; returns what `closure` returned.
 
         Raises:
-            RuntimeError: if ranks would change in one of several processes (DistributedDataParallel).
+            RuntimeError: if several processes have decided on different ranks, or if after a rank change their
+                gradients were not averaged any more.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.changed and self.changed == self.steps:
+            self._check_averaged()
         self.steps += 1
         with self._rewarmed():
             scales = (g["lr"] for g in self.param_groups if g.get("name") in ("omega", "gates"))
@@ -75,14 +92,36 @@ class SimplexAdam(torch.optim.AdamW):
             with self._sgd():
                 super().step()
         plan = self.method.after_step(self.model, self.steps, lr)
-        if plan is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise RuntimeError(
-                "ranks cannot change under DistributedDataParallel: it would go on averaging the gradients of the "
-                "replaced parameters only, and the processes would drift apart; train the search in one process"
-            )
-        if plan is not None and resize(self.model, plan):
-            self.changed = self.steps
+        if plan is not None:
+            self._change(plan)
         return loss
+
+    def _change(self, plan: RankPlan) -> None:
+        """Carry out a rank change, the same one in all processes."""
+        if not processes.agree(str(sorted(plan.items())), self._device):
+            raise RuntimeError(
+                f"the processes found different ranks at step {self.steps}: they did not take the same steps; average "
+                "the gradients before each, with rankwise.average_gradients(model)"
+            )
+        if resize(self.model, plan):
+            self.changed = self.steps
+            # each has drawn fresh factors from its own random stream, which dropout may have moved apart
+            processes.spread(p for group in self.param_groups for p in group["params"])
+
+    def _check_averaged(self) -> None:
+        """DistributedDataParallel would go on averaging the gradients of the parameters that were replaced."""
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not processes.agree(str(norm), self._device):
+            raise RuntimeError(
+                f"the gradients differ between the processes since ranks changed at step {self.changed}: use "
+                "RankTrainer, or rankwise.average_gradients(model) before each step, or wrap the model anew in "
+                "DistributedDataParallel whenever optimizer.changed == optimizer.steps"
+            )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(p.device for group in self.param_groups for p in group["params"])
 
     @contextmanager
     def _rewarmed(self) -> Iterator[None]:

@@ -150,9 +150,15 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         "train_split": trained["name"],
         "train_official": trained["official"],
         "train_note": trained["note"],
-        "remarks": list(dict.fromkeys(note for result in by_seed.values() for note in result.get("notes", []))),
+        "remarks": list(dict.fromkeys(note for result in by_seed.values() for note in result.get("notes", [])))
+        + [_memory(result, label) for result in by_seed.values() if "micro_batch" in result["cost"]],
         "folders": {seed: result["folder"] for seed, result in by_seed.items()},
     }
+
+
+def _memory(result: dict[str, Any], label: str) -> str:
+    rows, most = result["cost"]["micro_batch"], result["config"]["batch_size"]
+    return f"seed {result['seed']} of {label} ran out of memory and took {rows} rows at once, {most} a step"
 
 
 def _average(by_seed: dict[int, dict[str, Any]], part: str, key: str) -> float:

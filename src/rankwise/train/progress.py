@@ -14,8 +14,10 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.methods import Method
+from rankwise.optim import processes
 from rankwise.ranks import ranks
 from rankwise.runs.files import read_lines
+from rankwise.runs.processes import is_main
 from rankwise.train.files import append_line, cut_lines, flush, mark_complete
 from rankwise.train.stop import Stop
 
@@ -63,7 +65,10 @@ class Carried:
 
 
 class Progress(TrainerCallback):
-    """Writes metrics.jsonl and ranks.jsonl, and decides at each step what is due: line, evaluation, checkpoint."""
+    """Writes metrics.jsonl and ranks.jsonl, and decides at each step what is due: line, evaluation, checkpoint.
+
+    Of several processes all decide alike, and the main one writes. `evaluate` is called in all of them.
+    """
 
     def __init__(
         self,
@@ -82,6 +87,9 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Bring the lines on disk back to the checkpoint's step, or begin them."""
+        self.since = self.step_since = time.perf_counter()
+        if not is_main():
+            return
         step = state.global_step
         for path in (self.metrics, self.ranks):
             cut_lines(path, step if step else -1)
@@ -90,18 +98,18 @@ class Progress(TrainerCallback):
         if step == 0:
             append_line(self.metrics, {"step": 0, "steps": self.plan.steps})
             self._rank_line(kwargs["model"], 0, kwargs["optimizer"])
-        self.since = self.step_since = time.perf_counter()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.step_since = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
-        self._rank_line(kwargs["model"], step, kwargs["optimizer"])
+        if is_main():
+            self._rank_line(kwargs["model"], step, kwargs["optimizer"])
         # Nothing at the last step: what follows the training evaluates and saves for good.
         if step < self.plan.steps:
-            control.should_training_stop = self.stop.asked
-            control.should_save = self.stop.asked or step % self.plan.checkpoint_every == 0
+            control.should_training_stop = self.stop.agreed
+            control.should_save = self.stop.agreed or step % self.plan.checkpoint_every == 0
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step's loss and then its evaluation; the Trainer comes here before it writes the step's checkpoint."""
@@ -122,19 +130,25 @@ class Progress(TrainerCallback):
         if step % self.plan.line_every == 0 or step == self.plan.steps:
             loss = math.fsum(self.carried.losses) / len(self.carried.losses)
             line = {"step": step, "epoch": state.epoch, "loss": loss, "learning_rate": logs["learning_rate"]}
-            append_line(self.metrics, line)
+            if is_main():
+                append_line(self.metrics, line)
             self.carried.losses.clear()
         if step % self.plan.eval_every == 0 and step < self.plan.steps:
-            self.evaluation_line(step, state.epoch, self.evaluate())
+            scores = self.evaluate()
+            if is_main():
+                self.evaluation_line(step, state.epoch, scores)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.count()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        for path in (self.metrics, self.ranks):
-            flush(path)
         self.count()
-        mark_complete(self.folder / f"checkpoint-{state.global_step}", asdict(self.carried))
+        processes.wait()  # until each has written its random streams
+        if is_main():
+            for path in (self.metrics, self.ranks):
+                flush(path)
+            mark_complete(self.folder / f"checkpoint-{state.global_step}", asdict(self.carried))
+        processes.wait()  # none may end, and take the others along, before the checkpoint is whole
 
     def count(self) -> None:
         """Bring time and memory up to now."""

