@@ -1,18 +1,34 @@
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jsonschema
 import pytest
 import yaml
 
 from rankwise import methods, tasks
-from rankwise.config import Experiment, InputError, RunConfig, Schema, json_schema, load, nearest, need, read_yaml
+from rankwise.config import (
+    Contest,
+    Experiment,
+    InputError,
+    RunConfig,
+    Schema,
+    Span,
+    as_yaml,
+    json_schema,
+    load,
+    nearest,
+    need,
+    parse_yaml,
+    read_yaml,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """A method with options of every kind."""
+
+    sizes: ClassVar[tuple[str, ...]] = ("rank",)
 
     rank: int = 8
     alpha: float = 16
@@ -121,7 +137,7 @@ def test_smoke_caps_rows_and_steps_and_leaves_less_alone() -> None:
         ("method.alpha=.nan", "method.alpha = nan: expected a finite number"),
         ("method.rounding=up", "method.rounding = 'up': expected 'floor' or 'ceil'"),
         ("method.targets=[1]", "method.targets"),
-        ("model.name=x", "model.name: only method, task, vary and report have keys below them"),
+        ("model.name=x", "model.name: only method, task, vary, tune and report have keys below them"),
         ("seed", "'seed': expected key=value, as in learning_rate=1e-3"),
         ("epochs=[1", "epochs: line 1: not valid YAML"),
     ],
@@ -372,3 +388,108 @@ def test_the_schema_asks_for_no_option_that_has_a_default() -> None:
         if each.get("properties", {}).get("name", {}).get("const") == "pair"
     )
     assert pair["required"] == [] and pair["properties"]["columns"]["default"] == {}
+
+
+TUNED: dict[str, Any] = {
+    "task": "cola",
+    "tune": {"learning_rate": [1e-3, 3e-4], "seeds": [7, 8], "share": 0.2},
+    "vary": {"seed": [0, 1], "method": [{"name": "lora"}, {"name": "head", "learning_rate": 0.1}]},
+}
+
+
+def contests(*overrides: str, **settings: Any) -> list[Contest]:
+    experiment = load({**TUNED, **settings}, overrides, SCHEMA)
+    assert isinstance(experiment, Experiment)
+    return list(experiment.contests())
+
+
+def test_a_contest_tries_its_rates_at_the_tuning_seeds_and_reports_the_others() -> None:
+    lora, head = contests()
+    assert (lora.rates, head.rates) == ((3e-4, 1e-3), (0.1,))
+    tried, reported = lora.tried(3e-4), lora.reported(3e-4)
+    assert [(run.seed, run.tuning, run.eval_every) for run in tried] == [(7, 0.2, None), (8, 0.2, None)]
+    assert [(run.seed, run.tuning, run.eval_every) for run in reported] == [(0, None, 0), (1, None, 0)]
+    assert {run.learning_rate for run in (*tried, *reported)} == {3e-4}
+    assert {run.method["name"] for run in reported} == {"lora"}
+
+
+def test_the_runs_of_a_tuned_experiment_are_those_reported_each_once() -> None:
+    experiment = load(TUNED, [], SCHEMA)
+    assert isinstance(experiment, Experiment)
+    assert [(run.method["name"], run.seed, run.tuning) for run in experiment.configs()] == [
+        *(("lora", 0, None), ("lora", 1, None)),
+        *(("head", 0, None), ("head", 1, None)),
+    ]
+
+
+def test_the_command_line_sets_parts_of_the_tuning() -> None:
+    lora, head = contests("tune.learning_rate={low: 1e-5, high: 1e-2}", "tune.trials=4", "seed=5")
+    assert lora.rates == Span(low=1e-5, high=1e-2)
+    assert (head.rates, head.seeds, head.tune.trials) == ((0.1,), (5,), 4)
+
+
+def test_a_method_may_bring_a_range_of_its_own() -> None:
+    (lora,) = contests(
+        vary={"method": [{"name": "lora", "learning_rate": {"low": 1e-4, "high": 1e-3}}]}, tune={"trials": 3}
+    )
+    assert lora.rates == Span(low=1e-4, high=1e-3) and lora.seeds == (0,)
+
+
+@pytest.mark.parametrize(
+    ("tune", "message"),
+    [
+        ({}, "tune.learning_rate: is missing"),
+        ([1e-3], "tune = .*: expected settings"),
+        ({"learning_rate": []}, "tune.learning_rate = .*: expected rates to try"),
+        ({"learning_rate": [1e-3, -1]}, "tune.learning_rate = -1: expected greater than 0"),
+        ({"learning_rate": ["fast"]}, "tune.learning_rate = 'fast': expected number"),
+        ({"learning_rate": {"low": 1e-5, "high": 1e-2}}, "tune.trials: is missing"),
+        ({"learning_rate": {"low": 1e-2, "high": 1e-2}, "trials": 3}, "low = 0.01 must be below high = 0.01"),
+        ({"learning_rate": {"low": 0, "high": 1}, "trials": 3}, "tune.learning_rate = 0: expected greater than 0"),
+        ({"learning_rate": {"lowest": 0, "high": 1}, "trials": 3}, 'lowest: there is no such key .*"low"'),
+        ({"learning_rate": {"low": 1e-5, "high": 1e-2}, "trials": 0}, "tune.trials = 0: expected greater than"),
+        ({"learning_rate": {"low": 1e-5, "high": 1e-2}, "trials": 1, "at_once": 0}, "tune.at_once = 0: expected"),
+        ({"learning_rate": [1e-3], "trials": 3}, "tune.trials: a list of rates is tried whole"),
+        ({"learning_rate": [1e-3], "trails": 3}, 'tune.trails: there is no such key .did you mean "trials"'),
+        ({"learning_rate": [1e-3], "seeds": []}, "tune.seeds = .*: expected"),
+        ({"learning_rate": [1e-3], "seeds": [1, 1]}, "tune.seeds = .*: expected different numbers"),
+        ({"learning_rate": [1e-3], "seeds": [-1]}, "tune.seeds = .*: expected different numbers"),
+        ({"learning_rate": [1e-3], "share": 1.0}, "tune.share = 1.0: expected less than 1"),
+        ({"learning_rate": [1e-3], "share": 0}, "tune.share = 0: expected greater than 0"),
+    ],
+)
+def test_a_tuning_that_cannot_be_gets_one_clear_line(tune: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load({**TUNED, "tune": tune}, [], SCHEMA)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 1e-3}, "learning_rate: tune chooses it"),
+        ({"vary": {"learning_rate": [1e-3]}}, "learning_rate: tune chooses it"),
+        ({"chain": [{"epochs": 1.0}, {"epochs": 2.0}]}, "tune: the rates of a chain cannot be tuned"),
+        ({"vary": {"method": [{"name": "lora", "learning_rate": [0.0]}]}}, "learning_rate of lora = 0.0: expected"),
+    ],
+)
+def test_what_does_not_go_with_a_tuning_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        load({**TUNED, **settings}, [], SCHEMA)
+
+
+def test_a_budget_leaves_the_size_open_unless_it_is_given() -> None:
+    assert "rank" not in one(budget=1000).method and one(budget=1000).method["alpha"] == 16.0
+    assert one("method.rank=4", budget=1000).method["rank"] == 4
+    runs = sweep(budget=1000)
+    assert [run.method.get("rank") for run in runs if run.method["name"] == "lora"] == [4] * 4
+    free = {"method": [{"name": "lora"}], "budget": [1000, 2000]}
+    assert [(run.method.get("rank"), run.budget) for run in sweep(vary=free)] == [(None, 1000), (None, 2000)]
+    with pytest.raises(InputError, match="budget = 0: expected greater than or equal to 1"):
+        one(budget=0)
+
+
+@pytest.mark.parametrize("word", ["1285e1020756", "012345670123", "1e5", "null", "0x1f", "plain"])
+def test_a_word_is_read_as_it_was_written(word: str) -> None:
+    """Twelve hex digits may look like a number, and then a run would not know its own id."""
+    assert parse_yaml(as_yaml({"id": word, "rate": 1e-05})) == {"id": word, "rate": 1e-05}

@@ -76,7 +76,7 @@ def train(
             _print_settings(store.config(folder), folder, as_json)
             return
     else:
-        config = _run_config(source, settings)
+        config = _fit(_run_config(source, settings))
         _check_models([config])
         store = Store(config.runs)
         revision = _revisions([config])[_key(config)]
@@ -116,9 +116,12 @@ def compare(
     sweep = _runner(runner, jobs)
     experiment = _experiment(source, settings or [])
     store = Store(experiment.runs)
-    configs = expand(experiment)
+    configs = expand(experiment, _fit)
     _check_models(configs)
     revisions = _revisions(configs)
+    if experiment.tune is not None:
+        _compare_tuned(store, experiment, revisions, sweep, as_json, dry_run)
+        return
     if dry_run:
         _print_plan(store, [(config, store.place(config, revisions[_key(config)])) for config in configs], as_json)
         return
@@ -224,13 +227,19 @@ def validate(
     from rankwise.runs.grid import expand
 
     config = load(source, settings or [], _schema())
-    _check_models([config] if isinstance(config, RunConfig) else expand(config))
+    if isinstance(config, RunConfig):
+        config = _fit(config)
+    _check_models([config] if isinstance(config, RunConfig) else expand(config, _fit))
     content = config.model_dump(mode="json")
     if as_json:
         _print_json(content)
         return
     print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
-    count = "one run" if isinstance(config, RunConfig) else f"an experiment of {len(expand(config))} runs"
+    if isinstance(config, RunConfig):
+        count = "one run"
+    else:
+        tuned = ", behind those that choose their learning rates" if config.tune else ""
+        count = f"an experiment of {len(expand(config, _fit))} runs{tuned}"
     print(f"{source} is valid: {count}", file=sys.stderr)
 
 
@@ -470,6 +479,16 @@ def _check_models(configs: Sequence[RunConfig]) -> None:
             check(model, rankwise.tasks.build(task), rankwise.methods.build(method), label_smoothing)
 
 
+def _fit(config: RunConfig) -> RunConfig:
+    """With the size that its budget allows; building models is left out where there is no budget."""
+    if config.budget is None:
+        return config
+    from rankwise.train.params import fit
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return fit(config)
+
+
 def _key(config: RunConfig) -> str:
     return json.dumps(config.task, sort_keys=True)
 
@@ -494,8 +513,44 @@ def _sweep(
     """Carry out `folders`, print what the runs in `shown` say, write the page, and leave with the exit code."""
     from rankwise.bench.compare import carry_out
 
-    outcome = carry_out(store, folders, runner)
-    summary = _summary(store, folders if shown is None else shown)
+    _conclude(store, carry_out(store, folders, runner), folders if shown is None else shown, as_json)
+
+
+def _compare_tuned(
+    store: Store, experiment: Experiment, revisions: dict[str, str], runner: Runner, as_json: bool, dry_run: bool
+) -> None:
+    """`compare` of an experiment with `tune:`, in its two phases."""
+    import rankwise.tasks
+    from rankwise.bench import tune
+    from rankwise.config import InputError
+
+    for task in (rankwise.tasks.build(json.loads(key)) for key in revisions):
+        if not task.main:
+            raise InputError(f"tune: {task.name} has no score to choose a learning rate by; leave it out")
+    contests = list(experiment.contests())
+
+    def place(config: RunConfig) -> Path:
+        config = _fit(config)
+        return (store.place if dry_run else store.create)(config, revisions[_key(config)])
+
+    if dry_run:
+        found = tune.searches(store, contests, place)
+        plan = {folder: config for search in found for folder, config in search.configs.items()}
+        plan |= {place(config): config for config in tune.reported(found)}
+        _print_plan(store, [(_fit(config), folder) for folder, config in plan.items()], as_json)
+        waiting = [search.contest for search in found if search.chosen is None]
+        if any(not isinstance(contest.rates, tuple) for contest in waiting):
+            print("further rates follow from what these score", file=sys.stderr)
+        runs = sum(len(contest.seeds) for contest in waiting)
+        print(f"then {runs} runs, each at the learning rate chosen for it", file=sys.stderr)
+        return
+    store.note(experiment)
+    _conclude(store, *tune.tune_and_carry_out(store, contests, place, runner), as_json)
+
+
+def _conclude(store: Store, outcome: Outcome, shown: Sequence[Path], as_json: bool) -> None:
+    """Print what the runs in `shown` say, write the page, and leave with the exit code."""
+    summary = _summary(store, shown)
     if not as_json:
         print(summary.text())
     page = _page(store, summary)

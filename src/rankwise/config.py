@@ -17,7 +17,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,11 +105,22 @@ class RunConfig(BaseModel):
         default=0.0, ge=0, lt=1, description="share of each label that is spread evenly over all classes or tokens"
     )
     clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    budget: int | None = Field(
+        default=None,
+        ge=1,
+        description="trainable parameters at most, without the head; chooses the size (rank, …) that is not given",
+    )
     eval_every: int | None = Field(
-        default=None, ge=1, description="steps between evaluations; once an epoch when absent"
+        default=None, ge=0, description="steps between evaluations; once an epoch when absent, 0 at the end alone"
     )
     checkpoint_every: int | None = Field(
         default=None, ge=1, description="steps between checkpoints; once an epoch when absent"
+    )
+    tuning: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the training rows held out and scored, in place of those to evaluate on; `tune:` sets it",
     )
     scale: Literal["smoke", "full"] = Field(
         default="full", description="smoke: a few rows and steps, to try the whole way"
@@ -151,11 +162,95 @@ class RunConfig(BaseModel):
         return self
 
 
+class Span(BaseModel):
+    """All learning rates between two, equally likely on a logarithmic scale."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    low: float = Field(gt=0)
+    high: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Span:
+        if self.low >= self.high:
+            raise ValueError(f"low = {self.low:g} must be below high = {self.high:g}")
+        return self
+
+
+Rates = tuple[float, ...] | Span
+
+
+class Tune(BaseModel):
+    """How the learning rate of each method is chosen, on rows that are not reported."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    learning_rate: Any = Field(
+        default=None, description="rates to try, or {low, high}, between which Optuna chooses `trials` rates"
+    )
+    trials: int | None = Field(default=None, ge=1, description="how many rates between low and high are tried")
+    at_once: int = Field(
+        default=2, ge=1, description="rates that Optuna gives before it hears what one of them is worth"
+    )
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="seeds at which rates are tried")
+    share: float = Field(
+        default=0.1, gt=0, lt=1, description="share of the training rows to choose by, where a task has no other rows"
+    )
+
+    def rates(self, own: Any = None, key: str = "tune.learning_rate") -> Rates:
+        """The rates to try: a method's `own`, else those for all, of which `key` is what the user calls them.
+
+        Raises InputError for what means no rates.
+        """
+        value = self.learning_rate if own is None else own
+        if value is None:
+            raise InputError(f"{key}: is missing; give rates to try, as in [1e-4, 1e-3], or {{low: 1e-5, high: 1e-2}}")
+        try:
+            if isinstance(value, Mapping):
+                if self.trials is None:
+                    raise InputError("tune.trials: is missing; say how many rates between low and high to try")
+                if strange := [each for each in value if each not in Span.model_fields]:
+                    hint = nearest(strange[0], Span.model_fields)
+                    raise InputError(f"{key}.{strange[0]}: there is no such key{hint}; it has low and high")
+                return Span.model_validate_json(json.dumps(value, default=str))
+            kind = TypeAdapter(list[typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]])
+            listed = value if isinstance(value, list) else [value]
+            found = kind.validate_json(json.dumps(listed, default=str), strict=True)
+        except ValidationError as error:
+            raise InputError(_explain(error, key)) from None
+        if not found:
+            raise InputError(f"{key} = []: expected rates to try, as in [1e-4, 1e-3]")
+        return tuple(sorted(set(found)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """One combination of an experiment with `tune`, its seed aside: the rates that compete for it."""
+
+    settings: Mapping[str, Any]
+    """Of a run, without rate and seed."""
+    rates: Rates
+    tune: Tune
+    seeds: tuple[int, ...]
+    """Of the runs that are reported."""
+
+    def tried(self, rate: float) -> list[RunConfig]:
+        """The runs that say what a rate is worth, one per seed of `tune`, scored on rows that are not reported."""
+        own = {**self.settings, "learning_rate": rate, "tuning": self.tune.share}
+        return [_run_config({**own, "seed": seed}) for seed in self.tune.seeds]
+
+    def reported(self, rate: float) -> list[RunConfig]:
+        """The runs at the rate that was chosen; the rows to evaluate on are looked at once, at the end."""
+        own = {**self.settings, "learning_rate": rate, "eval_every": 0}
+        return [_run_config({**own, "seed": seed}) for seed in self.seeds]
+
+
 class Experiment(BaseModel):
     """Many runs: what they share (`base`, fields of RunConfig) and what differs between them (`vary`).
 
     With `chain`, every combination is a chain of runs: each begins with what the one before has trained, under the
-    settings of its stage and with a schedule of its own.
+    settings of its stage and with a schedule of its own. With `tune`, the learning rate of every combination is chosen
+    first, on rows that are not reported.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -164,41 +259,63 @@ class Experiment(BaseModel):
     base: dict[str, Any]
     vary: dict[str, list[Any]]
     chain: list[dict[str, Any]] = Field(default_factory=list)
+    tune: Tune | None = None
     report: dict[str, str] = Field(default_factory=dict)
     runs: str
 
-    def configs(self) -> Iterator[RunConfig]:
+    def configs(self, fit: Callable[[RunConfig], RunConfig] = lambda config: config) -> Iterator[RunConfig]:
         """Every combination of the axes, the last axis fastest, each with its stages one after the other.
 
         A method of the axis `method` that brings its own `learning_rate: [..]` is run at those rates and no others.
-        Raises InputError for a combination that is no valid run.
+        With `tune` these are the runs that are reported, at the lowest rate in place of the one yet to be chosen.
+        `fit` completes a run whose size its budget has to choose. Raises InputError for a combination that is no valid
+        run.
         """
-        for data in self._combinations():
+        if self.tune is not None:
+            for contest in self.contests():
+                low = contest.rates.low if isinstance(contest.rates, Span) else contest.rates[0]
+                yield from map(fit, contest.reported(low))
+            return
+        for data in self._at_rates():
             before: RunConfig | None = None
             for place, stage in enumerate(self.chain or [{}]):
                 settings = {**data, "followed": place < len(self.chain) - 1, "after": before and before.digest()}
                 for key, value in stage.items():
                     _put(settings, key, value)
-                before = _run_config(settings)
+                before = fit(_run_config(settings))
                 yield before
 
-    def _combinations(self) -> Iterator[dict[str, Any]]:
-        for values in itertools.product(*self.vary.values()):
+    def contests(self) -> Iterator[Contest]:
+        """Every combination of the axes but `seed`, with the rates to choose from; none without `tune`."""
+        if self.tune is None:
+            return
+        seeds = tuple(self.vary.get("seed", [self.base.get("seed", 0)]))
+        for data, own in self._combinations({key: values for key, values in self.vary.items() if key != "seed"}):
+            key = "tune.learning_rate" if own is None else f"learning_rate of {data['method'].get('name')}"
+            yield Contest(data, self.tune.rates(own, key), self.tune, seeds)
+
+    def _at_rates(self) -> Iterator[dict[str, Any]]:
+        for data, rates in self._combinations(self.vary):
+            if rates is None:
+                yield data
+                continue
+            if "learning_rate" in self.vary and data["learning_rate"] != self.vary["learning_rate"][0]:
+                continue  # the method's own rates take the place of the axis: once, not once per value
+            for rate in rates if isinstance(rates, list) else [rates]:
+                yield {**data, "learning_rate": rate}
+
+    def _combinations(self, axes: Mapping[str, list[Any]]) -> Iterator[tuple[dict[str, Any], Any]]:
+        """The settings of every combination of `axes`, and the rates that its method brings, if it does."""
+        for values in itertools.product(*axes.values()):
             data: dict[str, Any] = {**self.base, "runs": self.runs}
-            chosen = dict(zip(self.vary, values, strict=True))
+            chosen = dict(zip(axes, values, strict=True))
             # the method first: `method.rank` then sets an option of the method just chosen
             for key in sorted(chosen, key=lambda key: key.count(".")):
                 _put(data, key, chosen[key])
             method = named("method", data.get("method", {"name": "lora"}))
             rates = method.pop("learning_rate", None)
             data["method"] = method
-            if rates is None:
-                yield data
-                continue
-            if "learning_rate" in self.vary and chosen["learning_rate"] != self.vary["learning_rate"][0]:
-                continue  # the method's own rates take the place of the axis: once, not once per value
-            for rate in rates if isinstance(rates, list) else [rates]:
-                yield {**data, "learning_rate": rate}
+            yield data, rates
 
 
 def load(
@@ -265,6 +382,7 @@ def json_schema(schema: Schema) -> dict[str, Any]:
         "items": {"type": "object", "minProperties": 1},
         "minItems": 1,
     }
+    properties["tune"] = Tune.model_json_schema()
     properties["report"] = {
         "type": "object",
         "properties": {"title": {"type": "string"}, "text": {"type": "string"}},
@@ -313,10 +431,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """The other way: a word that `_Loader` would read as a number, such as the id 1285e1020756, is put in quotes."""
+
+
 # YAML 1.1 asks for a dot in a float, so that SafeLoader reads the learning rate 1e-3 as a word.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_FLOAT = re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
+def as_yaml(content: Mapping[str, Any]) -> str:
+    """`content` in YAML, which `parse_yaml` reads as just that."""
+    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def parse_yaml(text: str) -> Any:
@@ -381,15 +508,15 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
     elif head in NAMED:
         part = named(head, data.get(head, {"name": "lora"} if head == "method" else {}))
         data[head] = {**part, "name" if (head, rest) == ("task", "type") else rest: value}
-    elif head in ("vary", "report"):
+    elif head in ("vary", "tune", "report"):
         below = data.get(head)
         data[head] = {**(below if isinstance(below, dict) else {}), rest: value}
     else:
-        raise InputError(f"{key}: only {', '.join(NAMED)}, vary and report have keys below them")
+        raise InputError(f"{key}: only {', '.join(NAMED)}, vary, tune and report have keys below them")
 
 
 def _run_config(data: Mapping[str, Any]) -> RunConfig:
-    known = [*RunConfig.model_fields, "vary", "chain", "report"]
+    known = [*RunConfig.model_fields, "vary", "chain", "tune", "report"]
     for key in data:
         if key not in RunConfig.model_fields:
             raise InputError(f"{key}: there is no such key{nearest(key, known)}")
@@ -425,11 +552,15 @@ def _options(kind: type) -> dict[dataclasses.Field[Any], Any]:
 def _complete(config: RunConfig, schema: Schema) -> RunConfig:
     """`config` with its task and its method checked, and their options filled in."""
     task = _checked("task", schema.tasks, config.task)
-    return config.model_copy(update={"task": task, "method": _checked("method", schema.methods, config.method)})
+    method = _checked("method", schema.methods, config.method, config.budget is not None)
+    return config.model_copy(update={"task": task, "method": method})
 
 
-def _checked(key: str, known: Mapping[str, type], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`given`, the name and options of a method or a task, checked and with all defaults filled in."""
+def _checked(key: str, known: Mapping[str, type], given: Mapping[str, Any], fitted: bool = False) -> dict[str, Any]:
+    """`given`, the name and options of a method or a task, checked and with all defaults filled in.
+
+    Where a budget is to be met (`fitted`) the options that say how much trains stay open, unless they are given.
+    """
     name = given.get("name")
     if name is None:
         raise InputError(f"{key}: needs a name, as in `{key}: {{name: {NAMED[key]}}}`")
@@ -459,13 +590,15 @@ def _checked(key: str, known: Mapping[str, type], given: Mapping[str, Any]) -> d
     full = {
         option: TypeAdapter(hint).dump_python(getattr(made, option), mode="json") for option, hint in options.items()
     }
-    return {"name": name, **full}
+    sizes = getattr(kind, "sizes", ()) if fitted else ()
+    left_open = () if any(option in values for option in sizes) else sizes
+    return {"name": name, **{option: value for option, value in full.items() if option not in left_open}}
 
 
 def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: Schema, name: str) -> Experiment:
     data = dict(data)
     for key, value in settings:
-        if key.startswith(("vary.", "report.")):
+        if key.startswith(("vary.", "tune.", "report.")):
             _put(data, key, value)
     vary = data.pop("vary", None)
     if not isinstance(vary, dict) or not vary:
@@ -483,22 +616,23 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
             if entry.get("learning_rate") == []:
                 raise InputError(f"vary.method: {entry.get('name')} has an empty list of learning rates")
     for key, value in settings:
-        if not key.startswith(("vary.", "report.")):
+        if not key.startswith(("vary.", "tune.", "report.")):
             _override_experiment(data, vary, key, value, schema)
     report = data.pop("report", None) or {}
     chain = _chain(data.pop("chain", None), keys)
     for key, _ in settings:
         if any(key in stage or key.partition(".")[0] in stage for stage in chain):
             raise InputError(f"{key}: the stages of the chain set it; change the file, or give chain=[…]")
+    tune = _tune(data.pop("tune", None), {**data, **vary}, chain)
     runs = data.pop("runs", None) or f"runs/{name}"
     for key in data:
         if key not in RunConfig.model_fields:
-            raise InputError(f"{key}: there is no such key{nearest(key, [*keys, 'vary', 'chain', 'report'])}")
+            raise InputError(f"{key}: there is no such key{nearest(key, [*keys, 'vary', 'chain', 'tune', 'report'])}")
     for key in report if isinstance(report, dict) else ():
         if key not in ("title", "text"):
             raise InputError(f"report.{key}: there is no such key{nearest(key, ('title', 'text'))}")
     try:
-        experiment = Experiment(name=name, base=data, vary=vary, chain=chain, report=report, runs=runs)
+        experiment = Experiment(name=name, base=data, vary=vary, chain=chain, tune=tune, report=report, runs=runs)
     except ValidationError as error:
         raise InputError(_explain(error)) from None
     # Each combination is checked here, so that a sweep cannot stumble over its last run hours later.
@@ -508,15 +642,45 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
         by_digest[config.digest()] = config
         if config.after is not None:
             _check_link(by_digest[config.after], config, schema)
+    fitted = (vary.get("budget") or [data.get("budget")]) != [None]
     for key, known in (("method", schema.methods), ("task", schema.tasks)):
         if key in vary:
-            vary[key] = [_filled(key, entry, known, vary) for entry in vary[key]]
+            vary[key] = [_filled(key, entry, known, vary, fitted) for entry in vary[key]]
         elif f"{key}.name" not in vary and (key == "method" or key in data):
-            data[key] = _filled(key, named(key, data.get(key, {"name": "lora"})), known, vary)
+            data[key] = _filled(key, named(key, data.get(key, {"name": "lora"})), known, vary, fitted)
         for stage in chain:
             if key in stage:
-                stage[key] = _filled(key, named(key, stage[key]), known, {})
+                stage[key] = _filled(key, named(key, stage[key]), known, {}, fitted)
     return experiment.model_copy(update={"base": data, "vary": vary, "chain": chain})
+
+
+def _tune(given: Any, others: Mapping[str, Any], chain: Sequence[Any]) -> Tune | None:
+    """What stands at `tune:`, checked; None where it is absent. `others` are the other settings and axes."""
+    if given is None:
+        return None
+    if not isinstance(given, dict):
+        raise InputError(f"tune = {given!r}: expected settings, as in `tune: {{learning_rate: [1e-4, 1e-3]}}`")
+    for key in given:
+        if key not in Tune.model_fields:
+            raise InputError(f"tune.{key}: there is no such key{nearest(key, Tune.model_fields)}")
+    if chain:
+        raise InputError("tune: the rates of a chain cannot be tuned; give every stage its learning_rate")
+    if "learning_rate" in others:
+        raise InputError("learning_rate: tune chooses it; give rates to choose from as tune.learning_rate=[..]")
+    for key in ("trials", "seeds"):  # None is a value of the first, and no list the other
+        if key in given and given[key] is None:
+            raise InputError(f"tune.{key}: is empty; leave it out or give a value")
+    try:
+        tune = Tune.model_validate_json(json.dumps(given, default=str))
+    except ValidationError as error:
+        raise InputError(_explain(error, f"tune.{error.errors()[0]['loc'][0]}")) from None
+    if len(set(tune.seeds)) < len(tune.seeds) or min(tune.seeds) < 0:
+        raise InputError(f"tune.seeds = {tune.seeds}: expected different numbers from 0 on")
+    if tune.trials is not None and isinstance(tune.learning_rate, list):
+        raise InputError("tune.trials: a list of rates is tried whole; give {low: .., high: ..} to try some of a range")
+    if tune.learning_rate is not None:
+        tune.rates()
+    return tune
 
 
 def _chain(stages: Any, keys: Sequence[str]) -> list[dict[str, Any]]:
@@ -538,11 +702,13 @@ def _check_link(before: RunConfig, config: RunConfig, schema: Schema) -> None:
         raise InputError(f"chain: {second} cannot follow {first}; only what trains the whole model can be followed so")
 
 
-def _filled(key: str, entry: dict[str, Any], known: Mapping[str, type], vary: Mapping[str, Any]) -> dict[str, Any]:
+def _filled(
+    key: str, entry: dict[str, Any], known: Mapping[str, type], vary: Mapping[str, Any], fitted: bool
+) -> dict[str, Any]:
     """A method or task with its defaults written out; a method's own learning rates are kept."""
     rates = {option: entry[option] for option in ("learning_rate",) if key == "method" and option in entry}
     given = {option: each for option, each in entry.items() if option not in rates and f"{key}.{option}" not in vary}
-    return {**_checked(key, known, given), **rates}
+    return {**_checked(key, known, given, fitted), **rates}
 
 
 def _override_experiment(

@@ -4,9 +4,12 @@ codes, in a fraction of a second. What it does is written in the run's `max_step
     train_rows 1: works until it is told to stop        2: fails with an error of its own
     3: is killed as by the kernel                       4: says something and ends with 1, writing no error.txt
     5: ignores SIGTERM and has a child that does, too   else: done after `max_steps` steps
+
+A rate above 0.1 diverges; below, the nearer it is to 0.001 the better the score, 0.5 at best.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -62,4 +65,8 @@ if config.train_rows == 5:
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     (folder / "child").write_text(f"{child.pid}\n")
     time.sleep(600)
-(folder / "result.json").write_text(json.dumps(result(folder, config, 0.5)))
+if config.learning_rate > 0.1:
+    (folder / "error.txt").write_text("loss is nan at step 1\n\nrankwise.train.progress.DivergedError: loss is nan\n")
+    sys.exit(1)
+score = 0.5 - abs(math.log10(config.learning_rate / 1e-3)) / 10
+(folder / "result.json").write_text(json.dumps(result(folder, config, score)))

@@ -32,7 +32,7 @@ def test_findings_say_how_far_the_head_is_behind_and_whether_methods_differ(stor
     three_methods(store)
     head, simplex = summary(store).findings()
     assert head.startswith("cola, accuracy: training the head only is 0.199 behind lora rank=4 (95 % intervals: -0.20")
-    assert head.endswith("over 3 seeds): a difference at n = 3.")
+    assert head.endswith("over 3 seeds): a difference at n = 3, also after Holm's correction over 2 comparisons.")
     assert simplex.startswith("cola, accuracy: simplex-lora rank=4 against lora rank=4: +0.017")
     assert simplex.endswith("no difference shown at n = 3.")
 

@@ -132,3 +132,86 @@ def test_a_plain_table_ranges_numbers_right() -> None:
         "a       1  x",
         "bcdef  10  -y",
     ]
+
+
+def tune(store: Store, scores: dict[float, float], chosen: float, seeds: int = 2, **settings: Any) -> None:
+    """A tuned combination: each rate tried at one seed, and the chosen one reported at several."""
+    held = {"name": "train_held_out", "rows": 9, "official": False, "note": "9 of 100 rows, held out"}
+    splits = {"train": {"name": "train", "rows": 91, "official": False, "note": ""}, "evaluation": [held]}
+    for rate, score in scores.items():
+        finish(store, config(learning_rate=rate, tuning=0.1, seed=7, **settings), score, splits=splits)
+    for seed in range(seeds):
+        finish(store, config(learning_rate=chosen, eval_every=0, seed=seed, **settings), 0.5 + seed / 10)
+
+
+def test_runs_that_try_a_rate_make_no_row_and_say_how_it_was_chosen(store: Store) -> None:
+    tune(store, {1e-4: 0.6, 1e-3: 0.8, 1e-2: 0.7}, 1e-3)
+    (row,) = rows(store)
+    assert (row["n"], row["mean"], row["method"]) == (2, 0.55, "lora rank=4")
+    found = row["tuned"]
+    assert (found["learning_rate"], found["edge"], found["split"], found["rows"]) == (1e-3, "", "train_held_out", 9)
+    assert [(each["learning_rate"], each["mean"], each["n"]) for each in found["rates"]] == [
+        *((1e-4, 0.6, 1), (1e-3, 0.8, 1), (1e-2, 0.7, 1)),
+    ]
+    text = Summary.of(store.results(), {}).text()
+    assert "chosen on 9 rows of train_held_out" in text and "were scored once, at the end" in text
+    assert "a little too high" not in text and "might do better" not in text
+    assert any(line.split()[2:] == ["0.001", "1", "0.800", "chosen"] for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("scores", "chosen", "edge"),
+    [({1e-4: 0.9, 1e-3: 0.8}, 1e-4, "lowest"), ({1e-4: 0.7, 1e-3: 0.8}, 1e-3, "highest"), ({1e-3: 0.8}, 1e-3, "")],
+)
+def test_a_rate_at_the_edge_is_said(scores: dict[float, float], chosen: float, edge: str, store: Store) -> None:
+    tune(store, scores, chosen)
+    (row,) = rows(store)
+    assert row["tuned"]["edge"] == edge
+    assert ("might do better" in Summary.of(store.results(), {}).text()) == bool(edge)
+
+
+def test_equal_rates_give_the_lowest_and_more_seeds_win(store: Store) -> None:
+    tune(store, {1e-4: 0.8, 1e-3: 0.8}, 1e-4)
+    assert rows(store)[0]["tuned"]["learning_rate"] == 1e-4
+    finish(store, config(learning_rate=1e-3, tuning=0.1, seed=8), 0.1)
+    assert rows(store)[0]["tuned"]["learning_rate"] == 1e-3
+
+
+def test_the_row_that_tuning_chose_wins_whatever_the_others_score(store: Store) -> None:
+    """Tuned anew with another rate in it, the old choice must not win by what it scores on the reported rows."""
+    tune(store, {1e-4: 0.8}, 1e-4, seeds=3)
+    tune(store, {1e-3: 0.9}, 1e-3, seeds=1)
+    assert {row["learning_rate"]: row["mean"] for row in rows(store)}[1e-4] > 0.5
+    assert [row["learning_rate"] for row in best(rows(store))] == [1e-3]
+
+
+def test_tuning_of_another_method_or_by_another_way_is_not_taken_for_it(store: Store) -> None:
+    tune(store, {1e-4: 0.8}, 1e-4)
+    tune(store, {1e-2: 0.8}, 1e-2, method={"name": "lora", "rank": 8, "alpha": 16.0})
+    finish(store, config(seed=3), 0.9)  # of an experiment without tuning
+    found = {row["method"]: row["tuned"] and row["tuned"]["learning_rate"] for row in rows(store)}
+    assert sorted(found.values(), key=str) == [0.0001, 0.01, None]
+
+
+def test_a_budget_is_shown_with_what_of_it_is_used(store: Store) -> None:
+    lora = {"name": "lora", "rank": 4, "alpha": 16.0}  # 4,036 parameters at its peak
+    for seed in (0, 1):
+        finish(store, config(method=lora, budget=4100, seed=seed), 0.8)
+        finish(store, config(method={**lora, "alpha": 8.0}, budget=8200, seed=seed), 0.8)
+        finish(store, config(method={"name": "head"}, seed=seed), 0.4)
+    found = {row["method"]: (row["asked"], row["used"]) for row in rows(store)}
+    assert found == {
+        "lora rank=4 alpha=16.0 budget=4100": (4100, 4036 / 4100),
+        "lora rank=4 alpha=8.0 budget=8200": (8200, 4036 / 8200),
+        "head": (None, None),
+    }
+    text = Summary.of(store.results(), {}).text()
+    assert "49% of the budget of 8,200 parameters are used" in text and "of the budget of 4,100" not in text
+    assert "Outside of the budget, for no budget was set or there is no size to choose: head." in text
+    (line, _) = (line for line in text.splitlines() if line.startswith("head "))
+    assert line.split()[-1] == "outside"
+
+
+def test_a_budget_that_was_overspent_is_said(store: Store) -> None:
+    finish(store, config(budget=4000), 0.8)
+    assert "101% of the budget of 4,000 parameters, for its ranks grew" in Summary.of(store.results(), {}).text()

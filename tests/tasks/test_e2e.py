@@ -207,3 +207,21 @@ def test_a_run_on_real_rows(tmp_path, method, model):
     assert len(table["prediction"]) == 3
     assert set(table["label"]) == {-1}
     assert "score" not in table
+
+
+def test_what_is_held_out_has_all_references_of_its_sources(folder):
+    task = tasks.build("e2e")
+    rest, held = task.tuning(task.train(), 0.3)
+    references = dict(zip(held.data["source"], held.data["references"], strict=True))
+    assert len(held.data) == len(references) == 1
+    for source, found in references.items():
+        assert found == [reference for each, reference in ROWS if each == source]
+    assert set(rest.data["source"]) == {source for source, _ in ROWS} - set(references)
+    assert held.data["idx"][:] == [0]
+
+
+def test_with_the_test_rows_to_report_the_validation_rows_choose(folder):
+    task = tasks.build({"name": "e2e", "split": "test"})
+    train, held = task.tuning(task.train(), 0.3)
+    assert train.data[:] == task.train().data[:]
+    assert held.name == "validation" and held.data[:] == tasks.build("e2e").evaluation()[0].data[:]

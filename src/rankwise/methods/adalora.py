@@ -12,7 +12,7 @@ models made for a task; here its gradient is added for all. The paper (eq. 4) su
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from peft import AdaLoraConfig, get_peft_model
@@ -60,6 +60,8 @@ class AdaLoRA(Method, name="adalora"):
     beta2: float = 0.85
     orthogonality: float = 0.1
 
+    sizes = ("init_rank", "rank")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for option, least in {"rank": 1, "every": 1, "start": 0, "settle": 0, "total": 0, "orthogonality": 0}.items():
@@ -77,6 +79,10 @@ class AdaLoRA(Method, name="adalora"):
         message = f"start {start} and settle {settle} leave none of {total} steps to choose ranks in: lower them"
         require(not total or start + settle < total, message)
         return {"tinit": start, "tfinal": settle, "total_step": total or None}
+
+    def sized(self, size: int) -> "AdaLoRA":
+        """As many units of rank at the start, two thirds of them at the end as by default; the first is what counts."""
+        return replace(self, init_rank=1 + size, rank=max(1, 2 * (1 + size) // 3))
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         place = placement(model, self.targets, head, self.init_rank, "init_rank", only="adalora")

@@ -55,6 +55,7 @@ def adapted(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
 class Adapter(Method):
     """What both placements share: the options, and how a bottleneck is put behind a layer."""
 
+    sizes = ("size",)
     norm: ClassVar[bool]
     size: int = 8
     activation: Literal["gelu", "relu"] = "gelu"

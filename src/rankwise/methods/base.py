@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
@@ -28,6 +28,9 @@ class Method(ABC):
     name: ClassVar[str]
     whole: ClassVar[bool] = False
     """Whether all weights of the model train, so that any other method can go on from what it leaves."""
+    sizes: ClassVar[tuple[str, ...]] = ()
+    """The options that say how much trains, which the budget of a run chooses where none of them is given; the first is
+    the one that is counted up. Empty for a method that is as large as its model makes it."""
 
     def __init_subclass__(cls, name: str = "", **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -85,6 +88,18 @@ class Method(ABC):
     def budget(self, model: nn.Module) -> int:
         """Adapter parameters that the method, just attached, may end with: what uniform ranks cost; 0 without ranks."""
         return rank_report(model).total
+
+    def sized(self, size: int) -> "Method":
+        """This method at another size, 1 or more; the larger, the more trains."""
+        return replace(self, **{self.sizes[0]: size})
+
+    def peak(self, model: nn.Module) -> int:
+        """The most parameters that train at once, the head's among them, on a model just attached.
+
+        What is searched with counts too: ω, gates, ranks to be cut. A search that may take more rank than it began with
+        (`rounding: ceil` and `floor` of SimplexLoRA) is counted as it begins.
+        """
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def final(self, model: nn.Module) -> int | None:
         """The most parameters that can be left to train once the structure has settled, the head's among them.

@@ -54,6 +54,7 @@ class LoRA(Method, name="lora"):
 
     peft_options: ClassVar[dict[str, Any]] = {}
     """What else goes into PEFT's LoraConfig."""
+    sizes = ("rank",)
     keeps_ranks: ClassVar[bool] = True
     """Whether every site keeps its rank. One that goes could not give back to W what its start took out."""
 

@@ -40,6 +40,7 @@ class PreEmbed(Method, name="pre-embed"):
     prefix: int = 8
     infix: int = 8
 
+    sizes = ("prefix",)
     every_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

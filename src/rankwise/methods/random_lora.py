@@ -38,3 +38,9 @@ class RandomLoRA(LoRA, name="random-lora"):
         left_out = torch.randperm(len(here), device="cpu")[self.keep :].tolist()
         resize(model, RankPlan({here[index].name: 0 for index in left_out}))
         return model
+
+    def peak(self, model: nn.Module) -> int:
+        """That of the k most expensive sites: which are drawn depends on the seed, and no draw must cost more."""
+        here = sites(model)
+        most = self.rank * sum(sorted((site.cost for site in here), reverse=True)[: self.keep])
+        return super().peak(model) - sum(site.parameters for site in here) + most

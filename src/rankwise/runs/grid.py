@@ -2,19 +2,20 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 
 import rankwise
 from rankwise.config import Experiment, RunConfig
 
 
-def expand(experiment: Experiment) -> list[RunConfig]:
-    """Every run of the experiment, once each, all of one seed before the next.
+def expand(experiment: Experiment, fit: Callable[[RunConfig], RunConfig] = lambda config: config) -> list[RunConfig]:
+    """Every run of the experiment, once each, all of one seed before the next; `fit` is as for `Experiment.configs`.
 
     A sweep that is cut short so has compared everything at fewer seeds, instead of some methods not at all.
     Raises InputError for a combination of the axes that is no valid run.
     """
     runs: list[RunConfig] = []
-    for config in experiment.configs():
+    for config in experiment.configs(fit):
         if config not in runs:
             runs.append(config)
     return sorted(runs, key=lambda config: config.seed)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import yaml
 
 import rankwise
-from rankwise.config import Experiment, InputError, RunConfig, need, read_yaml
+from rankwise.config import Experiment, InputError, RunConfig, as_yaml, need, read_yaml
 from rankwise.runs.files import read_lines, unwritable, write_whole
 from rankwise.runs.grid import run_id
 
@@ -80,10 +79,18 @@ class Store:
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "run.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+            write_whole(folder / "run.yaml", as_yaml(settings))
         except OSError as error:
             raise unwritable(self.folder, error) from None
         return folder
+
+    def diverged(self, folder: Path) -> bool:
+        """Whether a run has failed because its training diverged, which it would do again."""
+        if self.state(folder) != "failed":
+            return False
+        text = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip()
+        last = next(reversed(text.splitlines()), "")
+        return "DivergedError" in last or "the training has diverged" in last
 
     def forget_error(self, folder: Path) -> None:
         """Let a failed run be begun again. Raises InputError where nothing can be written."""
@@ -97,16 +104,16 @@ class Store:
 
         Raises InputError where nothing can be written.
         """
-        content = experiment.model_dump(mode="json", include={"vary", "chain", "report"}, exclude_defaults=True)
+        content = experiment.model_dump(mode="json", include={"vary", "chain", "tune", "report"}, exclude_defaults=True)
         content = {"name": experiment.name, **experiment.base, **content}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / "experiment.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            write_whole(self.folder / "experiment.yaml", as_yaml(content))
         except OSError as error:
             raise unwritable(self.folder, error) from None
 
     def experiment(self) -> dict[str, Any]:
-        """What `note` wrote (name, vary, report, and the settings all runs share); {} where it is not there."""
+        """What `note` wrote (name, vary, tune, report, and the settings all runs share); {} where it is not there."""
         try:
             return read_yaml(self.folder / "experiment.yaml")
         except InputError:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.runs.stats import Difference, Interval, difference, mean, paired_bootstrap, sd, t_interval
+from rankwise.runs.stats import Difference, Interval, corrected, difference, mean, paired_bootstrap, sd, t_interval
 from rankwise.runs.store import answers
 from rankwise.runs.tables import Average, Row, averages, best, plain, summarise, unofficial
 
@@ -17,6 +17,9 @@ COLUMNS = (
     "budget, peak, final: trainable adapter parameters allowed, most at once, and kept at the end; head: those of the\n"
     "classifier, in none of the others. Memory, time and speed are means over the seeds of the rate shown."
 )
+OF_BUDGET = "of budget: the peak as a share of the parameters that every method was allowed."
+WELL_USED = 0.9
+"""A share of the budget below which a method may be behind for being smaller."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,19 @@ class Contrast:
         intervals = [f"{span(found.seeds)} over {found.n} seeds"]
         if found.examples is not None:
             intervals.append(f"{span(found.examples)} over the examples")
-        verdict = "a difference" if found.shown else "no difference shown"
-        return f"{text} (95 % intervals: {', '.join(intervals)}): {verdict} at n = {found.n}."
+        return f"{text} (95 % intervals: {', '.join(intervals)}): {verdict(found)}."
+
+
+def verdict(found: Difference) -> str:
+    """What may be said of a difference, in words."""
+    among = f"Holm's correction over {found.comparisons} comparisons"
+    if not found.alone:
+        return f"no difference shown at n = {found.n}"
+    if found.comparisons == 1:
+        return f"a difference at n = {found.n}"
+    if not found.shown:
+        return f"a difference at n = {found.n} were it the only comparison, none shown after {among}"
+    return f"a difference at n = {found.n}, also after {among}"
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,8 @@ class Summary:
             found = difference(row["scores"], reference["scores"]) if reference else None
             if reference and found:
                 contrasts.append(Contrast(row, reference, replace(found, examples=_bootstrap(row, reference, metrics))))
-        return cls(rows, chosen, contrasts)
+        after = corrected([each.found for each in contrasts])
+        return cls(rows, chosen, [replace(each, found=new) for each, new in zip(contrasts, after, strict=True)])
 
     def findings(self) -> list[str]:
         """How the methods differ, a sentence each."""
@@ -73,11 +88,18 @@ class Summary:
     def notes(self) -> list[str]:
         """What a reader has to know before quoting a number."""
         notes = []
-        if len(self.rows) > len(self.best):
+        open_to_choice = [row for row in self.rows if row["tuned"] is None]
+        if len(open_to_choice) > len([row for row in self.best if row["tuned"] is None]):
             notes.append(
                 "The learning rate of each method is the one with the best mean on the evaluation split, which is also "
                 "the split reported: every score is a little too high."
             )
+        for row in self.best:
+            notes += [*_of_tuning(row), *_of_budget(row)]
+        unsized = [row["method"] for row in self.best if row["asked"] is None]
+        if unsized and len(unsized) < len(self.best):
+            names = ", ".join(dict.fromkeys(unsized))
+            notes.append(f"Outside of the budget, for no budget was set or there is no size to choose: {names}.")
         for row in self.best:
             for split, why in unofficial(row).items():
                 text = f"{row['task']} *: {split} is not the official split: {why}"
@@ -93,11 +115,13 @@ class Summary:
             mark = " *" if unofficial(rows[0]) else ""
             parts.append(f"{task}{mark}: {rows[0]['score']} on {rows[0]['rows']} rows of {rows[0]['split']}")
             parts.append(_scores(rows))
+            parts += [_rates(row["tuned"], members) for row, members in _tunings(rows)]
             parts.append(_costs(rows))
         if found := averages(self.best):
             parts.append(_averages(found))
         if self.best:
-            parts.append(COLUMNS)
+            budgets = any(row["asked"] for row in self.best)
+            parts.append(f"{COLUMNS}\n{OF_BUDGET}" if budgets else COLUMNS)
         for sentences in (self.findings(), self.notes()):
             if sentences:
                 parts.append("\n".join(sentences))
@@ -115,7 +139,9 @@ class Summary:
                     "method": each.ours["method"],
                     "reference": each.theirs["method"],
                     **asdict(each.found),
+                    "alone": each.found.alone,
                     "shown": each.found.shown,
+                    "verdict": "one seed shows nothing" if each.found.seeds is None else verdict(each.found),
                 }
                 for each in self.contrasts
             ],
@@ -155,8 +181,69 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def _of_tuning(row: Row) -> list[str]:
+    """On what the rate of a row was chosen, and whether it lies at the edge of what was tried."""
+    found = row["tuned"]
+    if found is None:
+        return []
+    if found["learning_rate"] != row["learning_rate"]:
+        return [
+            f"{row['task']}, {row['method']}: the rate shown, {row['learning_rate']:g}, is not the one that tuning "
+            f"chose, {found['learning_rate']:g}: carry out the experiment to its end."
+        ]
+    chosen = (
+        f"{row['task']}: learning rates were chosen on {found['rows']} rows of {found['split']} ({found['note']}); the "
+        f"{row['rows']} rows of {row['split']} were scored once, at the end."
+    )
+    if not found["edge"]:
+        return [chosen]
+    beyond = "lower" if found["edge"] == "lowest" else "higher"
+    return [
+        chosen,
+        f"{row['task']}, {row['method']}: the rate chosen, {found['learning_rate']:g}, is the {found['edge']} of those "
+        f"that trained to their end; a {beyond} one might do better.",
+    ]
+
+
+def _of_budget(row: Row) -> list[str]:
+    if row["used"] is None or WELL_USED <= row["used"] <= 1:
+        return []
+    what = f"{row['task']}, {row['method']}: {row['used']:.0%} of the budget of {row['asked']:,} parameters"
+    if row["used"] > 1:
+        return [f"{what}, for its ranks grew beyond those it began with."]
+    return [f"{what} are used: it is compared with less than it was allowed."]
+
+
+def _tunings(rows: Sequence[Row]) -> list[tuple[Row, list[Row]]]:
+    """The rows of each set of rows to choose by, behind the first of them."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["tuned"] is not None:
+            found.setdefault(f"{row['tuned']['split']} {row['tuned']['rows']}", []).append(row)
+    return [(members[0], members) for members in found.values()]
+
+
+def _rates(chosen_on: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Every rate that was tried, with what it scored on the rows to choose by."""
+    lines = [
+        [
+            row["method"],
+            f"{each['learning_rate']:g}",
+            str(each["n"]),
+            plus_minus(each["mean"], each["sd"]),
+            "chosen" if each["learning_rate"] == row["tuned"]["learning_rate"] else "",
+        ]
+        for row in rows
+        for each in row["tuned"]["rates"]
+    ]
+    header = ["method", "rate tried", "seeds", f"{chosen_on['score']} on {chosen_on['split']}", ""]
+    return plain(header, lines)
+
+
 def _scores(rows: Sequence[Row]) -> str:
     header = ["method", "learning rate", "seeds", "mean ± sd", "95 % interval", "budget", "peak", "final", "head"]
+    if asked := any(row["asked"] for row in rows):
+        header.append("of budget")
     others = [name for name in rows[0]["metrics"] if name != rows[0]["score"]]
     return plain(
         [*header[:5], *others, *header[5:]],
@@ -169,6 +256,7 @@ def _scores(rows: Sequence[Row]) -> str:
                 span(row["interval"]),
                 *(plus_minus(row["metrics"][name]["mean"], row["metrics"][name]["sd"]) for name in others),
                 *(f"{row[key]:,}" for key in ("budget", "trainable", "final", "head")),
+                *([f"{row['used']:.1%}" if row["used"] is not None else "outside"] if asked else []),
             ]
             for row in rows
         ],

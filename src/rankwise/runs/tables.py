@@ -17,6 +17,8 @@ _CHAIN = {"after", "followed"}
 """Settings that say where in a chain a run stands, and with which seed; what the stage is, its other settings say."""
 _SHOWN_APART = {"task", "method", "learning_rate", "seed", *_CHAIN}
 """Settings that a row shows in columns of their own, or draws together."""
+_PHASE = {"tuning", "eval_every"}
+"""Settings in which a run that tries a rate differs from one that is reported, rate and seed aside."""
 
 
 def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
@@ -31,21 +33,97 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
       metrics (name -> {mean, sd});
       benchmark (whose part the task is, or ""), counted (by seed, what counts in its average);
       budget, trainable (at its peak), final, head: parameters, the head's in none but the last;
+      asked: the parameters that `budget:` allows, None without one or where the method has no size to choose;
+      used: trainable / asked, or None;
+      tuned: how the learning rate was chosen, None where it was not (see `Tuned`);
       peak_memory, adapter_bytes (bytes), seconds, examples_per_second: means over the seeds;
       split, rows, official, note: what it was evaluated on;
       train_split, train_official, train_note: what it was trained on;
       remarks: what the runs themselves say that a reader has to know;
       folders: the folder of each seed's run.
     mean, sd and interval are None where they are not defined: no labels, or one seed.
+    Runs that only try a rate (`tuning` in their settings) make no row; what they found is in `tuned` of the others.
     """
+    reported = [result for result in results if result["config"].get("tuning") is None]
+    tried = _contests([result for result in results if result["config"].get("tuning") is not None])
     groups: dict[str, list[dict[str, Any]]] = {}
-    for result in results:
+    for result in reported:
         settings = {key: value for key, value in result["config"].items() if key not in {"seed", "method", *_CHAIN}}
         what = [result["method"], result["options"], settings, result["lineage"]]
         groups.setdefault(json.dumps(what, sort_keys=True), []).append(result)
-    labels = _labels(results)
-    rows = [_row(members, labels[_identity(members[0])]) for members in groups.values()]
+    labels = _labels(reported)
+    rows = [
+        {**_row(members, labels[_identity(members[0])]), "tuned": _tuned(tried, members[0])}
+        for members in groups.values()
+    ]
     return sorted(rows, key=lambda row: (row["task"], row["name"], _natural(row["method"]), row["learning_rate"]))
+
+
+Tuned = dict[str, Any]
+"""How a learning rate was chosen:
+
+split, rows, note: what it was chosen on;
+score: name of the metric; seeds: those at which rates were tried;
+rates: the rates tried that trained to their end, the lowest first, each {learning_rate, scores (by seed), n, mean, sd};
+learning_rate: the one that was chosen;
+edge: "lowest" or "highest" where it is that of the rates tried, or "".
+"""
+
+
+def tuned(results: Sequence[dict[str, Any]]) -> Tuned | None:
+    """What runs say that differ in rate and seed alone; None where none of them has a score.
+
+    Of the rates with the most seeds the one with the best mean is chosen, and the lowest of equals.
+    """
+    by_rate: dict[float, dict[int, float]] = {}
+    for result in sorted(results, key=lambda result: (result["learning_rate"], result["seed"])):
+        if result["score"] in result["metrics"]:
+            by_rate.setdefault(result["learning_rate"], {})[result["seed"]] = result["metrics"][result["score"]]
+    if not by_rate:
+        return None
+    rates = [
+        {"learning_rate": rate, "scores": scores, "n": len(scores), "mean": mean(values), "sd": sd(values)}
+        for rate, scores in by_rate.items()
+        if (values := list(scores.values()))
+    ]
+    chosen = max(rates, key=lambda each: (each["n"], each["mean"]))["learning_rate"]
+    ends = {rates[-1]["learning_rate"]: "highest", rates[0]["learning_rate"]: "lowest"} if len(rates) > 1 else {}
+    evaluated = results[0]["splits"]["evaluation"][0]
+    return {
+        "split": evaluated["name"],
+        "rows": evaluated["rows"],
+        "note": evaluated["note"],
+        "score": results[0]["score"],
+        "seeds": sorted({seed for scores in by_rate.values() for seed in scores}),
+        "rates": rates,
+        "learning_rate": chosen,
+        "edge": ends.get(chosen, ""),
+    }
+
+
+def _contests(results: Sequence[dict[str, Any]]) -> dict[str, list[Tuned]]:
+    """By combination what its tuning found: once, or once per share of the rows that was held out."""
+    groups: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    for result in results:
+        groups.setdefault(_combination(result), {}).setdefault(result["config"]["tuning"], []).append(result)
+    return {
+        key: [found for members in by_share.values() if (found := tuned(members))] for key, by_share in groups.items()
+    }
+
+
+def _combination(result: dict[str, Any]) -> str:
+    """What the tuning runs of a combination and those reported have in common."""
+    aside = {"seed", "learning_rate", "method", *_PHASE, *_CHAIN}
+    settings = {key: value for key, value in result["config"].items() if key not in aside}
+    return json.dumps([result["method"], result["options"], settings], sort_keys=True)
+
+
+def _tuned(tried: dict[str, list[Tuned]], result: dict[str, Any]) -> Tuned | None:
+    """How the rate of a reported run was chosen: by the tuning that chose it, if one did."""
+    if result["config"].get("eval_every") != 0:
+        return None  # it was evaluated on the way, so by no tuned experiment
+    found = tried.get(_combination(result), [])
+    return next((each for each in found if each["learning_rate"] == result["learning_rate"]), next(iter(found), None))
 
 
 def _natural(label: str) -> list[tuple[float, str]]:
@@ -55,7 +133,7 @@ def _natural(label: str) -> list[tuple[float, str]]:
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
-    """Of each task and method the row of the learning rate with the best mean.
+    """Of each task and method the row of the learning rate with the best mean, or the one that tuning chose.
 
     Only the rates with the most seeds are candidates: a single lucky seed must not win over three.
     """
@@ -102,8 +180,9 @@ def unofficial(row: Row) -> dict[str, str]:
     return found if row["train_official"] else {**found, row["train_split"]: row["train_note"]}
 
 
-def _rank(row: Row) -> tuple[int, float]:
-    return row["n"], -math.inf if row["mean"] is None else row["mean"]
+def _rank(row: Row) -> tuple[bool, int, float]:
+    chosen = row["tuned"] is None or row["tuned"]["learning_rate"] == row["learning_rate"]
+    return chosen, row["n"], -math.inf if row["mean"] is None else row["mean"]
 
 
 def _row(members: list[dict[str, Any]], label: str) -> Row:
@@ -117,6 +196,7 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
     }
     values = list(scores.values())
     parameters = {key: _average(by_seed, "parameters", key) for key in ("budget", "trainable", "final", "head")}
+    asked = first["config"].get("budget")
     cost = {key: _average(by_seed, "cost", key) for key in ("seconds", "examples_per_second")}
     return {
         "task": first["task"],
@@ -140,6 +220,8 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         "benchmark": first.get("benchmark", {}).get("name", ""),
         "counted": {seed: found["score"] for seed, result in by_seed.items() if (found := result.get("benchmark"))},
         **{key: round(value) for key, value in parameters.items()},
+        "asked": asked,
+        "used": None if asked is None else parameters["trainable"] / asked,
         **cost,
         "peak_memory": round(_average(by_seed, "cost", "peak_memory_bytes")),
         "adapter_bytes": round(_average(by_seed, "cost", "adapter_bytes")),
@@ -192,7 +274,10 @@ def _labels(results: Sequence[dict[str, Any]]) -> dict[str, str]:
             + [
                 f"{key}={_word(value)}"
                 for key, value in result["config"].items()
-                if key not in _SHOWN_APART and any(other.get(key) != value for other in settings)
+                if key not in _SHOWN_APART
+                and any(other.get(key) != value for other in settings)
+                # a method without a size has no budget, which its name says
+                and (key != "budget" or (value and len({other.get(key) for other in settings} - {None}) > 1))
             ]
         )
         labels[_identity(result)] = " ".join([result["method"], *parts])

@@ -130,6 +130,41 @@ class Task(ABC):
     def evaluation(self) -> list[Split]:
         """The rows to evaluate on, the main split first. InputError for data that is missing or damaged."""
 
+    def tuning(self, train: Split, share: float) -> tuple[Split, Split]:
+        """Rows to train on and rows to choose a learning rate by, none of which are rows to evaluate on.
+
+        `share` of the rows of `train`, as it was read or a subset of it, are held out: the same whatever the seed and
+        method of a run, and rows of which the model reads the same are all on one side. A task that has other rows for
+        that gives `train` whole and those. InputError for too few rows, and for a task without a score.
+        """
+        if not self.main:
+            raise InputError(
+                f"{self.name} has no score to choose a learning rate by: leave it out of an experiment with tune"
+            )
+        columns = zip(*(train.data[column][:] for column in self.text), strict=True)
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for place, read in enumerate(columns):
+            groups.setdefault(read, []).append(place)
+        if len(groups) < 2:
+            raise InputError(
+                f"{train.name} has too few rows to hold some out: tuning needs two different ones at least"
+            )
+        order = list(groups.values())
+        random.Random(0).shuffle(order)
+        total = len(train.data)
+        held: list[int] = []
+        for group in order[:-1]:  # one at least stays
+            if len(held) >= max(1, round(share * total)):
+                break
+            held += group
+        parts = []
+        for name, places in (("train", set(range(total)).difference(held)), ("held out", held)):
+            note = f"{len(places):,} of {total:,} rows, {'without those held out' if name == 'train' else name}"
+            data = train.data.select(sorted(places), keep_in_memory=True)
+            note = f"{train.note}; {note}" if train.note else note
+            parts.append(replace(train, data=data, official=False, note=note))
+        return parts[0], replace(parts[1], name=f"{train.name}_held_out")
+
     @abstractmethod
     def encode(self, split: Split, processor: Any, max_length: int) -> "Dataset":
         """The rows of `split` in their order as `collate` and `evaluate` take them, with `length` to group them by.

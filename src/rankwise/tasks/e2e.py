@@ -9,8 +9,8 @@ a copy rebuilt from the tokenised text has both numbers right, and is known by a
 """
 
 import hashlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rankwise.config import need
 from rankwise.metrics.e2e import e2e, unavailable
@@ -53,17 +53,30 @@ class E2E(Generation, name="e2e"):
 
     def evaluation(self) -> list[Split]:
         table, name, note = _read(self.split)
-        groups: dict[str, list[str]] = {}
-        for row in table.to_pylist():
-            groups.setdefault(row["meaning_representation"], []).append(row["human_reference"])
-        columns = {"source": list(groups), REFERENCES: list(groups.values()), "idx": list(range(len(groups)))}
         if not note and self.split != "test":
             note = "published scores are on the test rows"
-        return [Split(name, need("datasets", "bench").Dataset.from_dict(columns), not note, note)]
+        data = _grouped(table["meaning_representation"].to_pylist(), table["human_reference"].to_pylist())
+        return [Split(name, data, not note, note)]
+
+    def tuning(self, train: Split, share: float) -> tuple[Split, Split]:
+        """As for every text, with all references of what is held out."""
+        rest, held = super().tuning(train, share)
+        if REFERENCES in held.data.column_names:
+            return rest, held
+        return rest, replace(held, data=_grouped(held.data["source"][:], held.data["target"][:]))
 
     def score_texts(self, hypotheses: list[str], split: Split) -> Judged:
         missing = unavailable()
         return Judged(e2e(hypotheses, split.data[REFERENCES][:]), notes=(missing,) if missing else ())
+
+
+def _grouped(sources: list[str], references: list[str]) -> Any:
+    """A row for each source, with all of its references."""
+    groups: dict[str, list[str]] = {}
+    for source, reference in zip(sources, references, strict=True):
+        groups.setdefault(source, []).append(reference)
+    columns = {"source": list(groups), REFERENCES: list(groups.values()), "idx": list(range(len(groups)))}
+    return need("datasets", "bench").Dataset.from_dict(columns)
 
 
 def _read(split: str) -> tuple["pa.Table", str, str]:

@@ -14,7 +14,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -88,6 +88,12 @@ class Generation(Task):
             raise InputError(f"length_penalty must be a finite number, not {self.length_penalty}")
         if self.no_repeat < 0:
             raise InputError(f"no_repeat must not be negative, not {self.no_repeat}")
+
+    def tuning(self, train: Split, share: float) -> tuple[Split, Split]:
+        """With `split: test` the whole of `train` and the validation rows, else as for every task."""
+        if self.split == "test":
+            return train, replace(self, split="validation").evaluation()[0]
+        return super().tuning(train, share)
 
     @abstractmethod
     def score_texts(self, hypotheses: list[str], split: Split) -> Judged:

@@ -27,9 +27,9 @@ class GLUE(Classification):
     """A GLUE task: its columns, labels and metrics, and the rows that each of its splits has on the hub.
 
     Attributes:
-        protocol: `official` scores all validation rows. `halves` draws them into two halves and scores both: the first
-            is there to choose by (a learning rate), the second, whose metrics end in `_test`, to report. So do Ding et
-            al. 2023 (SoRA), for GLUE's test labels are not public.
+        protocol: `official` scores all validation rows. `halves` draws them into two halves and scores the second; the
+            first is there to choose a learning rate by, which `tune:` does. So do Ding et al. 2023 (SoRA), for GLUE's
+            test labels are not public.
         submission: also predict the unlabelled test rows, into files that the GLUE website takes.
     """
 
@@ -50,21 +50,29 @@ class GLUE(Classification):
 
     @property
     def averaged(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The metrics of all evaluation splits; with halves, of the second ones."""
+        """The metrics of all evaluation splits."""
         if not self.benchmark:
             return ()
-        end = "_test" if self.protocol == "halves" else ""
-        return tuple(name + suffix + end for suffix in self._suffixes() for name in self.counted or self.metrics)
+        return tuple(name + suffix for suffix in self._suffixes() for name in self.counted or self.metrics)
 
     def train(self) -> Split:
         return self._split(next(iter(self.rows)))
 
     def evaluation(self) -> list[Split]:
-        names = list(self.rows)[1:]
-        found = [self._split(name, suffix) for name, suffix in zip(names, self._suffixes(), strict=True)]
+        found = self._validation()
         if self.protocol == "halves":
-            found = [half for split in found for half in _halves(split)]
+            found = [_half(split, second=True) for split in found]
         return [*found, *(self._test(name) for name in self.tests if self.submission)]
+
+    def tuning(self, train: Split, share: float) -> tuple[Split, Split]:
+        """With `protocol: halves` the whole of `train` and the first half, else as for every task."""
+        if self.protocol == "halves":
+            return train, _half(self._validation()[0], second=False)
+        return super().tuning(train, share)
+
+    def _validation(self) -> list[Split]:
+        names = list(self.rows)[1:]
+        return [self._split(name, suffix) for name, suffix in zip(names, self._suffixes(), strict=True)]
 
     def files(self, split: Split, predicted: np.ndarray) -> dict[str, str | bytes]:
         """The file of a submission, if `split` is a complete test split: a line per row, number and prediction."""
@@ -104,18 +112,20 @@ class GLUE(Classification):
         return Split(rows.split, datasets.Dataset(table), not note, note, suffix)
 
 
-def _halves(split: Split) -> list[Split]:
-    """Two halves of the rows, in their old order, the same whatever the seed of a run."""
+def _half(split: Split, second: bool) -> Split:
+    """One half of the rows, in their old order, the same whatever the seed of a run."""
     order = list(range(len(split.data)))
     random.Random(0).shuffle(order)
     middle = len(order) // 2
-    found = []
-    for which, places, end in (("first", order[:middle], ""), ("second", order[middle:], "_test")):
-        data = split.data.select(sorted(places), keep_in_memory=True)
-        note = f"the {which} half of {split.name}, drawn with seed 0"
-        note = f"{split.note}; {note}" if split.note else note
-        found.append(Split(f"{split.name}_{which}", data, False, note, split.suffix + end))
-    return found
+    which, places = ("second", order[middle:]) if second else ("first", order[:middle])
+    note = f"the {which} half of {split.name}, drawn with seed 0"
+    return replace(
+        split,
+        name=f"{split.name}_{which}",
+        data=split.data.select(sorted(places), keep_in_memory=True),
+        official=False,
+        note=f"{split.note}; {note}" if split.note else note,
+    )
 
 
 def _checked(rows: Rows, text: tuple[str, ...], labels: tuple[str, ...], labelled: bool) -> "pa.Table":

@@ -89,11 +89,26 @@ def check(name: str | None, task: Task, method: Method, label_smoothing: float =
     """
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
         raise InputError(f"label_smoothing: the loss of {task.name} is no cross-entropy; leave it at 0")
-    with quiet(), _input_errors(name or EMBEDDED), warnings.catch_warnings(), torch.device("meta"):
+    if task.family == "segmentation" and name is not None and name not in SEGMENTERS:
+        return  # a folder: small, and read when the run begins
+    peak(name, task, method)
+
+
+def peak(name: str | None, task: Task, method: Method) -> int:
+    """`Method.peak` on the model `name` for `task`, without the head.
+
+    No weights are read, but those of a folder with a network for segmentation, which are few. InputError where the
+    method cannot be attached.
+    """
+    saved = task.family == "segmentation" and name is not None and name not in SEGMENTERS
+    with (
+        quiet(),
+        _input_errors(name or EMBEDDED),
+        warnings.catch_warnings(),
+        torch.device("cpu" if saved else "meta"),
+    ):
         warnings.simplefilter("ignore")  # of PEFT, about merging, which nobody does here
         if task.family == "segmentation":
-            if name is not None and name not in SEGMENTERS:
-                return  # a folder: small, and read when the run begins
             model: Any = _segmenter(name, task)
             head = ["classifier"]
         else:
@@ -103,7 +118,8 @@ def check(name: str | None, task: Task, method: Method, label_smoothing: float =
                 setattr(config, key, value)
             model = _kind(task, config).from_config(config)
             head = head_modules(model, set()) if task.family == "classification" else []
-        method.attach(model, head=head)
+        aside = sum(p.numel() for part in head for p in model.get_submodule(part).parameters())
+        return method.peak(method.attach(model, head=head)) - aside
 
 
 def label(name: str | None, task: Task | None = None) -> str:

@@ -244,8 +244,11 @@ def _prepare(config: RunConfig, before: "Before | None", made_with: str | None, 
         raise InputError(
             "the data is not what it was when this run was made; begin a new one: rankwise train CONFIG.yaml"
         )
-    train = subset(whole[0], config.train_rows)
-    splits = [subset(split, config.eval_rows) for split in whole[1:]]
+    train, splits = subset(whole[0], config.train_rows), whole[1:]
+    if config.tuning is not None:
+        train, held = task.tuning(train, config.tuning)
+        splits = [held]
+    splits = [subset(split, config.eval_rows) for split in splits]
     set_seed(config.seed)  # before the model, whose head and adapters are drawn at random
     base, processor, head = models.build(config.model, task, config.max_length, train)
     if before is not None and not before.same:
@@ -273,11 +276,12 @@ def _prepare(config: RunConfig, before: "Before | None", made_with: str | None, 
 
 def _plan(config: RunConfig, rows: int) -> Plan:
     per_epoch = math.ceil(rows / config.batch_size)
+    steps = config.max_steps or math.ceil(config.epochs * per_epoch)
     return Plan(
         rows=rows,
         batch_size=config.batch_size,
-        steps=config.max_steps or math.ceil(config.epochs * per_epoch),
-        eval_every=config.eval_every or per_epoch,
+        steps=steps,
+        eval_every=per_epoch if config.eval_every is None else config.eval_every or steps,
         checkpoint_every=config.checkpoint_every or per_epoch,
     )
 
@@ -418,7 +422,7 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[s
         "seed": parts.config.seed,
         "learning_rate": parts.config.learning_rate,
         "score": parts.task.main,
-        "benchmark": _benchmark(parts.task, scores),
+        "benchmark": _benchmark(parts.task, scores) if parts.config.tuning is None else {},
         "metrics": {key: value for key, value in scores.items() if not key.startswith("loss")},
         "splits": {
             "train": _split(parts.train),

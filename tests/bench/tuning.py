@@ -1,0 +1,23 @@
+"""A tuned experiment, stored as JSON, in a process of its own, with workers that stand in for the training."""
+
+import json
+import sys
+from pathlib import Path
+
+from rankwise.bench.runners.local import Local
+from rankwise.bench.tune import tune_and_carry_out
+from rankwise.config import Experiment
+from rankwise.runs.store import Store
+from runs_made_up import REVISION
+
+if __name__ == "__main__":
+    experiment = Experiment.model_validate_json(sys.argv[1])
+    store = Store(experiment.runs)
+    worker = Path(__file__).with_name("worker.py")
+    outcome, folders = tune_and_carry_out(
+        store,
+        list(experiment.contests()),
+        lambda config: store.create(config, REVISION),
+        Local(jobs=int(sys.argv[2]), command=[sys.executable, str(worker)]),
+    )
+    print(json.dumps([[folder.name for folder in part] for part in (outcome.done, outcome.failed, folders)]))

@@ -1,0 +1,102 @@
+"""The size that a budget allows: the largest that fits, for every method that has one."""
+
+import pytest
+
+from rankwise import methods, tasks
+from rankwise.config import InputError, RunConfig, Schema, load
+from rankwise.methods import build, registry
+from rankwise.ranks import sites
+from rankwise.train.model import build as build_model
+from rankwise.train.model import peak
+from rankwise.train.params import fit
+
+SIZED = sorted(name for name, kind in registry().items() if kind.sizes)
+TARGETS = {"targets": ["query", "value"]}
+TASK = tasks.build("stdlib-kind")
+
+
+def fitted(name: str, budget: int, **options: object) -> RunConfig:
+    schema = Schema(methods.registry(), tasks.registry())
+    method = {"name": name, **options}
+    config = load({"task": "stdlib-kind", "model": "random-bert", "method": method, "budget": budget}, [], schema)
+    assert isinstance(config, RunConfig)
+    return fit(config)
+
+
+def options_of(name: str) -> dict[str, object]:
+    return {
+        **(TARGETS if hasattr(registry()[name], "targets") else {}),
+        **({"keep": 3} if "keep" in vars(registry()[name]()) else {}),
+    }
+
+
+@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize("budget", [20_001, 33_333])
+def test_the_size_chosen_fits_and_one_more_would_not(name: str, budget: int) -> None:
+    config = fitted(name, budget, **options_of(name))
+    method = build(config.method)
+    size = getattr(method, method.sizes[0])
+    counted = size - (name == "adalora")  # whose smallest start is two units
+    assert method == method.sized(counted)
+    assert peak("random-bert", TASK, method) <= budget < peak("random-bert", TASK, method.sized(counted + 1))
+    assert config.budget == budget and set(method.sizes) <= config.method.keys()
+    assert fit(config) == config  # as a run reads it from its run.yaml
+
+
+@pytest.mark.parametrize("name", SIZED)
+def test_a_real_model_trains_what_was_counted(name: str) -> None:
+    config = fitted(name, 20_001, **options_of(name))
+    method = build(config.method)
+    base, _, head = build_model("random-bert", TASK, 32)
+    aside = sum(p.numel() for part in head for p in base.get_submodule(part).parameters())
+    model = method.attach(base, head=head)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) - aside
+    if name == "random-lora":  # whose draw may be a cheaper one
+        assert trained <= 20_001
+    else:
+        assert trained == peak("random-bert", TASK, method)
+
+
+def test_gates_and_weights_of_the_search_count() -> None:
+    method = build({"name": "sora", "rank": 4, **TARGETS})
+    plain = build({"name": "lora", "rank": 4, **TARGETS})
+    base, _, head = build_model("random-bert", TASK, 32)
+    count = len(sites(plain.attach(base, head=head)))
+    costs = {
+        name: peak("random-bert", TASK, build({"name": name, "rank": 4, **TARGETS}))
+        for name in ("lora", "simplex-lora")
+    }
+    assert peak("random-bert", TASK, method) - costs["lora"] == 4 * count
+    assert costs["simplex-lora"] - costs["lora"] == count
+
+
+def test_random_sites_are_counted_at_their_most_expensive() -> None:
+    options = {"name": "random-lora", "rank": 2, "keep": 1, "targets": ["query", "intermediate.dense"]}
+    assert peak("random-bert", TASK, build(options)) == 2 * (128 + 512)
+
+
+@pytest.mark.parametrize("name", sorted(set(registry()) - set(SIZED)))
+def test_a_method_without_a_size_is_outside_of_the_budget(name: str) -> None:
+    assert fitted(name, 1).budget is None
+
+
+def test_a_budget_that_nothing_fits_names_the_smallest_count() -> None:
+    least = peak("random-bert", TASK, build({"name": "lora", "rank": 1, **TARGETS}))
+    with pytest.raises(InputError, match=f"budget = {least - 1}: lora trains {least:,} parameters at the least"):
+        fitted("lora", least - 1, **TARGETS)
+    assert fitted("lora", least, **TARGETS).method["rank"] == 1
+
+
+def test_a_budget_larger_than_all_that_a_site_holds_ends_at_that() -> None:
+    assert fitted("lora", 10**8, **TARGETS).method["rank"] == 128
+
+
+def test_a_size_that_is_given_stays_if_it_fits() -> None:
+    assert fitted("lora", 20_001, rank=2, **TARGETS).method["rank"] == 2
+    with pytest.raises(InputError, match="lora with rank 64 trains .* parameters; raise the budget, or leave rank out"):
+        fitted("lora", 20_001, rank=64, **TARGETS)
+
+
+def test_a_method_that_does_not_fit_the_model_is_named_as_ever() -> None:
+    with pytest.raises(InputError, match="target 'no_such' matches no"):
+        fitted("lora", 20_001, targets=["no_such"])
