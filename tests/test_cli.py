@@ -72,7 +72,7 @@ def test_help_loads_nothing_heavy() -> None:
         "finally: print(*sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    commands = "train compare status retry report validate schema params methods tasks archs env"
+    commands = "train compare status retry report validate schema params methods tasks papers archs env"
     for command in commands.split():
         assert f"  {command} " in done.stdout
     loaded = set(done.stderr.split())

@@ -493,3 +493,81 @@ def test_a_budget_leaves_the_size_open_unless_it_is_given() -> None:
 def test_a_word_is_read_as_it_was_written(word: str) -> None:
     """Twelve hex digits may look like a number, and then a run would not know its own id."""
     assert parse_yaml(as_yaml({"id": word, "rate": 1e-05})) == {"id": word, "rate": 1e-05}
+
+
+# --- smoke, own settings, published -----------------------------------------------------------------------------------
+
+SMALL = {
+    "task": "cola",
+    "epochs": 9,
+    "vary": {"seed": [0, 1, 2], "method": [{"name": "lora", "learning_rate": [1e-3, 3e-3]}, "head"]},
+    "smoke": {"seed": 1, "learning_rate": 2e-3, "epochs": 1, "model": "random-bert"},
+}
+
+
+def runs(content: dict[str, Any], *settings: str) -> list[RunConfig]:
+    experiment = load(content, list(settings), SCHEMA)
+    assert isinstance(experiment, Experiment)
+    return list(experiment.configs())
+
+
+def test_what_smoke_sets_is_taken_at_that_scale_alone() -> None:
+    smoke = runs(SMALL, "scale=smoke")
+    assert {(c.seed, c.learning_rate, c.epochs, c.model) for c in smoke} == {(1, 2e-3, 1.0, "random-bert")}
+    assert len(smoke) == 2 and smoke == runs({**SMALL, "scale": "smoke"})
+    full = runs(SMALL)
+    assert full == runs({key: value for key, value in SMALL.items() if key != "smoke"})
+    assert runs({**SMALL, "scale": "smoke"}, "scale=full")[0].max_steps is None
+
+
+def test_the_command_line_wins_over_smoke() -> None:
+    assert {c.seed for c in runs(SMALL, "scale=smoke", "seed=[4,5]")} == {4, 5}
+    one_run = load({"task": "cola", "smoke": {"epochs": 1, "seed": 7}, "scale": "smoke"}, ["seed=8"], SCHEMA)
+    assert isinstance(one_run, RunConfig) and (one_run.epochs, one_run.seed) == (1, 8)
+
+
+def test_a_method_and_a_task_may_bring_settings_of_their_own() -> None:
+    content = {
+        "warmup": 10,
+        "epochs": 2,
+        "vary": {
+            "seed": [0],
+            "task": [{"name": "cola", "epochs": 5}, "mrpc"],
+            "method": [{"name": "lora", "warmup": 30}, {"name": "head"}],
+        },
+    }
+    found = {(c.task["name"], c.method["name"]): (c.epochs, c.warmup) for c in runs(content)}
+    assert found == {
+        ("cola", "lora"): (5, 30),
+        ("cola", "head"): (5, 10),
+        ("mrpc", "lora"): (2, 30),
+        ("mrpc", "head"): (2, 10),
+    }
+    # as with rates, what is given on the command line reaches all
+    assert {(c.epochs, c.warmup) for c in runs(content, "epochs=1", "warmup=0")} == {(1, 0)}
+
+
+def test_published_keeps_what_changes_the_protocol_and_is_seen_nowhere_else() -> None:
+    content = {**SMALL, "published": {"tables": ["lora/gpt3"], "differs": "all"}}
+    experiment = load(content, ["scale=smoke", "seed=0", "runs=x", "epochs=3"], SCHEMA)
+    assert isinstance(experiment, Experiment) and experiment.published is not None
+    assert (experiment.published.tables, experiment.published.differs) == (["lora/gpt3"], "all")
+    assert experiment.published.changed == ["epochs=3"]
+    assert {"smoke", "published"} <= json_schema(SCHEMA)["properties"].keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"smoke": 3}, "smoke = 3: expected settings"),
+        ({"smoke": {"epoch": 1}, "scale": "smoke"}, 'epoch: there is no such key (did you mean "epochs"?)'),
+        ({"published": {"table": ["x"]}}, "published = {'changed': [], 'table': ['x']}: expected `tables: [NAME, …]`"),
+        ({"published": {"tables": []}}, "published = {"),
+        ({"published": "lora/gpt3"}, "published = 'lora/gpt3': expected `tables: [NAME, …]`"),
+        ({"smok": {}}, 'smok: there is no such key (did you mean "smoke"?)'),
+    ],
+)
+def test_a_wrong_smoke_or_published_is_named(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load({**SMALL, **content}, [], SCHEMA)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)

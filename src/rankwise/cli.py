@@ -77,7 +77,7 @@ def train(
             return
     else:
         config = _fit(_run_config(source, settings))
-        _check_models([config])
+        _check_models([config], dry_run)
         store = Store(config.runs)
         revision = _revisions([config])[_key(config)]
         if dry_run:
@@ -117,7 +117,7 @@ def compare(
     experiment = _experiment(source, settings or [])
     store = Store(experiment.runs)
     configs = expand(experiment, _fit)
-    _check_models(configs)
+    _check_models(configs, dry_run)
     revisions = _revisions(configs)
     if experiment.tune is not None:
         _compare_tuned(store, experiment, revisions, sweep, as_json, dry_run)
@@ -210,7 +210,7 @@ def report(
         print(form(best(summarise(results))))
     elif as_json or not html:
         summary = _summary(store)
-        print(_json(summary.as_json()) if as_json else summary.text())
+        print(_json({**summary.as_json(), **_published(store, summary)}) if as_json else _text(store, summary))
 
 
 @app.command()
@@ -229,7 +229,9 @@ def validate(
     config = load(source, settings or [], _schema())
     if isinstance(config, RunConfig):
         config = _fit(config)
-    _check_models([config] if isinstance(config, RunConfig) else expand(config, _fit))
+    else:
+        _check_tables(config)
+    _check_models([config] if isinstance(config, RunConfig) else expand(config, _fit), shipped=True)
     content = config.model_dump(mode="json")
     if as_json:
         _print_json(content)
@@ -292,6 +294,26 @@ def tasks(as_json: Json = False, debug: Debug = False) -> None:
         _print_json(found)
         return
     print(plain(["task", "metrics", "about"], [[n, ", ".join(t["metrics"]), t["summary"]] for n, t in found.items()]))
+
+
+@app.command()
+def papers(as_json: Json = False, debug: Debug = False) -> None:
+    """List the papers' tables and figures, and the experiment that is for each."""
+    from dataclasses import asdict
+
+    from rankwise.published import papers
+    from rankwise.runs.tables import plain
+
+    if as_json:
+        _print_json([asdict(paper) for paper in papers()])
+        return
+    parts = []
+    for paper in papers():
+        rows = [
+            [table.id, f"{table.kind} {table.number}", str(table.numbers), table.experiment] for table in paper.tables
+        ]
+        parts.append(f"{paper.source}\n\n{plain(['name', 'there', 'numbers', 'experiments/'], rows)}")
+    print("\n\n".join(parts))
 
 
 @app.command()
@@ -448,7 +470,16 @@ def _experiment(source: Path, settings: Sequence[str]) -> Experiment:
     config = load(source, settings, _schema())
     if isinstance(config, RunConfig):
         raise InputError(f"{source}: has no `vary:`, so it is one run: rankwise train {source}")
+    _check_tables(config)
     return config
+
+
+def _check_tables(experiment: Experiment) -> None:
+    """Refuse the name of a table that no paper has, before hours of training."""
+    from rankwise.published import find
+
+    for table in experiment.published.tables if experiment.published else ():
+        find(table)
 
 
 def _options(key: str) -> dict[str, dict[str, Any]]:
@@ -464,8 +495,11 @@ def _options(key: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _check_models(configs: Sequence[RunConfig]) -> None:
-    """Refuse what does not fit its model, a rank, a target or a prefix, before anything is written."""
+def _check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
+    """Refuse what does not fit its model, a rank, a target or a prefix, before anything is written.
+
+    `shipped` does not ask the hub for what `rankwise archs` lists: nothing is to be trained.
+    """
     import rankwise.methods
     import rankwise.tasks
     from rankwise.train.model import check
@@ -476,7 +510,7 @@ def _check_models(configs: Sequence[RunConfig]) -> None:
     }
     with contextlib.redirect_stdout(sys.stderr):
         for model, task, method, label_smoothing in map(json.loads, sorted(wanted)):
-            check(model, rankwise.tasks.build(task), rankwise.methods.build(method), label_smoothing)
+            check(model, rankwise.tasks.build(task), rankwise.methods.build(method), label_smoothing, shipped)
 
 
 def _fit(config: RunConfig) -> RunConfig:
@@ -552,7 +586,7 @@ def _conclude(store: Store, outcome: Outcome, shown: Sequence[Path], as_json: bo
     """Print what the runs in `shown` say, write the page, and leave with the exit code."""
     summary = _summary(store, shown)
     if not as_json:
-        print(summary.text())
+        print(_text(store, summary))
     page = _page(store, summary)
     if as_json:
         _print_json(
@@ -560,6 +594,7 @@ def _conclude(store: Store, outcome: Outcome, shown: Sequence[Path], as_json: bo
                 "runs": str(store.folder),
                 **{state: [path.name for path in getattr(outcome, state)] for state in ("done", "failed", "stopped")},
                 **summary.as_json(),
+                **_published(store, summary),
                 "report": str(page) if page else None,
             }
         )
@@ -599,6 +634,23 @@ def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
     from rankwise.runs.summary import Summary
 
     return Summary.of(store.results(folders), METRICS)
+
+
+def _published(store: Store, summary: Any) -> dict[str, Any]:
+    """`published`: what stands beside the papers' tables, where the experiment names some."""
+    from dataclasses import asdict
+
+    from rankwise.runs.beside import beside
+
+    cells = beside(summary, store.experiment())
+    return {"published": [asdict(cell) for cell in cells]} if cells else {}
+
+
+def _text(store: Store, summary: Any) -> str:
+    from rankwise.report import published
+    from rankwise.runs.beside import beside
+
+    return "\n\n".join(filter(None, [summary.text(), published.text(beside(summary, store.experiment()))]))
 
 
 def _print_settings(config: RunConfig, folder: Path, as_json: bool) -> None:

@@ -59,11 +59,17 @@ class Schema:
 
 LARGEST = 2**31 - 1  # of a whole number; no option counts more than that
 
+# What an experiment has beside the settings of its runs.
+SECTIONS = ("vary", "chain", "tune", "report", "smoke", "published")
+
 # What is named and may have options below its name, each with an example.
 NAMED = {"method": "lora", "task": "mrpc"}
 
 # What `scale: smoke` allows at most: enough to go through every stage of a run, too little to learn anything.
 SMOKE = {"train_rows": 64, "eval_rows": 64, "max_steps": 4}
+
+# Settings of a run that an entry of these axes may bring along for itself.
+OWN = {"method": ("learning_rate", "warmup"), "task": ("epochs",)}
 
 
 class RunConfig(BaseModel):
@@ -76,8 +82,9 @@ class RunConfig(BaseModel):
     )
     model: str | None = Field(
         default=None,
-        description="folder or hub name of the base model, or random-gpt2, random-t5, random-llama or random-bert "
-        "(small, untrained); the embedded MiniLM when absent, the U-Net where masks are wanted",
+        description="folder or hub name of the base model, or random-gpt2, random-t5, random-llama, "
+        "random-bert or random-deberta (small, untrained); the embedded MiniLM when absent, the U-Net where masks are "
+        "wanted",
     )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lora"}, description="name of the method and its options"
@@ -245,6 +252,22 @@ class Contest:
         return [_run_config({**own, "seed": seed}) for seed in self.seeds]
 
 
+class Published(BaseModel):
+    """What of the papers an experiment is to stand beside.
+
+    Attributes:
+        tables: of `rankwise papers`, as `lora/e2e_gpt2_medium`.
+        differs: what in the file is known not to be as in the paper, in words.
+        changed: settings from the command line; `load` fills it in.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    tables: list[str] = Field(min_length=1, description="tables and figures of `rankwise papers`")
+    differs: str = Field(default="", description="what is known not to be as in the paper")
+    changed: list[str] = Field(default_factory=list, description="settings from the command line; written by rankwise")
+
+
 class Experiment(BaseModel):
     """Many runs: what they share (`base`, fields of RunConfig) and what differs between them (`vary`).
 
@@ -261,6 +284,7 @@ class Experiment(BaseModel):
     chain: list[dict[str, Any]] = Field(default_factory=list)
     tune: Tune | None = None
     report: dict[str, str] = Field(default_factory=dict)
+    published: Published | None = None
     runs: str
 
     def configs(self, fit: Callable[[RunConfig], RunConfig] = lambda config: config) -> Iterator[RunConfig]:
@@ -268,8 +292,8 @@ class Experiment(BaseModel):
 
         A method of the axis `method` that brings its own `learning_rate: [..]` is run at those rates and no others.
         With `tune` these are the runs that are reported, at the lowest rate in place of the one yet to be chosen.
-        `fit` completes a run whose size its budget has to choose. Raises InputError for a combination that is no valid
-        run.
+        What else of OWN an entry brings takes the place of the shared setting. `fit` completes a run whose size its
+        budget has to choose. Raises InputError for a combination that is no valid run.
         """
         if self.tune is not None:
             for contest in self.contests():
@@ -315,6 +339,10 @@ class Experiment(BaseModel):
             method = named("method", data.get("method", {"name": "lora"}))
             rates = method.pop("learning_rate", None)
             data["method"] = method
+            for key in ("method", "task"):
+                if data.get(key) is not None:
+                    data[key] = part = named(key, data[key])
+                    data |= {own: part.pop(own) for own in OWN[key] if own in part}
             yield data, rates
 
 
@@ -326,6 +354,7 @@ def load(
     A file with `vary:` is an Experiment, any other a RunConfig. Method options come back complete, defaults filled in.
     In an experiment an override of a varied key replaces that axis (`seed=0`, `seed=[0,1]`), `method=NAME` keeps the
     varied methods of that name, and `method.OPTION=value` reaches every varied method that has the option.
+    At `scale: smoke` what stands in the file's `smoke:` comes first, as if given in the same way.
     Raises InputError for everything that is wrong with the file or the values.
     """
     name, where = "experiment", ""
@@ -338,6 +367,9 @@ def load(
         data = read_yaml(Path(source))
     settings = [_override(text) for text in overrides]
     try:
+        if isinstance(published := data.get("published"), dict):
+            data["published"] = {"changed": _changed(settings), **published}
+        settings = [*_smoke(data, settings), *settings]
         if "vary" in data or any(key.startswith("vary.") for key, _ in settings):
             return _experiment(data, settings, schema, name)
         for key, value in settings:
@@ -345,6 +377,15 @@ def load(
         return _complete(_run_config(data), schema)
     except InputError as error:
         raise InputError(f"{where}{error}") from None
+
+
+def _smoke(data: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """What `smoke:`, which is taken out of `data`, sets at the scale that is asked for."""
+    given = data.pop("smoke", None)
+    if given is not None and not isinstance(given, dict):
+        raise InputError(f"smoke = {given!r}: expected settings, as in `smoke: {{model: random-gpt2}}`")
+    scale = dict(settings).get("scale", data.get("scale"))
+    return [(str(key), value) for key, value in (given or {}).items()] if scale == "smoke" else []
 
 
 def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[dict[str, Any], list[str]]:
@@ -388,6 +429,11 @@ def json_schema(schema: Schema) -> dict[str, Any]:
         "properties": {"title": {"type": "string"}, "text": {"type": "string"}},
         "additionalProperties": False,
     }
+    properties["smoke"] = {
+        "type": "object",
+        "description": "settings that `scale: smoke` takes before those of the command line: dotted key -> value",
+    }
+    properties["published"] = Published.model_json_schema()
     result["anyOf"] = [{"required": ["task"]}, {"required": ["vary"]}]
     result.pop("required", None)
     result["title"] = "rankwise configuration"
@@ -516,7 +562,7 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _run_config(data: Mapping[str, Any]) -> RunConfig:
-    known = [*RunConfig.model_fields, "vary", "chain", "tune", "report"]
+    known = [*RunConfig.model_fields, *SECTIONS]
     for key in data:
         if key not in RunConfig.model_fields:
             raise InputError(f"{key}: there is no such key{nearest(key, known)}")
@@ -619,6 +665,7 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
         if not key.startswith(("vary.", "tune.", "report.")):
             _override_experiment(data, vary, key, value, schema)
     report = data.pop("report", None) or {}
+    published = _published(data.pop("published", None))
     chain = _chain(data.pop("chain", None), keys)
     for key, _ in settings:
         if any(key in stage or key.partition(".")[0] in stage for stage in chain):
@@ -627,12 +674,14 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
     runs = data.pop("runs", None) or f"runs/{name}"
     for key in data:
         if key not in RunConfig.model_fields:
-            raise InputError(f"{key}: there is no such key{nearest(key, [*keys, 'vary', 'chain', 'tune', 'report'])}")
+            raise InputError(f"{key}: there is no such key{nearest(key, [*keys, *SECTIONS])}")
     for key in report if isinstance(report, dict) else ():
         if key not in ("title", "text"):
             raise InputError(f"report.{key}: there is no such key{nearest(key, ('title', 'text'))}")
     try:
-        experiment = Experiment(name=name, base=data, vary=vary, chain=chain, tune=tune, report=report, runs=runs)
+        experiment = Experiment(
+            name=name, base=data, vary=vary, chain=chain, tune=tune, report=report, published=published, runs=runs
+        )
     except ValidationError as error:
         raise InputError(_explain(error)) from None
     # Each combination is checked here, so that a sweep cannot stumble over its last run hours later.
@@ -683,6 +732,21 @@ def _tune(given: Any, others: Mapping[str, Any], chain: Sequence[Any]) -> Tune |
     return tune
 
 
+def _changed(settings: Sequence[tuple[str, Any]]) -> list[str]:
+    """Of what was set on the command line what may be against a paper's protocol and no table shows."""
+    aside = ("runs", "seed", "scale", "model", "report")
+    return [f"{key}={json.dumps(value)}" for key, value in settings if key.partition(".")[0] not in aside]
+
+
+def _published(given: Any) -> Published | None:
+    """The section `published:`, checked; None where it is absent."""
+    try:
+        return None if given is None else Published.model_validate(given)
+    except ValidationError:
+        example = "`tables: [NAME, …]`, of `rankwise papers`, and perhaps `differs: WORDS`"
+        raise InputError(f"published = {given!r}: expected {example}") from None
+
+
 def _chain(stages: Any, keys: Sequence[str]) -> list[dict[str, Any]]:
     """The stages of `chain:`, checked; none where it is absent."""
     if stages is None:
@@ -705,10 +769,10 @@ def _check_link(before: RunConfig, config: RunConfig, schema: Schema) -> None:
 def _filled(
     key: str, entry: dict[str, Any], known: Mapping[str, type], vary: Mapping[str, Any], fitted: bool
 ) -> dict[str, Any]:
-    """A method or task with its defaults written out; a method's own learning rates are kept."""
-    rates = {option: entry[option] for option in ("learning_rate",) if key == "method" and option in entry}
-    given = {option: each for option, each in entry.items() if option not in rates and f"{key}.{option}" not in vary}
-    return {**_checked(key, known, given, fitted), **rates}
+    """A method or task with its defaults written out; the settings of the run that it brings along are kept."""
+    own = {option: entry[option] for option in OWN[key] if option in entry}
+    given = {option: each for option, each in entry.items() if option not in own and f"{key}.{option}" not in vary}
+    return {**_checked(key, known, given, fitted), **own}
 
 
 def _override_experiment(
@@ -732,9 +796,9 @@ def _override_experiment(
             entry[option] = value
     else:
         _put(data, key, value)
-    if key == "learning_rate":
-        for entry in entries:
-            entry.pop("learning_rate", None)
+    for part, own in OWN.items():
+        for entry in vary.get(part, []) if key in own else []:
+            entry.pop(key, None)
 
 
 def _has(known: Mapping[str, type], entry: Mapping[str, Any], option: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from rankwise.config import RunConfig
 from rankwise.report import html
@@ -58,9 +59,10 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_lines(result.parent / "ranks.jsonl", ranks)
     failed = Store(folder).create(RunConfig(task={"name": "x" + HOSTILE.replace("/", "")[:80]}, seed=9), "x")
     (failed / "error.txt").write_text(HOSTILE, encoding="utf-8")
-    row = dict.fromkeys(("paper_row", "task", "metric", "ours", "seeds", "budget"), HOSTILE)
-    row |= dict.fromkeys(("published", "published_parameters", "note"), HOSTILE)
-    return html.write(folder, beside=[row])
+    about = Store(folder).experiment()
+    tables = {"tables": ["sora/glue"], "differs": HOSTILE, "changed": [HOSTILE]}
+    (folder / "experiment.yaml").write_text(yaml.safe_dump({**about, "published": tables}), encoding="utf-8")
+    return html.write(folder)
 
 
 class Watched:

@@ -11,11 +11,14 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 
 from rankwise.config import InputError, RunConfig
 from rankwise.report import figures, html
 from rankwise.runs.store import Store
 from reported_runs import finish, write_lines
+from runs_made_up import config
+from runs_made_up import finish as made_up
 
 VOID = {"meta", "img", "br"}
 
@@ -233,10 +236,14 @@ def test_a_classifier_names_the_rows_it_got_wrong(tmp_path: Path, make: Callable
 
 
 def test_ours_stands_beside_the_paper(runs: Path, tmp_path: Path) -> None:
-    row = {"paper_row": "LoRA, <r> = 8", "task": "mrpc", "metric": "accuracy", "ours": 0.8897, "seeds": 3}
-    row |= {"budget": 442_368, "published": None, "published_parameters": 300_000, "note": "shifted cells"}
-    found = Page(html.write(runs, tmp_path / "out.html", [row]).read_text(encoding="utf-8"))
-    assert "LoRA, <r> = 8 mrpc accuracy 0.8897 3 442,368 300,000 shifted cells" in found.text
+    method = {"name": "lora", "rank": 4, "alpha": 32.0, "targets": ["c_attn.q", "c_attn.v"]}
+    metrics, of_run = {"bleu": 69.0}, config(task="e2e", method=method)
+    made_up(Store(tmp_path), of_run, 0.0, score="bleu", metrics=metrics, model="openai-community/gpt2-medium")
+    tables = {"published": {"tables": ["lora/e2e_gpt2_medium"], "differs": "a <small> run"}}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(tables))
+    found = page(tmp_path)
+    assert "GPT-2 M LoRA BLEU lora rank=4 69.00 1 4,000 3,992 70.4 ± .1 0.35M" in found.text
+    assert "ours: a <small> run" in found.text
     assert "published" in found.anchors and "published" not in page(runs).anchors
 
 

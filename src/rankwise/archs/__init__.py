@@ -48,6 +48,11 @@ def archs() -> dict[str, Arch]:
     return found
 
 
+def behind(model: str) -> Arch | None:
+    """The configuration of what the hub calls `model`, where it is one of these."""
+    return next((arch for arch in archs().values() if arch.source == model), None)
+
+
 def find(name: str) -> Arch:
     """The configuration called `name`.
 

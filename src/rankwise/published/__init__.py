@@ -1,11 +1,118 @@
-"""What papers print, as they print it. Nothing here is computed, and nothing that is computed is tuned to it."""
+"""What papers print, as they print it. Nothing here is computed, and nothing that is computed is tuned to it.
 
+One YAML file per paper: its `source`, its `tables` and `figures` by name, and `claims` in its text. A number stays the
+text that is printed; where it is doubtful or stands below the wrong heading, a `reading` says how it is read, and why.
+"""
+
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal
 
-from rankwise.config import parse_yaml
+from rankwise.config import InputError, nearest, parse_yaml
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of numbers.
+
+    Attributes:
+        name: its heading.
+        unit: what is printed: percent (0 to 100), a fraction (0 to 1), or a number with a scale of its own.
+        task, metric: what of ours can stand beside it, the metric without the suffix of a split; "" for nothing.
+        average: the benchmark whose average it is, instead of a task's metric.
+        times: what our metric is multiplied by to be in this unit.
+        options: options of the method that hold for this column alone.
+        note: how it is to be read.
+    """
+
+    name: str
+    unit: Literal["percent", "fraction", "number"]
+    task: str = ""
+    metric: str = ""
+    average: str = ""
+    times: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def factor(self) -> float:
+        """`times`, which is 100 for percent unless the column says otherwise."""
+        return self.times if self.times is not None else 100.0 if self.unit == "percent" else 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        name: what the row is called there.
+        cells: what is printed below each column; None for nothing.
+        parameters: the label of its trainable parameters, as printed; "" for none.
+        method: the name of the method with the options that make it this row.
+        nearest: the same where the paper does not say enough; our choice of what to put beside it.
+        learning_rate: where the row is of one.
+        note: on the label of the parameters.
+        reading: what has to be known of the cells, and why they are read so.
+    """
+
+    name: str
+    cells: tuple[str | None, ...] = ()
+    parameters: str = ""
+    method: dict[str, Any] | None = None
+    nearest: dict[str, Any] | None = None
+    learning_rate: float | None = None
+    note: str = ""
+    reading: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, or a figure: no rows, for what a figure shows is not printed as numbers.
+
+    Attributes:
+        id: `paper/name`, such as `lora/e2e_gpt2_medium`.
+        source: paper or slides.
+        number: its number there, or its heading.
+        about: what it shows.
+        experiment: the file in `experiments/` that is for it.
+        arch: the model, one of `rankwise archs`; "" for one that is none of them.
+        reading: what has to be known of all cells, and why they are read so.
+        as_printed: `headings` and `rows` as they stand there, where that is not how they are read.
+    """
+
+    id: str
+    source: str
+    number: str
+    about: str
+    experiment: str
+    arch: str = ""
+    columns: tuple[Column, ...] = ()
+    rows: tuple[Row, ...] = ()
+    reading: str = ""
+    as_printed: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """`table` or `figure`."""
+        return "table" if self.rows else "figure"
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers are printed in it, labels of parameters among them."""
+        return sum(bool(row.parameters) + sum(cell is not None for cell in row.cells) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """One file: the tables, then the figures, and what the text claims."""
+
+    name: str
+    source: str
+    tables: tuple[Table, ...]
+    claims: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -31,13 +138,42 @@ class Label:
         return f"{self.label}: {self.source}, table {self.table}, {self.row}{note}"
 
 
+@cache
+def papers() -> tuple[Paper, ...]:
+    """All papers by the names of their files."""
+    found = sorted(files(__name__).iterdir(), key=lambda file: file.name)
+    return tuple(
+        _paper(file.name.removesuffix(".yaml"), parse_yaml(file.read_text(encoding="utf-8")))
+        for file in found
+        if file.name.endswith(".yaml")
+    )
+
+
+def find(name: str) -> Table:
+    """The table or figure `paper/name`. Raises InputError where there is none."""
+    known = {table.id: table for paper in papers() for table in paper.tables}
+    if name not in known:
+        raise InputError(f"{name}: no such table{nearest(name, known)}; `rankwise papers` lists them")
+    return known[name]
+
+
+def number(printed: str) -> float:
+    """The value of a printed cell, without its ±: `70.4 ± .1` is 70.4. ValueError for what is no number."""
+    found = re.fullmatch(r"(-?[\d.]+(?:e-?\d+)?)(?: ± [\d.]+)?", printed)
+    if found is None:
+        raise ValueError(f"{printed!r} is no printed number")
+    return float(found[1])
+
+
 def counts() -> list[tuple[str, str, dict[str, Any], Label]]:
     """All published counts: arch, method, the options that decide the count, and the label."""
     found = []
-    for paper in parse_yaml(files(__name__).joinpath("counts.yaml").read_text(encoding="utf-8")):
-        for row in paper["rows"]:
-            label = Label(row["label"], paper["source"], str(row["table"]), row["row"], row.get("note", ""))
-            found.append((row["arch"], row["method"], row["options"], label))
+    for table in (table for paper in papers() for table in paper.tables):
+        for row in table.rows:
+            if row.method and row.parameters:
+                options = {key: value for key, value in row.method.items() if key != "name"}
+                label = Label(row.parameters, table.source, table.number, row.name, row.note)
+                found.append((table.arch, row.method["name"], options, label))
     return found
 
 
@@ -50,11 +186,29 @@ def labels(arch: str, method: str, options: Mapping[str, Any]) -> list[Label]:
     return [
         label
         for of, by, deciding, label in counts()
-        if (of, by) == (arch, method) and all(_same(options.get(key), value) for key, value in deciding.items())
+        if (of, by) == (arch, method) and all(same(options.get(key), value) for key, value in deciding.items())
     ]
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of an option are alike; lists are, whatever their order."""
     if isinstance(one, list) and isinstance(other, list):
         return set(one) == set(other)
     return one == other
+
+
+def _paper(name: str, content: dict[str, Any]) -> Paper:
+    entries = {**content.get("tables", {}), **content.get("figures", {})}
+    tables = tuple(
+        Table(
+            **{
+                "id": f"{name}/{key}",
+                "source": content["source"],
+                **entry,
+                "columns": tuple(Column(**column) for column in entry.get("columns", ())),
+                "rows": tuple(Row(**{**row, "cells": tuple(row.get("cells", ()))}) for row in entry.get("rows", ())),
+            }
+        )
+        for key, entry in entries.items()
+    )
+    return Paper(name, content["source"], tables, content.get("claims", {}))

@@ -15,8 +15,9 @@ from typing import Any
 
 import rankwise
 from rankwise.config import InputError, need
-from rankwise.report import examples, figures, text
+from rankwise.report import examples, figures, published, text
 from rankwise.report.pages import Page, anchor, pages
+from rankwise.runs.beside import beside
 from rankwise.runs.files import write_whole
 from rankwise.runs.stats import mean, sd
 from rankwise.runs.store import Store
@@ -46,11 +47,8 @@ class Grid:
     sortable: bool = True
 
 
-def write(folder: Path | str, out: Path | str | None = None, beside: Sequence[Mapping[str, Any]] = ()) -> Path:
+def write(folder: Path | str, out: Path | str | None = None) -> Path:
     """Write the report of the runs in `folder` to `out`, by default `folder/report.html`, and return where it is.
-
-    Args:
-        beside: rows of `published`, where the numbers of a paper belong to these runs.
 
     Raises InputError for a folder without runs, and where a package of the extra `bench` is missing.
     """
@@ -74,7 +72,7 @@ def write(folder: Path | str, out: Path | str | None = None, beside: Sequence[Ma
         "unfinished": [run for run in runs if run.state not in ("done", "failed")],
         "findings": summary.findings(),
         "notes": summary.notes(),
-        "published": published(beside) if beside else None,
+        "published": _published(summary, store.experiment()),
         "overview": _overview(summary.best),
         "tasks": [_task(name, summary) for name in dict.fromkeys(row["task"] for row in summary.best)],
         "columns": text.columns(summary.rows) if summary.rows else [],
@@ -98,33 +96,13 @@ def write(folder: Path | str, out: Path | str | None = None, beside: Sequence[Ma
     return out
 
 
-def published(beside: Sequence[Mapping[str, Any]]) -> Grid:
-    """Our numbers beside those of a paper.
-
-    Each of `beside` has paper_row, task, metric, ours, seeds, budget, published, published_parameters and note: texts,
-    numbers, or None where there is nothing to show.
-    """
-    heads = {
-        "paper_row": text.Head("row of the paper", number=False),
-        "task": text.Head("task", number=False),
-        "metric": text.Head("metric", number=False),
-        "ours": text.Head("ours"),
-        "published": text.Head("published"),
-        "seeds": text.Head("seeds", "ours"),
-        "budget": text.Head("budget", "parameters, ours"),
-        "published_parameters": text.Head("parameters", "published"),
-        "note": text.Head("note", number=False),
-    }
-    rows = [[_fact(row[key]) for key in heads] for row in beside]
-    return Grid(list(heads.values()), rows, "Ours beside the published numbers")
-
-
-def _fact(value: Any) -> Cell:
-    if value is None:
-        return Cell("")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return Cell(f"{value:,}" if isinstance(value, int) else f"{value:.4g}", value)
-    return Cell(text.word(value))
+def _published(summary: Summary, experiment: Mapping[str, Any]) -> list[tuple[Grid, list[str]]]:
+    """A table for each published one that the experiment names, and the notes below it."""
+    heads = [text.Head(name, number=name not in ("printed row", "column", "ours", "note")) for name in published.HEADER]
+    return [
+        (Grid(heads, [[Cell(cell) for cell in row] for row in table.rows], table.title), table.notes)
+        for table in published.compared(beside(summary, experiment))
+    ]
 
 
 def _counts(runs: Sequence[Page]) -> str:

@@ -104,7 +104,9 @@ class Store:
 
         Raises InputError where nothing can be written.
         """
-        content = experiment.model_dump(mode="json", include={"vary", "chain", "tune", "report"}, exclude_defaults=True)
+        content = experiment.model_dump(
+            mode="json", include={"vary", "chain", "tune", "report", "published"}, exclude_defaults=True
+        )
         content = {"name": experiment.name, **experiment.base, **content}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

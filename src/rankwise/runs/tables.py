@@ -28,7 +28,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
 
     A row holds
       task (its label), task_options (as JSON), learning_rate; method (the label in tables), name (of the method alone),
-      options; seeds, n (how many);
+      options; model, scale (smoke or full); seeds, n (how many);
       score (name of the main metric), scores (its value by seed), mean, sd (sample), interval (95 % t: low, high);
       metrics (name -> {mean, sd});
       benchmark (whose part the task is, or ""), counted (by seed, what counts in its average);
@@ -204,6 +204,8 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         "method": label,
         "name": first["method"],
         "options": first["options"],
+        "model": first["model"],
+        "scale": first["config"]["scale"],
         "learning_rate": first["learning_rate"],
         "seeds": list(by_seed),
         "n": len(by_seed),

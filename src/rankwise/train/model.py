@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from rankwise.archs import behind
 from rankwise.config import InputError, need
 from rankwise.methods import Method
 from rankwise.nets.unet import RefinedUNet, Segmenter, UNet
@@ -82,23 +83,24 @@ def build(
     return model, tokenizer, []
 
 
-def check(name: str | None, task: Task, method: Method, label_smoothing: float = 0.0) -> None:
+def check(name: str | None, task: Task, method: Method, label_smoothing: float = 0.0, shipped: bool = False) -> None:
     """Raise InputError where `method` cannot be attached to the model `name` for `task`. No weights are read.
 
-    Also where the labels of `task` cannot be smoothed and `label_smoothing` is not 0.
+    Also where the labels of `task` cannot be smoothed and `label_smoothing` is not 0. `shipped` is as for `peak`.
     """
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
         raise InputError(f"label_smoothing: the loss of {task.name} is no cross-entropy; leave it at 0")
     if task.family == "segmentation" and name is not None and name not in SEGMENTERS:
         return  # a folder: small, and read when the run begins
-    peak(name, task, method)
+    peak(name, task, method, shipped)
 
 
-def peak(name: str | None, task: Task, method: Method) -> int:
+def peak(name: str | None, task: Task, method: Method, shipped: bool = False) -> int:
     """`Method.peak` on the model `name` for `task`, without the head.
 
-    No weights are read, but those of a folder with a network for segmentation, which are few. InputError where the
-    method cannot be attached.
+    No weights are read, but those of a folder with a network for segmentation, which are few. `shipped` takes the
+    configuration of `rankwise.archs` where there is one, so that the hub is not asked. InputError where the method
+    cannot be attached.
     """
     saved = task.family == "segmentation" and name is not None and name not in SEGMENTERS
     with (
@@ -113,7 +115,12 @@ def peak(name: str | None, task: Task, method: Method) -> int:
             head = ["classifier"]
         else:
             known = random_model.CONFIGS.get(name or "")
-            config = known(random_model.WORDS) if known else AutoConfig.from_pretrained(_source(name, task))
+            if known:
+                config = known(random_model.WORDS)
+            elif shipped and (arch := behind(name or "")):
+                config = AutoConfig.for_model(**arch.config)
+            else:
+                config = AutoConfig.from_pretrained(_source(name, task))
             for key, value in _outputs(task).items():
                 setattr(config, key, value)
             model = _kind(task, config).from_config(config)
@@ -190,7 +197,7 @@ def quiet() -> Iterator[None]:
 def _source(name: str | None, task: Task) -> str:
     if name is None:
         if task.family != "classification":
-            names = ", ".join(name for name in random_model.CONFIGS if name != "random-bert")
+            names = ", ".join(name for name in random_model.CONFIGS if name not in random_model.ENCODERS)
             raise InputError(
                 f"model: is missing, and {EMBEDDED} cannot write text; give a folder or a hub name (or, to try the way "
                 f"with random weights, one of {names})"

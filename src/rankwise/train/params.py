@@ -119,14 +119,14 @@ def _fitted(model: str | None, task_options: str, options: str, budget: int) -> 
 
     def costs(size: int) -> int:
         try:
-            return peak(model, task, method.sized(size))
+            return peak(model, task, method.sized(size), shipped=True)
         except InputError:
             if size == 1:
                 raise
             return sys.maxsize  # more than some site can hold
 
     if kept := [option for option in method.sizes if option in given]:
-        if (least := peak(model, task, method)) > budget:
+        if (least := peak(model, task, method, shipped=True)) > budget:
             what = f"{method.name} with {kept[0]} {given[kept[0]]} trains {least:,} parameters"
             raise InputError(f"budget = {budget}: {what}; raise the budget, or leave {kept[0]} out for it to choose")
         return given

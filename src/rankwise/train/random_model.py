@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
+    DebertaV2Config,
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
@@ -27,6 +28,15 @@ LENGTH = 512
 PAD, END, BEGIN = "<pad>", "</s>", "<s>"
 
 _IDS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+_RELATIVE: dict[str, Any] = {
+    "relative_attention": True,
+    "position_buckets": 32,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+}
+"""The attention of DeBERTa's version 3."""
 
 CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
     "random-bert": lambda words: BertConfig(
@@ -37,6 +47,17 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         intermediate_size=512,
         max_position_embeddings=LENGTH,
         **_IDS,
+    ),
+    "random-deberta": lambda words: DebertaV2Config(  # as many sites as deberta-v3-base, by the same names
+        vocab_size=words,
+        hidden_size=64,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        intermediate_size=256,
+        max_position_embeddings=LENGTH,
+        type_vocab_size=0,
+        **_IDS,
+        **_RELATIVE,
     ),
     "random-gpt2": lambda words: GPT2Config(
         vocab_size=words, n_embd=128, n_layer=4, n_head=4, n_positions=LENGTH, **_IDS
@@ -62,6 +83,8 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
     ),
 }
 """From the number of words to the configuration of a model."""
+ENCODERS = ("random-bert", "random-deberta")
+"""Those that cannot write."""
 
 
 def build(name: str, task: Task, train: Split) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
@@ -70,7 +93,7 @@ def build(name: str, task: Task, train: Split) -> tuple[PreTrainedTokenizerBase,
     config = CONFIGS[name](len(tokenizer))
     if config.is_encoder_decoder:
         config.decoder_start_token_id = config.pad_token_id
-    if name in ("random-bert", "random-t5"):  # each text ends with a mark, as these models' own tokenizers have it
+    if name in (*ENCODERS, "random-t5"):  # each text ends with a mark, as these models' own tokenizers have it
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, 1)]
         )

@@ -1,0 +1,56 @@
+"""`rankwise papers`, and ours beside the printed numbers in `rankwise report`."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rankwise import methods, tasks
+from rankwise.cli import main
+from rankwise.config import Schema, load
+from rankwise.published import papers
+from rankwise.runs.store import Store
+from runs_made_up import config, finish
+
+Cli = Callable[..., str]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["rankwise", *map(str, arguments)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        assert not left.value.code, err
+        return out
+
+    return call
+
+
+def test_papers_lists_every_table_with_its_experiment(cli: Cli) -> None:
+    lines = [line.split() for line in cli("papers").splitlines()]
+    found = json.loads(cli("papers", "--json"))
+    for paper, told in zip(papers(), found, strict=True):
+        assert told["source"] == paper.source and len(told["tables"]) == len(paper.tables)
+        for table in paper.tables:
+            [line] = [line for line in lines if line[:1] == [table.id]]
+            assert line[-2:] == [str(table.numbers), table.experiment]
+    cells = {table["id"]: table["rows"] for paper in found for table in paper["tables"]}
+    assert cells["sora/glue"][-1]["cells"][-1] == "89.36"
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_report_shows_them_where_the_experiment_names_a_table(named: bool, cli: Cli, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    finish(store, config(task="cola", method={"name": "bitfit"}), 0.5, benchmark={"name": "GLUE", "score": 0.5})
+    finish(store, config(task="rte", method={"name": "bitfit"}), 0.7, benchmark={"name": "GLUE", "score": 0.7})
+    content = {"task": "cola", "vary": {"seed": [0]}} | ({"published": {"tables": ["sora/glue"]}} if named else {})
+    store.note(load(content, [], Schema(methods.registry(), tasks.registry())))  # type: ignore[arg-type]
+    shown, found = cli("report", tmp_path), json.loads(cli("report", tmp_path, "--json"))
+    assert ("sora/glue: ours beside Ding et al. 2023" in shown) == ("published" in found) == named
+    if named:
+        [average] = [c for c in found["published"] if (c["row"], c["column"]) == ("BitFit", "Average")]
+        assert (average["mean"], average["published"]) == (pytest.approx(60.0), "85.18")
