@@ -204,6 +204,7 @@ def test_status_shows_each_run_and_the_error_of_a_failed_one(cli: Cli, tmp_path:
         "state": "failed",
         "step": 0,
         "steps": None,
+        "seconds_left": None,
         "error": "no space left on device",
     }
 

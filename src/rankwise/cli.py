@@ -45,9 +45,36 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done 
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Jobs = Annotated[
     int | None,
-    typer.Option("--jobs", "-j", min=1, help="runs at once; one per core, or one on a GPU, when not given"),
+    typer.Option("--jobs", "-j", min=1, help="runs at once; as many as there is room for when not given"),
 ]
-RunnerName = Annotated[str, typer.Option("--runner", help="where the runs are carried out")]
+RunnerName = Annotated[str, typer.Option("--runner", metavar="NAME", help="where the runs are carried out; see below")]
+RunnerOptions = Annotated[
+    list[str] | None,
+    typer.Option("--runner-option", "-o", metavar="KEY=VALUE", help="an option of the runner; may be given again"),
+]
+
+
+class _Sweeping(typer.core.TyperCommand):
+    """A command that carries out runs: its help ends with the runners and their options."""
+
+    def get_help(self, ctx: Any) -> str:
+        from rankwise.bench.runners import registry
+
+        return "\n\n".join([super().get_help(ctx), *(_about(f"--runner {n}", kind) for n, kind in registry().items())])
+
+
+def _about(title: str, kind: type) -> str:
+    """A dataclass's docstring as help for its options, with their defaults."""
+    import dataclasses
+    import inspect
+
+    text = f"{title}: {inspect.getdoc(kind)}".replace("\n\nAttributes:\n", "\n")
+    for field in dataclasses.fields(kind):
+        value = field.default_factory() if callable(field.default_factory) else field.default
+        if field.init and value is not None:
+            brief = _brief(list(value) if isinstance(value, tuple) else value)
+            text = text.replace(f"\n    {field.name}: ", f"\n    {field.name}={brief}: ")
+    return text
 
 
 @app.command()
@@ -99,12 +126,13 @@ def train(
         print(f"\nrun: {folder}")
 
 
-@app.command()
+@app.command(cls=_Sweeping)
 def compare(
     source: Annotated[Path, typer.Argument(metavar="EXPERIMENT.yaml", help="an experiment: a file with `vary:`")],
     settings: Settings = None,
     jobs: Jobs = None,
     runner: RunnerName = "local",
+    runner_options: RunnerOptions = None,
     as_json: Json = False,
     dry_run: DryRun = False,
     debug: Debug = False,
@@ -113,7 +141,7 @@ def compare(
     from rankwise.runs.grid import expand
     from rankwise.runs.store import Store
 
-    sweep = _runner(runner, jobs)
+    sweep = _runner(runner, jobs, runner_options or [])
     experiment = _experiment(source, settings or [])
     store = Store(experiment.runs)
     configs = expand(experiment, _fit)
@@ -131,43 +159,55 @@ def compare(
 
 
 @app.command()
-def status(runs: Runs, as_json: Json = False, debug: Debug = False) -> None:
-    """Say how the runs of a folder stand."""
+def status(
+    runs: Runs,
+    watching: Annotated[bool, typer.Option("--watch", help="on a terminal keep the table until all is done")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say how the runs of a folder stand, and about how long they will still take."""
+    from rich.console import Console
+
+    from rankwise.bench.watch import HEADER, Watch, watch
     from rankwise.runs.store import Store
     from rankwise.runs.tables import plain
 
-    store = Store(runs)
-    standings = [store.standing(folder) for folder in store.folders()]
+    store, console = Store(runs), Console()
+    if watching and not as_json and console.is_terminal:
+        try:
+            watch(store, console)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+        return
+    look = Watch(store).look()
     if as_json:
         _print_json(
             [
                 {"run": each.folder.name, "state": each.state, "step": each.step, "steps": each.steps}
+                | {"seconds_left": round(look.left[each.folder]) if each.folder in look.left else None}
                 | ({"error": each.error} if each.error else {})
-                for each in standings
+                for each in look.standings
             ]
         )
         return
-    counts = {state: sum(each.state == state for each in standings) for state in _STATES}
-    print(f"{runs}: {len(standings)} runs" + "".join(f", {count} {state}" for state, count in counts.items() if count))
-    if standings:
-        rows = [
-            [each.folder.name, each.state, f"{each.step}/{each.steps}" if each.steps else "", each.error]
-            for each in sorted(standings, key=lambda each: _STATES.index(each.state))
-        ]
-        print(plain(["run", "state", "steps", "error"], rows))
+    print(f"{runs}: {look.head()}")
+    if look.standings:
+        print(plain(HEADER, look.rows()))
 
 
-_STATES = ("pending", "running", "stopped", "failed", "done")
-
-
-@app.command()
+@app.command(cls=_Sweeping)
 def retry(
-    runs: Runs, jobs: Jobs = None, runner: RunnerName = "local", as_json: Json = False, debug: Debug = False
+    runs: Runs,
+    jobs: Jobs = None,
+    runner: RunnerName = "local",
+    runner_options: RunnerOptions = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Carry out the failed runs of a folder again, and no others."""
     from rankwise.runs.store import Store
 
-    sweep = _runner(runner, jobs)
+    sweep = _runner(runner, jobs, runner_options or [])
     store = Store(runs)
     failed = [folder for folder in store.folders() if store.state(folder) == "failed"]
     if not failed:
@@ -534,11 +574,10 @@ def _revisions(configs: Sequence[RunConfig]) -> dict[str, str]:
     return {key: rankwise.tasks.build(json.loads(key)).revision() for key in dict.fromkeys(map(_key, configs))}
 
 
-def _runner(name: str, jobs: int | None) -> Runner:
+def _runner(name: str, jobs: int | None, options: Sequence[str]) -> Runner:
     from rankwise.bench.runners import runner
-    from rankwise.bench.runners.local import default_jobs
 
-    return runner(name)(jobs or default_jobs())
+    return runner(name, [*options, *([f"jobs={jobs}"] if jobs else [])])
 
 
 def _sweep(

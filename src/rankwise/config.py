@@ -404,6 +404,18 @@ def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[di
     return _checked("method", schema.methods, {**given, "name": name}), head
 
 
+def load_options(key: str, name: str, overrides: Sequence[str], known: Mapping[str, type]) -> dict[str, Any]:
+    """The `key=value` options of `known[name]`, checked and with all defaults filled in; `key` is for the messages.
+
+    Raises InputError for an unknown name or option, and for a value out of range.
+    """
+    options = dict(_override(text) for text in overrides)
+    if "name" in options:
+        raise InputError(f"name: is no option; the {key} is named once")
+    checked = _checked(key, known, {**options, "name": name})
+    return {option: value for option, value in checked.items() if option != "name"}
+
+
 def json_schema(schema: Schema) -> dict[str, Any]:
     """The JSON schema of a configuration file, for editors: one run or an experiment."""
     result = RunConfig.model_json_schema()

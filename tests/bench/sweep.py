@@ -1,14 +1,19 @@
-"""A sweep in a process of its own over the runs of one folder, with workers that stand in for the training."""
+"""A sweep in a process of its own over the runs of one folder, with workers that stand in for the training.
+
+`sweep.py RUNS RUNNER KEY=VALUE…`
+"""
 
 import sys
 from pathlib import Path
 
 from rankwise.bench.compare import carry_out
-from rankwise.bench.runners.local import Local
+from rankwise.bench.runners import runner
+from rankwise.bench.runners.slurm import Slurm
 from rankwise.runs.store import Store
 
 if __name__ == "__main__":
+    Slurm.LOOK = 0.2
     store = Store(sys.argv[1])
-    worker = Path(__file__).with_name("worker.py")
-    outcome = carry_out(store, store.folders(), Local(jobs=2, command=[sys.executable, str(worker)]))
+    worker = f"command=[{sys.executable}, {Path(__file__).with_name('worker.py')}]"
+    outcome = carry_out(store, store.folders(), runner(sys.argv[2], [worker, *sys.argv[3:]]))
     print(len(outcome.done), len(outcome.failed), len(outcome.stopped))

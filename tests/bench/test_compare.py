@@ -3,29 +3,24 @@
 import io
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import filelock
 import pytest
 from rich.console import Console
 
+from bench_runs import HERE, WORKER, alive, runs, start, started
 from rankwise.bench.compare import Outcome, carry_out
 from rankwise.bench.runners.local import Local
 from rankwise.config import InputError
 from rankwise.runs.store import Store
 from runs_made_up import REVISION, config, finish
-
-HERE = Path(__file__).parent
-PATIENCE = 120  # seconds, for a machine that does much else
+from small_run import PATIENCE, wait_for
 
 
 @pytest.fixture(autouse=True)
 def workers_find_the_made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
 
 
 @pytest.fixture
@@ -34,48 +29,12 @@ def store(tmp_path: Path) -> Store:
 
 
 def runner(jobs: int = 2) -> Local:
-    return Local(jobs, command=[sys.executable, str(HERE / "worker.py")])
-
-
-def runs(store: Store, *kinds: int | None) -> list[Path]:
-    """One run for each entry, which says what becomes of it; see worker.py."""
-    return [store.create(config(seed=seed, max_steps=5, train_rows=kind), REVISION) for seed, kind in enumerate(kinds)]
+    return Local(jobs, command=tuple(WORKER))
 
 
 def sweep(store: Store, folders: list[Path], jobs: int = 2) -> tuple[Outcome, str]:
     log = io.StringIO()
     return carry_out(store, folders, runner(jobs), Console(file=log)), log.getvalue()
-
-
-def start(store: Store) -> subprocess.Popen[str]:
-    """A sweep in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "sweep.py"), str(store.folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < end, "what was waited for did not come"
-        time.sleep(0.02)
-
-
-def started(folder: Path) -> list[int]:
-    """Process ids of the workers that were started on a run, one after another."""
-    path = folder / "started"
-    return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def alive(process: int) -> bool:
-    """Whether a process runs; one that has ended and was not asked for its exit code does not."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_every_run_is_carried_out_and_a_crash_takes_nothing_with_it(store: Store) -> None:
@@ -134,7 +93,7 @@ def test_a_sweep_that_is_told_to_stop_stops_its_workers_and_goes_on_later(
     number: signal.Signals, code: int, store: Store
 ) -> None:
     folders = runs(store, 1, 1, None)
-    process = start(store)
+    process = start(store, "local", "jobs=2")
     wait_for(lambda: sum(len(started(folder)) for folder in folders) >= 2)
     workers = [each for folder in folders for each in started(folder)]
     process.send_signal(number)
@@ -149,7 +108,7 @@ def test_a_sweep_that_is_told_to_stop_stops_its_workers_and_goes_on_later(
 
 def test_a_killed_sweep_leaves_no_worker_and_the_same_call_goes_on(store: Store) -> None:
     folders = runs(store, None, 1)
-    process = start(store)
+    process = start(store, "local", "jobs=2")
     wait_for(lambda: store.state(folders[0]) == "done" and bool(started(folders[1])))
     process.kill()
     process.communicate()
@@ -173,7 +132,7 @@ def test_a_worker_that_will_not_stop_is_killed_with_its_children(store: Store) -
 
 def test_a_worker_stopped_from_outside_is_neither_done_nor_failed(store: Store) -> None:
     (folder,) = runs(store, 1)
-    process = start(store)
+    process = start(store, "local", "jobs=2")
     wait_for(lambda: bool(started(folder)))
     os.kill(started(folder)[0], signal.SIGTERM)
     out, _ = process.communicate(timeout=PATIENCE)
@@ -183,7 +142,7 @@ def test_a_worker_stopped_from_outside_is_neither_done_nor_failed(store: Store) 
 
 def test_two_sweeps_in_one_folder_share_the_runs(store: Store) -> None:
     folders = runs(store, *[None] * 6)
-    both = [start(store), start(store)]
+    both = [start(store, "local", "jobs=2"), start(store, "local", "jobs=2")]
     for process in both:
         out, log = process.communicate(timeout=PATIENCE)
         assert out.split() == ["6", "0", "0"], log
@@ -194,7 +153,7 @@ def test_a_run_that_another_process_holds_is_waited_for(store: Store) -> None:
     (folder,) = runs(store, None)
     lock = filelock.FileLock(folder / "run.lock")
     lock.acquire()
-    process = start(store)
+    process = start(store, "local", "jobs=2")
     assert process.stderr is not None
     assert "another process is at work on it, waiting for that" in process.stderr.readline()
     lock.release()

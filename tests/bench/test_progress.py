@@ -70,3 +70,12 @@ def test_on_a_terminal_there_are_bars(tmp_path: Path) -> None:
     assert "0/2 runs" in out.getvalue()
     assert "cola lora" in out.getvalue()
     assert "1/2 runs" in out.getvalue()
+
+
+def test_of_many_runs_those_are_shown_that_have_come_furthest(tmp_path: Path, clock: list[float]) -> None:
+    out = io.StringIO()
+    folders = [run(tmp_path / str(place), place, 100) for place in range(100)]
+    with Display(Console(file=out), {folder: f"run{folder.name}" for folder in folders}) as display:
+        display.show(Count(0, 0, 100, folders), now=True)
+    shown = [part.split()[0] for part in out.getvalue().partition(", ")[2].split("; ")]
+    assert shown == [f"run{place}" for place in range(99, 99 - progress.SHOWN, -1)]

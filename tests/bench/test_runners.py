@@ -1,3 +1,7 @@
+import dataclasses
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,10 +9,11 @@ import pytest
 from rankwise.bench.runners import Ended, Runner, registry, runner
 from rankwise.bench.runners.local import Local, cores, default_jobs
 from rankwise.config import InputError
+from refused import refused
 
 
 def test_a_runner_is_found_by_its_name() -> None:
-    assert runner("local") is Local
+    assert isinstance(runner("local"), Local)
     with pytest.raises(InputError, match=r'--runner locl: there is no such runner \(did you mean "local"\?\); known: '):
         runner("locl")
 
@@ -21,6 +26,34 @@ def test_a_new_runner_registers_itself() -> None:
         assert registry()["elsewhere"] is Elsewhere
     finally:
         del Runner.known["elsewhere"]
+
+
+def test_options_are_checked_and_typed() -> None:
+    made = runner("local", ["jobs=3", "command=[python, -m, rankwise, train]"])
+    assert (made.jobs, made.command) == (3, ("python", "-m", "rankwise", "train"))
+    assert refused(lambda: runner("local", ["jobs=0"])) == "runner local: jobs must be at least 1, not 0"
+    assert refused(lambda: runner("local", ["jobs=two"])) == "runner.jobs = 'two': expected integer"
+    assert refused(lambda: runner("local", ["job=2"])) == 'runner.job: local has no such option (did you mean "jobs"?)'
+    assert refused(lambda: runner("local", ["jobs"])) == "'jobs': expected key=value, as in learning_rate=1e-3"
+
+
+def test_a_program_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    made = runner("local", ["command=[no-such-program]"])
+    message = refused(lambda: made.start(tmp_path))
+    assert message == "no-such-program: cannot be started: no such file or directory"
+
+
+def test_every_runner_and_each_of_its_options_is_in_the_help() -> None:
+    for command in ("compare", "retry"):
+        done = subprocess.run([sys.executable, "-m", "rankwise", command, "--help"], capture_output=True, text=True)
+        for name, kind in registry().items():
+            _, found, about = done.stdout.partition(f"\n--runner {name}: ")
+            assert found
+            own = [
+                field.name for field in dataclasses.fields(kind) if field.init and field.name in kind.__annotations__
+            ]
+            described = re.findall(r"^    (\w+)(?:=.*?)?: ", about.partition("\n\n")[0], re.MULTILINE)
+            assert set(own) - {"jobs"} == set(described) - {"jobs"}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@ codes, in a fraction of a second. What it does is written in the run's `max_step
 
     train_rows 1: works until it is told to stop        2: fails with an error of its own
     3: is killed as by the kernel                       4: says something and ends with 1, writing no error.txt
-    5: ignores SIGTERM and has a child that does, too   else: done after `max_steps` steps
+    5: ignores SIGTERM and has a child that does, too   6: as 1 at first, and done where it finds a checkpoint
+    else: done after `max_steps` steps
 
 A rate above 0.1 diverges; below, the nearer it is to 0.001 the better the score, 0.5 at best.
 """
@@ -50,7 +51,7 @@ if Store(folder.parent).state(folder) == "done":
 with (folder / "metrics.jsonl").open("a") as metrics:
     metrics.write(json.dumps({"step": 0, "steps": config.max_steps}) + "\n")
 (folder / "started").open("a").write(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}\n")
-if config.train_rows == 1:
+if config.train_rows == 1 or (config.train_rows == 6 and not (folder / "checkpoint-1").exists()):
     time.sleep(600)
 if config.train_rows == 2:
     (folder / "error.txt").write_text("the loss is not finite\n\nTraceback\n")

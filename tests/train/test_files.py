@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.train.files import MARKER, append_line, cut_lines, last_complete, mark_complete
+from rankwise.runs.files import MARKER
+from rankwise.train.files import append_line, cut_lines, last_complete, mark_complete
 
 
 @pytest.fixture

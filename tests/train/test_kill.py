@@ -6,12 +6,17 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
+import pytest
 
-from rankwise.train.files import MARKER, last_complete
+from rankwise.runs.files import MARKER
+from rankwise.runs.store import Store
+from rankwise.train.files import last_complete
 from small_run import LORA, PATIENCE, SIMPLEX, make, reached, start, wait_for
 
 
@@ -134,3 +139,52 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+def test_a_run_killed_while_it_finishes_ends_as_the_uncut_one(tmp_path: Path) -> None:
+    """Killed by -9 as each file of its end appears. Nothing but result.json says that it is done."""
+    alone, folder = make(tmp_path / "alone", method=SIMPLEX), make(tmp_path / "run", method=SIMPLEX)
+    undisturbed = start(alone)
+    for name in ("predictions.parquet", "adapter"):
+        process = start(folder)
+        wait_for(lambda name=name, process=process: (folder / name).exists() or process.poll() is not None)  # type: ignore[misc]
+        process.kill()
+        process.wait(PATIENCE)
+        if Store(tmp_path).result(folder) is None:
+            assert newest(folder) == 9
+            assert Store(tmp_path).state(folder) == "stopped"
+    assert start(folder).wait(PATIENCE) == 0, log(folder)
+    assert undisturbed.wait(PATIENCE) == 0, log(alone)
+    assert_same(folder, alone)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own of a few MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", place], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs to mount a tmpfs: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_a_disk_that_is_full_loses_nothing_and_room_lets_the_run_go_on(small_disk: Path, tmp_path: Path) -> None:
+    """The disk is filled to the last byte in the midst of the training, and emptied again."""
+    alone, folder = make(tmp_path / "alone"), make(small_disk / "run")
+    undisturbed = start(alone)
+    process = start(folder)
+    wait_for(lambda: (folder / "checkpoint-3" / MARKER).exists() or process.poll() is not None)
+    with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    assert process.wait(PATIENCE) == 1
+    store = Store(small_disk)
+    assert store.state(folder) == "failed" and store.standing(folder).error
+    assert newest(folder) >= 3
+
+    (small_disk / "filler").unlink()
+    assert start(folder).wait(PATIENCE) == 0, log(folder)
+    assert undisturbed.wait(PATIENCE) == 0, log(alone)
+    assert_same(folder, alone)

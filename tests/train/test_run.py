@@ -22,11 +22,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import rankwise
 from rankwise import tasks
 from rankwise.config import InputError
+from rankwise.runs.files import MARKER
 from rankwise.runs.store import Store
 from rankwise.tasks import subset
 from rankwise.tasks.classification import logits
 from rankwise.train import model as models
-from rankwise.train.files import MARKER, last_complete
+from rankwise.train.files import last_complete
 from rankwise.train.progress import DivergedError, Plan
 from rankwise.train.run import run
 from rankwise.train.stop import Stop

@@ -5,7 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -15,11 +15,13 @@ from rich.console import Console
 from rankwise.bench.progress import Count, Display
 from rankwise.bench.runners import Ended, Runner
 from rankwise.config import RunConfig
-from rankwise.runs.files import write_whole
 from rankwise.runs.store import Store
+from rankwise.runs.store import progress as steps_of
 
 INTERRUPTED = 130
 STOPPED = 75  # EX_TEMPFAIL: start the same command again and it goes on
+LOSSES = 3
+"""How often in a row a run may lose its node or its time without having come further."""
 GRACE = 60.0
 """Seconds that a run has for its last step and its checkpoint."""
 POLL = 0.2
@@ -49,9 +51,14 @@ def carry_out(store: Store, folders: Sequence[Path], runner: Runner, console: Co
     """
     configs = {folder: store.config(folder) for folder in folders}
     names = {folder: called(config) for folder, config in configs.items()}
-    with Display(console or Console(file=sys.stderr), names) as display, _signals() as asked:
+    console = console or Console(file=sys.stderr)
+    # stdout is for results; Ray would print what it sees on its nodes there
+    with redirect_stdout(sys.stderr), Display(console, names) as display, _signals() as asked:
         sweep = _Sweep(store, runner, display, names, _before(store, configs))
-        sweep.carry_out(asked)
+        try:
+            sweep.carry_out(asked)
+        finally:
+            runner.close()
     return sweep.outcome
 
 
@@ -78,6 +85,8 @@ class _Sweep:
         self.outcome = Outcome()
         self._store, self._runner, self._display, self._names, self._before = store, runner, display, names, before
         self._pending: deque[Path] = deque()
+        self._losses: dict[Path, tuple[int, int]] = {}
+        """Of each run that was lost: the furthest step, and how often in a row it has not come further."""
         self._elsewhere: list[Path] = []
         """Runs that another sweep in the same folder is at work on."""
         for folder in names:
@@ -119,21 +128,29 @@ class _Sweep:
         folder, state = ended.folder, self._store.state(ended.folder)
         if state == "done":
             self.outcome.done.append(folder)
+        elif ended.lost and state != "failed" and self._comes_further(folder):
+            self._display.say(f"{self._names[folder]}: {ended.lost}; begun again")
+            self._pending.append(folder)
         elif state == "running":
             self._elsewhere.append(folder)  # another sweep was a moment faster
-        elif ended.code in (STOPPED, -signal.SIGTERM) and state != "failed":
+        elif ended.code in (STOPPED, -signal.SIGTERM) and not ended.lost and state != "failed":
             self.outcome.stopped.append(folder)
             self._display.say(f"stopped: {self._names[folder]}")
         else:
             if state != "failed":
-                with suppress(OSError):  # a full disk: the line below has to do
-                    write_whole(folder / "error.txt", f"{_last_words(ended)}\n")
+                self._store.note_error(folder, f"{_last_words(ended)}\n")
             self.outcome.failed.append(folder)
             self._display.say(f"failed: {self._names[folder]}: {self._store.standing(folder).error or ended.reason}")
 
+    def _comes_further(self, folder: Path) -> bool:
+        """Note a loss; whether to begin the run again, or it has been lost too often at the same place."""
+        step, (furthest, times) = steps_of(folder)[0], self._losses.get(folder, (-1, 0))
+        self._losses[folder] = (step, 0) if step > furthest else (furthest, times + 1)
+        return self._losses[folder][1] < LOSSES
+
     def _launch(self) -> None:
         for _ in range(len(self._pending)):
-            if len(self._runner.running()) >= self._runner.jobs:
+            if self._runner.full:
                 return
             folder = self._pending.popleft()
             before = self._before.get(folder)
@@ -155,8 +172,7 @@ class _Sweep:
         elif before in self.outcome.stopped:
             self.outcome.stopped.append(folder)
         else:
-            with suppress(OSError):  # a full disk: the line below has to do
-                write_whole(folder / "error.txt", f"the run that it begins with is not done: {before.name}\n")
+            self._store.note_error(folder, f"the run that it begins with is not done: {before.name}\n")
             self.outcome.failed.append(folder)
             self._display.say(f"failed: {self._names[folder]}: the run that it begins with is not done")
 

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rankwise.runs.store import progress as steps_of
 from rankwise.runs.summary import duration
 
+SHOWN = 20
+"""Runs shown one by one: those that have come furthest."""
 EVERY = 10.0
 """Seconds between two lines where there is no terminal."""
 
@@ -64,6 +66,8 @@ class Display:
             return
         at = {folder: steps_of(folder) for folder in count.running}
         left = self._left(count, {folder: step / steps if steps else 0.0 for folder, (step, steps) in at.items()})
+        # on a cluster most of many wait for it to have room
+        at = dict(sorted(at.items(), key=lambda item: item[1][0], reverse=True)[:SHOWN]) if len(at) > SHOWN else at
         self._spoke = time.monotonic()
         head = f"{count.done + count.failed}/{count.total} runs"
         if count.failed:

@@ -4,10 +4,14 @@ import json
 import os
 import tempfile
 from collections.abc import Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rankwise.config import InputError
+
+MARKER = "complete.json"
+"""Last file of a checkpoint: the digests of all others, and what the run carries over a restart."""
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -23,6 +27,17 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    with suppress(OSError):  # some network file systems cannot
+        _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 import fcntl
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 
 import rankwise
 from rankwise.config import Experiment, InputError, RunConfig, as_yaml, need, read_yaml
-from rankwise.runs.files import read_lines, unwritable, write_whole
+from rankwise.runs.files import MARKER, read_lines, unwritable, write_whole
 from rankwise.runs.grid import run_id
 
 State = Literal["pending", "running", "stopped", "failed", "done"]
@@ -49,6 +50,8 @@ class Standing:
     """Optimizer steps done."""
     steps: int | None
     """Steps of the whole run, where it has come far enough to know."""
+    pace: float | None
+    """Seconds per step, as the run measured them up to its end or its newest checkpoint; None before that."""
     error: str
     """First line of its error, when it failed."""
 
@@ -91,6 +94,14 @@ class Store:
         text = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip()
         last = next(reversed(text.splitlines()), "")
         return "DivergedError" in last or "the training has diverged" in last
+
+    def note_error(self, folder: Path, text: str) -> None:
+        """Write why a run failed, or at least that it did: a full disk often has room for an empty file."""
+        with suppress(OSError):
+            try:
+                write_whole(folder / "error.txt", text)
+            except OSError:
+                (folder / "error.txt").touch()
 
     def forget_error(self, folder: Path) -> None:
         """Let a failed run be begun again. Raises InputError where nothing can be written."""
@@ -173,8 +184,19 @@ class Store:
         error = ""
         if state == "failed":
             text = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip()
-            error = next(iter(text.splitlines()), "unknown")
-        return Standing(folder, state, step, steps, error)
+            error = next(iter(text.splitlines()), "without a message, as on a full disk; log.txt may say more")
+        return Standing(folder, state, step, steps, self._pace(folder, steps), error)
+
+    def _pace(self, folder: Path, steps: int | None) -> float | None:
+        result = self.result(folder)
+        try:
+            if result is not None:
+                return float(result["cost"]["seconds"]) / steps if steps else None
+            marks = {int(mark.parent.name.rpartition("-")[2]): mark for mark in folder.glob(f"checkpoint-*/{MARKER}")}
+            newest = max(marks)
+            return float(json.loads(marks[newest].read_text(encoding="utf-8"))["carried"]["seconds"]) / newest
+        except (OSError, ValueError, KeyError, TypeError):  # none there, or on its way out
+            return None
 
     def result(self, folder: Path) -> dict[str, Any] | None:
         """The result of a finished run; None where it is not there, half written, or of some other run."""

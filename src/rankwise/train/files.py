@@ -7,10 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rankwise.runs.files import read_lines, write_whole
-
-MARKER = "complete.json"
-"""Last file of a checkpoint: the digests of all others, and what the run carries over a restart."""
+from rankwise.runs.files import MARKER, read_lines, write_whole
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ from rankwise.runs.store import Store
 from rankwise.tasks import Evaluation, Scored, Split, Task, subset
 from rankwise.train import model as models
 from rankwise.train.checkpoint import learnt_state, load_learnt
-from rankwise.train.files import last_complete
+from rankwise.train.files import flush, last_complete
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
 from rankwise.train.stop import Stop, follow_parent, stoppable
 from rankwise.train.trainer import RunTrainer
@@ -90,8 +90,7 @@ def run(folder: Path) -> dict[str, Any]:
         except LostError:
             raise
         except Exception as error:
-            with suppress(OSError):  # on a full disk the error itself is worth more than the note of it
-                write_whole(folder / "error.txt", f"{_first_line(error)}\n\n{traceback.format_exc()}")
+            Store(folder.parent).note_error(folder, f"{_first_line(error)}\n\n{traceback.format_exc()}")
             raise
     processes.leave()
     return result
@@ -432,6 +431,9 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[s
         "notes": list(dict.fromkeys(note for each in scored for note in each.notes)),
         "cost": cost,
     }
+    for name in ("predictions.parquet", "adapter/*", "model/*", WEIGHTS):
+        for path in folder.glob(name):
+            flush(path)  # a power cut must not leave a result without what it stands for
     write_whole(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
     _remove_checkpoints(folder)
     (folder / MEMORY).unlink(missing_ok=True)

@@ -2,9 +2,10 @@
 
 import importlib
 import pkgutil
+from collections.abc import Sequence
 
 from rankwise.bench.runners.base import Ended, Runner
-from rankwise.config import InputError, nearest
+from rankwise.config import InputError, load_options, nearest
 
 __all__ = ["Ended", "Runner", "registry", "runner"]
 
@@ -16,9 +17,12 @@ def registry() -> dict[str, type[Runner]]:
     return dict(sorted(Runner.known.items()))
 
 
-def runner(name: str) -> type[Runner]:
-    """The runner called `name`. InputError for a name that nobody has."""
+def runner(name: str, options: Sequence[str] = ()) -> Runner:
+    """The runner called `name` with these `key=value` options.
+
+    Raises InputError for a name or an option that nobody has, for a value out of range, and for a missing package.
+    """
     known = registry()
     if name not in known:
         raise InputError(f"--runner {name}: there is no such runner{nearest(name, known)}; known: {', '.join(known)}")
-    return known[name]
+    return known[name](**load_options("runner", name, options, known))

@@ -1,9 +1,12 @@
 """What a runner is: it starts runs, says which have ended, and can be told to stop."""
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+
+from rankwise.config import InputError
 
 
 @dataclass(frozen=True)
@@ -15,47 +18,76 @@ class Ended:
     """Its exit code, negative for the number of the signal that killed it."""
     log_from: int = 0
     """Where in `log.txt` its output begins, in bytes; before it stands that of earlier tries."""
+    lost: str = ""
+    """Why the run has to be begun again although nobody told it to stop: its node died, its time was up."""
 
     @property
     def reason(self) -> str:
         """Why it ended, where the process could not say so itself."""
+        if self.lost:
+            return self.lost
         if self.code >= 0:
             return f"the process ended with exit code {self.code}"
         killer = ", as the kernel does when memory runs out" if self.code == -9 else ""
         return f"the process was killed by signal {-self.code}{killer}"
 
 
+@dataclass(eq=False)
 class Runner(ABC):
     """Carries out runs, each as `rankwise train FOLDER` in a process that can crash without harm to the others.
 
-    A subclass names itself: `class Local(Runner, name="local")`.
+    A subclass names itself: `class Local(Runner, name="local")`, and is a dataclass whose fields are the options that
+    a user may give. Whatever a start needs beyond them, a connection or a package, is fetched at the first `start`.
+
+    Attributes:
+        jobs: runs carried out at once; as many as there is room for when absent.
+        command: what carries out a run; its folder is put behind it.
     """
 
     known: ClassVar[dict[str, type["Runner"]]] = {}
+
+    jobs: int | None = None
+    command: tuple[str, ...] = (sys.executable, "-m", "rankwise", "train")
 
     def __init_subclass__(cls, name: str = "") -> None:
         super().__init_subclass__()
         if name:
             Runner.known[name] = cls
 
-    def __init__(self, jobs: int) -> None:
-        """Args:
-        jobs: runs carried out at once.
-        """
-        self.jobs = jobs
+    def __post_init__(self) -> None:
+        self.command = tuple(self.command)
+        require(self.jobs is None or self.jobs >= 1, f"jobs must be at least 1, not {self.jobs}")
+        require(bool(self.command), "command must name a program, as in command=[python, -m, rankwise, train]")
+
+    @property
+    def full(self) -> bool:
+        """Whether no further run is to be started now."""
+        return self.jobs is not None and len(self.running()) >= self.jobs
 
     @abstractmethod
     def start(self, folder: Path) -> None:
-        """Start the run in `folder` and return at once. Its output goes to `log.txt` in there."""
+        """Start the run in `folder` and return at once. Its output goes to `log.txt` in there.
+
+        Raises InputError for whatever no run could be started with.
+        """
 
     @abstractmethod
     def running(self) -> list[Path]:
-        """The folders of the runs that were started and have not been given out by `ended`."""
+        """The folders of the runs that were started and have not been given out by `ended`; they may still queue."""
 
     @abstractmethod
     def ended(self) -> list[Ended]:
-        """The runs that ended since this was asked last."""
+        """The runs that ended since this was asked last. Raises InputError as `start` does, where it shows late."""
 
     @abstractmethod
     def stop(self, grace: float) -> None:
         """Ask every run to write a checkpoint and end, wait up to `grace` seconds, then kill. None is left after it."""
+
+    def close(self) -> None:  # noqa: B027 - most runners hold nothing
+        """Let go of what the starts have fetched; a later start fetches it again."""
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise InputError(message) unless `holds`: how a runner's `__post_init__` checks its options."""
+    if not holds:
+        raise InputError(message)

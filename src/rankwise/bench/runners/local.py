@@ -1,19 +1,14 @@
 """Runs as processes of this machine, its cores divided among them."""
 
 import os
-import signal
 import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankwise.bench.runners.base import Ended, Runner
+from rankwise.bench.runners.process import end, environment, launch, logged
+from rankwise.config import InputError
 from rankwise.runs.files import unwritable
-
-# Everything that starts threads in a run: OpenMP and MKL in torch, OpenBLAS in numpy, rayon in the tokenizers.
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 def cores() -> int:
@@ -27,46 +22,33 @@ def default_jobs() -> int:
     return 1 if gpu else cores()
 
 
+@dataclass(eq=False)
 class Local(Runner, name="local"):
-    """One process per run on this machine."""
+    """One process per run on this machine, each with its share of the cores.
 
-    def __init__(self, jobs: int, command: Sequence[str] = (sys.executable, "-m", "rankwise", "train")) -> None:
-        """Args:
-        jobs: processes at once; each gets cores // jobs threads.
-        command: what carries out a run; its folder is put behind it.
-        """
-        super().__init__(jobs)
-        self.command = tuple(command)
-        self._log_from: dict[Path, int] = {}
-        self._live: dict[Path, subprocess.Popen[bytes]] = {}
+    Attributes:
+        jobs: runs carried out at once; one per core, or one on a GPU, when absent.
+    """
+
+    _live: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict, init=False)
+    _log_from: dict[Path, int] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.jobs = self.jobs or default_jobs()
 
     def start(self, folder: Path) -> None:
+        self._log_from[folder] = logged(folder)
         try:
-            with (folder / "log.txt").open("ab") as log:
-                self._log_from[folder] = log.tell()
-                # A session of its own: Ctrl-C at the terminal reaches the sweep alone, which then asks the run to stop.
-                self._live[folder] = subprocess.Popen(
-                    [*self.command, str(folder)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=self.environment(),
-                    start_new_session=True,
-                )
+            self._live[folder] = launch(folder, self.command, self.environment())
         except OSError as error:
+            if error.filename == self.command[0]:
+                raise InputError(f"{self.command[0]}: cannot be started: {str(error.strerror).lower()}") from None
             raise unwritable(folder, error) from None
 
     def environment(self) -> dict[str, str]:
         """What a run's process finds in its environment: its parent, and its share of the cores."""
-        share = max(1, cores() // self.jobs)
-        asked = os.environ.get("OMP_NUM_THREADS", "")
-        threads = str(min(share, int(asked)) if asked.isdigit() and int(asked) else share)
-        return {
-            **os.environ,
-            **dict.fromkeys(THREADS, threads),
-            "TOKENIZERS_PARALLELISM": "false" if threads == "1" else "true",
-            "RANKWISE_PARENT": str(os.getpid()),
-        }
+        return environment(max(1, cores() // (self.jobs or 1)))
 
     def running(self) -> list[Path]:
         return list(self._live)
@@ -82,16 +64,4 @@ class Local(Runner, name="local"):
         return over
 
     def stop(self, grace: float) -> None:
-        for process in self._live.values():
-            process.terminate()
-        until = time.monotonic() + grace
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                for process in self._live.values():
-                    process.wait(max(0.0, until - time.monotonic()))
-        finally:
-            # also when a second Ctrl-C cuts the wait short
-            for process in self._live.values():
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        end(list(self._live.values()), grace)

@@ -1,0 +1,40 @@
+"""Sweeps in processes of their own, and the stand-in workers that they start; see bench/worker.py."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from rankwise.runs.store import Store
+from runs_made_up import REVISION, config
+
+HERE = Path(__file__).parent
+WORKER = [sys.executable, str(HERE / "bench" / "worker.py")]
+
+
+def runs(store: Store, *kinds: int | None) -> list[Path]:
+    """One run for each entry, which says what becomes of it; see worker.py."""
+    return [store.create(config(seed=seed, max_steps=5, train_rows=kind), REVISION) for seed, kind in enumerate(kinds)]
+
+
+def start(store: Store, runner: str = "local", *options: str) -> subprocess.Popen[str]:
+    """A sweep over the runs of the store in a process of its own; see sweep.py."""
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "bench" / "sweep.py"), str(store.folder), runner, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def started(folder: Path) -> list[int]:
+    """Process ids of the workers that were started on a run, one after another."""
+    path = folder / "started"
+    return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and was not asked for its exit code does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
