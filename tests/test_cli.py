@@ -15,7 +15,7 @@ import yaml
 
 from rankwise.cli import main
 from rankwise.runs.store import Store
-from runs_made_up import REVISION, config, finish
+from runs_made_up import REVISION, config, finish, tune
 
 PATIENCE = 300  # seconds, for a machine that does much else
 TINY = {
@@ -111,6 +111,18 @@ def test_status_and_the_rest_of_the_runs_room_load_no_torch(tmp_path: Path) -> N
         (["compare", "sweep.yaml", "--runner", "ray2"], "--runner ray2: there is no such runner"),
         (["compare", "sweep.yaml", "runs=FILE/runs"], "FILE/runs: cannot be written to: not a directory"),
         (["validate", "one.yaml", "seed"], "'seed': expected key=value"),
+        (
+            ["train", "task=stdlib-kind", "method=full", "budget=9999"],
+            "budget: full has no size to choose; leave it out",
+        ),
+        (["validate", "one.yaml", "method=bitfit", "budget=9999"], "budget: bitfit has no size to choose"),
+        (["compare", "sweep.yaml", "method=head", "budget=9999"], "budget: none of the methods has a size to choose"),
+        (
+            ["train", "task=stdlib-kind", "tuning=0.2"],
+            "tuning: only the runs of an experiment with `tune:` hold rows out",
+        ),
+        (["compare", "sweep.yaml", "tuning=0.2"], "tuning: no setting of an experiment"),
+        (["compare", "sweep.yaml", "tune.learning_rate=[1e-3]", "task=ax"], "tune: ax has no score to choose"),
         (["status", "missing"], "missing: there is no such folder of runs"),
         (["retry", "missing"], "missing: there is no such folder of runs"),
         (["report", "."], ".: no run in it has finished; `rankwise status .` says how they stand"),
@@ -238,6 +250,29 @@ def test_retry_with_nothing_failed_has_nothing_to_do(cli: Cli, tmp_path: Path) -
     assert code == 0
     assert "no run has failed" in err
     assert json.loads(out)["done"] == []
+
+
+def test_retry_leaves_a_rate_alone_at_which_training_diverges(cli: Cli, tmp_path: Path) -> None:
+    """It is out of its contest, and would diverge again."""
+    store = Store(tmp_path)
+    tune(store, {1e-3: 0.5}, 1e-3)
+    folder = store.create(config(learning_rate=5.0, tuning=0.1, seed=7), REVISION)
+    (folder / "error.txt").write_text("loss is nan at step 1\n\nrankwise.train.progress.DivergedError: loss is nan\n")
+    code, out, err = cli("retry", tmp_path)
+    assert code == 0 and "no run has failed" in err and "chosen" in out
+    assert (folder / "error.txt").exists()
+    states = {each["run"]: (each["state"], each["tries"]) for each in json.loads(cli("status", tmp_path, "--json")[1])}
+    assert states[folder.name] == ("failed", True)
+    assert sorted(states.values()) == [("done", False), ("done", False), ("done", True), ("failed", True)]
+
+
+def test_a_run_that_tries_a_rate_says_so_when_trained_by_hand(cli: Cli, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tune(store, {1e-3: 0.5}, 1e-3)
+    (folder,) = (folder for folder in store.folders() if store.tries(folder))
+    code, out, _ = cli("train", folder)
+    assert code == 0
+    assert "learning rate 0.001, tried for its experiment: accuracy 0.5 on 9 rows of train_held_out" in out
 
 
 def test_a_page_that_cannot_be_made_takes_no_result_with_it(

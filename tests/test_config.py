@@ -453,7 +453,8 @@ def test_a_method_may_bring_a_range_of_its_own() -> None:
         ({"learning_rate": [1e-3], "trails": 3}, 'tune.trails: there is no such key .did you mean "trials"'),
         ({"learning_rate": [1e-3], "seeds": []}, "tune.seeds = .*: expected"),
         ({"learning_rate": [1e-3], "seeds": [1, 1]}, "tune.seeds = .*: expected different numbers"),
-        ({"learning_rate": [1e-3], "seeds": [-1]}, "tune.seeds = .*: expected different numbers"),
+        ({"learning_rate": [1e-3], "seeds": [-1]}, "tune.seeds = -1: expected greater than or equal to 0"),
+        ({"learning_rate": [1e-3], "seeds": [2**32]}, "tune.seeds = 4294967296: expected less than"),
         ({"learning_rate": [1e-3], "share": 1.0}, "tune.share = 1.0: expected less than 1"),
         ({"learning_rate": [1e-3], "share": 0}, "tune.share = 0: expected greater than 0"),
     ],
@@ -468,6 +469,9 @@ def test_a_tuning_that_cannot_be_gets_one_clear_line(tune: Any, message: str) ->
     ("settings", "message"),
     [
         ({"learning_rate": 1e-3}, "learning_rate: tune chooses it"),
+        ({"tuning": 0.3}, "tuning: no setting of an experiment"),
+        ({"vary": {"tuning": [0.3]}}, "tuning: no setting of an experiment"),
+        ({"tuning": 0.3, "tune": None}, "tuning: no setting of an experiment"),
         ({"vary": {"learning_rate": [1e-3]}}, "learning_rate: tune chooses it"),
         ({"chain": [{"epochs": 1.0}, {"epochs": 2.0}]}, "tune: the rates of a chain cannot be tuned"),
         ({"vary": {"method": [{"name": "lora", "learning_rate": [0.0]}]}}, "learning_rate of lora = 0.0: expected"),
@@ -571,3 +575,9 @@ def test_a_wrong_smoke_or_published_is_named(content: dict[str, Any], message: s
     with pytest.raises(InputError) as caught:
         load({**SMALL, **content}, [], SCHEMA)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("section", ["tune", "chain", "report", "published"])
+def test_a_section_of_an_experiment_is_named_as_such_in_a_run_on_its_own(section: str) -> None:
+    with pytest.raises(InputError, match=f"^{section}: belongs to an experiment, a file with `vary:`"):
+        load({"task": "cola", section: {}}, [], SCHEMA)

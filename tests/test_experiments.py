@@ -121,8 +121,12 @@ def test_what_a_printed_row_is_made_of_is_run(scale: str, schema: Schema) -> Non
 def test_the_protocols_are_the_papers(schema: Schema) -> None:
     for size in ("medium", "large"):
         for config in expand(experiment(f"lora_e2e_gpt2_{size}.yaml", schema=schema)):
-            shared = (config.epochs, config.batch_size, config.warmup, config.weight_decay, config.schedule)
-            assert shared == (5, 8, 500, 0.01, "linear") and config.model == f"openai-community/gpt2-{size}"
+            shared = (config.epochs, config.batch_size, config.warmup, config.weight_decay, config.label_smoothing)
+            assert (
+                shared == (5, 8, 500, 0.01, 0.1)
+                and config.schedule == "linear"
+                and config.model == f"openai-community/gpt2-{size}"
+            )
             task = config.task
             assert (task["beams"], task["length_penalty"], task["no_repeat"], task["split"]) == (10, 0.9, 4, "test")
             assert config.max_length + task["target_length"] == 512

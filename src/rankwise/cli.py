@@ -103,7 +103,7 @@ def train(
             _print_settings(store.config(folder), folder, as_json)
             return
     else:
-        config = _fit(_run_config(source, settings))
+        config = _alone(_run_config(source, settings))
         _check_models([config], dry_run)
         store = Store(config.runs)
         revision = _revisions([config])[_key(config)]
@@ -122,7 +122,10 @@ def train(
     else:
         from rankwise.runs.summary import Summary
 
-        print(Summary.of(store.results([folder]), {}).text())
+        split = result["splits"]["evaluation"][0]
+        tried = f"{result['score']} {result['metrics'].get(result['score'])} on {split['rows']} rows of {split['name']}"
+        summary = Summary.of(store.results([folder]), {}).text()
+        print(summary or f"learning rate {result['learning_rate']:g}, tried for its experiment: {tried}")
         print(f"\nrun: {folder}")
 
 
@@ -138,18 +141,17 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Carry out an experiment, or what is left of it, and compare its methods."""
-    from rankwise.runs.grid import expand
     from rankwise.runs.store import Store
 
     sweep = _runner(runner, jobs, runner_options or [])
     experiment = _experiment(source, settings or [])
     store = Store(experiment.runs)
-    configs = expand(experiment, _fit)
+    configs = _expand(experiment)
     _check_models(configs, dry_run)
-    revisions = _revisions(configs)
     if experiment.tune is not None:
-        _compare_tuned(store, experiment, revisions, sweep, as_json, dry_run)
+        _compare_tuned(store, experiment, configs, sweep, as_json, dry_run)
         return
+    revisions = _revisions(configs)
     if dry_run:
         _print_plan(store, [(config, store.place(config, revisions[_key(config)])) for config in configs], as_json)
         return
@@ -183,7 +185,13 @@ def status(
     if as_json:
         _print_json(
             [
-                {"run": each.folder.name, "state": each.state, "step": each.step, "steps": each.steps}
+                {
+                    "run": each.folder.name,
+                    "state": each.state,
+                    "step": each.step,
+                    "steps": each.steps,
+                    "tries": each.tries,
+                }
                 | {"seconds_left": round(look.left[each.folder]) if each.folder in look.left else None}
                 | ({"error": each.error} if each.error else {})
                 for each in look.standings
@@ -209,7 +217,12 @@ def retry(
 
     sweep = _runner(runner, jobs, runner_options or [])
     store = Store(runs)
-    failed = [folder for folder in store.folders() if store.state(folder) == "failed"]
+    failed = [
+        folder
+        for folder in store.folders()
+        # a rate at which training diverges is out, and would diverge again
+        if store.state(folder) == "failed" and not (store.tries(folder) and store.diverged(folder))
+    ]
     if not failed:
         print(f"{runs}: no run has failed", file=sys.stderr)
     _sweep(store, failed, sweep, as_json, shown=store.folders())
@@ -264,14 +277,15 @@ def validate(
     import yaml
 
     from rankwise.config import RunConfig, load
-    from rankwise.runs.grid import expand
 
     config = load(source, settings or [], _schema())
     if isinstance(config, RunConfig):
-        config = _fit(config)
+        config = _alone(config)
+        runs = [config]
     else:
         _check_tables(config)
-    _check_models([config] if isinstance(config, RunConfig) else expand(config, _fit), shipped=True)
+        runs = _expand(config)
+    _check_models(runs, shipped=True)
     content = config.model_dump(mode="json")
     if as_json:
         _print_json(content)
@@ -281,7 +295,7 @@ def validate(
         count = "one run"
     else:
         tuned = ", behind those that choose their learning rates" if config.tune else ""
-        count = f"an experiment of {len(expand(config, _fit))} runs{tuned}"
+        count = f"an experiment of {len(runs)} runs{tuned}"
     print(f"{source} is valid: {count}", file=sys.stderr)
 
 
@@ -563,15 +577,42 @@ def _fit(config: RunConfig) -> RunConfig:
         return fit(config)
 
 
+def _alone(config: RunConfig) -> RunConfig:
+    """A run without an experiment around it, at the size that its budget allows."""
+    from rankwise.config import InputError
+
+    if config.tuning is not None:
+        raise InputError("tuning: only the runs of an experiment with `tune:` hold rows out; leave it out")
+    fitted = _fit(config)
+    if fitted.budget != config.budget:
+        raise InputError(f"budget: {config.method['name']} has no size to choose; leave it out")
+    return fitted
+
+
+def _expand(experiment: Experiment) -> list[RunConfig]:
+    """The runs of an experiment, at the sizes that their budgets allow."""
+    from rankwise.config import InputError
+    from rankwise.runs.grid import expand
+
+    configs = expand(experiment, _fit)
+    asked = experiment.base.get("budget") or "budget" in experiment.vary
+    if asked and all(config.budget is None for config in configs):
+        raise InputError("budget: none of the methods has a size to choose; leave it out")
+    return configs
+
+
 def _key(config: RunConfig) -> str:
-    return json.dumps(config.task, sort_keys=True)
+    return json.dumps([config.task, config.tuning is not None], sort_keys=True)
 
 
 def _revisions(configs: Sequence[RunConfig]) -> dict[str, str]:
-    """The revision of each task's data, by `_key`."""
+    """The revision of the data of each task, and of each whose rates are tried, by `_key`."""
     import rankwise.tasks
 
-    return {key: rankwise.tasks.build(json.loads(key)).revision() for key in dict.fromkeys(map(_key, configs))}
+    return {
+        key: rankwise.tasks.build(config.task).revision(tuning=config.tuning is not None)
+        for key, config in {_key(config): config for config in configs}.items()
+    }
 
 
 def _runner(name: str, jobs: int | None, options: Sequence[str]) -> Runner:
@@ -590,17 +631,19 @@ def _sweep(
 
 
 def _compare_tuned(
-    store: Store, experiment: Experiment, revisions: dict[str, str], runner: Runner, as_json: bool, dry_run: bool
+    store: Store, experiment: Experiment, configs: Sequence[RunConfig], runner: Runner, as_json: bool, dry_run: bool
 ) -> None:
-    """`compare` of an experiment with `tune:`, in its two phases."""
+    """`compare` of an experiment with `tune:`, in its two phases; `configs` are the runs of the second."""
     import rankwise.tasks
     from rankwise.bench import tune
     from rankwise.config import InputError
 
-    for task in (rankwise.tasks.build(json.loads(key)) for key in revisions):
+    for task in (rankwise.tasks.build(config.task) for config in configs):
         if not task.main:
             raise InputError(f"tune: {task.name} has no score to choose a learning rate by; leave it out")
     contests = list(experiment.contests())
+    tried = [config for contest in contests for config in contest.tried(contest.lowest)]
+    revisions = _revisions([*configs, *map(_fit, tried)])
 
     def place(config: RunConfig) -> Path:
         config = _fit(config)
@@ -611,7 +654,7 @@ def _compare_tuned(
         plan = {folder: config for search in found for folder, config in search.configs.items()}
         plan |= {place(config): config for config in tune.reported(found)}
         _print_plan(store, [(_fit(config), folder) for folder, config in plan.items()], as_json)
-        waiting = [search.contest for search in found if search.chosen is None]
+        waiting = [search.contest for search in found if search.rate is None]
         if any(not isinstance(contest.rates, tuple) for contest in waiting):
             print("further rates follow from what these score", file=sys.stderr)
         runs = sum(len(contest.seeds) for contest in waiting)
@@ -716,7 +759,12 @@ def _print_plan(store: Store, plan: Sequence[tuple[RunConfig, Path]], as_json: b
         [folder.name, config.method["name"], f"{config.learning_rate:g}", str(config.seed), state]
         for (config, folder), state in zip(plan, states, strict=True)
     ]
-    print(plain(["run", "method", "learning rate", "seed", "state"], rows))
+    header = ["run", "method", "learning rate", "seed", "state"]
+    if any(config.tuning is not None for config, _ in plan):
+        header.insert(4, "for")
+        for row, (config, _) in zip(rows, plan, strict=True):
+            row.insert(4, "reporting" if config.tuning is None else "choosing")
+    print(plain(header, rows))
     left = sum(state != "done" for state in states)
     print(f"{len(plan)} runs in {store.folder}, {left} to carry out", file=sys.stderr)
 

@@ -199,7 +199,9 @@ class Tune(BaseModel):
     at_once: int = Field(
         default=2, ge=1, description="rates that Optuna gives before it hears what one of them is worth"
     )
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1, description="seeds at which rates are tried")
+    seeds: list[typing.Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+        default_factory=lambda: [0], min_length=1, description="seeds at which rates are tried"
+    )
     share: float = Field(
         default=0.1, gt=0, lt=1, description="share of the training rows to choose by, where a task has no other rows"
     )
@@ -240,6 +242,11 @@ class Contest:
     tune: Tune
     seeds: tuple[int, ...]
     """Of the runs that are reported."""
+
+    @property
+    def lowest(self) -> float:
+        """The lowest of the rates."""
+        return self.rates.low if isinstance(self.rates, Span) else self.rates[0]
 
     def tried(self, rate: float) -> list[RunConfig]:
         """The runs that say what a rate is worth, one per seed of `tune`, scored on rows that are not reported."""
@@ -297,8 +304,7 @@ class Experiment(BaseModel):
         """
         if self.tune is not None:
             for contest in self.contests():
-                low = contest.rates.low if isinstance(contest.rates, Span) else contest.rates[0]
-                yield from map(fit, contest.reported(low))
+                yield from map(fit, contest.reported(contest.lowest))
             return
         for data in self._at_rates():
             before: RunConfig | None = None
@@ -576,6 +582,8 @@ def _put(data: dict[str, Any], key: str, value: Any) -> None:
 def _run_config(data: Mapping[str, Any]) -> RunConfig:
     known = [*RunConfig.model_fields, *SECTIONS]
     for key in data:
+        if key in SECTIONS:
+            raise InputError(f"{key}: belongs to an experiment, a file with `vary:`; a run on its own has none")
         if key not in RunConfig.model_fields:
             raise InputError(f"{key}: there is no such key{nearest(key, known)}")
     if data.get("task") is None:
@@ -682,6 +690,10 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
     for key, _ in settings:
         if any(key in stage or key.partition(".")[0] in stage for stage in chain):
             raise InputError(f"{key}: the stages of the chain set it; change the file, or give chain=[…]")
+    if any("tuning" in part for part in (data, vary, *chain)):
+        raise InputError(
+            "tuning: no setting of an experiment; tune chooses learning rates, and tune.share says by what"
+        )
     tune = _tune(data.pop("tune", None), {**data, **vary}, chain)
     runs = data.pop("runs", None) or f"runs/{name}"
     for key in data:
@@ -735,8 +747,8 @@ def _tune(given: Any, others: Mapping[str, Any], chain: Sequence[Any]) -> Tune |
         tune = Tune.model_validate_json(json.dumps(given, default=str))
     except ValidationError as error:
         raise InputError(_explain(error, f"tune.{error.errors()[0]['loc'][0]}")) from None
-    if len(set(tune.seeds)) < len(tune.seeds) or min(tune.seeds) < 0:
-        raise InputError(f"tune.seeds = {tune.seeds}: expected different numbers from 0 on")
+    if len(set(tune.seeds)) < len(tune.seeds):
+        raise InputError(f"tune.seeds = {tune.seeds}: expected different numbers")
     if tune.trials is not None and isinstance(tune.learning_rate, list):
         raise InputError("tune.trials: a list of rates is tried whole; give {low: .., high: ..} to try some of a range")
     if tune.learning_rate is not None:

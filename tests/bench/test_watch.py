@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import filelock
@@ -15,7 +16,7 @@ from bench_runs import runs
 from rankwise.bench.watch import Watch
 from rankwise.runs.files import MARKER
 from rankwise.runs.store import Store
-from runs_made_up import finish
+from runs_made_up import config, finish, tune
 from small_run import PATIENCE, wait_for
 
 
@@ -53,6 +54,15 @@ def test_what_runs_have_noted_themselves_is_enough_for_one_look(store: Store) ->
     assert look.total == pytest.approx(265)
     assert look.head() == "3 runs, 1 pending, 1 stopped, 1 done, about 4 min 25 s left"
     assert [row[3] for row in look.rows()] == ["2 min 25 s", "2 min 0 s", ""]
+
+
+def test_rates_that_were_tried_are_not_all_there_is_to_wait_for(store: Store) -> None:
+    finish(store, config(learning_rate=1e-3, tuning=0.1), 0.5)
+    look = Watch(store).look()
+    assert not look.over  # what they choose for is yet to come
+    assert [row[0].endswith(" (tries a rate)") for row in look.rows()] == [True]
+    tune(store, {1e-3: 0.5}, 1e-3)
+    assert Watch(store).look().over
 
 
 def test_a_run_at_work_is_judged_by_what_is_seen_of_it(store: Store) -> None:
@@ -125,9 +135,17 @@ def test_on_a_terminal_the_table_stays_until_all_is_done(store: Store) -> None:
     assert process.poll() is None
     finish(store, store.config(second), 0.5)
     wait_for(lambda: shows(b"2 runs, 2 done"))
+    read_to_the_end(ours)
     _, log = process.communicate(timeout=PATIENCE)
     os.close(ours)
     assert (process.returncode, log) == (0, b"")
+
+
+def read_to_the_end(terminal: int) -> None:
+    """Until the other end is closed: who writes to a terminal that nobody reads may wait for ever."""
+    with suppress(OSError):
+        while os.read(terminal, 65536):
+            pass
 
 
 def test_ctrl_c_ends_the_watch(store: Store) -> None:
@@ -137,6 +155,7 @@ def test_ctrl_c_ends_the_watch(store: Store) -> None:
     os.close(theirs)
     wait_for(lambda: b"1 pending" in os.read(ours, 65536))
     process.send_signal(signal.SIGINT)
+    read_to_the_end(ours)
     _, log = process.communicate(timeout=PATIENCE)
     os.close(ours)
     assert (process.returncode, log) == (130, b"")

@@ -17,7 +17,7 @@ from rankwise.config import InputError, RunConfig
 from rankwise.report import figures, html
 from rankwise.runs.store import Store
 from reported_runs import finish, write_lines
-from runs_made_up import config
+from runs_made_up import config, tune
 from runs_made_up import finish as made_up
 
 VOID = {"meta", "img", "br"}
@@ -245,6 +245,35 @@ def test_ours_stands_beside_the_paper(runs: Path, tmp_path: Path) -> None:
     assert "GPT-2 M LoRA BLEU lora rank=4 69.00 1 4,000 3,992 70.4 ± .1 0.35M" in found.text
     assert "ours: a <small> run" in found.text
     assert "published" in found.anchors and "published" not in page(runs).anchors
+
+
+def test_the_rates_that_were_tried_are_shown_apart_from_what_is_reported(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tune(store, {1e-4: 0.6, 1e-3: 0.8, 1e-2: 0.7}, 1e-3, budget=4_000)
+    tune(store, {1e-3: 0.4, 1e-2: 0.3}, 1e-3, method={"name": "head"})
+    failed = store.create(config(learning_rate=1.0, tuning=0.1, seed=7), "0123456789ab")
+    (failed / "error.txt").write_text("loss is nan\n\nDivergedError: loss is nan\n")
+    found = page(tmp_path)
+    assert "Learning rates tried" in found.text
+    assert "lora rank=4 0.001 1 0.800 chosen lora rank=4 0.01 1 0.700" in found.text
+    [alt] = [str(image["alt"]) for image in found.images if "by learning rate" in str(image["alt"])]
+    assert "accuracy on train_held_out: " in alt
+    assert "lora rank=4: 0.600 at 0.0001, 0.800 at 0.001, 0.700 at 0.01, chosen 0.001" in alt
+    assert "cola, lora, rate 0.01, seed 7, to choose a rate: accuracy 0.7000" in found.text
+    assert "cola, lora, rate 1, seed 7, to choose a rate : loss is nan" in found.text
+    assert "of budget" in found.text and "100.9%" in found.text and "outside" in found.text
+
+
+def test_rates_of_methods_that_were_not_tuned_are_another_picture(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tune(store, {1e-4: 0.6, 1e-3: 0.8}, 1e-3)
+    for rate in (1e-3, 1e-2):
+        made_up(store, config(method={"name": "head"}, learning_rate=rate), rate)
+    alts = [str(image["alt"]) for image in page(tmp_path).images if "by learning rate" in str(image["alt"])]
+    assert sorted(alt.split(": ")[0] for alt in alts) == [
+        "Score by learning rate. accuracy",
+        "Score by learning rate. accuracy on train_held_out",
+    ]
 
 
 def test_several_ranks_and_rates_are_drawn_apart(tmp_path: Path) -> None:

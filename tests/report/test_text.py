@@ -8,6 +8,7 @@ import pytest
 from rankwise.report import text
 from rankwise.runs.store import Store
 from rankwise.runs.tables import Row, best, summarise
+from runs_made_up import tune
 
 
 @pytest.fixture
@@ -109,3 +110,22 @@ def test_no_name_breaks_a_table(rows: list[Row], name: str) -> None:
     table = text.markdown(rows).splitlines()[: 2 + len(rows)]
     assert {len(re.findall(r"(?<!\\)\|", line.replace("\\\\", ""))) for line in table} == {len(shown) + 1}
     assert [line["method"] for line in csv.DictReader(io.StringIO(text.csv(rows), newline=""))] == [name] * len(rows)
+
+
+def test_how_a_rate_was_chosen_and_the_share_of_a_budget_are_in_every_format(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tune(store, {1e-4: 0.6, 1e-3: 0.8}, 1e-3, budget=8_072)
+    tune(store, {1e-3: 0.4, 1e-2: 0.3}, 1e-3, method={"name": "head"})
+    tuned = best(summarise(store.results()))
+    chosen = "cola: learning rates were chosen on 9 rows of train_held_out (9 of 100 rows, held out); "
+    for form in (text.markdown, text.latex):
+        assert form(tuned).count(chosen) == 1
+        assert "of budget" in form(tuned) and "50.0" in form(tuned)
+    head, lora = csv.DictReader(io.StringIO(text.csv(tuned)))
+    assert (lora["asked"], lora["used"], head["asked"], head["used"]) == ("8072", "0.5", "", "")
+    assert (lora["tuned_split"], lora["tuned_rows"], lora["tuned_rates"]) == ("train_held_out", "9", "0.0001 0.001")
+
+
+def test_without_a_budget_and_without_tuning_nothing_is_said_of_them(rows: list[Row]) -> None:
+    assert "of budget" not in text.markdown(rows) and "chosen" not in text.latex(rows)
+    assert {line["tuned_split"] for line in csv.DictReader(io.StringIO(text.csv(rows)))} == {""}

@@ -128,11 +128,18 @@ def test_the_half_that_was_scored_is_named(store: Store) -> None:
 
 def test_an_average_says_over_which_tasks(store: Store) -> None:
     method = {"name": "bitfit"}
+    whole = {"name": "train", "rows": 9, "official": True, "note": ""}
     for task, score in (("cola", 0.5), ("rte", 0.7)):
-        finish(store, config(task=task, method=method), score, benchmark={"name": "GLUE", "score": score})
+        half = {"name": "validation_second", "rows": 9, "official": task == "cola", "note": "the second half"}
+        splits = {"train": whole, "evaluation": [half]}
+        finish(
+            store, config(task=task, method=method), score, benchmark={"name": "GLUE", "score": score}, splits=splits
+        )
     cell = of(cells(store, "sora/glue"), "BitFit", "Average")
     assert (cell.task, cell.mean, cell.n, cell.learning_rate) == ("GLUE", pytest.approx(60.0), 1, None)
     assert "the average of 2 tasks: cola, rte" in cell.differs
+    assert "rte, validation_second: the second half" in cell.differs
+    assert not any(clause.startswith("cola") for clause in cell.differs)
 
 
 def test_a_row_of_one_rate_takes_that_rate_and_not_the_best(store: Store) -> None:

@@ -107,7 +107,17 @@ def test_p_agrees_with_scipy_and_with_the_interval(gaps: list[float]) -> None:
 
 
 def test_p_without_spread_or_without_a_second_seed() -> None:
-    assert (paired_p([0.1, 0.1]), paired_p([0.0, 0.0]), paired_p([0.1]), paired_p([])) == (0.0, 1.0, None, None)
+    assert (paired_p([0.1, 0.1]), paired_p([0.0, 0.0]), paired_p([0.1]), paired_p([])) == (0.5, 1.0, None, None)
+
+
+@pytest.mark.parametrize("n", range(2, 8))
+def test_a_gap_that_is_the_same_at_few_seeds_is_no_difference(n: int) -> None:
+    """32 rows, one more right at each seed, as rounded numbers: n coins that fall on one side, no more."""
+    found = difference(dict.fromkeys(range(n), 20 / 32 + 1e-16), {seed: 19 / 32 + seed * 1e-16 for seed in range(n)})
+    assert found is not None and found.clear
+    assert found.p == 2 * 0.5**n
+    assert found.alone == found.shown == (n > 5)
+    assert corrected([found])[0].shown == (n > 5)
 
 
 PS = st.lists(st.floats(0, 1), min_size=1, max_size=7)

@@ -75,6 +75,15 @@ def test_a_method_is_measured_against_lora_at_the_nearest_budget(store: Store) -
     assert against == {"simplex-lora": "lora rank=4", "head": "lora rank=16"}
 
 
+def test_a_method_without_ranks_is_measured_against_lora_at_the_nearest_size(store: Store) -> None:
+    for rank in (1, 4, 16):
+        finish(store, config(method={"name": "lora", "rank": rank}), 0.8)
+    parameters = {"trainable": 4_200, "final": 4_200, "budget": 0, "head": 770}
+    finish(store, config(method={"name": "adapter-h", "size": 4}), 0.7, parameters=parameters)
+    [contrast] = summary(store).contrasts
+    assert contrast.theirs["method"] == "lora rank=4"
+
+
 def test_the_text_holds_all_that_a_row_has_to_carry(store: Store) -> None:
     three_methods(store)
     finish(store, config(learning_rate=0.5), 0.1)

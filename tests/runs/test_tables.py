@@ -7,7 +7,7 @@ import pytest
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary
 from rankwise.runs.tables import Row, averages, best, plain, summarise
-from runs_made_up import config, finish
+from runs_made_up import config, finish, tune
 
 HEAD = {"name": "head"}
 
@@ -132,16 +132,6 @@ def test_a_plain_table_ranges_numbers_right() -> None:
         "a       1  x",
         "bcdef  10  -y",
     ]
-
-
-def tune(store: Store, scores: dict[float, float], chosen: float, seeds: int = 2, **settings: Any) -> None:
-    """A tuned combination: each rate tried at one seed, and the chosen one reported at several."""
-    held = {"name": "train_held_out", "rows": 9, "official": False, "note": "9 of 100 rows, held out"}
-    splits = {"train": {"name": "train", "rows": 91, "official": False, "note": ""}, "evaluation": [held]}
-    for rate, score in scores.items():
-        finish(store, config(learning_rate=rate, tuning=0.1, seed=7, **settings), score, splits=splits)
-    for seed in range(seeds):
-        finish(store, config(learning_rate=chosen, eval_every=0, seed=seed, **settings), 0.5 + seed / 10)
 
 
 def test_runs_that_try_a_rate_make_no_row_and_say_how_it_was_chosen(store: Store) -> None:

@@ -302,12 +302,23 @@ def test_a_training_batch_has_the_loss_of_the_evaluation(given_model):
     assert loss == pytest.approx(by_hand(model, examples), rel=1e-5)
 
 
-@pytest.mark.parametrize(("kind", "pieces"), [("t5", 1), ("gpt2", 1), ("gpt2", 2), ("llama", 6)])
-def test_smoothed_labels_spread_over_all_tokens_and_count_no_masked_one(kind, pieces, tmp_path):
+INFIX = {"name": "pre-layer", "prefix": 2, "infix": 3}  # which stands where the labels begin
+
+
+@pytest.mark.parametrize(
+    ("kind", "pieces", "options"),
+    [
+        *((kind, pieces, {"name": "full"}) for kind, pieces in [("t5", 1), ("gpt2", 1), ("gpt2", 2), ("llama", 6)]),
+        *(("gpt2", 2, INFIX), ("t5", 1, INFIX)),
+    ],
+)
+def test_smoothed_labels_spread_over_all_tokens_and_count_no_masked_one(kind, pieces, options, tmp_path):
     tokenizer = tokenizer_of(kind)
     dropouts = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "llama": (), "t5": ("dropout_rate",)}
     model = model_of(kind, len(tokenizer), **dict.fromkeys(dropouts[kind], 0.0))
     examples, collate = encoded(Colours(), tokenizer), Colours().collate(model, tokenizer, 0)
+    method = methods.build(options)
+    model = method.attach(model)
     batch = collate(list(examples))
     with torch.no_grad():
         logits, labels = model(**batch).logits, batch["labels"]
@@ -316,10 +327,9 @@ def test_smoothed_labels_spread_over_all_tokens_and_count_no_masked_one(kind, pi
     expected = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=UNTOLD, label_smoothing=0.3
     )
-    method = methods.build({"name": "full"})
     trainer = RankTrainer(
         method=method,
-        model=method.attach(model),
+        model=model,
         args=transformers.TrainingArguments(
             str(tmp_path), max_steps=1, per_device_train_batch_size=6 // pieces, gradient_accumulation_steps=pieces,
             label_smoothing_factor=0.3, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,

@@ -286,6 +286,19 @@ def test_halves_share_the_rows_choose_by_the_first_and_report_the_second(folder)
     assert tasks.build({"name": "rte", "protocol": "halves"}).label == "rte protocol=halves"
 
 
+def test_the_rows_to_choose_by_count_in_the_revision_of_runs_that_look_at_them(folder):
+    task = tasks.build({"name": "rte", "protocol": "halves"})
+    reported, tried = task.revision(), task.revision(tuning=True)
+    chosen_by = task.apart().data["idx"][:]
+    changed = rows("rte")
+    changed["sentence1"] = [f"{t} More." if i == chosen_by[0] else t for i, t in enumerate(changed["sentence1"])]
+    write(folder / "glue" / "rte" / "validation.parquet", **changed)
+    assert task.revision() == reported
+    assert task.revision(tuning=True) != tried
+    whole = tasks.build("rte")
+    assert whole.apart() is None and whole.revision(tuning=True) == whole.revision()
+
+
 @pytest.mark.parametrize(
     ("name", "averaged"),
     [

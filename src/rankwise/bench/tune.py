@@ -34,8 +34,9 @@ class Search:
         self._now: dict[float, list[Path]] = {}
         self.configs: dict[Path, RunConfig] = {}
         """The runs asked for until now."""
-        self._ask(next(self._rounds))
-        self.go_on()
+        if not self.settled:
+            self._ask(next(self._rounds))
+            self.go_on()
 
     def go_on(self) -> None:
         """Past every round whose runs are all over."""
@@ -58,8 +59,20 @@ class Search:
         ]
 
     @property
+    def settled(self) -> bool:
+        """Whether there is a single rate, which nothing need be tried for."""
+        return isinstance(self.contest.rates, tuple) and len(self.contest.rates) == 1
+
+    @property
+    def rate(self) -> float | None:
+        """The rate to report at, once the search is over; None before, and where no rate trained to its end."""
+        if self.settled:
+            return self.contest.lowest
+        return how["learning_rate"] if (how := self.chosen) else None
+
+    @property
     def chosen(self) -> Tuned | None:
-        """How the rate is chosen, once the search is over; None before, and where no rate trained to its end."""
+        """How the rate was chosen; None where it is not, and where there was nothing to choose."""
         return None if self._now else self._found(list(self.configs))
 
     def _ask(self, rates: Sequence[float]) -> None:
@@ -109,18 +122,18 @@ def _sampled(span: Span, trials: int, at_once: int, seed: int) -> Rounds:
 def searches(store: Store, contests: Sequence[Contest], place: Place) -> list[Search]:
     """A search for each contest, as far as finished runs take it; equal ones, such as of a method that has no size at
     two budgets, once."""
-    found: list[Search] = []
+    known: dict[frozenset[Path], Search] = {}
     for contest in contests:
         search = Search(store, contest, place)
-        if search.configs.keys() not in [each.configs.keys() for each in found]:
-            found.append(search)
-    return found
+        # without runs that try a rate, those to be reported are as good
+        asked = frozenset(search.configs or map(place, contest.reported(contest.lowest)))
+        known.setdefault(asked, search)
+    return list(known.values())
 
 
 def reported(found: Sequence[Search]) -> list[RunConfig]:
     """The runs at the rates chosen, of the searches that are over: all of one seed before the next."""
-    chosen = [(search.contest, search.chosen) for search in found]
-    configs = [config for contest, how in chosen if how for config in contest.reported(how["learning_rate"])]
+    configs = [config for search in found if (rate := search.rate) for config in search.contest.reported(rate)]
     return sorted(configs, key=lambda config: config.seed)
 
 
@@ -149,7 +162,9 @@ def tune_and_carry_out(
         for search in found:
             search.go_on()
     for search in found:
-        if (how := search.chosen) is None and not search.left():
+        if search.settled:
+            say(f"{_called(search)}: learning rate {search.rate:g}, the only one given")
+        elif (how := search.chosen) is None and not search.left():
             say(f"{_called(search)}: no rate trained to its end; try lower ones")
             total.failed += list(search.configs)
         elif how is None:
@@ -173,6 +188,6 @@ def _pending(found: Sequence[Search], tried: set[Path]) -> list[Path]:
 
 
 def _called(search: Search) -> str:
-    config = next(iter(search.configs.values()))
+    config = search.contest.reported(search.contest.lowest)[0]
     size = "".join(f" {key} {config.method[key]}" for key in ("rank", "size") if key in config.method)
     return f"{config.task['name']} {config.method['name']}{size}"

@@ -29,8 +29,10 @@ class Look:
 
     @property
     def over(self) -> bool:
-        """Whether every run is done or has failed."""
-        return all(each.state in ("done", "failed") for each in self.standings)
+        """Whether every run is done or has failed, and none is to follow from the learning rates tried."""
+        waiting = self.standings and all(each.tries for each in self.standings)
+        followed = not waiting or all(each.state == "failed" for each in self.standings)
+        return followed and all(each.state in ("done", "failed") for each in self.standings)
 
     @property
     def total(self) -> float | None:
@@ -53,7 +55,7 @@ class Look:
         """A row for each run, under `HEADER`."""
         return [
             [
-                each.folder.name,
+                f"{each.folder.name}{' (tries a rate)' if each.tries else ''}",
                 each.state,
                 f"{each.step}/{each.steps}" if each.steps else "",
                 duration(self.left[each.folder]) if each.folder in self.left else "",

@@ -147,6 +147,8 @@ class VirtualTokens(nn.Module):
         if self.speaks:
             self.model_takes = _parameters(model)
             model.register_forward_pre_hook(self.note, with_kwargs=True)
+        self.told: Tensor | None = None
+        """Labels of the next forward, for whoever does not give them to the model."""
         # Of the forward that runs, or ran last; never saved.
         self.layout: Layout | None = None
         self.prompt: Tensor | None = None
@@ -157,15 +159,15 @@ class VirtualTokens(nn.Module):
     def note(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a causal language model: the prompt of each row ends where its labels begin."""
         given = _named(self.model_takes, args, kwargs)
-        labels = given.get("labels")
-        self.prompt = None
+        labels = self.told if given.get("labels") is None else given["labels"]
+        self.prompt = self.told = None
         if labels is not None:
             told = labels != -100
             self.prompt = torch.where(told.any(1), told.int().argmax(1), labels.shape[1])
         elif self.infix and model.training and torch.is_grad_enabled():
             raise InputError(
                 "the infix stands where the prompt ends, which only labels tell in training, and none came: give the "
-                "model labels (label_smoothing_factor takes them away), or use infix=0"
+                "model labels (label_smoothing_factor takes them away, but not from RankTrainer), or use infix=0"
             )
         elif self.infix and given.get("use_cache") is False:
             raise InputError(

@@ -48,7 +48,7 @@ def of_task(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Pictur
     looks = {row["method"]: place for place, row in enumerate(best)}
     return [
         *_sizes(best, looks, title),
-        *of_rates(_by_rate(rows), {row["method"]: row["learning_rate"] for row in best}, best[0]["score"], title),
+        *_rates(best, rows, title),
         *_costs(best, looks, title),
         *_curves(best, looks, title),
         *_panels(rows, looks, title),
@@ -78,7 +78,7 @@ def of_rates(
         for method in methods
     )
     figure = plots.score_by_rate(methods, metric, f"{title}: score by learning rate")
-    return [Picture.of(figure, f"Score by learning rate. {words}")]
+    return [Picture.of(figure, f"Score by learning rate. {metric}: {words}")]
 
 
 def of_ranks(row: Row) -> dict[str, Any] | None:
@@ -217,6 +217,24 @@ def _half(row: Row) -> float:
 def _bars(rows: Sequence[Row]) -> str:
     several = any(_half(row) for row in rows)
     return "bars: 95 % t-interval of the mean over seeds" if several else "one seed: no bars"
+
+
+def _rates(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture]:
+    """Score by rate, a picture for each set of rows: the ones reported, and those that rates were chosen by."""
+    tried: dict[str, dict[str, list[plots.Rate]]] = {}
+    reported = _by_rate([row for row in rows if row["tuned"] is None])
+    for row in best:
+        if (found := row["tuned"]) is None:
+            tried.setdefault("", {})[row["method"]] = reported.get(row["method"], [])
+            continue
+        points = [plots.Rate(each["learning_rate"], each["mean"], each["sd"], each["n"]) for each in found["rates"]]
+        tried.setdefault(f" on {found['split']}", {})[row["method"]] = points
+    chosen = {row["method"]: row["tuned"]["learning_rate"] if row["tuned"] else row["learning_rate"] for row in best}
+    return [
+        picture
+        for where, by_method in tried.items()
+        for picture in of_rates(by_method, chosen, f"{best[0]['score']}{where}", title)
+    ]
 
 
 def _by_rate(rows: Sequence[Row]) -> dict[str, list[plots.Rate]]:

@@ -21,7 +21,7 @@ from rankwise.runs.beside import beside
 from rankwise.runs.files import write_whole
 from rankwise.runs.stats import mean, sd
 from rankwise.runs.store import Store
-from rankwise.runs.summary import Summary, plus_minus
+from rankwise.runs.summary import Summary, plus_minus, tried
 from rankwise.runs.tables import Average, Row, averages
 
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -158,7 +158,7 @@ def _task(name: str, summary: Summary) -> dict[str, Any]:
     best = [row for row in summary.best if row["task"] == name]
     rows = [row for row in summary.rows if row["task"] == name]
     title = text.task_name(best[0])
-    scored = [*text.who(rows), *text.scores(rows), *text.SIZES]
+    scored = [*text.who(rows), *text.scores(rows), *text.sizes(rows)]
     shown = examples.pictures(best)
     return {
         "name": title,
@@ -166,6 +166,9 @@ def _task(name: str, summary: Summary) -> dict[str, Any]:
         "best": _grid(best, scored, f"{title}: each method at its best learning rate"),
         "cost": _grid(best, [*text.who(best), *text.COSTS], f"{title}: what a run of it costs"),
         "every": _grid(rows, scored, f"{title}: every learning rate") if len(rows) > len(best) else None,
+        "tried": [
+            _tried(table, f"{title}: learning rates tried, on rows that are not reported") for table in tried(best)
+        ],
         "figures": figures.of_task(best, rows, title),
         "examples": examples.examples(best),
         "pictures": [
@@ -173,6 +176,14 @@ def _task(name: str, summary: Summary) -> dict[str, Any]:
         ],
         "ranks": [found for row in best if (found := figures.of_ranks(row)) is not None],
     }
+
+
+def _tried(table: tuple[list[str], list[list[str]]], caption: str) -> Grid:
+    header, lines = table
+    heads = [text.Head(name or "outcome", number=place in (1, 2, 3)) for place, name in enumerate(header)]
+    numbers = [[None, float(line[1]), float(line[2]), float(line[3].split()[0]), None] for line in lines]
+    rows = [list(map(Cell, line, values)) for line, values in zip(lines, numbers, strict=True)]
+    return Grid(heads, rows, caption)
 
 
 def _settings(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> Grid:

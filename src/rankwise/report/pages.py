@@ -68,19 +68,25 @@ def anchor(folder: Path) -> str:
 
 
 def pages(store: Store, folders: Sequence[Path], results: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[Page]:
-    """One for each of `folders`, in the order of the tables, those without a result behind them.
+    """One for each of `folders`, in the order of the tables, then those that tried rates, then those without a result.
 
     Args:
         results: of the finished runs, as `Store.results` gives them.
         rows: the same drawn together, as `summarise` gives them.
     """
     by_folder = {Path(result["folder"]): result for result in results}
-    finished = {Path(folder): row for row in rows for folder in row["folders"].values()}
-    found = [_finished(folder, by_folder[folder], row) for folder, row in finished.items()]
-    return [*found, *(_unfinished(store, folder) for folder in folders if folder not in finished)]
+    finished = {Path(folder): row["method"] for row in rows for folder in row["folders"].values()}
+    tries = {folder: each["method"] for folder, each in by_folder.items() if folder not in finished}
+    found = [_finished(folder, by_folder[folder], method) for folder, method in (finished | tries).items()]
+    return [*found, *(_unfinished(store, folder) for folder in folders if folder not in by_folder)]
 
 
-def _finished(folder: Path, result: Mapping[str, Any], row: Row) -> Page:
+def _label(task: str, method: str, config: Mapping[str, Any]) -> str:
+    label = f"{task}, {method}, rate {config['learning_rate']:g}, seed {config['seed']}"
+    return label if config.get("tuning") is None else f"{label}, to choose a rate"
+
+
+def _finished(folder: Path, result: Mapping[str, Any], method: str) -> Page:
     lines = read_lines(folder / "metrics.jsonl")
     score = result["metrics"].get(result["score"])
     wanted: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = [
@@ -100,7 +106,7 @@ def _finished(folder: Path, result: Mapping[str, Any], row: Row) -> Page:
     ]
     return Page(
         anchor(folder),
-        f"{row['task']}, {row['method']}, rate {row['learning_rate']:g}, seed {result['seed']}",
+        _label(result["task"], method, result["config"]),
         "done",
         "" if score is None else f"{result['score']} {_number(score)}",
         facts,
@@ -116,8 +122,8 @@ def _unfinished(store: Store, folder: Path) -> Page:
     standing = store.standing(folder)
     try:
         config = store.config(folder)
-        label = f"{config.task['name']}, {config.method['name']}, rate {config.learning_rate:g}, seed {config.seed}"
-        settings = _settings(config.model_dump(mode="json", exclude={"runs"}))
+        content = config.model_dump(mode="json", exclude={"runs"})
+        label, settings = _label(config.task["name"], config.method["name"], content), _settings(content)
     except InputError:
         label, settings = folder.name, ""
     error = ""

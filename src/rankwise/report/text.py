@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.runs.summary import duration, plus_minus, size, span
+from rankwise.runs.summary import chosen_on, duration, plus_minus, size, span
 from rankwise.runs.tables import Row, unofficial
 
 
@@ -31,7 +31,7 @@ class Column(Head):
 
 def columns(rows: Sequence[Row]) -> list[Column]:
     """All columns for `rows`: what they are, how they score, their sizes, what they cost."""
-    return [*who(rows), *scores(rows), *SIZES, *COSTS]
+    return [*who(rows), *scores(rows), *sizes(rows), *COSTS]
 
 
 def who(rows: Sequence[Row]) -> list[Column]:
@@ -51,6 +51,11 @@ def scores(rows: Sequence[Row]) -> list[Column]:
         meaning="mean over the seeds ± sample standard deviation",
     )
     return [*([METRIC] if len(names) > 1 else []), main, INTERVAL, RATE, SEEDS, *map(_metric, others)]
+
+
+def sizes(rows: Sequence[Row]) -> list[Column]:
+    """Parameters, with the share of a budget where there is one."""
+    return [*SIZES, *([SHARE] if any(row["asked"] for row in rows) else [])]
 
 
 def task_name(row: Row) -> str:
@@ -80,7 +85,7 @@ def markdown(rows: Sequence[Row]) -> str:
         ["---:" if column.number else "---" for column in shown],
         *([_one_line(column.cell(row)).replace("|", "\\|") for column in shown] for row in rows),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + _footnote(rows, "\n\\* {}\n")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + _footnotes(rows, "\n{}\n", "\\*")
 
 
 def csv(rows: Sequence[Row]) -> str:
@@ -89,7 +94,11 @@ def csv(rows: Sequence[Row]) -> str:
     metrics = map(_metric, dict.fromkeys(name for row in rows for name in row["metrics"]))
     found = {key: value for column in (*fixed, *metrics) for key, value in column.values.items()}
     found |= {key: _of(key) for key in ("split", "rows", "official", "note")}
-    found |= {key: _of(key) for key in ("train_split", "train_official", "train_note")}
+    found |= {key: _of(key) for key in ("train_split", "train_official", "train_note", "asked", "used")}
+    found |= {f"tuned_{key}": _tuned(key) for key in ("split", "rows", "note")}
+    found["tuned_rates"] = lambda row: (
+        " ".join(f"{each['learning_rate']:g}" for each in row["tuned"]["rates"]) if row["tuned"] else None
+    )
     text = io.StringIO()
     writer = csv_format.writer(text, lineterminator="\n")
     writer.writerow(found)
@@ -104,7 +113,7 @@ def latex(rows: Sequence[Row]) -> str:
     lines = [f"\\begin{{tabular}}{{{places}}}", "\\toprule", _latex_line([_heading(column) for column in shown])]
     lines.append("\\midrule")
     lines += [_latex_line([column.cell(row) for column in shown]) for row in rows]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n" + _footnote(rows, "% * {}\n")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n" + _footnotes(rows, "% {}\n", "*")
 
 
 def _heading(column: Head) -> str:
@@ -122,14 +131,19 @@ def _latex_line(cells: Sequence[str]) -> str:
     return " & ".join("".join(marks.get(letter, letter) for letter in _one_line(cell)) for cell in cells) + " \\\\"
 
 
-def _footnote(rows: Sequence[Row], form: str) -> str:
-    """Why a split is not official, so that no table is quoted without it."""
-    notes = dict.fromkeys(f"{row['task']}, {split}: {why}" for row in rows for split, why in unofficial(row).items())
-    return "".join(form.format(_one_line(note)) for note in notes)
+def _footnotes(rows: Sequence[Row], form: str, star: str) -> str:
+    """Why a split is not official, and on what rates were chosen, so that no table is quoted without it."""
+    notes = [f"{star} {row['task']}, {split}: {why}" for row in rows for split, why in unofficial(row).items()]
+    notes += [chosen_on(row) for row in rows if row["tuned"]]
+    return "".join(form.format(_one_line(note)) for note in dict.fromkeys(notes))
 
 
 def _of(key: str) -> Callable[[Row], Any]:
     return lambda row: row[key]
+
+
+def _tuned(key: str) -> Callable[[Row], Any]:
+    return lambda row: row["tuned"][key] if row["tuned"] else None
 
 
 def _end(place: int) -> Callable[[Row], Any]:
@@ -190,6 +204,12 @@ SIZES = (
     _count("peak", "trainable", "most adapter parameters at any time, with the weights ω of a search"),
     _count("final", "final", "adapter parameters at the end"),
     _count("head", "head", "parameters of the head, in none of the other counts"),
+)
+SHARE = Column(
+    "of budget",
+    cell=lambda row: "outside" if row["used"] is None else f"{row['used']:.1%}",
+    values={"used": _of("used")},
+    meaning="the peak as a share of the parameters that every method was allowed",
 )
 COSTS = (
     Column(

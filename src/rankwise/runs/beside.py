@@ -127,12 +127,19 @@ class _Side:
     def _averages(
         self, blank: Beside, column: Column, ours: Sequence[Row], wanted: Mapping[str, Any]
     ) -> Iterator[Beside]:
-        known = {row["method"]: row for row in ours if row["benchmark"] == column.average}
+        members = [row for row in ours if row["benchmark"] == column.average]
+        known = {row["method"]: row for row in members}
         for found in averages(self.summary.best):
             if found.benchmark == column.average and found.method in known:
                 row, scores = known[found.method], list(found.scores.values())
                 over = f"the average of {len(found.tasks)} tasks: {', '.join(found.tasks)}"
-                changes = {"metric": "average", "differs": self._differs(row, wanted, [over])}
+                splits = [
+                    f"{each['task']}, {split}: {why}"
+                    for each in members
+                    if each["method"] == found.method
+                    for split, why in unofficial(each).items()
+                ]
+                changes = {"metric": "average", "differs": self._differs(row, wanted, [over, *splits])}
                 row = {**row, "task": column.average, "learning_rate": None, "n": len(scores)}
                 yield _filled(blank, row, column.factor, mean(scores), sd(scores), **changes)
 

@@ -36,12 +36,16 @@ def t_interval(values: Sequence[float]) -> Interval | None:
 
 
 def paired_p(gaps: Sequence[float]) -> float | None:
-    """The two-sided p-value of Student's paired test that the mean gap is 0; None for fewer than two gaps."""
+    """The two-sided p-value of Student's paired test that the mean gap is 0; None for fewer than two gaps.
+
+    Gaps that are all alike, as whole numbers of right answers easily are, leave no spread to judge by; p is then that
+    of the sign test, 2^(1 - n).
+    """
     spread = sd(gaps)
     if spread is None:
         return None
-    if spread == 0:
-        return 1.0 if mean(gaps) == 0 else 0.0
+    if spread <= 1e-9:  # what rounding leaves
+        return 1.0 if abs(mean(gaps)) <= 1e-9 else 2.0 ** (1 - len(gaps))
     t = abs(mean(gaps)) * math.sqrt(len(gaps)) / spread
     return 2 * float(need("scipy.stats", "bench").t.sf(t, len(gaps) - 1))
 
@@ -71,17 +75,22 @@ class Difference:
     examples: Interval | None = None
     """95 % paired-bootstrap interval over the examples, where predictions were kept."""
     p: float | None = None
-    """Of the paired t-test over the seeds; None at one seed."""
+    """Of the paired test over the seeds; None at one seed."""
     adjusted: float | None = None
     """p after Holm's correction over all comparisons of a report; None where there is no p."""
     comparisons: int = 1
     """How many comparisons the correction is over."""
 
     @property
-    def alone(self) -> bool:
-        """Whether there is an interval, and none of them holds 0: a difference, were this the only comparison."""
+    def clear(self) -> bool:
+        """Whether there is an interval over the seeds, and no interval holds 0."""
         given = [interval for interval in (self.seeds, self.examples) if interval is not None]
         return self.seeds is not None and all(low > 0 or high < 0 for low, high in given)
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is a difference, were this the only comparison."""
+        return self.clear and (self.p is None or self.p <= 1 - LEVEL)
 
     @property
     def shown(self) -> bool:

@@ -54,6 +54,8 @@ class Standing:
     """Seconds per step, as the run measured them up to its end or its newest checkpoint; None before that."""
     error: str
     """First line of its error, when it failed."""
+    tries: bool = False
+    """Whether it only tries a learning rate."""
 
 
 class Store:
@@ -63,7 +65,7 @@ class Store:
         self.folder = Path(folder)
 
     def place(self, config: RunConfig, revision: str) -> Path:
-        """Where this run is or would be. `revision` is that of the task's data, as `Task.revision()` gives it."""
+        """Where this run is or would be. `revision` is that of its data, as `Task.revision` gives it."""
         return self.folder / f"{config.task['name']}-{config.method['name']}-{config.seed}-{run_id(config, revision)}"
 
     def create(self, config: RunConfig, revision: str) -> Path:
@@ -94,6 +96,11 @@ class Store:
         text = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip()
         last = next(reversed(text.splitlines()), "")
         return "DivergedError" in last or "the training has diverged" in last
+
+    def tries(self, folder: Path) -> bool:
+        """Whether a run only tries a learning rate, and is in no table."""
+        found = self._read(folder)
+        return found is not None and found.config.tuning is not None
 
     def note_error(self, folder: Path, text: str) -> None:
         """Write why a run failed, or at least that it did: a full disk often has room for an empty file."""
@@ -185,7 +192,7 @@ class Store:
         if state == "failed":
             text = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip()
             error = next(iter(text.splitlines()), "without a message, as on a full disk; log.txt may say more")
-        return Standing(folder, state, step, steps, self._pace(folder, steps), error)
+        return Standing(folder, state, step, steps, self._pace(folder, steps), error, self.tries(folder))
 
     def _pace(self, folder: Path, steps: int | None) -> float | None:
         result = self.result(folder)

@@ -50,6 +50,8 @@ class Contrast:
 def verdict(found: Difference) -> str:
     """What may be said of a difference, in words."""
     among = f"Holm's correction over {found.comparisons} comparisons"
+    if found.clear and not found.alone:
+        return f"no difference shown at n = {found.n}: a gap that is the same at so few seeds has no spread to judge by"
     if not found.alone:
         return f"no difference shown at n = {found.n}"
     if found.comparisons == 1:
@@ -115,7 +117,7 @@ class Summary:
             mark = " *" if unofficial(rows[0]) else ""
             parts.append(f"{task}{mark}: {rows[0]['score']} on {rows[0]['rows']} rows of {rows[0]['split']}")
             parts.append(_scores(rows))
-            parts += [_rates(row["tuned"], members) for row, members in _tunings(rows)]
+            parts += [plain(*table) for table in tried(rows)]
             parts.append(_costs(rows))
         if found := averages(self.best):
             parts.append(_averages(found))
@@ -181,6 +183,16 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def chosen_on(row: Row) -> str:
+    """On what the learning rate of a tuned row was chosen, in a sentence."""
+    found = row["tuned"]
+    note = f" ({found['note']})" if found["note"] else ""
+    return (
+        f"{row['task']}: learning rates were chosen on {found['rows']} rows of {found['split']}{note}; the "
+        f"{row['rows']} rows of {row['split']} were scored once, at the end."
+    )
+
+
 def _of_tuning(row: Row) -> list[str]:
     """On what the rate of a row was chosen, and whether it lies at the edge of what was tried."""
     found = row["tuned"]
@@ -191,10 +203,7 @@ def _of_tuning(row: Row) -> list[str]:
             f"{row['task']}, {row['method']}: the rate shown, {row['learning_rate']:g}, is not the one that tuning "
             f"chose, {found['learning_rate']:g}: carry out the experiment to its end."
         ]
-    chosen = (
-        f"{row['task']}: learning rates were chosen on {found['rows']} rows of {found['split']} ({found['note']}); the "
-        f"{row['rows']} rows of {row['split']} were scored once, at the end."
-    )
+    chosen = chosen_on(row)
     if not found["edge"]:
         return [chosen]
     beyond = "lower" if found["edge"] == "lowest" else "higher"
@@ -214,30 +223,22 @@ def _of_budget(row: Row) -> list[str]:
     return [f"{what} are used: it is compared with less than it was allowed."]
 
 
-def _tunings(rows: Sequence[Row]) -> list[tuple[Row, list[Row]]]:
-    """The rows of each set of rows to choose by, behind the first of them."""
-    found: dict[str, list[Row]] = {}
+def tried(rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
+    """Every rate that was tried for `rows` of one task, with what it scored; a table for each set of rows to choose by.
+
+    Header and lines, of method, rate, seeds, score, and "chosen" or "".
+    """
+    tables: dict[str, tuple[list[str], list[list[str]]]] = {}
     for row in rows:
-        if row["tuned"] is not None:
-            found.setdefault(f"{row['tuned']['split']} {row['tuned']['rows']}", []).append(row)
-    return [(members[0], members) for members in found.values()]
-
-
-def _rates(chosen_on: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Every rate that was tried, with what it scored on the rows to choose by."""
-    lines = [
-        [
-            row["method"],
-            f"{each['learning_rate']:g}",
-            str(each["n"]),
-            plus_minus(each["mean"], each["sd"]),
-            "chosen" if each["learning_rate"] == row["tuned"]["learning_rate"] else "",
-        ]
-        for row in rows
-        for each in row["tuned"]["rates"]
-    ]
-    header = ["method", "rate tried", "seeds", f"{chosen_on['score']} on {chosen_on['split']}", ""]
-    return plain(header, lines)
+        if (found := row["tuned"]) is None:
+            continue
+        header = ["method", "rate tried", "seeds", f"{found['score']} on {found['split']}", ""]
+        _, lines = tables.setdefault(f"{found['split']} {found['rows']}", (header, []))
+        for each in found["rates"]:
+            chosen = "chosen" if each["learning_rate"] == found["learning_rate"] else ""
+            worth = plus_minus(each["mean"], each["sd"])
+            lines.append([row["method"], f"{each['learning_rate']:g}", str(each["n"]), worth, chosen])
+    return list(tables.values())
 
 
 def _scores(rows: Sequence[Row]) -> str:
@@ -297,13 +298,14 @@ def _costs(rows: Sequence[Row]) -> str:
 
 
 def _reference(row: Row, rows: Sequence[Row]) -> Row | None:
-    """What to measure `row` against: plain LoRA, at the nearest budget (the best one for a head alone)."""
+    """What to measure `row` against: plain LoRA, at the nearest size (the best one for a head alone)."""
     plain_lora = [other for other in rows if other["name"] == "lora"]
     if row["name"] == "lora" or not plain_lora:
         return None
     if row["name"] == "head":
         return max(plain_lora, key=lambda other: other["mean"] if other["mean"] is not None else float("-inf"))
-    return min(plain_lora, key=lambda other: abs(other["budget"] - row["budget"]))
+    size_of_row = row["budget"] or row["trainable"]  # what has no ranks has no budget of ranks
+    return min(plain_lora, key=lambda other: abs(other["budget"] - size_of_row))
 
 
 def _bootstrap(ours: Row, theirs: Row, metrics: Metrics) -> Interval | None:

@@ -130,17 +130,23 @@ class Task(ABC):
     def evaluation(self) -> list[Split]:
         """The rows to evaluate on, the main split first. InputError for data that is missing or damaged."""
 
+    def apart(self) -> Split | None:
+        """Rows to choose a learning rate by that are neither trained nor evaluated on; None where the task has none."""
+        return None
+
     def tuning(self, train: Split, share: float) -> tuple[Split, Split]:
         """Rows to train on and rows to choose a learning rate by, none of which are rows to evaluate on.
 
         `share` of the rows of `train`, as it was read or a subset of it, are held out: the same whatever the seed and
-        method of a run, and rows of which the model reads the same are all on one side. A task that has other rows for
-        that gives `train` whole and those. InputError for too few rows, and for a task without a score.
+        method of a run, and rows of which the model reads the same are all on one side. A task that has rows for that
+        (`apart`) gives `train` whole and those. InputError for too few rows, and for a task without a score.
         """
         if not self.main:
             raise InputError(
                 f"{self.name} has no score to choose a learning rate by: leave it out of an experiment with tune"
             )
+        if (rows := self.apart()) is not None:
+            return train, rows
         columns = zip(*(train.data[column][:] for column in self.text), strict=True)
         groups: dict[tuple[Any, ...], list[int]] = {}
         for place, read in enumerate(columns):
@@ -189,13 +195,15 @@ class Task(ABC):
         finite.
         """
 
-    def revision(self, splits: Sequence[Split] | None = None) -> str:
+    def revision(self, splits: Sequence[Split] | None = None, tuning: bool = False) -> str:
         """12 hex digits that change with any text, label or order of the data; the same wherever the data is stored.
 
-        `splits` are the whole training and evaluation splits, for whoever has read them already.
+        `splits` are the whole training and evaluation splits, for whoever has read them already. With `tuning` the rows
+        that a learning rate is chosen by count too.
         """
+        chosen_by = self.apart() if tuning else None
         digest = hashlib.sha256(json.dumps([self.text, self.labels]).encode())
-        for split in splits or (self.train(), *self.evaluation()):
+        for split in (*(splits or (self.train(), *self.evaluation())), *([chosen_by] if chosen_by else [])):
             digest.update(f"\n{split.name}".encode())
             for column in (*self.text, self.target, REFERENCES):
                 if column in split.data.column_names:

@@ -89,11 +89,9 @@ class Generation(Task):
         if self.no_repeat < 0:
             raise InputError(f"no_repeat must not be negative, not {self.no_repeat}")
 
-    def tuning(self, train: Split, share: float) -> tuple[Split, Split]:
-        """With `split: test` the whole of `train` and the validation rows, else as for every task."""
-        if self.split == "test":
-            return train, replace(self, split="validation").evaluation()[0]
-        return super().tuning(train, share)
+    def apart(self) -> Split | None:
+        """With `split: test` the validation rows."""
+        return replace(self, split="validation").evaluation()[0] if self.split == "test" else None
 
     @abstractmethod
     def score_texts(self, hypotheses: list[str], split: Split) -> Judged:

@@ -64,11 +64,9 @@ class GLUE(Classification):
             found = [_half(split, second=True) for split in found]
         return [*found, *(self._test(name) for name in self.tests if self.submission)]
 
-    def tuning(self, train: Split, share: float) -> tuple[Split, Split]:
-        """With `protocol: halves` the whole of `train` and the first half, else as for every task."""
-        if self.protocol == "halves":
-            return train, _half(self._validation()[0], second=False)
-        return super().tuning(train, share)
+    def apart(self) -> Split | None:
+        """With `protocol: halves` the first half."""
+        return _half(self._validation()[0], second=False) if self.protocol == "halves" else None
 
     def _validation(self) -> list[Split]:
         names = list(self.rows)[1:]

@@ -239,7 +239,7 @@ def together(scored: list[Scored]) -> dict[str, float]:
 def _prepare(config: RunConfig, before: "Before | None", made_with: str | None, rows: int) -> Parts:
     task = tasks.build(config.task)
     whole = [task.train(), *task.evaluation()]
-    if made_with not in (None, task.revision(whole)):
+    if made_with not in (None, task.revision(whole, tuning=config.tuning is not None)):
         raise InputError(
             "the data is not what it was when this run was made; begin a new one: rankwise train CONFIG.yaml"
         )

@@ -20,6 +20,7 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from rankwise.config import InputError
 from rankwise.methods import Method
+from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.optim import processes
 from rankwise.optim.simplex_adam import SHARDED
 from rankwise.runs.processes import LostError
@@ -65,6 +66,13 @@ class RankTrainer(Trainer):
         if self._side_by_side and self.accelerator.sync_gradients:
             processes.average_gradients(model)
         return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.label_smoother is not None:  # which keeps the labels from the model
+            for module in model.modules():
+                if isinstance(module, VirtualTokens) and module.speaks:
+                    module.told = inputs.get("labels")
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random streams of a checkpoint; the first process's, where as many processes did not write it."""
