@@ -1,8 +1,11 @@
 """Sweeps in processes of their own, and the stand-in workers that they start; see bench/worker.py."""
 
+import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rankwise.runs.store import Store
 from runs_made_up import REVISION, config
@@ -16,10 +19,29 @@ def runs(store: Store, *kinds: int | None) -> list[Path]:
     return [store.create(config(seed=seed, max_steps=5, train_rows=kind), REVISION) for seed, kind in enumerate(kinds)]
 
 
+def chain(store: Store, *kinds: int | None) -> list[Path]:
+    """Runs of which each begins with the one before."""
+    folders: list[Path] = []
+    before = None
+    for place, kind in enumerate(kinds):
+        before = config(max_steps=5 + place, train_rows=kind, after=before and before.digest())
+        folders.append(store.create(before, REVISION))
+    return folders
+
+
 def start(store: Store, runner: str = "local", *options: str) -> subprocess.Popen[str]:
     """A sweep over the runs of the store in a process of its own; see sweep.py."""
+    return _start("sweep.py", str(store.folder), runner, *options)
+
+
+def tuned(experiment: Mapping[str, Any], runner: str, *options: str) -> subprocess.Popen[str]:
+    """A tuned experiment in a process of its own; see tuning.py."""
+    return _start("tuning.py", json.dumps(experiment), runner, *options)
+
+
+def _start(program: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(HERE / "bench" / "sweep.py"), str(store.folder), runner, *options],
+        [sys.executable, str(HERE / "bench" / program), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

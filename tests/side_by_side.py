@@ -70,6 +70,13 @@ def every_one(folder: Path, micro_batch: int) -> dict[str, State]:
     return {name: learnt(trained(every.method(name), folder, micro_batch)) for name in sorted(every.registry())}
 
 
+def merging(folder: Path, micro_batch: int) -> State:
+    """What a search leaves that adds the product of a site to W where its rank becomes 0."""
+    model = trained(build({**SEARCH, "omega_rate": 2000.0, "empty": "merge"}), folder, micro_batch)
+    assert not all(ranks(model).values())
+    return {**learnt(model), "logits": tiny.logits(model)}
+
+
 def by_hand(wrap: Callable[[torch.nn.Module], torch.nn.Module], average: bool, rewrap: bool) -> torch.nn.Module:
     """A bare loop through a search; each process takes every second row."""
     method = build(SEARCH)
@@ -141,6 +148,7 @@ def main(folder: Path) -> None:
     processes.join()
     assert processes.count() == 2
     found: dict[str, Any] = {"methods": every_one(folder, micro_batch=2)}
+    found["merged"] = merging(folder, micro_batch=2)
     # with dropout the random streams of the processes part, and so would the fresh factors of a rank change
     model = trained(build({**SEARCH, "omega_rate": 2000.0}), folder, 7, dropout=0.3)
     found["ranks"] = ranks(model)

@@ -9,18 +9,13 @@ import filelock
 import pytest
 from rich.console import Console
 
-from bench_runs import HERE, WORKER, alive, runs, start, started
+from bench_runs import WORKER, alive, chain, runs, start, started
 from rankwise.bench.compare import Outcome, carry_out
 from rankwise.bench.runners.local import Local
 from rankwise.config import InputError
 from rankwise.runs.store import Store
 from runs_made_up import REVISION, config, finish
 from small_run import PATIENCE, wait_for
-
-
-@pytest.fixture(autouse=True)
-def workers_find_the_made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
 
 
 @pytest.fixture
@@ -149,6 +144,24 @@ def test_two_sweeps_in_one_folder_share_the_runs(store: Store) -> None:
     assert [len(started(folder)) for folder in folders] == [1] * 6
 
 
+class Overtaken(Local):
+    """Another sweep carries out a run while this one is at work on the one before."""
+
+    def start(self, folder: Path) -> None:
+        super().start(folder)
+        store = Store(folder.parent)
+        for other in store.folders():
+            if other != folder:
+                finish(store, store.config(other), 0.5)
+
+
+def test_a_run_that_another_sweep_has_done_meanwhile_is_not_started(store: Store) -> None:
+    first, second = runs(store, None, None)
+    outcome = carry_out(store, [first, second], Overtaken(1, command=tuple(WORKER)), Console(file=io.StringIO()))
+    assert set(outcome.done) == {first, second}
+    assert not (second / "log.txt").exists()
+
+
 def test_a_run_that_another_process_holds_is_waited_for(store: Store) -> None:
     (folder,) = runs(store, None)
     lock = filelock.FileLock(folder / "run.lock")
@@ -167,16 +180,6 @@ def test_a_folder_that_cannot_be_written_to_ends_the_sweep_in_one_line(store: St
     with pytest.raises(InputError, match="cannot be written to: is a directory"):
         sweep(store, [first, second])
     assert store.state(second) == "pending"
-
-
-def chain(store: Store, *kinds: int | None) -> list[Path]:
-    """Runs of which each begins with the one before."""
-    folders: list[Path] = []
-    before = None
-    for place, kind in enumerate(kinds):
-        before = config(max_steps=5 + place, train_rows=kind, after=before and before.digest())
-        folders.append(store.create(before, REVISION))
-    return folders
 
 
 def test_a_run_that_begins_with_another_waits_for_it(store: Store) -> None:

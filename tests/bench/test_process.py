@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from bench_runs import HERE, WORKER, alive, runs, started
+from bench_runs import WORKER, alive, runs, started
 from rankwise.bench.runners.process import Order, carry, send
 from rankwise.runs.store import Store
 from small_run import PATIENCE, wait_for
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "runs")
 
 
@@ -27,6 +26,7 @@ def test_a_node_that_does_not_see_the_folder_says_so(store: Store) -> None:
     send(Order(folder, tuple(WORKER), 1, 1.0))  # another copy of the folder, whatever else lies in it
     assert carry(order).problem and not started(folder)
     send(order)
+    send(Order(folder, tuple(WORKER), 1, 1.0))  # another sweep in the same folder
     assert carry(order).problem == "" and store.state(folder) == "done"
     wrong = Order(folder, ("no-such-program",), 1, 1.0)
     send(wrong)

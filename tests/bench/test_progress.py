@@ -51,13 +51,28 @@ def test_work_done_before_does_not_count_for_the_time_left(tmp_path: Path, clock
     out = io.StringIO()
     folder = run(tmp_path / "run", 80, 100)
     with Display(Console(file=out), {folder: "run"}) as display:
-        clock[0] += 10
         display.show(Count(10, 0, 12, [folder]))
-        clock[0] += 10
+        clock[0] += 20
         run(folder, 90, 100)
         display.show(Count(10, 0, 12, [folder]))
-    # a tenth of a run in 20 s, 1.1 runs to go
-    assert out.getvalue().splitlines()[1].endswith("run 90/100 steps, about 3 min 40 s left")
+        clock[0] += 20
+        display.show(Count(11, 0, 12, []))
+    lines = out.getvalue().splitlines()
+    assert lines[0].endswith("run 90/100 steps, about 3 min 40 s left")  # a tenth of a run in 20 s, 1.1 runs to go
+    assert lines[1].endswith("about 3 min 20 s left")  # two tenths in 40 s, one run to go
+
+
+def test_what_was_done_before_the_first_line_counts_for_the_time_left(tmp_path: Path, clock: list[float]) -> None:
+    """Four short runs, two of them over before there is a line."""
+    out = io.StringIO()
+    folders = [tmp_path / str(place) for place in range(4)]
+    with Display(Console(file=out), {folder: folder.name for folder in folders}) as display:
+        display.show(Count(0, 0, 4, [run(folders[0], 0, 100)]))
+        clock[0] += 5
+        display.show(Count(1, 0, 4, [run(folders[1], 0, 100)]))
+        clock[0] += 5
+        display.show(Count(2, 0, 4, [run(folders[2], 0, 100)]))
+    assert out.getvalue() == "2/4 runs, 2 0/100 steps, about 10 s left\n"
 
 
 def test_on_a_terminal_there_are_bars(tmp_path: Path) -> None:

@@ -14,9 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from bench_runs import HERE, alive, runs, start, started
-from rankwise.bench.runners import runner
-from rankwise.config import InputError
+from bench_runs import HERE, alive, chain, runs, start, started, tuned
 from rankwise.runs.store import Store
 from small_run import PATIENCE, make, reached, wait_for
 
@@ -85,11 +83,6 @@ def second(cluster: Cluster) -> Iterator[Node]:
     node.kill()
 
 
-@pytest.fixture(autouse=True)
-def workers_find_the_made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
-
-
 def said(folder: Path) -> dict[str, Any]:
     """What a finished run says that does not depend on when and where it ran."""
     result = json.loads((folder / "result.json").read_text())
@@ -99,9 +92,8 @@ def said(folder: Path) -> dict[str, Any]:
 
 def test_the_runs_of_a_node_that_dies_go_on_elsewhere(cluster: Cluster, second: Node, tmp_path: Path) -> None:
     """Real runs. All processes of one node are killed by -9 while a run there is in the midst of its training."""
-    for place in ("ray", "local"):
-        for seed in (0, 1):
-            make(tmp_path / place / f"run-{seed}", seed=seed, max_steps=20)
+    for seed in (0, 1):
+        make(tmp_path / "ray" / f"run-{seed}", seed=seed, max_steps=20)
     train = f"command=[{sys.executable},-m,rankwise,train]"
     sweep = start(Store(tmp_path / "ray"), "ray", f"address={cluster.address}", train)
 
@@ -118,12 +110,10 @@ def test_the_runs_of_a_node_that_dies_go_on_elsewhere(cluster: Cluster, second: 
     assert out.split() == ["2", "0", "0"], log
     assert "its node or its worker there died" in log and "begun again" in log
 
-    alone = start(Store(tmp_path / "local"), "local", "jobs=2", train)
-    out, log = alone.communicate(timeout=PATIENCE)
-    assert out.split() == ["2", "0", "0"], log
-    for folder in (tmp_path / "ray" / f"run-{seed}" for seed in (0, 1)):
-        assert said(folder) == said(tmp_path / "local" / folder.name)
-    assert cut.parent == tmp_path / "ray"
+    alone = make(tmp_path / "local" / "run", seed=int(cut.name.removeprefix("run-")), max_steps=20)
+    out, log = start(Store(alone.parent), "local", "jobs=1", train).communicate(timeout=PATIENCE)
+    assert out.split() == ["1", "0", "0"], log
+    assert said(cut) == said(alone)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)])
@@ -182,16 +172,32 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "InputError: Ray cluster 127.0.0.1:1: cannot be reached: " in log.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("adress=auto", 'runner.adress: ray has no such option (did you mean "address"?)'),
-        ("cpus=0", "runner ray: cpus must be above 0, not 0"),
-        ("gpus=-1", "runner ray: gpus must not be below 0: -1"),
-        ("memory=0", "runner ray: memory must be above 0 GiB, not 0"),
-    ],
-)
-def test_a_wrong_option_is_one_line(option: str, message: str) -> None:
-    with pytest.raises(InputError) as caught:
-        runner("ray", [option])
-    assert str(caught.value).startswith(message)
+def test_two_sweeps_in_one_folder_share_the_runs_chains_among_them(
+    cluster: Cluster, second: Node, tmp_path: Path
+) -> None:
+    """Both send all their runs to the cluster at once; each run is carried out once, none before the one it follows."""
+    store = Store(tmp_path / "runs")
+    before, after = chain(store, None, None)
+    folders = {before, after, *runs(store, None, None)}
+    both = [start(store, "ray", f"address={cluster.address}") for _ in range(2)]
+    for sweep in both:
+        out, log = sweep.communicate(timeout=PATIENCE)
+        assert out.split() == [str(len(folders)), "0", "0"], log
+    assert [len(started(folder)) for folder in folders] == [1] * len(folders)
+    assert (before / "result.json").stat().st_mtime_ns <= (after / "started").stat().st_mtime_ns
+
+
+def test_rates_are_tried_on_a_cluster_and_the_chosen_one_is_carried_out_there(tmp_path: Path) -> None:
+    """Two phases, and so twice a cluster of this machine alone."""
+    experiment = {
+        "name": "tuned",
+        "base": {"task": {"name": "cola"}, "max_steps": 5},
+        "vary": {"seed": [0], "method": [{"name": "lora"}]},
+        "tune": {"learning_rate": [1e-3, 5.0], "seeds": [7]},
+        "runs": str(tmp_path),
+    }
+    out, log = tuned(experiment, "ray").communicate(timeout=PATIENCE)
+    done, failed, shown = json.loads(out.splitlines()[-1])
+    assert (len(done), failed, len(shown)) == (2, [], 3), log
+    assert "learning rate 0.001 of 1 tried" in log
+    assert {result["seed"] for result in Store(tmp_path).results()} == {0, 7}

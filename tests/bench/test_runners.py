@@ -31,10 +31,36 @@ def test_a_new_runner_registers_itself() -> None:
 def test_options_are_checked_and_typed() -> None:
     made = runner("local", ["jobs=3", "command=[python, -m, rankwise, train]"])
     assert (made.jobs, made.command) == (3, ("python", "-m", "rankwise", "train"))
-    assert refused(lambda: runner("local", ["jobs=0"])) == "runner local: jobs must be at least 1, not 0"
-    assert refused(lambda: runner("local", ["jobs=two"])) == "runner.jobs = 'two': expected integer"
-    assert refused(lambda: runner("local", ["job=2"])) == 'runner.job: local has no such option (did you mean "jobs"?)'
-    assert refused(lambda: runner("local", ["jobs"])) == "'jobs': expected key=value, as in learning_rate=1e-3"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("local", ["jobs=0"], "runner local: jobs must be at least 1, not 0"),
+        ("local", ["jobs=two"], "runner.jobs = 'two': expected integer"),
+        ("local", ["job=2"], 'runner.job: local has no such option (did you mean "jobs"?)'),
+        ("local", ["jobs"], "'jobs': expected key=value, as in learning_rate=1e-3"),
+        ("local", ["command=python"], "runner.command = 'python': expected array"),
+        ("ray", ["adress=auto"], 'runner.adress: ray has no such option (did you mean "address"?)'),
+        ("ray", ["cpus=0"], "runner ray: cpus must be above 0, not 0"),
+        ("ray", ["cpus=nan"], "runner.cpus = 'nan': expected number"),
+        ("ray", ["gpus=-1"], "runner ray: gpus must not be below 0: -1"),
+        ("ray", ["memory=0"], "runner ray: memory must be above 0 GiB, not 0"),
+        ("slurm", ["partion=gpu"], 'runner.partion: slurm has no such option (did you mean "partition"?)'),
+        ("slurm", ["time=0"], "runner slurm: time must be at least 1, not 0"),
+        ("slurm", ["time=5", "notice=600"], "runner slurm: notice must be less than the 5 min of a job, not 600 s"),
+        ("slurm", ["gpus=half"], "runner.gpus = 'half': expected integer"),
+        ("slurm", ["executor=pbs"], "runner.executor = 'pbs': expected 'slurm' or 'debug'"),
+    ],
+)
+def test_a_wrong_option_is_one_line(name: str, options: list[str], message: str) -> None:
+    assert refused(lambda: runner(name, options)).startswith(message)
+
+
+def test_a_sweep_that_was_launched_several_times_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their runs would take one another for the other processes of one run."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refused(lambda: runner("local")).startswith("a sweep is one process")
 
 
 def test_a_program_that_is_not_there_is_one_line(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Sweeps through submitit: with its debug executor, and with a SLURM that only the commands of stand in for."""
 
-import json
 import os
 import signal
 import socket
@@ -26,8 +25,7 @@ STAND_IN = HERE / "bench" / "slurm_stand_in.py"
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "runs")
 
 
@@ -128,7 +126,7 @@ def test_what_a_killed_sweep_left_in_the_queue_is_not_submitted_again(array: str
 
     again = start(store, *options)
     assert again.stderr is not None
-    wait_for(lambda: "0/2 runs" in again.stderr.readline())  # ten seconds in
+    wait_for(lambda: "0/2 runs" in again.stderr.readline())  # a second in
     assert count(slurm) == 2 and not started(first) and not started(second)
     (slurm / "hold").unlink()
     wait_for(busy(first, second))
@@ -215,7 +213,7 @@ def test_a_controller_that_is_down_for_a_while_harms_nothing(store: Store, slurm
     wait_for(lambda: busy(folder)() or sweep.poll() is not None)
     (slurm / "down").touch()
     assert sweep.stderr is not None
-    wait_for(lambda: "0/1 runs" in sweep.stderr.readline())  # ten seconds in
+    wait_for(lambda: "0/1 runs" in sweep.stderr.readline())  # a second in
     (slurm / "down").unlink()
     call("scancel", "--signal=USR2", "100")
     out, log = sweep.communicate(timeout=PATIENCE)
@@ -246,20 +244,26 @@ def test_a_node_that_cannot_carry_out_runs_ends_the_sweep_in_one_line(store: Sto
     assert last.startswith("rankwise.config.InputError: ") and f": node {socket.gethostname()} " in last
 
 
+def test_a_node_where_rankwise_cannot_be_imported_ends_the_sweep_in_one_line(
+    store: Store, slurm: Path, tmp_path: Path
+) -> None:
+    runs(store, None)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "rankwise.py").write_text("raise ImportError('not on this node')\n")
+    _, log = start(store, "slurm", f"setup=[export PYTHONPATH={tmp_path / 'broken'}]").communicate(timeout=PATIENCE)
+    assert log.strip().splitlines()[-1].endswith("cannot carry out runs: ImportError: not on this node")
+
+
 def test_without_slurm_it_is_one_line(store: Store) -> None:
     with pytest.raises(InputError, match="srun is not on the PATH"):
         carry_out(store, runs(store, None), runner("slurm"))
 
 
-def test_a_real_run_by_the_debug_executor_ends_as_one_by_the_local_runner(tmp_path: Path) -> None:
-    found = []
-    for runner_and_options in (("slurm", "executor=debug"), ("local", "jobs=1")):
-        folder = make(tmp_path / runner_and_options[0] / "run", max_steps=3)
-        out, log = start(Store(folder.parent), *runner_and_options, TRAIN).communicate(timeout=PATIENCE)
-        assert out.split() == ["1", "0", "0"], log
-        result = json.loads((folder / "result.json").read_text())
-        found.append({key: value for key, value in result.items() if key != "cost"})
-    assert found[0] == found[1]
+def test_without_a_cluster_the_debug_executor_carries_runs_out_here(store: Store) -> None:
+    folders = runs(store, None, 4)
+    out, log = start(store, "slurm", "executor=debug").communicate(timeout=PATIENCE)
+    assert out.split() == ["1", "1", "0"], log
+    assert [store.state(folder) for folder in folders] == ["done", "failed"]
 
 
 def test_a_debug_sweep_is_told_to_stop(store: Store) -> None:
@@ -271,22 +275,6 @@ def test_a_debug_sweep_is_told_to_stop(store: Store) -> None:
     assert sweep.returncode == 130, log
     assert (folders[0] / "checkpoint-1").exists() and not started(folders[1])
     assert not alive(started(folders[0])[0])
-
-
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("partion=gpu", 'runner.partion: slurm has no such option (did you mean "partition"?)'),
-        ("time=0", "runner slurm: time must be at least 1, not 0"),
-        ("notice=600", "runner slurm: notice must be less than the 5 min of a job, not 600 s"),
-        ("gpus=half", "runner.gpus = 'half': expected integer"),
-        ("executor=pbs", "runner.executor = 'pbs': expected 'slurm' or 'debug'"),
-    ],
-)
-def test_a_wrong_option_is_one_line(option: str, message: str) -> None:
-    with pytest.raises(InputError) as caught:
-        runner("slurm", ["time=5", option])
-    assert str(caught.value).startswith(message)
 
 
 def test_a_real_run_goes_on_after_the_notice(tmp_path: Path, slurm: Path) -> None:

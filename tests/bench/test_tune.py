@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,14 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from bench_runs import tuned
 from rankwise.bench.tune import Rounds, Search, rounds
 from rankwise.config import Contest, InputError, Span, Tune
 from rankwise.runs.stats import mean
 from rankwise.runs.store import Store
 from rankwise.runs.tables import best, summarise
 from runs_made_up import REVISION
-
-HERE = Path(__file__).parent
-PATIENCE = 300  # seconds, for a machine that does much else
+from small_run import PATIENCE, wait_for
 
 
 def settings(runs: Path, tune: dict[str, Any], *methods: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -36,29 +33,12 @@ def settings(runs: Path, tune: dict[str, Any], *methods: dict[str, Any], **more:
     }
 
 
-def start(what: Mapping[str, Any], jobs: int = 2) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(HERE / "tuning.py"), json.dumps(what), str(jobs)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-    )
-
-
 def carry_out(what: Mapping[str, Any], jobs: int = 2) -> tuple[list[str], list[str], list[str], str]:
     """Names of the runs that are done, that failed, and of all, and the log."""
-    process = start(what, jobs)
+    process = tuned(what, "local", f"jobs={jobs}")
     out, log = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, log
     return *json.loads(out), log
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < end, "what was waited for did not come"
-        time.sleep(0.02)
 
 
 def rates(runs: Path) -> dict[bool, set[tuple[str, float, int]]]:
@@ -173,7 +153,7 @@ def test_a_search_that_is_killed_goes_on_and_repeats_nothing(tmp_path: Path) -> 
     carry_out(settings(tmp_path / "whole", tune))
     cut = settings(tmp_path / "cut", tune)
     for least in (1, 3, 6):  # in the first round, in the second, among the runs that are reported
-        process = start(cut)
+        process = tuned(cut, "local", "jobs=2")
         wait_for(lambda least=least: len(list((tmp_path / "cut").glob("*/result.json"))) >= least)  # type: ignore[misc]
         process.send_signal(signal.SIGKILL)
         process.communicate()

@@ -1,10 +1,13 @@
-"""A tuned experiment, stored as JSON, in a process of its own, with workers that stand in for the training."""
+"""A tuned experiment, stored as JSON, in a process of its own, with workers that stand in for the training.
+
+`tuning.py EXPERIMENT RUNNER KEY=VALUE…`
+"""
 
 import json
 import sys
 from pathlib import Path
 
-from rankwise.bench.runners.local import Local
+from rankwise.bench.runners import runner
 from rankwise.bench.tune import tune_and_carry_out
 from rankwise.config import Experiment
 from rankwise.runs.store import Store
@@ -13,11 +16,11 @@ from runs_made_up import REVISION
 if __name__ == "__main__":
     experiment = Experiment.model_validate_json(sys.argv[1])
     store = Store(experiment.runs)
-    worker = Path(__file__).with_name("worker.py")
+    worker = f"command=[{sys.executable}, {Path(__file__).with_name('worker.py')}]"
     outcome, folders = tune_and_carry_out(
         store,
         list(experiment.contests()),
         lambda config: store.create(config, REVISION),
-        Local(jobs=int(sys.argv[2]), command=[sys.executable, str(worker)]),
+        runner(sys.argv[2], [worker, *sys.argv[3:]]),
     )
     print(json.dumps([[folder.name for folder in part] for part in (outcome.done, outcome.failed, folders)]))

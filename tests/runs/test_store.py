@@ -8,7 +8,7 @@ import yaml
 
 import rankwise
 from rankwise.config import Experiment, InputError
-from rankwise.runs.store import Store, answers, progress
+from rankwise.runs.store import State, Store, answers, progress
 from runs_made_up import REVISION, config, finish, predict, result
 
 
@@ -71,6 +71,24 @@ def test_the_states_a_run_goes_through(store: Store) -> None:
     assert store.state(folder) == "stopped"
     finish(store, config(), 0.5)
     assert store.state(folder) == "done"
+
+
+class BegunAgain(Store):
+    """Each failed run is begun again in the moment after somebody has asked how it stands."""
+
+    def state(self, folder: Path) -> State:
+        found = super().state(folder)
+        self.forget_error(folder)
+        return found
+
+
+def test_a_run_that_is_begun_again_while_somebody_looks_is_no_error(tmp_path: Path) -> None:
+    store = BegunAgain(tmp_path / "runs")
+    folder = store.create(config(), REVISION)
+    for look in (store.standing, store.diverged):
+        (folder / "error.txt").write_text("broken\n")
+        look(folder)
+        assert not (folder / "error.txt").exists()
 
 
 def test_two_that_look_at_once_do_not_take_each_other_for_the_run(store: Store) -> None:

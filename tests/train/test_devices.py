@@ -129,6 +129,10 @@ def test_every_method_learns_in_two_processes_and_in_pieces_what_it_learns_in_on
         assert_alike(both["methods"][name], state)
 
 
+def test_what_emptied_sites_have_learnt_is_merged_alike(both: dict[str, Any], tmp_path: Path) -> None:
+    assert_alike(both["merged"], side_by_side.merging(tmp_path, micro_batch=7))
+
+
 def test_ranks_and_fresh_factors_are_alike_where_dropout_parts_the_random_streams(both: dict[str, Any]) -> None:
     assert both["alike"]
     assert max(both["ranks"].values()) > 2  # sites have grown, by factors drawn at random

@@ -79,6 +79,15 @@ def test_where_one_row_is_too_much_the_run_fails_in_one_line(base: str, tmp_path
     assert "DefaultCPUAllocator" in (folder / "error.txt").read_text().splitlines()[0]
 
 
+def test_of_two_processes_the_main_one_says_that_one_row_is_too_much(base: str, tmp_path: Path) -> None:
+    folder, log = make(tmp_path / "run", model=base, batch_size=2), tmp_path / "log"
+    launcher = launched.start(log, short_of_memory.__file__, str(folder), "16")
+    assert launcher.wait(PATIENCE) != 0
+    [told] = [line for line in log.read_text().splitlines() if line.startswith("rankwise: ")]
+    assert told.startswith("rankwise: OutOfMemory: out of memory even with one row at a time")
+    assert (folder / "error.txt").read_text().startswith("out of memory even with one row at a time")
+
+
 def test_what_has_run_out_once_is_remembered(alone: Path, base: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "run", model=base, method=SIMPLEX, train_rows=70)
     (folder / MEMORY).write_text('{"rows": 5}')

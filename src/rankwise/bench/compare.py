@@ -17,9 +17,8 @@ from rankwise.bench.runners import Ended, Runner
 from rankwise.config import RunConfig
 from rankwise.runs.store import Store
 from rankwise.runs.store import progress as steps_of
+from rankwise.train.stop import INTERRUPTED, STOPPED
 
-INTERRUPTED = 130
-STOPPED = 75  # EX_TEMPFAIL: start the same command again and it goes on
 LOSSES = 3
 """How often in a row a run may lose its node or its time without having come further."""
 GRACE = 60.0
@@ -156,7 +155,9 @@ class _Sweep:
             before = self._before.get(folder)
             if before is not None and self._store.state(before) != "done":
                 self._wait(folder, before)
-            elif self._store.state(folder) == "running":
+            elif (state := self._store.state(folder)) == "done":
+                self.outcome.done.append(folder)  # by another sweep, since this one has begun
+            elif state == "running":
                 self._display.say(f"{self._names[folder]}: another process is at work on it, waiting for that")
                 self._elsewhere.append(folder)
             else:

@@ -41,9 +41,11 @@ class Display:
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), console=console
         )
         self._tasks: dict[Path | None, TaskID] = {}
-        self._began = self._spoke = time.monotonic()
-        self._before: int | None = None
+        self._spoke = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        """When the sweep was seen first, and the runs that were over by then."""
         self._start: dict[Path, float] = {}
+        """The share of each run that was done when it was first seen at work."""
 
     def __enter__(self) -> "Display":
         if self._console.is_terminal:
@@ -62,10 +64,14 @@ class Display:
 
     def show(self, count: Count, now: bool = False) -> None:
         """Bring the bars up to date, or print a line: when the last one is `EVERY` seconds old, or `now`."""
+        self._first = self._first or (time.monotonic(), count.done + count.failed)
+        for folder in count.running:
+            if folder not in self._start:
+                self._start[folder] = share(*steps_of(folder))
         if not (now or self._console.is_terminal) and time.monotonic() - self._spoke < EVERY:
             return
         at = {folder: steps_of(folder) for folder in count.running}
-        left = self._left(count, {folder: step / steps if steps else 0.0 for folder, (step, steps) in at.items()})
+        left = self._left(count, *self._first, sum(share(*place) for place in at.values()))
         # on a cluster most of many wait for it to have room
         at = dict(sorted(at.items(), key=lambda item: item[1][0], reverse=True)[:SHOWN]) if len(at) > SHOWN else at
         self._spoke = time.monotonic()
@@ -87,18 +93,18 @@ class Display:
             self._tasks[key] = self._bars.add_task(title, total=total, text=text)
         self._bars.update(self._tasks[key], description=title, completed=done, total=total, text=text)
 
-    def _left(self, count: Count, shares: dict[Path, float]) -> str:
-        """About how long it will take, judged by the work done since the sweep began, parts of runs included."""
-        over = count.done + count.failed
-        if self._before is None:
-            self._before = over
-        for folder, share in shares.items():
-            self._start.setdefault(folder, share)
-        made = over - self._before + sum(share - self._start[folder] for folder, share in shares.items())
-        rest = count.total - over - sum(shares.values())
+    def _left(self, count: Count, began: float, before: int, parts: float) -> str:
+        """About how long it will take, judged by the work done since the sweep began, `parts` of runs included."""
+        over = count.done + count.failed + parts
+        made, rest = over - before - sum(self._start.values()), count.total - over
         if made <= 0 or rest <= 0:
             return ""
-        return f"about {duration((time.monotonic() - self._began) / made * rest)} left"
+        return f"about {duration((time.monotonic() - began) / made * rest)} left"
+
+
+def share(step: int, steps: int | None) -> float:
+    """How much of a run is done, from 0 to 1."""
+    return step / steps if steps else 0.0
 
 
 def at_step(step: int, steps: int | None) -> str:

@@ -29,6 +29,10 @@ class ShortError(MemoryError):
     """Memory has run out in one of the processes, and all of them know it."""
 
 
+class OutOfMemory(RuntimeError):  # noqa: N818 - as torch calls it
+    """Memory runs out with one row at a time: nothing is left to halve."""
+
+
 def join() -> None:
     """Meet the other processes of this run, where some were launched. gloo carries what is on the CPU, NCCL GPUs."""
     if launched() > 1 and count() == 1:
@@ -91,7 +95,9 @@ def on_first(do: Callable[[], T]) -> T:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error says that memory has run out, on a GPU or in the machine."""
+    """Whether an error says that memory has run out, on a GPU or in the machine, and fewer rows may fit."""
+    if isinstance(error, OutOfMemory):  # which names the error that it came of
+        return False
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, Exception) and (should_reduce_batch_size(error) or "_ALLOC_FAILED" in str(error))

@@ -93,8 +93,7 @@ class Store:
         """Whether a run has failed because its training diverged, which it would do again."""
         if self.state(folder) != "failed":
             return False
-        text = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip()
-        last = next(reversed(text.splitlines()), "")
+        last = next(reversed(_error(folder)), "")
         return "DivergedError" in last or "the training has diverged" in last
 
     def tries(self, folder: Path) -> bool:
@@ -190,8 +189,7 @@ class Store:
         step, steps = progress(folder)
         error = ""
         if state == "failed":
-            text = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip()
-            error = next(iter(text.splitlines()), "without a message, as on a full disk; log.txt may say more")
+            error = next(iter(_error(folder)), "without a message, as on a full disk; log.txt may say more")
         return Standing(folder, state, step, steps, self._pace(folder, steps), error, self.tries(folder))
 
     def _pace(self, folder: Path, steps: int | None) -> float | None:
@@ -290,6 +288,14 @@ def progress(folder: Path) -> tuple[int, int | None]:
         return 0, None
     steps = next((int(line["steps"]) for line in lines if "steps" in line), None)
     return max((int(line.get("step", 0)) for line in lines), default=0), steps
+
+
+def _error(folder: Path) -> list[str]:
+    """The lines of a run's error; none where somebody has begun it again meanwhile."""
+    try:
+        return (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    except OSError:
+        return []
 
 
 def _held(path: Path) -> bool:

@@ -59,10 +59,6 @@ MEMORY = "memory.json"
 """How many rows go through the model at once, once memory has run out."""
 
 
-class OutOfMemory(RuntimeError):  # noqa: N818 - as torch calls it
-    """Memory runs out with one row at a time."""
-
-
 def run(folder: Path) -> dict[str, Any]:
     """Train, evaluate and save the run whose `run.yaml` lies in `folder`, and return what `result.json` then holds.
 
@@ -181,7 +177,7 @@ def _rows_at_once(folder: Path, most: int) -> int:
 def _halve(folder: Path, config: RunConfig, rows: int, reason: str) -> None:
     """Note that half as many rows fit into memory, and say so. OutOfMemory where there is nothing to halve."""
     if rows == 1:
-        raise OutOfMemory(
+        raise processes.OutOfMemory(
             f"out of memory even with one row at a time ({reason}): lower max_length, or take a smaller model or more "
             "memory"
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rankwise.bench.runners.base import Ended, Runner
 from rankwise.config import InputError, load_options, nearest
+from rankwise.runs.processes import launched
 
 __all__ = ["Ended", "Runner", "registry", "runner"]
 
@@ -20,8 +21,11 @@ def registry() -> dict[str, type[Runner]]:
 def runner(name: str, options: Sequence[str] = ()) -> Runner:
     """The runner called `name` with these `key=value` options.
 
-    Raises InputError for a name or an option that nobody has, for a value out of range, and for a missing package.
+    Raises InputError for a name or an option that nobody has, for a value out of range, for a missing package, and in
+    one of several processes that a launcher has started.
     """
+    if launched() > 1:
+        raise InputError("a sweep is one process: start it without accelerate launch or torchrun")
     known = registry()
     if name not in known:
         raise InputError(f"--runner {name}: there is no such runner{nearest(name, known)}; known: {', '.join(known)}")

@@ -16,17 +16,17 @@ from typing import Any
 from uuid import uuid4
 
 from rankwise.runs.files import write_whole
+from rankwise.train.stop import STOPPED
 
 # Everything that starts threads in a run: OpenMP and MKL in torch, OpenBLAS in numpy, rayon in the tokenizers.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 SENT = "sent.json"
-"""In a run folder: which order it was sent away with last. A node that reads the same there sees the same folder."""
+"""In a run folder: which order it was sent away with last."""
 PASSED = ("RANKWISE_", "HF_")
 """How the environment variables begin that a run finds on a node as they are where the sweep is."""
 PATIENCE = 60.0
 """Seconds until a new file has come through a network file system's caches."""
 POLL = 0.1  # seconds
-STOPPED = 75  # EX_TEMPFAIL: start the same command again and it goes on
 UNSEEN = "cannot see this folder; all nodes need one file system, choose it with runs=DIR"
 
 
@@ -98,6 +98,11 @@ class Order:
         default_factory=lambda: {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
     )
 
+    @property
+    def token(self) -> Path:
+        """A file of this order alone: a node that finds it sees the same folder, whoever else sends it somewhere."""
+        return self.folder / f".sent-{self.mark}"
+
 
 @dataclass(frozen=True)
 class Over:
@@ -114,6 +119,7 @@ class Over:
 def send(order: Order, index: int | None = None) -> None:
     """Note in the run folder that it goes to a node with this order, as number `index` of several. Raises OSError."""
     write_whole(order.folder / SENT, json.dumps({"mark": order.mark, "index": index}) + "\n")
+    order.token.touch()
 
 
 def sent(folder: Path) -> dict[str, Any]:
@@ -133,7 +139,7 @@ def carry(order: Order) -> Over:
     node = socket.gethostname()
     until = time.monotonic() + order.patience
     with _told() as told:
-        while sent(order.folder).get("mark") != order.mark:
+        while not order.token.exists():
             if time.monotonic() >= until or told.number:
                 return Over(node, STOPPED, told.number, "" if told.number else UNSEEN)
             time.sleep(POLL)
@@ -148,6 +154,8 @@ def carry(order: Order) -> Over:
         finally:
             if process.returncode is None:
                 end([process], order.grace)
+    if process.returncode == 0:
+        order.token.unlink(missing_ok=True)
     return Over(node, process.returncode, told.number)
 
 

@@ -208,7 +208,8 @@ class Slurm(Runner, name="slurm"):
             over: Over = job.result()
         except self._submitit.core.utils.FailedJobError as error:
             said = [line for line in str(error).splitlines() if line[:1].strip("- ")]
-            raise InputError(f"{folder}: a node of the cluster cannot carry out runs: {said[-2:-1]}") from None
+            last = next(iter(said[-2:]), "")  # of a traceback, before a line on submitit's own logs
+            raise InputError(f"{folder}: a node of the cluster cannot carry out runs: {last}") from None
         if over.problem:
             raise InputError(f"{folder}: node {over.node} {over.problem}")
         if over.told == signal.SIGUSR2:
