@@ -72,7 +72,7 @@ def every_one(folder: Path, micro_batch: int) -> dict[str, State]:
 
 def merging(folder: Path, micro_batch: int) -> State:
     """What a search leaves that adds the product of a site to W where its rank becomes 0."""
-    model = trained(build({**SEARCH, "omega_rate": 2000.0, "empty": "merge"}), folder, micro_batch)
+    model = trained(build({**SEARCH, "rank": 1, "omega_rate": 2e4, "empty": "merge"}), folder, micro_batch)
     assert not all(ranks(model).values())
     return {**learnt(model), "logits": tiny.logits(model)}
 

@@ -205,11 +205,11 @@ class Store:
 
     def result(self, folder: Path) -> dict[str, Any] | None:
         """The result of a finished run; None where it is not there, half written, or of some other run."""
-        found = self._read(folder)
         try:
             result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+        found = self._read(folder)  # last: to read YAML takes long, and somebody may look at many runs each second
         if found is None or not isinstance(result, dict) or not result.keys() >= RESULT_KEYS:
             return None
         if result["run"] != found.id or not all(
