@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,10 @@ def started(folder: Path) -> list[int]:
     return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def alive(process: int) -> bool:
-    """Whether a process runs; one that has ended and was not asked for its exit code does not."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def check_told(store: Store, folders: Sequence[Path]) -> None:
+    """Whether of four runs of the kinds None, 2, 3 and 4 the last three have failed and say why, each begun once."""
+    errors = [store.standing(folder).error for folder in folders[1:]]
+    assert errors[0] == "the loss is not finite"
+    assert errors[1].startswith("the process was killed by signal 9, as the kernel does when memory runs out")
+    assert errors[2] == "the process ended with exit code 1; the last line of its log: something broke"
+    assert [len(started(folder)) for folder in folders] == [1] * 4

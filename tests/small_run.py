@@ -57,3 +57,15 @@ def reached(folder: Path, step: int) -> bool:
     """Whether the line of this step is in metrics.jsonl."""
     path = folder / "metrics.jsonl"
     return path.exists() and f'"step": {step},' in path.read_text()
+
+
+def alive(process: int) -> bool:
+    """Whether a process runs; one that has ended and was not asked for its exit code does not.
+
+    Its threads count too, of which any may be the last to end and to let go of locks.
+    """
+    try:
+        threads = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/stat")]
+    except OSError:  # one has ended in between
+        return alive(process)
+    return any(text.rpartition(")")[2].split()[0] not in "ZX" for text in threads)

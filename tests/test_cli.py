@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import yaml
 from rankwise.cli import main
 from rankwise.runs.store import Store
 from runs_made_up import REVISION, config, finish, tune
+from small_run import PATIENCE, wait_for
 
-PATIENCE = 300  # seconds, for a machine that does much else
 TINY = {
     "task": "stdlib-kind",
     "max_steps": 100,
@@ -299,13 +298,6 @@ def workers(parent: int) -> list[int]:
         if f"RANKWISE_PARENT={parent}\0".encode() in environment:
             found.append(int(folder.name))
     return found
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not happened():
-        assert time.monotonic() < end, "what was waited for did not come"
-        time.sleep(0.05)
 
 
 def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_command(cli: Cli, tmp_path: Path) -> None:

@@ -18,13 +18,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from rankwise.train.stop import INTERRUPTED, STOPPED
+
 if TYPE_CHECKING:
     from rankwise.bench.compare import Outcome
     from rankwise.bench.runners import Runner
     from rankwise.config import Experiment, RunConfig, Schema
     from rankwise.runs.store import Store
 
-FAILED, INPUT, SOME_FAILED, STOPPED, INTERRUPTED = 1, 2, 3, 75, 130
+FAILED, INPUT, SOME_FAILED = 1, 2, 3
 TELL_AFTER = 20.0
 """Seconds until one of several processes tells its error. One line is enough: where all fail alike, the main one tells
 at once and ends, upon which the launcher ends the others; and so where another process is lost."""

@@ -29,6 +29,10 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message is one line: what is wrong and what to do about it."""
 
 
+class NotFiniteError(ValueError):
+    """The training has diverged: weights, or what a model gives, hold infinities or NaN."""
+
+
 def need(module: str, extra: str) -> types.ModuleType:
     """Import and return `module`, which comes with the optional dependencies `extra`.
 

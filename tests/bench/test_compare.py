@@ -9,13 +9,13 @@ import filelock
 import pytest
 from rich.console import Console
 
-from bench_runs import WORKER, alive, chain, runs, start, started
+from bench_runs import WORKER, chain, check_told, runs, start, started
 from rankwise.bench.compare import Outcome, carry_out
 from rankwise.bench.runners.local import Local
 from rankwise.config import InputError
 from rankwise.runs.store import Store
 from runs_made_up import REVISION, config, finish
-from small_run import PATIENCE, wait_for
+from small_run import PATIENCE, alive, wait_for
 
 
 @pytest.fixture
@@ -38,10 +38,7 @@ def test_every_run_is_carried_out_and_a_crash_takes_nothing_with_it(store: Store
     assert sorted(outcome.done) == sorted([folders[0], folders[4]])
     assert sorted(outcome.failed) == sorted(folders[1:4])
     assert "failed: cola lora rate 0.001 seed 1: the loss is not finite" in log
-    errors = [store.standing(folder).error for folder in folders[1:4]]
-    assert errors[0] == "the loss is not finite"
-    assert errors[1].startswith("the process was killed by signal 9, as the kernel does when memory runs out")
-    assert errors[2] == "the process ended with exit code 1; the last line of its log: something broke"
+    check_told(store, folders[:4])
     assert log.splitlines()[-1] == "5/5 runs, 3 failed"
     assert all((folder / "log.txt").exists() for folder in folders)
 

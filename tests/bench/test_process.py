@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench_runs import WORKER, alive, runs, started
+from bench_runs import WORKER, runs, started
 from rankwise.bench.runners.process import Order, carry, send
 from rankwise.runs.store import Store
-from small_run import PATIENCE, wait_for
+from small_run import PATIENCE, alive, wait_for
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 
-from bench_runs import HERE, alive, chain, runs, start, started, tuned
+from bench_runs import HERE, chain, check_told, runs, start, started, tuned
 from rankwise.runs.store import Store
-from small_run import PATIENCE, make, reached, wait_for
+from small_run import PATIENCE, alive, make, reached, wait_for
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'rankwise[ray]'")
 
@@ -147,11 +147,7 @@ def test_what_becomes_of_a_run_is_told_as_on_this_machine(cluster: Cluster, seco
     folders = runs(store, None, 2, 3, 4)
     out, log = start(store, "ray", f"address={cluster.address}").communicate(timeout=PATIENCE)
     assert out.split() == ["1", "3", "0"], log
-    errors = [store.standing(folder).error for folder in folders[1:]]
-    assert errors[0] == "the loss is not finite"
-    assert errors[1].startswith("the process was killed by signal 9")
-    assert errors[2] == "the process ended with exit code 1; the last line of its log: something broke"
-    assert [len(started(folder)) for folder in folders] == [1] * 4
+    check_told(store, folders)
 
 
 def test_a_node_that_cannot_carry_out_runs_ends_the_sweep_in_one_line(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Runs that are cut off, for real, and what becomes of them. Each is compared with the same run left alone."""
 
 import json
-import os
 import resource
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import pytest
 from rankwise.runs.files import MARKER
 from rankwise.runs.store import Store
 from rankwise.train.files import last_complete
-from small_run import LORA, PATIENCE, SIMPLEX, make, reached, start, wait_for
+from small_run import LORA, PATIENCE, SIMPLEX, alive, make, reached, start, wait_for
 
 
 def cut(folder: Path, step: int, how: signal.Signals) -> int:
@@ -130,15 +129,6 @@ def test_an_interrupt_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert cut(folder, 4, signal.SIGINT) == 130
     assert newest(folder) >= 3
     assert not (folder / "error.txt").exists()
-
-
-def alive(pid: int) -> bool:
-    """Whether a process still runs; one that has ended and that nobody has asked after does not."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
 
 
 def test_a_run_killed_while_it_finishes_ends_as_the_uncut_one(tmp_path: Path) -> None:

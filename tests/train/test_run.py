@@ -251,6 +251,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_pa
     assert not (folder / "result.json").exists()
 
 
+def test_gates_that_are_not_finite_have_diverged_like_a_loss(tmp_path: Path) -> None:
+    """So that a rate which breaks them is out of the contest, and not begun again."""
+    folder = make(tmp_path / "run", method={"name": "sora", "rank": 2, "gate_rate": 1e38}, max_steps=4)
+    with pytest.raises(DivergedError, match="gates are not finite after step"):
+        run(folder)
+    assert Store(tmp_path).diverged(folder)
+
+
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path / "run")
     (folder / "run.lock").symlink_to(tmp_path / "missing" / "run.lock")  # what root, too, cannot open for writing

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from rankwise.config import NotFiniteError
 from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
 from rankwise.ranks import sites
@@ -59,8 +60,8 @@ class OmegaLoRA(LoRA):
 
 
 def check_finite(weights: nn.Parameter, step: int) -> None:
-    """Raise ValueError where a diverged training has reached ω."""
+    """Raise NotFiniteError where a diverged training has reached ω."""
     if not torch.isfinite(weights).all():
-        raise ValueError(
+        raise NotFiniteError(
             f"ω is not finite after step {step}: the training has diverged; lower the learning rate or omega_rate"
         )

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from rankwise.config import NotFiniteError
 from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
 from rankwise.optim import project
@@ -68,7 +69,9 @@ class SoRA(LoRA, name="sora"):
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
         for gates in _gates(model):
             if not gates.isfinite().all():
-                raise ValueError(f"gates are not finite after step {step}: the training has diverged; lower the rates")
+                raise NotFiniteError(
+                    f"gates are not finite after step {step}: the training has diverged; lower the rates"
+                )
             gates.copy_(project.prox_l1(gates, lr * self.sparsity))
         return None
 

@@ -10,11 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rankwise.config import need
-
-
-class NotFiniteError(ValueError):
-    """A model's outputs hold infinities or NaN."""
+from rankwise.config import NotFiniteError, need
 
 
 def finite(values: ArrayLike) -> np.ndarray:

@@ -28,12 +28,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
         Path(name).unlink(missing_ok=True)
         raise
     with suppress(OSError):  # some network file systems cannot
-        _flush_folder(path.parent)
+        flush(path.parent)
 
 
-def _flush_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Wait until what was written to a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -93,8 +93,7 @@ class Store:
         """Whether a run has failed because its training diverged, which it would do again."""
         if self.state(folder) != "failed":
             return False
-        last = next(reversed(_error(folder)), "")
-        return "DivergedError" in last or "the training has diverged" in last
+        return "DivergedError" in next(reversed(_error(folder)), "")
 
     def tries(self, folder: Path) -> bool:
         """Whether a run only tries a learning rate, and is in no table."""

@@ -28,8 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rankwise.config import InputError, need
-from rankwise.metrics.classification import NotFiniteError
+from rankwise.config import InputError, NotFiniteError, need
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 
 if TYPE_CHECKING:

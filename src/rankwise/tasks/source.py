@@ -289,7 +289,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if twice := {key for key in keys if keys.count(key) > 1}:
         raise ValueError(f"the key {min(twice)!r} is there twice")
-    json.dumps(pairs, ensure_ascii=False).encode()
+    json.dumps(pairs, ensure_ascii=False).encode()  # ValueError: a half of a surrogate pair is no text
     return dict(pairs)
 
 
@@ -299,7 +299,6 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line, object_pairs_hook=_object)
-            line.encode()  # a half of a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             raise InputError(
                 f"{file}: line {number} is not JSON ({_line(error)}): write one object per line"

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,6 @@ def cut_lines(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`; of all steps when it is negative."""
     kept = [line for line in read_lines(path) if line["step"] <= step]
     write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def flush(path: Path) -> None:
-    """Wait until what was written to `path` is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def mark_complete(checkpoint: Path, carried: dict[str, Any]) -> None:

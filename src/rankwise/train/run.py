@@ -32,19 +32,18 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import rankwise
 from rankwise import methods, tasks
-from rankwise.config import InputError, RunConfig, Schema, load, need, read_yaml
+from rankwise.config import InputError, NotFiniteError, RunConfig, Schema, load, need, read_yaml
 from rankwise.export import save
 from rankwise.methods import Method
-from rankwise.metrics.classification import NotFiniteError
 from rankwise.optim import processes
 from rankwise.ranks.resize import merged
-from rankwise.runs.files import read_lines, unwritable, write_whole
+from rankwise.runs.files import flush, read_lines, unwritable, write_whole
 from rankwise.runs.processes import LostError, is_main
 from rankwise.runs.store import Store
 from rankwise.tasks import Evaluation, Scored, Split, Task, subset
 from rankwise.train import model as models
 from rankwise.train.checkpoint import learnt_state, load_learnt
-from rankwise.train.files import flush, last_complete
+from rankwise.train.files import last_complete
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
 from rankwise.train.stop import Stop, follow_parent, stoppable
 from rankwise.train.trainer import RunTrainer
@@ -357,7 +356,10 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
             file=sys.stderr,
         )
     with stop.patient():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except NotFiniteError as error:  # of gates or ω; those of evaluations are told as such
+            raise DivergedError(str(error)) from error
     if trainer.state.global_step < parts.plan.steps:
         if is_main():
             step = trainer.state.global_step

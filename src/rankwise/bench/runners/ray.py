@@ -14,9 +14,10 @@ from typing import Any
 
 from rankwise.bench.runners.base import Ended, Runner, require
 from rankwise.bench.runners.local import cores
-from rankwise.bench.runners.process import STOPPED, Order, Over, carry, logged, send
+from rankwise.bench.runners.process import Order, Over, carry, logged, send
 from rankwise.config import InputError, need
 from rankwise.runs.files import unwritable
+from rankwise.train.stop import STOPPED
 
 GRACE = 60.0
 """Seconds that a run has on its node for its last step and its checkpoint."""

@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 from rankwise.bench.runners.base import Ended, Runner, require
-from rankwise.bench.runners.process import STOPPED, Order, Over, carry, logged, send, sent
+from rankwise.bench.runners.process import Order, Over, carry, logged, send, sent
 from rankwise.config import InputError, need
 from rankwise.runs.files import unwritable
+from rankwise.train.stop import STOPPED
 
 MARGIN = 40.0
 """Seconds from `scancel` until a job has left the queue; SLURM itself waits 30 before it kills."""
