@@ -482,6 +482,19 @@ def test_what_does_not_go_with_a_tuning_is_refused(settings: dict[str, Any], mes
         load({**TUNED, **settings}, [], SCHEMA)
 
 
+def test_without_its_tuning_an_experiment_needs_rates() -> None:
+    """The default rate, which nobody chose, would be a poor one for most methods."""
+    plain = {**TUNED, "vary": {"seed": [0], "method": [{"name": "lora"}, {"name": "head"}]}}
+    with pytest.raises(InputError, match="tune = null: give a rate instead, learning_rate=1e-3 or vary"):
+        load(plain, ["tune=null"], SCHEMA)
+    for rates in (["learning_rate=0.01"], ["vary.learning_rate=[0.01]"]):
+        rated = load(plain, ["tune=null", *rates], SCHEMA)
+        assert isinstance(rated, Experiment) and {run.learning_rate for run in rated.configs()} == {0.01}
+    own = {**plain, "vary": {"method": [{"name": "lora", "learning_rate": 0.02}]}}
+    rated = load(own, ["tune=null"], SCHEMA)
+    assert isinstance(rated, Experiment) and {run.learning_rate for run in rated.configs()} == {0.02}
+
+
 def test_a_budget_leaves_the_size_open_unless_it_is_given() -> None:
     assert "rank" not in one(budget=1000).method and one(budget=1000).method["alpha"] == 16.0
     assert one("method.rank=4", budget=1000).method["rank"] == 4

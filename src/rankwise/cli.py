@@ -561,12 +561,14 @@ def _check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
     from rankwise.train.model import check
 
     wanted = {
-        json.dumps([config.model, config.task, config.method, config.label_smoothing], sort_keys=True)
+        json.dumps(
+            [config.model, config.task, config.method, config.max_length, config.label_smoothing], sort_keys=True
+        )
         for config in configs
     }
     with contextlib.redirect_stdout(sys.stderr):
-        for model, task, method, label_smoothing in map(json.loads, sorted(wanted)):
-            check(model, rankwise.tasks.build(task), rankwise.methods.build(method), label_smoothing, shipped)
+        for model, task, method, max_length, smoothing in map(json.loads, sorted(wanted)):
+            check(model, rankwise.tasks.build(task), rankwise.methods.build(method), max_length, smoothing, shipped)
 
 
 def _fit(config: RunConfig) -> RunConfig:

@@ -699,6 +699,8 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
             "tuning: no setting of an experiment; tune chooses learning rates, and tune.share says by what"
         )
     tune = _tune(data.pop("tune", None), {**data, **vary}, chain)
+    if ("tune", None) in settings and not _rated(data, vary):
+        raise InputError("tune = null: give a rate instead, learning_rate=1e-3 or vary.learning_rate=[1e-4, 1e-3]")
     runs = data.pop("runs", None) or f"runs/{name}"
     for key in data:
         if key not in RunConfig.model_fields:
@@ -729,6 +731,12 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
             if key in stage:
                 stage[key] = _filled(key, named(key, stage[key]), known, {}, fitted)
     return experiment.model_copy(update={"base": data, "vary": vary, "chain": chain})
+
+
+def _rated(data: Mapping[str, Any], vary: Mapping[str, Any]) -> bool:
+    """Whether every run is given a learning rate, be it by its method."""
+    methods = vary.get("method", [])
+    return "learning_rate" in {**data, **vary} or bool(methods and all("learning_rate" in each for each in methods))
 
 
 def _tune(given: Any, others: Mapping[str, Any], chain: Sequence[Any]) -> Tune | None:

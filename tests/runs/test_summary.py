@@ -82,6 +82,7 @@ def test_a_method_without_ranks_is_measured_against_lora_at_the_nearest_size(sto
     finish(store, config(method={"name": "adapter-h", "size": 4}), 0.7, parameters=parameters)
     [contrast] = summary(store).contrasts
     assert contrast.theirs["method"] == "lora rank=4"
+    assert contrast.ours["budget"] == 4_200  # it may spend what it trains
 
 
 def test_the_text_holds_all_that_a_row_has_to_carry(store: Store) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from rankwise import methods, tasks
 from rankwise.config import InputError, RunConfig, Schema, load
-from rankwise.methods import build, registry
+from rankwise.methods import Method, build, registry
 from rankwise.ranks import sites
 from rankwise.train.model import build as build_model
 from rankwise.train.model import peak
@@ -15,10 +15,18 @@ TARGETS = {"targets": ["query", "value"]}
 TASK = tasks.build("stdlib-kind")
 
 
-def fitted(name: str, budget: int, **options: object) -> RunConfig:
+def costs(method: Method) -> int:
+    return peak("random-bert", TASK, method, max_length=128)
+
+
+def fitted(name: str, budget: int, max_length: int = 128, **options: object) -> RunConfig:
     schema = Schema(methods.registry(), tasks.registry())
     method = {"name": name, **options}
-    config = load({"task": "stdlib-kind", "model": "random-bert", "method": method, "budget": budget}, [], schema)
+    config = load(
+        {"task": "stdlib-kind", "model": "random-bert", "method": method, "budget": budget, "max_length": max_length},
+        [],
+        schema,
+    )
     assert isinstance(config, RunConfig)
     return fit(config)
 
@@ -38,7 +46,7 @@ def test_the_size_chosen_fits_and_one_more_would_not(name: str, budget: int) -> 
     size = getattr(method, method.sizes[0])
     counted = size - (name == "adalora")  # whose smallest start is two units
     assert method == method.sized(counted)
-    assert peak("random-bert", TASK, method) <= budget < peak("random-bert", TASK, method.sized(counted + 1))
+    assert costs(method) <= budget < costs(method.sized(counted + 1))
     assert config.budget == budget and set(method.sizes) <= config.method.keys()
     assert fit(config) == config  # as a run reads it from its run.yaml
 
@@ -54,7 +62,7 @@ def test_a_real_model_trains_what_was_counted(name: str) -> None:
     if name == "random-lora":  # whose draw may be a cheaper one
         assert trained <= 20_001
     else:
-        assert trained == peak("random-bert", TASK, method)
+        assert trained == costs(method)
 
 
 def test_gates_and_weights_of_the_search_count() -> None:
@@ -62,17 +70,14 @@ def test_gates_and_weights_of_the_search_count() -> None:
     plain = build({"name": "lora", "rank": 4, **TARGETS})
     base, _, head = build_model("random-bert", TASK, 32)
     count = len(sites(plain.attach(base, head=head)))
-    costs = {
-        name: peak("random-bert", TASK, build({"name": name, "rank": 4, **TARGETS}))
-        for name in ("lora", "simplex-lora")
-    }
-    assert peak("random-bert", TASK, method) - costs["lora"] == 4 * count
-    assert costs["simplex-lora"] - costs["lora"] == count
+    counts = {name: costs(build({"name": name, "rank": 4, **TARGETS})) for name in ("lora", "simplex-lora")}
+    assert costs(method) - counts["lora"] == 4 * count
+    assert counts["simplex-lora"] - counts["lora"] == count
 
 
 def test_random_sites_are_counted_at_their_most_expensive() -> None:
     options = {"name": "random-lora", "rank": 2, "keep": 1, "targets": ["query", "intermediate.dense"]}
-    assert peak("random-bert", TASK, build(options)) == 2 * (128 + 512)
+    assert costs(build(options)) == 2 * (128 + 512)
 
 
 @pytest.mark.parametrize("name", sorted(set(registry()) - set(SIZED)))
@@ -81,7 +86,7 @@ def test_a_method_without_a_size_is_outside_of_the_budget(name: str) -> None:
 
 
 def test_a_budget_that_nothing_fits_names_the_smallest_count() -> None:
-    least = peak("random-bert", TASK, build({"name": "lora", "rank": 1, **TARGETS}))
+    least = costs(build({"name": "lora", "rank": 1, **TARGETS}))
     with pytest.raises(InputError, match=f"budget = {least - 1}: lora trains {least:,} parameters at the least"):
         fitted("lora", least - 1, **TARGETS)
     assert fitted("lora", least, **TARGETS).method["rank"] == 1
@@ -89,6 +94,14 @@ def test_a_budget_that_nothing_fits_names_the_smallest_count() -> None:
 
 def test_a_budget_larger_than_all_that_a_site_holds_ends_at_that() -> None:
     assert fitted("lora", 10**8, **TARGETS).method["rank"] == 128
+
+
+@pytest.mark.parametrize("name", ["pre-embed", "pre-layer"])
+def test_a_prefix_leaves_room_for_the_longest_row(name: str) -> None:
+    roomy, tight = (fitted(name, 10**8, max_length=length, infix=3) for length in (16, 100))
+    assert (roomy.method["prefix"], tight.method["prefix"]) == (512 - 16 - 3, 512 - 100 - 3)
+    with pytest.raises(InputError, match="a row of 510 tokens and 4 virtual tokens is longer than the model's 512"):
+        fitted(name, 10**8, max_length=510, infix=3)
 
 
 def test_a_size_that_is_given_stays_if_it_fits() -> None:

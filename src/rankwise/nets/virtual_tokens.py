@@ -289,11 +289,15 @@ class VirtualTokens(nn.Module):
             return
         if given.get("position_ids") is not None:  # padding may make rows wide and not long
             width = int(given["position_ids"].max()) + 1 - self.taken
-        most = self.positions - self.taken
-        if width > most:
+        self.check_room(width - len(self))
+
+    def check_room(self, width: int) -> None:
+        """InputError where `width` tokens of a caller and the virtual ones are more than the model has positions."""
+        most = None if self.positions is None else self.positions - self.taken
+        if most is not None and width + len(self) > most:
             raise InputError(
-                f"a row of {width - len(self)} tokens and {len(self)} virtual tokens is longer than the model's {most} "
-                f"positions: cut rows to {most - len(self)} tokens, or use fewer virtual tokens"
+                f"a row of {width} tokens and {len(self)} virtual tokens is longer than the model's {most} positions: "
+                f"cut rows to {most - len(self)} tokens, or use fewer virtual tokens"
             )
 
 

@@ -304,8 +304,7 @@ def _reference(row: Row, rows: Sequence[Row]) -> Row | None:
         return None
     if row["name"] == "head":
         return max(plain_lora, key=lambda other: other["mean"] if other["mean"] is not None else float("-inf"))
-    size_of_row = row["budget"] or row["trainable"]  # what has no ranks has no budget of ranks
-    return min(plain_lora, key=lambda other: abs(other["budget"] - size_of_row))
+    return min(plain_lora, key=lambda other: abs(other["budget"] - row["budget"]))
 
 
 def _bootstrap(ours: Row, theirs: Row, metrics: Metrics) -> Interval | None:

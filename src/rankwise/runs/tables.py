@@ -196,6 +196,7 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
     }
     values = list(scores.values())
     parameters = {key: _average(by_seed, "parameters", key) for key in ("budget", "trainable", "final", "head")}
+    parameters["budget"] = parameters["budget"] or parameters["trainable"]  # what has no ranks may spend what it trains
     asked = first["config"].get("budget")
     cost = {key: _average(by_seed, "cost", key) for key in ("seconds", "examples_per_second")}
     return {

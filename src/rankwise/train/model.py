@@ -27,6 +27,7 @@ from rankwise.archs import behind
 from rankwise.config import InputError, need
 from rankwise.methods import Method
 from rankwise.nets.unet import RefinedUNet, Segmenter, UNet
+from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.tasks import Split, Task
 from rankwise.tasks.generation import Generation
 from rankwise.train import random_model
@@ -70,9 +71,7 @@ def build(
             keys = (*report["missing_keys"], *report["mismatched_keys"])
             drawn = {key if isinstance(key, str) else key[0] for key in keys}
     _set_padding(model, tokenizer)
-    # a decoder reads source, end mark and target in one row
-    joined = isinstance(task, Generation) and not config.is_encoder_decoder and 1 + task.target_length
-    _check_length(model, tokenizer, max_length, int(joined))
+    _check_length(model, tokenizer, max_length, _written(task, config))
     if task.family == "classification":
         return model, tokenizer, head_modules(model, drawn)
     if drawn:
@@ -83,24 +82,31 @@ def build(
     return model, tokenizer, []
 
 
-def check(name: str | None, task: Task, method: Method, label_smoothing: float = 0.0, shipped: bool = False) -> None:
+def check(
+    name: str | None,
+    task: Task,
+    method: Method,
+    max_length: int,
+    label_smoothing: float = 0.0,
+    shipped: bool = False,
+) -> None:
     """Raise InputError where `method` cannot be attached to the model `name` for `task`. No weights are read.
 
-    Also where the labels of `task` cannot be smoothed and `label_smoothing` is not 0. `shipped` is as for `peak`.
+    Also where the labels of `task` cannot be smoothed and `label_smoothing` is not 0. The rest is as for `peak`.
     """
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
         raise InputError(f"label_smoothing: the loss of {task.name} is no cross-entropy; leave it at 0")
     if task.family == "segmentation" and name is not None and name not in SEGMENTERS:
         return  # a folder: small, and read when the run begins
-    peak(name, task, method, shipped)
+    peak(name, task, method, max_length, shipped)
 
 
-def peak(name: str | None, task: Task, method: Method, shipped: bool = False) -> int:
+def peak(name: str | None, task: Task, method: Method, max_length: int, shipped: bool = False) -> int:
     """`Method.peak` on the model `name` for `task`, without the head.
 
     No weights are read, but those of a folder with a network for segmentation, which are few. `shipped` takes the
     configuration of `rankwise.archs` where there is one, so that the hub is not asked. InputError where the method
-    cannot be attached.
+    cannot be attached, or its virtual tokens leave no room for inputs of `max_length` tokens.
     """
     saved = task.family == "segmentation" and name is not None and name not in SEGMENTERS
     with (
@@ -126,7 +132,11 @@ def peak(name: str | None, task: Task, method: Method, shipped: bool = False) ->
             model = _kind(task, config).from_config(config)
             head = head_modules(model, set()) if task.family == "classification" else []
         aside = sum(p.numel() for part in head for p in model.get_submodule(part).parameters())
-        return method.peak(method.attach(model, head=head)) - aside
+        attached = method.attach(model, head=head)
+        for tokens in attached.children():
+            if isinstance(tokens, VirtualTokens):
+                tokens.check_room(max_length + _written(task, config))
+        return method.peak(attached) - aside
 
 
 def label(name: str | None, task: Task | None = None) -> str:
@@ -150,6 +160,11 @@ def _segmenter(name: str | None, task: Any) -> nn.Module:
     if (own := model.classifier.out_channels) != classes:
         raise InputError(f"model: {name} has {own} outputs per pixel, and {task.name} needs {classes}")
     return model
+
+
+def _written(task: Task, config: PreTrainedConfig) -> int:
+    """Tokens that stand behind an input in the same row: a decoder reads source, end mark and target in one."""
+    return 1 + task.target_length if isinstance(task, Generation) and not config.is_encoder_decoder else 0
 
 
 def _kind(task: Task, config: PreTrainedConfig) -> Any:

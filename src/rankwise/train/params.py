@@ -108,25 +108,25 @@ def fit(config: RunConfig) -> RunConfig:
     method = methods.build(config.method)
     if not method.sizes:
         return config.model_copy(update={"budget": None})
-    chosen = _fitted(config.model, json.dumps(config.task), json.dumps(config.method), config.budget)
+    chosen = _fitted(config.model, json.dumps(config.task), json.dumps(config.method), config.max_length, config.budget)
     return config.model_copy(update={"method": dict(chosen)})
 
 
 @cache
-def _fitted(model: str | None, task_options: str, options: str, budget: int) -> dict[str, Any]:
+def _fitted(model: str | None, task_options: str, options: str, max_length: int, budget: int) -> dict[str, Any]:
     given, task = json.loads(options), tasks.build(json.loads(task_options))
     method = methods.build(given)
 
     def costs(size: int) -> int:
         try:
-            return peak(model, task, method.sized(size), shipped=True)
+            return peak(model, task, method.sized(size), max_length, shipped=True)
         except InputError:
             if size == 1:
                 raise
-            return sys.maxsize  # more than some site can hold
+            return sys.maxsize  # more than some site can hold, or the model has positions for
 
     if kept := [option for option in method.sizes if option in given]:
-        if (least := peak(model, task, method, shipped=True)) > budget:
+        if (least := peak(model, task, method, max_length, shipped=True)) > budget:
             what = f"{method.name} with {kept[0]} {given[kept[0]]} trains {least:,} parameters"
             raise InputError(f"budget = {budget}: {what}; raise the budget, or leave {kept[0]} out for it to choose")
         return given
