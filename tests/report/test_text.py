@@ -1,6 +1,8 @@
 import csv
 import io
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,19 @@ def test_no_name_breaks_a_table(rows: list[Row], name: str) -> None:
     table = text.markdown(rows).splitlines()[: 2 + len(rows)]
     assert {len(re.findall(r"(?<!\\)\|", line.replace("\\\\", ""))) for line in table} == {len(shown) + 1}
     assert [line["method"] for line in csv.DictReader(io.StringIO(text.csv(rows), newline=""))] == [name] * len(rows)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on the PATH")
+def test_latex_takes_every_name(rows: list[Row], tmp_path: Path) -> None:
+    """Letters that are not Latin, such as λ, need LuaLaTeX or XeLaTeX."""
+    named = [{**rows[0], "method": name, "task": name, "note": name} for name in HOSTILE if "λ" not in name]
+    head, end = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}", "\\end{document}"
+    page = f"{head}\n{text.latex(named)}\n{end}\n"
+    (tmp_path / "page.tex").write_text(page, encoding="utf-8")
+    command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "page.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
+    assert (tmp_path / "page.pdf").exists()
 
 
 def test_how_a_rate_was_chosen_and_the_share_of_a_budget_are_in_every_format(tmp_path: Path) -> None:
