@@ -212,6 +212,7 @@ def test_status_shows_each_run_and_the_error_of_a_failed_one(cli: Cli, tmp_path:
     states = {each["run"]: each for each in json.loads(cli("status", tmp_path, "--json")[1])}
     assert states[failed.name] == {
         "run": failed.name,
+        "learning_rate": 0.001,
         "state": "failed",
         "step": 0,
         "steps": None,

@@ -189,10 +189,11 @@ def status(
             [
                 {
                     "run": each.folder.name,
+                    "learning_rate": each.learning_rate,
+                    "tries": each.tries,
                     "state": each.state,
                     "step": each.step,
                     "steps": each.steps,
-                    "tries": each.tries,
                 }
                 | {"seconds_left": round(look.left[each.folder]) if each.folder in look.left else None}
                 | ({"error": each.error} if each.error else {})

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +16,7 @@ from rankwise.runs.summary import duration
 STATES: tuple[State, ...] = ("pending", "running", "stopped", "failed", "done")
 EVERY = 1.0
 """Seconds between two looks."""
-HEADER = ("run", "state", "steps", "left", "error")
+HEADER = ("run", "learning rate", "state", "steps", "left", "error")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Look:
         """A row for each run, under `HEADER`."""
         return [
             [
-                f"{each.folder.name}{' (tries a rate)' if each.tries else ''}",
+                each.folder.name,
+                "" if each.learning_rate is None else f"{each.learning_rate:g}{' (tried)' if each.tries else ''}",
                 each.state,
                 f"{each.step}/{each.steps}" if each.steps else "",
                 duration(self.left[each.folder]) if each.folder in self.left else "",
@@ -109,14 +110,14 @@ def watch(store: Store, console: Console) -> None:
     with Live(console=console, auto_refresh=False) as live:
         while True:
             look = looking.look()
-            live.update(_table(f"{store.folder}: {look.head()}", look.rows()), refresh=True)
+            live.update(_page(f"{store.folder}: {look.head()}", look.rows()), refresh=True)
             if look.over:
                 return
             time.sleep(EVERY)
 
 
-def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(*HEADER, title=Text(title), title_justify="left", box=None)
+def _page(head: str, rows: Sequence[Sequence[str]]) -> Group:
+    table = Table(*HEADER, box=None)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    return table
+    return Group(Text(head), table)  # a title of the table would be no wider than that

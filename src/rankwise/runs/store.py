@@ -45,6 +45,10 @@ class Standing:
     """How one run stands."""
 
     folder: Path
+    learning_rate: float | None
+    """None where its `run.yaml` is damaged."""
+    tries: bool
+    """Whether it only tries this rate."""
     state: State
     step: int
     """Optimizer steps done."""
@@ -54,8 +58,6 @@ class Standing:
     """Seconds per step, as the run measured them up to its end or its newest checkpoint; None before that."""
     error: str
     """First line of its error, when it failed."""
-    tries: bool = False
-    """Whether it only tries a learning rate."""
 
 
 class Store:
@@ -189,7 +191,9 @@ class Store:
         error = ""
         if state == "failed":
             error = next(iter(_error(folder)), "without a message, as on a full disk; log.txt may say more")
-        return Standing(folder, state, step, steps, self._pace(folder, steps), error, self.tries(folder))
+        found = self._read(folder)
+        rate = found.config.learning_rate if found else None
+        return Standing(folder, rate, self.tries(folder), state, step, steps, self._pace(folder, steps), error)
 
     def _pace(self, folder: Path, steps: int | None) -> float | None:
         result = self.result(folder)
