@@ -62,8 +62,13 @@ def tune(store: Store, scores: dict[float, float], chosen: float, seeds: int = 2
         finish(store, config(learning_rate=chosen, eval_every=0, seed=seed, **settings), 0.5 + seed / 10)
 
 
-def predict(folder: Path, predictions: list[int], labels: list[int], scores: list[float] | None = None) -> None:
-    """The predictions of a run on its main split, and one row of another split behind them."""
+def predict(
+    folder: Path, predictions: list[int], labels: list[int], scores: list[float] | None = None, **columns: list[Any]
+) -> None:
+    """The predictions of a run on its main split, and one row of another split behind them.
+
+    `columns` are others, or in place of these.
+    """
     rows: dict[str, list[Any]] = {
         "split": ["validation"] * len(labels) + ["mismatched"],
         "idx": [*range(len(labels)), 0],
@@ -72,4 +77,5 @@ def predict(folder: Path, predictions: list[int], labels: list[int], scores: lis
     }
     if scores is not None:
         rows["score"] = [*scores, 0.0]
+    rows |= {name: [*values, values[-1]] for name, values in columns.items()}
     pyarrow.parquet.write_table(pa.table(rows), folder / "predictions.parquet")

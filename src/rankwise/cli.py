@@ -717,10 +717,11 @@ def _exit_code(store: Store, outcome: Outcome) -> int:
 
 
 def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
+    from rankwise.metrics import SUMS
     from rankwise.metrics.classification import METRICS
     from rankwise.runs.summary import Summary
 
-    return Summary.of(store.results(folders), METRICS)
+    return Summary.of(store.results(folders), METRICS, SUMS)
 
 
 def _published(store: Store, summary: Any) -> dict[str, Any]:

@@ -10,15 +10,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rankwise.metrics
 from rankwise.config import InputError
-from rankwise.metrics.e2e import bleu, e2e, nist, unavailable
+from rankwise.metrics.e2e import bleu, bleu_of, bleu_statistics, e2e, nist, unavailable
+from rankwise.runs.stats import paired_bootstrap, paired_bootstrap_of_sums
 
-pytest.importorskip("sacrebleu", reason="needs the extra [nlg]")
+sacrebleu = pytest.importorskip("sacrebleu.metrics", reason="needs the extra [nlg]")
 pytest.importorskip("pycocoevalcap.meteor.meteor", reason="needs the extra [nlg]")
 # the attribute `e2e` of the package is the function
 module = importlib.import_module("rankwise.metrics.e2e")
@@ -50,6 +52,45 @@ def test_bleu_and_nist_of_small_sets_are_the_official_ones(name):
     hypotheses, expected = SMALL["sets"][name]["hypotheses"], SMALL["sets"][name]["expected"]
     assert bleu(hypotheses, SMALL["references"]) == pytest.approx(expected["bleu"], abs=1e-4)
     assert nist(hypotheses, SMALL["references"]) == pytest.approx(expected["nist"], abs=1e-4)
+
+
+def corpus_bleu(hypotheses, references):
+    """By sacrebleu's function for whole sets, which takes the first references, then the second ones, …"""
+    longest = max(map(len, references))
+    columns = [[group[i] if i < len(group) else None for group in references] for i in range(longest)]
+    return min(sacrebleu.BLEU(lowercase=True, force=True).corpus_score(hypotheses, columns).score, 100.0)
+
+
+answered = st.lists(
+    st.tuples(st.one_of(texts, st.just("")), st.lists(texts, min_size=1, max_size=4)), min_size=1, max_size=6
+)
+
+
+@settings(deadline=None)
+@given(answered)
+def test_the_statistics_of_texts_add_up_to_the_bleu_of_the_set(pairs):
+    hypotheses, references = (list(side) for side in zip(*pairs, strict=True))
+    expected = corpus_bleu(hypotheses, references)
+    found = bleu_statistics(hypotheses, references)
+    assert found.shape == (len(pairs), 10)
+    assert bleu(hypotheses, references) == bleu_of(found.sum(axis=0)) == expected
+    several = bleu_of(np.stack([found.sum(axis=0), 2.0 * found.sum(axis=0), found[0]]))
+    assert several.tolist() == [
+        *(expected, corpus_bleu(hypotheses * 2, references * 2), corpus_bleu(hypotheses[:1], references[:1]))
+    ]
+
+
+def test_a_bootstrap_of_statistics_is_one_of_texts():
+    references = SMALL["references"]
+    ours, theirs = (np.array(given["hypotheses"]) for given in list(SMALL["sets"].values())[:2])
+
+    def score(drawn, rows):
+        return corpus_bleu(drawn.tolist(), [references[row] for row in rows])
+
+    expected = paired_bootstrap(score, [ours, theirs], [theirs], np.arange(len(references)))
+    assert expected[0] < expected[1]
+    counted = [bleu_statistics(given.tolist(), references) for given in (ours, theirs)]
+    assert paired_bootstrap_of_sums(bleu_of, counted, counted[1:]) == pytest.approx(expected)
 
 
 @java

@@ -2,8 +2,9 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy import stats as scipy_stats
 
 from rankwise.runs.stats import (
@@ -13,6 +14,7 @@ from rankwise.runs.stats import (
     holm,
     mean,
     paired_bootstrap,
+    paired_bootstrap_of_sums,
     paired_p,
     sd,
     t_interval,
@@ -94,6 +96,43 @@ def test_the_bootstrap_of_equal_predictions_is_zero_and_repeats_itself() -> None
     assert paired_bootstrap(accuracy, [labels], [labels], labels) == (0.0, 0.0)
     pair = ([np.array([0, 1, 0, 0])], [np.array([1, 1, 1, 0])])
     assert paired_bootstrap(accuracy, *pair, labels) == paired_bootstrap(accuracy, *pair, labels)
+
+
+def ratio(sums: np.ndarray) -> np.ndarray:
+    """Two numbers to the first's share of the second, NaN for 0 / 0: no mean over examples."""
+    return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
+
+
+@st.composite
+def counted(draw: st.DrawFn) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Statistics (n, 2) of the seeds of two methods."""
+    shape = (draw(st.integers(1, 6)), 2)
+    sides = st.lists(arrays(np.int64, shape, elements=st.integers(1, 9)), min_size=1, max_size=3)
+    return draw(sides), draw(sides)
+
+
+@settings(deadline=None, max_examples=25)
+@given(counted())
+def test_the_bootstrap_of_sums_is_that_of_the_rows_themselves(sides: tuple[list[np.ndarray], list[np.ndarray]]) -> None:
+    def score(rows: np.ndarray, _: np.ndarray) -> float:
+        return float(ratio(rows.sum(axis=0)))
+
+    n = len(sides[0][0])
+    assert paired_bootstrap_of_sums(ratio, *sides) == pytest.approx(paired_bootstrap(score, *sides, np.arange(n)))
+
+
+@given(arrays(np.int64, (5, 2), elements=st.integers(0, 9)).filter(lambda rows: rows[:, 1].any()))
+@settings(deadline=None, max_examples=25)
+def test_the_bootstrap_of_equal_statistics_is_zero(rows: np.ndarray) -> None:
+    assert paired_bootstrap_of_sums(ratio, [rows, rows + 1], [rows.copy(), rows + 1]) == (0.0, 0.0)
+
+
+def test_a_draw_without_a_score_is_left_out_of_the_bootstrap() -> None:
+    """One example in four counts, so that 0.75⁴ of the draws have none that does; the others say what it says."""
+    ours, theirs, nothing = np.zeros((4, 2)), np.zeros((4, 2)), np.zeros((4, 2))
+    ours[1], theirs[1] = (3, 4), (1, 4)
+    assert paired_bootstrap_of_sums(ratio, [ours], [theirs]) == (0.5, 0.5)
+    assert paired_bootstrap_of_sums(ratio, [nothing], [nothing]) is None
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=6))

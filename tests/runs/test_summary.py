@@ -1,11 +1,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from rankwise.metrics import SUMS
 from rankwise.metrics.classification import METRICS
+from rankwise.runs.stats import Interval, paired_bootstrap
 from rankwise.runs.store import Store
-from rankwise.runs.summary import Summary, duration, plus_minus, size
+from rankwise.runs.summary import Summary, Sums, duration, plus_minus, size
 from runs_made_up import config, finish, predict
 
 HEAD = {"name": "head"}
@@ -64,6 +67,35 @@ def test_the_bootstrap_draws_scores_of_examples_where_there_are_such(store: Stor
         predict(result["folder"], [0] * 40, [-1] * 40, scores=[worth] * 40)
     examples = {each.ours["name"]: each.found.examples for each in summary(store).contrasts}
     assert examples == {"simplex-lora": (0.0, 0.0), "head": (-0.25, -0.25)}
+
+
+RIGHT = {"lora": [6, 2, 7], "simplex-lora": [6, 2, 7], "head": [1, 2, 4]}
+"""Pixels of each of three images that a method finds, of 8."""
+
+
+def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_examples(store: Store) -> None:
+    for seed in range(3):
+        for method in (config().method, SIMPLEX, HEAD):
+            of = config(seed=seed, method=method)
+            folder = finish(store, of, 0, score="dice", metrics={"dice": sum(RIGHT[method["name"]]) / 24 + seed / 100})
+            found = [[right, 0, 0, 8 - right] for right in RIGHT[method["name"]]]
+            predict(folder, [0] * 3, [-1] * 3, statistics=found)
+
+    def examples(sums: Sums = SUMS) -> dict[str, Interval | None]:
+        return {each.ours["name"]: each.found.examples for each in Summary.of(store.results(), {}, sums).contrasts}
+
+    before = examples()
+    assert before["simplex-lora"] == (0.0, 0.0)
+    head, lora = (np.array(RIGHT[name]) for name in ("head", "lora"))
+    by_hand = paired_bootstrap(lambda right, _: 2 * right.sum() / (right.sum() + 24), [head], [lora], np.arange(3))
+    assert before["head"] == pytest.approx(by_hand)
+    assert examples({}) == {"simplex-lora": None, "head": None}
+    folder = next(result["folder"] for result in store.results() if result["method"] == "head")
+    for columns in ({"idx": [1, 0, 2]}, {"statistics": [[0] * 8] * 3}, {"score": [0.5] * 3}):
+        predict(folder, [0] * 3, [-1] * 3, **{"statistics": [[8, 0, 0, 0]] * 3, **columns})
+        assert examples() == {**before, "head": None}
+    predict(folder, [0] * 3, [-1] * 3)  # as runs of before were written
+    assert examples() == {**before, "head": None}
 
 
 def test_a_method_is_measured_against_lora_at_the_nearest_budget(store: Store) -> None:

@@ -7,11 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from rankwise import tasks
+from rankwise.metrics import SUMS
+from rankwise.metrics.e2e import bleu, bleu_of
+from rankwise.runs.stats import paired_bootstrap
+from rankwise.runs.store import Store
+from rankwise.runs.summary import Summary
 from rankwise.tasks import Split
 from rankwise.train.run import run
 from refused import refused
@@ -106,6 +112,7 @@ def test_without_java_three_metrics_are_missing_and_said_to_be(folder, monkeypat
     assert set(judged.metrics) == {"bleu", "nist"}
     assert judged.metrics["bleu"] == pytest.approx(100)
     assert judged.scores is None  # BLEU is no mean over texts
+    assert judged.statistics is not None and len(judged.statistics) == 2
     (note,) = judged.notes
     assert "Java" in note
 
@@ -207,6 +214,33 @@ def test_a_run_on_real_rows(tmp_path, method, model):
     assert len(table["prediction"]) == 3
     assert set(table["label"]) == {-1}
     assert "score" not in table
+    assert float(bleu_of(np.array(table["statistics"]).sum(axis=0))) == result["metrics"]["bleu"]
+
+
+def test_a_summary_has_an_interval_over_the_texts(folder, tmp_path, monkeypatch):
+    """It is that of a bootstrap by hand, which scores the texts that were drawn."""
+    monkeypatch.setenv("PATH", str(tmp_path))  # no Java, which takes long
+    ends = ["near the river", "in the city centre with cheap food", "for the whole family"]
+    rows = [(f"name[{name}]", f"{name} is a pub {ends[place % 3]}.") for place, name in enumerate("ABCDEFGH")]
+    for split in ("train", "validation"):
+        write(folder, split, [*rows, *((source, f"There is {text}") for source, text in rows[:3])])
+    settings = {"model": "random-gpt2", "max_steps": 40, "batch_size": 8, "learning_rate": 0.003}
+    settings |= {"task": {"name": "e2e", "beams": 1, "target_length": 12}, "train_rows": None, "eval_rows": None}
+    for method in ({"name": "full"}, {"name": "lora", "rank": 2}):
+        run(make(tmp_path / "runs" / method["name"], method=method, **settings))
+    results = Store(tmp_path / "runs").results()
+    tables = [pq.read_table(result["folder"] / "predictions.parquet").to_pydict() for result in results]
+    for table, result in zip(tables, results, strict=True):
+        assert float(bleu_of(np.array(table["statistics"]).sum(axis=0))) == result["metrics"]["bleu"]
+    texts = [np.array(table["prediction"]) for table in tables]
+
+    def score(drawn, rows):
+        return bleu(drawn.tolist(), [tables[0]["references"][row] for row in rows])
+
+    by_hand = paired_bootstrap(score, texts[:1], texts[1:], np.arange(8))
+    (contrast,) = Summary.of(results, {}, SUMS).contrasts
+    assert contrast.ours["method"] == "full" and contrast.found.examples == pytest.approx(by_hand)
+    assert by_hand[0] < by_hand[1]
 
 
 def test_what_is_held_out_has_all_references_of_its_sources(folder):

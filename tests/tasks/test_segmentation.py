@@ -17,9 +17,12 @@ from PIL import Image
 
 from rankwise import tasks
 from rankwise.config import InputError, RunConfig
-from rankwise.metrics.segmentation import counts, dice
+from rankwise.metrics import SUMS
+from rankwise.metrics.segmentation import counts, dice, dice_of
 from rankwise.nets.unet import IGNORE, RefinedUNet, UNet
+from rankwise.runs.stats import paired_bootstrap
 from rankwise.runs.store import Store
+from rankwise.runs.summary import Summary
 from rankwise.tasks.base import Evaluation
 from rankwise.tasks.segmentation import _varied
 from rankwise.train.model import build
@@ -134,6 +137,27 @@ def test_a_run_goes_from_pictures_to_masks(model: str, method: str, tmp_path: Pa
         evaluation = Evaluation(split, tasks.build(task).encode(split, None, 0))
         scored = tasks.build(task).evaluate(net, evaluation, None, 4, final=False)
         assert {name: scored.metrics[name] for name in result["metrics"]} == result["metrics"]
+
+
+def test_a_summary_has_an_interval_over_the_images(tmp_path: Path) -> None:
+    """It is that of a bootstrap by hand, which counts the pixels of the masks that were drawn."""
+    task = write(tmp_path / "data", rows=5)
+    folders = []
+    settings = {"task": task, "model": "unet-refined", "max_steps": 16, "batch_size": 4, "learning_rate": 1e-3}
+    for method in ({"name": "full"}, {"name": "lora", "rank": 2, "targets": ["conv1"]}):
+        folders.append(make(tmp_path / "runs" / method["name"], method=method, **settings))
+        run(folders[-1])
+    results = Store(tmp_path / "runs").results()
+    tables = [pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict() for folder in folders]
+    for table, result in zip(tables, results, strict=True):
+        assert float(dice_of(np.array(table["statistics"]).sum(axis=0))) == result["metrics"]["dice"]
+    given = [np.stack([np.asarray(Image.open(io.BytesIO(each))) for each in t["prediction"]]) for t in tables]
+    stored = tasks.build(task).evaluation()[0].data["mask"]
+    truth = np.stack([np.asarray(Image.open(io.BytesIO(each))) for each in stored])
+    by_hand = paired_bootstrap(lambda masks, labels: dice(counts(masks, labels, 1)), given[:1], given[1:], truth)
+    (contrast,) = Summary.of(results, {}, SUMS).contrasts
+    assert contrast.ours["method"] == "full" and contrast.found.examples == pytest.approx(by_hand)
+    assert by_hand[0] < by_hand[1]
 
 
 def test_a_network_trained_on_one_set_is_adapted_to_another(tmp_path: Path) -> None:

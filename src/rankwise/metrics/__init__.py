@@ -3,6 +3,14 @@
 `rankwise.metrics.e2e` is the function; what else its file has is imported from `rankwise.metrics.e2e` as usual.
 """
 
-from rankwise.metrics.e2e import e2e
+from collections.abc import Callable
 
-__all__ = ["e2e"]
+import numpy as np
+
+from rankwise.metrics.e2e import bleu_of, e2e
+from rankwise.metrics.segmentation import dice_of, iou_of
+
+__all__ = ["SUMS", "e2e"]
+
+SUMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"bleu": bleu_of, "dice": dice_of, "iou": iou_of}
+"""Scores of whole sets by name: statistics of their examples, summed (…, k), to scores (…); NaN where there is none."""

@@ -20,6 +20,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from rankwise.config import InputError, need
 
 _EXTRA = "nlg"
@@ -34,7 +36,7 @@ def e2e(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[
     Raises InputError as the module says, and where Java ends early or answers nothing.
     """
     hypotheses, references = _texts(hypotheses, references)
-    scores = {"bleu": _bleu(hypotheses, references), "nist": _nist(hypotheses, references)}
+    scores = {"bleu": bleu(hypotheses, references), "nist": _nist(hypotheses, references)}
     if unavailable():
         return scores
     cut, wanted = _ptb(hypotheses, references)
@@ -66,7 +68,28 @@ def bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> floa
     Of a segment's references the one nearest in length counts for brevity; an order without a match is smoothed
     exponentially. A set in which no text has four words scores 0.
     """
-    return _bleu(*_texts(hypotheses, references))
+    return float(bleu_of(bleu_statistics(hypotheses, references).sum(axis=0)))
+
+
+def bleu_statistics(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """What BLEU counts in each hypothesis, (n, 10) whole numbers; their sums over a set decide its BLEU (`bleu_of`).
+
+    In this order: n-grams that a reference has too, n = 1 to 4; all n-grams, n = 1 to 4; the lengths of the hypothesis
+    and of the reference nearest to it.
+    """
+    # effective_order has no part in the counts: without it sacrebleu writes advice on the log for each text
+    metric = need("sacrebleu.metrics", _EXTRA).BLEU(lowercase=True, effective_order=True)
+    found = [metric.sentence_score(*pair) for pair in zip(*_texts(hypotheses, references), strict=True)]
+    return np.array([[*each.counts, *each.totals, each.sys_len, each.ref_len] for each in found])
+
+
+def bleu_of(sums: np.ndarray) -> np.ndarray:
+    """`bleu` of sets (…) from the sums (…, 10) of their texts' `bleu_statistics`."""
+    compute = need("sacrebleu.metrics", _EXTRA).BLEU.compute_bleu
+    rows = sums.reshape(-1, sums.shape[-1]).astype(int).tolist()
+    scores = [compute(row[:4], row[4:8], *row[8:], smooth_method="exp").score for row in rows]
+    # the exponential of mean logarithms passes 100 by rounding
+    return np.minimum(scores, 100.0).reshape(sums.shape[:-1])
 
 
 def nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:
@@ -99,16 +122,6 @@ def _texts(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> tu
         if not all(isinstance(text, str) and text.strip() for text in group):
             raise InputError(f"hypothesis {row} has a reference without text: leave that reference out")
     return [" ".join(text.split()) for text in hypotheses], [[" ".join(t.split()) for t in g] for g in references]
-
-
-def _bleu(hypotheses: list[str], references: list[list[str]]) -> float:
-    # sacrebleu wants the first references of all segments, then the second ones, …; None where a segment has fewer
-    longest = max(map(len, references))
-    columns = [[group[i] if i < len(group) else None for group in references] for i in range(longest)]
-    sacrebleu = need("sacrebleu.metrics", _EXTRA)
-    # force: no advice on the log about texts that look tokenised
-    score = float(sacrebleu.BLEU(lowercase=True, force=True).corpus_score(hypotheses, columns).score)
-    return min(score, 100.0)  # its exponential of mean logarithms passes 100 by rounding
 
 
 def _nist(hypotheses: list[str], references: list[list[str]]) -> float:

@@ -35,8 +35,7 @@ def counts(predictions: ArrayLike, labels: ArrayLike, classes: int) -> np.ndarra
     Raises:
         ValueError: shapes that differ, no image, or a value that is no class.
     """
-    import torch
-
+    torch = need("torch", "vision")  # not an import: a report has the scores from counts, and starts without torch
     official = need("torchmetrics.functional.classification", "vision")
     predicted, wanted = np.asarray(predictions), np.asarray(labels)
     if predicted.ndim != 3 or predicted.shape != wanted.shape or not predicted.size:
@@ -60,12 +59,12 @@ def counts(predictions: ArrayLike, labels: ArrayLike, classes: int) -> np.ndarra
 
 def dice(counts: np.ndarray) -> float:
     """Corpus Dice, 0 to 1, of `counts` (n, classes, 4)."""
-    return float(_mean(_dice, counts.sum(axis=0)))
+    return _corpus(dice_per_image, counts)
 
 
 def iou(counts: np.ndarray) -> float:
     """Corpus IoU, also called Jaccard index or mean IoU, 0 to 1, of `counts` (n, classes, 4)."""
-    return float(_mean(_iou, counts.sum(axis=0)))
+    return _corpus(iou_per_image, counts)
 
 
 def dice_per_class(counts: np.ndarray) -> np.ndarray:
@@ -79,17 +78,31 @@ def iou_per_class(counts: np.ndarray) -> np.ndarray:
 
 
 def dice_per_image(counts: np.ndarray) -> np.ndarray:
-    """Dice of each image, (n,); ValueError for an image in which no pixel counts."""
+    """Dice of each image (…) of `counts` (…, classes, 4); NaN for an image in which no pixel counts."""
     return _mean(_dice, counts)
 
 
 def iou_per_image(counts: np.ndarray) -> np.ndarray:
-    """IoU of each image, (n,); ValueError for an image in which no pixel counts."""
+    """IoU of each image (…) of `counts` (…, classes, 4); NaN for an image in which no pixel counts."""
     return _mean(_iou, counts)
+
+
+def dice_of(sums: np.ndarray) -> np.ndarray:
+    """Corpus Dice (…) of sets from their counts, summed over the images and flattened, (…, 4 classes); NaN as above."""
+    return dice_per_image(_unflattened(sums))
+
+
+def iou_of(sums: np.ndarray) -> np.ndarray:
+    """Corpus IoU (…) of sets from their counts, summed over the images and flattened, (…, 4 classes); NaN as above."""
+    return iou_per_image(_unflattened(sums))
 
 
 METRICS: dict[str, Callable[[np.ndarray], float]] = {"dice": dice, "iou": iou}
 PER_IMAGE: dict[str, Callable[[np.ndarray], np.ndarray]] = {"dice": dice_per_image, "iou": iou_per_image}
+
+
+def _unflattened(sums: np.ndarray) -> np.ndarray:
+    return sums.reshape(*sums.shape[:-1], -1, 4)
 
 
 def _check(name: str, values: np.ndarray, most: int) -> None:
@@ -117,9 +130,16 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _mean(score: Callable[[np.ndarray], np.ndarray], counts: np.ndarray) -> np.ndarray:
-    """Mean of the scores (…, classes) over the classes that occur."""
-    unlabelled = np.atleast_1d(counts.sum(axis=(-2, -1)) == 0)
-    if unlabelled.any():
-        which = "all images" if counts.ndim == 2 else f"image {int(unlabelled.argmax())}"
-        raise ValueError(f"{which}: no pixel counts, so there is nothing to score")
-    return np.nanmean(score(counts), axis=-1)
+    """Mean of the scores (…, classes) over the classes that occur; NaN where no pixel counts."""
+    scores = score(counts)
+    occur = ~np.isnan(scores)
+    some = counts.sum(axis=(-2, -1)) > 0
+    total = np.where(occur, scores, 0.0).sum(axis=-1)
+    return np.divide(total, occur.sum(axis=-1), out=np.full(some.shape, np.nan), where=some)
+
+
+def _corpus(score: Callable[[np.ndarray], np.ndarray], counts: np.ndarray) -> float:
+    value = float(score(counts.sum(axis=0)))
+    if np.isnan(value):
+        raise ValueError("all images: no pixel counts, so there is nothing to score")
+    return value

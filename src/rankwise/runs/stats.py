@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -132,14 +132,41 @@ def paired_bootstrap(
         ours, theirs: predictions of each seed, (n,) each; the mean over the seeds is compared.
         labels: (n,).
     """
-    draw = np.random.default_rng(0)
     gaps = []
-    for _ in range(DRAWS):
-        rows = draw.integers(0, len(labels), len(labels))
+    for rows in _draws(len(labels)):
         gold = labels[rows]
         gaps.append(
             mean([score(each[rows], gold) for each in ours]) - mean([score(each[rows], gold) for each in theirs])
         )
+    return _percentiles(gaps)
+
+
+def paired_bootstrap_of_sums(
+    score: Callable[[np.ndarray], np.ndarray], ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
+) -> Interval | None:
+    """`paired_bootstrap` of a score of the whole set that sums over its examples decide.
+
+    A draw of nothing but examples that do not count, such as images without a labelled pixel, has no score. It is left
+    out, for a set like it would never be scored; None where no draw has one.
+
+    Args:
+        score: summed statistics (…, k), as floats, -> scores (…); NaN for none.
+        ours, theirs: statistics of each seed's examples, (n, k) each; the mean score over the seeds is compared.
+    """
+    n = len(ours[0])
+    times = np.stack([np.bincount(rows, minlength=n).astype(float) for rows in _draws(n)])  # (DRAWS, n)
+    gaps = np.subtract(*(np.mean([score(times @ each) for each in side], axis=0) for side in (ours, theirs)))
+    found = gaps[~np.isnan(gaps)]
+    return _percentiles(found) if found.size else None
+
+
+def _draws(n: int) -> Iterator[np.ndarray]:
+    """Rows (n,) of n examples, drawn with replacement; the same `DRAWS` of them at every call."""
+    draw = np.random.default_rng(0)
+    return (draw.integers(0, n, n) for _ in range(DRAWS))
+
+
+def _percentiles(gaps: list[float] | np.ndarray) -> Interval:
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(gaps, [tail, 1 - tail])
     return float(low), float(high)

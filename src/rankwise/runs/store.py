@@ -257,30 +257,34 @@ class Store:
             return None
 
 
+Kind = Literal["prediction", "score", "statistics"]
+"""The column of predictions.parquet that a main metric is computed from."""
+
+
 class Answers(NamedTuple):
     """What a run said of the examples of its main evaluation split."""
 
-    predictions: np.ndarray
-    """(n,), or each example's own score where `scored`."""
+    kind: Kind
+    values: np.ndarray
+    """Predictions or scores (n,), or statistics (n, k)."""
     labels: np.ndarray
-    """(n,), or each example's number where `scored`."""
-    scored: bool
+    """(n,); the numbers of the examples where these are scores or statistics."""
 
 
 def answers(folder: Path) -> Answers | None:
     """The answers of a finished run; None where there are none to be read, or no labels to compare them with."""
+    computed: tuple[Kind, ...] = ("score", "statistics")
     try:
         file = need("pyarrow.parquet", "bench").ParquetFile(folder / "predictions.parquet")
-        scored = "score" in file.schema_arrow.names
-        table = file.read(columns=["split", "score", "idx"] if scored else ["split", "prediction", "label"])
-        table = table.rename_columns(["split", "prediction", "label"])  # an error where one is not there
-    except (OSError, ValueError, KeyError):  # pyarrow's errors are of these kinds
+        kind: Kind = next((each for each in computed if each in file.schema_arrow.names), "prediction")
+        table = file.read(columns=["split", kind, "label" if kind == "prediction" else "idx"])
+        table = table.rename_columns(["split", "values", "labels"])  # an error where one is not there
+        columns = {name: table.column(name).to_pylist() for name in table.column_names}
+        main = [place for place, split in enumerate(columns["split"]) if split == columns["split"][0]]
+        values, labels = (np.asarray([columns[name][place] for place in main]) for name in ("values", "labels"))
+    except (OSError, ValueError, KeyError):  # pyarrow's errors are of these kinds, and numpy's for uneven statistics
         return None
-    columns = {name: np.asarray(table.column(name).to_pylist()) for name in table.column_names}
-    main = columns["split"] == columns["split"][0] if len(table) else np.zeros(0, dtype=bool)
-    if not main.any() or (columns["label"][main] == -1).all():
-        return None
-    return Answers(columns["prediction"][main], columns["label"][main], scored)
+    return None if (labels == -1).all() else Answers(kind, values, labels)
 
 
 def progress(folder: Path) -> tuple[int, int | None]:

@@ -2,16 +2,29 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from rankwise.runs.stats import Difference, Interval, corrected, difference, mean, paired_bootstrap, sd, t_interval
+from rankwise.runs.stats import (
+    Difference,
+    Interval,
+    corrected,
+    difference,
+    mean,
+    paired_bootstrap,
+    paired_bootstrap_of_sums,
+    sd,
+    t_interval,
+)
 from rankwise.runs.store import answers
 from rankwise.runs.tables import Average, Row, averages, best, plain, summarise, unofficial
 
 Metrics = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
 """Metric name -> function of (predictions (n,), labels (n,))."""
+Sums = Mapping[str, Callable[[np.ndarray], np.ndarray]]
+"""Metric name -> function of the examples' statistics, summed (…, k), to scores (…); NaN for none."""
 
 COLUMNS = (
     "budget, peak, final: trainable adapter parameters allowed, most at once, and kept at the end; head: those of the\n"
@@ -70,8 +83,8 @@ class Summary:
     contrasts: list[Contrast]
 
     @classmethod
-    def of(cls, results: Sequence[dict[str, Any]], metrics: Metrics) -> "Summary":
-        """Of what `Store.results` gives; `metrics` are for the bootstrap over examples, {} does without."""
+    def of(cls, results: Sequence[dict[str, Any]], metrics: Metrics, sums: Sums = MappingProxyType({})) -> "Summary":
+        """Of what `Store.results` gives; `metrics` and `sums` are for the bootstrap over examples, {} does without."""
         rows = summarise(results)
         chosen = best(rows)
         contrasts = []
@@ -79,7 +92,8 @@ class Summary:
             reference = _reference(row, [other for other in chosen if other["task"] == row["task"]])
             found = difference(row["scores"], reference["scores"]) if reference else None
             if reference and found:
-                contrasts.append(Contrast(row, reference, replace(found, examples=_bootstrap(row, reference, metrics))))
+                examples = _bootstrap(row, reference, metrics, sums)
+                contrasts.append(Contrast(row, reference, replace(found, examples=examples)))
         after = corrected([each.found for each in contrasts])
         return cls(rows, chosen, [replace(each, found=new) for each, new in zip(contrasts, after, strict=True)])
 
@@ -307,21 +321,23 @@ def _reference(row: Row, rows: Sequence[Row]) -> Row | None:
     return min(plain_lora, key=lambda other: abs(other["budget"] - row["budget"]))
 
 
-def _bootstrap(ours: Row, theirs: Row, metrics: Metrics) -> Interval | None:
+def _bootstrap(ours: Row, theirs: Row, metrics: Metrics, sums: Sums) -> Interval | None:
     """The interval over examples; None where a prediction is missing or other rows were scored."""
     seeds = sorted(ours["scores"].keys() & theirs["scores"].keys())
     found = [answers(row["folders"][seed]) for row in (ours, theirs) for seed in seeds]
     given = [each for each in found if each is not None]
     if len(given) < len(found) or not given:
         return None
-    labels = given[0].labels
-    if not all(np.array_equal(labels, each.labels) for each in given):
+    kind, guess, labels = given[0]
+    if not all(
+        each.kind == kind and each.values.shape == guess.shape and np.array_equal(labels, each.labels) for each in given
+    ):
         return None
-    score = _mean if given[0].scored else metrics.get(ours["score"])
-    if score is None:
-        return None
-    guesses = [each.predictions for each in given]
-    return paired_bootstrap(score, guesses[: len(seeds)], guesses[len(seeds) :], labels)
+    sides = [each.values for each in given[: len(seeds)]], [each.values for each in given[len(seeds) :]]
+    if kind == "statistics":
+        return paired_bootstrap_of_sums(sums[ours["score"]], *sides) if ours["score"] in sums else None
+    score = _mean if kind == "score" else metrics.get(ours["score"])
+    return None if score is None else paired_bootstrap(score, *sides, labels)
 
 
 def _mean(scores: np.ndarray, _: np.ndarray) -> float:

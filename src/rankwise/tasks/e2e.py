@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rankwise.config import need
-from rankwise.metrics.e2e import e2e, unavailable
+from rankwise.metrics.e2e import bleu_statistics, e2e, unavailable
 from rankwise.tasks.base import REFERENCES, Split
 from rankwise.tasks.generation import Generation, Judged
 from rankwise.tasks.source import Origin, checked
@@ -67,7 +67,12 @@ class E2E(Generation, name="e2e"):
 
     def score_texts(self, hypotheses: list[str], split: Split) -> Judged:
         missing = unavailable()
-        return Judged(e2e(hypotheses, split.data[REFERENCES][:]), notes=(missing,) if missing else ())
+        references = split.data[REFERENCES][:]
+        return Judged(
+            e2e(hypotheses, references),
+            notes=(missing,) if missing else (),
+            statistics=bleu_statistics(hypotheses, references),
+        )
 
 
 def _grouped(sources: list[str], references: list[str]) -> Any:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -47,11 +48,13 @@ class Judged:
         metrics: by name, without the split's suffix.
         scores: the worth of each output, where the main metric is the mean of that.
         notes: what a reader of the metrics has to know, such as why one is missing.
+        statistics: (n, k), what decides the main metric by its sums over the outputs; see `Scored`.
     """
 
     metrics: dict[str, float]
     scores: Sequence[float] | None = None
     notes: tuple[str, ...] = field(default=())
+    statistics: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class Generation(Task):
         metrics |= judged.metrics
         return Scored(
             {name + split.suffix: value for name, value in metrics.items()},
-            _table(split, hypotheses, judged.scores),
+            _table(split, hypotheses, judged),
             judged.notes,
         )
 
@@ -325,7 +328,7 @@ def _check_direction(model: nn.Module) -> None:
         )
 
 
-def _table(split: Split, hypotheses: list[str] | None, scores: Sequence[float] | None) -> "pa.Table":
+def _table(split: Split, hypotheses: list[str] | None, judged: Judged) -> "pa.Table":
     """What was written for each row, no rows where nothing was; `label` is -1, there is no class to compare with."""
     pa = need("pyarrow", "bench")
     data = split.data if hypotheses is not None else split.data.select([])
@@ -338,6 +341,8 @@ def _table(split: Split, hypotheses: list[str] | None, scores: Sequence[float] |
         "prediction": pa.array(hypotheses or [], pa.string()),
         "references": pa.array(references, pa.list_(pa.string())),
     }
-    if scores is not None:
-        columns["score"] = pa.array([float(score) for score in scores], pa.float64())
+    if judged.scores is not None:
+        columns["score"] = pa.array([float(score) for score in judged.scores], pa.float64())
+    if judged.statistics is not None:
+        columns["statistics"] = pa.array(judged.statistics.tolist())
     return pa.table(columns)

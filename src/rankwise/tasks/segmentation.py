@@ -107,7 +107,8 @@ class Segmentation(Task):
             "idx": split.data["idx"][:],
             "label": [-1] * len(given),
             "prediction": [_png(mask) for mask in given],
-            **{name: _per_image(name, counted).tolist() for name in self.metrics},
+            **{name: PER_IMAGE[name](counted).tolist() for name in self.metrics},
+            "statistics": counted.reshape(len(counted), -1).tolist(),
         }
         files = {FILE: self._picture(split, given)} if final else {}
         return Scored({name + split.suffix: value for name, value in metrics.items()}, pa.table(columns), files=files)
@@ -173,14 +174,6 @@ def _tensors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
     images = np.stack([image for image, _ in pairs]).astype(np.float32) / 255
     labels = np.stack([mask for _, mask in pairs])
     return {"pixel_values": torch.from_numpy(images).movedim(-1, 1).contiguous(), "labels": torch.from_numpy(labels)}
-
-
-def _per_image(name: str, counted: np.ndarray) -> np.ndarray:
-    """The metric of each image; NaN for one in which no pixel counts."""
-    scores = np.full(len(counted), np.nan)
-    some = counted.sum(axis=(1, 2)) > 0
-    scores[some] = PER_IMAGE[name](counted[some])
-    return scores
 
 
 def _coloured(mask: np.ndarray) -> np.ndarray:
