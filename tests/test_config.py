@@ -538,7 +538,8 @@ def test_what_smoke_sets_is_taken_at_that_scale_alone() -> None:
 
 
 def test_the_command_line_wins_over_smoke() -> None:
-    assert {c.seed for c in runs(SMALL, "scale=smoke", "seed=[4,5]")} == {4, 5}
+    for setting in ("seed=[4,5]", "vary.seed=[4,5]"):
+        assert {c.seed for c in runs(SMALL, "scale=smoke", setting)} == {4, 5}
     one_run = load({"task": "cola", "smoke": {"epochs": 1, "seed": 7}, "scale": "smoke"}, ["seed=8"], SCHEMA)
     assert isinstance(one_run, RunConfig) and (one_run.epochs, one_run.seed) == (1, 8)
 

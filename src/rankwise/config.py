@@ -394,8 +394,10 @@ def _smoke(data: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> list[tu
     given = data.pop("smoke", None)
     if given is not None and not isinstance(given, dict):
         raise InputError(f"smoke = {given!r}: expected settings, as in `smoke: {{model: random-gpt2}}`")
-    scale = dict(settings).get("scale", data.get("scale"))
-    return [(str(key), value) for key, value in (given or {}).items()] if scale == "smoke" else []
+    if dict(settings).get("scale", data.get("scale")) != "smoke":
+        return []
+    own = {key.removeprefix("vary.") for key, _ in settings}  # an axis takes the place of a value, and the other way
+    return [(str(key), value) for key, value in (given or {}).items() if str(key).removeprefix("vary.") not in own]
 
 
 def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[dict[str, Any], list[str]]:
