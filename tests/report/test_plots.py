@@ -49,10 +49,14 @@ def test_cost_is_drawn_within_its_axes_with_round_ticks() -> None:
     assert {"2 min", "1 GiB", "time of a run", "peak memory"} <= set(shown)
 
 
-@pytest.mark.parametrize("value", [0.0, 1e-3, 5.0, 3e5])
-def test_equal_costs_can_be_drawn(value: float) -> None:
-    points = [Point("a", 0, value, 0.7), Point("b", 1, value, 0.7)]
-    plots.svg(plots.score_by_cost(points, points, "accuracy", ""))
+@pytest.mark.parametrize("values", [(0.0, 0.0), (1e-3, 1e-3), (5.0, 5.0), (1.2, 1.9), (3e5, 3e5), (3e5, 3.1e5)])
+def test_costs_that_are_alike_have_a_scale_too(values: tuple[float, float]) -> None:
+    points = [Point(name, look, value, 0.7) for look, (name, value) in enumerate(zip("ab", values, strict=True))]
+    figure = plots.score_by_cost(points, points, "accuracy", "")
+    plots.svg(figure)
+    for axes in figure.axes:
+        low, high = axes.get_xlim()
+        assert len(axes.get_xticks()) >= 2 and all(low <= each <= high for each in (*values, *axes.get_xticks()))
 
 
 def test_the_rate_that_was_chosen_has_a_ring_and_the_seeds_their_spread() -> None:

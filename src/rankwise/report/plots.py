@@ -164,6 +164,8 @@ def score_by_cost(
         pad = 0.2 * (high - low or high or 1.0)
         low, high = max(0.0, low - pad), high + pad
         step = next((each for each in steps if each > (high - low) / 4), steps[-1])
+        if math.ceil(low / step) >= math.floor(high / step):  # fewer than two ticks tell no scale
+            low, high = math.floor(low / step) * step, (math.floor(high / step) + 1) * step
         ticks = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
         axes.set_xlim(low, high)
         axes.set_xticks(ticks, [_cost(shown, tick) for tick in ticks], fontsize=8.5)
@@ -414,6 +416,7 @@ def _lines(axes: Axes, lines: Sequence[Line], thin: bool = False) -> bool:
         if spread is not None:
             banded = True
             axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     return banded
 
 
