@@ -157,7 +157,7 @@ def score_by_cost(
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, points, label, shown, steps in (
         (left, seconds, "time of a run", duration, TIMES),
-        (right, memory, "peak memory", size, [2.0**power for power in range(60)]),
+        (right, memory, "peak memory", size, [2.0**power for power in range(20, 60)]),
     ):
         _marks(figure, axes, points)
         low, high = min(point.x for point in points), max(point.x for point in points)
