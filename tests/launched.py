@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,26 @@ import transformers
 from safetensors.torch import load_file
 
 
-def start(log: Path, *command: str, out: int | None = None) -> subprocess.Popen[bytes]:
+def launcher(*how: str) -> list[str]:
+    """The command that starts two processes, which share no port with other tests."""
+    processes = ("--num_processes", "2", "--main_process_port", "0")
+    return [sys.executable, "-m", "accelerate.commands.launch", *(how or ("--multi_gpu",)), *processes]
+
+
+def start(log: Path, *command: str, how: Sequence[str] = (), out: int | None = None) -> subprocess.Popen[bytes]:
     """The launcher of two processes that carry out `command`; what they print goes to `log`."""
-    launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", *launch, *command],
+            [*launcher(*how), *command],
             stdout=out or file,
             stderr=file,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
         )
 
 
-def workers(launcher: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def workers(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """The processes that it has started."""
-    return psutil.Process(launcher.pid).children()
+    return psutil.Process(parent.pid).children()
 
 
 def bert(folder: Path) -> str:

@@ -27,6 +27,8 @@ from rankwise.train.trainer import RunTrainer
 
 State = dict[str, torch.Tensor]
 STEPS = 6
+FOUND = {"lora": "lora", "dora": "dora", "simplex-lora": "lora", "sora": "lora"}
+"""By which method what another has found is trained on."""
 SEARCH = {"name": "simplex-lora", "rank": 2, "every": 2, "times": 2, "omega_rate": 200.0}
 
 
@@ -96,14 +98,16 @@ def by_hand(wrap: Callable[[torch.nn.Module], torch.nn.Module], average: bool, r
     return model
 
 
-def found_adapter(folder: Path) -> None:
-    """An adapter as a search leaves it, of uneven ranks."""
-    model = attached(build({"name": "lora", "rank": 2}))
-    rw.resize(model, {name: 1 + place % 3 for place, name in enumerate(ranks(model))})
+def found_adapter(folder: Path, name: str) -> None:
+    """An adapter of the method as a search leaves it, of uneven ranks, some of them 0; DoRA has none."""
+    method = every.method(name)
+    model = method.fold(attached(method))
+    least = 1 if name == "dora" else 0
+    rw.resize(model, {site: least + place % 3 for place, site in enumerate(ranks(model))})
     rw.save(model, folder)
 
 
-def sharded(adapter: Path, saved: Path, shard: bool) -> tuple[State, torch.Tensor]:
+def sharded(adapter: Path, saved: Path, name: str, shard: bool) -> tuple[State, torch.Tensor]:
     """What training a found adapter on gives, as docs/devices.md says it, and the logits of what is saved after it."""
     model = PeftModel.from_pretrained(bare(), str(adapter), is_trainable=True).double()
     here, many = 0, 1
@@ -112,7 +116,7 @@ def sharded(adapter: Path, saved: Path, shard: bool) -> tuple[State, torch.Tenso
         for layer in model.get_base_model().bert.encoder.layer:
             fully_shard(layer)
         fully_shard(model)
-    optimizer = rw.SimplexAdam(build({"name": "lora", "rank": 2}), model, lr=1e-2)
+    optimizer = rw.SimplexAdam(every.method(name), model, lr=1e-2)
     model.train()
     for step in range(STEPS):
         rows = {name: value[here::many] for name, value in tiny.batch(seed=step).items()}
@@ -158,9 +162,12 @@ def main(folder: Path) -> None:
     careless = lambda model: DistributedDataParallel(model, find_unused_parameters=True)  # noqa: E731
     found["wrapped once"] = refusal(lambda: by_hand(careless, average=False, rewrap=False))
     if torch.distributed.get_rank() == 0:
-        found_adapter(folder / "found")
+        for name in FOUND:
+            found_adapter(folder / name, name)
     processes.wait()
-    found["sharded"] = sharded(folder / "found", folder / "adapter", shard=True)
+    found["sharded"] = {
+        name: sharded(folder / name, folder / f"{name} after", then, shard=True) for name, then in FOUND.items()
+    }
     found["sharded search"] = refusal(shard_a_search)
     if torch.distributed.get_rank() == 0:
         torch.save(found, folder / "found.pt")

@@ -296,7 +296,7 @@ def workers(parent: int) -> list[int]:
             environment = (folder / "environ").read_bytes()
         except OSError:
             continue
-        if f"RANKWISE_PARENT={parent}\0".encode() in environment:
+        if f"RANKWISE_PARENT={parent}:".encode() in environment:
             found.append(int(folder.name))
     return found
 

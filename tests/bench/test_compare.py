@@ -14,6 +14,7 @@ from rankwise.bench.compare import Outcome, carry_out
 from rankwise.bench.runners.local import Local
 from rankwise.config import InputError
 from rankwise.runs.store import Store
+from rankwise.train.stop import this_process
 from runs_made_up import REVISION, config, finish
 from small_run import PATIENCE, alive, wait_for
 
@@ -74,7 +75,7 @@ def test_no_more_runs_at_once_than_jobs_and_the_cores_are_divided(
     environment = runner(2).environment()
     threads = {environment[f"{name}_NUM_THREADS"] for name in ("OMP", "MKL", "OPENBLAS", "RAYON")}
     assert threads == {"3"}
-    assert environment["RANKWISE_PARENT"] == str(os.getpid())
+    assert environment["RANKWISE_PARENT"] == this_process()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     environment = runner(2).environment()
     assert (environment["MKL_NUM_THREADS"], environment["TOKENIZERS_PARALLELISM"]) == ("1", "false")

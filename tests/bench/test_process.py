@@ -11,6 +11,7 @@ import pytest
 from bench_runs import WORKER, runs, started
 from rankwise.bench.runners.process import Order, carry, send
 from rankwise.runs.store import Store
+from rankwise.train.stop import this_process
 from small_run import PATIENCE, alive, wait_for
 
 
@@ -47,7 +48,7 @@ def test_a_run_finds_its_threads_and_what_the_sweep_says_in_its_environment(
     found = dict(line.split("=", 1) for line in (folder / "env").read_text().splitlines() if "=" in line)
     assert found["RANKWISE_DATA"] == "/where/the/sweep/has/it"
     assert (found["OMP_NUM_THREADS"], found["CUDA_VISIBLE_DEVICES"]) == ("3", "")
-    assert found["RANKWISE_PARENT"] == str(os.getpid())
+    assert found["RANKWISE_PARENT"] == this_process()
 
 
 ON_A_NODE = """

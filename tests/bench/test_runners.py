@@ -59,7 +59,9 @@ def test_a_wrong_option_is_one_line(name: str, options: list[str], message: str)
 
 def test_a_sweep_that_was_launched_several_times_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their runs would take one another for the other processes of one run."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    complete = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"WORLD_SIZE": "2", **complete}.items():
+        monkeypatch.setenv(name, value)
     assert refused(lambda: runner("local")).startswith("a sweep is one process")
 
 

@@ -29,7 +29,7 @@ config = Store(folder.parent).config(folder)
 
 
 def follow_parent() -> None:
-    while os.getppid() == int(os.environ["RANKWISE_PARENT"]):
+    while os.getppid() == int(os.environ["RANKWISE_PARENT"].partition(":")[0]):
         time.sleep(0.05)
     os._exit(75)
 

@@ -1,24 +1,32 @@
 """Two processes that share a training: they end where one does. Real launches, on this machine."""
 
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
 
 import launched
+import sharded_trainer
 import side_by_side
 import small_run
 from launched import assert_equal, lines
 from rankwise.config import InputError
 from rankwise.methods import registry
+from rankwise.ranks import ranks
 from rankwise.train.files import cut_lines
 from rankwise.train.run import run
-from small_run import LORA, PATIENCE, SIMPLEX, reached, wait_for
+from small_run import LORA, PATIENCE, SIMPLEX, alive, reached, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -145,16 +153,127 @@ def test_a_bare_loop_averages_gradients_or_wraps_the_model_anew(both: dict[str, 
     assert both["wrapped once"].startswith("RuntimeError: the gradients differ between the processes since ranks")
 
 
-def test_a_found_adapter_trains_sharded_as_it_does_whole(both: dict[str, Any], tmp_path: Path) -> None:
-    side_by_side.found_adapter(tmp_path / "found")
-    learnt, logits = side_by_side.sharded(tmp_path / "found", tmp_path / "adapter", shard=False)
-    ours, theirs = both["sharded"]
+@pytest.mark.parametrize(("name", "then"), side_by_side.FOUND.items())
+def test_a_found_adapter_trains_sharded_as_it_does_whole(
+    name: str, then: str, both: dict[str, Any], tmp_path: Path
+) -> None:
+    side_by_side.found_adapter(tmp_path / "found", name)
+    learnt, logits = side_by_side.sharded(tmp_path / "found", tmp_path / "adapter", then, shard=False)
+    ours, theirs = both["sharded"][name]
     assert_alike(ours, learnt)
     torch.testing.assert_close(theirs, logits, atol=1e-6, rtol=0)
+
+
+def test_a_search_on_a_sharded_model_is_refused(both: dict[str, Any]) -> None:
     assert both["sharded search"].startswith("InputError: ranks cannot be learnt on a model that is sharded")
+
+
+SHARDED = (
+    "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
+    "--fsdp_transformer_layer_cls_to_wrap", "BertLayer", "--fsdp_state_dict_type", "FULL_STATE_DICT",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def by_fsdp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two processes have carried out `sharded_trainer.py`."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    side_by_side.found_adapter(folder / "found", "lora")
+    launcher = launched.start(folder / "log", sharded_trainer.__file__, str(folder), how=SHARDED)
+    assert launcher.wait(PATIENCE) == 0, (folder / "log").read_text()
+    return folder
+
+
+@pytest.mark.parametrize("kind", sharded_trainer.KINDS)
+def test_a_trainer_under_fsdp_trains_a_found_adapter_on_as_one_process_does(
+    kind: str, by_fsdp: Path, tmp_path: Path
+) -> None:
+    sharded_trainer.train_on(by_fsdp / "found", tmp_path, kind, rows=8, use_cpu=True)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (by_fsdp / kind, tmp_path))
+    assert_alike(ours, theirs)
+    found, after = (
+        ranks(PeftModel.from_pretrained(side_by_side.bare(), str(by_fsdp / name))) for name in ("found", kind)
+    )
+    assert found == after and len(set(found.values())) > 1
 
 
 def test_a_sharded_launch_is_refused(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="a run cannot be sharded"):
         run(make(tmp_path / "run", base))
+
+
+SOMEWHERE_ELSE = {"PMI_RANK": "1", "PMI_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2",
+    "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "RANK": "1", "LOCAL_RANK": "1"}  # fmt: skip
+
+
+def test_ranks_that_no_launcher_of_ours_has_set_leave_a_run_alone(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As within a step of a SLURM job, or with what such a step has left behind."""
+    for name, value in SOMEWHERE_ELSE.items():
+        monkeypatch.setenv(name, value)
+    assert "processes" not in run(make(tmp_path / "run", base, method=LORA, max_steps=2))["cost"]
+
+
+@pytest.mark.parametrize("half", [{"RANK": "1"}, {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "29500"}])
+def test_an_environment_that_is_half_a_launch_is_told_in_one_line(
+    half: dict[str, str], base: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "run", base)
+    command = [sys.executable, "-m", "rankwise", "train", str(folder)]
+    environment = {**os.environ, **half, "WORLD_SIZE": "2"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("rankwise: WORLD_SIZE=2 in the environment says") and "MASTER_ADDR" in done.stderr
+    assert [path.name for path in folder.iterdir()] == ["run.yaml"]
+
+
+def test_a_process_that_waits_for_others_says_so(base: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "run", base)
+    complete = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rankwise", "train", str(folder)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **complete},
+    )
+    try:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("waiting for the other processes of this run, because")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_sweep_of_launched_runs_that_is_killed_leaves_none_and_goes_on(base: str, tmp_path: Path) -> None:
+    """Killed by -9: a worker's parent, the launcher, lives on and tells it nothing."""
+    settings = {**small_run.SETTINGS, "model": base, "method": SIMPLEX, "train_rows": 61, "max_steps": 40}
+    del settings["id"]
+    file, runs = tmp_path / "sweep.yaml", tmp_path / "runs"
+    file.write_text(yaml.safe_dump({**settings, "checkpoint_every": 40, "eval_every": 0, "vary": {"seed": [0]}}))
+    train = [*launched.launcher(), "-m", "rankwise", "train"]
+    command = [sys.executable, "-m", "rankwise", "compare", str(file), f"runs={runs}", "--jobs", "1"]
+    command += ["--runner-option", f"command={json.dumps(train)}"]
+
+    def sweep() -> subprocess.Popen[bytes]:
+        with (tmp_path / "log").open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+    first = sweep()
+    wait_for(lambda: any(reached(folder, 2) for folder in runs.glob("*/")) or first.poll() is not None)
+    [folder] = (path.parent for path in runs.glob("*/run.yaml"))
+    started = psutil.Process(first.pid).children(recursive=True)
+    assert len([each for each in started if str(folder) in each.cmdline()]) == 3  # the launcher and two that train
+    first.kill()
+    first.wait()
+    wait_for(lambda: not any(alive(each.pid) for each in started))
+    assert 2 <= newest(folder) < 40, (folder / "log.txt").read_text()
+
+    assert sweep().wait(PATIENCE) == 0, (tmp_path / "log").read_text()
+    alone = tmp_path / "alone" / folder.name
+    alone.mkdir(parents=True)
+    (alone / "run.yaml").write_bytes((folder / "run.yaml").read_bytes())
+    run(alone)
+    assert_equal(folder, alone)
+    assert json.loads((folder / "result.json").read_text())["cost"]["processes"] == 2

@@ -1,6 +1,7 @@
 """Runs that are cut off, for real, and what becomes of them. Each is compared with the same run left alone."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from rankwise.runs.files import MARKER
 from rankwise.runs.store import Store
 from rankwise.train.files import last_complete
+from rankwise.train.stop import this_process
 from small_run import LORA, PATIENCE, SIMPLEX, alive, make, reached, start, wait_for
 
 
@@ -101,18 +103,21 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_a_line(tmp_path: Path) ->
 
 PARENT = """
 import os, subprocess, sys, time
-environment = {**os.environ, "RANKWISE_PARENT": str(os.getpid()), "OMP_NUM_THREADS": "1"}
-worker = subprocess.Popen([sys.executable, "-m", "rankwise", "train", sys.argv[1]], env=environment, stdout=2)
+from rankwise.train.stop import this_process
+environment = {**os.environ, "RANKWISE_PARENT": this_process(), "OMP_NUM_THREADS": "1"}
+command = [*sys.argv[2:], sys.executable, "-m", "rankwise", "train", sys.argv[1]]
+worker = subprocess.Popen(command, env=environment, stdout=2)
 print(worker.pid, flush=True)
 time.sleep(3600)
 """
 
 
-def test_a_worker_ends_with_its_parent_and_leaves_a_checkpoint(tmp_path: Path) -> None:
-    """The parent is killed by -9, so it cannot tell its worker anything."""
+@pytest.mark.parametrize("through", [[], ["sh", "-c", '"$@"; exit $?', "sh"]], ids=["", "a shell"])
+def test_a_worker_ends_with_its_parent_and_leaves_a_checkpoint(through: list[str], tmp_path: Path) -> None:
+    """The parent is killed by -9, so it cannot tell its worker anything, nor what it has started in between."""
     folder = make(tmp_path / "run", max_steps=200, checkpoint_every=200)
     with (folder / "log.txt").open("wb") as log:
-        command = [sys.executable, "-c", PARENT, str(folder)]
+        command = [sys.executable, "-c", PARENT, str(folder), *through]
         parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
     try:
         worker = int(parent.stdout.readline())
@@ -122,6 +127,20 @@ def test_a_worker_ends_with_its_parent_and_leaves_a_checkpoint(tmp_path: Path) -
         parent.communicate()
     wait_for(lambda: not alive(worker))
     assert 2 <= newest(folder) < 200, (folder / "log.txt").read_text()
+
+
+def test_a_worker_that_cannot_see_its_parent_goes_on(tmp_path: Path) -> None:
+    """As in a container with process ids of its own, where the parent's is nobody's, or another's."""
+    apart = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if (able := subprocess.run([*apart, "true"], capture_output=True, text=True)).returncode:
+        pytest.skip(f"needs a PID namespace: {able.stderr.strip()}")
+    folder = make(tmp_path / "run", max_steps=2)
+    environment = {**os.environ, "RANKWISE_PARENT": this_process(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*apart, sys.executable, "-m", "rankwise", "train", str(folder)],
+        capture_output=True, text=True, env=environment, timeout=PATIENCE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_an_interrupt_leaves_the_last_checkpoint(tmp_path: Path) -> None:

@@ -4,14 +4,18 @@ Every function is called by all processes or by none. In a single process each o
 """
 
 import hashlib
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import patch_environment
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
@@ -21,6 +25,8 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for another, which may be evaluating; the launcher ends it sooner where one has failed."""
+TELL_AFTER = 10.0
+"""Seconds until a process that waits for the others to come says so."""
 BUCKET = 2**24
 """Numbers that are sent at once; the buffer for them is the extra memory that averaging takes."""
 
@@ -36,7 +42,32 @@ class OutOfMemory(RuntimeError):  # noqa: N818 - as torch calls it
 def join() -> None:
     """Meet the other processes of this run, where some were launched. gloo carries what is on the CPU, NCCL GPUs."""
     if launched() > 1 and count() == 1:
-        PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        tell = threading.Timer(TELL_AFTER, _tell_of_waiting)
+        tell.daemon = True
+        tell.start()
+        try:
+            PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
+        finally:
+            tell.cancel()
+
+
+def _tell_of_waiting() -> None:
+    if os.environ["LOCAL_RANK"] == "0":  # once on each machine
+        print(
+            "waiting for the other processes of this run, because the environment says WORLD_SIZE="
+            f"{launched()}, RANK={os.environ['RANK']}: start all of them by accelerate launch or torchrun, or end this "
+            "one by kill -9 and unset WORLD_SIZE",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def by_itself() -> AbstractContextManager[Any]:
+    """Around accelerate's look at the environment: it shall see no other processes where none were launched.
+
+    It takes any LOCAL_RANK, and the ranks that MPI's and SLURM's launchers set, for those of processes to meet.
+    """
+    return patch_environment(LOCAL_RANK=-1, PMI_SIZE=1) if launched() == 1 else nullcontext()
 
 
 def leave() -> None:

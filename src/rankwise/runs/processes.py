@@ -2,16 +2,38 @@
 
 import os
 
+from rankwise.config import InputError
+
+NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells each process beside WORLD_SIZE, how many there are."""
+
 
 class LostError(RuntimeError):
     """Another process of the same run has failed or ended, and tells why itself."""
 
 
 def launched() -> int:
-    """How many processes were started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes were started for this run. Ranks without WORLD_SIZE, or those of SLURM and MPI, say nothing.
+
+    Raises:
+        InputError: WORLD_SIZE says that there are several, and something that they need to meet is missing.
+    """
+    size, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
+    if size in ("", "0", "1"):
+        return 1
+    missing = [name for name in NEEDED if not os.environ.get(name)]
+    if missing or not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
+        but = f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not set" if missing else f"RANK={rank} is none"
+        raise InputError(
+            f"WORLD_SIZE={size} in the environment says that this is one of several processes, but {but}: unset "
+            "WORLD_SIZE to train in one, or start all by accelerate launch or torchrun"
+        )
+    return int(size)
 
 
 def is_main() -> bool:
     """Whether this is the process that writes files and prints; the only one, where nothing was launched."""
-    return launched() == 1 or os.environ.get("RANK", "0") == "0"
+    try:
+        return launched() == 1 or os.environ["RANK"] == "0"
+    except InputError:  # `launched` says it to whoever goes on
+        return True

@@ -339,12 +339,14 @@ def _remove_checkpoints(folder: Path) -> None:
 
 
 def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progress, stop: Stop) -> None:
+    with processes.by_itself():
+        arguments = _arguments(folder, parts.config, parts.plan)
     trainer = RunTrainer(
         micro_batch=parts.rows,
         stop=stop,
         method=parts.method,
         model=parts.model,
-        args=_arguments(folder, parts.config, parts.plan),
+        args=arguments,
         train_dataset=parts.examples,
         data_collator=parts.task.collate(parts.model, parts.processor, parts.config.seed),
         callbacks=[progress],

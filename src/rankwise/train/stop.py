@@ -5,9 +5,10 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
-from rankwise.runs.processes import launched
+import psutil
 
 STOPPED = 75  # EX_TEMPFAIL: start the same command again and it goes on
 INTERRUPTED = 130
@@ -64,20 +65,41 @@ def stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+def this_process() -> str:
+    """The value of RANKWISE_PARENT by which others find this process: its id, and where that id means something."""
+    return f"{os.getpid()}:{_namespace()}"
+
+
+def _namespace() -> int:
+    """The PID namespace that this process is in, a container's or the machine's; 0 where there is but one."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
+
+
 def follow_parent() -> None:
-    """End this process soon after the parent named in RANKWISE_PARENT (a process id) is gone; without it, do nothing.
+    """End this process soon after the sweep that RANKWISE_PARENT names is gone, whatever has been started in between.
 
     A killed sweep so leaves no worker behind, and the worker still writes its checkpoint if it can within `GRACE`.
-    One of several processes follows what has launched it.
+    One of several processes follows what has launched it, too. From a container with process ids of its own the sweep
+    cannot be seen, and is not followed.
     """
-    parent = str(os.getppid()) if launched() > 1 else os.environ.get("RANKWISE_PARENT", "")
-    if parent.isdigit():
-        threading.Thread(target=_watch, args=(int(parent),), name="follow-parent", daemon=True).start()
+    from rankwise.runs.processes import launched  # which takes the time to load pydantic, and --help has none
+
+    sweep, _, namespace = os.environ.get("RANKWISE_PARENT", "").partition(":")
+    seen = sweep.isdecimal() and namespace == str(_namespace())
+    shared = launched() > 1
+    if seen or shared:
+        whom = int(sweep) if seen else None, os.getppid() if shared else None
+        threading.Thread(target=_watch, args=whom, name="follow-parent", daemon=True).start()
 
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(POLL)
+def _watch(sweep: int | None, launcher: int | None) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(sweep)  # this one without a sweep; another that gets its number later does not pass
+        while launcher in (None, os.getppid()) and process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(POLL)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os._exit(STOPPED)

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from rankwise.runs.files import write_whole
-from rankwise.train.stop import STOPPED
+from rankwise.train.stop import STOPPED, this_process
 
 # Everything that starts threads in a run: OpenMP and MKL in torch, OpenBLAS in numpy, rayon in the tokenizers.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -38,7 +38,7 @@ def environment(threads: int) -> dict[str, str]:
         **os.environ,
         **dict.fromkeys(THREADS, count),
         "TOKENIZERS_PARALLELISM": "false" if count == "1" else "true",
-        "RANKWISE_PARENT": str(os.getpid()),
+        "RANKWISE_PARENT": this_process(),
     }
 
 
