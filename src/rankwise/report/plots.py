@@ -416,7 +416,7 @@ def _lines(axes: Axes, lines: Sequence[Line], thin: bool = False) -> bool:
         if spread is not None:
             banded = True
             axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     return banded
 
 
