@@ -542,6 +542,10 @@ def test_the_command_line_wins_over_smoke() -> None:
         assert {c.seed for c in runs(SMALL, "scale=smoke", setting)} == {4, 5}
     one_run = load({"task": "cola", "smoke": {"epochs": 1, "seed": 7}, "scale": "smoke"}, ["seed=8"], SCHEMA)
     assert isinstance(one_run, RunConfig) and (one_run.epochs, one_run.seed) == (1, 8)
+    axes = {"vary.seed": [7], "vary.method": [{"name": "lora", "learning_rate": 5e-3}, "head"]}
+    for setting, seeds in (("method=lora", {7}), ("seed=8", {8}), ("vary.seed=[8]", {8})):
+        found = [c for c in runs({**SMALL, "smoke": axes}, "scale=smoke", setting) if c.method["name"] == "lora"]
+        assert {(c.seed, c.learning_rate) for c in found} == {(seed, 5e-3) for seed in seeds}
 
 
 def test_a_method_and_a_task_may_bring_settings_of_their_own() -> None:

@@ -396,8 +396,8 @@ def _smoke(data: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> list[tu
         raise InputError(f"smoke = {given!r}: expected settings, as in `smoke: {{model: random-gpt2}}`")
     if dict(settings).get("scale", data.get("scale")) != "smoke":
         return []
-    own = {key.removeprefix("vary.") for key, _ in settings}  # an axis takes the place of a value, and the other way
-    return [(str(key), value) for key, value in (given or {}).items() if str(key).removeprefix("vary.") not in own]
+    own = {key.removeprefix("vary.") for key, _ in settings}  # axes are put in before values, which would win
+    return [(str(key), value) for key, value in (given or {}).items() if str(key) not in own]
 
 
 def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[dict[str, Any], list[str]]:

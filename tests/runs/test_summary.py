@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,35 @@ def test_findings_say_how_far_the_head_is_behind_and_whether_methods_differ(stor
     assert head.endswith("over 3 seeds): a difference at n = 3, also after Holm's correction over 2 comparisons.")
     assert simplex.startswith("cola, accuracy: simplex-lora rank=4 against lora rank=4: +0.017")
     assert simplex.endswith("no difference shown at n = 3.")
+
+
+APART = [("model", "random-bert", "random-gpt2"), ("epochs", 1.0, 9.0), ("train_rows", 10, 99), ("warmup", 0.0, 9.0)]
+APART += [("task", {"name": "cola", "max": 1}, {"name": "cola", "max": 2})]  # whose labels are the same
+
+
+@pytest.mark.parametrize(("key", "one", "other"), APART)
+def test_what_is_compared_differs_in_its_method_alone(key: str, one: Any, other: Any, store: Store) -> None:
+    """LoRA is as large under both settings, and far apart, which is no method's merit."""
+    for seed in range(3):
+        for value, score in ((one, 0.5), (other, 0.9)):
+            finish(store, config(seed=seed, **{key: value}), score + seed / 100)
+            finish(store, config(seed=seed, method=SIMPLEX, **{key: value}), score + seed / 90)
+    contrasts = summary(store).contrasts
+    assert [each.found.mean for each in contrasts] == pytest.approx([(1 / 90 - 1 / 100)] * 2)
+    assert all("no difference shown" in each.sentence() for each in contrasts)
+
+
+def test_what_differs_in_more_than_its_method_is_not_compared(store: Store) -> None:
+    for seed in range(3):
+        finish(store, config(seed=seed, epochs=1.0), 0.5)
+        finish(store, config(seed=seed, epochs=9.0, method=SIMPLEX), 0.9)
+    assert not summary(store).contrasts
+
+
+def test_a_warm_up_of_its_own_does_not_keep_a_method_from_being_compared(store: Store) -> None:
+    finish(store, config(warmup=3.0), 0.5)
+    finish(store, config(warmup=5.0, method=SIMPLEX), 0.9)
+    assert len(summary(store).contrasts) == 1
 
 
 def test_one_seed_shows_nothing(store: Store) -> None:

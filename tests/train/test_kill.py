@@ -143,6 +143,20 @@ def test_a_worker_that_cannot_see_its_parent_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_worker_on_another_machine_goes_on(elsewhere: bool, tmp_path: Path) -> None:
+    """As through srun or ssh; there the process of this number is another, or none, as here."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    parent = this_process().replace(f"{os.getpid()}:", f"{gone.pid}:").replace(boot, boot[::-1] if elsewhere else boot)
+    folder = make(tmp_path / "run", max_steps=200 if not elsewhere else 2)
+    environment = {**os.environ, "RANKWISE_PARENT": parent, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "rankwise", "train", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    assert done.returncode == (0 if elsewhere else 75), done.stderr
+
+
 def test_an_interrupt_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", max_steps=200)
     assert cut(folder, 4, signal.SIGINT) == 130

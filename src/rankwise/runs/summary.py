@@ -89,7 +89,7 @@ class Summary:
         chosen = best(rows)
         contrasts = []
         for row in chosen:
-            reference = _reference(row, [other for other in chosen if other["task"] == row["task"]])
+            reference = _reference(row, [other for other in chosen if other["setting"] == row["setting"]])
             found = difference(row["scores"], reference["scores"]) if reference else None
             if reference and found:
                 examples = _bootstrap(row, reference, metrics, sums)
@@ -312,8 +312,12 @@ def _costs(rows: Sequence[Row]) -> str:
 
 
 def _reference(row: Row, rows: Sequence[Row]) -> Row | None:
-    """What to measure `row` against: plain LoRA, at the nearest size (the best one for a head alone)."""
+    """What to measure `row` against: plain LoRA, at the nearest size (the best one for a head alone).
+
+    Where warm-ups are compared too, and are no method's own, it is one of the same.
+    """
     plain_lora = [other for other in rows if other["name"] == "lora"]
+    plain_lora = [other for other in plain_lora if other["warmup"] == row["warmup"]] or plain_lora
     if row["name"] == "lora" or not plain_lora:
         return None
     if row["name"] == "head":
@@ -345,4 +349,4 @@ def _mean(scores: np.ndarray, _: np.ndarray) -> float:
 
 
 def _public(row: Row) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "folders"}
+    return {key: value for key, value in row.items() if key not in ("folders", "setting")}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rankwise.config import OWN
 from rankwise.runs.stats import mean, sd, t_interval
 
 Row = dict[str, Any]
@@ -17,6 +18,8 @@ _CHAIN = {"after", "followed"}
 """Settings that say where in a chain a run stands, and with which seed; what the stage is, its other settings say."""
 _SHOWN_APART = {"task", "method", "learning_rate", "seed", *_CHAIN}
 """Settings that a row shows in columns of their own, or draws together."""
+_ASIDE = {"method", *OWN["method"], "budget", "seed", "eval_every", "checkpoint_every", *_CHAIN}
+"""Settings in which a method may differ from the one that it is measured against."""
 _PHASE = {"tuning", "eval_every"}
 """Settings in which a run that tries a rate differs from one that is reported, rate and seed aside."""
 
@@ -29,6 +32,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
     A row holds
       task (its label), task_options (as JSON), learning_rate; method (the label in tables), name (of the method alone),
       options; model, scale (smoke or full); seeds, n (how many);
+      setting (as JSON: what has to be equal for methods to be compared, the runs before in a chain included), warmup;
       score (name of the main metric), scores (its value by seed), mean, sd (sample), interval (95 % t: low, high);
       metrics (name -> {mean, sd});
       benchmark (whose part the task is, or ""), counted (by seed, what counts in its average);
@@ -207,6 +211,8 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         "options": first["options"],
         "model": first["model"],
         "scale": first["config"]["scale"],
+        "setting": _setting(first),
+        "warmup": first["config"]["warmup"],
         "learning_rate": first["learning_rate"],
         "seeds": list(by_seed),
         "n": len(by_seed),
@@ -239,6 +245,13 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         + [_memory(result, label) for result in by_seed.values() if "micro_batch" in result["cost"]],
         "folders": {seed: result["folder"] for seed, result in by_seed.items()},
     }
+
+
+def _setting(result: dict[str, Any]) -> str:
+    stages = [*result["lineage"], result["config"]]
+    return json.dumps(
+        [{key: value for key, value in stage.items() if key not in _ASIDE} for stage in stages], sort_keys=True
+    )
 
 
 def _memory(result: dict[str, Any], label: str) -> str:

@@ -67,28 +67,29 @@ def stoppable() -> Iterator[Stop]:
 
 def this_process() -> str:
     """The value of RANKWISE_PARENT by which others find this process: its id, and where that id means something."""
-    return f"{os.getpid()}:{_namespace()}"
+    return f"{os.getpid()}:{_ids_of()}"
 
 
-def _namespace() -> int:
-    """The PID namespace that this process is in, a container's or the machine's; 0 where there is but one."""
-    try:
-        return Path("/proc/self/ns/pid").stat().st_ino
+def _ids_of() -> str:
+    """Whose process ids this process has: a machine's since its start, or a container's. "" where nothing says it."""
+    try:  # outside of containers the namespace's number is the same on all machines
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"
     except OSError:
-        return 0
+        return ""
 
 
 def follow_parent() -> None:
     """End this process soon after the sweep that RANKWISE_PARENT names is gone, whatever has been started in between.
 
     A killed sweep so leaves no worker behind, and the worker still writes its checkpoint if it can within `GRACE`.
-    One of several processes follows what has launched it, too. From a container with process ids of its own the sweep
-    cannot be seen, and is not followed.
+    One of several processes follows what has launched it, too. From another machine, or a container with process ids of
+    its own, the sweep cannot be seen, and is not followed.
     """
     from rankwise.runs.processes import launched  # which takes the time to load pydantic, and --help has none
 
-    sweep, _, namespace = os.environ.get("RANKWISE_PARENT", "").partition(":")
-    seen = sweep.isdecimal() and namespace == str(_namespace())
+    sweep, _, ids_of = os.environ.get("RANKWISE_PARENT", "").partition(":")
+    seen = sweep.isdecimal() and ids_of == _ids_of()
     shared = launched() > 1
     if seen or shared:
         whom = int(sweep) if seen else None, os.getppid() if shared else None
