@@ -490,6 +490,8 @@ def test_without_its_tuning_an_experiment_needs_rates() -> None:
     for rates in (["learning_rate=0.01"], ["vary.learning_rate=[0.01]"]):
         rated = load(plain, ["tune=null", *rates], SCHEMA)
         assert isinstance(rated, Experiment) and {run.learning_rate for run in rated.configs()} == {0.01}
+    untuned = {key: value for key, value in plain.items() if key != "tune"}
+    assert load(untuned, ["tune=null"], SCHEMA) == load(untuned, [], SCHEMA)
     own = {**plain, "vary": {"method": [{"name": "lora", "learning_rate": 0.02}]}}
     rated = load(own, ["tune=null"], SCHEMA)
     assert isinstance(rated, Experiment) and {run.learning_rate for run in rated.configs()} == {0.02}
@@ -546,6 +548,26 @@ def test_the_command_line_wins_over_smoke() -> None:
     for setting, seeds in (("method=lora", {7}), ("seed=8", {8}), ("vary.seed=[8]", {8})):
         found = [c for c in runs({**SMALL, "smoke": axes}, "scale=smoke", setting) if c.method["name"] == "lora"]
         assert {(c.seed, c.learning_rate) for c in found} == {(seed, 5e-3) for seed in seeds}
+    # what smoke sets of the methods of the file is nothing to other methods
+    ranks = {**SMALL, "vary": {"method": ["lora"]}, "smoke": {"method.rank": 2}}
+    assert [c.method["name"] for c in runs(ranks, "scale=smoke", "vary.method=[head]")] == ["head"]
+    assert [c.method["rank"] for c in runs(ranks, "scale=smoke")] == [2]
+
+
+def test_the_method_to_measure_against_is_checked() -> None:
+    def reference(given: Any) -> Any:
+        experiment = load({**SMALL, "report": {"title": "x", "reference": given}}, [], SCHEMA)
+        assert isinstance(experiment, Experiment)
+        return experiment.report["reference"]
+
+    assert reference("head") == {"name": "head"}
+    assert reference({"name": "lora", "rank": 4}) == {"name": "lora", "rank": 4}
+    wrongs = {"expected a name": 3, "no such method": "lore", "has no such option": {"name": "lora", "ranks": 4}}
+    for message, wrong in wrongs.items():
+        with pytest.raises(InputError, match=f"^report.reference: method.*{message}"):
+            reference(wrong)
+    with pytest.raises(InputError, match="report.title = 3: expected string"):
+        load({**SMALL, "report": {"title": 3}}, [], SCHEMA)
 
 
 def test_a_method_and_a_task_may_bring_settings_of_their_own() -> None:

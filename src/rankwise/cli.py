@@ -126,7 +126,7 @@ def train(
 
         split = result["splits"]["evaluation"][0]
         tried = f"{result['score']} {result['metrics'].get(result['score'])} on {split['rows']} rows of {split['name']}"
-        summary = Summary.of(store.results([folder]), {}).text()
+        summary = Summary.of(store.results([folder])).text()
         print(summary or f"learning rate {result['learning_rate']:g}, tried for its experiment: {tried}")
         print(f"\nrun: {folder}")
 
@@ -718,10 +718,11 @@ def _exit_code(store: Store, outcome: Outcome) -> int:
 
 def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
     from rankwise.metrics import SUMS
-    from rankwise.metrics.classification import METRICS
+    from rankwise.metrics.classification import STATISTICS
     from rankwise.runs.summary import Summary
 
-    return Summary.of(store.results(folders), METRICS, SUMS)
+    about = store.experiment().get("report") or {}
+    return Summary.of(store.results(folders), STATISTICS, SUMS, about.get("reference"))
 
 
 def _published(store: Store, summary: Any) -> dict[str, Any]:

@@ -294,7 +294,7 @@ class Experiment(BaseModel):
     vary: dict[str, list[Any]]
     chain: list[dict[str, Any]] = Field(default_factory=list)
     tune: Tune | None = None
-    report: dict[str, str] = Field(default_factory=dict)
+    report: dict[str, str | dict[str, Any]] = Field(default_factory=dict)
     published: Published | None = None
     runs: str
 
@@ -379,10 +379,10 @@ def load(
     try:
         if isinstance(published := data.get("published"), dict):
             data["published"] = {"changed": _changed(settings), **published}
-        settings = [*_smoke(data, settings), *settings]
-        if "vary" in data or any(key.startswith("vary.") for key, _ in settings):
-            return _experiment(data, settings, schema, name)
-        for key, value in settings:
+        groups = [_smoke(data, settings), settings]
+        if "vary" in data or any(key.startswith("vary.") for group in groups for key, _ in group):
+            return _experiment(data, groups, schema, name)
+        for key, value in itertools.chain(*groups):
             _put(data, key, value)
         return _complete(_run_config(data), schema)
     except InputError as error:
@@ -394,10 +394,8 @@ def _smoke(data: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> list[tu
     given = data.pop("smoke", None)
     if given is not None and not isinstance(given, dict):
         raise InputError(f"smoke = {given!r}: expected settings, as in `smoke: {{model: random-gpt2}}`")
-    if dict(settings).get("scale", data.get("scale")) != "smoke":
-        return []
-    own = {key.removeprefix("vary.") for key, _ in settings}  # axes are put in before values, which would win
-    return [(str(key), value) for key, value in (given or {}).items() if str(key) not in own]
+    scale = dict(settings).get("scale", data.get("scale"))
+    return [(str(key), value) for key, value in (given or {}).items()] if scale == "smoke" else []
 
 
 def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[dict[str, Any], list[str]]:
@@ -450,7 +448,14 @@ def json_schema(schema: Schema) -> dict[str, Any]:
     properties["tune"] = Tune.model_json_schema()
     properties["report"] = {
         "type": "object",
-        "properties": {"title": {"type": "string"}, "text": {"type": "string"}},
+        "properties": {
+            "title": {"type": "string"},
+            "text": {"type": "string"},
+            "reference": {
+                "description": "what the other methods are measured against: a method, or its name with some options",
+                "type": ["string", "object"],
+            },
+        },
         "additionalProperties": False,
     }
     properties["smoke"] = {
@@ -667,29 +672,22 @@ def _checked(key: str, known: Mapping[str, type], given: Mapping[str, Any], fitt
     return {"name": name, **{option: value for option, value in full.items() if option not in left_open}}
 
 
-def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: Schema, name: str) -> Experiment:
-    data = dict(data)
-    for key, value in settings:
-        if key.startswith(("vary.", "tune.", "report.")):
-            _put(data, key, value)
-    vary = data.pop("vary", None)
-    if not isinstance(vary, dict) or not vary:
-        raise InputError("vary: expected axes, as in `vary: {seed: [0, 1, 2]}`")
-    keys = [*RunConfig.model_fields]
-    for axis, values in vary.items():
-        if str(axis).partition(".")[0] not in keys or axis == "runs":
-            raise InputError(f"vary.{axis}: there is no such key{nearest(axis, keys)}")
-        if not isinstance(values, list) or not values:
-            raise InputError(f"vary.{axis} = {values!r}: expected a list of values, as in `{axis}: [..]`")
-    for key in NAMED.keys() & vary.keys():
-        vary[key] = [named(key, entry) for entry in vary[key]]
-    if "method" in vary:
-        for entry in vary["method"]:
-            if entry.get("learning_rate") == []:
-                raise InputError(f"vary.method: {entry.get('name')} has an empty list of learning rates")
-    for key, value in settings:
-        if not key.startswith(("vary.", "tune.", "report.")):
-            _override_experiment(data, vary, key, value, schema)
+def _experiment(
+    data: dict[str, Any], groups: Sequence[Sequence[tuple[str, Any]]], schema: Schema, name: str
+) -> Experiment:
+    """The experiment of a file's `data`, changed by each group of settings in turn."""
+    data, keys, tuned = dict(data), [*RunConfig.model_fields], data.get("tune") is not None
+    for group in groups:
+        for key, value in group:
+            if key.startswith(("vary.", "tune.", "report.")):
+                _put(data, key, value)
+        vary = _axes(data.get("vary"), keys)
+        data["vary"] = vary
+        for key, value in group:
+            if not key.startswith(("vary.", "tune.", "report.")):
+                _override_experiment(data, vary, key, value, schema)
+    settings = [*itertools.chain(*groups)]
+    del data["vary"]
     report = data.pop("report", None) or {}
     published = _published(data.pop("published", None))
     chain = _chain(data.pop("chain", None), keys)
@@ -701,15 +699,13 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
             "tuning: no setting of an experiment; tune chooses learning rates, and tune.share says by what"
         )
     tune = _tune(data.pop("tune", None), {**data, **vary}, chain)
-    if ("tune", None) in settings and not _rated(data, vary):
+    if tuned and tune is None and not _rated(data, vary):
         raise InputError("tune = null: give a rate instead, learning_rate=1e-3 or vary.learning_rate=[1e-4, 1e-3]")
     runs = data.pop("runs", None) or f"runs/{name}"
     for key in data:
         if key not in RunConfig.model_fields:
             raise InputError(f"{key}: there is no such key{nearest(key, [*keys, *SECTIONS])}")
-    for key in report if isinstance(report, dict) else ():
-        if key not in ("title", "text"):
-            raise InputError(f"report.{key}: there is no such key{nearest(key, ('title', 'text'))}")
+    report = _report(report, schema) if isinstance(report, dict) else report
     try:
         experiment = Experiment(
             name=name, base=data, vary=vary, chain=chain, tune=tune, report=report, published=published, runs=runs
@@ -733,6 +729,22 @@ def _experiment(data: dict[str, Any], settings: list[tuple[str, Any]], schema: S
             if key in stage:
                 stage[key] = _filled(key, named(key, stage[key]), known, {}, fitted)
     return experiment.model_copy(update={"base": data, "vary": vary, "chain": chain})
+
+
+def _axes(vary: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
+    """What stands at `vary:`, checked, with methods and tasks spelled out."""
+    if not isinstance(vary, dict) or not vary:
+        raise InputError("vary: expected axes, as in `vary: {seed: [0, 1, 2]}`")
+    for axis, values in vary.items():
+        if str(axis).partition(".")[0] not in keys or axis == "runs":
+            raise InputError(f"vary.{axis}: there is no such key{nearest(axis, keys)}")
+        if not isinstance(values, list) or not values:
+            raise InputError(f"vary.{axis} = {values!r}: expected a list of values, as in `{axis}: [..]`")
+    vary = {axis: [named(axis, each) for each in values] if axis in NAMED else values for axis, values in vary.items()}
+    for entry in vary.get("method", []):
+        if entry.get("learning_rate") == []:
+            raise InputError(f"vary.method: {entry.get('name')} has an empty list of learning rates")
+    return vary
 
 
 def _rated(data: Mapping[str, Any], vary: Mapping[str, Any]) -> bool:
@@ -768,6 +780,24 @@ def _tune(given: Any, others: Mapping[str, Any], chain: Sequence[Any]) -> Tune |
     if tune.learning_rate is not None:
         tune.rates()
     return tune
+
+
+def _report(given: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
+    """What stands at `report:`, checked: two texts, and the method that the others are measured against."""
+    known = ("title", "text", "reference")
+    for key, value in given.items():
+        if key not in known:
+            raise InputError(f"report.{key}: there is no such key{nearest(key, known)}")
+        if key != "reference" and not isinstance(value, str):
+            raise InputError(f"report.{key} = {value!r}: expected string")
+    if "reference" not in given:
+        return dict(given)
+    try:
+        reference = named("method", given["reference"])
+        _checked("method", schema.methods, reference, fitted=True)
+    except InputError as error:
+        raise InputError(f"report.reference: {error}") from None
+    return {**given, "reference": reference}
 
 
 def _changed(settings: Sequence[tuple[str, Any]]) -> list[str]:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import bootstrap
 from rankwise.metrics.segmentation import (
     IGNORE,
     METRICS,
@@ -25,7 +26,7 @@ from rankwise.metrics.segmentation import (
     iou_per_class,
     iou_per_image,
 )
-from rankwise.runs.stats import paired_bootstrap, paired_bootstrap_of_sums
+from rankwise.runs.stats import paired_bootstrap
 
 WITHOUT = "torchmetrics comes with the extra vision"
 torchmetrics = pytest.importorskip("torchmetrics", reason=WITHOUT)
@@ -102,9 +103,10 @@ def test_a_bootstrap_of_counts_is_one_of_images(case, draw):
         return dice(counts(drawn, wanted, classes))
 
     found = [counts(given, labels, classes).reshape(len(labels), -1) for given in (ours, theirs)]
-    expected = paired_bootstrap(score, [ours], [theirs], labels)
-    assert paired_bootstrap_of_sums(dice_of, found[:1], found[1:]) == pytest.approx(expected)
-    assert paired_bootstrap_of_sums(dice_of, found, found[::-1]) == pytest.approx((0.0, 0.0))
+    with bootstrap.few():
+        expected = bootstrap.by_hand(score, [ours], [theirs], labels)
+        assert paired_bootstrap(dice_of, found[:1], found[1:]) == pytest.approx(expected)
+    assert paired_bootstrap(dice_of, found, found[::-1]) == pytest.approx((0.0, 0.0))
 
 
 @settings(deadline=None)

@@ -32,7 +32,7 @@ def e2e(store: Store, bleu: float, model: str = MEDIUM, **settings: Any) -> None
 
 
 def cells(store: Store, *tables: str, **about: Any) -> list[Beside]:
-    return beside(Summary.of(store.results(), {}), {"published": {"tables": list(tables), **about}})
+    return beside(Summary.of(store.results()), {"published": {"tables": list(tables), **about}})
 
 
 def of(found: list[Beside], row: str, column: str) -> Beside:
@@ -67,7 +67,7 @@ def test_every_printed_cell_is_there_once_whatever_of_ours_there_is(store: Store
         for row in table.rows
         for column, cell in zip(table.columns, row.cells, strict=True)
     ]
-    assert cells(store) == [] == beside(Summary.of(store.results(), {}), {})
+    assert cells(store) == [] == beside(Summary.of(store.results()), {})
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats as scipy_stats
 
+from bootstrap import by_hand, few
+from rankwise.metrics.classification import right, share
+from rankwise.runs import stats
 from rankwise.runs.stats import (
     Difference,
     corrected,
@@ -14,7 +17,6 @@ from rankwise.runs.stats import (
     holm,
     mean,
     paired_bootstrap,
-    paired_bootstrap_of_sums,
     paired_p,
     sd,
     t_interval,
@@ -85,17 +87,32 @@ def test_the_bootstrap_covers_the_difference_and_narrows_with_the_examples() -> 
         labels = draw.integers(0, 2, n)
         ours = np.where(draw.random(n) < 0.8, labels, 1 - labels)
         theirs = np.where(draw.random(n) < 0.6, labels, 1 - labels)
-        low, high = paired_bootstrap(accuracy, [ours], [theirs], labels)
-        assert low <= accuracy(ours, labels) - accuracy(theirs, labels) <= high
-        widths.append(high - low)
+        interval = paired_bootstrap(share, [right(ours, labels)], [right(theirs, labels)])
+        assert interval is not None
+        assert interval[0] <= accuracy(ours, labels) - accuracy(theirs, labels) <= interval[1]
+        widths.append(interval[1] - interval[0])
     assert widths[1] == pytest.approx(widths[0] / 4, rel=0.3)
 
 
-def test_the_bootstrap_of_equal_predictions_is_zero_and_repeats_itself() -> None:
-    labels = np.array([0, 1, 1, 0])
-    assert paired_bootstrap(accuracy, [labels], [labels], labels) == (0.0, 0.0)
-    pair = ([np.array([0, 1, 0, 0])], [np.array([1, 1, 1, 0])])
-    assert paired_bootstrap(accuracy, *pair, labels) == paired_bootstrap(accuracy, *pair, labels)
+def test_the_ends_of_an_interval_do_not_hang_on_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    ours, theirs = (right(draw.random(480) < each, np.ones(480, bool)) for each in (0.72, 0.69))
+    found = []
+    for seed in range(20):
+        made = np.random.default_rng(seed)
+        monkeypatch.setattr(np.random, "default_rng", lambda _, made=made: made)
+        found.append(paired_bootstrap(share, [ours], [theirs]))
+    ends = np.array(found)
+    assert (ends.std(axis=0) < 0.015 * (ends[:, 1] - ends[:, 0]).mean()).all()
+
+
+def test_what_is_held_in_memory_does_not_grow_with_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = right(np.arange(7) < 4, np.ones(7, bool))
+    monkeypatch.setattr(stats, "AT_ONCE", 70)
+    shapes = [each.shape for each in stats.drawn(7)]
+    assert set(shapes) == {(10, 7)} and len(shapes) == stats.DRAWS // 10
+    found = paired_bootstrap(share, [rows], [right(np.arange(7) < 2, np.ones(7, bool))])
+    assert found is not None and found[0] < found[1]
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
@@ -113,26 +130,27 @@ def counted(draw: st.DrawFn) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
 @settings(deadline=None, max_examples=25)
 @given(counted())
-def test_the_bootstrap_of_sums_is_that_of_the_rows_themselves(sides: tuple[list[np.ndarray], list[np.ndarray]]) -> None:
+def test_the_bootstrap_is_that_of_the_rows_themselves(sides: tuple[list[np.ndarray], list[np.ndarray]]) -> None:
     def score(rows: np.ndarray, _: np.ndarray) -> float:
         return float(ratio(rows.sum(axis=0)))
 
-    n = len(sides[0][0])
-    assert paired_bootstrap_of_sums(ratio, *sides) == pytest.approx(paired_bootstrap(score, *sides, np.arange(n)))
+    with few():
+        assert paired_bootstrap(ratio, *sides) == pytest.approx(by_hand(score, *sides, np.arange(len(sides[0][0]))))
 
 
 @given(arrays(np.int64, (5, 2), elements=st.integers(0, 9)).filter(lambda rows: rows[:, 1].any()))
 @settings(deadline=None, max_examples=25)
-def test_the_bootstrap_of_equal_statistics_is_zero(rows: np.ndarray) -> None:
-    assert paired_bootstrap_of_sums(ratio, [rows, rows + 1], [rows.copy(), rows + 1]) == (0.0, 0.0)
+def test_the_bootstrap_of_equal_examples_is_zero_and_repeats_itself(rows: np.ndarray) -> None:
+    assert paired_bootstrap(ratio, [rows, rows + 1], [rows.copy(), rows + 1]) == (0.0, 0.0)
+    assert paired_bootstrap(ratio, [rows], [rows + 1]) == paired_bootstrap(ratio, [rows], [rows + 1])
 
 
 def test_a_draw_without_a_score_is_left_out_of_the_bootstrap() -> None:
     """One example in four counts, so that 0.75⁴ of the draws have none that does; the others say what it says."""
     ours, theirs, nothing = np.zeros((4, 2)), np.zeros((4, 2)), np.zeros((4, 2))
     ours[1], theirs[1] = (3, 4), (1, 4)
-    assert paired_bootstrap_of_sums(ratio, [ours], [theirs]) == (0.5, 0.5)
-    assert paired_bootstrap_of_sums(ratio, [nothing], [nothing]) is None
+    assert paired_bootstrap(ratio, [ours], [theirs]) == (0.5, 0.5)
+    assert paired_bootstrap(ratio, [nothing], [nothing]) is None
 
 
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=6))

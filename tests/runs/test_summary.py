@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import bootstrap
 from rankwise.metrics import SUMS
-from rankwise.metrics.classification import METRICS
-from rankwise.runs.stats import Interval, paired_bootstrap
+from rankwise.metrics.classification import STATISTICS
+from rankwise.runs.stats import Interval
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary, Sums, duration, plus_minus, size
 from runs_made_up import config, finish, predict
@@ -21,8 +22,8 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path)
 
 
-def summary(store: Store) -> Summary:
-    return Summary.of(store.results(), METRICS)
+def summary(store: Store, **reference: Any) -> Summary:
+    return Summary.of(store.results(), STATISTICS, SUMS, reference)
 
 
 def three_methods(store: Store) -> None:
@@ -36,7 +37,9 @@ def test_findings_say_how_far_the_head_is_behind_and_whether_methods_differ(stor
     three_methods(store)
     head, simplex = summary(store).findings()
     assert head.startswith("cola, accuracy: training the head only is 0.199 behind lora rank=4 (95 % intervals: -0.20")
-    assert head.endswith("over 3 seeds): a difference at n = 3, also after Holm's correction over 2 comparisons.")
+    assert head.endswith(
+        "over 3 seeds, none over the examples): a difference at n = 3, also after Holm's correction over 2 comparisons."
+    )
     assert simplex.startswith("cola, accuracy: simplex-lora rank=4 against lora rank=4: +0.017")
     assert simplex.endswith("no difference shown at n = 3.")
 
@@ -87,7 +90,7 @@ def test_the_bootstrap_joins_in_where_predictions_of_the_same_rows_are_there(sto
     assert all("over the examples" in sentence for sentence in first.findings())
     assert first.findings() == summary(store).findings()
     predict(store.results()[0]["folder"], [1], [1])
-    assert any("over the examples" not in sentence for sentence in summary(store).findings())
+    assert any("none over the examples" in sentence for sentence in summary(store).findings())
 
 
 def test_the_bootstrap_draws_scores_of_examples_where_there_are_such(store: Store) -> None:
@@ -112,12 +115,12 @@ def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_example
             predict(folder, [0] * 3, [-1] * 3, statistics=found)
 
     def examples(sums: Sums = SUMS) -> dict[str, Interval | None]:
-        return {each.ours["name"]: each.found.examples for each in Summary.of(store.results(), {}, sums).contrasts}
+        return {each.ours["name"]: each.found.examples for each in Summary.of(store.results(), sums=sums).contrasts}
 
     before = examples()
     assert before["simplex-lora"] == (0.0, 0.0)
     head, lora = (np.array(RIGHT[name]) for name in ("head", "lora"))
-    by_hand = paired_bootstrap(lambda right, _: 2 * right.sum() / (right.sum() + 24), [head], [lora], np.arange(3))
+    by_hand = bootstrap.by_hand(lambda right, _: 2 * right.sum() / (right.sum() + 24), [head], [lora], np.arange(3))
     assert before["head"] == pytest.approx(by_hand)
     assert examples({}) == {"simplex-lora": None, "head": None}
     folder = next(result["folder"] for result in store.results() if result["method"] == "head")
@@ -126,6 +129,25 @@ def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_example
         assert examples() == {**before, "head": None}
     predict(folder, [0] * 3, [-1] * 3)  # as runs of before were written
     assert examples() == {**before, "head": None}
+
+
+def test_another_method_may_be_the_one_to_measure_against(store: Store) -> None:
+    starts = {"kaiming": 0.5, "svd": 0.6}
+    for init, score in starts.items():
+        for rank in (4, 16):
+            finish(store, config(method={"name": "lora-fa", "init": init, "rank": rank}), score)
+    assert not summary(store).contrasts
+    assert any("nothing is compared, for no lora stands beside these" in note for note in summary(store).notes())
+    contrasts = summary(store, name="lora-fa", init="kaiming").contrasts
+    pairs = {(each.ours["method"], each.theirs["method"]) for each in contrasts}
+    assert pairs == {(f"lora-fa init=svd rank={rank}", f"lora-fa init=kaiming rank={rank}") for rank in (4, 16)}
+    note = summary(store, name="lora-fa", init="none").notes()[-1]
+    assert "no lora-fa init=none stands beside these" in note
+
+
+def test_a_single_method_has_nothing_to_be_compared_with_and_nothing_is_said(store: Store) -> None:
+    finish(store, config(method=SIMPLEX), 0.5)
+    assert not any("nothing is compared" in note for note in summary(store).notes())
 
 
 def test_a_method_is_measured_against_lora_at_the_nearest_budget(store: Store) -> None:
@@ -194,7 +216,7 @@ def test_the_json_is_plain_and_holds_no_path(store: Store) -> None:
 
 
 def test_nothing_finished_makes_an_empty_text() -> None:
-    assert Summary.of([], METRICS).text() == ""
+    assert Summary.of([]).text() == ""
 
 
 def test_sizes_and_times_for_people() -> None:

@@ -82,8 +82,8 @@ def test_a_benchmark_is_averaged_over_its_tasks_for_the_methods_that_have_all_of
     (found,) = averages(best(rows(store)))
     assert (found.benchmark, found.tasks, found.method) == ("GLUE", ("cola", "mrpc"), "lora rank=4")
     assert found.scores == {0: 0.625, 1: 0.5}
-    assert "GLUE, average over 2 tasks (cola, mrpc)" in Summary.of(store.results(), {}).text()
-    assert Summary.of(store.results(), {}).as_json()["averages"][0]["scores"] == {0: 0.625, 1: 0.5}
+    assert "GLUE, average over 2 tasks (cola, mrpc)" in Summary.of(store.results()).text()
+    assert Summary.of(store.results()).as_json()["averages"][0]["scores"] == {0: 0.625, 1: 0.5}
 
 
 def test_stages_of_chains_never_share_a_row(store: Store) -> None:
@@ -143,7 +143,7 @@ def test_runs_that_try_a_rate_make_no_row_and_say_how_it_was_chosen(store: Store
     assert [(each["learning_rate"], each["mean"], each["n"]) for each in found["rates"]] == [
         *((1e-4, 0.6, 1), (1e-3, 0.8, 1), (1e-2, 0.7, 1)),
     ]
-    text = Summary.of(store.results(), {}).text()
+    text = Summary.of(store.results()).text()
     assert "chosen on 9 rows of train_held_out" in text and "were scored once, at the end" in text
     assert "a little too high" not in text and "might do better" not in text
     assert any(line.split()[2:] == ["0.001", "1", "0.800", "chosen"] for line in text.splitlines())
@@ -157,7 +157,7 @@ def test_a_rate_at_the_edge_is_said(scores: dict[float, float], chosen: float, e
     tune(store, scores, chosen)
     (row,) = rows(store)
     assert row["tuned"]["edge"] == edge
-    assert ("might do better" in Summary.of(store.results(), {}).text()) == bool(edge)
+    assert ("might do better" in Summary.of(store.results()).text()) == bool(edge)
 
 
 def test_equal_rates_give_the_lowest_and_more_seeds_win(store: Store) -> None:
@@ -195,7 +195,7 @@ def test_a_budget_is_shown_with_what_of_it_is_used(store: Store) -> None:
         "lora rank=4 alpha=8.0 budget=8200": (8200, 4036 / 8200),
         "head": (None, None),
     }
-    text = Summary.of(store.results(), {}).text()
+    text = Summary.of(store.results()).text()
     assert "49% of the budget of 8,200 parameters are used" in text and "of the budget of 4,100" not in text
     assert "Outside of the budget, for no budget was set or there is no size to choose: head." in text
     (line, _) = (line for line in text.splitlines() if line.startswith("head "))
@@ -204,4 +204,4 @@ def test_a_budget_is_shown_with_what_of_it_is_used(store: Store) -> None:
 
 def test_a_budget_that_was_overspent_is_said(store: Store) -> None:
     finish(store, config(budget=4000), 0.8)
-    assert "101% of the budget of 4,000 parameters, for its ranks grew" in Summary.of(store.results(), {}).text()
+    assert "101% of the budget of 4,000 parameters, for its ranks grew" in Summary.of(store.results()).text()

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import bootstrap
 from rankwise import tasks
 from rankwise.metrics import SUMS
 from rankwise.metrics.e2e import bleu, bleu_of
-from rankwise.runs.stats import paired_bootstrap
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary
 from rankwise.tasks import Split
@@ -237,8 +237,9 @@ def test_a_summary_has_an_interval_over_the_texts(folder, tmp_path, monkeypatch)
     def score(drawn, rows):
         return bleu(drawn.tolist(), [tables[0]["references"][row] for row in rows])
 
-    by_hand = paired_bootstrap(score, texts[:1], texts[1:], np.arange(8))
-    (contrast,) = Summary.of(results, {}, SUMS).contrasts
+    with bootstrap.few():
+        by_hand = bootstrap.by_hand(score, texts[:1], texts[1:], np.arange(8))
+        (contrast,) = Summary.of(results, sums=SUMS).contrasts
     assert contrast.ours["method"] == "full" and contrast.found.examples == pytest.approx(by_hand)
     assert by_hand[0] < by_hand[1]
 

@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import bootstrap
 from rankwise import tasks
 from rankwise.config import InputError, RunConfig
 from rankwise.metrics import SUMS
 from rankwise.metrics.segmentation import counts, dice, dice_of
 from rankwise.nets.unet import IGNORE, RefinedUNet, UNet
-from rankwise.runs.stats import paired_bootstrap
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary
 from rankwise.tasks.base import Evaluation
@@ -154,8 +154,9 @@ def test_a_summary_has_an_interval_over_the_images(tmp_path: Path) -> None:
     given = [np.stack([np.asarray(Image.open(io.BytesIO(each))) for each in t["prediction"]]) for t in tables]
     stored = tasks.build(task).evaluation()[0].data["mask"]
     truth = np.stack([np.asarray(Image.open(io.BytesIO(each))) for each in stored])
-    by_hand = paired_bootstrap(lambda masks, labels: dice(counts(masks, labels, 1)), given[:1], given[1:], truth)
-    (contrast,) = Summary.of(results, {}, SUMS).contrasts
+    with bootstrap.few():
+        by_hand = bootstrap.by_hand(lambda masks, labels: dice(counts(masks, labels, 1)), given[:1], given[1:], truth)
+        (contrast,) = Summary.of(results, sums=SUMS).contrasts
     assert contrast.ours["method"] == "full" and contrast.found.examples == pytest.approx(by_hand)
     assert by_hand[0] < by_hand[1]
 

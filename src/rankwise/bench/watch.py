@@ -13,7 +13,7 @@ from rich.text import Text
 from rankwise.runs.store import Standing, State, Store
 from rankwise.runs.summary import duration
 
-STATES: tuple[State, ...] = ("pending", "running", "stopped", "failed", "done")
+STATES: tuple[State, ...] = ("running", "pending", "stopped", "failed", "done")
 EVERY = 1.0
 """Seconds between two looks."""
 HEADER = ("run", "learning rate", "state", "steps", "left", "error")

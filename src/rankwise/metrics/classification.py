@@ -90,3 +90,59 @@ METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
     "pearson": pearson,
     "spearman": spearman,
 }
+
+
+def right(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """(n, 2): whether a prediction equals its label, and 1; `share` of their sums is `accuracy`."""
+    predicted, wanted = _classes(predictions, labels)
+    return np.stack([predicted == wanted, np.ones_like(wanted)], axis=1).astype(np.float64)
+
+
+def share(sums: np.ndarray) -> np.ndarray:
+    """Mean of something over the examples (…) from the sums (…, 2) of it and of 1."""
+    return sums[..., 0] / sums[..., 1]
+
+
+def confusion(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """(n, 4): 1 for a true positive, false positive, false negative or true negative of class 1, of two classes."""
+    predicted, wanted = (values == 1 for values in _classes(predictions, labels))
+    cells = [predicted & wanted, predicted & ~wanted, ~predicted & wanted, ~predicted & ~wanted]
+    return np.stack(cells, axis=1).astype(np.float64)
+
+
+def matthews_of(sums: np.ndarray) -> np.ndarray:
+    """`matthews` (…) from the sums (…, 4) of `confusion`."""
+    tp, fp, fn, tn = np.moveaxis(sums, -1, 0)
+    return _over_root(tp * tn - fp * fn, (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+
+
+def moments(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """(n, 6): 1, x, y, x², y² and xy of predictions x and labels y, both less the mean label for precision."""
+    x, y = (np.asarray(values, dtype=np.float64) for values in _pair(predictions, labels))
+    x, y = x - y.mean(), y - y.mean()
+    return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
+
+
+def pearson_of(sums: np.ndarray) -> np.ndarray:
+    """`pearson` (…) from the sums (…, 6) of `moments`."""
+    n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
+    return _over_root(n * xy - x * y, _spread(n, x, xx) * _spread(n, y, yy))
+
+
+def _spread(n: np.ndarray, total: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """n² times the variance; 0 where nothing but rounding is left of it."""
+    found = n * squares - total * total
+    return np.where(found > 1e-12 * n * squares, found, 0.0)
+
+
+def _over_root(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / √below, 0 for 0 below, which is that of a constant input."""
+    return np.divide(above, np.sqrt(below), out=np.zeros_like(above), where=below > 0)
+
+
+STATISTICS: dict[str, Callable[[ArrayLike, ArrayLike], np.ndarray]] = {
+    "accuracy": right,
+    "matthews": confusion,
+    "pearson": moments,
+}
+"""What the examples add to each metric that runs are compared by, (n, k), from predictions and labels (n,)."""

@@ -53,7 +53,7 @@ def write(folder: Path | str, out: Path | str | None = None) -> Path:
     Raises InputError for a folder without runs, and where a package of the extra `bench` is missing.
     """
     from rankwise.metrics import SUMS
-    from rankwise.metrics.classification import METRICS
+    from rankwise.metrics.classification import STATISTICS
 
     jinja2 = need("jinja2", "bench")
     store = Store(folder)
@@ -61,8 +61,8 @@ def write(folder: Path | str, out: Path | str | None = None) -> Path:
     if not folders:
         raise InputError(f"{folder}: holds no run; start some with rankwise compare EXPERIMENT.yaml runs={folder}")
     results = store.results(folders)
-    summary = Summary.of(results, METRICS, SUMS)
     about = store.experiment().get("report") or {}
+    summary = Summary.of(results, STATISTICS, SUMS, about.get("reference"))
     runs = pages(store, folders, results, summary.rows)
     script = SCRIPT.read_text(encoding="utf-8")
     page = {

@@ -7,25 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.runs.stats import (
-    Difference,
-    Interval,
-    corrected,
-    difference,
-    mean,
-    paired_bootstrap,
-    paired_bootstrap_of_sums,
-    sd,
-    t_interval,
-)
+from rankwise.runs.stats import Difference, Interval, corrected, difference, mean, paired_bootstrap, sd, t_interval
 from rankwise.runs.store import answers
 from rankwise.runs.tables import Average, Row, averages, best, plain, summarise, unofficial
 
-Metrics = Mapping[str, Callable[[np.ndarray, np.ndarray], float]]
-"""Metric name -> function of (predictions (n,), labels (n,))."""
+Statistics = Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]
+"""Metric name -> function of predictions (n,) and labels (n,) to what each example adds to the metric, (n, k)."""
 Sums = Mapping[str, Callable[[np.ndarray], np.ndarray]]
 """Metric name -> function of the examples' statistics, summed (…, k), to scores (…); NaN for none."""
 
+NONE: Mapping[str, Any] = MappingProxyType({})
 COLUMNS = (
     "budget, peak, final: trainable adapter parameters allowed, most at once, and kept at the end; head: those of the\n"
     "classifier, in none of the others. Memory, time and speed are means over the seeds of the rate shown."
@@ -54,9 +45,8 @@ class Contrast:
             text = f"{where}: {ours} against {theirs}: {found.mean:+.3f}"
         if found.seeds is None:
             return f"{text}. One seed shows nothing; use three at least."
-        intervals = [f"{span(found.seeds)} over {found.n} seeds"]
-        if found.examples is not None:
-            intervals.append(f"{span(found.examples)} over the examples")
+        examples = span(found.examples) if found.examples is not None else "none"
+        intervals = [f"{span(found.seeds)} over {found.n} seeds", f"{examples} over the examples"]
         return f"{text} (95 % intervals: {', '.join(intervals)}): {verdict(found)}."
 
 
@@ -76,26 +66,41 @@ def verdict(found: Difference) -> str:
 
 @dataclass(frozen=True)
 class Summary:
-    """All rows, the best of each task and method, and the contrasts between the methods."""
+    """All rows, the best of each task and method, and the contrasts between the methods.
+
+    `reference` is the method that the others are measured against: its name, and the options that tell it from others.
+    """
 
     rows: list[Row]
     best: list[Row]
     contrasts: list[Contrast]
+    reference: Mapping[str, Any]
 
     @classmethod
-    def of(cls, results: Sequence[dict[str, Any]], metrics: Metrics, sums: Sums = MappingProxyType({})) -> "Summary":
-        """Of what `Store.results` gives; `metrics` and `sums` are for the bootstrap over examples, {} does without."""
+    def of(
+        cls,
+        results: Sequence[dict[str, Any]],
+        statistics: Statistics = NONE,
+        sums: Sums = NONE,
+        reference: Mapping[str, Any] | None = None,
+    ) -> "Summary":
+        """Of what `Store.results` gives; `statistics` and `sums` are for the bootstrap over examples.
+
+        Without a `reference` it is plain LoRA.
+        """
+        reference = reference or {"name": "lora"}
         rows = summarise(results)
         chosen = best(rows)
         contrasts = []
         for row in chosen:
-            reference = _reference(row, [other for other in chosen if other["setting"] == row["setting"]])
-            found = difference(row["scores"], reference["scores"]) if reference else None
-            if reference and found:
-                examples = _bootstrap(row, reference, metrics, sums)
-                contrasts.append(Contrast(row, reference, replace(found, examples=examples)))
+            other = _other(row, [other for other in chosen if other["setting"] == row["setting"]], reference)
+            found = difference(row["scores"], other["scores"]) if other else None
+            if other and found:
+                examples = _bootstrap(row, other, statistics, sums)
+                contrasts.append(Contrast(row, other, replace(found, examples=examples)))
         after = corrected([each.found for each in contrasts])
-        return cls(rows, chosen, [replace(each, found=new) for each, new in zip(contrasts, after, strict=True)])
+        contrasts = [replace(each, found=new) for each, new in zip(contrasts, after, strict=True)]
+        return cls(rows, chosen, contrasts, reference)
 
     def findings(self) -> list[str]:
         """How the methods differ, a sentence each."""
@@ -108,8 +113,16 @@ class Summary:
         if len(open_to_choice) > len([row for row in self.best if row["tuned"] is None]):
             notes.append(
                 "The learning rate of each method is the one with the best mean on the evaluation split, which is also "
-                "the split reported: every score is a little too high."
+                "the split reported: every score is a little too high, and what is called a difference may come of the "
+                "choice."
             )
+        for task in dict.fromkeys(row["task"] for row in self.best):
+            several = len({row["method"] for row in self.best if row["task"] == task}) > 1
+            if several and not any(each.ours["task"] == task for each in self.contrasts):
+                notes.append(
+                    f"{task}: nothing is compared, for no {_spelled(self.reference)} stands beside these under the "
+                    "same settings; report.reference of an experiment names another method."
+                )
         for row in self.best:
             notes += [*_of_tuning(row), *_of_budget(row)]
         unsized = [row["method"] for row in self.best if row["asked"] is None]
@@ -215,7 +228,8 @@ def _of_tuning(row: Row) -> list[str]:
     if found["learning_rate"] != row["learning_rate"]:
         return [
             f"{row['task']}, {row['method']}: the rate shown, {row['learning_rate']:g}, is not the one that tuning "
-            f"chose, {found['learning_rate']:g}: carry out the experiment to its end."
+            f"chose, {found['learning_rate']:g}: carry out the experiment to its end, in another folder if `tune` has "
+            "changed."
         ]
     chosen = chosen_on(row)
     if not found["edge"]:
@@ -224,7 +238,7 @@ def _of_tuning(row: Row) -> list[str]:
     return [
         chosen,
         f"{row['task']}, {row['method']}: the rate chosen, {found['learning_rate']:g}, is the {found['edge']} of those "
-        f"that trained to their end; a {beyond} one might do better.",
+        f"that trained to their end; unless {beyond} ones diverged, one might do better.",
     ]
 
 
@@ -311,21 +325,29 @@ def _costs(rows: Sequence[Row]) -> str:
     )
 
 
-def _reference(row: Row, rows: Sequence[Row]) -> Row | None:
-    """What to measure `row` against: plain LoRA, at the nearest size (the best one for a head alone).
+def _other(row: Row, rows: Sequence[Row], reference: Mapping[str, Any]) -> Row | None:
+    """What to measure `row` against: the reference at the nearest size (the best one for a head alone).
 
     Where warm-ups are compared too, and are no method's own, it is one of the same.
     """
-    plain_lora = [other for other in rows if other["name"] == "lora"]
-    plain_lora = [other for other in plain_lora if other["warmup"] == row["warmup"]] or plain_lora
-    if row["name"] == "lora" or not plain_lora:
+    found = [other for other in rows if _is(reference, other)]
+    found = [other for other in found if other["warmup"] == row["warmup"]] or found
+    if _is(reference, row) or not found:
         return None
     if row["name"] == "head":
-        return max(plain_lora, key=lambda other: other["mean"] if other["mean"] is not None else float("-inf"))
-    return min(plain_lora, key=lambda other: abs(other["budget"] - row["budget"]))
+        return max(found, key=lambda other: other["mean"] if other["mean"] is not None else float("-inf"))
+    return min(found, key=lambda other: abs(other["budget"] - row["budget"]))
 
 
-def _bootstrap(ours: Row, theirs: Row, metrics: Metrics, sums: Sums) -> Interval | None:
+def _is(reference: Mapping[str, Any], row: Row) -> bool:
+    return all(({**row["options"], "name": row["name"]}).get(key) == value for key, value in reference.items())
+
+
+def _spelled(reference: Mapping[str, Any]) -> str:
+    return " ".join([str(reference["name"]), *(f"{key}={reference[key]}" for key in reference if key != "name")])
+
+
+def _bootstrap(ours: Row, theirs: Row, statistics: Statistics, sums: Sums) -> Interval | None:
     """The interval over examples; None where a prediction is missing or other rows were scored."""
     seeds = sorted(ours["scores"].keys() & theirs["scores"].keys())
     found = [answers(row["folders"][seed]) for row in (ours, theirs) for seed in seeds]
@@ -337,15 +359,22 @@ def _bootstrap(ours: Row, theirs: Row, metrics: Metrics, sums: Sums) -> Interval
         each.kind == kind and each.values.shape == guess.shape and np.array_equal(labels, each.labels) for each in given
     ):
         return None
-    sides = [each.values for each in given[: len(seeds)]], [each.values for each in given[len(seeds) :]]
-    if kind == "statistics":
-        return paired_bootstrap_of_sums(sums[ours["score"]], *sides) if ours["score"] in sums else None
-    score = _mean if kind == "score" else metrics.get(ours["score"])
-    return None if score is None else paired_bootstrap(score, *sides, labels)
+    name = ours["score"]
+    if kind == "score":  # whose mean is the metric
+        counted = [np.stack([each.values, np.ones(len(labels))], axis=1) for each in given]
+        score: Callable[[np.ndarray], np.ndarray] = _mean_of
+    elif name not in sums or (kind == "prediction" and name not in statistics):
+        return None
+    else:
+        known = kind == "statistics"
+        counted = [each.values if known else statistics[name](each.values, labels) for each in given]
+        score = sums[name]
+    return paired_bootstrap(score, counted[: len(seeds)], counted[len(seeds) :])
 
 
-def _mean(scores: np.ndarray, _: np.ndarray) -> float:
-    return float(scores.mean())
+def _mean_of(sums: np.ndarray) -> np.ndarray:
+    mean: np.ndarray = sums[..., 0] / sums[..., 1]
+    return mean
 
 
 def _public(row: Row) -> dict[str, Any]:

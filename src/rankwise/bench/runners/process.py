@@ -95,7 +95,11 @@ class Order:
     more: dict[str, str] = field(default_factory=dict)
     """Environment variables of the run beside those that a node has and those of `PASSED`."""
     passed: dict[str, str] = field(
-        default_factory=lambda: {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
+        default_factory=lambda: {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(PASSED) and name != "RANKWISE_PARENT"  # whom the sweep itself follows
+        }
     )
 
     @property
