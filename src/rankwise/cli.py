@@ -93,9 +93,10 @@ def train(
     # SIGTERM while torch is still being imported; the run itself answers it with a checkpoint.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     from rankwise.config import InputError
-    from rankwise.runs.processes import is_main
+    from rankwise.runs.processes import is_main, launched
     from rankwise.runs.store import Store
 
+    launched()  # before a folder is made
     source, settings = (None, what) if "=" in what[0] and not Path(what[0]).exists() else (Path(what[0]), what[1:])
     if source is not None and source.is_dir():
         if settings:

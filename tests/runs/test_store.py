@@ -29,6 +29,40 @@ def test_a_run_has_a_readable_folder_with_its_resolved_settings(store: Store) ->
     assert store.config(folder) == config(seed=3)
 
 
+def test_settings_that_were_cut_off_anywhere_are_no_settings(store: Store) -> None:
+    """A part of them is a valid file, too: what is missing would be filled in by defaults."""
+    settings = config(seed=3, max_steps=7, scale="smoke")
+    folder = finish(store, settings, 0.5)
+    whole, cuts = (folder / "run.yaml").read_text(), 0
+    for end in range(len(whole)):
+        (folder / "run.yaml").write_text(whole[:end])
+        if store.state(folder) == "done":  # without what is a default anyway
+            assert store.config(folder) == settings
+            continue
+        cuts += 1
+        assert "the same rankwise compare" in store.standing(folder).error
+        with pytest.raises(InputError, match="not what was written there"):
+            store.config(folder)
+    assert cuts > len(whole) / 2
+    (folder / "run.yaml").write_text(whole[:50])
+    assert store.create(settings, REVISION) == folder
+    assert (folder / "run.yaml").read_text() == whole and store.state(folder) == "done"
+
+
+def test_settings_that_were_changed_are_another_runs(store: Store) -> None:
+    folder = store.create(config(max_steps=7), REVISION)
+    (folder / "run.yaml").write_text((folder / "run.yaml").read_text().replace("max_steps: 7", "max_steps: 8"))
+    with pytest.raises(InputError, match="not what was written there"):
+        store.config(folder)
+
+
+def test_a_damaged_experiment_is_named(store: Store) -> None:
+    store.note(Experiment(name="x", base={"task": "cola"}, vary={"seed": [0]}, runs="r"))
+    (store.folder / "experiment.yaml").write_text("name: [x")
+    with pytest.raises(InputError, match="experiment.yaml is damaged .*; the same rankwise compare writes it again"):
+        store.experiment()
+
+
 def test_a_run_begins_with_one_of_its_own_version_and_data(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = config(followed=True), config(after=config(followed=True).digest())
     monkeypatch.setattr(rankwise, "__version__", "0.0.1")
@@ -49,7 +83,7 @@ def test_making_a_run_again_changes_nothing_and_a_damaged_one_is_mended(store: S
     assert store.state(folder) == "done"
     (folder / "run.yaml").write_text("id: [")
     assert store.state(folder) == "pending"
-    with pytest.raises(InputError, match="run.yaml is missing or damaged"):
+    with pytest.raises(InputError, match="its run.yaml is not what was written there"):
         store.config(folder)
     store.create(config(), REVISION)
     assert (folder / "run.yaml").read_bytes() == before

@@ -23,6 +23,7 @@ import small_run
 from launched import assert_equal, lines
 from rankwise.config import InputError
 from rankwise.methods import registry
+from rankwise.optim import processes
 from rankwise.ranks import ranks
 from rankwise.train.files import cut_lines
 from rankwise.train.run import run
@@ -227,6 +228,18 @@ def test_an_environment_that_is_half_a_launch_is_told_in_one_line(
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("rankwise: WORLD_SIZE=2 in the environment says") and "MASTER_ADDR" in done.stderr
     assert [path.name for path in folder.iterdir()] == ["run.yaml"]
+    command = [*command[:-1], "task=stdlib-kind", f"runs={tmp_path / 'made'}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and not (tmp_path / "made").exists()
+
+
+def test_an_error_of_torchs_own_exchange_with_one_that_is_gone_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    gone = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:8902: Connection reset"
+    assert processes.lost(RuntimeError(gone)) and processes.lost(torch.distributed.DistBackendError("NCCL error"))
+    assert not processes.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    monkeypatch.undo()
+    assert not processes.lost(RuntimeError(gone))  # alone there is nobody to lose
 
 
 def test_a_process_that_waits_for_others_says_so(base: str, tmp_path: Path) -> None:

@@ -259,6 +259,17 @@ def test_gates_that_are_not_finite_have_diverged_like_a_loss(tmp_path: Path) -> 
     assert Store(tmp_path).diverged(folder)
 
 
+def test_settings_that_cannot_be_read_leave_a_finished_run_finished(finished: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    whole = (folder / "run.yaml").read_text()
+    (folder / "run.yaml").write_text("id: [")
+    with pytest.raises(InputError):
+        run(folder)
+    assert not (folder / "error.txt").exists()
+    (folder / "run.yaml").write_text(whole)
+    assert Store(tmp_path).state(folder) == "done"
+
+
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path / "run")
     (folder / "run.lock").symlink_to(tmp_path / "missing" / "run.lock")  # what root, too, cannot open for writing

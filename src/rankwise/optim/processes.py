@@ -90,6 +90,12 @@ def with_others() -> Iterator[None]:
         raise LostError("another process of this run has ended") from error
 
 
+def lost(error: RuntimeError) -> bool:
+    """Whether torch's error says that another process is gone, in an exchange that is not ours."""
+    # gloo's have no class of their own, and name its files
+    return count() > 1 and (isinstance(error, dist.DistError) or "/gloo/" in str(error))
+
+
 def wait() -> None:
     """Until all processes are here."""
     if count() > 1:

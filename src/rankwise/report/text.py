@@ -200,7 +200,7 @@ SEEDS = Column(
     "seeds", cell=lambda row: str(row["n"]), values={"n": _of("n")}, meaning="how many runs the row draws together"
 )
 SIZES = (
-    _count("budget", "budget", "adapter parameters that the method may spend"),
+    _count("budget", "budget", "parameters of the size given: of uniform ranks, or all that trains beside the head"),
     _count("peak", "trainable", "most adapter parameters at any time, with the weights ω of a search"),
     _count("final", "final", "adapter parameters at the end"),
     _count("head", "head", "parameters of the head, in none of the other counts"),
@@ -209,7 +209,7 @@ SHARE = Column(
     "of budget",
     cell=lambda row: "outside" if row["used"] is None else f"{row['used']:.1%}",
     values={"used": _of("used")},
-    meaning="the peak as a share of the parameters that every method was allowed",
+    meaning="the peak as a share of what the experiment's budget allows every method",
 )
 COSTS = (
     Column(

@@ -40,6 +40,9 @@ def _alike(one: _Kept, other: _Kept) -> bool:
     return one.made_with["rankwise"] == other.made_with["rankwise"]  # type: ignore[index]
 
 
+DAMAGED = "its run.yaml is not what was written there: the same rankwise compare or train writes it again"
+
+
 @dataclass(frozen=True)
 class Standing:
     """How one run stands."""
@@ -57,7 +60,7 @@ class Standing:
     pace: float | None
     """Seconds per step, as the run measured them up to its end or its newest checkpoint; None before that."""
     error: str
-    """First line of its error, when it failed."""
+    """First line of its error, when it failed, or what is damaged."""
 
 
 class Store:
@@ -133,11 +136,15 @@ class Store:
             raise unwritable(self.folder, error) from None
 
     def experiment(self) -> dict[str, Any]:
-        """What `note` wrote (name, vary, tune, report, and the settings all runs share); {} where it is not there."""
+        """What `note` wrote (name, vary, tune, report, and the settings all runs share); {} where it is not there.
+
+        Raises InputError where it is damaged.
+        """
+        file = self.folder / "experiment.yaml"
         try:
-            return read_yaml(self.folder / "experiment.yaml")
-        except InputError:
-            return {}
+            return read_yaml(file) if file.exists() else {}
+        except InputError as error:
+            raise InputError(f"{file} is damaged ({error}); the same rankwise compare writes it again") from None
 
     def folders(self) -> list[Path]:
         """The folders that hold a run, by name. Raises InputError where the folder of runs is not there."""
@@ -146,10 +153,10 @@ class Store:
         return sorted(path.parent for path in self.folder.glob("*/run.yaml"))
 
     def config(self, folder: Path) -> RunConfig:
-        """The settings of a run. Raises InputError where its `run.yaml` is missing or damaged."""
+        """The settings of a run. Raises InputError where its `run.yaml` is missing, or not what was written."""
         found = self._read(folder)
         if found is None:
-            raise InputError(f"{folder}: its run.yaml is missing or damaged")
+            raise InputError(f"{folder}: {DAMAGED}")
         return found.config
 
     def before(self, folder: Path) -> Path | None:
@@ -188,10 +195,11 @@ class Store:
         """How a run stands, with its progress and the first line of its error."""
         state = self.state(folder)
         step, steps = progress(folder)
-        error = ""
-        if state == "failed":
+        error, found = "", self._read(folder)
+        if found is None:
+            error = DAMAGED
+        elif state == "failed":
             error = next(iter(_error(folder)), "without a message, as on a full disk; log.txt may say more")
-        found = self._read(folder)
         rate = found.config.learning_rate if found else None
         return Standing(folder, rate, self.tries(folder), state, step, steps, self._pace(folder, steps), error)
 
@@ -252,8 +260,12 @@ class Store:
         try:
             settings = read_yaml(folder / "run.yaml")
             name, made_with = str(settings.pop("id")), settings.pop("made_with", None)
-            return _Kept(name, made_with, RunConfig.model_validate(settings))
-        except (KeyError, ValueError):  # InputError and pydantic's ValidationError are ValueErrors
+            config = RunConfig.model_validate(settings)
+            ours = made_with is not None and made_with["rankwise"] == rankwise.__version__
+            if ours and run_id(config, made_with["data"]) != name:
+                return None  # cut off or changed, it would go on as another run than the one that is named
+            return _Kept(name, made_with, config)
+        except (KeyError, TypeError, ValueError):  # InputError and pydantic's ValidationError are ValueErrors
             return None
 
 

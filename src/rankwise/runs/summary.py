@@ -18,10 +18,10 @@ Sums = Mapping[str, Callable[[np.ndarray], np.ndarray]]
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 COLUMNS = (
-    "budget, peak, final: trainable adapter parameters allowed, most at once, and kept at the end; head: those of the\n"
+    "budget, peak, final: trainable parameters of the size given, most at once, kept at the end; head: those of the\n"
     "classifier, in none of the others. Memory, time and speed are means over the seeds of the rate shown."
 )
-OF_BUDGET = "of budget: the peak as a share of the parameters that every method was allowed."
+OF_BUDGET = "of budget: the peak as a share of what the experiment's `budget` allows every method."
 WELL_USED = 0.9
 """A share of the budget below which a method may be behind for being smaller."""
 

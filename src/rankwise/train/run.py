@@ -85,7 +85,8 @@ def run(folder: Path) -> dict[str, Any]:
         except LostError:
             raise
         except Exception as error:
-            Store(folder.parent).note_error(folder, f"{_first_line(error)}\n\n{traceback.format_exc()}")
+            if not (folder / "result.json").exists():  # else its settings were damaged later, and it has not failed
+                Store(folder.parent).note_error(folder, f"{_first_line(error)}\n\n{traceback.format_exc()}")
             raise
     processes.leave()
     return result
@@ -121,6 +122,7 @@ def _read(folder: Path) -> tuple[str, RunConfig]:
         raise InputError(f"{folder / 'run.yaml'}: has `vary:`, so it is an experiment and not one run")
     if not name:
         raise InputError(f"{folder / 'run.yaml'}: has no `id:`; `rankwise train CONFIG.yaml` makes such folders")
+    Store(folder.parent).config(folder)  # whether it is what was written
     return name, config
 
 
@@ -362,6 +364,10 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except NotFiniteError as error:  # of gates or ω; those of evaluations are told as such
             raise DivergedError(str(error)) from error
+        except RuntimeError as error:  # of the Trainer's own exchange of losses
+            if processes.lost(error):
+                raise LostError("another process of this run has ended") from error
+            raise
     if trainer.state.global_step < parts.plan.steps:
         if is_main():
             step = trainer.state.global_step
