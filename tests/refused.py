@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 
 
 def refused(call: Callable[[], object]) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rankwise.archs import archs, find
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.train.params import build
 
 # arch: class, parameters in all, those of the module `base_model_prefix`

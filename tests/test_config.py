@@ -10,18 +10,16 @@ from rankwise import methods, tasks
 from rankwise.config import (
     Contest,
     Experiment,
-    InputError,
     RunConfig,
     Schema,
     Span,
     as_yaml,
     json_schema,
     load,
-    nearest,
-    need,
     parse_yaml,
     read_yaml,
 )
+from rankwise.errors import InputError, nearest, need
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ import pytest
 from rankwise import published
 from rankwise.archs import archs, find
 from rankwise.cli import main
-from rankwise.config import InputError, Schema, load_method
+from rankwise.config import Schema, load_method
+from rankwise.errors import InputError
 from rankwise.methods import build, registry
 from rankwise.train.params import Count, count
 

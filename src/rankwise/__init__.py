@@ -45,13 +45,13 @@ _PUBLIC = {
     "sites": "rankwise.ranks",
     "load": "rankwise.export",
     "save": "rankwise.export",
-    "InputError": "rankwise.config",
+    "InputError": "rankwise.errors",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
-    from rankwise.config import InputError
+    from rankwise.errors import InputError
     from rankwise.export import load, save
     from rankwise.methods.adalora import AdaLoRA
     from rankwise.methods.adapter import AdapterH, AdapterL

@@ -92,7 +92,7 @@ def train(
     """Carry out one run, from the start or from where it was stopped."""
     # SIGTERM while torch is still being imported; the run itself answers it with a checkpoint.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
-    from rankwise.config import InputError
+    from rankwise.errors import InputError
     from rankwise.runs.processes import is_main, launched
     from rankwise.runs.store import Store
 
@@ -243,7 +243,7 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Show what the finished runs of a folder say: a table on stdout, or a page."""
-    from rankwise.config import InputError
+    from rankwise.errors import InputError
     from rankwise.runs.store import Store
 
     if sum((md, csv, latex, as_json)) > 1:
@@ -478,7 +478,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except Exception as error:
-        from rankwise.config import InputError
+        from rankwise.errors import InputError
         from rankwise.runs.processes import LostError, is_main
 
         if isinstance(error, LostError) or not is_main():
@@ -514,7 +514,8 @@ def _schema() -> Schema:
 
 
 def _run_config(source: Path | None, settings: Sequence[str]) -> RunConfig:
-    from rankwise.config import InputError, RunConfig, load
+    from rankwise.config import RunConfig, load
+    from rankwise.errors import InputError
 
     config = load(source, settings, _schema())
     if not isinstance(config, RunConfig):
@@ -523,7 +524,8 @@ def _run_config(source: Path | None, settings: Sequence[str]) -> RunConfig:
 
 
 def _experiment(source: Path, settings: Sequence[str]) -> Experiment:
-    from rankwise.config import InputError, RunConfig, load
+    from rankwise.config import RunConfig, load
+    from rankwise.errors import InputError
 
     config = load(source, settings, _schema())
     if isinstance(config, RunConfig):
@@ -585,7 +587,7 @@ def _fit(config: RunConfig) -> RunConfig:
 
 def _alone(config: RunConfig) -> RunConfig:
     """A run without an experiment around it, at the size that its budget allows."""
-    from rankwise.config import InputError
+    from rankwise.errors import InputError
 
     if config.tuning is not None:
         raise InputError("tuning: only the runs of an experiment with `tune:` hold rows out; leave it out")
@@ -597,7 +599,7 @@ def _alone(config: RunConfig) -> RunConfig:
 
 def _expand(experiment: Experiment) -> list[RunConfig]:
     """The runs of an experiment, at the sizes that their budgets allow."""
-    from rankwise.config import InputError
+    from rankwise.errors import InputError
     from rankwise.runs.grid import expand
 
     configs = expand(experiment, _fit)
@@ -642,7 +644,7 @@ def _compare_tuned(
     """`compare` of an experiment with `tune:`, in its two phases; `configs` are the runs of the second."""
     import rankwise.tasks
     from rankwise.bench import tune
-    from rankwise.config import InputError
+    from rankwise.errors import InputError
 
     for task in (rankwise.tasks.build(config.task) for config in configs):
         if not task.main:

@@ -8,49 +8,20 @@ Whatever is wrong comes back as one `InputError`, one line that says what is wro
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
-import importlib
 import itertools
 import json
 import math
 import re
-import types
 import typing
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what is wrong and what to do about it."""
-
-
-class NotFiniteError(ValueError):
-    """The training has diverged: weights, or what a model gives, hold infinities or NaN."""
-
-
-def need(module: str, extra: str) -> types.ModuleType:
-    """Import and return `module`, which comes with the optional dependencies `extra`.
-
-    Raises InputError naming the extra to install where the module is not there.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name.partition(".")[0]):
-            raise
-        package = module.partition(".")[0]
-        raise InputError(f"{package} is not installed: pip install 'rankwise[{extra}]'") from None
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """` (did you mean "x"?)` for the choice that looks most like `word`, or an empty string; made to end a message."""
-    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
-    return f' (did you mean "{found[0]}"?)' if found else ""
+from rankwise.errors import InputError, nearest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from bench_runs import WORKER, chain, check_told, runs, start, started
 from rankwise.bench.compare import Outcome, carry_out
 from rankwise.bench.runners.local import Local
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.runs.store import Store
 from rankwise.train.stop import this_process
 from runs_made_up import REVISION, config, finish

@@ -157,7 +157,7 @@ def test_a_node_that_cannot_carry_out_runs_ends_the_sweep_in_one_line(cluster: C
     _, log = sweep.communicate(timeout=PATIENCE)
     last = log.strip().splitlines()[-1]
     assert last.endswith("cannot start no-such-program in this folder: No such file or directory")
-    assert last.startswith("rankwise.config.InputError: ")
+    assert last.startswith("rankwise.errors.InputError: ")
 
 
 def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:

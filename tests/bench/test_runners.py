@@ -8,7 +8,7 @@ import pytest
 
 from rankwise.bench.runners import Ended, Runner, registry, runner
 from rankwise.bench.runners.local import Local, cores, default_jobs
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from refused import refused
 
 

@@ -14,7 +14,7 @@ from bench_runs import HERE, check_told, runs, start, started
 from rankwise.bench.compare import carry_out
 from rankwise.bench.runners import runner
 from rankwise.bench.runners.process import Order, send, sent
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.runs.store import Store
 from small_run import PATIENCE, alive, make, reached, wait_for
 
@@ -237,7 +237,7 @@ def test_a_node_that_cannot_carry_out_runs_ends_the_sweep_in_one_line(store: Sto
     _, log = start(store, "slurm", "command=[no-such-program]").communicate(timeout=PATIENCE)
     last = log.strip().splitlines()[-1]
     assert last.endswith("cannot start no-such-program in this folder: No such file or directory")
-    assert last.startswith("rankwise.config.InputError: ") and f": node {socket.gethostname()} " in last
+    assert last.startswith("rankwise.errors.InputError: ") and f": node {socket.gethostname()} " in last
 
 
 def test_a_node_where_rankwise_cannot_be_imported_ends_the_sweep_in_one_line(

@@ -14,7 +14,7 @@ import pytest
 
 from bench_runs import runs
 from rankwise.bench.watch import Watch
-from rankwise.runs.files import MARKER
+from rankwise.files import MARKER
 from rankwise.runs.store import Store
 from runs_made_up import config, finish, tune
 from small_run import PATIENCE, wait_for

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import bootstrap
 import rankwise.metrics
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.metrics.e2e import bleu, bleu_of, bleu_statistics, e2e, nist, unavailable
 from rankwise.runs.stats import paired_bootstrap
 

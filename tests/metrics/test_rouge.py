@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.metrics.rouge import NAMES, per_example, rouge
 
 pytest.importorskip("rouge_score", reason="needs the extra [nlg]")

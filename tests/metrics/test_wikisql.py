@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.metrics import wikisql as module
 from rankwise.metrics.wikisql import (
     AGGREGATIONS,

@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import tiny
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.nets.blocks import outputs, stacks
 
 BERT = {"attention.output.dense", "output.dense"}

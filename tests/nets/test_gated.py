@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.nets import gated as module
 from rankwise.nets.gated import Gated
 

@@ -7,7 +7,8 @@ import pytest
 
 from rankwise import published, tasks
 from rankwise.archs import archs
-from rankwise.config import InputError, Schema, load_method
+from rankwise.config import Schema, load_method
+from rankwise.errors import InputError
 from rankwise.methods import registry
 from rankwise.published import Row, Table, find, number, papers
 

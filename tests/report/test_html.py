@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from rankwise.config import InputError, RunConfig
+from rankwise.config import RunConfig
+from rankwise.errors import InputError
 from rankwise.report import figures, html
 from rankwise.runs.store import Store
 from reported_runs import finish, write_lines

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.published import find, number
 from rankwise.report.published import text
 from rankwise.runs.beside import Beside, beside

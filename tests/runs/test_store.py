@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 import rankwise
-from rankwise.config import Experiment, InputError
+from rankwise.config import Experiment
+from rankwise.errors import InputError
 from rankwise.runs.store import State, Store, answers, progress
 from runs_made_up import REVISION, config, finish, predict, result
 

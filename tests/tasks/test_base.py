@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise import tasks
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.tasks import Split, Task, subset
 from rankwise.tasks.classification import Classification
 

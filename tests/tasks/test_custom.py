@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from rankwise import tasks
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.train.run import run
 from refused import refused
 from small_run import make

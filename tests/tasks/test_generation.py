@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise import methods
-from rankwise.config import InputError, NotFiniteError
+from rankwise.errors import InputError, NotFiniteError
 from rankwise.tasks import Evaluation, Split, subset
 from rankwise.tasks.generation import UNTOLD, Generation, Judged, _NoRepeat
 from rankwise.train import random_model

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rankwise import tasks
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.tasks.glue import GLUE
 from refused import refused
 
@@ -203,7 +203,7 @@ def test_a_label_where_none_is_public(folder):
 
 PROGRAM = """
 from rankwise import tasks
-from rankwise.config import InputError
+from rankwise.errors import InputError
 try:
     tasks.build("rte").train()
 except InputError as error:

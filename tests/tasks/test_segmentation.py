@@ -17,7 +17,8 @@ from PIL import Image
 
 import bootstrap
 from rankwise import tasks
-from rankwise.config import InputError, RunConfig
+from rankwise.config import RunConfig
+from rankwise.errors import InputError
 from rankwise.metrics import SUMS
 from rankwise.metrics.segmentation import counts, dice, dice_of
 from rankwise.nets.unet import IGNORE, RefinedUNet, UNet

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from rankwise import tasks
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.tasks import stdlib_docs
 
 NAMES = ["stdlib-module", "stdlib-kind", "stdlib-match"]

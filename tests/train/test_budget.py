@@ -3,7 +3,8 @@
 import pytest
 
 from rankwise import methods, tasks
-from rankwise.config import InputError, RunConfig, Schema, load
+from rankwise.config import RunConfig, Schema, load
+from rankwise.errors import InputError
 from rankwise.methods import Method, build, registry
 from rankwise.ranks import sites
 from rankwise.train.model import build as build_model

@@ -21,7 +21,7 @@ import sharded_trainer
 import side_by_side
 import small_run
 from launched import assert_equal, lines
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.methods import registry
 from rankwise.optim import processes
 from rankwise.ranks import ranks

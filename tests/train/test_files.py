@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.runs.files import MARKER
+from rankwise.files import MARKER
 from rankwise.train.files import append_line, cut_lines, last_complete, mark_complete
 
 

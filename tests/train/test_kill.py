@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
-from rankwise.runs.files import MARKER
+from rankwise.files import MARKER
 from rankwise.runs.store import Store
 from rankwise.train.files import last_complete
 from rankwise.train.stop import this_process

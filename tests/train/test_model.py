@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 import tiny
 from rankwise import methods, tasks
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.tasks import Task
 from rankwise.train.model import build, check, label
 

@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 
 from rankwise import tasks
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.tasks import Split, Task, subset
 from rankwise.tasks.base import Evaluation
 from rankwise.tasks.generation import Generation, Judged

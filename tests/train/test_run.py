@@ -21,8 +21,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rankwise
 from rankwise import tasks
-from rankwise.config import InputError
-from rankwise.runs.files import MARKER
+from rankwise.errors import InputError
+from rankwise.files import MARKER
 from rankwise.runs.store import Store
 from rankwise.tasks import subset
 from rankwise.tasks.classification import logits

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from rankwise.bench.compare import Outcome, carry_out
 from rankwise.bench.runners import Runner
-from rankwise.config import Contest, RunConfig, Span, need
+from rankwise.config import Contest, RunConfig, Span
+from rankwise.errors import need
 from rankwise.runs.store import Store
 from rankwise.runs.tables import Tuned, tuned
 

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.export.plain import folded, joined, modules, on_part, state_of
+from rankwise.files import check_replaceable
 from rankwise.methods import Method, build
 from rankwise.ranks.resize import alpha, describe, merged, subtracted
 from rankwise.ranks.sites import adapted, sites
 from rankwise.ranks.triplets import to_lora, triplets
-from rankwise.runs.files import check_replaceable
 
 CONFIG = "adapter_config.json"
 DESCRIPTION = "rankwise.json"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, 
 
 from torch import nn
 
-from rankwise.config import InputError, nearest
+from rankwise.errors import InputError, nearest
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan, rank_report, sites
 from rankwise.ranks.resize import fold

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from rankwise.config import NotFiniteError
+from rankwise.errors import NotFiniteError
 from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
 from rankwise.ranks import sites

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rankwise.config import NotFiniteError
+from rankwise.errors import NotFiniteError
 from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
 from rankwise.optim import project

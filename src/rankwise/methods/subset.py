@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.methods.base import Method, require
 from rankwise.methods.targets import head_names
 from rankwise.nets.blocks import stacks

@@ -8,7 +8,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.config import InputError, nearest
+from rankwise.errors import InputError, nearest
 from rankwise.methods.base import require
 from rankwise.nets.fused import join, parts, split
 from rankwise.ranks.sites import check_convolution, features, is_convolution, is_weight

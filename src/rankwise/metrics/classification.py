@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rankwise.config import NotFiniteError, need
+from rankwise.errors import NotFiniteError, need
 
 
 def finite(values: ArrayLike) -> np.ndarray:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rankwise.config import InputError, need
+from rankwise.errors import InputError, need
 
 _EXTRA = "nlg"
 _NIST_ORDER = 5

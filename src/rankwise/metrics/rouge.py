@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rankwise.config import InputError, need
+from rankwise.errors import InputError, need
 
 NAMES = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 """The metrics' names here, and those of rouge-score."""

@@ -21,7 +21,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rankwise.config import need
+from rankwise.errors import need
 
 IGNORE = -100
 

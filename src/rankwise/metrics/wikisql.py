@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 
 AGGREGATIONS = ("MAX", "MIN", "COUNT", "SUM", "AVG")
 OPERATORS = ("=", ">", "<")

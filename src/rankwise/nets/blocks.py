@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 
 _ROUTED = ("expert", "router", "moe")  # what mixtures of experts call their parts
 _READS = re.compile(r"(q|k|v|query|key|value|gate)(_\w+)?")  # layers that no attention ends in, wherever they stand

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 
 PARTS = ("q", "k", "v")
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
-from rankwise.config import InputError, nearest
+from rankwise.errors import InputError, nearest
 
 Init = Literal["normal", "kaiming"]
 Start = Literal["ones", "normal"]

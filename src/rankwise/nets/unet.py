@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 
 IGNORE = -100
 """The label of pixels that do not count."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.nets.blocks import stacks
 from rankwise.nets.hooks import let_compile_see_hooks
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.optim import processes
 from rankwise.ranks.resize import RankPlan, Structure, follow, resize
 

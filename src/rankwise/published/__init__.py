@@ -11,7 +11,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from rankwise.config import InputError, nearest, parse_yaml
+from rankwise.config import parse_yaml
+from rankwise.errors import InputError, nearest
 
 
 @dataclass(frozen=True)

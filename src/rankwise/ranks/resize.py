@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.ranks.sites import OMEGA, Gates, Omega, Scale, Site, adapted, check_own, is_convolution, omega, sites
 
 Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter

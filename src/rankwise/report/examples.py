@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import need
+from rankwise.errors import need
 from rankwise.runs.tables import Row
 
 SHOWN = 4

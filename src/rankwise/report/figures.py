@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rankwise.files import read_lines
 from rankwise.report import heat, plots
-from rankwise.runs.files import read_lines
 from rankwise.runs.summary import duration, plus_minus, size
 from rankwise.runs.tables import Row
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import rankwise
-from rankwise.config import InputError, need
+from rankwise.errors import InputError, need
+from rankwise.files import write_whole
 from rankwise.report import examples, figures, published, text
 from rankwise.report.pages import Page, anchor, pages
 from rankwise.runs.beside import beside
-from rankwise.runs.files import write_whole
 from rankwise.runs.stats import mean, sd
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary, plus_minus, tried

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
+from rankwise.files import read_lines
 from rankwise.report import examples, figures, heat, text
-from rankwise.runs.files import read_lines
 from rankwise.runs.store import Store
 from rankwise.runs.summary import duration, size
 from rankwise.runs.tables import Row

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 
-from rankwise.config import need
+from rankwise.errors import need
 from rankwise.runs.summary import duration, size
 
 if TYPE_CHECKING:

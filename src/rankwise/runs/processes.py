@@ -2,7 +2,7 @@
 
 import os
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells each process beside WORLD_SIZE, how many there are."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from rankwise.config import need
+from rankwise.errors import need
 
 Interval = tuple[float, float]
 

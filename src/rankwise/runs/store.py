@@ -11,8 +11,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 import rankwise
-from rankwise.config import Experiment, InputError, RunConfig, as_yaml, need, read_yaml
-from rankwise.runs.files import MARKER, read_lines, unwritable, write_whole
+from rankwise.config import Experiment, RunConfig, as_yaml, read_yaml
+from rankwise.errors import InputError, need
+from rankwise.files import MARKER, read_lines, unwritable, write_whole
 from rankwise.runs.grid import run_id
 
 State = Literal["pending", "running", "stopped", "failed", "done"]

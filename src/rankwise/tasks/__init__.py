@@ -5,7 +5,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
-from rankwise.config import InputError, nearest
+from rankwise.errors import InputError, nearest
 from rankwise.tasks.base import Evaluation, Scored, Split, Task, subset
 
 __all__ = ["Evaluation", "Scored", "Split", "Task", "build", "registry", "subset"]

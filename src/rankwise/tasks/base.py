@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa

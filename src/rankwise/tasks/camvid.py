@@ -7,7 +7,7 @@ and the number of a picture in it. The films are domains: 0001TP was taken at du
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rankwise.config import need
+from rankwise.errors import need
 from rankwise.tasks.base import Split
 from rankwise.tasks.segmentation import Segmentation
 from rankwise.tasks.source import Origin, checked

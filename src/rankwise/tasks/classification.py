@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from rankwise.config import InputError, need
+from rankwise.errors import InputError, need
 from rankwise.metrics.classification import METRICS, finite
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 

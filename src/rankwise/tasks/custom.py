@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from rankwise.config import InputError, nearest, need
+from rankwise.errors import InputError, nearest, need
 from rankwise.tasks.base import Split, Task
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.segmentation import Segmentation

@@ -12,7 +12,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rankwise.config import need
+from rankwise.errors import need
 from rankwise.metrics.e2e import bleu_statistics, e2e, unavailable
 from rankwise.tasks.base import REFERENCES, Split
 from rankwise.tasks.generation import Generation, Judged

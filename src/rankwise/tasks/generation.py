@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rankwise.config import InputError, NotFiniteError, need
+from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from rankwise.config import InputError, need
+from rankwise.errors import InputError, need
 from rankwise.tasks.base import Split
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.source import Origin, Rows, checked

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from rankwise.config import InputError, NotFiniteError, need
+from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.metrics.segmentation import METRICS, PER_IMAGE, counts
 from rankwise.nets.unet import IGNORE, masks
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankwise.config import InputError, nearest, need
+from rankwise.errors import InputError, nearest, need
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -22,7 +22,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from rankwise.config import InputError, need
+from rankwise.errors import InputError, need
 from rankwise.tasks.base import Split
 from rankwise.tasks.classification import Classification
 

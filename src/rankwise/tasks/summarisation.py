@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from rankwise.config import InputError, need
+from rankwise.errors import InputError, need
 from rankwise.metrics.rouge import per_example
 from rankwise.tasks.base import REFERENCES, Split
 from rankwise.tasks.generation import Generation, Judged

@@ -16,7 +16,7 @@ reads it. A table's cells are never an input.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rankwise.config import InputError, need
+from rankwise.errors import InputError, need
 from rankwise.metrics.wikisql import AGGREGATIONS, OPERATORS, Condition, Query, Table, parse, per_example, render
 from rankwise.tasks.base import Split
 from rankwise.tasks.generation import Generation, Judged

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
+from rankwise.files import check_replaceable
 from rankwise.optim import SimplexAdam
 from rankwise.optim.projected_adam import ProjectedAdam
 from rankwise.ranks import sites
-from rankwise.runs.files import check_replaceable
 
 FILE = "checkpoint.pt"
 

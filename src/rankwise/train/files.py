@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rankwise.runs.files import MARKER, read_lines, write_whole
+from rankwise.files import MARKER, read_lines, write_whole
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

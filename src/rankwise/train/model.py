@@ -24,7 +24,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rankwise.archs import behind
-from rankwise.config import InputError, need
+from rankwise.errors import InputError, need
 from rankwise.methods import Method
 from rankwise.nets.unet import RefinedUNet, Segmenter, UNet
 from rankwise.nets.virtual_tokens import VirtualTokens

@@ -17,7 +17,8 @@ from torch import nn
 
 from rankwise import methods, tasks
 from rankwise.archs import Arch
-from rankwise.config import InputError, RunConfig
+from rankwise.config import RunConfig
+from rankwise.errors import InputError
 from rankwise.methods import Method
 from rankwise.methods.targets import head_names
 from rankwise.ranks import sites

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankwise.files import flush, read_lines
 from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks import ranks
-from rankwise.runs.files import flush, read_lines
 from rankwise.runs.processes import is_main
 from rankwise.train.files import append_line, cut_lines, mark_complete
 from rankwise.train.stop import Stop

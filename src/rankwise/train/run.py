@@ -32,12 +32,13 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import rankwise
 from rankwise import methods, tasks
-from rankwise.config import InputError, NotFiniteError, RunConfig, Schema, load, need, read_yaml
+from rankwise.config import RunConfig, Schema, load, read_yaml
+from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.export import save
+from rankwise.files import flush, read_lines, unwritable, write_whole
 from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks.resize import merged
-from rankwise.runs.files import flush, read_lines, unwritable, write_whole
 from rankwise.runs.processes import LostError, is_main
 from rankwise.runs.store import Store
 from rankwise.tasks import Evaluation, Scored, Split, Task, subset

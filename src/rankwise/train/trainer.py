@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
 from transformers.trainer_utils import unwrap_peft_model
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 from rankwise.methods import Method
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.optim import processes

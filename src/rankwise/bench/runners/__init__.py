@@ -5,7 +5,8 @@ import pkgutil
 from collections.abc import Sequence
 
 from rankwise.bench.runners.base import Ended, Runner
-from rankwise.config import InputError, load_options, nearest
+from rankwise.config import load_options
+from rankwise.errors import InputError, nearest
 from rankwise.runs.processes import launched
 
 __all__ = ["Ended", "Runner", "registry", "runner"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 
 
 @dataclass(frozen=True)

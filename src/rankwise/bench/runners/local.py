@@ -7,8 +7,8 @@ from pathlib import Path
 
 from rankwise.bench.runners.base import Ended, Runner
 from rankwise.bench.runners.process import end, environment, launch, logged
-from rankwise.config import InputError
-from rankwise.runs.files import unwritable
+from rankwise.errors import InputError
+from rankwise.files import unwritable
 
 
 def cores() -> int:

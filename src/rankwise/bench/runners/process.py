@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 from uuid import uuid4
 
-from rankwise.runs.files import write_whole
+from rankwise.files import write_whole
 from rankwise.train.stop import STOPPED, this_process
 
 # Everything that starts threads in a run: OpenMP and MKL in torch, OpenBLAS in numpy, rayon in the tokenizers.

@@ -15,8 +15,8 @@ from typing import Any
 from rankwise.bench.runners.base import Ended, Runner, require
 from rankwise.bench.runners.local import cores
 from rankwise.bench.runners.process import Order, Over, carry, logged, send
-from rankwise.config import InputError, need
-from rankwise.runs.files import unwritable
+from rankwise.errors import InputError, need
+from rankwise.files import unwritable
 from rankwise.train.stop import STOPPED
 
 GRACE = 60.0

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 
 from rankwise.bench.runners.base import Ended, Runner, require
 from rankwise.bench.runners.process import Order, Over, carry, logged, send, sent
-from rankwise.config import InputError, need
-from rankwise.runs.files import unwritable
+from rankwise.errors import InputError, need
+from rankwise.files import unwritable
 from rankwise.train.stop import STOPPED
 
 MARGIN = 40.0

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import InputError
+from rankwise.errors import InputError
 
 MARKER = "complete.json"
 """Last file of a checkpoint: the digests of all others, and what the run carries over a restart."""

@@ -1,0 +1,34 @@
+"""What goes wrong, in words for the user, and the checks that say so. Imports nothing of ours."""
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what is wrong and what to do about it."""
+
+
+class NotFiniteError(ValueError):
+    """The training has diverged: weights, or what a model gives, hold infinities or NaN."""
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import and return `module`, which comes with the optional dependencies `extra`.
+
+    Raises InputError naming the extra to install where the module is not there.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name.partition(".")[0]):
+            raise
+        package = module.partition(".")[0]
+        raise InputError(f"{package} is not installed: pip install 'rankwise[{extra}]'") from None
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean "x"?)` for the choice that looks most like `word`, or an empty string; made to end a message."""
+    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f' (did you mean "{found[0]}"?)' if found else ""
