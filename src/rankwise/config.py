@@ -22,6 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from rankwise.errors import InputError, nearest
+from rankwise.files import read_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -505,14 +506,12 @@ def parse_yaml(text: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises InputError, one line, for a file that is missing, unreadable or no mapping."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path).decode()
     except FileNotFoundError:
         siblings = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         raise InputError(f"{path}: there is no such file{nearest(path.name, siblings)}") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from None
     try:
         data = parse_yaml(text)
     except InputError as error:

@@ -1,10 +1,15 @@
-"""Files that are written whole or not at all, and lines that a killed process may have left broken."""
+"""Files that are written whole or not at all, and read with care: anything may lie where a file should be."""
 
+import fcntl
+import io
 import json
 import os
-import tempfile
-from collections.abc import Set
-from contextlib import suppress
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Set
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +17,87 @@ from rankwise.errors import InputError
 
 MARKER = "complete.json"
 """Last file of a checkpoint: the digests of all others, and what the run carries over a restart."""
+MOST = 64 * 1024**2
+"""Bytes of a text that is read whole."""
+MOST_LINES = 1024**3
+"""Bytes of a file of lines: a long search in a large model writes hundreds of megabytes."""
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.rankwise", re.DOTALL)
+"""Names of what `unfinished` makes."""
+
+
+@contextmanager
+def unfinished(path: Path, folder: bool = False) -> Iterator[Path]:
+    """An empty file, or folder, beside `path`, to be filled and renamed to it; what is not renamed is removed.
+
+    Its maker holds a lock on it, by which `tidy` knows it from what a killed process has left. Its mode is that of
+    any new file, as the umask has it. Raises OSError where it cannot be made.
+    """
+    lock = None
+    while lock is None:  # else somebody has tidied up before it was locked
+        made = path.parent / f".{path.name}.{secrets.token_hex(4)}.rankwise"
+        if folder:
+            made.mkdir()
+        else:
+            os.close(os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        lock = _hold(made)
+    try:
+        yield made
+    finally:
+        if os.path.lexists(made):
+            _remove(made)
+        os.close(lock)
+
+
+def tidy(folder: Path) -> None:
+    """Remove what killed processes have left unfinished in `folder`; what a live one is at work on stays."""
+    with suppress(OSError):
+        for path in [entry for entry in folder.iterdir() if _UNFINISHED.fullmatch(entry.name)]:
+            with suppress(OSError):
+                lock = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _remove(path)
+                finally:
+                    os.close(lock)
+
+
+def _hold(path: Path) -> int | None:
+    """A handle that keeps `tidy` off `path`; None where it was faster."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    with suppress(OSError):  # some network file systems cannot, and there `tidy` cannot either
+        fcntl.flock(handle, fcntl.LOCK_SH)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(handle), path.stat()):
+            return handle
+    os.close(handle)
+    return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Replace `path` by `content` so that whoever looks, even after a power cut, finds the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with unfinished(path) as made:
+        with made.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        made.replace(path)
     with suppress(OSError):  # some network file systems cannot
         flush(path.parent)
 
@@ -40,13 +111,97 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole JSON lines up to the first broken one, which a killed process may have left; [] for no file."""
-    lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ():
+def appended(path: Path) -> io.BufferedWriter:
+    """A regular file, made where there is none, opened to be written to at its end.
+
+    Raises OSError where it cannot be made, InputError where it is something else.
+    """
+    try:
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+    except OSError as error:
+        if os.path.lexists(path):
+            raise InputError(f"{path}: cannot be written to: {_reason(error)}; move it away") from None
+        raise
+    return os.fdopen(_regular(path, handle), "ab")
+
+
+def opened(path: Path) -> io.BufferedReader:
+    """A regular file, opened to be read; to open anything else, such as a pipe, might take for ever.
+
+    Raises FileNotFoundError where there is none, InputError, one line, where it is something else or cannot be opened.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        raise InputError(f"{path}: cannot be read: {_reason(error)}") from None
+    return os.fdopen(_regular(path, handle), "rb")
+
+
+def _regular(path: Path, handle: int) -> int:
+    kind = stat.S_IFMT(os.fstat(handle).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(handle)
+        raise InputError(f"{path}: is {KINDS.get(kind, 'something else')} where a file should be; move it away")
+    return handle
+
+
+def read_bytes(path: Path, most: int = MOST) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises as `opened` does."""
+    with opened(path) as file:
         try:
-            line = json.loads(text) if text.endswith("\n") else None
-        except ValueError:
+            content = file.read(most + 1)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {_reason(error)}") from None
+    if len(content) > most:
+        raise InputError(f"{path}: is larger than {most:,} bytes, which no such file should be; move it away")
+    return content
+
+
+def read_text(path: Path, most: int = MOST) -> str:
+    """The text of a regular file, as `read_bytes`; what is no UTF-8 in it is replaced."""
+    return read_bytes(path, most).decode(errors="replace").replace("\r\n", "\n")
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises as `opened` does, and InputError where it is broken."""
+    try:
+        return json.loads(read_text(path))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is damaged: not valid JSON: {error}") from None
+
+
+def check_regular(path: Path) -> Path:
+    """`path`, for a library that opens it itself. Raises as `opened` does."""
+    opened(path).close()
+    return path
+
+
+def check_files(folder: Path) -> Path:
+    """`folder`, for a library that opens what lies in it. Raises InputError for what is neither file nor folder."""
+    for path in folder.iterdir():
+        if path.exists() and not path.is_dir():
+            check_regular(path)
+    return folder
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole JSON lines up to the first broken one, which a killed process may have left; [] for no file.
+
+    Raises InputError as `opened` does.
+    """
+    lines: list[dict[str, Any]] = []
+    try:
+        content = read_text(path, MOST_LINES)
+    except FileNotFoundError:
+        return lines
+    for text in content.split("\n")[:-1]:  # what has no end of a line has been cut off
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             line = None
         if not isinstance(line, dict):
             break
@@ -66,5 +221,8 @@ def check_replaceable(folder: Path, own: Set[str], what: str) -> None:
 
 def unwritable(folder: Path, error: OSError) -> InputError:
     """The error to raise where a folder the user named cannot be written to."""
-    reason = (error.strerror or str(error)).lower()
-    return InputError(f"{folder}: cannot be written to: {reason}; choose another folder with runs=DIR")
+    return InputError(f"{folder}: cannot be written to: {_reason(error)}; choose another folder with runs=DIR")
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()

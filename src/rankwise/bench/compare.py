@@ -1,5 +1,6 @@
 """Carry out the runs of an experiment, and be stopped without losing any of them."""
 
+import os
 import signal
 import sys
 import time
@@ -15,6 +16,8 @@ from rich.console import Console
 from rankwise.bench.progress import Count, Display
 from rankwise.bench.runners import Ended, Runner
 from rankwise.config import RunConfig
+from rankwise.errors import InputError
+from rankwise.files import opened
 from rankwise.runs.store import Store
 from rankwise.runs.store import progress as steps_of
 from rankwise.train.stop import INTERRUPTED, STOPPED
@@ -23,6 +26,8 @@ LOSSES = 3
 """How often in a row a run may lose its node or its time without having come further."""
 GRACE = 60.0
 """Seconds that a run has for its last step and its checkpoint."""
+TAIL = 100_000
+"""Bytes of a log in which its last line is looked for."""
 POLL = 0.2
 """Seconds between two looks at the processes."""
 
@@ -183,8 +188,9 @@ class _Sweep:
 
 
 def _last_words(ended: Ended) -> str:
-    with suppress(OSError):
-        lines = (ended.folder / "log.txt").read_bytes()[ended.log_from :].decode(errors="replace").split("\n")
+    with suppress(OSError, InputError), opened(ended.folder / "log.txt") as log:
+        log.seek(max(ended.log_from, log.seek(0, os.SEEK_END) - TAIL))
+        lines = log.read(TAIL).decode(errors="replace").split("\n")
         said = [line.strip() for line in lines if line.strip()]
         if said:
             return f"{ended.reason}; the last line of its log: {said[-1]}"

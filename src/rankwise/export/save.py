@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import InputError
 from rankwise.export.plain import folded, joined, modules, on_part, state_of
-from rankwise.files import check_replaceable
+from rankwise.files import check_files, check_replaceable, read_json
 from rankwise.methods import Method, build
 from rankwise.ranks.resize import alpha, describe, merged, subtracted
 from rankwise.ranks.sites import adapted, sites
@@ -130,6 +130,7 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (CONFIG, DESCRIPTION)):
         raise InputError(f"{folder} holds no adapter: neither {CONFIG} nor {DESCRIPTION} is there")
+    check_files(folder)
     weights = _read(folder)
     if (folder / CONFIG).is_file():
         if live := [name for name in weights if LIVE.search(name)]:
@@ -142,7 +143,7 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise _unfit(folder, error) from error
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description = read_json(folder / DESCRIPTION)
         settings, head = description["method"], description["head"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / DESCRIPTION} is damaged: save the adapter again") from error

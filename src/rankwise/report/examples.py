@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import need
+from rankwise.files import check_regular, read_bytes
 from rankwise.runs.tables import Row
 
 SHOWN = 4
@@ -55,7 +56,7 @@ def missed(folder: Path) -> str:
 def pictures(best: Sequence[Row]) -> list[tuple[str, bytes]]:
     """Of each method whose runs left a picture its label and the PNG of the first seed."""
     files = [(row["method"], _first(row) / PICTURE) for row in best]
-    return [(method, file.read_bytes()) for method, file in files if file.is_file()]
+    return [(method, read_bytes(file)) for method, file in files if file.is_file()]
 
 
 def _first(row: Row) -> Path:
@@ -88,7 +89,7 @@ def _written(folder: Path) -> dict[int, dict[str, Any]]:
 def _rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
     """The answers to the main split; [] where there are none, or a column is not there."""
     try:
-        file = need("pyarrow.parquet", "bench").ParquetFile(folder / "predictions.parquet")
+        file = need("pyarrow.parquet", "bench").ParquetFile(check_regular(folder / "predictions.parquet"))
         if not set(columns) <= set(file.schema_arrow.names):
             return []
         rows = file.read(columns=columns).to_pylist()

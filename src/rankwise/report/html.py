@@ -15,7 +15,7 @@ from typing import Any
 
 import rankwise
 from rankwise.errors import InputError, need
-from rankwise.files import write_whole
+from rankwise.files import read_json, write_whole
 from rankwise.report import examples, figures, published, text
 from rankwise.report.pages import Page, anchor, pages
 from rankwise.runs.beside import beside
@@ -206,8 +206,8 @@ def _environment(folders: Sequence[Path]) -> Grid:
     found = []
     for folder in folders:
         try:
-            found.append(json.loads((folder / "env.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            found.append(read_json(folder / "env.json"))
+        except (OSError, InputError):
             continue
     flat = [dict(_flat(each)) for each in found if isinstance(each, dict)]
     keys = dict.fromkeys(key for each in flat for key in each)

@@ -15,7 +15,7 @@ import numpy as np
 from rankwise.errors import InputError
 from rankwise.files import read_lines
 from rankwise.report import examples, figures, heat, text
-from rankwise.runs.store import Store
+from rankwise.runs.store import Store, error_lines
 from rankwise.runs.summary import duration, size
 from rankwise.runs.tables import Row
 
@@ -128,7 +128,7 @@ def _unfinished(store: Store, folder: Path) -> Page:
         label, settings = folder.name, ""
     error = ""
     if standing.state == "failed":
-        error = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip()
+        error = "\n".join(error_lines(folder))
         error = error if len(error) <= ERROR else f"{standing.error}\n…\n{error[-ERROR:]}"
     reached = standing.error or (f"step {standing.step} of {standing.steps}" if standing.steps else "")
     curve = _curve("training loss", *figures.curve(read_lines(folder / "metrics.jsonl"), figures.loss))

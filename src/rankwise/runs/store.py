@@ -1,7 +1,7 @@
 """A folder of runs. What lies in it is all there is to know about them: no database, no server."""
 
 import fcntl
-import json
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import numpy as np
 import rankwise
 from rankwise.config import Experiment, RunConfig, as_yaml, read_yaml
 from rankwise.errors import InputError, need
-from rankwise.files import MARKER, read_lines, unwritable, write_whole
+from rankwise.files import MARKER, check_regular, opened, read_json, read_lines, read_text, unwritable, write_whole
 from rankwise.runs.grid import run_id
 
 State = Literal["pending", "running", "stopped", "failed", "done"]
@@ -99,7 +99,7 @@ class Store:
         """Whether a run has failed because its training diverged, which it would do again."""
         if self.state(folder) != "failed":
             return False
-        return "DivergedError" in next(reversed(_error(folder)), "")
+        return "DivergedError" in next(reversed(error_lines(folder)), "")
 
     def tries(self, folder: Path) -> bool:
         """Whether a run only tries a learning rate, and is in no table."""
@@ -143,7 +143,7 @@ class Store:
         """
         file = self.folder / "experiment.yaml"
         try:
-            return read_yaml(file) if file.exists() else {}
+            return read_yaml(file) if os.path.lexists(file) else {}
         except InputError as error:
             raise InputError(f"{file} is damaged ({error}); the same rankwise compare writes it again") from None
 
@@ -200,7 +200,7 @@ class Store:
         if found is None:
             error = DAMAGED
         elif state == "failed":
-            error = next(iter(_error(folder)), "without a message, as on a full disk; log.txt may say more")
+            error = next(iter(error_lines(folder)), "without a message, as on a full disk; log.txt may say more")
         rate = found.config.learning_rate if found else None
         return Standing(folder, rate, self.tries(folder), state, step, steps, self._pace(folder, steps), error)
 
@@ -211,14 +211,14 @@ class Store:
                 return float(result["cost"]["seconds"]) / steps if steps else None
             marks = {int(mark.parent.name.rpartition("-")[2]): mark for mark in folder.glob(f"checkpoint-*/{MARKER}")}
             newest = max(marks)
-            return float(json.loads(marks[newest].read_text(encoding="utf-8"))["carried"]["seconds"]) / newest
+            return float(read_json(marks[newest])["carried"]["seconds"]) / newest
         except (OSError, ValueError, KeyError, TypeError):  # none there, or on its way out
             return None
 
     def result(self, folder: Path) -> dict[str, Any] | None:
         """The result of a finished run; None where it is not there, half written, or of some other run."""
         try:
-            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            result = read_json(folder / "result.json")
         except (OSError, ValueError):
             return None
         found = self._read(folder)  # last: to read YAML takes long, and somebody may look at many runs each second
@@ -288,7 +288,7 @@ def answers(folder: Path) -> Answers | None:
     """The answers of a finished run; None where there are none to be read, or no labels to compare them with."""
     computed: tuple[Kind, ...] = ("score", "statistics")
     try:
-        file = need("pyarrow.parquet", "bench").ParquetFile(folder / "predictions.parquet")
+        file = need("pyarrow.parquet", "bench").ParquetFile(check_regular(folder / "predictions.parquet"))
         kind: Kind = next((each for each in computed if each in file.schema_arrow.names), "prediction")
         table = file.read(columns=["split", kind, "label" if kind == "prediction" else "idx"])
         table = table.rename_columns(["split", "values", "labels"])  # an error where one is not there
@@ -304,28 +304,28 @@ def progress(folder: Path) -> tuple[int, int | None]:
     """Steps done and steps of the whole run, from `metrics.jsonl`; (0, None) before its first line."""
     try:
         lines = read_lines(folder / "metrics.jsonl")
-    except OSError:
+    except (OSError, InputError):
         return 0, None
     steps = next((int(line["steps"]) for line in lines if "steps" in line), None)
     return max((int(line.get("step", 0)) for line in lines), default=0), steps
 
 
-def _error(folder: Path) -> list[str]:
+def error_lines(folder: Path) -> list[str]:
     """The lines of a run's error; none where somebody has begun it again meanwhile."""
     try:
-        return (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    except OSError:
+        return read_text(folder / "error.txt").strip().splitlines()
+    except (OSError, InputError):
         return []
 
 
 def _held(path: Path) -> bool:
     """Whether a live process holds the lock; the file itself stays behind when one is gone."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             # Shared, for the moment of the look: two that look at once do not take each other for the run.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, InputError):
         return False  # no such file: nobody has begun

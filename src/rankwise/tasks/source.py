@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import InputError, nearest, need
+from rankwise.files import check_regular, read_bytes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -216,7 +217,7 @@ def _parquet(file: Path) -> "pa.Table":
     pa = need("pyarrow", "bench")
     try:
         # one file, read whole: a dataset's reader would take folder names for columns
-        return need("pyarrow.parquet", "bench").ParquetFile(file).read()
+        return need("pyarrow.parquet", "bench").ParquetFile(check_regular(file)).read()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file} cannot be read as parquet ({_line(error)}): fetch or write the file again") from error
 
@@ -250,9 +251,9 @@ def _table(file: Path, found: Iterator[tuple[int, dict[str, Any]]]) -> tuple["pa
 
 def _text(file: Path) -> str:
     try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {(error.strerror or str(error)).lower()}") from error
+        data = read_bytes(file, sys.maxsize - 1)
+    except FileNotFoundError:
+        raise InputError(f"{file}: there is no such file") from None
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from rankwise.errors import InputError
-from rankwise.files import check_replaceable
+from rankwise.files import check_regular, check_replaceable
 from rankwise.optim import SimplexAdam
 from rankwise.optim.projected_adam import ProjectedAdam
 from rankwise.ranks import sites
@@ -72,7 +72,7 @@ def load_checkpoint(
     if not path.is_file():
         raise InputError(f"{folder} holds no checkpoint: {FILE} is not there")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(check_regular(path), map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path} cannot be read, it may be cut short: {error}") from error
     if strange := load_learnt(model, state["model"]):

@@ -6,13 +6,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rankwise.files import MARKER, read_lines, write_whole
+from rankwise.files import MARKER, appended, opened, read_json, read_lines, write_whole
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
     """Add one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, allow_nan=False) + "\n")
+    with appended(path) as file:
+        file.write((json.dumps(line, allow_nan=False) + "\n").encode())
 
 
 def cut_lines(path: Path, step: int) -> None:
@@ -33,7 +33,7 @@ def last_complete(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         try:
-            marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+            marker = read_json(checkpoint / MARKER)
             if marker["files"] == _digests(checkpoint):
                 return checkpoint, marker["carried"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -51,6 +51,6 @@ def _digests(checkpoint: Path) -> dict[str, str]:
     digests = {}
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != MARKER:
-            with path.open("rb") as file:
+            with opened(path) as file:
                 digests[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests

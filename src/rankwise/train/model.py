@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from rankwise.archs import behind
 from rankwise.errors import InputError, need
+from rankwise.files import check_files
 from rankwise.methods import Method
 from rankwise.nets.unet import RefinedUNet, Segmenter, UNet
 from rankwise.nets.virtual_tokens import VirtualTokens
@@ -222,7 +223,7 @@ def _source(name: str | None, task: Task) -> str:
     path = Path(name).expanduser()
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
         raise InputError(f"model: no folder {name}")
-    return str(path) if path.is_dir() else name
+    return str(check_files(path)) if path.is_dir() else name
 
 
 def _outputs(task: Task) -> dict[str, Any]:

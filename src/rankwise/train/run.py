@@ -19,7 +19,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,8 @@ from rankwise import methods, tasks
 from rankwise.config import RunConfig, Schema, load, read_yaml
 from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.export import save
-from rankwise.files import flush, read_lines, unwritable, write_whole
+from rankwise.export.save import OURS as ADAPTER
+from rankwise.files import check_regular, check_replaceable, flush, read_json, read_lines, unwritable, write_whole
 from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks.resize import merged
@@ -57,6 +58,12 @@ WEIGHTS = "weights.pt"
 """All that was learnt, unfolded, where another run begins with it."""
 MEMORY = "memory.json"
 """How many rows go through the model at once, once memory has run out."""
+
+FILES = (
+    *("env.json", "metrics.jsonl", "ranks.jsonl", "predictions.parquet", "masks.png", "result.json", "error.txt"),
+    *("run.lock", WEIGHTS, MEMORY),
+)
+"""Files that a run writes into its folder."""
 
 
 def run(folder: Path) -> dict[str, Any]:
@@ -81,6 +88,8 @@ def run(folder: Path) -> dict[str, Any]:
         return result
     with _locked(folder) if is_main() else nullcontext():
         try:
+            if is_main():
+                _check_places(folder)
             name, config = _read(folder)
             result = processes.on_first(lambda: _finished(folder)) or _live(folder, name, config)
         except LostError:
@@ -112,6 +121,14 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_places(folder: Path) -> None:
+    """Raise InputError, before any training, where something else stands at the place of what the run writes."""
+    for name in FILES:
+        with suppress(FileNotFoundError):
+            check_regular(folder / name)
+    check_replaceable(folder / "adapter", ADAPTER, "an adapter")
 
 
 def _read(folder: Path) -> tuple[str, RunConfig]:
@@ -171,7 +188,7 @@ def _carry_out(folder: Path, name: str, parts: "Parts", before: "Before | None",
 def _rows_at_once(folder: Path, most: int) -> int:
     """Rows that each process takes at once: a share of the batch, or fewer where memory has run out before."""
     try:
-        return min(most, max(1, int(json.loads((folder / MEMORY).read_text(encoding="utf-8"))["rows"])))
+        return min(most, max(1, int(read_json(folder / MEMORY)["rows"])))
     except (OSError, ValueError, KeyError, TypeError):
         return most
 
@@ -315,7 +332,7 @@ def _begin_with(model: nn.Module, before: Before) -> None:
     """Load what the run before this one in its chain has learnt."""
     file = before.folder / WEIGHTS
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(check_regular(file), map_location="cpu", weights_only=True)
     except Exception as error:
         what = "is not there" if isinstance(error, FileNotFoundError) else "is damaged"
         raise InputError(f"{file} {what}; delete {before.folder} and run the whole chain again") from error

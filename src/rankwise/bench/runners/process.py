@@ -15,7 +15,8 @@ from types import FrameType
 from typing import Any
 from uuid import uuid4
 
-from rankwise.files import write_whole
+from rankwise.errors import InputError
+from rankwise.files import appended, read_json, write_whole
 from rankwise.train.stop import STOPPED, this_process
 
 # Everything that starts threads in a run: OpenMP and MKL in torch, OpenBLAS in numpy, rayon in the tokenizers.
@@ -43,8 +44,11 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def launch(folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start `command` on the run, its output behind what is in log.txt. Raises OSError where either cannot be."""
-    with (folder / "log.txt").open("ab") as log:
+    """Start `command` on the run, its output behind what is in log.txt.
+
+    Raises OSError where it cannot be started, InputError where nothing can be written.
+    """
+    with appended(folder / "log.txt") as log:
         # A session of its own: Ctrl-C at the terminal reaches the sweep alone, which then asks the run to stop.
         return subprocess.Popen(
             [*command, str(folder)],
@@ -129,8 +133,8 @@ def send(order: Order, index: int | None = None) -> None:
 def sent(folder: Path) -> dict[str, Any]:
     """What `send` noted last; {} for nothing that can be read."""
     try:
-        found = json.loads((folder / SENT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_json(folder / SENT)
+    except (OSError, InputError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -151,6 +155,8 @@ def carry(order: Order) -> Over:
             process = launch(order.folder, order.command, {**environment(order.threads), **order.passed, **order.more})
         except OSError as error:
             return Over(node, problem=f"cannot start {order.command[0]} in this folder: {error.strerror or error}")
+        except InputError as error:
+            return Over(node, problem=f"cannot write there: {error}")
         told.listen()
         try:
             while process.poll() is None and not told.number:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from rankwise.bench.runners.base import Ended, Runner, require
 from rankwise.bench.runners.process import Order, Over, carry, logged, send, sent
 from rankwise.errors import InputError, need
-from rankwise.files import unwritable
+from rankwise.files import appended, unwritable
 from rankwise.train.stop import STOPPED
 
 MARGIN = 40.0
@@ -230,7 +230,7 @@ class Slurm(Runner, name="slurm"):
         if state.startswith("OUT_OF_ME"):
             return Ended(folder, -signal.SIGKILL, log_from)
         if state == "FAILED":
-            with suppress(OSError), (folder / "log.txt").open("ab") as log:
+            with suppress(OSError, InputError), appended(folder / "log.txt") as log:
                 log.write(job.paths.stdout.read_bytes()[-10_000:])
             return Ended(folder, 1, log_from)
         return Ended(folder, STOPPED, log_from, lost=f"its job {job.job_id} ended without a result ({state})")
