@@ -27,6 +27,13 @@ TINY = {
     "checkpoint_every": 30,
 }
 
+NAME = "x" * 5_000  # longer than a file's can be
+TOO_LONG = [
+    *([command, NAME] for command in ("train", "status", "retry", "report")),
+    ["validate", "one.yaml", f"model={NAME}"],
+    ["validate", "one.yaml", f"task={{type: classification, dataset: {NAME}}}"],
+]
+
 Cli = Callable[..., tuple[int, str, str]]
 
 
@@ -126,6 +133,21 @@ def test_status_and_the_rest_of_the_runs_room_load_no_torch(tmp_path: Path) -> N
         (["retry", "missing"], "missing: there is no such folder of runs"),
         (["report", "."], ".: no run in it has finished; `rankwise status .` says how they stand"),
         (["report", ".", "--md", "--csv"], "choose one"),
+        (["validate", "one.yaml", "seed=!!int x"], "seed: line 1: not valid YAML: 'x' cannot be read as int"),
+        (["validate", "one.yaml", "model=" + "[" * 500], "model: line 1: not valid YAML: nested deeper than 50"),
+        (["train", "seed=" + "1" * 5_000], "seed: line 1: not valid YAML: a number of 5,000 characters"),
+        (["validate", "one.yaml", "model=&a [*a]"], "model: line 1: not valid YAML: an alias stands within"),
+        (["validate", "one.yaml", "max_steps={2020-01-01: 1}"], "max_steps: the key datetime.date(2020, 1, 1) is no"),
+        (["validate", "one.yaml", r'eval_rows="\ud800"'], r"eval_rows: '\ud800' holds a character that no text may"),
+        (["compare", "sweep.yaml", "chain=[{after: x}, {followed: true}]"], "after: no setting of an experiment"),
+        (["validate", "one.yaml", "epochs=1e308"], "epochs = 1e+308: expected less than or equal to 1000000"),
+        (["train", "task=stdlib-kind", "batch_size=99999999999999999999"], "expected less than or equal to 2147483647"),
+        (["train", "task=stdlib-kind", r'runs="a\0b"'], r"runs: 'a\x00b' holds a character that no text may have"),
+        (["compare", "sweep.yaml", "-o", "jobs=!!int x"], "jobs: line 1: not valid YAML: 'x' cannot be read as int"),
+        (["compare", "sweep.yaml", "-o", "jobs=99999999999999999999"], "jobs = 99999999999999999999: expected less"),
+        (["params", "--arch", "minilm-l6", "--method", "lora", "rank=!!int x"], "rank: line 1: not valid YAML"),
+        (["compare", "grid.yaml"], "grid.yaml: vary: more than 10,000 runs"),
+        *((command, "… is no name of a file: give a shorter one") for command in TOO_LONG),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(
@@ -136,6 +158,7 @@ def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(
     (tmp_path / "broken.yaml").write_text("task: [cola\n")
     write(tmp_path / "one.yaml", TINY)
     write(tmp_path / "sweep.yaml", {**TINY, "vary": {"seed": [0]}})
+    write(tmp_path / "grid.yaml", {**TINY, "vary": {"seed": [*range(1_000)], "max_steps": [*range(1, 1_001)]}})
     code, out, err = cli(*arguments)
     assert (code, out) == (2, "")
     assert message in err

@@ -7,7 +7,11 @@ import pytest
 import yaml
 
 from rankwise import methods, tasks
+from rankwise.bench import runners
 from rankwise.config import (
+    LARGEST,
+    LONGEST,
+    MOST_RUNS,
     Contest,
     Experiment,
     RunConfig,
@@ -20,6 +24,7 @@ from rankwise.config import (
     read_yaml,
 )
 from rankwise.errors import InputError, nearest, need
+from rankwise.runs.grid import expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +280,7 @@ def test_the_json_schema_knows_methods_options_and_tasks() -> None:
         for entry in schema["properties"]["method"]["oneOf"]
         if entry.get("properties", {}).get("name") == {"const": "lora"}
     )
-    assert lora["properties"]["rank"] == {"type": "integer", "default": 8}
+    assert lora["properties"]["rank"] == {"type": "integer", "default": 8, "minimum": -LARGEST, "maximum": LARGEST}
     assert lora["description"] == "A method with options of every kind."
     assert lora["additionalProperties"] is False
     assert {"vary", "report", "learning_rate"} <= schema["properties"].keys()
@@ -362,7 +367,7 @@ def test_the_command_line_does_not_change_what_a_chain_sets() -> None:
 
 
 def test_a_number_beyond_all_counting_is_refused() -> None:
-    with pytest.raises(InputError, match="method.rank = 99999999999999999999: expected a number up to"):
+    with pytest.raises(InputError, match="method.rank = 99999999999999999999: expected less than or equal to 2147"):
         one("method.rank=99999999999999999999")
 
 
@@ -619,3 +624,124 @@ def test_a_wrong_smoke_or_published_is_named(content: dict[str, Any], message: s
 def test_a_section_of_an_experiment_is_named_as_such_in_a_run_on_its_own(section: str) -> None:
     with pytest.raises(InputError, match=f"^{section}: belongs to an experiment, a file with `vary:`"):
         load({"task": "cola", section: {}}, [], SCHEMA)
+
+
+# --- what is no configuration -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("!!int x", "line 1: not valid YAML: 'x' cannot be read as int"),
+        ("!!bool maybe", "line 1: not valid YAML: 'maybe' cannot be read as bool"),
+        ("!!timestamp soon", "line 1: not valid YAML: 'soon' cannot be read as timestamp"),
+        ("!!binary é", "line 1: not valid YAML"),
+        ("!!python/object/apply:os.getcwd []", "line 1: not valid YAML: could not determine a constructor"),
+        ("2020-13-45", "line 1: not valid YAML: '2020-13-45' cannot be read as timestamp"),
+        ("9" * 5_000, "line 1: not valid YAML: a number of 5,000 characters"),
+        ("59:" * 1_000 + "1", "line 1: not valid YAML: a number of 3,001 characters"),
+        ("[" * 500, "line 1: not valid YAML: nested deeper than 50 levels"),
+        ("- " * 500, "line 1: not valid YAML: nested deeper than 50 levels"),
+        ("{a: " * 500, "line 1: not valid YAML: nested deeper than 50 levels"),
+        ("&a [*a]", "line 1: not valid YAML: an alias stands within what it stands for"),
+        ("&a {b: [*a]}", "line 1: not valid YAML: an alias stands within what it stands for"),
+        ("*a", "line 1: not valid YAML: found undefined alias"),
+        (f"[{'1,' * 60_000}]", "line 1: not valid YAML: more than 50,000 values"),
+        ("x" * (LONGEST + 1), "1,000,001 characters of YAML: no configuration has more than 1,000,000"),
+        ("{2020-01-01: 1}", "the key datetime.date(2020, 1, 1) is no text: put it in quotes"),
+        ("{on: 1}", "the key True is no text: put it in quotes"),
+        ("{[1]: 1}", "line 1: not valid YAML: found unhashable key"),
+        ("!!set {a, b}", "is a set: expected text, numbers, lists or keys"),
+        ("!!binary aGFsbG8=", "b'hallo' is a bytes: expected text, numbers, lists or keys"),
+        (r'"\ud800"', r"'\ud800' holds a character that no text may have"),
+        (r'"a\0b"', r"'a\x00b' holds a character that no text may have"),
+        (r'{"a\nb": 1}', r"'a\nb' is no key"),
+        ("\udcff", "not valid YAML: unacceptable character #xdcff"),
+    ],
+)
+def test_yaml_that_is_no_configuration_gets_one_short_line(value: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        one(f"model={value}")
+    assert str(caught.value).startswith("model: ") and message in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "form", ["[*{0}, *{0}, *{0}]", "{{a: *{0}, b: *{0}, c: *{0}}}", "{{<<: [*{0}, *{0}], x: *{0}}}"]
+)
+def test_aliases_count_as_often_as_they_stand(form: str, tmp_path: Path) -> None:
+    """A file of a few hundred bytes may mean billions of values."""
+    lines = ["x0: &x0 {y: z}", *(f"x{n + 1}: &x{n + 1} {form.format(f'x{n}')}" for n in range(20))]
+    file = tmp_path / "run.yaml"
+    file.write_text("\n".join(lines) + "\ntask: cola\nmethod: {name: lora, targets: *x20}\n")
+    with pytest.raises(InputError, match="not valid YAML: more than 50,000 values"):
+        load(file, [], SCHEMA)
+
+
+def test_aliases_in_moderation_are_fine(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("task: cola\nvary:\n  method: [&a {name: lora, rank: 2}, {<<: *a, alpha: 3}]\n  seed: [0, 1]\n")
+    assert [(c.method["rank"], c.method["alpha"]) for c in load(file, [], SCHEMA).configs()][::2] == [(2, 16), (2, 3)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vary": {"seed": list(range(101)), "max_steps": list(range(1, 101))}},
+        {"vary": {"seed": list(range(1_000)), "max_steps": list(range(1, 1_001))}},
+        {"vary": {f"method.{option}": [1, 2] * 50 for option in ("rank", "alpha", "targets")}},
+        {"vary": {"seed": list(range(5_001))}, "chain": [{"epochs": 1}, {"epochs": 2}]},
+        {"vary": {"seed": [0], "method": [{"name": "lora", "learning_rate": [rate + 1 for rate in range(10_001)]}]}},
+        {"vary": {"seed": [0]}, "tune": {"learning_rate": [n + 1 for n in range(101)], "seeds": list(range(100))}},
+        {"vary": {"seed": [0]}, "tune": {"learning_rate": {"low": 1, "high": 2}, "trials": 5_000, "seeds": [0, 1, 2]}},
+        {"vary": {"seed": [0], "max_length": list(range(4, 6_000))}, "tune": {"learning_rate": [1, 2]}},
+    ],
+)
+def test_an_experiment_without_end_is_refused_at_once(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"^vary: more than {MOST_RUNS:,} runs"):
+        load({"task": "cola", **settings}, [], SCHEMA)
+
+
+def test_a_grid_may_be_as_large_as_is_said() -> None:
+    vary = {"seed": list(range(50)), "max_steps": list(range(1, 201))}
+    experiment = load({"task": "cola", "vary": vary}, [], SCHEMA)
+    assert isinstance(experiment, Experiment) and len(expand(experiment)) == MOST_RUNS
+
+
+@pytest.mark.parametrize("key", ["after", "followed", "tuning"])
+def test_what_a_section_sets_is_no_setting_of_an_experiment(key: str) -> None:
+    for given in ({key: None}, {"vary": {"seed": [0], key: [None]}}, {"chain": [{key: None}, {"epochs": 1}]}):
+        with pytest.raises(InputError, match=f"^{key}: no setting of an experiment; "):
+            load({**SWEEP, **given}, [], SCHEMA)
+
+
+def test_no_number_is_without_bounds() -> None:
+    """So that what is computed from it is finite, and an editor knows."""
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, dict):
+            if node.get("type") in ("integer", "number"):
+                assert {"minimum", "exclusiveMinimum"} & node.keys(), path
+                assert {"maximum", "exclusiveMaximum"} & node.keys(), path
+            for key, each in node.items():
+                walk(each, f"{path}.{key}")
+        elif isinstance(node, list):
+            for each in node:
+                walk(each, path)
+
+    walk(json_schema(Schema(methods.registry(), tasks.registry())), "")
+    walk(json_schema(Schema(runners.registry(), {})), "")
+
+
+def test_what_python_gives_is_checked_as_a_file_is() -> None:
+    circular: dict[str, Any] = {"task": "cola"}
+    circular["model"] = circular
+    deep: Any = "x"
+    for _ in range(5_000):
+        deep = [deep]
+    for settings in (circular, {"task": "cola", "model": deep}, {"task": "cola", (1, 2): 3}):
+        with pytest.raises(InputError, match="^settings that cannot be written as YAML: "):
+            load(settings, [], SCHEMA)
+    with pytest.raises(InputError, match="holds a character that no text may have"):
+        load({"task": "cola", "runs": "a\0b"}, [], SCHEMA)
+    assert one(runs=Path("a")).runs == "a"

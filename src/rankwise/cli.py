@@ -7,6 +7,7 @@ resumable, 130 interrupted. Everything heavy is imported inside the commands, so
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -97,7 +98,7 @@ def train(
     from rankwise.runs.store import Store
 
     launched()  # before a folder is made
-    source, settings = (None, what) if "=" in what[0] and not Path(what[0]).exists() else (Path(what[0]), what[1:])
+    source, settings = (None, what) if _is_setting(what[0]) else (Path(what[0]), what[1:])
     if source is not None and source.is_dir():
         if settings:
             raise InputError(f"{settings[0]}: the settings of a run are in its run.yaml and stay as they are")
@@ -130,6 +131,14 @@ def train(
         summary = Summary.of(store.results([folder])).text()
         print(summary or f"learning rate {result['learning_rate']:g}, tried for its experiment: {tried}")
         print(f"\nrun: {folder}")
+
+
+def _is_setting(word: str) -> bool:
+    """Whether a word is `key=value` and no file with a `=` in its name."""
+    try:
+        return "=" in word and not Path(word).exists()
+    except OSError:  # too long for a name
+        return True
 
 
 @app.command(cls=_Sweeping)
@@ -488,6 +497,8 @@ def main() -> None:
         if hasattr(error, "format_message"):  # a usage error, which typer would spread over four lines
             _refuse_usage(error)
         line = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whoever opens it, the user gave it
+            error, line = InputError(line), f"{line[:120]}… is no name of a file: give a shorter one"
         if isinstance(error, InputError):
             print(f"rankwise: {line}", file=sys.stderr)
             sys.exit(INPUT)

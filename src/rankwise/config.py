@@ -8,15 +8,17 @@ Whatever is wrong comes back as one `InputError`, one line that says what is wro
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import functools
 import hashlib
 import itertools
 import json
-import math
 import re
+import types
 import typing
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -34,6 +36,15 @@ class Schema:
 
 
 LARGEST = 2**31 - 1  # of a whole number; no option counts more than that
+FARTHEST = 1e12  # of any other number, on both sides of 0
+HIGHEST = 1e6  # of learning rates and of passes over the rows, so that what is computed from them is finite
+MOST_RUNS = 10_000  # of an experiment, and of what its tuning tries
+
+# Of YAML. What means more than this is no configuration, and would take minutes to read.
+LONGEST = 1_000_000  # characters
+DEEPEST = 50  # lists and mappings within each other
+MOST_VALUES = 50_000  # what aliases stand for counted as often as they do
+LONGEST_NUMBER = 400  # characters; a float has no more
 
 # What an experiment has beside the settings of its runs.
 SECTIONS = ("vary", "chain", "tune", "report", "smoke", "published")
@@ -43,6 +54,13 @@ NAMED = {"method": "lora", "task": "mrpc"}
 
 # What `scale: smoke` allows at most: enough to go through every stage of a run, too little to learn anything.
 SMOKE = {"train_rows": 64, "eval_rows": 64, "max_steps": 4}
+
+# Settings of a run that a section of an experiment makes, each with what to write in their place.
+_BY_SECTION = {
+    "tuning": "tune chooses learning rates, and tune.share says by what",
+    "after": "the stages of `chain:` follow one another by themselves",
+    "followed": "the stages of `chain:` follow one another by themselves",
+}
 
 # Settings of a run that an entry of these axes may bring along for itself.
 OWN = {"method": ("learning_rate", "warmup"), "task": ("epochs",)}
@@ -65,39 +83,49 @@ class RunConfig(BaseModel):
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lora"}, description="name of the method and its options"
     )
-    epochs: float = Field(default=3.0, gt=0, description="passes over the training rows; max_steps, when given, wins")
-    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps of the whole run, instead of epochs")
-    batch_size: int = Field(default=32, ge=1, description="rows in one optimizer step")
-    learning_rate: float = Field(default=1e-3, gt=0, description="highest learning rate of the schedule")
+    epochs: float = Field(
+        default=3.0, gt=0, le=HIGHEST, description="passes over the training rows; max_steps, when given, wins"
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, le=LARGEST, description="optimizer steps of the whole run, instead of epochs"
+    )
+    batch_size: int = Field(default=32, ge=1, le=LARGEST, description="rows in one optimizer step")
+    learning_rate: float = Field(default=1e-3, gt=0, le=HIGHEST, description="highest learning rate of the schedule")
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the fresh weights and of the order of the rows")
-    max_length: int = Field(default=128, ge=4, description="longest input in tokens; longer texts are cut")
+    max_length: int = Field(default=128, ge=4, le=LARGEST, description="longest input in tokens; longer texts are cut")
     train_rows: int | None = Field(
-        default=None, ge=1, description="rows to train on, drawn once and the same for every seed"
+        default=None, ge=1, le=LARGEST, description="rows to train on, drawn once and the same for every seed"
     )
     eval_rows: int | None = Field(
-        default=None, ge=1, description="rows to score, drawn once and the same for every seed"
+        default=None, ge=1, le=LARGEST, description="rows to score, drawn once and the same for every seed"
     )
     warmup: float = Field(
-        default=0.06, ge=0, description="share of the steps (up to 1), or a whole number of steps above 1"
+        default=0.06, ge=0, le=LARGEST, description="share of the steps (up to 1), or a whole number of steps above 1"
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="course of the rate after warm-up"
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's weight decay of the trained matrices")
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=HIGHEST, description="AdamW's weight decay of the trained matrices"
+    )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of each label that is spread evenly over all classes or tokens"
     )
-    clip: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    clip: float = Field(default=1.0, ge=0, le=FARTHEST, description="largest norm of the gradient; 0 does not clip")
     budget: int | None = Field(
         default=None,
         ge=1,
+        le=10**15,
         description="trainable parameters at most, without the head; chooses the size (rank, …) that is not given",
     )
     eval_every: int | None = Field(
-        default=None, ge=0, description="steps between evaluations; once an epoch when absent, 0 at the end alone"
+        default=None,
+        ge=0,
+        le=LARGEST,
+        description="steps between evaluations; once an epoch when absent, 0 at the end alone",
     )
     checkpoint_every: int | None = Field(
-        default=None, ge=1, description="steps between checkpoints; once an epoch when absent"
+        default=None, ge=1, le=LARGEST, description="steps between checkpoints; once an epoch when absent"
     )
     tuning: float | None = Field(
         default=None,
@@ -150,8 +178,8 @@ class Span(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    low: float = Field(gt=0)
-    high: float = Field(gt=0)
+    low: float = Field(gt=0, le=HIGHEST)
+    high: float = Field(gt=0, le=HIGHEST)
 
     @model_validator(mode="after")
     def _check(self) -> Span:
@@ -171,11 +199,13 @@ class Tune(BaseModel):
     learning_rate: Any = Field(
         default=None, description="rates to try, or {low, high}, between which Optuna chooses `trials` rates"
     )
-    trials: int | None = Field(default=None, ge=1, description="how many rates between low and high are tried")
-    at_once: int = Field(
-        default=2, ge=1, description="rates that Optuna gives before it hears what one of them is worth"
+    trials: int | None = Field(
+        default=None, ge=1, le=MOST_RUNS, description="how many rates between low and high are tried"
     )
-    seeds: list[typing.Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+    at_once: int = Field(
+        default=2, ge=1, le=MOST_RUNS, description="rates that Optuna gives before it hears what one of them is worth"
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         default_factory=lambda: [0], min_length=1, description="seeds at which rates are tried"
     )
     share: float = Field(
@@ -197,10 +227,10 @@ class Tune(BaseModel):
                 if strange := [each for each in value if each not in Span.model_fields]:
                     hint = nearest(strange[0], Span.model_fields)
                     raise InputError(f"{key}.{strange[0]}: there is no such key{hint}; it has low and high")
-                return Span.model_validate_json(json.dumps(value, default=str))
-            kind = TypeAdapter(list[typing.Annotated[float, Field(gt=0, allow_inf_nan=False)]])
+                return Span.model_validate_json(json.dumps(value))
+            kind = TypeAdapter(list[Annotated[float, Field(gt=0, le=HIGHEST, allow_inf_nan=False)]])
             listed = value if isinstance(value, list) else [value]
-            found = kind.validate_json(json.dumps(listed, default=str), strict=True)
+            found = kind.validate_json(json.dumps(listed), strict=True)
         except ValidationError as error:
             raise InputError(_explain(error, key)) from None
         if not found:
@@ -282,7 +312,7 @@ class Experiment(BaseModel):
             for contest in self.contests():
                 yield from map(fit, contest.reported(contest.lowest))
             return
-        for data in self._at_rates():
+        for data in self.combinations():
             before: RunConfig | None = None
             for place, stage in enumerate(self.chain or [{}]):
                 settings = {**data, "followed": place < len(self.chain) - 1, "after": before and before.digest()}
@@ -300,7 +330,8 @@ class Experiment(BaseModel):
             key = "tune.learning_rate" if own is None else f"learning_rate of {data['method'].get('name')}"
             yield Contest(data, self.tune.rates(own, key), self.tune, seeds)
 
-    def _at_rates(self) -> Iterator[dict[str, Any]]:
+    def combinations(self) -> Iterator[dict[str, Any]]:
+        """The settings of every combination of the axes and of each method's own rates, the stages of a chain aside."""
         for data, rates in self._combinations(self.vary):
             if rates is None:
                 yield data
@@ -343,7 +374,7 @@ def load(
     if source is None:
         data: dict[str, Any] = {}
     elif isinstance(source, Mapping):
-        data = json.loads(json.dumps(source, default=str))
+        data = _mapping(source)
     else:
         name, where = Path(source).stem, f"{source}: "
         data = read_yaml(Path(source))
@@ -361,11 +392,20 @@ def load(
         raise InputError(f"{where}{error}") from None
 
 
+def _mapping(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of what a caller gives in Python, in which paths and the like are text."""
+    try:
+        data: dict[str, Any] = json.loads(json.dumps(dict(source), default=str))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"settings that cannot be written as YAML: {error}") from None
+    return _plain(data)
+
+
 def _smoke(data: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """What `smoke:`, which is taken out of `data`, sets at the scale that is asked for."""
     given = data.pop("smoke", None)
     if given is not None and not isinstance(given, dict):
-        raise InputError(f"smoke = {given!r}: expected settings, as in `smoke: {{model: random-gpt2}}`")
+        raise InputError(f"smoke = {_shown(given)}: expected settings, as in `smoke: {{model: random-gpt2}}`")
     scale = dict(settings).get("scale", data.get("scale"))
     return [(str(key), value) for key, value in (given or {}).items()] if scale == "smoke" else []
 
@@ -381,7 +421,7 @@ def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[di
     head = options.pop("head", [])
     head = [head] if isinstance(head, str) else head
     if not isinstance(head, list) or not all(isinstance(part, str) for part in head):
-        raise InputError(f"head = {head!r}: expected names of modules, as in head=[classifier]")
+        raise InputError(f"head = {_shown(head)}: expected names of modules, as in head=[classifier]")
     given = {key.removeprefix("method."): value for key, value in options.items()}
     return _checked("method", schema.methods, {**given, "name": name}), head
 
@@ -463,7 +503,47 @@ def _part_schema(name: str, kind: type, words: Sequence[str]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people mean it: 1e-3 is a number, and a key given twice is an error."""
+    """YAML as people mean it: 1e-3 is a number, a key given twice is an error, and so is what means too much.
+
+    Whatever is wrong is a `yaml.YAMLError` that knows its line.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = self._values = 0
+        self._sizes: dict[yaml.Node, int] = {}
+        """How many values each node that is complete stands for."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        mark, alias = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        begun = self._values
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"nested deeper than {DEEPEST} levels", mark)
+        self._values += 1
+        node = super().compose_node(parent, index)
+        if alias and node not in self._sizes:
+            raise yaml.composer.ComposerError(None, None, "an alias stands within what it stands for", mark)
+        if node is not None:
+            self._values += self._sizes.get(node, 1) - 1 if alias else 0
+            self._sizes.setdefault(node, self._values - begun)
+        if self._values > MOST_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"more than {MOST_VALUES:,} values", mark)
+        self._depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        kind = node.tag.rpartition(":")[2]
+        if kind in ("int", "float") and len(node.value) > LONGEST_NUMBER:
+            problem = f"a number of {len(node.value):,} characters"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        try:
+            return super().construct_object(node, deep)
+        except (yaml.YAMLError, RecursionError):
+            raise
+        except Exception:  # of what kind depends on the value: int("x"), a month 13, base64
+            problem = f"{_shown(node.value)} cannot be read as {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -471,9 +551,8 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
-                )
+                problem = f"the key {_shown(key.value)} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -494,13 +573,56 @@ def as_yaml(content: Mapping[str, Any]) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a piece of YAML, numbers like 1e-3 included. Raises InputError, one line, where it is broken."""
+    """The value of a piece of YAML, numbers like 1e-3 included: None, bool, int, float, str, lists and mappings.
+
+    Raises InputError, one line, where it is broken, means too much, or holds what is none of these.
+    """
+    if len(text) > LONGEST:
+        raise InputError(f"{len(text):,} characters of YAML: no configuration has more than {LONGEST:,}")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _plain(yaml.load(text, Loader=_Loader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        raise InputError(f"{f'line {mark.line + 1}: ' if mark else ''}not valid YAML: {problem}") from None
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise InputError(f"{line}not valid YAML: {' '.join(str(problem).split())}") from None
+
+
+def _plain(value: Any, where: str = "") -> Any:
+    """A copy of `value`, with dates as text. InputError for a text or a key that no file and no name can hold."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, datetime.date):  # a time of day included
+        return str(value)
+    if isinstance(value, str):
+        if "\0" in value or not _encodable(value):
+            raise InputError(f"{where}{_shown(value)} holds a character that no text may have: leave it out")
+        return value
+    if isinstance(value, list):
+        return [_plain(each, where) for each in value]
+    if not isinstance(value, dict):
+        raise InputError(f"{where}{_shown(value)} is a {type(value).__name__}: expected text, numbers, lists or keys")
+    for key in value:
+        if not isinstance(key, str):
+            raise InputError(f"{where}the key {_shown(key)} is no text: put it in quotes")
+        if not _encodable(key) or not key.isprintable() or len(key) > LONGEST_NUMBER:
+            raise InputError(f"{where}{_shown(key)} is no key: a key is one line of printable text, and not a long one")
+    return {key: _plain(each, f"{key}: ") for key, each in value.items()}
+
+
+def _encodable(text: str) -> bool:
+    """Whether `text` can be written in UTF-8, which halves of surrogate pairs cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _shown(value: Any) -> str:
+    """`value` for a message: on one line, and not much of it."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}…"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -525,12 +647,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise InputError(f"{text!r}: expected key=value, as in learning_rate=1e-3")
+    key = key.strip()
+    if not equals or not key:
+        raise InputError(f"{_shown(text)}: expected key=value, as in learning_rate=1e-3")
+    _plain({key: None})
     try:
-        return key.strip(), parse_yaml(value)
+        return key, parse_yaml(value)
     except InputError as error:
-        raise InputError(f"{key.strip()}: {error}") from None
+        raise InputError(f"{key}: {error}") from None
 
 
 def named(key: str, value: Any) -> dict[str, Any]:
@@ -539,7 +663,7 @@ def named(key: str, value: Any) -> dict[str, Any]:
         return {"name": value}
     if not isinstance(value, dict):
         example = NAMED[key]
-        raise InputError(f"{key} = {value!r}: expected a name or a mapping, as in `{key}: {{name: {example}}}`")
+        raise InputError(f"{key} = {_shown(value)}: expected a name or a mapping, as in `{key}: {{name: {example}}}`")
     if key == "task" and "type" in value and "name" not in value:
         return {"name" if option == "type" else option: each for option, each in value.items()}
     return dict(value)
@@ -571,7 +695,7 @@ def _run_config(data: Mapping[str, Any]) -> RunConfig:
         raise InputError("task: is missing; `rankwise tasks` lists the names")
     try:
         # by way of JSON: strict about types, yet a list is fine where a tuple is wanted
-        return RunConfig.model_validate_json(json.dumps(data, default=str))
+        return RunConfig.model_validate_json(json.dumps(data))
     except ValidationError as error:
         raise InputError(_explain(error)) from None
 
@@ -581,19 +705,38 @@ def _explain(error: ValidationError, key: str = "") -> str:
     first = error.errors()[0]
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    place = key or str(first["loc"][0])
+    place = key or ".".join(map(str, first["loc"][:1])) or "settings"
     expected = dict.fromkeys(
         item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
         for item in error.errors()
         if key or item["loc"][:1] == first["loc"][:1]
     )
-    return f"{place} = {first['input']!r}: expected {' or '.join(expected)}"
+    return f"{place} = {_shown(first['input'])}: expected {' or '.join(expected)}"
 
 
 def _options(kind: type) -> dict[dataclasses.Field[Any], Any]:
-    """Fields of a method's or a task's dataclass that are options, with their types."""
+    """Fields of a method's or a task's dataclass that are options, with their types, in which numbers have bounds."""
     hints = typing.get_type_hints(kind)
-    return {field: hints[field.name] for field in dataclasses.fields(kind) if field.init}
+    return {field: _bounded(hints[field.name]) for field in dataclasses.fields(kind) if field.init}
+
+
+def _bounded(hint: Any) -> Any:
+    """A type in which no whole number is beyond LARGEST, and no other beyond FARTHEST."""
+    if hint is int:
+        return Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+    if hint is float:
+        return Annotated[float, Field(ge=-FARTHEST, le=FARTHEST, allow_inf_nan=False)]
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if not parts or kind in (Literal, Annotated):
+        return hint
+    bounded = tuple(map(_bounded, parts))
+    return typing.Union[bounded] if kind in (types.UnionType, typing.Union) else kind[bounded]  # noqa: UP007
+
+
+@functools.cache
+def _adapters(kind: type) -> dict[str, TypeAdapter[Any]]:
+    """What checks each option of a method or a task; an experiment asks for them once per run and method."""
+    return {field.name: TypeAdapter(hint) for field, hint in _options(kind).items()}
 
 
 def _complete(config: RunConfig, schema: Schema) -> RunConfig:
@@ -612,9 +755,11 @@ def _checked(key: str, known: Mapping[str, type], given: Mapping[str, Any], fitt
     if name is None:
         raise InputError(f"{key}: needs a name, as in `{key}: {{name: {NAMED[key]}}}`")
     if name not in known:
-        raise InputError(f"{key} = {name!r}: no such {key}{nearest(name, known)}; known: {', '.join(sorted(known))}")
+        raise InputError(
+            f"{key} = {_shown(name)}: no such {key}{nearest(name, known)}; known: {', '.join(sorted(known))}"
+        )
     kind = known[name]
-    options = {field.name: hint for field, hint in _options(kind).items()}
+    options = _adapters(kind)
     values: dict[str, Any] = {}
     for option, value in given.items():
         if option == "name":
@@ -623,20 +768,14 @@ def _checked(key: str, known: Mapping[str, type], given: Mapping[str, Any], fitt
             hint = nearest(option, options) or (f"; its options: {', '.join(options)}" if options else "; it has none")
             raise InputError(f"{key}.{option}: {name} has no such option{hint}")
         try:
-            values[option] = TypeAdapter(options[option]).validate_json(json.dumps(value, default=str), strict=True)
+            values[option] = options[option].validate_json(json.dumps(value), strict=True)
         except ValidationError as error:
             raise InputError(_explain(error, f"{key}.{option}")) from None
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{key}.{option} = {value}: expected a finite number")
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise InputError(f"{key}.{option} = {value}: expected a number up to {LARGEST}")
     try:
         made = kind(**values)
     except (ValueError, TypeError) as error:
         raise InputError(f"{key} {name}: {str(error).partition(chr(10))[0]}") from None
-    full = {
-        option: TypeAdapter(hint).dump_python(getattr(made, option), mode="json") for option, hint in options.items()
-    }
+    full = {option: adapter.dump_python(getattr(made, option), mode="json") for option, adapter in options.items()}
     sizes = getattr(kind, "sizes", ()) if fitted else ()
     left_open = () if any(option in values for option in sizes) else sizes
     return {"name": name, **{option: value for option, value in full.items() if option not in left_open}}
@@ -664,10 +803,9 @@ def _experiment(
     for key, _ in settings:
         if any(key in stage or key.partition(".")[0] in stage for stage in chain):
             raise InputError(f"{key}: the stages of the chain set it; change the file, or give chain=[…]")
-    if any("tuning" in part for part in (data, vary, *chain)):
-        raise InputError(
-            "tuning: no setting of an experiment; tune chooses learning rates, and tune.share says by what"
-        )
+    for key, instead in _BY_SECTION.items():
+        if any(key in part for part in (data, vary, *chain)):
+            raise InputError(f"{key}: no setting of an experiment; {instead}")
     tune = _tune(data.pop("tune", None), {**data, **vary}, chain)
     if tuned and tune is None and not _rated(data, vary):
         raise InputError("tune = null: give a rate instead, learning_rate=1e-3 or vary.learning_rate=[1e-4, 1e-3]")
@@ -682,6 +820,7 @@ def _experiment(
         )
     except ValidationError as error:
         raise InputError(_explain(error)) from None
+    _check_size(experiment)
     # Each combination is checked here, so that a sweep cannot stumble over its last run hours later.
     by_digest: dict[str, RunConfig] = {}
     for config in experiment.configs():
@@ -701,6 +840,24 @@ def _experiment(
     return experiment.model_copy(update={"base": data, "vary": vary, "chain": chain})
 
 
+def _check_size(experiment: Experiment) -> None:
+    """Refuse an experiment of so many runs that listing them would not end."""
+    stages = max(1, len(experiment.chain))
+    count = 0
+    if experiment.tune is None:
+        for _ in itertools.islice(experiment.combinations(), MOST_RUNS // stages + 1):
+            count += stages
+    for contest in experiment.contests():
+        tries = contest.tune.trials or 0 if isinstance(contest.rates, Span) else len(contest.rates)
+        count += len(contest.seeds) + tries * len(contest.tune.seeds)
+        if count > MOST_RUNS:
+            break
+    if count > MOST_RUNS:
+        raise InputError(
+            f"vary: more than {MOST_RUNS:,} runs, and an experiment may have so many: leave out values, or split it"
+        )
+
+
 def _axes(vary: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
     """What stands at `vary:`, checked, with methods and tasks spelled out."""
     if not isinstance(vary, dict) or not vary:
@@ -709,7 +866,7 @@ def _axes(vary: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
         if str(axis).partition(".")[0] not in keys or axis == "runs":
             raise InputError(f"vary.{axis}: there is no such key{nearest(axis, keys)}")
         if not isinstance(values, list) or not values:
-            raise InputError(f"vary.{axis} = {values!r}: expected a list of values, as in `{axis}: [..]`")
+            raise InputError(f"vary.{axis} = {_shown(values)}: expected a list of values, as in `{axis}: [..]`")
     vary = {axis: [named(axis, each) for each in values] if axis in NAMED else values for axis, values in vary.items()}
     for entry in vary.get("method", []):
         if entry.get("learning_rate") == []:
@@ -728,7 +885,7 @@ def _tune(given: Any, others: Mapping[str, Any], chain: Sequence[Any]) -> Tune |
     if given is None:
         return None
     if not isinstance(given, dict):
-        raise InputError(f"tune = {given!r}: expected settings, as in `tune: {{learning_rate: [1e-4, 1e-3]}}`")
+        raise InputError(f"tune = {_shown(given)}: expected settings, as in `tune: {{learning_rate: [1e-4, 1e-3]}}`")
     for key in given:
         if key not in Tune.model_fields:
             raise InputError(f"tune.{key}: there is no such key{nearest(key, Tune.model_fields)}")
@@ -740,7 +897,7 @@ def _tune(given: Any, others: Mapping[str, Any], chain: Sequence[Any]) -> Tune |
         if key in given and given[key] is None:
             raise InputError(f"tune.{key}: is empty; leave it out or give a value")
     try:
-        tune = Tune.model_validate_json(json.dumps(given, default=str))
+        tune = Tune.model_validate_json(json.dumps(given))
     except ValidationError as error:
         raise InputError(_explain(error, f"tune.{error.errors()[0]['loc'][0]}")) from None
     if len(set(tune.seeds)) < len(tune.seeds):
@@ -759,7 +916,7 @@ def _report(given: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
         if key not in known:
             raise InputError(f"report.{key}: there is no such key{nearest(key, known)}")
         if key != "reference" and not isinstance(value, str):
-            raise InputError(f"report.{key} = {value!r}: expected string")
+            raise InputError(f"report.{key} = {_shown(value)}: expected string")
     if "reference" not in given:
         return dict(given)
     try:
@@ -782,7 +939,7 @@ def _published(given: Any) -> Published | None:
         return None if given is None else Published.model_validate(given)
     except ValidationError:
         example = "`tables: [NAME, …]`, of `rankwise papers`, and perhaps `differs: WORDS`"
-        raise InputError(f"published = {given!r}: expected {example}") from None
+        raise InputError(f"published = {_shown(given)}: expected {example}") from None
 
 
 def _chain(stages: Any, keys: Sequence[str]) -> list[dict[str, Any]]:

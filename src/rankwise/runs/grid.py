@@ -14,11 +14,10 @@ def expand(experiment: Experiment, fit: Callable[[RunConfig], RunConfig] = lambd
     A sweep that is cut short so has compared everything at fewer seeds, instead of some methods not at all.
     Raises InputError for a combination of the axes that is no valid run.
     """
-    runs: list[RunConfig] = []
+    runs: dict[str, RunConfig] = {}
     for config in experiment.configs(fit):
-        if config not in runs:
-            runs.append(config)
-    return sorted(runs, key=lambda config: config.seed)
+        runs.setdefault(config.digest(), config)
+    return sorted(runs.values(), key=lambda config: config.seed)
 
 
 def run_id(config: RunConfig, revision: str) -> str:
