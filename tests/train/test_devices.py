@@ -25,7 +25,7 @@ from rankwise.errors import InputError
 from rankwise.methods import registry
 from rankwise.optim import processes
 from rankwise.ranks import ranks
-from rankwise.train.files import cut_lines
+from rankwise.train.files import cut_back
 from rankwise.train.run import run
 from small_run import LORA, PATIENCE, SIMPLEX, alive, reached, wait_for
 
@@ -73,7 +73,7 @@ def test_it_goes_on_after_a_kill_and_a_stop_also_in_one_process(base: str, tmp_p
     done = newest(folder)
     assert 3 <= done < steps and not (folder / "error.txt").exists()
 
-    cut_lines(folder / "metrics.jsonl", done)
+    cut_back(folder, folder / f"checkpoint-{done}")
     launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder))
     wait_for(lambda: reached(folder, done + 2) or launcher.poll() is not None)
     launcher.terminate()

@@ -1,11 +1,12 @@
 """The lines of a run folder, and which of its checkpoints count."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rankwise.files import MARKER
-from rankwise.train.files import append_line, cut_lines, last_complete, mark_complete
+from rankwise.train.files import LINES, append_line, cut_back, last_complete, mark_complete
 
 
 @pytest.fixture
@@ -16,6 +17,8 @@ def folder(tmp_path: Path) -> Path:
         (checkpoint / "deep").mkdir(parents=True)
         (checkpoint / "weights").write_bytes(bytes(1000))
         (checkpoint / "deep" / "state").write_text("state")
+        for name in LINES:
+            append_line(tmp_path / name, {"step": step, "loss": 0.1})
         mark_complete(checkpoint, {"seconds": float(step)})
     return tmp_path
 
@@ -48,32 +51,83 @@ def empty_the_marker(checkpoint: Path) -> None:
     (checkpoint / MARKER).write_text("[]")
 
 
+def change_what_is_carried(checkpoint: Path) -> None:
+    text = (checkpoint / MARKER).read_text()
+    (checkpoint / MARKER).write_text(text.replace('"seconds": ', '"seconds": 9'))
+
+
 @pytest.mark.parametrize(
-    "damage", [truncate, change_a_byte, lose_a_file, lose_the_marker, spoil_the_marker, empty_the_marker]
+    ("damage", "named"),
+    [
+        (truncate, "weights"),
+        (change_a_byte, "weights"),
+        (lose_a_file, "deep/state"),
+        (lose_the_marker, ""),
+        (spoil_the_marker, MARKER),
+        (empty_the_marker, MARKER),
+        (change_what_is_carried, MARKER),
+    ],
 )
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(folder: Path, damage) -> None:  # type: ignore[no-untyped-def]
-    damage(folder / "checkpoint-10")
-    assert last_complete(folder) == (folder / "checkpoint-9", {"seconds": 9.0})
-    assert not (folder / "checkpoint-10").exists()
-    damage(folder / "checkpoint-9")
-    assert last_complete(folder) is None
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    folder: Path, damage: Callable[[Path], None], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, onwards in ((10, "going on from checkpoint-9"), (9, "beginning anew")):
+        damage(folder / f"checkpoint-{step}")
+        found = last_complete(folder)
+        assert found == ((folder / "checkpoint-9", {"seconds": 9.0}) if step == 10 else None)
+        assert not (folder / f"checkpoint-{step}").exists()
+        # without its marker it was never complete, as after any kill: nothing to tell
+        said = f"{folder}: checkpoint-{step} does not count, for {named} is not what it was; {onwards}\n"
+        assert capsys.readouterr().err == (said if named else "")
 
 
-def test_lines_are_cut_back_to_a_step_and_a_torn_end_is_dropped(tmp_path: Path) -> None:
-    path = tmp_path / "lines.jsonl"
-    for step in (0, 3, 3, 4):
-        append_line(path, {"step": step, "loss": 0.1})
-    whole = path.read_text()
-    with path.open("a") as file:
-        file.write('{"step": 5, "lo')
-    cut_lines(path, 4)
-    assert path.read_text() == whole
-    cut_lines(path, 3)
-    assert path.read_text() == "".join(whole.splitlines(keepends=True)[:3])
-    cut_lines(path, -1)
-    assert path.read_text() == ""
+def lose(path: Path) -> None:
+    path.unlink()
 
 
-def test_lines_of_a_file_that_is_not_there_are_none(tmp_path: Path) -> None:
-    cut_lines(tmp_path / "lines.jsonl", 3)
-    assert (tmp_path / "lines.jsonl").read_text() == ""
+def empty(path: Path) -> None:
+    path.write_text("")
+
+
+def change(path: Path) -> None:
+    """The last line, still a line."""
+    path.write_text(path.read_text().replace('"step": 10, "loss": 0.1', '"step": 10, "loss": 0.2'))
+
+
+def tear(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def put_in_front(path: Path) -> None:
+    path.write_text('{"step": 0, "parameters": 1}\n' + path.read_text())
+
+
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("damage", [lose, empty, change, tear, put_in_front])
+def test_damaged_lines_take_the_checkpoints_along_that_cover_them(
+    folder: Path, damage: Callable[[Path], None], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(folder / name)
+    only_the_end = damage in (change, tear)
+    assert last_complete(folder) == ((folder / "checkpoint-9", {"seconds": 9.0}) if only_the_end else None)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{name} is not what it was" in said
+    assert said.endswith("going on from checkpoint-9\n" if only_the_end else "beginning anew\n")
+
+
+def test_lines_are_cut_back_to_a_checkpoint_whatever_was_appended(folder: Path) -> None:
+    whole = {name: (folder / name).read_text() for name in LINES}
+    for name in LINES:
+        with (folder / name).open("a") as file:
+            file.write('{"step": 1, "parameters": 99}\n{"step": 11, "lo')
+    for step in (10, 9):
+        cut_back(folder, folder / f"checkpoint-{step}")
+        for name in LINES:
+            assert (folder / name).read_text() == "".join(whole[name].splitlines(keepends=True)[: step - 8])
+    cut_back(folder, None)
+    assert all((folder / name).read_text() == "" for name in LINES)
+
+
+def test_lines_that_are_not_there_are_begun(tmp_path: Path) -> None:
+    cut_back(tmp_path, None)
+    assert all((tmp_path / name).read_text() == "" for name in LINES)

@@ -22,12 +22,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import rankwise
 from rankwise import tasks
 from rankwise.errors import InputError
-from rankwise.files import MARKER
 from rankwise.runs.store import Store
 from rankwise.tasks import subset
 from rankwise.tasks.classification import logits
 from rankwise.train import model as models
-from rankwise.train.files import last_complete
+from rankwise.train.files import last_complete, mark_complete
 from rankwise.train.progress import DivergedError, Plan
 from rankwise.train.run import run
 from rankwise.train.stop import Stop
@@ -194,6 +193,32 @@ def test_head_goes_on_where_it_was_stopped_and_time_adds_up(terminate: Terminate
         assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("name", ["ranks.jsonl", "metrics.jsonl"])
+def test_lines_that_were_lost_or_changed_between_two_starts_change_no_result(
+    name: str, finished: Path, terminate: Terminate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First all are gone, and it begins anew; then the newest is another, and it goes on from an earlier checkpoint."""
+    folder = make(tmp_path / "run", method=SIMPLEX)
+    for step, damage, onwards in (
+        (4, lambda text: "", "beginning anew"),
+        (8, lambda text: text[:-3] + "0}\n" if name == "metrics.jsonl" else text.replace("1", "2"), ""),
+    ):
+        terminate(folder, step)
+        with pytest.raises(SystemExit):
+            run(folder)
+        (folder / name).write_text(damage((folder / name).read_text()))
+        capsys.readouterr()
+        last_complete(folder)
+        said = capsys.readouterr().err
+        assert f"{name} is not what it was" in said and said.count("\n") == 1 and onwards in said
+    run(folder)
+    found, wanted = (json.loads((each / "result.json").read_text()) for each in (folder, finished))
+    del found["cost"], wanted["cost"]
+    assert found == wanted
+    for each in ("ranks.jsonl", "metrics.jsonl"):
+        assert (folder / each).read_bytes() == (finished / each).read_bytes()
+
+
 def test_ctrl_c_leaves_a_checkpoint_too_and_says_how_to_go_on(
     terminate: Terminate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,10 +245,8 @@ def test_only_a_second_ctrl_c_cuts_the_step_short() -> None:
 
 def age(folder: Path, seconds: float) -> None:
     """Let the newest checkpoint say that it took that much longer."""
-    checkpoint, _ = last_complete(folder) or pytest.fail("no checkpoint was left")
-    marker = json.loads((checkpoint / MARKER).read_text())
-    marker["carried"]["seconds"] += seconds
-    (checkpoint / MARKER).write_text(json.dumps(marker))
+    checkpoint, carried = last_complete(folder) or pytest.fail("no checkpoint was left")
+    mark_complete(checkpoint, {**carried, "seconds": carried["seconds"] + seconds})
 
 
 def test_a_run_that_cannot_write_says_so_and_can_be_run_again(tmp_path: Path) -> None:
@@ -396,11 +419,14 @@ def test_a_run_begins_with_what_the_one_before_has_learnt(tmp_path: Path) -> Non
 def test_damaged_weights_of_the_run_before_are_named(tmp_path: Path) -> None:
     first = make(tmp_path / "runs" / "first", method=HEAD, max_steps=1, followed=True)
     run(first)
-    (first / "weights.pt").write_bytes(b"half")
+    kept = (first / "weights.pt").read_bytes()
     digest = Store(first.parent).config(first).digest()
     second = make(tmp_path / "runs" / "second", method=HEAD, max_steps=1, after=digest)
-    with pytest.raises(InputError, match="weights.pt is damaged; delete .*first and run the whole chain again$"):
-        run(second)
+    middle = len(kept) // 2
+    for damaged in (b"half", kept[:middle] + bytes([kept[middle] ^ 1]) + kept[middle + 1 :]):
+        (first / "weights.pt").write_bytes(damaged)
+        with pytest.raises(InputError, match="weights.pt is damaged; delete .*first and run the whole chain again$"):
+            run(second)
 
 
 def test_a_run_that_cannot_begin_says_what_to_do(tmp_path: Path) -> None:

@@ -1,12 +1,17 @@
-"""Lines that grow and are cut back to a step, and checkpoints told complete from broken."""
+"""Lines that grow and are cut back to a checkpoint, and checkpoints told complete from broken."""
 
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-from rankwise.files import MARKER, appended, opened, read_json, read_lines, write_whole
+from rankwise.errors import InputError
+from rankwise.files import MARKER, MOST_LINES, appended, opened, read_bytes, read_json, write_whole
+
+LINES = ("metrics.jsonl", "ranks.jsonl")
+"""Files of a run that grow by lines. A result is computed from them, so a checkpoint covers them as far as they go."""
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -15,31 +20,82 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write((json.dumps(line, allow_nan=False) + "\n").encode())
 
 
-def cut_lines(path: Path, step: int) -> None:
-    """Drop the lines of steps after `step`; of all steps when it is negative."""
-    kept = [line for line in read_lines(path) if line["step"] <= step]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
 def mark_complete(checkpoint: Path, carried: dict[str, Any]) -> None:
-    """Declare a checkpoint folder complete, with what the run `carried` so far."""
-    write_whole(checkpoint / MARKER, json.dumps({"files": _digests(checkpoint), "carried": carried}, indent=1))
+    """Declare a checkpoint folder complete, with what the run `carried` so far and its lines up to now."""
+    lines = {name: _covered(_bytes(checkpoint.parent / name)) for name in LINES}
+    content = {"files": _digests(checkpoint), "lines": lines, "carried": carried}
+    write_whole(checkpoint / MARKER, json.dumps({**content, "digest": _digest(content)}, indent=1))
 
 
 def last_complete(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run folder whose files are all as they were marked, and what was carried in it.
+    """The newest checkpoint of a run folder that is as it was marked, and what was carried in it.
 
-    Every checkpoint newer than it is removed: half-written or damaged, it would be written again anyway.
+    So have to be its files and the run's lines up to it; what was appended later does not count. Every newer checkpoint
+    is removed, as it would be written again anyway; of one that was complete once, stderr says what is wrong with it.
     """
+    wrong = []
+    found = None
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         try:
             marker = read_json(checkpoint / MARKER)
-            if marker["files"] == _digests(checkpoint):
-                return checkpoint, marker["carried"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+        except FileNotFoundError:  # it was never complete
+            changed = ""
+        except InputError:
+            changed = MARKER
+        else:
+            changed = _changed(checkpoint, marker)
+            if not changed:
+                found = checkpoint, marker["carried"]
+                break
+        if changed:
+            wrong.append(f"{checkpoint.name} does not count, for {changed} is not what it was")
         shutil.rmtree(checkpoint)
-    return None
+    if wrong:
+        onwards = f"going on from {found[0].name}" if found else "beginning anew"
+        print(f"{folder}: {'; '.join(wrong)}; {onwards}", file=sys.stderr)
+    return found
+
+
+def cut_back(folder: Path, checkpoint: Path | None) -> None:
+    """Bring the lines of a run back to what they were at a complete checkpoint, or to none."""
+    covered = read_json(checkpoint / MARKER)["lines"] if checkpoint else {}
+    for name in LINES:
+        content = _bytes(folder / name)[: covered[name]["bytes"]] if name in covered else b""
+        write_whole(folder / name, content)
+
+
+def _changed(checkpoint: Path, marker: Any) -> str:
+    """The first of what a checkpoint covers that is not as it was, or an empty string."""
+    if not isinstance(marker, dict) or marker.pop("digest", "") != _digest(marker):
+        return MARKER
+    now, then = _digests(checkpoint), marker["files"]
+    if different := sorted(name for name in now | then if now.get(name) != then.get(name)):
+        return different[0]
+    for name, covered in marker["lines"].items():
+        if covered != _covered(_bytes(checkpoint.parent / name)[: covered["bytes"]]):
+            return name
+    return ""
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file in hex."""
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return read_bytes(path, MOST_LINES)
+    except FileNotFoundError:
+        return b""
+
+
+def _covered(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _step(checkpoint: Path) -> int:
@@ -48,9 +104,5 @@ def _step(checkpoint: Path) -> int:
 
 
 def _digests(checkpoint: Path) -> dict[str, str]:
-    digests = {}
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != MARKER:
-            with opened(path) as file:
-                digests[str(path.relative_to(checkpoint))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER)
+    return {str(path.relative_to(checkpoint)): file_digest(path) for path in files}

@@ -18,7 +18,7 @@ from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks import ranks
 from rankwise.runs.processes import is_main
-from rankwise.train.files import append_line, cut_lines, mark_complete
+from rankwise.train.files import append_line, cut_back, mark_complete
 from rankwise.train.stop import Stop
 
 
@@ -82,6 +82,8 @@ class Progress(TrainerCallback):
         self.metrics, self.ranks = folder / "metrics.jsonl", folder / "ranks.jsonl"
         self.folder, self.plan, self.method, self.stop = folder, plan, method, stop
         self.evaluate, self.carried = evaluate, carried
+        self.counts: list[int] = []
+        """Trainable parameters at each line of ranks.jsonl, in the main process."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -91,10 +93,10 @@ class Progress(TrainerCallback):
         if not is_main():
             return
         step = state.global_step
-        for path in (self.metrics, self.ranks):
-            cut_lines(path, step if step else -1)
+        cut_back(self.folder, self.folder / f"checkpoint-{step}" if step else None)
         lines = read_lines(self.ranks)
         self.last: dict[str, Any] = {key: lines[-1][key] for key in ("ranks", "parameters")} if lines else {}
+        self.counts = [line["parameters"] for line in lines]
         if step == 0:
             append_line(self.metrics, {"step": 0, "steps": self.plan.steps})
             self._rank_line(kwargs["model"], 0, kwargs["optimizer"])
@@ -172,10 +174,12 @@ class Progress(TrainerCallback):
     def rank_line(self, model: nn.Module, step: int) -> None:
         """The ranks, the number of trainable parameters and ω into ranks.jsonl, where there is something new."""
         weights = self.method.weights(model)
-        now = {"ranks": ranks(model), "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+        now: dict[str, Any] = {"ranks": ranks(model)}
+        now["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if now != self.last or weights is not None:
             append_line(self.ranks, {"step": step, **now, **({} if weights is None else {"weights": weights})})
             self.last = now
+            self.counts.append(now["parameters"])
 
 
 def peak_memory() -> int:

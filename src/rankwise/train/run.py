@@ -36,7 +36,7 @@ from rankwise.config import RunConfig, Schema, load, read_yaml
 from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.export import save
 from rankwise.export.save import OURS as ADAPTER
-from rankwise.files import check_regular, check_replaceable, flush, read_json, read_lines, unwritable, write_whole
+from rankwise.files import check_regular, check_replaceable, flush, read_json, unwritable, write_whole
 from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks.resize import merged
@@ -45,7 +45,7 @@ from rankwise.runs.store import Store
 from rankwise.tasks import Evaluation, Scored, Split, Task, subset
 from rankwise.train import model as models
 from rankwise.train.checkpoint import learnt_state, load_learnt
-from rankwise.train.files import last_complete
+from rankwise.train.files import file_digest, last_complete
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
 from rankwise.train.stop import Stop, follow_parent, stoppable
 from rankwise.train.trainer import RunTrainer
@@ -308,13 +308,15 @@ def _start(folder: Path) -> tuple[Path | None, Carried]:
 
 @dataclass(frozen=True)
 class Before:
-    """The run that this one begins with: its folder, and whether it was of the same method.
+    """The run that this one begins with: its folder, whether it was of the same method, and what it has learnt.
 
     If so its weights go into the model with the method attached, else, being those of the whole model, into the base.
     """
 
     folder: Path
     same: bool
+    weights: str
+    """SHA-256 of its weights, as it noted it at its end."""
 
 
 def _before(folder: Path) -> Before | None:
@@ -323,16 +325,20 @@ def _before(folder: Path) -> Before | None:
     before = store.before(folder)
     if before is None:
         return None
-    if store.result(before) is None:
+    result = store.result(before)
+    if result is None:
         raise InputError(f"the run that this one begins with is not done; first: rankwise train {before}")
-    return Before(before, store.config(before).method["name"] == store.config(folder).method["name"])
+    same = store.config(before).method["name"] == store.config(folder).method["name"]
+    return Before(before, same, result.get("weights", ""))
 
 
 def _begin_with(model: nn.Module, before: Before) -> None:
     """Load what the run before this one in its chain has learnt."""
     file = before.folder / WEIGHTS
     try:
-        state = torch.load(check_regular(file), map_location="cpu", weights_only=True)
+        if file_digest(file) != before.weights:
+            raise ValueError("not what the run before has written")
+        state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         what = "is not there" if isinstance(error, FileNotFoundError) else "is damaged"
         raise InputError(f"{file} {what}; delete {before.folder} and run the whole chain again") from error
@@ -434,7 +440,7 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[s
     scores = together(scored)
     progress.evaluation_line(parts.plan.steps, parts.plan.steps / parts.plan.per_epoch, scores)
     _write_predictions(folder, scored)
-    parameters = _parameters(folder, parts)
+    parameters = _parameters(progress.counts, parts)
     cost = _cost(progress, parts, _save_model(folder, parts))
     result = {
         "run": name,
@@ -453,6 +459,7 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[s
         },
         "parameters": parameters,
         "notes": list(dict.fromkeys(note for each in scored for note in each.notes)),
+        **({"weights": file_digest(folder / WEIGHTS)} if parts.config.followed else {}),
         "cost": cost,
     }
     for name in ("predictions.parquet", "adapter/*", "model/*", WEIGHTS):
@@ -498,9 +505,9 @@ def _save_model(folder: Path, parts: Parts) -> int:
     return sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
 
 
-def _parameters(folder: Path, parts: Parts) -> dict[str, int]:
+def _parameters(counted: list[int], parts: Parts) -> dict[str, int]:
     """Trainable parameters: the most there were at once, those at the end, the budget; the head's apart."""
-    counts = [line["parameters"] - parts.head_parameters for line in read_lines(folder / "ranks.jsonl")]
+    counts = [count - parts.head_parameters for count in counted]
     return {"trainable": max(counts), "final": counts[-1], "budget": parts.budget, "head": parts.head_parameters}
 
 
