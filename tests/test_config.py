@@ -651,6 +651,7 @@ def test_a_section_of_an_experiment_is_named_as_such_in_a_run_on_its_own(section
         ("{2020-01-01: 1}", "the key datetime.date(2020, 1, 1) is no text: put it in quotes"),
         ("{on: 1}", "the key True is no text: put it in quotes"),
         ("{[1]: 1}", "line 1: not valid YAML: found unhashable key"),
+        ("!!set 0x", "line 1: not valid YAML: expected a mapping node, but found scalar"),
         ("!!set {a, b}", "is a set: expected text, numbers, lists or keys"),
         ("!!binary aGFsbG8=", "b'hallo' is a bytes: expected text, numbers, lists or keys"),
         (r'"\ud800"', r"'\ud800' holds a character that no text may have"),

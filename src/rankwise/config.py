@@ -547,7 +547,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in seen:
@@ -580,12 +580,13 @@ def parse_yaml(text: str) -> Any:
     if len(text) > LONGEST:
         raise InputError(f"{len(text):,} characters of YAML: no configuration has more than {LONGEST:,}")
     try:
-        return _plain(yaml.load(text, Loader=_Loader))
-    except yaml.YAMLError as error:
+        value = yaml.load(text, Loader=_Loader)
+    except Exception as error:  # a YAMLError, or whatever its constructors come upon
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or str(error).partition("\n")[0]
         line = f"line {mark.line + 1}: " if mark else ""
         raise InputError(f"{line}not valid YAML: {' '.join(str(problem).split())}") from None
+    return _plain(value)
 
 
 def _plain(value: Any, where: str = "") -> Any:

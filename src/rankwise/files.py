@@ -151,7 +151,7 @@ def read_bytes(path: Path, most: int = MOST) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises as `opened` does."""
     with opened(path) as file:
         try:
-            content = file.read(most + 1)
+            content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)  # makes room for as much as it is told
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {_reason(error)}") from None
     if len(content) > most:

@@ -1,6 +1,7 @@
 """Data of anyone's own: every type, every kind of file, and what is wrong with it in one line."""
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from rankwise import tasks
 from rankwise.errors import InputError
+from rankwise.tasks.custom import Custom
 from rankwise.train.run import run
 from refused import refused
 from small_run import make
@@ -141,16 +143,106 @@ def test_options_that_make_no_sense_are_named(tmp_path: Path) -> None:
         tasks.build("pair")
     with pytest.raises(InputError, match=r"no role 'txt' \(did you mean \"text\"\?\); it has text, label"):
         reviews(tmp_path, columns={"txt": "body"})
-    write(tmp_path / "train.csv", REVIEWS)
-    assert "'body' has two roles" in unread(
-        tasks.build(
-            {
-                "name": "pair",
-                "dataset": str(tmp_path),
-                "columns": {"text": "body", "text_pair": "body", "label": "mood"},
-            }
-        )
+
+
+OWN = sorted(name for name, kind in tasks.registry().items() if issubclass(kind, Custom))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_no_column_has_two_roles(name: str) -> None:
+    """Be it that two roles name it, or that one names what another means when it is silent."""
+    roles = tasks.registry()[name].roles
+    assert {"classification", "pair", "regression", "seq2seq", "causal", "segmentation"} <= set(OWN)
+    for one, other in itertools.permutations(roles, 2):
+        both = refused(lambda one=one, other=other: build(name, {one: "x", other: "x"}))
+        assert "'x' has two roles" in both or "two words for what is to be written" in both
+        unnamed = build_or_refusal(name, {one: other})
+        used = tasks.build({"name": name, "dataset": "d", "columns": {one: "x"}}).used
+        # a role that is not used, such as the second text of a regression, is no other column's rival
+        assert (f"{other!r} has two roles" in unnamed) == (other in used), (one, other)
+
+
+def build(name: str, columns: dict[str, str]) -> Any:
+    return tasks.build({"name": name, "dataset": "d", "columns": columns})
+
+
+def build_or_refusal(name: str, columns: dict[str, str]) -> str:
+    try:
+        build(name, columns)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [
+        ("classification", [("pos ", "pos"), ("neg", "neg")], ("text", "label")),
+        ("pair", [("a", "pos", "pos"), ("b", "neg", "neg")], ("text", "text_pair", "label")),
+        ("regression", [("0.1", "0.10"), ("2", "2.0")], ("text", "label")),
+        ("segmentation", [(b"1", b"1"), (b"2", b"2")], ("image", "mask")),
+    ],
+)
+def test_a_column_that_has_every_answer_is_not_read(
+    tmp_path: Path, name: str, rows: list[tuple[Any, ...]], columns: tuple[str, ...]
+) -> None:
+    write(tmp_path / "train.parquet", [dict(zip(columns, row, strict=True)) for row in rows])
+    task = tasks.build({"name": name, "dataset": str(tmp_path), "columns": {columns[0]: columns[0]}, "split": "train"})
+    assert f"the column {columns[-2]!r} has the answer of every row: name another one as {columns[-2]}" in unread(task)
+
+
+def test_a_text_may_be_there_to_be_copied_which_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "train.csv", [{"text": f"t {i}", "target": f"t {i}"} for i in range(4)])
+    task = tasks.build({"name": "causal", "dataset": str(tmp_path), "split": "train"})
+    assert task.train().note == "the user's own data; each target is its own text"
+    assert "train.csv: each target is its own text" in capsys.readouterr().err
+    assert "two words for what is to be written" in refused(lambda: build("causal", {"target": "a", "label": "b"}))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("pos", "pos "),
+        ("pos", "po\u200bs"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("a b", "a  b"),
+        ("\uff11", "1"),
+        ("a b", "a\u00a0b"),
+        ("1", "1.0"),
+    ],
+)
+def test_labels_that_look_alike_are_refused(tmp_path: Path, one: str, other: str) -> None:
+    rows = [{"body": f"text {i}", "mood": (one, other, "else")[i % 3]} for i in range(9)]
+    for ending in (".csv", ".jsonl", ".parquet"):
+        file = write(tmp_path / f"data{ending}", rows)
+        message = unread(reviews(file))
+        assert f"has the labels {min(one, other)!a} and {max(one, other)!a}, which look alike" in message
+
+
+def test_labels_that_differ_in_case_alone_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "train.csv", [{"body": f"text {i}", "mood": ("pos", "Pos", "neg")[i % 3]} for i in range(9)])
+    task = reviews(tmp_path, split="train")
+    told = "the labels 'Pos' and 'pos' differ in case alone, and are two classes"
+    assert told in task.train().note and len(task.labels) == 3
+    assert capsys.readouterr().err == f"warning: {tmp_path / 'train.csv'}: {told}\n"
+    assert task.train() and capsys.readouterr().err == ""
+
+
+def test_rows_to_score_that_are_trained_on_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", REVIEWS[:20])
+    write(tmp_path / "validation.csv", REVIEWS[18:25])
+    write(tmp_path / "test.csv", REVIEWS[25:])
+    told = "2 of 7 rows are read in training too"
+    assert reviews(tmp_path).evaluation()[0].note == f"the user's own data; {told}"
+    assert (
+        reviews(tmp_path, split="test").evaluation()[0].note == reviews(tmp_path).train().note == "the user's own data"
     )
+
+
+def test_columns_that_look_alike_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "train.csv"
+    file.write_text("body,mood, mood\na,1,2\nb,2,1\n")
+    assert f"{file} has the columns 'mood' and ' mood', which look alike: rename one" in unread(reviews(file))
 
 
 def test_scores_of_own_data_are_those_of_its_labels(tmp_path: Path) -> None:

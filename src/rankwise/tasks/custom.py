@@ -8,14 +8,19 @@
     causal           text, target               a text, written by a decoder
     segmentation     image, mask                an image whose pixels are class numbers
 
-`columns` says which column has each role; a role that it does not name is a column of that name. The dataset is a
+`columns` says which column has each role; a role that it does not name is a column of that name. No column has two, and
+none that is read gives the answer away in every row. Labels that look alike are refused or, where they differ in case
+alone, told. The dataset is a
 folder with a file for each split (`train.csv`, `validation.csv`; or .jsonl, or .parquet), one such file, or what the
 hub calls it. Of a single file a tenth of the rows, drawn by their content, is held out.
 """
 
+import functools
 import hashlib
 import math
+import sys
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +32,7 @@ from rankwise.errors import InputError, nearest, need
 from rankwise.tasks.base import Split, Task
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.segmentation import Segmentation
-from rankwise.tasks.source import Rows, checked, read
+from rankwise.tasks.source import Rows, checked, folded, read
 from rankwise.tasks.summarisation import Summarisation
 
 if TYPE_CHECKING:
@@ -64,9 +69,21 @@ class Custom(Task):
                 raise InputError(
                     f"columns: {self.name} has no role {role!r}{nearest(role, self.roles)}; it has {known}"
                 )
+        by_column: dict[str, str] = {}
+        for role in self.used:
+            column = self.columns.get(role, role)
+            if (other := by_column.setdefault(column, role)) != role:
+                raise InputError(
+                    f"columns: {column!r} has two roles, {other} and {role}; each needs a column of its own"
+                )
         parent = getattr(super(), "__post_init__", None)
         if parent is not None:
             parent()
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        """The roles that a column is read for."""
+        return self.roles
 
     @property
     def label(self) -> str:
@@ -83,12 +100,42 @@ class Custom(Task):
     def table(self, rows: Rows) -> "pa.Table":
         """The columns of `rows` under the names of their roles, checked."""
 
+    def same(self, read: Any, answer: Any) -> bool:
+        """Whether what a row gives to read is its answer, both as `table` has them."""
+        return bool(read == answer)
+
+    def warning(self, table: "pa.Table") -> str:
+        """What is odd about the training rows, and then stands in every table; "" for nothing."""
+        return ""
+
+    @cached_property
+    def _train(self) -> tuple[Rows, "pa.Table"]:
+        """The training rows as they are in the file, and as `table` has them."""
+        rows = self.fetch("train")
+        table = self.table(rows)
+        self._check_told(rows, table)
+        return rows, table
+
+    @cached_property
+    def _trained_on(self) -> set[int]:
+        return set(map(hash, _reads(self._train[1])))
+
     def _split(self, name: str) -> Split:
         datasets = need("datasets", "bench")
         pa = need("pyarrow", "bench")
         file = Path(self.dataset).expanduser()
-        rows = self.fetch(name)
-        table, note = self.table(rows), "the user's own data"
+        rows, table = self._train
+        if name == "train":
+            warning = self.warning(table)
+        else:
+            rows = self.fetch(name)
+            table = self.table(rows)
+            known = 0 if file.is_file() else sum(hash(each) in self._trained_on for each in _reads(table))
+            warning = f"{known:,} of {table.num_rows:,} rows are read in training too" if known else ""
+        note = "the user's own data"
+        if warning:
+            note = f"{note}; {warning}"
+            _tell(f"{rows.where}: {warning}")
         if file.is_file():
             held = [_drawn(row) for row in table.to_pylist()]
             table = table.filter(pa.array([each == (name != "train") for each in held]))
@@ -102,20 +149,43 @@ class Custom(Task):
         """The rows of the split `name`, as they are in the file."""
         return read(self.dataset, name)
 
+    def _check_told(self, rows: Rows, table: "pa.Table") -> None:
+        """InputError where a column that is read has the answer of every row."""
+        for role in set(table.column_names) & _READ:
+            pairs = zip(table[role], table[self.target], strict=True)
+            if all(self.same(read.as_py(), answer.as_py()) for read, answer in pairs):
+                column = self.columns.get(role, role)
+                raise InputError(
+                    f"{rows.where}: the column {column!r} has the answer of every row: name another one as {role}"
+                )
+
     def _named(self, rows: Rows, types: dict[str, Any], filled: tuple[str, ...] = ()) -> "pa.Table":
         """`checked`, with the user's column names in messages and the roles' names in the table."""
         given = {role: self.columns.get(role, role) for role in types}
-        twice = [column for column in given.values() if list(given.values()).count(column) > 1]
-        if twice:
-            raise InputError(f"columns: {twice[0]!r} has two roles; each needs a column of its own")
         table = checked(rows, {given[role]: kind for role, kind in types.items()}, [given[role] for role in filled])
         return table.rename_columns(list(types))
 
 
+_READ = frozenset({"text", "text_pair", "source", "image"})
+"""Columns of `Custom.table` that a model reads."""
+
+
+def _reads(table: "pa.Table") -> Iterator[tuple[Any, ...]]:
+    """What is read in each row."""
+    columns = [table[role] for role in table.column_names if role in _READ]
+    return (tuple(each.as_py() for each in row) for row in zip(*columns, strict=True))
+
+
 def _drawn(row: dict[str, Any]) -> bool:
     """Whether a row is held out: by what is read alone, so that equal texts stay together whatever their order."""
-    content = repr([value for role, value in row.items() if role in ("text", "text_pair", "source", "image")])
+    content = repr([value for role, value in row.items() if role in _READ])
     return int(hashlib.sha256(content.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
+
+
+@functools.cache
+def _tell(text: str) -> None:
+    """Print a warning, once."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -138,7 +208,23 @@ class Labelled(Custom, Classification):
         found = set(self._classes(rows).to_pylist())
         if len(found) < 2:
             raise InputError(f"{rows.where} has one class only, {min(found)!r}: there is nothing to tell apart")
+        by_look: dict[str, str] = {}
+        for name in sorted(found, key=_place):
+            if (other := by_look.setdefault(folded(name), name)) != name:
+                raise InputError(
+                    f"{rows.where} has the labels {other!a} and {name!a}, which look alike: write one of them for both"
+                )
         return tuple(sorted(found, key=_place))
+
+    def warning(self, table: "pa.Table") -> str:
+        by_word: dict[str, str] = {}
+        for name in self.labels:
+            if (other := by_word.setdefault(folded(name).casefold(), name)) != name:
+                return f"the labels {other!r} and {name!r} differ in case alone, and are two classes"
+        return ""
+
+    def same(self, read: Any, answer: Any) -> bool:
+        return folded(read) == folded(self.labels[answer])
 
     def table(self, rows: Rows) -> "pa.Table":
         pa = need("pyarrow", "bench")
@@ -194,6 +280,16 @@ class CustomRegression(Custom, Classification, name="regression"):
         """The roles that are read: the second text where `columns` names it."""
         return ("text", "text_pair") if "text_pair" in self.columns else ("text",)
 
+    @property
+    def used(self) -> tuple[str, ...]:
+        return (*self.text, "label")
+
+    def same(self, read: Any, answer: Any) -> bool:
+        try:
+            return bool(np.float32(read) == answer)
+        except ValueError:
+            return False
+
     def table(self, rows: Rows) -> "pa.Table":
         pa = need("pyarrow", "bench")
         table = self._named(rows, {role: pa.string() for role in self.text} | {"label": pa.float32()}, self.text)
@@ -210,10 +306,25 @@ class Written(Custom, Summarisation):
 
     roles = ("text", "target", "label")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if {"target", "label"} <= self.columns.keys():
+            raise InputError("columns: target and label are two words for what is to be written; name one column")
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        return ("text", "label" if "label" in self.columns else "target")
+
+    def same(self, read: Any, answer: Any) -> bool:
+        return False  # a text may be there to be copied, of which `warning` tells
+
+    def warning(self, table: "pa.Table") -> str:
+        return "each target is its own text" if table["source"].equals(table["target"]) else ""
+
     def table(self, rows: Rows) -> "pa.Table":
         pa = need("pyarrow", "bench")
-        roles = ("text", "label" if "label" in self.columns else "target")
-        return self._named(rows, dict.fromkeys(roles, pa.string()), roles).rename_columns(["source", "target"])
+        kinds = dict.fromkeys(self.used, pa.string())
+        return self._named(rows, kinds, self.used).rename_columns(["source", "target"])
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ import csv
 import io
 import json
 import os
+import re
 import sys
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -158,6 +160,8 @@ def checked(rows: Rows, types: Mapping[str, Any], filled: Sequence[str] = ()) ->
             here = ", ".join(table.column_names) + nearest(column, table.column_names)
             remedy = "name another" if rows.remedy == MEND else rows.remedy
             raise InputError(f"{rows.where} has no column {column!r}, only {here}: {remedy}")
+        if alike := [name for name in table.column_names if name != column and folded(name) == folded(column)]:
+            raise InputError(f"{rows.where} has the columns {column!a} and {alike[0]!a}, which look alike: rename one")
     columns = {}
     for column, wanted in types.items():
         values = table[column]
@@ -175,6 +179,12 @@ def checked(rows: Rows, types: Mapping[str, Any], filled: Sequence[str] = ()) ->
                 raise InputError(f"{rows.where} has an empty {column} in {rows.at(row)}: {rows.remedy}")
         columns[column] = values
     return pa.table(columns)
+
+
+def folded(text: str) -> str:
+    """`text` without what does not show: NFKC, no marks of zero width, white space collapsed, 1 for 1.0."""
+    shown = "".join(mark for mark in unicodedata.normalize("NFKC", text) if unicodedata.category(mark) != "Cf")
+    return re.sub(r"^([-+]?\d+)\.0*$", r"\1", " ".join(shown.split()))
 
 
 def _filled(value: str | list[str | None] | None) -> bool:
