@@ -19,12 +19,27 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import InputError
-from rankwise.ranks.sites import OMEGA, Gates, Omega, Scale, Site, adapted, check_own, is_convolution, omega, sites
+from rankwise.ranks.sites import (
+    OMEGA,
+    Gates,
+    Omega,
+    Scale,
+    Site,
+    adapted,
+    check_own,
+    is_convolution,
+    omega,
+    peculiar,
+    sites,
+)
 
 Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter
 
 # What optimizers keep in the shape of a parameter: the name, and whether it is of second order.
 _MOMENTS = {"exp_avg": False, "momentum_buffer": False, "exp_avg_sq": True, "max_exp_avg_sq": True}
+
+RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""How PEFT's names of starts begin that take something out of W. Loading does so again, at the rank of the file."""
 
 _optimizers: weakref.WeakKeyDictionary[nn.Module, "weakref.WeakSet[Optimizer]"] = weakref.WeakKeyDictionary()
 
@@ -58,7 +73,13 @@ def follow(model: nn.Module, optimizer: Optimizer) -> None:
 
 
 def replace(
-    model: nn.Module, owner: nn.Module, name: str, new: Tensor | None, group: str = "", carry: Carry | None = None
+    model: nn.Module,
+    owner: nn.Module,
+    name: str,
+    new: Tensor | None,
+    group: str = "",
+    carry: Carry | None = None,
+    trains: bool = True,
 ) -> None:
     """Put `new` in the place of the Parameter `owner.name`, in the model and in every optimizer that follows it.
 
@@ -68,9 +89,10 @@ def replace(
             such a group, the one that holds the other sites.
         carry: maps each moment of the old Parameter to the new one, both as matrices; without it the state starts from
             nothing, and so it does in an optimizer that keeps more than moments of Adam or SGD.
+        trains: whether a Parameter without predecessor does; others go on as they were.
     """
     old = owner._parameters.get(name)
-    trains = old is None or old.requires_grad
+    trains = trains if old is None else old.requires_grad
     if new is not None and old is not None:
         new = shaped(new, old)
     fresh = None if new is None else nn.Parameter(new.detach().contiguous(), requires_grad=trains)
@@ -79,7 +101,7 @@ def replace(
         state = optimizer.state.pop(old, None) if old is not None else None
         for entry in optimizer.param_groups:
             entry["params"] = [fresh if p is old else p for p in entry["params"] if p is not old or fresh is not None]
-        if old is None and fresh is not None and (home := _home(optimizer, model, group)) is not None:
+        if old is None and fresh is not None and trains and (home := _home(optimizer, model, group)) is not None:
             home["params"].append(fresh)
         if state and state.keys() <= {"step", *_MOMENTS} and carry is not None and fresh is not None:
             optimizer.state[fresh] = {
@@ -166,8 +188,9 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
         The ranks that changed.
     Raises:
         InputError: an unknown site, a rank below 0 or above min(in, out), a plan that empties every site, a site that
-            is merged into its base weight at the moment (`merge_adapter`), one with gates, or one that cannot be
-            emptied as the plan says. The model is then as it was.
+            is merged into its base weight at the moment (`merge_adapter`), one with gates or a residual start of
+            PEFT's, a layer that is no plain LoRA, or one that cannot be emptied as the plan says. The model is then as
+            it was.
     """
     peft = adapted(model)
     if optimizer is not None:
@@ -176,7 +199,7 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
     here = {site.name: site for site in sites(peft)}
     _check(peft, here, plan)
     changed = {name: r for name, r in plan.items() if r != here[name].rank or (plan.restart and r > 0)}
-    for name, rank in changed.items():
+    for name, rank in sorted(changed.items(), key=lambda change: change[1] == 0):  # a returning site looks at others
         site = here[name]
         if rank == 0:
             _empty(peft, site, plan.empty)
@@ -191,14 +214,23 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
 
 
 def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
+    config: Any = model.peft_config[model.active_adapter]
     for name, rank in plan.items():
         if name not in here:
+            if why := peculiar(model, name):
+                raise InputError(f"{name} {why}, so its rank cannot change: leave it out of the plan")
             raise InputError(f"the plan names {name!r}, which is no site of this model")
         site = here[name]
         limit = max(site.limit, site.rank)  # an adapter from elsewhere may be larger than it need be
         if not 0 <= rank <= limit:
             raise InputError(f"rank {rank} does not fit {name}: it must be 0 to {limit}")
         if rank != site.rank or plan.restart:
+            given = str(config.init_lora_weights)
+            if given.lower().startswith(RESIDUAL) and start(site) is None:
+                raise InputError(
+                    f"{name} started as PEFT's {given}, taken out of W at rank {site.rank}, which must stay: turn the "
+                    "adapter into plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
+                )
             if site.gates is not None:
                 raise InputError(f"{name} has gates, which say its rank: fold the model first (method.fold(model))")
             if site.adapter in site.layer.merged_adapters:
@@ -270,8 +302,9 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     config: Any = model.peft_config[adapter]
     scaling = layer.lora_empty.pop(adapter)
     weight = layer.get_base_layer().weight
-    # Beside the other adapters: on the base weight's device, in their dtype (PEFT keeps adapters in fp32).
-    like = torch.empty(0, device=weight.device, dtype=next(s.B.dtype for s in sites(model) if s.present))
+    # As the other sites are, in their dtype (PEFT keeps adapters in fp32) and frozen where they are.
+    other = next(s for s in sites(model) if s.present)
+    like = torch.empty(0, device=weight.device, dtype=other.B.dtype)
     A, B = _factors(site, rank)
     shape_A, shape_B = A.weight.shape, B.weight.shape
     A._parameters["weight"] = B._parameters["weight"] = None
@@ -279,8 +312,9 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
     layer.lora_dropout[adapter] = dropout.train(layer.training)
     layer.scaling[adapter] = scaling
-    replace(model, A, "weight", fresh_A(rank, like, site.in_features).reshape(shape_A), group="adapter")
-    replace(model, B, "weight", torch.zeros(shape_B).to(like), group="adapter")
+    fresh = fresh_A(rank, like, site.in_features).reshape(shape_A)
+    replace(model, A, "weight", fresh, group="adapter", trains=other.A.requires_grad)
+    replace(model, B, "weight", torch.zeros(shape_B).to(like), group="adapter", trains=other.B.requires_grad)
     _set_sizes(site, rank)
     if omega(model) is not None:
         index = [s.name for s in sites(model)].index(site.name)

@@ -16,12 +16,24 @@ from math import prod
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.lora import LoraLayer, variants
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import InputError
+
+RESIZABLE = (
+    variants.ALoraLinearVariant,
+    variants.DoraConv1dVariant,
+    variants.DoraConv2dVariant,
+    variants.DoraConv3dVariant,
+    variants.DoraLinearVariant,
+    variants.VeloraLinearVariant,
+)
+"""Of PEFT's variants those that are made of A, B and parts that do not know the rank."""
 
 OMEGA = "lora_omega"  # on the tuner itself, whose own parameters PEFT saves and loads: a checkpoint keeps ω unasked
 
@@ -214,18 +226,54 @@ def check_own(model: nn.Module, name: str) -> None:
         raise InputError(f"{name} shares its weight with another module, which would change too")
 
 
-def _sites(model: PeftModel) -> Iterator[Site]:
+def _lora_layers(model: PeftModel) -> Iterator[tuple[str, Any, str]]:
+    """Every layer that the active adapter has of PEFT's LoRA: its name, itself, and why it is no site (empty if it is).
+
+    A site is a plain product BA of free rank on a weight of its own. PEFT has more kinds, and each layer knows its own.
+    """
     adapter = model.active_adapter
-    for name, module in model.get_base_model().named_modules():
-        base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else None
-        if base is None or not is_weight(base):
+    tied = getattr(model.peft_config[adapter], "target_modules_to_tie", None) or ()
+    outer = "\0"
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
             continue
-        if is_convolution(base) and base.groups > 1:  # B is one matrix per group
+        held = (layer.lora_A, layer.lora_embedding_A, getattr(layer, "lora_empty", {}))
+        if not any(adapter in part for part in held):
             continue
-        if not isinstance(module.lora_A, nn.ModuleDict):  # AdaLoRA's layers hold bare parameters, and no plain product
-            continue
-        if adapter in module.lora_A or adapter in getattr(module, "lora_empty", {}):
-            yield Site(name, module, adapter)
+        inside = name.startswith(outer)
+        yield name, layer, _peculiar(layer, adapter, inside, tied=any(f".{name}".endswith(f".{end}") for end in tied))
+        outer = outer if inside else f"{name}."
+
+
+def _peculiar(layer: Any, adapter: str, inside: bool, tied: bool) -> str:
+    """What is peculiar about a layer of PEFT's LoRA, so that it is no site; empty where nothing is."""
+    base, variant = layer.get_base_layer(), layer.lora_variant.get(adapter)
+    if isinstance(layer, AdaLoraLayer):  # its factors are bare parameters
+        return "has AdaLoRA's triplets"
+    if isinstance(layer, ParamWrapper):
+        return "adapts a parameter and no layer (target_parameters)"
+    if not is_weight(base):
+        return f"adapts a {type(base).__name__}"
+    if is_convolution(base) and base.groups > 1:
+        return "adapts a convolution in groups and has a B for each"
+    if variant is not None and not isinstance(variant, RESIZABLE):
+        return f"is PEFT's {type(variant).__name__.removesuffix('Variant')}, which is no plain LoRA"
+    if getattr(layer, "lora_arrow", {}):
+        return "is read by PEFT's Arrow router, which needs equal ranks"
+    if inside:  # PEFT makes it anew with the rank of the layer around it
+        return "lies in a layer that is adapted too"
+    return "has the factors of the embedding (ensure_weight_tying)" if tied else ""
+
+
+def _sites(model: PeftModel) -> Iterator[Site]:
+    for name, layer, why in _lora_layers(model):
+        if not why:
+            yield Site(name, layer, model.active_adapter)
+
+
+def peculiar(model: nn.Module, name: str) -> str:
+    """Why the adapted layer `name` is no site; an empty string where it is one, or not adapted at all."""
+    return next((why for found, _, why in _lora_layers(adapted(model)) if found == name), "")
 
 
 def sites(model: nn.Module) -> list[Site]:
