@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from peft import AdaLoraConfig, get_peft_model
+from peft import AdaLoraConfig
 from torch import nn
 
 from rankwise.methods.base import Method, require
-from rankwise.methods.targets import ALL_LINEAR, placement
+from rankwise.methods.targets import ALL_LINEAR, adapt, placement
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan
 from rankwise.ranks.triplets import add_orthogonality, add_scores, choose, largest, settings, to_lora, triplets
@@ -99,7 +99,7 @@ class AdaLoRA(Method, name="adalora"):
             total_step=1,
         )
         vars(config).update(self._phases(self.total))  # afterwards, for PEFT insists on a number of steps
-        model = get_peft_model(model, config)
+        model = adapt(model, config)
         add_scores(model)
         return model
 

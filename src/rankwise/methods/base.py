@@ -1,16 +1,19 @@
 """A method decides where rank goes; the rank engine acts. One method is one file in this folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from rankwise.errors import InputError, nearest
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan, rank_report, sites
 from rankwise.ranks.resize import fold
+from rankwise.ranks.sites import omega
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -32,8 +35,13 @@ class Method(ABC):
     """The options that say how much trains, which the budget of a run chooses where none of them is given; the first is
     the one that is counted up. Empty for a method that is as large as its model makes it."""
 
+    factors: ClassVar[str] = "AB"
+    """Which factors of its sites train, for a method that has sites."""
+
     def __init_subclass__(cls, name: str = "", **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        if "attach" in vars(cls):
+            cls.attach = _exact(cls.attach)  # type: ignore[method-assign]
         if name:
             cls.name = name
             _registry[name] = cls
@@ -46,7 +54,15 @@ class Method(ABC):
 
     @abstractmethod
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
-        """Freeze `model` and add what trains. The modules named in `head` stay trainable and are saved whole."""
+        """Freeze `model` and add what trains. The modules named in `head` stay trainable and are saved whole.
+
+        Raises:
+            InputError: also where what trains afterwards is not exactly what the sites cost; see `beside`.
+        """
+
+    def beside(self, model: nn.Module) -> list[nn.Parameter]:
+        """What trains beside the factors of the sites, their scales and the head: DoRA's magnitudes, for instance."""
+        return []
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Disjoint groups over everything that trains, in model order. No weight decay on biases and norms."""
@@ -127,6 +143,47 @@ class Method(ABC):
     def restart_step(self) -> int | None:
         """The step at which the learning-rate schedule begins anew, None for never."""
         return None
+
+
+Attach = Callable[..., nn.Module]
+
+
+def _exact(attach: Attach) -> Attach:
+    """`attach`, after which what trains is compared with what the sites cost: no method can leave that out."""
+
+    @wraps(attach)
+    def checked(self: Method, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        made = attach(self, model, head)
+        if type(self).attach is checked:  # and not one that a subclass goes on from
+            _check_budget(self, made, head)
+        return made
+
+    return checked
+
+
+def _check_budget(method: Method, model: nn.Module, head: Sequence[str]) -> None:
+    """Raise InputError unless all that trains is the head, scales, what lies `beside` and r·in + r·out of every site.
+
+    Where A is frozen a site costs r·out. Models without sites are left alone.
+    """
+    here = [site for site in sites(model) if site.present]
+    if not here:
+        return
+    known = {id(p) for p in (omega(model), *method.beside(model), *(site.gates for site in here))}
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and any(f".{name}".endswith(f".{part}") for part in head):
+            known.update(id(p) for p in module.parameters())
+    costs = {
+        id(getattr(site, factor)): site.rank * (site.in_features if factor == "A" else site.out_features)
+        for site in here
+        for factor in method.factors
+    }
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in known}
+    if strange := [name.rpartition(".")[0] for name, p in trained.items() if id(p) not in costs]:
+        raise InputError(f"{strange[0]} trains and is no site ({len(strange)} such parameters): name other targets")
+    counted, due = sum(p.numel() for p in trained.values()), sum(costs.values())
+    if counted != due or len(costs) != len(here) * len(method.factors):
+        raise InputError(f"the sites train {counted:,} parameters where their ranks cost {due:,}: name other targets")
 
 
 def build(options: dict[str, Any]) -> Method:

@@ -8,6 +8,8 @@ The norm is treated as a constant in the backward pass, as the paper proposes in
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import nn
+
 from rankwise.methods.lora import LoRA
 
 
@@ -16,3 +18,7 @@ class DoRA(LoRA, name="dora"):
     """LoRA on the direction of each weight, beside a trained magnitude per output (by PEFT)."""
 
     peft_options: ClassVar[dict[str, Any]] = {"use_dora": True}
+
+    def beside(self, model: nn.Module) -> list[nn.Parameter]:
+        """The magnitudes m, out of every site."""
+        return [p for name, p in model.named_parameters() if ".lora_magnitude_vector." in name]

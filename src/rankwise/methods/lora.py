@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from rankwise.methods.base import Method, require
-from rankwise.methods.targets import ALL_LINEAR, placement
+from rankwise.methods.targets import ALL_LINEAR, adapt, placement
 from rankwise.ranks import sites
 from rankwise.ranks.init_svd import svd_factors
 from rankwise.ranks.resize import follow_state_dict, set_start, shaped, start
@@ -80,7 +80,7 @@ class LoRA(Method, name="lora"):
             init_lora_weights=_PEFT_INIT.get(self.init, True),
             **self.peft_options,
         )
-        model = get_peft_model(model, config)
+        model = adapt(model, config)
         self._start(model)
         follow_state_dict(model)
         return model

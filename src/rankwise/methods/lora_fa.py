@@ -34,6 +34,8 @@ class LoRAFA(LoRA, name="lora-fa"):
 
     projected: bool = False
 
+    factors = "B"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(not (self.projected and self.pull), "pull must be 0 with projected, whose optimizer would rescale it")

@@ -1,10 +1,15 @@
 """Which modules of a model `targets` and `head` mean."""
 
+import warnings
 from collections.abc import Sequence
+from copy import deepcopy
+from math import prod
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -73,9 +78,13 @@ def placement(
         only: what is for linear layers only, and so refuses convolutions; empty for what takes both.
     Raises:
         InputError: a model with an adapter, names that mean nothing, or a rank or layer that does not go together.
+    Warns:
+        UserWarning: `all-linear` leaves out a share of the weights worth a word, such as experts in one parameter.
     """
     require(not isinstance(model, PeftModel), "this model has an adapter already: attach to the base model instead")
     names = target_names(model, targets, head)
+    if isinstance(targets, str) and targets.split("+")[0] == ALL_LINEAR:
+        _tell_out_of_reach(model)
     for name in names:
         layer = model.get_submodule(name)
         limit = min(features(layer))
@@ -86,6 +95,65 @@ def placement(
         "modules_to_save": head_names(model, head) or None,
         "fan_in_fan_out": isinstance(model.get_submodule(names[0]), Conv1D),
     }
+
+
+def adapt(model: nn.Module, config: Any) -> PeftModel:
+    """PEFT's model of `model` with the adapter of `config`, on the layers that `config` names and no others.
+
+    PEFT rewrites the targets of mixtures of experts whose files once had a layer for each expert: `gate_proj` of a
+    dense block becomes a part of the experts' one parameter, in the model and in every file. And it takes a full name
+    for the end of a longer one.
+
+    Raises:
+        InputError: if PEFT refuses the targets, or adapts other layers than these.
+    """
+    asked, trial = set(config.target_modules), deepcopy(config)
+    missing: set[str] = set()
+    try:
+        convert_peft_config_for_transformers(trial, model, None)
+        missing = asked - set(trial.target_modules)
+        made = model if missing else get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"PEFT refuses these targets: {' '.join(str(error).split())}") from error
+    if missing:
+        lost = {name.split(".")[-1] for name in missing}
+        left = sorted({name.split(".")[-1] for name in asked} - lost)
+        raise InputError(
+            f"PEFT has no adapter for {min(missing)} of {type(model).__name__} ({len(missing)} such layers): it takes "
+            f"{', '.join(sorted(lost))} for parts of the experts; use targets: [{', '.join(left)}]"
+        )
+    assert isinstance(made, PeftModel)
+    found = {
+        name
+        for name, layer in made.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and made.active_adapter in layer.lora_A
+    }
+    if found != asked:
+        made.unload()
+        raise InputError(
+            f"PEFT looks at the ends of names, so {min(found ^ asked)} would be adapted too: let targets mean both"
+            if found > asked
+            else f"PEFT puts no adapter on {min(asked - found)}: name other targets"
+        )
+    return made
+
+
+def _tell_out_of_reach(model: nn.Module) -> None:
+    """Warn where 1 % or more of the weights are matrices that belong to no layer that an adapter can sit on."""
+    lost: dict[str, int] = {}
+    total = 0
+    for name, p in model.named_parameters():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        size = prod(features(owner)) if is_weight(owner) and name.endswith(".weight") else p.numel()
+        total += size
+        if p.dim() > 1 and not is_weight(owner) and not isinstance(owner, nn.Embedding):
+            lost[name] = size
+    if (share := sum(lost.values()) / total) >= 0.01:
+        warnings.warn(
+            f"{share:.0%} of the weights of {type(model).__name__} are in no layer that can be adapted, such as "
+            f"{max(lost, key=lambda name: lost[name])}: {ALL_LINEAR} leaves them as they are",
+            stacklevel=2,
+        )
 
 
 def _check_transposed(model: nn.Module, target: str) -> None:
