@@ -131,7 +131,10 @@ def test_status_and_the_rest_of_the_runs_room_load_no_torch(tmp_path: Path) -> N
         (["compare", "sweep.yaml", "tune.learning_rate=[1e-3]", "task=ax"], "tune: ax has no score to choose"),
         (["status", "missing"], "missing: there is no such folder of runs"),
         (["retry", "missing"], "missing: there is no such folder of runs"),
-        (["report", "."], ".: no run in it has finished; `rankwise status .` says how they stand"),
+        (["status", "BELOV"], 'BELOV: there is no such folder of runs (did you mean "BELOW"?)'),
+        (["report", "."], ".: the runs are one folder further down, in BELOW; give BELOW"),
+        (["status", "BELOW/one"], "BELOW/one: is one run; give the folder above it"),
+        (["report", "EMPTY"], "EMPTY: no run in it has finished; `rankwise status EMPTY` says how they stand"),
         (["report", ".", "--md", "--csv"], "choose one"),
         (["validate", "one.yaml", "seed=!!int x"], "seed: line 1: not valid YAML: 'x' cannot be read as int"),
         (["validate", "one.yaml", "model=" + "[" * 500], "model: line 1: not valid YAML: nested deeper than 50"),
@@ -155,6 +158,9 @@ def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("")
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BELOW" / "one").mkdir(parents=True)
+    (tmp_path / "BELOW" / "one" / "run.yaml").write_text("")
     (tmp_path / "broken.yaml").write_text("task: [cola\n")
     write(tmp_path / "one.yaml", TINY)
     write(tmp_path / "sweep.yaml", {**TINY, "vary": {"seed": [0]}})
@@ -241,6 +247,7 @@ def test_status_shows_each_run_and_the_error_of_a_failed_one(cli: Cli, tmp_path:
         "steps": None,
         "seconds_left": None,
         "tries": False,
+        "planned": True,
         "error": "no space left on device",
     }
 
@@ -377,6 +384,7 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     # only the failed one is carried out again, and fails again
     code, out, log = cli("retry", runs, "--json")
     assert (code, json.loads(out)["failed"], json.loads(out)["done"]) == (3, [failed], []), log
+    assert "1 runs failed and would again until what their errors name is changed" in log.splitlines()[-1]
     assert (good / "result.json").read_bytes() == before
     assert (runs / failed / "log.txt").read_text().count("max_length: 600") >= 2
     states = {each["run"]: each["state"] for each in json.loads(cli("status", runs, "--json")[1])}

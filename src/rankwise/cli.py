@@ -201,6 +201,7 @@ def status(
                     "run": each.folder.name,
                     "learning_rate": each.learning_rate,
                     "tries": each.tries,
+                    "planned": each.planned,
                     "state": each.state,
                     "step": each.step,
                     "steps": each.steps,
@@ -721,8 +722,15 @@ def _page(store: Store, summary: Any) -> Path | None:
 
 def _exit_code(store: Store, outcome: Outcome) -> int:
     if outcome.failed:
-        again = f"`rankwise retry {store.folder}` carries them out again"
-        print(f"{len(outcome.failed)} runs failed; {again}", file=sys.stderr)
+        lasting = sum(map(store.lasting, outcome.failed))
+        if again := len(outcome.failed) - lasting:
+            print(f"{again} runs failed; `rankwise retry {store.folder}` carries them out again", file=sys.stderr)
+        if lasting:
+            shown = f"`rankwise status {store.folder}` shows them"
+            print(
+                f"{lasting} runs failed and would again until what their errors name is changed; {shown}",
+                file=sys.stderr,
+            )
         return SOME_FAILED
     if outcome.stopped:
         print(f"{len(outcome.stopped)} runs were stopped; the same command goes on with them", file=sys.stderr)

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import InputError
+from rankwise.errors import InputError, nearest
 
 MARKER = "complete.json"
 """Last file of a checkpoint: the digests of all others, and what the run carries over a restart."""
@@ -207,6 +207,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             break
         lines.append(line)
     return lines
+
+
+def similar(path: Path) -> str:
+    """`nearest` for a path that is not there, among what lies in its folder."""
+    try:
+        return nearest(path.name, sorted(each.name for each in path.parent.iterdir()))
+    except OSError:
+        return ""
 
 
 def check_replaceable(folder: Path, own: Set[str], what: str) -> None:

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from bench_runs import HERE
@@ -5,4 +7,4 @@ from bench_runs import HERE
 
 @pytest.fixture(autouse=True)
 def workers_find_the_made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)

@@ -94,6 +94,7 @@ def test_a_sweep_that_is_told_to_stop_stops_its_workers_and_goes_on_later(
     assert process.returncode == code
     assert "they write a checkpoint first" in log
     assert "Traceback" not in log
+    assert log.splitlines()[-1] == "stopped with 0 of 3 runs done; the same command goes on with the others"
     assert not any(alive(each) for each in workers)
     assert sorted(store.state(folder) for folder in folders[:2]) == ["stopped", "stopped"]
     assert (folders[0] / "checkpoint-1").exists()

@@ -13,7 +13,8 @@ import filelock
 import pytest
 
 from bench_runs import runs
-from rankwise.bench.watch import Watch
+from rankwise.bench.watch import LEFT, Watch
+from rankwise.config import Experiment
 from rankwise.files import MARKER
 from rankwise.runs.store import Store
 from runs_made_up import config, finish, tune
@@ -167,3 +168,21 @@ def test_without_a_terminal_it_is_said_once(store: Store) -> None:
     out, log = process.communicate(timeout=PATIENCE)
     assert (process.returncode, log) == (0, b"")
     assert out.decode().splitlines()[0] == f"{store.folder}: 1 runs, 1 pending"
+
+
+def test_runs_that_the_present_experiment_does_not_ask_for_are_not_waited_for(store: Store) -> None:
+    done, left, asked = runs(store, None, None, None)
+    finish(store, store.config(at(done, 100)), 0.5)
+    checkpoint(at(left, 40), 30, 60.0)
+    checkpoint(at(asked, 40), 30, 60.0)
+    assert set(Watch(store).look().left) == {left, asked}  # no experiment is noted: somebody may ask for all
+    store.note(Experiment(name="now", base={"task": "cola"}, vary={"seed": [0]}, runs="runs"))
+    store.plan([done, asked])
+    look = Watch(store).look()
+    assert set(look.left) == {asked} and not look.over
+    assert LEFT in look.rows()[0] + look.rows()[1]
+    finish(store, store.config(asked), 0.5)
+    look = Watch(store).look()
+    assert look.over and look.total is None and "left" not in look.head()
+    with filelock.FileLock(left / "run.lock"):  # whoever is at work is waited for
+        assert not Watch(store).look().over

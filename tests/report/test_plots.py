@@ -7,7 +7,7 @@ from rankwise.report.plots import Line, Point, Rate, Tried
 
 
 def test_methods_of_equal_size_stand_side_by_side() -> None:
-    points = [Point("a", 0, 1000, 0.7, 0.02), Point("b", 1, 1000, 0.72), Point("head", 2, 0, 0.5, 0.01)]
+    points = [Point("a", 0, 1000, 0.7, (0.68, 0.72)), Point("b", 1, 1000, 0.72), Point("head", 2, 0, 0.5, (0.49, 0.51))]
     figure = plots.score_by_parameters(points, "accuracy", "bars: something")
     figure.canvas.draw()
     axes = figure.axes[0]
@@ -16,7 +16,7 @@ def test_methods_of_equal_size_stand_side_by_side() -> None:
     assert axes.get_xlabel() and axes.get_ylabel() == "accuracy"
     for point in points:
         low, high = axes.get_ylim()
-        assert low < point.score - point.error and point.score + point.error < high
+        assert all(low < end < high for end in point.bar or (point.score,))
 
 
 def test_sizes_far_apart_get_a_logarithmic_axis() -> None:
@@ -25,7 +25,9 @@ def test_sizes_far_apart_get_a_logarithmic_axis() -> None:
 
 
 def test_several_sizes_of_one_method_are_joined_and_moved_as_one() -> None:
-    points = [Point(label, look, size, 0.7, 0.02) for look, label in enumerate("ab") for size in (4e5, 1e5, 2e5)]
+    points = [
+        Point(label, look, size, 0.7, (0.68, 0.72)) for look, label in enumerate("ab") for size in (4e5, 1e5, 2e5)
+    ]
     figure = plots.score_by_parameters([*points, Point("c", 2, 1e7, 0.8)], "accuracy", "")
     figure.canvas.draw()
     lines = [bar.lines[0] for bar in figure.axes[0].containers]
@@ -38,8 +40,8 @@ def test_several_sizes_of_one_method_are_joined_and_moved_as_one() -> None:
 
 
 def test_cost_is_drawn_within_its_axes_with_round_ticks() -> None:
-    seconds = [Point("a", 0, 92.5, 0.7, 0.1), Point("b", 1, 380.0, 0.6)]
-    memory = [Point("a", 0, 700 * 2**20, 0.7, 0.1), Point("b", 1, 3 * 2**30, 0.6)]
+    seconds = [Point("a", 0, 92.5, 0.7, (0.6, 0.8)), Point("b", 1, 380.0, 0.6)]
+    memory = [Point("a", 0, 700 * 2**20, 0.7, (0.6, 0.8)), Point("b", 1, 3 * 2**30, 0.6)]
     figure = plots.score_by_cost(seconds, memory, "accuracy", "bars")
     for axes, points in zip(figure.axes, (seconds, memory), strict=True):
         low, high = axes.get_xlim()

@@ -8,9 +8,11 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats as scipy_stats
 
 from bootstrap import by_hand, few
+from rankwise import tasks
 from rankwise.metrics.classification import right, share
 from rankwise.runs import stats
 from rankwise.runs.stats import (
+    LIMITS,
     Difference,
     corrected,
     difference,
@@ -231,3 +233,16 @@ def test_a_correction_is_over_those_with_a_p() -> None:
     first, single = corrected([each for each in pairs if each is not None])
     assert (first.comparisons, first.adjusted, first.shown) == (1, first.p, True)
     assert (single.p, single.adjusted, single.shown) == (None, None, False)
+
+
+def test_an_interval_stays_within_what_a_metric_can_be() -> None:
+    wide = [0.95, 0.99, 1.0]
+    low, high = t_interval(wide)
+    assert high > 1 and t_interval(wide, LIMITS["accuracy"]) == (low, 1.0)
+    assert t_interval([-0.9, 0.9], LIMITS["matthews"]) == (-1.0, 1.0)
+    assert t_interval([1.0, 9.0], LIMITS["nist"])[0] == 0.0
+
+
+def test_every_metric_of_every_task_has_its_limits() -> None:
+    named = {name for task in tasks.registry().values() for name in (task.main, *task.metrics) if name}
+    assert named <= LIMITS.keys()

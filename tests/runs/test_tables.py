@@ -205,3 +205,34 @@ def test_a_budget_is_shown_with_what_of_it_is_used(store: Store) -> None:
 def test_a_budget_that_was_overspent_is_said(store: Store) -> None:
     finish(store, config(budget=4000), 0.8)
     assert "101% of the budget of 4,000 parameters, for its ranks grew" in Summary.of(store.results()).text()
+
+
+def test_equal_seeds_have_no_interval_and_an_interval_stays_within_the_metric(store: Store) -> None:
+    for seed, (same, apart) in enumerate([(0.984, 0.93), (0.984, 1.0)]):
+        finish(store, config(seed=seed), same)
+        finish(store, config(seed=seed, method=HEAD), apart)
+    head, lora = rows(store)
+    assert head["interval"] == (pytest.approx(0.52, abs=0.01), 1.0)
+    assert lora["interval"] is None and lora["sd"] == 0.0
+    text = Summary.of(store.results()).text()
+    assert "equal at both seeds" in text and "0.984 … 0.984" not in text
+
+
+@pytest.mark.parametrize(
+    ("scores", "edge", "tied"),
+    [
+        ({1e-4: 0.9, 1e-3: 0.8}, "lowest", []),
+        ({1e-4: 0.8, 1e-3: 0.9}, "highest", []),
+        ({1e-4: 0.9, 1e-3: 0.9}, "", [1e-3]),
+        ({1e-4: 0.7, 1e-3: 0.9, 1e-2: 0.8}, "", []),
+        ({1e-4: 0.7, 1e-3: 0.9, 1e-2: 0.9}, "", [1e-2]),
+    ],
+)
+def test_a_rate_at_the_edge_is_called_so_where_it_alone_is_best(
+    scores: dict[float, float], edge: str, tied: list[float], store: Store
+) -> None:
+    tune(store, scores, max(scores, key=scores.__getitem__))
+    (row,) = rows(store)
+    assert (row["tuned"]["edge"], row["tuned"]["tied"]) == (edge, tied)
+    notes = " ".join(Summary.of(store.results()).notes())
+    assert ("one might do better" in notes) == bool(edge) and ("scored the same" in notes) == bool(tied)

@@ -135,7 +135,7 @@ def test_what_is_wrong_is_said_with_file_and_row(tmp_path: Path) -> None:
     assert "column 'mood' does not hold float in line 2" in unread(tasks.build(grades))
     write(train, [{"body": "a", "mood": "nan"}])
     assert "the label nan in line 2 is not finite" in unread(tasks.build(grades))
-    assert "is no folder and no file that ends in .parquet or .csv or .jsonl" in unread(reviews(tmp_path / "gone.csv"))
+    assert "there is no such file or folder" in unread(reviews(tmp_path / "gone.csv"))
 
 
 def test_options_that_make_no_sense_are_named(tmp_path: Path) -> None:

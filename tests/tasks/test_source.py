@@ -49,8 +49,11 @@ def test_a_folder_has_a_file_for_each_split(tmp_path, monkeypatch):
     assert "test.parquet does not exist (nor .csv or .jsonl)" in refused(lambda: read(str(tmp_path), "test"))
     (tmp_path / "train.parquet").write_bytes(b"")
     assert "both train.parquet and train.csv" in refused(lambda: read(str(tmp_path), "train"))
-    assert "no folder and no file" in refused(lambda: read(str(tmp_path / "nowhere"), "train"))
-    assert "no folder and no file" in refused(lambda: read("nowhere.csv", "train"))
+    assert "there is no such file or folder" in refused(lambda: read(str(tmp_path / "nowhere"), "train"))
+    assert "nowhere.csv: there is no such file or folder" in refused(lambda: read("nowhere.csv", "train"))
+    (tmp_path / "odd.xlsx").touch()
+    assert "its name does not end in .parquet or" in refused(lambda: read(str(tmp_path / "odd.xlsx"), "train"))
+    assert '(did you mean "train.csv"?)' in refused(lambda: read(str(tmp_path / "trian.csv"), "train"))
 
 
 def test_values_of_a_csv_are_text_until_they_are_cast(tmp_path):
@@ -67,6 +70,19 @@ def test_a_long_field_is_read_and_the_limit_stays(tmp_path):
     (tmp_path / "train.csv").write_text(f"text,target\n{'a' * 300_000},b\n")
     assert len(read(str(tmp_path), "train").table["text"][0].as_py()) == 300_000
     assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_a_csv_of_a_spreadsheet_may_have_semicolons_or_tabs(tmp_path, mark):
+    file = tmp_path / "train.csv"
+    for header in ("text;target", '"text, or ""what"" is read";target', '"text\nbelow";target'):
+        file.write_text(f"{header}\na, b;c\n'd';\"e;f\"\n".replace(";", mark).replace(f"e{mark}f", "e;f"))
+        rows = read(str(tmp_path), "train").table.to_pylist()
+        assert [list(row.values()) for row in rows] == [["a, b", "c"], ["'d'", "e;f"]]
+    file.write_text("text;target\na;b;c\n".replace(";", mark))
+    assert f"that hold {'semicolons' if mark == ';' else 'tabs'}" in fails(tmp_path)
+    file.write_text("text,target\na;b,c\td\n")  # a comma in the header settles it
+    assert read(str(tmp_path), "train").table.to_pylist() == [{"text": "a;b", "target": "c\td"}]
 
 
 CSV = {

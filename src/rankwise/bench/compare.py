@@ -53,16 +53,23 @@ def carry_out(store: Store, folders: Sequence[Path], runner: Runner, console: Co
     write a checkpoint, then `Interrupted` (a SystemExit of 130 or 75) is raised. The same call goes on from there.
     Raises InputError where a folder cannot be written to.
     """
+    store.plan(folders)
     configs = {folder: store.config(folder) for folder in folders}
     names = {folder: called(config) for folder, config in configs.items()}
     console = console or Console(file=sys.stderr)
     # stdout is for results; Ray would print what it sees on its nodes there
-    with redirect_stdout(sys.stderr), Display(console, names) as display, _signals() as asked:
-        sweep = _Sweep(store, runner, display, names, _before(store, configs))
-        try:
-            sweep.carry_out(asked)
-        finally:
-            runner.close()
+    try:
+        with redirect_stdout(sys.stderr), Display(console, names) as display, _signals() as asked:
+            sweep = _Sweep(store, runner, display, names, _before(store, configs))
+            try:
+                sweep.carry_out(asked)
+            finally:
+                runner.close()
+    except Interrupted:  # the display is gone: the last line is the one to act on
+        done = sum(store.state(folder) == "done" for folder in folders)
+        say = f"stopped with {done} of {len(folders)} runs done; the same command goes on with the others"
+        console.print(say, markup=False, highlight=False, soft_wrap=True)
+        raise
     return sweep.outcome
 
 

@@ -16,6 +16,8 @@ from rankwise.runs.summary import duration
 STATES: tuple[State, ...] = ("running", "pending", "stopped", "failed", "done")
 EVERY = 1.0
 """Seconds between two looks."""
+LEFT = "not asked for by the experiment that is here now"
+"""What is said of a run that nobody is going to carry out."""
 HEADER = ("run", "learning rate", "state", "steps", "left", "error")
 
 
@@ -29,15 +31,19 @@ class Look:
 
     @property
     def over(self) -> bool:
-        """Whether every run is done or has failed, and none is to follow from the learning rates tried."""
-        waiting = self.standings and all(each.tries for each in self.standings)
-        followed = not waiting or all(each.state == "failed" for each in self.standings)
-        return followed and all(each.state in ("done", "failed") for each in self.standings)
+        """Whether every run is done or has failed, and none is to follow from the learning rates tried.
+
+        Runs that the present experiment does not ask for count while they are at work.
+        """
+        counted = [each for each in self.standings if _awaited(each)]
+        waiting = counted and all(each.tries for each in counted)
+        followed = not waiting or all(each.state == "failed" for each in counted)
+        return followed and all(each.state in ("done", "failed") for each in counted)
 
     @property
     def total(self) -> float | None:
         """Seconds until all are done if as many stay at work as are now; None where nobody can say yet."""
-        waiting = [each.folder for each in self.standings if each.state not in ("done", "failed")]
+        waiting = [e.folder for e in self.standings if e.state not in ("done", "failed") and _awaited(e)]
         known = [self.left[folder] for folder in waiting if folder in self.left]
         if not known:
             return None
@@ -60,10 +66,15 @@ class Look:
                 each.state,
                 f"{each.step}/{each.steps}" if each.steps else "",
                 duration(self.left[each.folder]) if each.folder in self.left else "",
-                each.error,
+                each.error or ("" if _awaited(each) or each.state == "done" else LEFT),
             ]
             for each in sorted(self.standings, key=lambda each: STATES.index(each.state))
         ]
+
+
+def _awaited(standing: Standing) -> bool:
+    """Whether somebody carries this run out, or is going to."""
+    return standing.planned or standing.state == "running"
 
 
 class Watch:
@@ -88,7 +99,7 @@ class Watch:
         for each in standings:
             steps = each.steps or (sum(lengths) / len(lengths) if lengths else None)
             pace = paces.get(each.folder, usual)
-            if each.state not in ("done", "failed") and pace is not None and steps is not None:
+            if each.state not in ("done", "failed") and _awaited(each) and pace is not None and steps is not None:
                 left[each.folder] = max(0.0, pace * (steps - each.step))
         return Look(standings, left)
 

@@ -183,7 +183,8 @@ def _sizes(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Pi
     named = families(scored)
     first = {named[row["method"]]: looks[row["method"]] for row in reversed(scored)}
     points = [
-        plots.Point(name := named[row["method"]], first[name], row["final"], row["mean"], _half(row)) for row in scored
+        plots.Point(name := named[row["method"]], first[name], row["final"], row["mean"], row["interval"])
+        for row in scored
     ]
     figure = plots.score_by_parameters(points, scored[0]["score"], _bars(scored), f"{title}: score against size")
     words = "; ".join(f"{row['method']}: {plus_minus(row['mean'], row['sd'])}" for row in scored)
@@ -195,7 +196,7 @@ def _costs(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Pi
     if len(scored) < 2:
         return []
     seconds, memory = (
-        [plots.Point(row["method"], looks[row["method"]], row[key], row["mean"], _half(row)) for row in scored]
+        [plots.Point(row["method"], looks[row["method"]], row[key], row["mean"], row["interval"]) for row in scored]
         for key in ("seconds", "peak_memory")
     )
     figure = plots.score_by_cost(seconds, memory, scored[0]["score"], _bars(scored), f"{title}: score against cost")
@@ -210,13 +211,10 @@ def _scored(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if row["mean"] is not None and math.isfinite(row["mean"])]
 
 
-def _half(row: Row) -> float:
-    return (row["interval"][1] - row["interval"][0]) / 2 if row["interval"] else 0.0
-
-
 def _bars(rows: Sequence[Row]) -> str:
-    several = any(_half(row) for row in rows)
-    return "bars: 95 % t-interval of the mean over seeds" if several else "one seed: no bars"
+    if any(row["interval"] for row in rows):
+        return "bars: 95 % t-interval of the mean over seeds"
+    return "one seed: no bars" if all(row["n"] == 1 for row in rows) else "seeds equal: no bars"
 
 
 def _rates(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture]:

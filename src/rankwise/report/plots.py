@@ -53,7 +53,7 @@ STYLE: Any = {
 
 @dataclass(frozen=True)
 class Point:
-    """A score at a place: `x` is a number of parameters, of seconds, of bytes. `error` is half of the bar, 0 for none.
+    """A score at a place: `x` is a number of parameters, of seconds, of bytes. `bar`: where its bar ends, or None.
 
     Points of one label are one method in several sizes.
     """
@@ -62,7 +62,7 @@ class Point:
     look: int
     x: float
     score: float
-    error: float = 0.0
+    bar: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ def _marks(
         axes.errorbar(
             [point.x for point in own],
             [point.score for point in own],
-            yerr=[point.error or math.nan for point in own] if any(point.error for point in own) else None,
+            yerr=np.transpose([_lengths(point) for point in own]) if any(point.bar for point in own) else None,
             marker=_of(MARKERS, look),
             color=COLOURS[look % len(COLOURS)],
             markersize=6.5,
@@ -374,8 +374,13 @@ def _marks(
     return any(len(group) > 1 for group in beside.values())
 
 
+def _lengths(point: Point) -> tuple[float, float]:
+    """How far the bar of a point goes down and up from it."""
+    return (point.score - point.bar[0], point.bar[1] - point.score) if point.bar else (math.nan, math.nan)
+
+
 def _room(axes: Axes, points: Sequence[Point]) -> None:
-    ends = [point.score + side * point.error for point in points for side in (-1, 1)] or [0.0, 1.0]
+    ends = [end for point in points for end in point.bar or (point.score,)] or [0.0, 1.0]
     pad = 0.12 * (max(ends) - min(ends)) or 0.05
     axes.set_ylim(min(ends) - pad, max(ends) + pad)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rankwise.runs.summary import chosen_on, duration, plus_minus, size, span
+from rankwise.runs.summary import chosen_on, duration, interval, plus_minus, size
 from rankwise.runs.tables import Row, unofficial
 
 
@@ -186,9 +186,9 @@ METRIC = Column(
 )
 INTERVAL = Column(
     "95 % interval",
-    cell=lambda row: span(row["interval"]),
+    cell=lambda row: interval(row["interval"], row["n"]),
     values={"interval_low": _end(0), "interval_high": _end(1)},
-    meaning="Student's t-interval of the mean over the seeds",
+    meaning="Student's t-interval of the mean over the seeds, within what the metric can be",
 )
 RATE = Column(
     "learning rate",

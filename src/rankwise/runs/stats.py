@@ -13,7 +13,29 @@ Interval = tuple[float, float]
 
 LEVEL = 0.95  # of every interval
 DRAWS = 5000  # of the bootstrap: chance then moves an end of its interval by a hundredth of the width
+ROUNDING = 1e-9  # a standard deviation up to this is what rounding leaves of equal values
 AT_ONCE = 2**20  # examples of several draws that are held in memory together
+
+FULL: Interval = (-1.0, 1.0)
+_SHARES = (
+    "accuracy",
+    "f1",
+    "dice",
+    "iou",
+    "bleu",
+    "meteor",
+    "rouge_l",
+    "rouge_1",
+    "rouge_2",
+    "logical_form",
+    "execution",
+)
+LIMITS: Mapping[str, Interval] = {
+    **dict.fromkeys((*_SHARES, "logical_form", "execution"), (0.0, 1.0)),
+    **dict.fromkeys(("matthews", "pearson", "spearman"), FULL),
+    **dict.fromkeys(("nist", "cider", "loss"), (0.0, math.inf)),
+}
+"""The least and the most that a metric can be, by its name."""
 
 
 def mean(values: Sequence[float]) -> float:
@@ -26,14 +48,23 @@ def sd(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
 
 
-def t_interval(values: Sequence[float]) -> Interval | None:
-    """Student's interval for the mean: mean ± t(n - 1) sd / √n. None for fewer than two values."""
+def equal(values: Sequence[float]) -> bool:
+    """Whether there are two values or more and all are the same, up to rounding: no spread to judge by."""
+    spread = sd(values)
+    return spread is not None and spread <= ROUNDING
+
+
+def t_interval(values: Sequence[float], limits: Interval = (-math.inf, math.inf)) -> Interval | None:
+    """Student's interval for the mean, mean ± t(n - 1) sd / √n, as far as it lies within `limits`.
+
+    None for fewer than two values.
+    """
     spread = sd(values)
     if spread is None:
         return None
     quantile = float(need("scipy.stats", "bench").t.ppf((1 + LEVEL) / 2, len(values) - 1))
     half = quantile * spread / math.sqrt(len(values))
-    return mean(values) - half, mean(values) + half
+    return max(limits[0], mean(values) - half), min(limits[1], mean(values) + half)
 
 
 def paired_p(gaps: Sequence[float]) -> float | None:
@@ -45,7 +76,7 @@ def paired_p(gaps: Sequence[float]) -> float | None:
     spread = sd(gaps)
     if spread is None:
         return None
-    if spread <= 1e-9:  # what rounding leaves
+    if spread <= ROUNDING:
         return 1.0 if abs(mean(gaps)) <= 1e-9 else 2.0 ** (1 - len(gaps))
     t = abs(mean(gaps)) * math.sqrt(len(gaps)) / spread
     return 2 * float(need("scipy.stats", "bench").t.sf(t, len(gaps) - 1))

@@ -1,6 +1,7 @@
 """A folder of runs. What lies in it is all there is to know about them: no database, no server."""
 
 import fcntl
+import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,7 +14,17 @@ import numpy as np
 import rankwise
 from rankwise.config import Experiment, RunConfig, as_yaml, read_yaml
 from rankwise.errors import InputError, need
-from rankwise.files import MARKER, check_regular, opened, read_json, read_lines, read_text, unwritable, write_whole
+from rankwise.files import (
+    MARKER,
+    check_regular,
+    opened,
+    read_json,
+    read_lines,
+    read_text,
+    similar,
+    unwritable,
+    write_whole,
+)
 from rankwise.runs.grid import run_id
 
 State = Literal["pending", "running", "stopped", "failed", "done"]
@@ -41,6 +52,8 @@ def _alike(one: _Kept, other: _Kept) -> bool:
     return one.made_with["rankwise"] == other.made_with["rankwise"]  # type: ignore[index]
 
 
+PLAN = "plan.json"
+"""Beside the runs of an experiment: the names of their folders, tuning's among them as they come up."""
 DAMAGED = "its run.yaml is not what was written there: the same rankwise compare or train writes it again"
 
 
@@ -53,6 +66,8 @@ class Standing:
     """None where its `run.yaml` is damaged."""
     tries: bool
     """Whether it only tries this rate."""
+    planned: bool
+    """Whether the experiment in the folder asks for it; True where none is noted."""
     state: State
     step: int
     """Optimizer steps done."""
@@ -97,9 +112,15 @@ class Store:
 
     def diverged(self, folder: Path) -> bool:
         """Whether a run has failed because its training diverged, which it would do again."""
-        if self.state(folder) != "failed":
-            return False
-        return "DivergedError" in next(reversed(error_lines(folder)), "")
+        return self._failed_by(folder, "DivergedError")
+
+    def lasting(self, folder: Path) -> bool:
+        """Whether a run has failed by what it was given or by diverging, and so would fail again as it is."""
+        return self._failed_by(folder, "InputError", "DivergedError")
+
+    def _failed_by(self, folder: Path, *kinds: str) -> bool:
+        last = next(reversed(error_lines(folder)), "") if self.state(folder) == "failed" else ""
+        return last.partition(":")[0].rpartition(".")[2] in kinds
 
     def tries(self, folder: Path) -> bool:
         """Whether a run only tries a learning rate, and is in no table."""
@@ -135,6 +156,26 @@ class Store:
             write_whole(self.folder / "experiment.yaml", as_yaml(content))
         except OSError as error:
             raise unwritable(self.folder, error) from None
+        self._write_plan(set())
+
+    def plan(self, folders: Sequence[Path]) -> None:
+        """Add `folders` to the runs that the experiment asks for, where one is noted. Raises as `note` does."""
+        names = self.planned()
+        if names is not None:
+            self._write_plan(names | {folder.name for folder in folders})
+
+    def planned(self) -> set[str] | None:
+        """The names of the folders that the present experiment asks for; None where that is not noted."""
+        try:
+            return set(map(str, read_json(self.folder / PLAN)))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _write_plan(self, names: set[str]) -> None:
+        try:
+            write_whole(self.folder / PLAN, json.dumps(sorted(names), indent=1) + "\n")
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
 
     def experiment(self) -> dict[str, Any]:
         """What `note` wrote (name, vary, tune, report, and the settings all runs share); {} where it is not there.
@@ -148,10 +189,19 @@ class Store:
             raise InputError(f"{file} is damaged ({error}); the same rankwise compare writes it again") from None
 
     def folders(self) -> list[Path]:
-        """The folders that hold a run, by name. Raises InputError where the folder of runs is not there."""
+        """The folders that hold a run, by name.
+
+        Raises InputError where the folder of runs is not there, or is the one above such folders, or below.
+        """
         if not self.folder.is_dir():
-            raise InputError(f"{self.folder}: there is no such folder of runs")
-        return sorted(path.parent for path in self.folder.glob("*/run.yaml"))
+            raise InputError(f"{self.folder}: there is no such folder of runs{similar(self.folder)}")
+        found = sorted(path.parent for path in self.folder.glob("*/run.yaml"))
+        if not found and (self.folder / "run.yaml").exists():
+            raise InputError(f"{self.folder}: is one run; give the folder above it, {self.folder.resolve().parent}")
+        if not found and (below := sorted({path.parents[1] for path in self.folder.glob("*/*/run.yaml")})):
+            names = ", ".join(each.name for each in below[:5]) + (", …" if below[5:] else "")
+            raise InputError(f"{self.folder}: the runs are one folder further down, in {names}; give {below[0]}")
+        return found
 
     def config(self, folder: Path) -> RunConfig:
         """The settings of a run. Raises InputError where its `run.yaml` is missing, or not what was written."""
@@ -202,7 +252,9 @@ class Store:
         elif state == "failed":
             error = next(iter(error_lines(folder)), "without a message, as on a full disk; log.txt may say more")
         rate = found.config.learning_rate if found else None
-        return Standing(folder, rate, self.tries(folder), state, step, steps, self._pace(folder, steps), error)
+        names = self.planned()
+        planned = names is None or folder.name in names
+        return Standing(folder, rate, self.tries(folder), planned, state, step, steps, self._pace(folder, steps), error)
 
     def _pace(self, folder: Path, steps: int | None) -> float | None:
         result = self.result(folder)

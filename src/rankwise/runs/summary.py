@@ -7,7 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.runs.stats import Difference, Interval, corrected, difference, mean, paired_bootstrap, sd, t_interval
+from rankwise.runs.stats import (
+    FULL,
+    Difference,
+    Interval,
+    corrected,
+    difference,
+    equal,
+    mean,
+    paired_bootstrap,
+    sd,
+    t_interval,
+)
 from rankwise.runs.store import answers
 from rankwise.runs.tables import Average, Row, averages, best, plain, summarise, unofficial
 
@@ -46,7 +57,13 @@ class Contrast:
         if found.seeds is None:
             return f"{text}. One seed shows nothing; use three at least."
         examples = span(found.examples) if found.examples is not None else "none"
-        intervals = [f"{span(found.seeds)} over {found.n} seeds", f"{examples} over the examples"]
+        low, high = found.seeds
+        over = (
+            f"{span(found.seeds)} over {found.n} seeds"
+            if high > low
+            else f"none over {found.n} seeds with the same gap"
+        )
+        intervals = [over, f"{examples} over the examples"]
         return f"{text} (95 % intervals: {', '.join(intervals)}): {verdict(found)}."
 
 
@@ -184,6 +201,13 @@ def span(interval: Interval | None) -> str:
     return "" if interval is None else f"{interval[0]:.3f} … {interval[1]:.3f}"
 
 
+def interval(found: Interval | None, seeds: int) -> str:
+    """The interval over so many seeds, or why there is none: one says nothing, and neither do equal ones."""
+    if found is not None or seeds < 2:
+        return span(found)
+    return "equal at both seeds" if seeds == 2 else f"equal at all {seeds} seeds"
+
+
 def plus_minus(middle: float | None, spread: float | None) -> str:
     """`0.751 ± 0.012`, or the mean alone for one seed."""
     if middle is None:
@@ -232,6 +256,10 @@ def _of_tuning(row: Row) -> list[str]:
             "changed."
         ]
     chosen = chosen_on(row)
+    if found["tied"]:
+        others = " and ".join(f"{rate:g}" for rate in found["tied"])
+        where = f"the rate chosen, {found['learning_rate']:g}, is the lowest of equals: {others} scored the same."
+        return [chosen, f"{row['task']}, {row['method']}: {where}"]
     if not found["edge"]:
         return [chosen]
     beyond = "lower" if found["edge"] == "lowest" else "higher"
@@ -282,7 +310,7 @@ def _scores(rows: Sequence[Row]) -> str:
                 f"{row['learning_rate']:g}",
                 str(row["n"]),
                 plus_minus(row["mean"], row["sd"]),
-                span(row["interval"]),
+                interval(row["interval"], row["n"]),
                 *(plus_minus(row["metrics"][name]["mean"], row["metrics"][name]["sd"]) for name in others),
                 *(f"{row[key]:,}" for key in ("budget", "trainable", "final", "head")),
                 *([f"{row['used']:.1%}" if row["used"] is not None else "outside"] if asked else []),
@@ -300,9 +328,10 @@ def _averages(found: Sequence[Average]) -> str:
         table = plain(
             ["method", "seeds", "mean ± sd", "95 % interval"],
             [
-                [row.method, str(len(values)), plus_minus(mean(values), sd(values)), span(t_interval(values))]
+                [row.method, str(len(values)), plus_minus(mean(values), sd(values)), interval(found, len(values))]
                 for row in rows
                 if (values := list(row.scores.values()))
+                for found in [None if equal(values) else t_interval(values, FULL)]
             ],
         )
         parts.append(f"{benchmark}, average over {len(rows[0].tasks)} tasks ({', '.join(rows[0].tasks)})\n\n{table}")

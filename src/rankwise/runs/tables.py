@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise.config import OWN
-from rankwise.runs.stats import mean, sd, t_interval
+from rankwise.runs.stats import LIMITS, equal, mean, sd, t_interval
 
 Row = dict[str, Any]
 
@@ -33,7 +33,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
       task (its label), task_options (as JSON), learning_rate; method (the label in tables), name (of the method alone),
       options; model, scale (smoke or full); seeds, n (how many);
       setting (as JSON: what has to be equal for methods to be compared, the runs before in a chain included), warmup;
-      score (name of the main metric), scores (its value by seed), mean, sd (sample), interval (95 % t: low, high);
+      score (name of the main metric), scores (its value by seed), mean, sd (sample), interval (95 % t: low, high,
+      within what the metric can be);
       metrics (name -> {mean, sd});
       benchmark (whose part the task is, or ""), counted (by seed, what counts in its average);
       budget, trainable (at its peak), final, head: parameters, the head's in none but the last;
@@ -45,7 +46,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
       train_split, train_official, train_note: what it was trained on;
       remarks: what the runs themselves say that a reader has to know;
       folders: the folder of each seed's run.
-    mean, sd and interval are None where they are not defined: no labels, or one seed.
+    mean, sd and interval are None where they are not defined: no labels, or one seed; the interval also where all seeds
+    are equal, which says nothing of the spread.
     Runs that only try a rate (`tuning` in their settings) make no row; what they found is in `tuned` of the others.
     """
     reported = [result for result in results if result["config"].get("tuning") is None]
@@ -70,7 +72,8 @@ split, rows, note: what it was chosen on;
 score: name of the metric; seeds: those at which rates were tried;
 rates: the rates tried that trained to their end, the lowest first, each {learning_rate, scores (by seed), n, mean, sd};
 learning_rate: the one that was chosen;
-edge: "lowest" or "highest" where it is that of the rates tried, or "".
+tied: other rates that scored the same at as many seeds;
+edge: "lowest" or "highest" where it alone is the best and is that of the rates tried, or "".
 """
 
 
@@ -90,8 +93,9 @@ def tuned(results: Sequence[dict[str, Any]]) -> Tuned | None:
         for rate, scores in by_rate.items()
         if (values := list(scores.values()))
     ]
-    chosen = max(rates, key=lambda each: (each["n"], each["mean"]))["learning_rate"]
-    ends = {rates[-1]["learning_rate"]: "highest", rates[0]["learning_rate"]: "lowest"} if len(rates) > 1 else {}
+    worth = max((each["n"], each["mean"]) for each in rates)
+    chosen, *tied = [each["learning_rate"] for each in rates if (each["n"], each["mean"]) == worth]
+    ends = {rates[-1]["learning_rate"]: "highest", rates[0]["learning_rate"]: "lowest"}
     evaluated = results[0]["splits"]["evaluation"][0]
     return {
         "split": evaluated["name"],
@@ -101,7 +105,8 @@ def tuned(results: Sequence[dict[str, Any]]) -> Tuned | None:
         "seeds": sorted({seed for scores in by_rate.values() for seed in scores}),
         "rates": rates,
         "learning_rate": chosen,
-        "edge": ends.get(chosen, ""),
+        "tied": tied,
+        "edge": "" if tied or len(rates) == 1 else ends.get(chosen, ""),
     }
 
 
@@ -199,6 +204,7 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         if result["score"] in result["metrics"]
     }
     values = list(scores.values())
+    limits = [LIMITS[first["score"]]] if first["score"] in LIMITS else []
     parameters = {key: _average(by_seed, "parameters", key) for key in ("budget", "trainable", "final", "head")}
     parameters["budget"] = parameters["budget"] or parameters["trainable"]  # what has no ranks may spend what it trains
     asked = first["config"].get("budget")
@@ -220,7 +226,7 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         "scores": scores,
         "mean": mean(values) if values else None,
         "sd": sd(values),
-        "interval": t_interval(values),
+        "interval": None if equal(values) else t_interval(values, *limits),
         "metrics": {
             name: {"mean": mean(each), "sd": sd(each)}
             for name in first["metrics"]

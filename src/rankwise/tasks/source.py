@@ -4,7 +4,8 @@
 Neither looks at the columns. `checked` does, and names file and row of the first thing wrong.
 
 A folder holds `train.parquet`, `train.csv` or `train.jsonl`, and the same for its other splits. CSV is UTF-8 with a
-header line and commas, and all of its fields are text until `checked` casts them; an empty field is an empty text.
+header line and commas (or the semicolons or tabs of spreadsheets, where its header has those and no comma), and all of
+its fields are text until `checked` casts them; an empty field is an empty text.
 JSONL is UTF-8 with one object per line; a key that is absent is a null. Rows count from 0, lines of a file from 1.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import InputError, nearest, need
-from rankwise.files import check_regular, read_bytes
+from rankwise.files import check_regular, read_bytes, similar
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -137,8 +138,10 @@ def read(dataset: str, split: str) -> Rows:
     if path.is_file() and path.suffix in ENDINGS:
         return replace(_from_file(path, split), remedy=MEND)
     if path.exists() or path.is_absolute() or dataset.startswith((".", "~")) or path.suffix in ENDINGS:
+        if not path.exists():
+            raise InputError(f"dataset: {dataset}: there is no such file or folder{similar(path)}")
         endings = " or ".join(ENDINGS)
-        raise InputError(f"dataset: {dataset} is no folder and no file that ends in {endings}; give one, or a hub name")
+        raise InputError(f"dataset: {dataset} is no folder and its name does not end in {endings}")
     return _from_hub(dataset, split, "go online, or give a folder or a file")
 
 
@@ -276,7 +279,7 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     limit = csv.field_size_limit(sys.maxsize)  # a field may be an article
     try:
         # newline="": a field may have lines of its own, and they keep their ends
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
         header = next(reader, [])
         if twice := {name for name in header if header.count(name) > 1}:
             raise InputError(f"{file}: the column {min(twice)!r} is there twice in the header: rename one")
@@ -286,7 +289,7 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if len(fields) != len(header):
                     raise InputError(
                         f"{file}: line {begins} has {len(fields)} fields and the header {len(header)}: put fields that "
-                        "hold commas, quotes or line ends in quotes"
+                        f"hold {_DELIMITERS[reader.dialect.delimiter]}, quotes or line ends in quotes"
                     )
                 yield begins, dict(zip(header, fields, strict=True))
             begins = reader.line_num + 1
@@ -294,6 +297,16 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{file}: line {reader.line_num} is not CSV ({_line(error)})") from error
     finally:
         csv.field_size_limit(limit)
+
+
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+def _delimiter(text: str) -> str:
+    """What stands between the fields: commas, or what the header has outside of quotes and no comma beside it."""
+    bare = re.sub(r'"[^"]*"', "", text[:65536])  # quoted names may hold anything, a line end too
+    header = bare.partition("\n")[0]
+    return next((each for each in _DELIMITERS if each in header), ",")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
