@@ -23,7 +23,7 @@ OPTIONS = {
     "pre-embed": {"prefix": 2, "infix": 1},
     "pre-layer": {"prefix": 2, "infix": 1},
     "random-lora": {"rank": 2, "keep": 3},
-    "simplex-lora": {"rank": 2, "every": 2, "times": 2, "omega_rate": 20.0},
+    "simplex-lora": {"rank": 2, "every": 2, "times": 2},
     "sora": {"rank": 3, "sparsity": 20.0, "gate_rate": 0.02, "gates": "normal"},
     "weight-lora": {"rank": 2, "keep": 3, "start": 2, "every": 4},
 }

@@ -1,6 +1,7 @@
 """The pages for users name what the code has, and the Python of the README runs."""
 
 import dataclasses
+import json
 import re
 import shlex
 import sys
@@ -46,8 +47,8 @@ def options(name: str) -> dict[str, str]:
 
 def written(default: object) -> str:
     """A default as the pages write it: words in code, numbers and truth values plain, 1.0 as 1."""
-    if isinstance(default, bool):
-        return str(default).lower()
+    if default is None or isinstance(default, bool):
+        return json.dumps(default)
     return f"`{default}`" if isinstance(default, str) else f"{default:g}"
 
 

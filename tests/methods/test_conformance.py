@@ -11,7 +11,7 @@ import rankwise as rw
 import stock
 import tiny
 from every import TRAINS, attached, every_method, every_shape, method
-from rankwise.ranks import sites
+from rankwise.ranks import ranks, sites
 
 SEARCH_FREE = (
     "adapter-h", "adapter-l", "bitfit", "dora", "full", "full-top", "head", "lora", "lora-fa", "pissa", "pre-embed",
@@ -103,11 +103,11 @@ def test_a_bare_loop_cut_at_any_step_goes_on_bit_identically(name, cut, tmp_path
             schedule.step()
             if save and step + 1 == cut:
                 rw.save_checkpoint(save, model, stepper, schedule)
-        return losses, model
+        return losses, model, stepper.search()
 
-    whole, model = run(7, save=tmp_path / "checkpoint")
-    rest, resumed = run(7, resume=tmp_path / "checkpoint")
-    assert rest == whole[cut:]
+    whole, model, found = run(7, save=tmp_path / "checkpoint")
+    rest, resumed, again = run(7, resume=tmp_path / "checkpoint")
+    assert rest == whole[cut:] and again == found
     a, b = model.state_dict(), resumed.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -207,3 +207,20 @@ def test_what_is_left_at_the_end_is_no_more_than_the_method_says(name):
     folded = sum(p.numel() for p in method(name).fold(model).parameters() if p.requires_grad)
     assert folded <= left
     assert most is None or min(left, folded) <= most
+
+
+@every_method
+@pytest.mark.parametrize("steps", [1, 7])
+def test_a_method_that_learns_ranks_says_at_how_many_sites_they_have_changed(name, steps):
+    """Asked before the fold it says what the fold will leave."""
+    model, learns = attached(name), method(name).check_every > 0
+    stepper = optimizer(name, model)
+    tiny.train(model, stepper, steps)
+    found = stepper.search()
+    left = ranks(method(name).fold(model))
+    if not learns:
+        assert found is None
+        return
+    begun = getattr(method(name), method(name).sizes[0])
+    assert (found.changed, found.sites) == (sum(rank != begun for rank in left.values()), len(left))
+    assert found.changed or (found.advice and "the result is plain LoRA's" in str(found))

@@ -1,5 +1,7 @@
 """Methods that keep k of n sites: by the size of ω, or drawn at random."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
@@ -112,3 +114,29 @@ def test_what_has_no_weight_is_gone_also_when_training_ends_before_the_removal(t
     for each in (again, folded):
         assert sorted(ranks(each).values())[-4:] == ([2, 2, 2] if each is again else [0, 2, 2, 2])
         assert torch.allclose(tiny.logits(each), before, atol=1e-6)
+
+
+def test_on_its_own_clock_omega_is_folded_where_the_sites_are_removed():
+    method = rw.WeightLoRA(rank=2, keep=4, start=3, every=5)
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1e-2)
+    tiny.train(model, optimizer, 4)
+    assert omega(model).count_nonzero() == 4
+    before = tiny.logits(model)
+    method.fold(after := deepcopy(model))
+    assert torch.allclose(tiny.logits(after), before, atol=1e-6)
+    tiny.train(model, optimizer, 1, start=4)
+    assert omega(model) is None and sorted(ranks(model).values())[-5:] == [0, 2, 2, 2, 2]
+    tiny.train(model, optimizer, 2, start=5)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_search_that_ties_have_decided_says_so():
+    for rate, decided in ((1e-9, True), (None, False)):
+        method = rw.WeightLoRA(rank=2, keep=2, start=4, every=5, omega_rate=rate)
+        model = attached(method)
+        optimizer = rw.SimplexAdam(method, model, lr=1e-2)
+        tiny.train(model, optimizer, 5)
+        found = optimizer.search()
+        assert found.changed == 11 and ("ties" in found.advice) == decided, found

@@ -208,3 +208,88 @@ def test_a_group_that_is_added_later_is_stepped_too():
     late.grad = torch.ones(1)
     optimizer.step()
     assert late.item() < 1
+
+
+# --- ω on its own clock -----------------------------------------------------------------------------------------------
+
+CLOCK = rw.WeightLoRA(rank=2, keep=3, start=50, every=50)  # ω is not projected within these tests
+
+
+def steps_of_omega(gradients, method=CLOCK, rates=(), lr=1e-2):
+    """ω before and after each step on these gradients of ω, at these rates of the run."""
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=lr)
+    weights = omega(model)
+    seen = [weights.detach().clone()]
+    for step, gradient in enumerate(gradients):
+        for group in optimizer.param_groups if rates else ():
+            group["lr"] = rates[step]
+        weights.grad = gradient.clone()
+        optimizer.step()
+        seen.append(weights.detach().clone())
+    return torch.stack(seen)
+
+
+@pytest.mark.parametrize("growth", [1.0, 10.0, 0.1])
+def test_no_step_of_the_clock_is_longer_than_its_share_of_the_search(growth):
+    gradients = [growth**step * torch.arange(-6.0, 7.0) for step in range(8)]
+    moved = steps_of_omega(gradients).diff(dim=0)
+    assert moved.abs().max() <= 1.5 / 50 * (1 + 1e-4)  # ω itself is rounded
+    assert moved[0, 0] > 0.99 * 1.5 / 50 and not moved[:, 6].any()  # where there is no gradient nothing moves
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e6])
+def test_the_clock_is_the_same_whatever_the_size_of_the_loss_and_the_rate_of_the_run(size):
+    torch.manual_seed(3)
+    gradients = [torch.randn(13) for _ in range(6)]
+    expected = steps_of_omega(gradients)
+    assert torch.allclose(steps_of_omega([size * g for g in gradients], lr=1e-5), expected, atol=1e-6)
+    assert torch.equal(steps_of_omega(gradients, rates=[1e-3, 1e-8, 0.5, 1.0, 3.0, 1e-4]), expected)
+
+
+def test_the_clock_stands_still_while_the_rate_is_0():
+    gradients = [torch.ones(13)] * 3
+    moved = steps_of_omega(gradients, rates=[0.0, 1e-3, 0.0]).diff(dim=0)
+    assert not moved[0].any() and moved[1].all() and not moved[2].any()
+
+
+def test_neither_a_re_warm_up_nor_a_schedule_nor_a_checkpoint_rewrites_the_clock():
+    method = rw.SimplexLoRA(rank=4, every=3, times=2, rewarm=3)
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 4)
+    for step in range(5):
+        tiny.train(model, optimizer, 1, start=step)
+        schedule.step()
+    [group] = [group for group in optimizer.state_dict()["param_groups"] if group["name"] == "omega"]
+    assert group["clock"] == 1.5 / 6 and group["lr"] < 1e-2
+
+
+def test_the_moments_of_omega_go_along_with_a_rank_change():
+    method = rw.SimplexLoRA(rank=4, every=3, times=2)
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1e-2)
+    tiny.train(model, optimizer, 3)
+    assert optimizer.changed == 3 and set(ranks(model).values()) != {4}
+    state = optimizer.state[omega(model)]
+    assert state["step"] == 3 and state["exp_avg"].any()
+
+
+def test_decay_follows_the_clock():
+    method = rw.SimplexLoRA(rank=4, every=5, times=1, omega_decay=0.5)  # a step of 0.3
+    model = attached(method)
+    with torch.no_grad():
+        omega(model)[:2] = torch.tensor([0.0, 2.0])
+    omega(model).grad = torch.zeros_like(omega(model))
+    rw.SimplexAdam(method, model).step()
+    assert torch.allclose(omega(model)[:2], torch.tensor([0.15, 1.85]))
+
+
+def test_the_clock_moves_ranks_at_any_rate_of_the_run():
+    for rate in (1e-5, 1e-2):
+        method = rw.SimplexLoRA(rank=4, every=5, times=2)
+        model = attached(method)
+        optimizer = rw.SimplexAdam(method, model, lr=rate)
+        tiny.train(model, optimizer, 10)
+        found = optimizer.search()
+        assert found.changed >= found.sites / 3 and found.moved > 0.5, found

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import bootstrap
 from rankwise.metrics import SUMS
 from rankwise.metrics.classification import STATISTICS
+from rankwise.runs.search import Search
 from rankwise.runs.stats import Interval
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary, Sums, duration, plus_minus, size
@@ -230,3 +232,20 @@ def test_sizes_and_times_for_people() -> None:
         "2 h 5 min",
     ]
     assert (plus_minus(0.5, 0.01), plus_minus(0.5, None), plus_minus(None, None)) == ("0.500 ± 0.010", "0.500", "")
+
+
+def test_a_note_says_what_the_searches_of_a_method_have_come_to(store: Store) -> None:
+    for seed, changed in enumerate((9, 0)):
+        search = Search(changed, 36, changed / 5, "ω", "" if changed else "raise T")
+        finish(store, config(seed=seed, method=SIMPLEX), 0.8, search=asdict(search))
+        finish(store, config(seed=seed), 0.8, search={"changed": "damaged"})
+    found = summary(store)
+    [note] = [note for note in found.notes() if "sites" in note]
+    assert note == (
+        "cola, simplex-lora rank=4: ranks changed at 9, 0 of 36 sites at seeds 0, 1, ω = 1.80, 0.00: "
+        "the result is plain LoRA's at seed 1; raise T."
+    )
+    assert note in found.text()
+    [row] = [row for row in found.as_json()["best"] if row["name"] == "simplex-lora"]
+    assert [each["changed"] for each in row["searches"].values()] == [9, 0]
+    json.dumps(found.as_json())

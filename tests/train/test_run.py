@@ -69,6 +69,24 @@ def test_the_result_says_all_that_a_table_needs_and_no_path(finished: Path) -> N
     assert str(finished.parent) not in json.dumps(result)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_by_default_a_search_changes_ranks_and_says_at_how_many_sites(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = {"name": "simplex-lora", "rank": 4}  # T = 10, K = 3
+    folder = make(
+        tmp_path / "run", method=chosen, seed=seed, max_steps=32, learning_rate=1e-3, train_rows=480, max_length=24
+    )
+    search = run(folder)["search"]
+    first, *_, last = lines(folder / "ranks.jsonl")
+    assert search["changed"] == sum(rank != 4 for rank in last["ranks"].values()) >= len(first["ranks"]) / 3
+    assert search["sites"] == len(first["ranks"]) and search["moved"] > 0.5 and not search["advice"]
+    assert (
+        f"simplex-lora: ranks changed at {search['changed']} of 37 sites, max|ω − 1| · rank = "
+        in capsys.readouterr().err
+    )
+
+
 def test_parameters_are_counted_without_the_head_and_at_their_peak(finished: Path) -> None:
     counted = json.loads((finished / "result.json").read_text())["parameters"]
     # MiniLM: 6 layers of four maps 384 x 384 and two of 384 x 1536, and the pooler; r = 4; one ω a site in the search.

@@ -1,6 +1,7 @@
 """RankTrainer, and a plain Trainer with RankCallback: trained whole, cut anywhere, resumed, best model loaded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -297,3 +298,26 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(method, shape, tmp_p
         found.append(norm.found)
     for whole, summed in zip(*found, strict=True):
         torch.testing.assert_close(whole, summed, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["rank", "plain"])
+def test_the_end_of_a_search_is_told_once_and_as_a_warning_where_nothing_has_changed(kind, tmp_path, caplog):
+    caplog.set_level("INFO", "rankwise")
+    still = rw.SimplexLoRA(rank=2, every=2, times=2, omega_rate=0.0)
+    alike = replace(still, targets=["query", "value"])  # sites of equal cost
+    said = [
+        (METHODS["simplex"], ("INFO", "simplex-lora: ranks changed at ")),
+        (still, ("WARNING", "plain LoRA's; raise omega_rate or every")),
+        (alike, ("WARNING", "plain LoRA's; no rank can change below 0.5: raise omega_rate or every")),
+        (rw.SimplexLoRA(rank=2, every=50), ("WARNING", "first change is due after step 50")),
+        (rw.WeightLoRA(rank=2, keep=3, start=2, every=4), ("INFO", "weight-lora: ranks changed at 10 of 13 sites")),
+        (rw.SoRA(rank=2), ("WARNING", "no gate has closed: raise sparsity")),
+        (rw.LoRA(rank=2), None),
+    ]
+    for method, expected in said:
+        caplog.clear()
+        trained(kind, method, tmp_path)
+        found = [(record.levelname, record.message) for record in caplog.records if record.name.startswith("rankwise")]
+        assert len(found) == (expected is not None), found
+        for level, text in found:
+            assert level == expected[0] and expected[1] in text

@@ -22,7 +22,17 @@ from rankwise.methods.base import Method, require
 from rankwise.methods.targets import ALL_LINEAR, adapt, placement
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan
-from rankwise.ranks.triplets import add_orthogonality, add_scores, choose, largest, settings, to_lora, triplets
+from rankwise.ranks.triplets import (
+    add_orthogonality,
+    add_scores,
+    choose,
+    largest,
+    live_ranks,
+    settings,
+    to_lora,
+    triplets,
+)
+from rankwise.runs.search import Search
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -128,6 +138,12 @@ class AdaLoRA(Method, name="adalora"):
 
     def final(self, model: nn.Module) -> int | None:
         return (super().final(model) or 0) + largest(model)
+
+    def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
+        found = self._changed(live_ranks(model)) if triplets(model) else super().search(model)
+        if found is None or found.changed:
+            return found
+        return replace(found, advice="no unit of rank has been cut: lower start or rank, or train longer")
 
     @property
     def check_every(self) -> int:

@@ -1,7 +1,7 @@
 """A method decides where rank goes; the rank engine acts. One method is one file in this folder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
@@ -11,9 +11,10 @@ from torch import nn
 
 from rankwise.errors import InputError, nearest
 from rankwise.optim import SimplexAdam
-from rankwise.ranks import RankPlan, rank_report, sites
+from rankwise.ranks import RankPlan, rank_report, ranks, sites
 from rankwise.ranks.resize import fold
 from rankwise.ranks.sites import omega
+from rankwise.runs.search import Search
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -87,9 +88,26 @@ class Method(ABC):
 
         Args:
             step: steps taken, the first being 1.
-            lr: the rate that this step used for ω or the gates (for the first group where there are none).
+            lr: the size of this step of ω or the gates, 0 while they stand still: their rate, or that of their clock;
+                the rate of the first group where there are none.
         """
         return None
+
+    def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
+        """What the search for ranks has come to by now, asked before `fold`; None for a method that learns none.
+
+        Args:
+            moved: what its last plan has said (`RankPlan.moved`), None where there was none. An optimizer knows it:
+                `SimplexAdam.search`.
+        """
+        return self._changed(ranks(model))
+
+    def _changed(self, now: Mapping[str, int]) -> Search | None:
+        """How many of the ranks by site are not what they began with."""
+        if not self.check_every or not now:
+            return None
+        begun = getattr(self, self.sizes[0])
+        return Search(sum(rank != begun for rank in now.values()), len(now))
 
     def fold(self, model: nn.Module) -> nn.Module:
         """To plain LoRA with unchanged outputs, in place: every scale moves into its factors."""
@@ -133,6 +151,11 @@ class Method(ABC):
     def check_every(self) -> int:
         """Steps between two looks at what the method learns about ranks, 0 for never."""
         return 0
+
+    @property
+    def search_steps(self) -> int | None:
+        """The step after which a search for ranks is over; None where it goes on to the end, or there is none."""
+        return None
 
     @property
     def rewarm_steps(self) -> int:

@@ -1,7 +1,12 @@
-"""What the methods with one weight ω_i per site share: h = W x + b + s ω_i B A x."""
+"""What the methods with one weight ω_i per site share: h = W x + b + s ω_i B A x.
+
+How far ω gets by SGD depends on the loss, the rate, its schedule and the model: at the authors' rate of 5 it may reach
+another rank at every site or at none. By default ω has a clock of its own instead, which needs no rate: Adam's moments
+of ∂L/∂ω, a step of at most CLOCK / (steps of the search), and no schedule, so that over a search it can move by CLOCK.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,26 +15,35 @@ from torch import nn
 from rankwise.errors import NotFiniteError
 from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
-from rankwise.ranks import sites
+from rankwise.ranks import ranks, sites
 from rankwise.ranks.resize import add_omega, resize
 from rankwise.ranks.sites import adapted, omega
+from rankwise.runs.search import Search
+
+CLOCK = 1.5
+"""How far an entry of ω, which begins at 1, can move over a search on its own clock."""
+EPS = 1e-16
+"""Adam's ε for ω: small beside any gradient, so that a loss of another size moves ω alike."""
 
 
 @dataclass(frozen=True)
 class OmegaLoRA(LoRA):
-    """LoRA with a weight ω_i on every site, stepped by SGD at its own rate.
+    """LoRA with a weight ω_i on every site.
 
     Attributes:
-        omega_rate: learning rate of ω by SGD; it follows the run's schedule.
+        omega_rate: learning rate of ω by SGD, which follows the run's schedule; None for ω's own clock, Adam's moments
+            and steps of at most 1.5 / (steps of the search), whatever the run's rate is, unless that is 0.
     """
 
-    omega_rate: float = 5.0
+    omega_rate: float | None = None
 
     keeps_ranks: ClassVar[bool] = False
+    measure: ClassVar[str]
+    """What is said of how far ω has moved."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.omega_rate >= 0, f"omega_rate must not be negative, not {self.omega_rate}")
+        require((self.omega_rate or 0) >= 0, f"omega_rate must not be negative, not {self.omega_rate}")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)
@@ -41,9 +55,15 @@ class OmegaLoRA(LoRA):
         groups = super().param_groups(model)
         for group in groups:
             group["params"] = [p for p in group["params"] if p is not weights]
+        if self.omega_rate is not None:
+            steps: dict[str, Any] = {"rule": "sgd", "lr": self.omega_rate}
+        else:  # without an `lr` of its own the group has the run's, by which the clock stands still or goes
+            steps = {"clock": CLOCK / (self.search_steps or 1), "eps": EPS}
         # The group stays when ω is gone, so that a checkpoint from after the search fits one from during it.
-        mine = {"name": "omega", "params": [] if weights is None else [weights], "rule": "sgd", "lr": self.omega_rate}
-        return [*groups, {**mine, "weight_decay": 0.0}]
+        return [
+            *groups,
+            {"name": "omega", "params": [] if weights is None else [weights], **steps, "weight_decay": 0.0},
+        ]
 
     def fold(self, model: nn.Module) -> nn.Module:
         """To plain LoRA with unchanged outputs; sites whose ω is 0 are gone then, also in the middle of a search."""
@@ -57,6 +77,31 @@ class OmegaLoRA(LoRA):
         if values is None:
             return None
         return dict(zip([s.name for s in sites(adapted(model))], values.tolist(), strict=True))
+
+    def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
+        weights = self.weights(model) or {}
+        # a fold takes the sites whose ω is 0
+        found = self._changed(ranks(model) | {name: 0 for name, value in weights.items() if value == 0})
+        if found is None:
+            return None
+        if not weights or moved is not None:
+            found = replace(found, moved=moved, measure=self.measure)
+            return replace(found, advice=self._advice(model, found))
+        advice = "" if found.changed else f"the first change is due after step {self.check_every}: train longer"
+        return replace(found, moved=self._moved(list(weights.values())), measure=self.measure, advice=advice)
+
+    def _moved(self, weights: Sequence[float]) -> float:
+        """How far ω is from where it began, in `measure`."""
+        raise NotImplementedError
+
+    def _advice(self, model: nn.Module, found: Search) -> str:
+        """What to do where the search has found nothing, else an empty string."""
+        raise NotImplementedError
+
+    @property
+    def _farther(self) -> str:
+        """What to raise to get ω farther."""
+        return "raise every" if self.omega_rate is None else "raise omega_rate or every, or leave omega_rate out"
 
 
 def check_finite(weights: nn.Parameter, step: int) -> None:

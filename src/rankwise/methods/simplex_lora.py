@@ -3,7 +3,7 @@
 h = W x + b + s ω_i B A x for each of n sites, with ω on the simplex {ω ≥ 0, Σω = n}.
 
     0. every rank r0, every ω_i = 1
-    1. after each optimizer step (ω by SGD at its own rate) project ω onto the simplex
+    1. after each optimizer step project ω onto the simplex (ω by SGD at its own rate; by default on its own clock)
     2. every T steps turn ω into integer ranks, r_i = ⌊ω_i r0⌋, and resize by QR + SVD
     3. K times
     4. fold ω into B and train on as plain LoRA
@@ -12,8 +12,8 @@ Where the authors' published code differs: it rounds up (`rounding: ceil`), whic
 each change (`change: reinit`); it adds the product of an emptied adapter to W (`empty: merge`); its projection may be a
 softmax. Our defaults spend at most the parameters of uniform r0 (`rounding: budget`) and keep what was learnt (`svd`).
 
-One thing to know: ∂L/∂ω_i = ⟨∂L/∂ΔW_i, s B_i A_i⟩ is 0 while B = 0, so ω hardly moves in the first steps. Hence the
-large rate of ω, and a T that leaves B time to grow.
+One thing to know: ∂L/∂ω_i = ⟨∂L/∂ΔW_i, s B_i A_i⟩ is 0 while B = 0, and small as long as B is. Hence the authors' large
+rate of ω, our clock, which asks for the sign of a gradient more than for its size, and a T that leaves B time to grow.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
 from rankwise.ranks.resize import fold
 from rankwise.ranks.sites import adapted, check_own, omega
+from rankwise.runs.search import Search
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         rewarm: steps of linear warm-up of all rates after each rank change.
         projection: `simplex` (Euclidean), `softmax` or `rank-softmax` (softmax weighted by the current ranks). The last
             two are no projections: step after step they enlarge any difference by themselves, without a gradient too.
-        omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection.
+        omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection, η being ω's rate or the clock's.
     """
 
     every: int = 10
@@ -60,6 +61,8 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     rewarm: int = 0
     projection: Literal["simplex", "softmax", "rank-softmax"] = "simplex"
     omega_decay: float = 0.0
+
+    measure = "max|ω − 1| · rank"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,7 +92,8 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         found = allocate(
             weights.tolist(), [s.cost for s in here], [s.limit for s in here], rank=self.rank, rounding=self.rounding
         )
-        last = step >= self.every * self.times
+        moved = self._moved(weights.tolist())
+        last = step >= self.search_steps
         if last:
             self._end(model)
         return RankPlan(
@@ -98,6 +102,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
             empty=self.empty,
             moments=self.moments,
             restart=last and self.finish == "restart",
+            moved=moved,
         )
 
     def _end(self, model: nn.Module) -> None:
@@ -117,9 +122,24 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
             return None
         return (super().final(model) or 0) - len(sites(model))
 
+    def _moved(self, weights: Sequence[float]) -> float:
+        return self.rank * max(abs(value - 1) for value in weights)
+
+    def _advice(self, model: nn.Module, found: Search) -> str:
+        if found.changed or found.moved is None:
+            return ""
+        # With quotas ω_i r0 within half a rank of r0 the largest remainders are those of the sites that fell below it.
+        if self.rounding == "budget" and len({site.cost for site in sites(model)}) == 1 and found.moved < 0.5:
+            return f"no rank can change below 0.5: {self._farther}"
+        return self._farther
+
     @property
     def check_every(self) -> int:
         return self.every
+
+    @property
+    def search_steps(self) -> int:
+        return self.every * self.times
 
     @property
     def rewarm_steps(self) -> int:
@@ -127,4 +147,4 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
 
     @property
     def restart_step(self) -> int | None:
-        return self.every * self.times if self.finish == "restart" else None
+        return self.search_steps if self.finish == "restart" else None

@@ -14,7 +14,7 @@ hence a rate of the gates' own, 10 by default, for which a run of 1,000 steps cl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,6 +26,7 @@ from rankwise.methods.lora import LoRA
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, sites
 from rankwise.ranks.resize import add_gates
+from rankwise.runs.search import Search
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,17 @@ class SoRA(LoRA, name="sora"):
 
     def final(self, model: nn.Module) -> int | None:
         return (super().final(model) or 0) - sum(g.numel() for g in _gates(model))
+
+    def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
+        found = super().search(model)
+        if found is None:
+            return None
+        if not found.changed:
+            found = replace(found, advice="no gate has closed: raise sparsity or gate_rate, or train longer")
+        gates = _gates(model)
+        if self.gates != "ones" or not gates:  # of gates that were drawn it is not known where they began
+            return found
+        return replace(found, moved=max(float((g - 1).abs().max()) for g in gates), measure="max|g − 1|")
 
     @property
     def check_every(self) -> int:

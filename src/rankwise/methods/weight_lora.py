@@ -6,6 +6,9 @@ h = W x + b + s ω_i B A x for each of n sites, and at most k of the ω_i are no
     2. after a set step the adapters whose ω_i is 0 are removed for good; ω trains on for those that stay
     3. at the end ω is folded into B
 
+On its own clock ω takes its last step where the adapters are removed, and is folded there: steps as long as before, to
+the end of the training, would say no more about where an adapter is worth it.
+
 While B is 0 the gradient of ω is 0, so a projection after the very first step finds n equal entries, and ties decide.
 An adapter with ω = 0 gets no gradient on A and B any more, so it comes back only if ω alone grows past another. That is
 the algorithm as the slides have it (`start: 1`). Our default lets B grow for some steps first.
@@ -20,8 +23,10 @@ from torch import nn
 from rankwise.methods.base import require
 from rankwise.methods.omega import OmegaLoRA, check_finite
 from rankwise.optim import project
-from rankwise.ranks import RankPlan, sites
+from rankwise.ranks import RankPlan, ranks, sites
+from rankwise.ranks.resize import fold
 from rankwise.ranks.sites import omega
+from rankwise.runs.search import Search
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
     keep: int = 10
     start: int = 10
     every: int = 30
+
+    measure = "max|ω − 1| of those that stay"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,7 +65,11 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
             weights.copy_(project.top_k(weights, self.keep))
         if step != self.every:
             return None
-        return RankPlan({site.name: 0 for site, w in zip(sites(model), weights.tolist(), strict=True) if w == 0})
+        values = weights.tolist()
+        if self.omega_rate is None:
+            fold(model)
+        gone = {site.name: 0 for site, value in zip(sites(model), values, strict=True) if value == 0}
+        return RankPlan(gone, moved=self._moved(values))
 
     def budget(self, model: nn.Module) -> int:
         """What the k most expensive sites cost."""
@@ -67,8 +78,23 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
     def final(self, model: nn.Module) -> int | None:
         return (super().final(model) or 0) - super().budget(model) + self.budget(model)
 
+    def _moved(self, weights: Sequence[float]) -> float:
+        return max((abs(value - 1) for value in weights if value), default=0.0)
+
+    def _advice(self, model: nn.Module, found: Search) -> str:
+        if not found.changed:
+            return f"keep fewer than {found.sites} sites" if self.keep >= found.sites else self._farther
+        values = list((self.weights(model) or ranks(model)).values())
+        if any(values[: self.keep]) and not any(values[self.keep :]):
+            return "those that stayed come first in the model, as ties are decided while B is 0: raise start"
+        return ""
+
     @property
     def check_every(self) -> int:
+        return self.every
+
+    @property
+    def search_steps(self) -> int:
         return self.every
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankwise.errors import InputError
 from rankwise.optim import processes
 from rankwise.ranks.resize import RankPlan, Structure, follow, resize
+from rankwise.runs.search import Search
 
 SHARDED = (
     "ranks cannot be learnt on a model that is sharded (FSDP): search without it, save the adapter, and train that one "
@@ -28,6 +29,7 @@ class Decides(Protocol):
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]: ...
     def before_step(self, model: nn.Module) -> None: ...
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None: ...
+    def search(self, model: nn.Module, moved: float | None = None) -> Search | None: ...
     @property
     def check_every(self) -> int: ...
     @property
@@ -37,7 +39,9 @@ class Decides(Protocol):
 class SimplexAdam(torch.optim.AdamW):
     """AdamW over the method's parameter groups, the method's step on ω, and the rank changes it asks for.
 
-    A group may set `lr`, `weight_decay` and `rule`: "adamw" (default) or "sgd", which is p ← p − lr ∂L/∂p.
+    A group may set `lr`, `weight_decay` and `rule`: "adamw" (default) or "sgd", which is p ← p − lr ∂L/∂p. With a
+    `clock` AdamW steps it by that and not by `lr`, no entry by more, and not while `lr` is 0: what sets rates, such as
+    a schedule or a re-warm-up, moves no clock.
 
     Where several processes train one model (torch.distributed), each takes every step, on gradients that were averaged
     before. They compare the new ranks at each change, and fresh factors are those of the first process.
@@ -62,6 +66,7 @@ class SimplexAdam(torch.optim.AdamW):
         self.method, self.model = method, model
         self.steps = 0  # steps taken
         self.changed = 0  # the step of the last rank change, 0 before any
+        self.moved: float | None = None  # what the method's last plan has said of it
         groups = [{"rule": "adamw", **group} for group in method.param_groups(model)]
         if method.check_every and any(hasattr(p, "device_mesh") for group in groups for p in group["params"]):
             raise InputError(SHARDED)
@@ -86,15 +91,22 @@ class SimplexAdam(torch.optim.AdamW):
             self._check_averaged()
         self.steps += 1
         with self._rewarmed():
-            scales = (g["lr"] for g in self.param_groups if g.get("name") in ("omega", "gates"))
+            scales = (_step_size(g) for g in self.param_groups if g.get("name") in ("omega", "gates"))
             lr = next(scales, self.param_groups[0]["lr"])
             self.method.before_step(self.model)
-            with self._sgd():
+            with self._sgd(), self._clocked():
                 super().step()
         plan = self.method.after_step(self.model, self.steps, lr)
         if plan is not None:
             self._change(plan)
         return loss
+
+    def search(self) -> Search | None:
+        """What the method's search for ranks has come to by now; None for a method that learns none.
+
+        Ask before `method.fold`, which takes away what may not have been turned into ranks yet.
+        """
+        return self.method.search(self.model, self.moved)
 
     def _change(self, plan: RankPlan) -> None:
         """Carry out a rank change, the same one in all processes."""
@@ -103,6 +115,8 @@ class SimplexAdam(torch.optim.AdamW):
                 f"the processes found different ranks at step {self.steps}: they did not take the same steps; average "
                 "the gradients before each, with rankwise.average_gradients(model)"
             )
+        if plan.moved is not None:
+            self.moved = plan.moved
         if resize(self.model, plan):
             self.changed = self.steps
             # each has drawn fresh factors from its own random stream, which dropout may have moved apart
@@ -153,11 +167,27 @@ class SimplexAdam(torch.optim.AdamW):
         for p, grad in hidden:
             p.grad = grad
 
+    @contextmanager
+    def _clocked(self) -> Iterator[None]:
+        """Let AdamW step the groups that have a clock by that."""
+        groups = [group for group in self.param_groups if "clock" in group]
+        clocked = [(group, group["lr"], [p.clone() for p in group["params"]]) for group in groups]
+        for group, *_ in clocked:
+            group["lr"] = _step_size(group)
+        try:
+            yield
+            for group, _, before in clocked:  # Adam's steps can be longer than its rate where gradients grow
+                for p, old in zip(group["params"], before, strict=True):
+                    p.clamp_(old - group["lr"], old + group["lr"])
+        finally:
+            for group, rate, _ in clocked:
+                group["lr"] = rate
+
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state, the step counters, and the ranks that the state belongs to."""
         now = Structure.of(self.model)
-        own = {"steps": self.steps, "changed": self.changed, "ranks": now.ranks, "scaled": now.scaled}
-        return {**super().state_dict(), "rankwise": own}
+        counted = {"steps": self.steps, "changed": self.changed, "moved": self.moved}
+        return {**super().state_dict(), "rankwise": {**counted, "ranks": now.ranks, "scaled": now.scaled}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state whose ranks are the model's own; load the model's weights first, they bring their ranks.
@@ -174,4 +204,9 @@ class SimplexAdam(torch.optim.AdamW):
                 "checkpoint first (rankwise.load_checkpoint, or model.load_state_dict), they bring their ranks along"
             )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "rankwise"})
-        self.steps, self.changed = own["steps"], own["changed"]
+        self.steps, self.changed, self.moved = own["steps"], own["changed"], own.get("moved")
+
+
+def _step_size(group: Mapping[str, Any]) -> float:
+    """The size of a group's step: its rate, or its clock's unless the rate is 0."""
+    return group["clock"] if "clock" in group and group["lr"] > 0 else group["lr"]

@@ -53,6 +53,7 @@ class RankPlan(dict[str, int]):
         empty: what becomes of BA at rank 0: `drop` it, or `merge` it into W.
         moments: Adam's moments of a changed site are `reset`, or `keep`: carried along with the factors.
         restart: draw fresh factors for every site, also where the rank stays.
+        moved: how far the weights have moved that the ranks follow, in the method's own measure.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class RankPlan(dict[str, int]):
         empty: str = "drop",
         moments: str = "reset",
         restart: bool = False,
+        moved: float | None = None,
     ):
         super().__init__(ranks)
         self.change, self.empty, self.moments, self.restart = change, empty, moments, restart
+        self.moved = moved
 
 
 def follow(model: nn.Module, optimizer: Optimizer) -> None:

@@ -43,6 +43,12 @@ def triplets(model: nn.Module) -> dict[str, Any]:
     return {n: layer for n, layer in named if isinstance(layer, AdaLoraLayer) and peft.active_adapter in layer.lora_E}
 
 
+def live_ranks(model: nn.Module) -> dict[str, int]:
+    """How many triplets of each layer are not 0."""
+    adapter = adapted(model).active_adapter
+    return {name: int(layer.lora_E[adapter].count_nonzero()) for name, layer in triplets(model).items()}
+
+
 def settings(model: nn.Module) -> Any:
     """PEFT's configuration of the active adapter."""
     peft = adapted(model)

@@ -15,6 +15,7 @@ import numpy as np
 from rankwise.errors import InputError
 from rankwise.files import read_lines
 from rankwise.report import examples, figures, heat, text
+from rankwise.runs.search import Search
 from rankwise.runs.store import Store, error_lines
 from rankwise.runs.summary import duration, size
 from rankwise.runs.tables import Row
@@ -94,10 +95,11 @@ def _finished(folder: Path, result: Mapping[str, Any], method: str) -> Page:
         ("evaluation loss", figures.evaluated("loss")),
         (result["score"], figures.evaluated(result["score"])),
     ]
-    parameters, cost = result["parameters"], result["cost"]
+    parameters, cost, search = result["parameters"], result["cost"], Search.read(result.get("search"))
     facts = [
         *((name, _number(value)) for name, value in result["metrics"].items()),
         *((f"{name} parameters", _number(value)) for name, value in parameters.items()),
+        *([("search", str(search))] if search is not None else []),
         ("time", duration(cost["seconds"])),
         ("peak memory", size(cost["peak_memory_bytes"])),
         ("adapter on disk", size(cost["adapter_bytes"])),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rankwise.runs.search import Search, in_words
 from rankwise.runs.stats import (
     FULL,
     Difference,
@@ -141,7 +142,7 @@ class Summary:
                     "same settings; report.reference of an experiment names another method."
                 )
         for row in self.best:
-            notes += [*_of_tuning(row), *_of_budget(row)]
+            notes += [*_of_tuning(row), *_of_budget(row), *_of_search(row)]
         unsized = [row["method"] for row in self.best if row["asked"] is None]
         if unsized and len(unsized) < len(self.best):
             names = ", ".join(dict.fromkeys(unsized))
@@ -277,6 +278,12 @@ def _of_budget(row: Row) -> list[str]:
     if row["used"] > 1:
         return [f"{what}, for its ranks grew beyond those it began with."]
     return [f"{what} are used: it is compared with less than it was allowed."]
+
+
+def _of_search(row: Row) -> list[str]:
+    """What the searches for ranks have come to."""
+    found = {seed: Search(**each) for seed, each in row["searches"].items()}
+    return [f"{row['task']}, {row['method']}: {in_words(found)}"] if found else []
 
 
 def tried(rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:

@@ -6,10 +6,11 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rankwise.config import OWN
+from rankwise.runs.search import Search
 from rankwise.runs.stats import LIMITS, equal, mean, sd, t_interval
 
 Row = dict[str, Any]
@@ -44,6 +45,7 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
       peak_memory, adapter_bytes (bytes), seconds, examples_per_second: means over the seeds;
       split, rows, official, note: what it was evaluated on;
       train_split, train_official, train_note: what it was trained on;
+      searches: by seed, what the search of a method that learns ranks has come to (see `Search`);
       remarks: what the runs themselves say that a reader has to know;
       folders: the folder of each seed's run.
     mean, sd and interval are None where they are not defined: no labels, or one seed; the interval also where all seeds
@@ -247,6 +249,11 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         "train_split": trained["name"],
         "train_official": trained["official"],
         "train_note": trained["note"],
+        "searches": {
+            seed: asdict(search)
+            for seed, result in by_seed.items()
+            if (search := Search.read(result.get("search"))) is not None
+        },
         "remarks": list(dict.fromkeys(note for result in by_seed.values() for note in result.get("notes", [])))
         + [_memory(result, label) for result in by_seed.values() if "micro_batch" in result["cost"]],
         "folders": {seed: result["folder"] for seed, result in by_seed.items()},

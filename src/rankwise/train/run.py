@@ -41,6 +41,7 @@ from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks.resize import merged
 from rankwise.runs.processes import LostError, is_main
+from rankwise.runs.search import Search
 from rankwise.runs.store import Store
 from rankwise.tasks import Evaluation, Scored, Split, Task, subset
 from rankwise.train import model as models
@@ -181,8 +182,8 @@ def _carry_out(folder: Path, name: str, parts: "Parts", before: "Before | None",
         _begin_with(parts.model, before)
     evaluate = lambda: processes.on_first(parts.metrics)  # noqa: E731
     progress = Progress(folder, parts.plan, parts.method, evaluate, carried, stop)
-    _train(folder, parts, checkpoint, progress, stop)
-    return processes.on_first(lambda: _finish(folder, name, parts, progress))
+    search = _train(folder, parts, checkpoint, progress, stop)
+    return processes.on_first(lambda: _finish(folder, name, parts, progress, search))
 
 
 def _rows_at_once(folder: Path, most: int) -> int:
@@ -364,7 +365,8 @@ def _remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progress, stop: Stop) -> None:
+def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progress, stop: Stop) -> Search | None:
+    """Carry out the steps that are left; what the search for ranks has come to, None where the method learns none."""
     with processes.by_itself():
         arguments = _arguments(folder, parts.config, parts.plan)
     trainer = RunTrainer(
@@ -397,6 +399,8 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
             step = trainer.state.global_step
             print(f"stopped after step {step}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(stop.code)
+    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    return optimizer.search() if parts.method.check_every else None
 
 
 def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
@@ -431,7 +435,9 @@ def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments
     return arguments
 
 
-def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[str, Any]:
+def _finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Search | None) -> dict[str, Any]:
+    if search is not None:
+        print(f"{parts.method.name}: {search}", file=sys.stderr)
     if parts.config.followed:
         _keep_weights(folder, parts.model)
     parts = replace(parts, model=parts.method.fold(parts.model))  # what is scored is what is saved
@@ -458,6 +464,7 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress) -> dict[s
             "evaluation": [_split(each.split) for each in parts.evaluations],
         },
         "parameters": parameters,
+        **({} if search is None else {"search": asdict(search)}),
         "notes": list(dict.fromkeys(note for each in scored for note in each.notes)),
         **({"weights": file_digest(folder / WEIGHTS)} if parts.config.followed else {}),
         "cost": cost,
