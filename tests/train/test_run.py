@@ -75,7 +75,14 @@ def test_by_default_a_search_changes_ranks_and_says_at_how_many_sites(
 ) -> None:
     chosen = {"name": "simplex-lora", "rank": 4}  # T = 10, K = 3
     folder = make(
-        tmp_path / "run", method=chosen, seed=seed, max_steps=32, learning_rate=1e-3, train_rows=480, max_length=24
+        tmp_path / "run",
+        method=chosen,
+        seed=seed,
+        max_steps=32,
+        learning_rate=1e-3,
+        train_rows=480,
+        max_length=24,
+        checkpoint_every=40,
     )
     search = run(folder)["search"]
     first, *_, last = lines(folder / "ranks.jsonl")
