@@ -143,7 +143,7 @@ def execution(predicted: str, gold: str, table: Table) -> bool:
             return False
 
 
-def per_example(
+def per_query(
     predictions: Sequence[str],
     golds: Sequence[str],
     columns: Sequence[Iterable[str]] | None = None,
@@ -181,8 +181,8 @@ def wikisql(
     columns: Sequence[Iterable[str]] | None = None,
     tables: Sequence[Table] | None = None,
 ) -> dict[str, float]:
-    """Logical-form accuracy and, with `tables`, execution accuracy, 0 to 1: means of `per_example`."""
-    return {name: float(values.mean()) for name, values in per_example(predictions, golds, columns, tables).items()}
+    """Logical-form accuracy and, with `tables`, execution accuracy, 0 to 1: means of `per_query`."""
+    return {name: float(values.mean()) for name, values in per_query(predictions, golds, columns, tables).items()}
 
 
 def _gold(text: str, columns: Iterable[str]) -> Query:

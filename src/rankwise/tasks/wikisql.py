@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rankwise.errors import InputError, need
-from rankwise.metrics.wikisql import AGGREGATIONS, OPERATORS, Condition, Query, Table, parse, per_example, render
+from rankwise.metrics.wikisql import AGGREGATIONS, OPERATORS, Condition, Query, Table, parse, per_query, render
 from rankwise.tasks.base import Split
 from rankwise.tasks.generation import Generation, Judged
 from rankwise.tasks.source import Origin, Rows, checked
@@ -53,7 +53,7 @@ class WikiSQL(Generation, name="wikisql"):
         tables = None
         if "cells" in data.column_names:
             tables = [_table(row) for row in data.select_columns(["columns", "types", "cells"])]
-        found = per_example(hypotheses, data["target"][:], data["columns"][:], tables)
+        found = per_query(hypotheses, data["target"][:], data["columns"][:], tables)
         notes = () if tables else ("no execution accuracy: the data has no tables",)
         return Judged({name: float(each.mean()) for name, each in found.items()}, found["logical_form"].tolist(), notes)
 
