@@ -22,7 +22,7 @@ from rankwise.metrics.wikisql import (
     execution,
     logical_form,
     parse,
-    per_example,
+    per_query,
     render,
     wikisql,
 )
@@ -228,7 +228,7 @@ pieces = st.sampled_from(
 @given(st.text() | st.lists(pieces, max_size=25).map(" ".join) | st.lists(pieces, max_size=25).map("".join))
 def test_no_prediction_is_an_error(text):
     gold = "SELECT year FROM table WHERE city = oslo"
-    scores = per_example([text, f"SELECT {text}", f"{gold} AND {text}"], [gold] * 3, tables=[GAMES] * 3)
+    scores = per_query([text, f"SELECT {text}", f"{gold} AND {text}"], [gold] * 3, tables=[GAMES] * 3)
     for values in scores.values():
         assert set(values) <= {0.0, 1.0}
     assert logical_form(text, gold) is (parse(text) == parse(gold))
@@ -287,7 +287,7 @@ def test_a_gold_query_that_cannot_be_used_is_an_error_with_its_row():
         ("SELECT year FROM table WHERE year = x", "row 1: the gold query cannot be run .'x' is no number."),
     ):
         with pytest.raises(InputError, match=message) as caught:
-            per_example([good, good], [good, gold], tables=[GAMES, GAMES])
+            per_query([good, good], [good, gold], tables=[GAMES, GAMES])
         assert "\n" not in str(caught.value)
 
 
@@ -371,10 +371,10 @@ def test_the_database_can_only_be_read_and_not_for_long():
             database.execute(f"SELECT COUNT(t0.c0) FROM {everything}").fetchall()
 
 
-def test_per_example_and_means():
+def test_per_query_and_means():
     gold = ["SELECT year FROM table WHERE city = oslo"] * 4
     predictions = [gold[0], "SELECT MIN year FROM table", "SELECT city FROM table", "?"]
-    scores = per_example(predictions, gold, tables=[GAMES] * 4)
+    scores = per_query(predictions, gold, tables=[GAMES] * 4)
     assert {name: values.tolist() for name, values in scores.items()} == {
         "logical_form": [1, 0, 0, 0],
         "execution": [1, 1, 0, 0],
@@ -386,7 +386,7 @@ def test_per_example_and_means():
 
 def test_columns_of_each_example_are_used():
     gold, other = 'SELECT a FROM table WHERE y = 1 = "b c"', "SELECT a FROM table WHERE y = 1 = b c"
-    assert per_example([other] * 2, [gold] * 2, [["y"], ["y = 1"]])["logical_form"].tolist() == [0, 1]
+    assert per_query([other] * 2, [gold] * 2, [["y"], ["y = 1"]])["logical_form"].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_columns_of_each_example_are_used():
     ],
 )
 def test_lists_that_do_not_fit_are_refused(arguments, message):
-    for metric in (per_example, wikisql):
+    for metric in (per_query, wikisql):
         with pytest.raises(InputError, match=message):
             metric(*arguments)
 

@@ -1,8 +1,8 @@
 """What made a run: the version, the revision of the data, and the code that decides its result.
 
 Of the code counts what can be reached from the function that carries out a run and from the run's method and task:
-functions, classes and constants of ours, each by the text of its syntax tree. Comments, docstrings, the words of errors,
-the form of the text and the file that a definition stands in do not count. So to move or reword code is to change
+functions, classes and constants of ours, each by the text of its syntax tree. Comments, docstrings, the words of errors
+and the file that a definition stands in do not count. So to move or reword code is to change
 nothing, and to change a method touches its own runs alone. What only keeps, shows or asks (ASIDE) is left out.
 
 Files are read, and nothing is imported.
@@ -13,7 +13,7 @@ import functools
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,25 +24,33 @@ ASIDE = {"archs", "bench", "cli", "config", "errors", "export", "files", "publis
 """Rooms that decide no result."""
 
 Code = dict[str, dict[str, str]]
-"""File, as shown to people -> public function or class in it -> digest of it and of what else it uses for itself.
+"""File, as shown to people -> public function or class in it -> digest of it and of its details.
 
-That are constants and private definitions, which may have one name in many files."""
+Details are the constants and private definitions that it uses: in many files they have the same names.
+"""
 
 _Place = tuple[str, str]
 """Module and name of a definition."""
 
 
 def code_of(*roots: Callable[..., Any]) -> Code:
-    """The code that classes and functions need, those of them that are ours, bases included; sorted."""
-    return _code_of(roots)
+    """The code that functions and classes need, they themselves and bases included, of what is ours or a plugin's."""
+    places = []
+    for root in roots:
+        own = root.__module__.partition(".")[0]
+        for each in root.__mro__ if isinstance(root, type) else (root,):
+            if each.__module__.partition(".")[0] in ("rankwise", own):
+                places.append((each.__module__, each.__qualname__.partition(".")[0]))
+    return code_at(_ROOT, *places)
 
 
 @functools.cache
-def _code_of(roots: tuple[Callable[..., Any], ...]) -> Code:
-    named = {root.__module__ for root in roots} - {"rankwise"}
-    others = {name for name in named if not name.startswith("rankwise.")}
-    ours = frozenset({"rankwise", *(name.partition(".")[0] for name in others if "." in name)})
-    reader, code = _reader(ours, frozenset(file.parent for name in others if (file := _loaded(name)))), Code()
+def code_at(package: Path, *roots: _Place) -> Code:
+    """The same, with the package's source in any folder; `roots` are modules and names in them."""
+    plugins = {module for module, _ in roots if module.partition(".")[0] != "rankwise"}
+    ours = frozenset(module.partition(".")[0] for module in plugins if "." in module)
+    beside = frozenset(file.parent for module in plugins if (file := _loaded(module)))
+    reader, code = _reader(package, ours, beside), Code()
     for place in sorted(reader.reached(roots)):
         if reader.stands_alone(place):
             code.setdefault(reader.shown(place[0]), {})[place[1]] = reader.digest(place)
@@ -94,16 +102,16 @@ class _Module:
 
 
 class _Reader:
-    """The definitions of the packages that are `ours`, and of the loose files that lie `beside` those of a plugin."""
+    """The definitions of the package and of the packages in `ours`, and of loose files in the folders `beside`."""
 
-    def __init__(self, ours: frozenset[str], beside: frozenset[Path]) -> None:
-        self._ours, self._beside = ours, beside
+    def __init__(self, package: Path, ours: frozenset[str], beside: frozenset[Path]) -> None:
+        self._package, self._ours, self._beside = package, ours, beside
         self._modules: dict[str, _Module | None] = {}
         self._bare: dict[_Place, tuple[str, set[_Place]]] = {}
 
-    def reached(self, roots: Iterable[Callable[..., Any]]) -> set[_Place]:
+    def reached(self, roots: Iterable[_Place]) -> set[_Place]:
         """All definitions that the roots need, they themselves among them."""
-        left = [place for root in roots for place in self._of(root)]
+        left = [place for root in roots for place in self._begin(root)]
         found = set[_Place]()
         while left:
             place = left.pop()
@@ -111,6 +119,14 @@ class _Reader:
                 found.add(place)
                 left += self.bare(place)[1]
         return found
+
+    def _begin(self, root: _Place) -> list[_Place]:
+        module, name = root
+        here = self._module(module)
+        if here is None:
+            return []
+        # one that is made in a function: all that stands beside it
+        return [root] if name in here.definitions else [(module, each) for each in here.definitions]
 
     def stands_alone(self, place: _Place) -> bool:
         """Whether a definition is a public function or class, and no detail of those that use it."""
@@ -133,22 +149,13 @@ class _Reader:
         file = self._file(module)
         if file is None:
             return module
-        return str(file.relative_to(_ROOT)) if file.is_relative_to(_ROOT) else file.name
-
-    def _of(self, root: Callable[..., Any]) -> Iterator[_Place]:
-        for each in root.__mro__ if isinstance(root, type) else (root,):
-            module = self._module(each.__module__)
-            if module is None:
-                continue
-            name = each.__qualname__.partition(".")[0]
-            # one that is made in a function: all that stands beside it
-            yield from ((each.__module__, own) for own in ([name] if name in module.definitions else module.definitions))
+        return str(file.relative_to(self._package)) if file.is_relative_to(self._package) else file.name
 
     def _file(self, name: str) -> Path | None:
         """The file of a module that is ours; None for others."""
         top, *parts = name.split(".")
         if top == "rankwise":
-            base = _ROOT.joinpath(*parts)
+            base = self._package.joinpath(*parts)
             return next((file for file in (base / "__init__.py", base.with_suffix(".py")) if file.is_file()), None)
         file = _loaded(name)
         return file if file and (top in self._ours or file.parent in self._beside) else None
@@ -171,7 +178,10 @@ class _Reader:
             return (module, name) if here else f"{module}.{name}" if self._file(module) is None else ""
         if name in here.imported:
             target, there = here.imported[name]
-            if not there or self._file(f"{target}.{name if target == module else there}"):
+            package = self._module(target)
+            # a package may hold a function that is called as its file is
+            held = package is not None and there in {*package.definitions, *package.imported}
+            if not there or (self._file(f"{target}.{there}") and not (held and target != module)):
                 return self._as_module(f"{target}.{there}" if there else target)
             if target == "rankwise" and there in rankwise._PUBLIC:
                 target = rankwise._PUBLIC[there]
@@ -288,8 +298,8 @@ def _define(module: _Module, body: list[ast.stmt]) -> None:
     for node in body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names = [node.name]
-        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.TypeAlias) if sys.version_info >= (3, 12) else (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None) or node.name]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
         else:
             for part in ("body", "handlers", "orelse", "finalbody"):
