@@ -1,11 +1,14 @@
 """RankTrainer, and a plain Trainer with RankCallback: trained whole, cut anywhere, resumed, best model loaded."""
 
 import json
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 
+import optuna
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -14,7 +17,11 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_utils import default_compute_objective
+from transformers.training_args import OptimizerNames
 
+import families
 import rankwise as rw
 import tiny
 from rankwise.ranks import ranks
@@ -31,23 +38,22 @@ METHODS = {
 }
 
 
-def arguments(folder, **more):
-    return TrainingArguments(
-        str(folder),
-        max_steps=STEPS,
-        per_device_train_batch_size=8,
-        learning_rate=1e-2,
-        warmup_steps=2,
-        seed=3,
-        save_strategy="steps",
-        save_steps=1,
-        logging_steps=1,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        dataloader_pin_memory=False,
-        **more,
-    )
+def arguments(folder, save=True, reporting=(), **more):
+    given = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "seed": 3,
+        "save_strategy": "steps" if save else "no",
+        "save_steps": 1,
+        "logging_steps": 1,
+        "report_to": list(reporting),
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(str(folder), **{**given, **more})
 
 
 class Stop(TrainerCallback):
@@ -260,44 +266,233 @@ def test_steps_that_a_gradient_scaler_skipped_do_not_hinder_a_resume(tmp_path):
     rw.RankCallback(method).on_train_begin(arguments(tmp_path), state, TrainerControl(), optimizer=optimizer)
 
 
+class Gradients(TrainerCallback):
+    """Keeps those of the last step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def accumulated(folder, size, pieces, kind=rw.RankTrainer, **more):
+    """A Trainer of one step on eight rows, and what keeps its gradients."""
+    args = TrainingArguments(
+        str(folder),
+        max_steps=1,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=pieces,
+        seed=3,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        max_grad_norm=0.0,
+    )
+    kept = Gradients()
+    given = {"args": args, "train_dataset": tiny.rows(8), "data_collator": default_data_collator, **more}
+    given["callbacks"] = [kept, *given.get("callbacks", [])]
+    return kind(**given), kept
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def agree(found):
+    for whole, summed in zip(*found, strict=True):
+        torch.testing.assert_close(whole, summed, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("shape", ["bert", "llama"])
 @pytest.mark.parametrize("method", [rw.LoRA(rank=2), rw.SimplexLoRA(rank=2, every=50)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(method, shape, tmp_path):
-    class Norm(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            self.found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-
     found = []
     for size, pieces in ((8, 1), (2, 4)):
         torch.manual_seed(1)
-        base = tiny.model(shape)
-        for module in base.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        norm = Norm()
-        args = TrainingArguments(
-            str(tmp_path),
-            max_steps=1,
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=pieces,
-            seed=3,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            max_grad_norm=0.0,
+        model = method.attach(without_dropout(tiny.model(shape)), head=tiny.head(shape))
+        trainer, kept = accumulated(tmp_path, size, pieces, model=model, method=method)
+        trainer.train()
+        found.append(kept.found)
+    agree(found)
+
+
+@pytest.mark.parametrize(("name", "scales"), [("XLNetLMHeadModel", False), ("LlamaForCausalLM", True)])
+@pytest.mark.parametrize("told", ["nothing", "smooth", "function", "function of the batch alone"])
+def test_whoever_computes_the_loss_is_asked_whether_it_scales(name, scales, told, tmp_path):
+    """The model, the Trainer's label smoother, or a function of the user's, whatever its class is called."""
+    found, batch = [], families.batch(name)
+
+    def function(outputs, labels, num_items_in_batch):
+        loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        return loss / (num_items_in_batch if told == "function" else labels.numel())
+
+    for size, pieces in ((8, 1), (2, 4)):
+        torch.manual_seed(1)
+        method = rw.LoRA(rank=2)
+        model = method.attach(without_dropout(families.build(name)))
+        rows = [{key: value[i] for key, value in batch.items()} for i in range(8)]
+        more = {"compute_loss_func": function} if told.startswith("function") else {}
+        trainer, kept = accumulated(tmp_path, size, pieces, model=model, method=method, train_dataset=rows, **more)
+        if told == "smooth":
+            trainer.label_smoother = LabelSmoother(0.1)
+        trainer.train()
+        assert told != "nothing" or trainer.model_accepts_loss_kwargs == scales
+        found.append(kept.found)
+    agree(found)
+
+
+@pytest.mark.parametrize("shape", ["bert", "llama"])
+def test_a_plain_trainer_whose_gradients_grow_with_accumulation_warns(shape, tmp_path):
+    method = rw.LoRA(rank=2)
+    found = []
+    for size, pieces in ((8, 1), (2, 4)):
+        torch.manual_seed(1)
+        model = method.attach(without_dropout(tiny.model(shape)), head=tiny.head(shape))
+        callbacks = [rw.RankCallback(method)]
+        args = arguments(tmp_path)
+        optimizers = (method.optimizer(model, args), None)
+        trainer, kept = accumulated(
+            tmp_path, size, pieces, Trainer, model=model, callbacks=callbacks, optimizers=optimizers
         )
-        rw.RankTrainer(
-            method=method,
-            model=method.attach(base, head=tiny.head(shape)),
-            args=args,
-            train_dataset=tiny.rows(8),
-            data_collator=default_data_collator,
-            callbacks=[norm],
-        ).train()
-        found.append(norm.found)
-    for whole, summed in zip(*found, strict=True):
-        torch.testing.assert_close(whole, summed, atol=1e-6, rtol=1e-4)
+        with pytest.warns(UserWarning, match="use rankwise.RankTrainer") if pieces > 1 else nullcontext():
+            trainer.train()
+        found.append(kept.found)
+    agree([[4 * grad for grad in found[0]], found[1]])
+
+
+def test_a_plain_trainer_whose_loss_is_scaled_does_not_warn(tmp_path):
+    method = rw.LoRA(rank=2)
+    model = method.attach(families.build("LlamaForCausalLM"))
+    batch = families.batch("LlamaForCausalLM")
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(8)]
+    optimizers = (method.optimizer(model, arguments(tmp_path)), None)
+    trainer, _ = accumulated(
+        tmp_path, 2, 4, Trainer, model=model, train_dataset=rows, callbacks=[rw.RankCallback(method)],
+        optimizers=optimizers,
+    )  # fmt: skip
+    trainer.train()
+
+
+# --- what TrainingArguments ask for ----------------------------------------------------------------------------------
+
+
+class Read:
+    """Arguments that remember which of them were looked at."""
+
+    def __init__(self, args):
+        self.args, self.seen = args, set()
+
+    def __getattr__(self, name):
+        self.seen.add(name)
+        return getattr(self.args, name)
+
+
+def test_every_argument_of_the_optimizer_and_the_schedule_is_read(tmp_path):
+    known = {field.name for field in fields(TrainingArguments)}
+    seen = []
+    for restart in ("continue", "restart"):
+        method = rw.SimplexLoRA(rank=2, every=2, times=2, finish=restart)
+        for kind, more in ((Trainer, {}), (rw.RankTrainer, {"method": method})):
+            model = method.attach(tiny.model(), head=tiny.head())
+            trainer = kind(model=model, args=arguments(tmp_path, lr_scheduler_type="cosine_with_restarts"), **more)
+            trainer.args = read = Read(trainer.args)
+            trainer.create_optimizer_and_scheduler(10)
+            seen.append(read.seen & known)
+    assert seen[0] <= seen[1] and seen[2] <= seen[3]
+    assert {"optim", "optim_args", "adam_beta2", "weight_decay", "lr_scheduler_kwargs"} <= seen[0]
+
+
+@pytest.mark.parametrize("optim", OptimizerNames)
+def test_an_optimizer_that_would_not_be_used_is_refused(optim, tmp_path):
+    model = METHODS["lora"].attach(tiny.model(), head=tiny.head())
+    args = arguments(tmp_path, optim=optim)
+    if optim in ("adamw_torch", "adamw_torch_fused"):
+        METHODS["lora"].optimizer(model, args)
+        return
+    for make in (rw.LoRA(rank=2), rw.LoRAFA(rank=2, projected=True)):
+        with pytest.raises(rw.InputError, match=f"optim={optim.value} would not be used"):
+            make.optimizer(model, args)
+    with pytest.raises(rw.InputError, match=f"optim={optim.value} would not be used"):
+        rw.RankTrainer(method=METHODS["lora"], model=model, args=args)
+
+
+@pytest.mark.parametrize("options", [{"optim_args": "momentum=0.9"}, {"optim_target_modules": ["query"]}])
+def test_options_of_another_optimizer_are_refused(options, tmp_path):
+    model = METHODS["lora"].attach(tiny.model(), head=tiny.head())
+    with pytest.raises(rw.InputError, match=f"{next(iter(options))}=.* would not be read"):
+        rw.RankTrainer(method=METHODS["lora"], model=model, args=arguments(tmp_path, **options))
+    given = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0})}
+    with pytest.raises(rw.InputError, match="optimizer_cls_and_kwargs would not be used"):
+        rw.RankTrainer(method=METHODS["lora"], model=model, args=arguments(tmp_path), **given)
+
+
+def test_a_schedule_that_restarts_keeps_its_options(tmp_path):
+    options = {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 4e-3}}
+    trainer = trained("rank", METHODS["restart"], tmp_path, **options)
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row]
+    assert 4e-3 <= rates[-1] < 6e-3
+    with pytest.raises(rw.InputError, match="cannot restart the schedule reduce_lr_on_plateau"):
+        trained("rank", METHODS["restart"], tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
+
+
+# --- what is told of the ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rank", "plain"])
+def test_tensorboard_gets_every_rank_at_the_start_and_at_each_change(kind, tmp_path):
+    trainer = trained(kind, METHODS["simplex"], tmp_path, reporting=["tensorboard"])
+    [folder] = (tmp_path / "runs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    told = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    final = ranks(trainer.model)
+    assert {tag for tag in told if "ranks/" in tag} == {f"train/ranks/{name}" for name in ("total", "empty", *final)}
+    assert told["train/ranks/total"][0] == (0, 2.0 * len(final))
+    assert told["train/ranks/total"][-1][1] == sum(final.values())
+    assert {step for step, _ in told["train/ranks/total"]} <= {0, 2, 4}
+    assert {name: told[f"train/ranks/{name}"][-1][1] for name in final} == final
+    assert len(told["train/loss"]) == STEPS
+
+
+@pytest.mark.parametrize("kind", ["rank", "plain"])
+def test_what_evaluate_returns_is_what_the_trainer_measured(kind, tmp_path):
+    trainer = trained(kind, METHODS["simplex"], tmp_path)
+    assert {key for key in trainer.evaluate() if not key.startswith("eval_")} <= {"epoch"}
+    assert trainer.state.log_history[-1]["adapter_parameters"] == rw.rank_report(trainer.model).total
+
+
+def test_a_hyperparameter_search_maximises_what_was_measured(tmp_path):
+    method = METHODS["simplex"]
+
+    def made():
+        torch.manual_seed(1)
+        return method.attach(tiny.model(), head=tiny.head())
+
+    trainer = rw.RankTrainer(
+        method=method,
+        model_init=made,
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=STEPS, save=False),
+        train_dataset=tiny.rows(),
+        eval_dataset=tiny.rows(8, seed=9),
+        data_collator=default_data_collator,
+    )
+    optuna.logging.disable_default_handler()
+    measured = []
+
+    def objective(metrics):
+        measured.append(dict(metrics)["eval_loss"])
+        return default_compute_objective(metrics)
+
+    best = trainer.hyperparameter_search(
+        lambda trial: {"learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-1, log=True)},
+        compute_objective=objective,
+        n_trials=2,
+        direction="minimize",
+        backend="optuna",
+    )
+    assert len(set(measured)) == 2 and best.objective == min(measured)
 
 
 @pytest.mark.parametrize("kind", ["rank", "plain"])

@@ -110,6 +110,7 @@ def _save_adapter(model: PeftModel, folder: Path) -> Path:
             written.target_modules = list(targets)
         # Embeddings belong to the base; asking PEFT to find out would make it look for the base model on the hub.
         state = state_of(model, factors)
+        written.start_written = None  # this state is no live one
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False, selected_adapters=[name])
     finally:
         model.peft_config[name] = config

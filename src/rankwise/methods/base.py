@@ -76,9 +76,12 @@ class Method(ABC):
         ]
 
     def optimizer(self, model: nn.Module, args: "TrainingArguments") -> SimplexAdam:
-        """SimplexAdam with the rate, betas, epsilon and weight decay of `args`."""
-        betas = (args.adam_beta1, args.adam_beta2)
-        return SimplexAdam(self, model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+        """SimplexAdam with the rate, betas, epsilon and weight decay of `args`.
+
+        Raises:
+            InputError: where `args` ask for another optimizer than AdamW, or give it options.
+        """
+        return SimplexAdam(self, model, *adam_options(args))
 
     def before_step(self, model: nn.Module) -> None:  # noqa: B027 - most methods have nothing to do here
         """Called right before each optimizer step, with all gradients there: for terms that no loss function has."""
@@ -207,6 +210,21 @@ def _check_budget(method: Method, model: nn.Module, head: Sequence[str]) -> None
     counted, due = sum(p.numel() for p in trained.values()), sum(costs.values())
     if counted != due or len(costs) != len(here) * len(method.factors):
         raise InputError(f"the sites train {counted:,} parameters where their ranks cost {due:,}: name other targets")
+
+
+def adam_options(args: "TrainingArguments") -> tuple[float, tuple[float, float], float, float]:
+    """Rate, betas, epsilon and weight decay.
+
+    Raises:
+        InputError: where `args` ask for another optimizer than AdamW, or give it options: nobody would read them.
+    """
+    optim = getattr(args.optim, "value", args.optim)
+    if optim not in ("adamw_torch", "adamw_torch_fused"):
+        raise InputError(f"optim={optim} would not be used: methods step by an AdamW of their own; leave optim out")
+    for option in ("optim_args", "optim_target_modules"):
+        if getattr(args, option):
+            raise InputError(f"{option}={getattr(args, option)!r} would not be read: leave it out")
+    return args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay
 
 
 def build(options: dict[str, Any]) -> Method:

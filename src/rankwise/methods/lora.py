@@ -20,8 +20,9 @@ from torch import nn
 from rankwise.methods.base import Method, require
 from rankwise.methods.targets import ALL_LINEAR, adapt, placement
 from rankwise.ranks import sites
+from rankwise.ranks.guest import entrust
 from rankwise.ranks.init_svd import svd_factors
-from rankwise.ranks.resize import follow_state_dict, set_start, shaped, start
+from rankwise.ranks.resize import set_start, shaped, start
 from rankwise.ranks.sites import check_own
 
 RESIDUAL = ("svd_residual", "pissa")
@@ -82,7 +83,7 @@ class LoRA(Method, name="lora"):
         )
         model = adapt(model, config)
         self._start(model)
-        follow_state_dict(model)
+        entrust(model)
         return model
 
     @torch.no_grad()
@@ -99,10 +100,9 @@ class LoRA(Method, name="lora"):
             if residual or self.pull:
                 A, B = site.A.flatten(1), site.B.flatten(1)
                 set_start(model, site, A if residual else None, B, subtracted=done)
-        # For what others than `rankwise.save` write, which does not fit the pretrained W: PEFT takes the start of PiSSA
-        # out again, and refuses the other, which it does not know.
+        # Once, and not in an adapter that somebody adds by the same configuration.
         config: Any = model.peft_config[model.active_adapter]
-        config.init_lora_weights = self.init if residual else True
+        config.init_lora_weights = True
 
     def before_step(self, model: nn.Module) -> None:
         for site in sites(model) if self.pull else ():

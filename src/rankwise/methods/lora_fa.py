@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from rankwise.methods.base import require
+from rankwise.methods.base import adam_options, require
 from rankwise.methods.lora import LoRA
 from rankwise.optim.projected_adam import ProjectedAdam
 from rankwise.ranks import sites
@@ -61,8 +61,7 @@ class LoRAFA(LoRA, name="lora-fa"):
         """SimplexAdam, or with `projected` ProjectedAdam, with the rate, betas, epsilon and weight decay of `args`."""
         if not self.projected:
             return super().optimizer(model, args)
-        betas = (args.adam_beta1, args.adam_beta2)
-        return ProjectedAdam(self, model, args.learning_rate, betas, args.adam_epsilon, args.weight_decay)
+        return ProjectedAdam(self, model, *adam_options(args))
 
     def before_step(self, model: nn.Module) -> None:  # only SimplexAdam asks
         require(not self.projected, "projected goes with ProjectedAdam, which method.optimizer(model, args) gives")

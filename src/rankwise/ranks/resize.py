@@ -363,7 +363,7 @@ def _add_product(site: Site, A: Tensor, B: Tensor, sign: int) -> None:
     weight += (delta.T if isinstance(site.layer.get_base_layer(), Conv1D) else delta.reshape(weight.shape)).to(weight)
 
 
-def _merged(site: Site) -> list[Any]:
+def merged_into(site: Site) -> list[Any]:
     """The factors that were merged into the site's weight, the first ones first."""
     kept = getattr(site.layer, "lora_merged", {})
     return list(kept[site.adapter]) if site.adapter in kept else []
@@ -372,7 +372,7 @@ def _merged(site: Site) -> list[Any]:
 @torch.no_grad()
 def _match_merged(site: Site, wanted: list[Merged]) -> None:
     """Take out of W what was merged since (up to rounding), and merge what is missing."""
-    have = _merged(site)
+    have = merged_into(site)
     same = 0
     for a, b in zip(have, wanted, strict=False):
         if not (torch.equal(a.A, b.A.to(a.A.device)) and torch.equal(a.B, b.B.to(a.B.device))):
@@ -388,7 +388,7 @@ def _match_merged(site: Site, wanted: list[Merged]) -> None:
 
 def merged(model: nn.Module) -> list[str]:
     """Names of the sites whose product was merged into the base weight."""
-    return [s.name for s in sites(model) if _merged(s)]
+    return [s.name for s in sites(model) if merged_into(s)]
 
 
 def _record(model: PeftModel) -> None:
@@ -427,13 +427,17 @@ def describe(config: Any, found: Mapping[str, tuple[int, float]]) -> None:
 
 
 class Start(nn.Module):
-    """B0 (out, r) of a site, and A0 (r, in) where s B0 A0 was taken out of W: a residual start. Checkpoints keep it."""
+    """B0 (out, r) of a site, and A0 (r, in) where s B0 A0 was taken out of W: a residual start. Checkpoints keep it.
+
+    `again` says that PEFT took it out, and does so again when it loads what it has written.
+    """
 
     A: Tensor | None
     B: Tensor
 
-    def __init__(self, A: Tensor | None, B: Tensor):
+    def __init__(self, A: Tensor | None, B: Tensor, again: bool = False):
         super().__init__()
+        self.again = again
         self.register_buffer("A", A)
         self.register_buffer("B", B)
 
@@ -465,7 +469,9 @@ def set_start(model: nn.Module, site: Site, A: Tensor | None, B: Tensor, subtrac
         _add_product(site, A, B, -1)
     if not hasattr(site.layer, "lora_start"):
         site.layer.lora_start = nn.ModuleDict()
-    site.layer.lora_start[site.adapter] = Start(None if A is None else A.detach().clone(), B.detach().clone())
+    site.layer.lora_start[site.adapter] = Start(
+        None if A is None else A.detach().clone(), B.detach().clone(), subtracted
+    )
 
 
 @torch.no_grad()
@@ -501,6 +507,23 @@ def _put_scale(site: Site, scale: Scale) -> None:
 
 def _omega_of(model: PeftModel, site: Site, index: int) -> Omega:
     return Omega(getattr(model.base_model, OMEGA), site.adapter, index)
+
+
+@torch.no_grad()
+def copy_scale(site: Site, adapter: str) -> None:
+    """Give another adapter on the layer of `site` the scale that it has, as it is now; it does not train."""
+    scale = site.scale
+    if isinstance(scale, Gates):
+        made: Scale = Gates(scale.gates.detach().clone())
+    elif isinstance(scale, Omega):
+        omegas, own, index = scale.source
+        if adapter not in omegas:
+            omegas[adapter] = omegas[own].detach().clone()
+        made = Omega(omegas, adapter, index)
+        omegas[adapter].requires_grad_(False)
+    else:
+        return
+    _put_scale(Site(site.name, site.layer, adapter), made.requires_grad_(False))
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ from peft.tuners.adalora import AdaLoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from rankwise.ranks.resize import describe, follow_state_dict, resize
+from rankwise.ranks.guest import entrust
+from rankwise.ranks.resize import describe, resize
 from rankwise.ranks.sites import adapted
 
 PARTS = ("A", "E", "B")
@@ -164,7 +165,7 @@ def to_lora(model: nn.Module) -> PeftModel:
         units = units if len(units) else units.new_zeros(1)
         layer.lora_A[adapter].weight.copy_((A * E)[units])
         layer.lora_B[adapter].weight.copy_(B[:, units])
-    follow_state_dict(made)
+    entrust(made)
     empty = [name for name, units in live.items() if not len(units)]
     resize(made, dict.fromkeys(empty[len(empty) == len(live) :], 0))
     return made.train(peft.training)

@@ -1,6 +1,7 @@
 """The Hugging Face Trainer with a rankwise method in it."""
 
 import random
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,23 +10,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.data_loader import prepare_data_loader
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
-from transformers.trainer_utils import unwrap_peft_model
 
 from rankwise.errors import InputError
+from rankwise.export import save
 from rankwise.methods import Method
+from rankwise.methods.base import adam_options
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.optim import processes
 from rankwise.optim.simplex_adam import SHARDED
 from rankwise.runs.processes import LostError
 from rankwise.tasks.base import Batch
-from rankwise.train.callback import RankCallback
+from rankwise.train.callback import MethodCallback
+from rankwise.train.scaling import scales, undisturbed
 from rankwise.train.stop import Stop
 
 
@@ -43,12 +46,11 @@ class RankTrainer(Trainer):
     def __init__(self, *args: Any, method: Method, **kwargs: Any):
         self.method = method
         super().__init__(*args, **kwargs)
-        # transformers leaves the scaling of accumulated gradients to every model whose forward takes **kwargs, but only
-        # the losses of causal language models look at them. With the others gradients would grow with the number of
-        # accumulation steps, which Adam does not mind, and clipping, ω and gates do.
-        if type(unwrap_peft_model(self.model)).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-            self.model_accepts_loss_kwargs = False
-        self.add_callback(RankCallback(method))
+        adam_options(self.args)  # now, and not when the training begins
+        if self.optimizer_cls_and_kwargs is not None:
+            raise InputError("optimizer_cls_and_kwargs would not be used: methods step by an AdamW of their own")
+        self._asked = self.loss_is_scaled_for_ga is not None  # by who computes it otherwise
+        self.add_callback(MethodCallback(method))
         if (sharded := self.is_fsdp_enabled or self.is_deepspeed_enabled) and method.check_every:
             raise InputError(SHARDED)
         self._side_by_side = processes.count() > 1 and not sharded
@@ -60,6 +62,37 @@ class RankTrainer(Trainer):
         if self._side_by_side and self.model is not None:
             processes.spread([*self.model.parameters(), *self.model.buffers()])
         return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if items is None or self._asked:
+            return batches, items
+        self._ask(batches[0])
+        return batches, self._get_num_items_in_batch(batches, self.args.device)
+
+    def _ask(self, batch: Any) -> None:
+        """Find out who divides the loss of accumulated batches: the loss itself, or else the Trainer.
+
+        Where both leave it to the other, gradients grow with the number of accumulation steps, which Adam does not
+        mind, and clipping, ω and gates do.
+        """
+        counted = self._get_num_items_in_batch([batch], self.args.device)
+
+        def loss(items: int) -> float:
+            with undisturbed(self.model_wrapped), self.compute_loss_context_manager():
+                self.model_wrapped.train()
+                given = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self._prepare_inputs(batch).items()}
+                told = torch.full_like(torch.as_tensor(counted), items)
+                found: Any = self.compute_loss(self.model_wrapped, given, num_items_in_batch=told)
+                return float(found.mean())
+
+        scaled = scales(loss, int(torch.as_tensor(counted).flatten()[0]))
+        yes, no = processes.total(self.args.device, scaled is True, scaled is False)
+        self._asked = bool(yes or no)
+        if no and self.compute_loss_func is None:
+            self.model_accepts_loss_kwargs = False
+        elif no:
+            self.loss_is_scaled_for_ga = False
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
@@ -73,6 +106,31 @@ class RankTrainer(Trainer):
                 if isinstance(module, VirtualTokens) and module.speaks:
                     module.told = inputs.get("labels")
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what the Trainer writes; the adapter as `rankwise.save` does, finished and plain.
+
+        A checkpoint keeps the live state. Its configuration says so, and PEFT does not load it.
+
+        Raises:
+            InputError: where no adapter can stand for what was learnt, as `rankwise.save` says.
+        """
+        checkpoint = _internal_call and output_dir is not None  # a push to the hub names no folder
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if checkpoint or sharded or not self.args.should_save or not isinstance(model, PeftModel):
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as name:
+            made = save(model, Path(name) / "adapter")
+            super().save_model(str(folder), _internal_call=True)
+            for file in made.rglob("*"):
+                if file.is_file():
+                    file.replace(folder / file.name)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The random streams of a checkpoint; the first process's, where as many processes did not write it."""
@@ -216,10 +274,14 @@ def restarting_schedule(optimizer: Optimizer, args: TrainingArguments, steps: in
     """The schedule of `args` over all `steps`, begun anew at step `restart` over what is left (`finish: restart`)."""
 
     def share(total: int) -> Callable[[int], float]:
-        alone = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # get_scheduler rescales the optimizer that it is given
-        made = get_scheduler(args.lr_scheduler_type, alone, args.get_warmup_steps(total), total)
+        alone = torch.optim.SGD(
+            [torch.zeros(1)], lr=args.learning_rate
+        )  # get_scheduler rescales the optimizer that it is given
+        options: Any = args.lr_scheduler_kwargs
+        made = get_scheduler(args.lr_scheduler_type, alone, args.get_warmup_steps(total), total, options)
         if not isinstance(made, LambdaLR):
-            raise ValueError(f"finish=restart cannot restart the schedule {args.lr_scheduler_type}")
+            name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+            raise InputError(f"finish=restart cannot restart the schedule {name}: choose another lr_scheduler_type")
         return made.lr_lambdas[0]
 
     first, second = share(steps), share(max(1, steps - restart))

@@ -1,0 +1,82 @@
+"""A model in the hands of others, who know PEFT and not rankwise: what they write of it, and the adapters they add.
+
+PEFT, a Trainer and TRL reach a model through PEFT's own methods. What they write in the middle of a search, or of a
+residual start, has the files of an adapter and is none: its configuration says so where PEFT must look, and PEFT
+refuses it. In memory the configuration stays as it is.
+"""
+
+from copy import copy
+from typing import Any
+
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from rankwise.ranks.resize import copy_scale, follow_state_dict, merged_into, start
+from rankwise.ranks.sites import Site
+
+UNFINISHED = (
+    "rankwise: this is the state of a training and no finished adapter; resume from it, or write the adapter by "
+    "rankwise.save(model, folder)"
+)
+"""Written as the way in which A and B start, which PEFT does not know and repeats in its error."""
+
+
+class Config(LoraConfig):
+    """A LoraConfig whose file may say something else of the start of A and B than it does in memory."""
+
+    # In an annotation it would be a field, and fields are what PEFT saves and copies.
+    start_written = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **({"init_lora_weights": self.start_written} if self.start_written else {})}
+
+
+def entrust(model: PeftModel) -> None:
+    """Let others load into `model`, write it and add adapters to it by PEFT's own methods."""
+    follow_state_dict(model)
+    model.register_state_dict_pre_hook(_mark)
+    model.__class__ = ENTRUSTED[type(model)]
+
+
+class Entrusted(PeftModel):
+    """A PeftModel in which an adapter that is added as another of one that is there gets its scales too.
+
+    So TRL does for its reference: it copies parameter by parameter, by their names.
+    """
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        alike = [name for name, config in self.peft_config.items() if config is peft_config]
+        super().add_adapter(adapter_name, copy(peft_config), *args, **kwargs)  # ranks change in one of them
+        for layer in self.modules() if alike else ():
+            if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
+                copy_scale(Site("", layer, alike[0]), adapter_name)
+
+
+_KINDS: set[type[PeftModel]] = {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}
+ENTRUSTED = {kind: type(f"Entrusted{kind.__name__}", (Entrusted, kind), {"__module__": __name__}) for kind in _KINDS}
+globals().update({kind.__name__: kind for kind in ENTRUSTED.values()})  # where pickle looks for them
+
+
+def _mark(model: nn.Module, *_: object) -> None:
+    """Before anyone gets the model's state, and writes the configuration after it."""
+    configs: dict[str, Any] = model.peft_config  # type: ignore[assignment]
+    for adapter, config in configs.items():
+        if type(config) in (LoraConfig, Config):
+            config.__class__ = Config
+            config.start_written = _written(model, adapter)
+
+
+def _written(model: nn.Module, adapter: str) -> str | None:
+    """What the file says of the start of A and B: `pissa` where PEFT can do it again; None where nothing is to say."""
+    again = False
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and isinstance(layer.lora_A, nn.ModuleDict):
+            site = Site("", layer, adapter)
+            begun = start(site)
+            again |= begun is not None and begun.again
+            residual = begun is not None and begun.A is not None and not begun.again
+            part = site.present and not layer.get_base_layer()._parameters  # no layer of the pretrained model
+            if site.scale is not None or residual or part or merged_into(site):
+                return UNFINISHED
+    return "pissa" if again else None

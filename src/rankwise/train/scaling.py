@@ -1,0 +1,51 @@
+"""Whether a loss is scaled for gradient accumulation by the one who computes it.
+
+transformers counts the items (rows, or tokens) of all batches of an optimizer step, gives the count to every model
+whose forward takes **kwargs, as `num_items_in_batch`, and leaves the scaling to it. Whether the loss looks at the
+count, a signature does not tell; so the loss is asked.
+"""
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import isclose, isfinite
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def scales(loss: Callable[[int], float], items: int) -> bool | None:
+    """Whether `loss`, of one batch, is a sum divided by the number of items that it is told; None if it does not tell.
+
+    One of which a part alone is divided does not count: accumulated, its other part would be too large.
+    """
+    once, twice = loss(items), loss(2 * items)
+    if not (isfinite(once) and isfinite(twice)) or once == twice == 0:
+        return None
+    return isclose(once, 2 * twice, rel_tol=1e-5)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Around a forward that shall leave no trace: no gradients; random streams, mode and buffers are put back."""
+    devices = {p.device.type for p in model.parameters()} - {"cpu", "meta"}
+    device = devices.pop() if devices else "cuda"
+    streams = random.getstate(), np.random.get_state()
+    modes = [(part, part.training) for part in model.modules()]
+    buffers = [
+        (part, name, b, b.clone()) for part in model.modules() for name, b in part._buffers.items() if b is not None
+    ]
+    everywhere = range(torch.get_device_module(device).device_count())
+    try:
+        with torch.no_grad(), torch.random.fork_rng(everywhere, device_type=device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say, the training says
+            yield
+    finally:
+        random.setstate(streams[0])
+        np.random.set_state(streams[1])
+        for part, mode in modes:
+            part.training = mode
+        for part, name, buffer, kept in buffers:
+            part._buffers[name] = buffer.copy_(kept)

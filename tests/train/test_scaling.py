@@ -1,0 +1,98 @@
+"""Who divides the loss of accumulated batches, asked of every model class of transformers that can be built tiny."""
+
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import families
+from rankwise.train.scaling import scales, undisturbed
+
+
+def gradients(model, batches, **named):
+    model.zero_grad()
+    for batch in batches:
+        model(**batch, **named).loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("task", families.TASKS)
+def test_what_a_loss_answers_makes_accumulated_gradients_those_of_the_whole_batch(task):
+    answers, wrong = {True: 0, False: 0}, []
+    for name in families.names(task):
+        model = families.build(name)
+        if model is None:
+            continue
+        batch = families.batch(name)
+        # as the Trainer counts: causal models predict all tokens but the first
+        labels = batch["labels"][:, 1:] if task == "causal" else batch["labels"]
+
+        def loss(items, model=model, batch=batch):
+            with undisturbed(model):
+                return float(model(**batch, num_items_in_batch=torch.tensor(items)).loss)
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of models that are old
+            answer = scales(loss, labels.numel())
+            pieces = [{key: value[start : start + 2] for key, value in batch.items()} for start in range(0, 8, 2)]
+            whole = gradients(model, [batch])
+            if answer:
+                summed = gradients(model, pieces, num_items_in_batch=torch.tensor(labels.numel()))
+            else:
+                summed = [grad / len(pieces) for grad in gradients(model, pieces)]
+        worst = max(float((a - b).abs().max()) for a, b in zip(whole, summed, strict=True))
+        if worst > 1e-4 * max(float(a.abs().max()) for a in whole):
+            wrong.append(name)
+        answers[bool(answer)] += 1
+    assert not wrong
+    assert sum(answers.values()) >= 10
+    assert answers[False] and (answers[True] or task != "causal"), answers
+
+
+def test_asking_leaves_no_trace():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.drop = nn.BatchNorm1d(3), nn.Dropout(0.5).eval()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen = self.seen + 1  # in a new tensor
+            return self.drop(self.norm(x)) * random.random() * np.random.rand() * torch.rand(())
+
+    model = Model()
+    state, buffer = {name: value.clone() for name, value in model.state_dict().items()}, model.seen
+
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(())
+
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    expected = draw()
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(0)
+    with undisturbed(model):
+        model.eval().drop.train()
+        assert not model(torch.ones(2, 3)).requires_grad
+    with pytest.raises(RuntimeError), undisturbed(model):
+        raise RuntimeError
+    assert draw() == expected
+    assert model.training and model.norm.training and not model.drop.training
+    assert model.seen is buffer and all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("loss", "answer"),
+    [
+        (lambda n: 8 / n, True),
+        (lambda n: 2.0, False),
+        (lambda n: 8 / n + 0.01, False),  # with a term of the router beside it
+        (lambda n: float("nan"), None),
+        (lambda n: 0.0, None),
+    ],
+)
+def test_a_loss_is_divided_by_the_count_as_a_whole_or_not_at_all(loss, answer):
+    assert scales(loss, 4) is answer
