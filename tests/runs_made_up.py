@@ -34,7 +34,7 @@ def result(folder: Path, of: RunConfig, accuracy: float, **more: Any) -> dict[st
             "train": {"name": "train", "rows": 100, "official": True, "note": ""},
             "evaluation": [{"name": "validation", "rows": 50, "official": True, "note": ""}],
         },
-        "parameters": {"trainable": budget + 36, "final": budget - 8, "budget": budget, "head": 770},
+        "parameters": {"trainable": budget + 36, "final": max(0, budget - 8), "budget": budget, "head": 770},
         "cost": {
             "seconds": 90.0 + of.seed,
             "peak_memory_bytes": 3 * 1024**3 // 2,

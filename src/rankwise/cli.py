@@ -743,7 +743,10 @@ def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
     from rankwise.metrics.classification import STATISTICS
     from rankwise.runs.summary import Summary
 
-    about = store.experiment().get("report") or {}
+    experiment, damage = store.described()
+    about = experiment.get("report") or {}
+    if damage:
+        print(f"rankwise: {damage}; without it nothing is told of the experiment", file=sys.stderr)
     return Summary.of(store.results(folders), STATISTICS, SUMS, about.get("reference"))
 
 
@@ -753,7 +756,7 @@ def _published(store: Store, summary: Any) -> dict[str, Any]:
 
     from rankwise.runs.beside import beside
 
-    cells = beside(summary, store.experiment())
+    cells = beside(summary, store.described()[0])
     return {"published": [asdict(cell) for cell in cells]} if cells else {}
 
 
@@ -761,7 +764,7 @@ def _text(store: Store, summary: Any) -> str:
     from rankwise.report import published
     from rankwise.runs.beside import beside
 
-    return "\n\n".join(filter(None, [summary.text(), published.text(beside(summary, store.experiment()))]))
+    return "\n\n".join(filter(None, [summary.text(), published.text(beside(summary, store.described()[0]))]))
 
 
 def _print_settings(config: RunConfig, folder: Path, as_json: bool) -> None:

@@ -13,7 +13,9 @@ from rich.text import Text
 from rankwise.runs.store import Standing, State, Store
 from rankwise.runs.summary import duration
 
-STATES: tuple[State, ...] = ("running", "pending", "stopped", "failed", "done")
+STATES: tuple[State, ...] = ("running", "pending", "stopped", "failed", "damaged", "done")
+OVER = ("done", "failed", "damaged")
+"""States in which nothing is left to wait for."""
 EVERY = 1.0
 """Seconds between two looks."""
 LEFT = "not asked for by the experiment that is here now"
@@ -31,19 +33,19 @@ class Look:
 
     @property
     def over(self) -> bool:
-        """Whether every run is done or has failed, and none is to follow from the learning rates tried.
+        """Whether every run is done, damaged or has failed, and none is to follow from the learning rates tried.
 
         Runs that the present experiment does not ask for count while they are at work.
         """
         counted = [each for each in self.standings if _awaited(each)]
         waiting = counted and all(each.tries for each in counted)
         followed = not waiting or all(each.state == "failed" for each in counted)
-        return followed and all(each.state in ("done", "failed") for each in counted)
+        return followed and all(each.state in OVER for each in counted)
 
     @property
     def total(self) -> float | None:
         """Seconds until all are done if as many stay at work as are now; None where nobody can say yet."""
-        waiting = [e.folder for e in self.standings if e.state not in ("done", "failed") and _awaited(e)]
+        waiting = [each.folder for each in self.standings if each.state not in OVER and _awaited(each)]
         known = [self.left[folder] for folder in waiting if folder in self.left]
         if not known:
             return None
@@ -99,7 +101,7 @@ class Watch:
         for each in standings:
             steps = each.steps or (sum(lengths) / len(lengths) if lengths else None)
             pace = paces.get(each.folder, usual)
-            if each.state not in ("done", "failed") and _awaited(each) and pace is not None and steps is not None:
+            if each.state not in OVER and _awaited(each) and pace is not None and steps is not None:
                 left[each.folder] = max(0.0, pace * (steps - each.step))
         return Look(standings, left)
 

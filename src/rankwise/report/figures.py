@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rankwise.files import read_lines
 from rankwise.report import heat, plots
+from rankwise.runs import record
 from rankwise.runs.summary import duration, plus_minus, size
 from rankwise.runs.tables import Row
 
@@ -88,7 +88,7 @@ def of_ranks(row: Row) -> dict[str, Any] | None:
     if seed is None or not any(len(changes(lines)) > 1 or _searched(lines) for lines in histories.values()):
         return None
     course = changes(histories[seed])
-    steps = max((line["step"] for line in read_lines(_folders(row)[seed] / "metrics.jsonl")), default=course[-1][0])
+    steps = max((line["step"] for line in record.course(_folders(row)[seed])), default=course[-1][0])
     final = course[-1][1]
     words = f"Seed {seed}, learning rate {row['learning_rate']:g}. {in_words(course)}"
     if len(course) == 1:
@@ -116,7 +116,7 @@ def of_ranks(row: Row) -> dict[str, Any] | None:
 
 def history(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `ranks.jsonl` that name sites."""
-    return [line for line in read_lines(folder / "ranks.jsonl") if line.get("ranks")]
+    return [line for line in record.rank_course(folder) if line.get("ranks")]
 
 
 def changes(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, int]]]:
@@ -295,7 +295,7 @@ def _folders(row: Row) -> dict[int, Path]:
 
 
 def _runs(row: Row) -> list[list[dict[str, Any]]]:
-    return [read_lines(folder / "metrics.jsonl") for folder in _folders(row).values()]
+    return [record.course(folder) for folder in _folders(row).values()]
 
 
 def _searched(lines: Sequence[Mapping[str, Any]]) -> bool:

@@ -61,7 +61,8 @@ def write(folder: Path | str, out: Path | str | None = None) -> Path:
     if not folders:
         raise InputError(f"{folder}: holds no run; start some with rankwise compare EXPERIMENT.yaml runs={folder}")
     results = store.results(folders)
-    about = store.experiment().get("report") or {}
+    experiment, damage = store.described()
+    about = experiment.get("report") or {}
     summary = Summary.of(results, STATISTICS, SUMS, about.get("reference"))
     runs = pages(store, folders, results, summary.rows)
     script = SCRIPT.read_text(encoding="utf-8")
@@ -72,8 +73,8 @@ def write(folder: Path | str, out: Path | str | None = None) -> Path:
         "failed": [run for run in runs if run.state == "failed"],
         "unfinished": [run for run in runs if run.state not in ("done", "failed")],
         "findings": summary.findings(),
-        "notes": summary.notes(),
-        "published": _published(summary, store.experiment()),
+        "notes": [*([damage] if damage else []), *summary.notes()],
+        "published": _published(summary, experiment),
         "overview": _overview(summary.best),
         "tasks": [_task(name, summary) for name in dict.fromkeys(row["task"] for row in summary.best)],
         "columns": text.columns(summary.rows) if summary.rows else [],

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from rankwise.errors import InputError
-from rankwise.files import read_lines
 from rankwise.report import examples, figures, heat, text
+from rankwise.runs import record
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store, error_lines
 from rankwise.runs.summary import duration, size
@@ -88,7 +88,7 @@ def _label(task: str, method: str, config: Mapping[str, Any]) -> str:
 
 
 def _finished(folder: Path, result: Mapping[str, Any], method: str) -> Page:
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = record.course(folder)
     score = result["metrics"].get(result["score"])
     wanted: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = [
         ("training loss", figures.loss),
@@ -133,7 +133,7 @@ def _unfinished(store: Store, folder: Path) -> Page:
         error = "\n".join(error_lines(folder))
         error = error if len(error) <= ERROR else f"{standing.error}\n…\n{error[-ERROR:]}"
     reached = standing.error or (f"step {standing.step} of {standing.steps}" if standing.steps else "")
-    curve = _curve("training loss", *figures.curve(read_lines(folder / "metrics.jsonl"), figures.loss))
+    curve = _curve("training loss", *figures.curve(record.course(folder), figures.loss))
     return Page(
         anchor(folder),
         label,

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,22 +19,23 @@ from rankwise.files import (
     MARKER,
     check_regular,
     opened,
+    read_bytes,
     read_json,
-    read_lines,
     read_text,
     similar,
     unwritable,
     write_whole,
 )
+from rankwise.runs import record
 from rankwise.runs.grid import run_id
 
-State = Literal["pending", "running", "stopped", "failed", "done"]
+State = Literal["pending", "running", "stopped", "failed", "done", "damaged"]
 
-RESULT_KEYS = {
-    *("run", "task", "method", "options", "model", "seed", "learning_rate"),
-    *("score", "metrics", "splits", "parameters", "cost"),
+LEFT = {
+    *("run.yaml", "run.lock", "env.json", "metrics.jsonl", "ranks.jsonl", "predictions.parquet"),
+    *("result.json", "error.txt", "log.txt"),
 }
-"""What a result.json has to hold to count as one."""
+"""Names of files by which a folder without `run.yaml` is known to have been a run's."""
 
 
 class _Kept(NamedTuple):
@@ -69,6 +71,7 @@ class Standing:
     planned: bool
     """Whether the experiment in the folder asks for it; True where none is noted."""
     state: State
+    """`damaged`, where no process is at work, for a `run.yaml` or `result.json` that is not what was written."""
     step: int
     """Optimizer steps done."""
     steps: int | None
@@ -76,7 +79,7 @@ class Standing:
     pace: float | None
     """Seconds per step, as the run measured them up to its end or its newest checkpoint; None before that."""
     error: str
-    """First line of its error, when it failed, or what is damaged."""
+    """First line of its error, when it failed, or what is damaged; of a run that is done, too."""
 
 
 class Store:
@@ -184,19 +187,31 @@ class Store:
         """
         file = self.folder / "experiment.yaml"
         try:
-            return read_yaml(file) if os.path.lexists(file) else {}
+            return record.experiment(file)
         except InputError as error:
             raise InputError(f"{file} is damaged ({error}); the same rankwise compare writes it again") from None
 
-    def folders(self) -> list[Path]:
-        """The folders that hold a run, by name.
+    def described(self) -> tuple[dict[str, Any], str]:
+        """What `experiment` gives and "", or {} and how it is damaged: its runs can be shown without it."""
+        try:
+            return self.experiment(), ""
+        except InputError as error:
+            return {}, str(error)
 
-        Raises InputError where the folder of runs is not there, or is the one above such folders, or below.
+    def folders(self) -> list[Path]:
+        """The folders that hold a run, or have held one, or cannot be looked into, by name.
+
+        Raises InputError where the folder of runs is not there, or is the one above such folders, or below, or cannot
+        be read.
         """
-        if not self.folder.is_dir():
-            raise InputError(f"{self.folder}: there is no such folder of runs{similar(self.folder)}")
-        found = sorted(path.parent for path in self.folder.glob("*/run.yaml"))
-        if not found and (self.folder / "run.yaml").exists():
+        try:
+            inside = sorted(path for path in self.folder.iterdir() if not path.name.startswith("."))
+        except (FileNotFoundError, NotADirectoryError):
+            raise InputError(f"{self.folder}: there is no such folder of runs{similar(self.folder)}") from None
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be read: {(error.strerror or str(error)).lower()}") from None
+        found = [path for path in inside if _of_run(path)]
+        if not found and os.path.lexists(self.folder / "run.yaml"):
             raise InputError(f"{self.folder}: is one run; give the folder above it, {self.folder.resolve().parent}")
         if not found and (below := sorted({path.parents[1] for path in self.folder.glob("*/*/run.yaml")})):
             names = ", ".join(each.name for each in below[:5]) + (", …" if below[5:] else "")
@@ -236,9 +251,9 @@ class Store:
             return "done"
         if _held(folder / "run.lock"):
             return "running"
-        if (folder / "error.txt").exists():
+        if os.path.lexists(folder / "error.txt"):
             return "failed"
-        if (folder / "metrics.jsonl").exists() or any(folder.glob("checkpoint-*")):
+        if os.path.lexists(folder / "metrics.jsonl") or any(folder.glob("checkpoint-*")):
             return "stopped"
         return "pending"
 
@@ -246,15 +261,21 @@ class Store:
         """How a run stands, with its progress and the first line of its error."""
         state = self.state(folder)
         step, steps = progress(folder)
-        error, found = "", self._read(folder)
+        error, found = record.damage(folder), self._read(folder)
+        rate = found.config.learning_rate if found else None
+        tries = found is not None and found.config.tuning is not None
         if found is None:
-            error = DAMAGED
+            error = _unreadable(folder) or DAMAGED
         elif state == "failed":
             error = next(iter(error_lines(folder)), "without a message, as on a full disk; log.txt may say more")
-        rate = found.config.learning_rate if found else None
+        elif state != "done" and os.path.lexists(folder / "result.json"):
+            error = "its result.json is not what was written there: the same rankwise compare or train makes it again"
+            found = None if state != "running" else found
+        if found is None and state != "running":
+            state = "damaged"
         names = self.planned()
         planned = names is None or folder.name in names
-        return Standing(folder, rate, self.tries(folder), planned, state, step, steps, self._pace(folder, steps), error)
+        return Standing(folder, rate, tries, planned, state, step, steps, self._pace(folder, steps), error)
 
     def _pace(self, folder: Path, steps: int | None) -> float | None:
         result = self.result(folder)
@@ -263,24 +284,24 @@ class Store:
                 return float(result["cost"]["seconds"]) / steps if steps else None
             marks = {int(mark.parent.name.rpartition("-")[2]): mark for mark in folder.glob(f"checkpoint-*/{MARKER}")}
             newest = max(marks)
-            return float(read_json(marks[newest])["carried"]["seconds"]) / newest
-        except (OSError, ValueError, KeyError, TypeError):  # none there, or on its way out
+            pace = float(read_json(marks[newest])["carried"]["seconds"]) / newest
+            return pace if 0 <= pace < math.inf else None
+        except (OSError, ArithmeticError, ValueError, KeyError, TypeError):  # none there, or on its way out
             return None
 
     def result(self, folder: Path) -> dict[str, Any] | None:
         """The result of a finished run; None where it is not there, half written, or of some other run."""
         try:
-            result = read_json(folder / "result.json")
-        except (OSError, ValueError):
+            result = record.result(folder)
+        except (OSError, InputError):
             return None
         found = self._read(folder)  # last: to read YAML takes long, and somebody may look at many runs each second
-        if found is None or not isinstance(result, dict) or not result.keys() >= RESULT_KEYS:
+        if found is None or result["run"] != found.id:
             return None
-        if result["run"] != found.id or not all(
-            isinstance(result[key], dict) for key in ("options", "metrics", "splits", "parameters", "cost")
-        ):
-            return None
-        return result
+        asked = {"name": result["method"], **result["options"]}
+        same = all(asked.get(key) == value for key, value in found.config.method.items())
+        rest = (result["seed"], result["learning_rate"]) == (found.config.seed, found.config.learning_rate)
+        return result if same and rest else None
 
     def results(self, folders: Sequence[Path] | None = None) -> list[dict[str, Any]]:
         """The results of all finished runs (of those in `folders`), each with its `folder`, its `config` and `lineage`.
@@ -318,7 +339,12 @@ class Store:
             if ours and run_id(config, made_with["data"]) != name:
                 return None  # cut off or changed, it would go on as another run than the one that is named
             return _Kept(name, made_with, config)
-        except (KeyError, TypeError, ValueError):  # InputError and pydantic's ValidationError are ValueErrors
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ):  # the errors of reading and of pydantic
             return None
 
 
@@ -354,12 +380,27 @@ def answers(folder: Path) -> Answers | None:
 
 def progress(folder: Path) -> tuple[int, int | None]:
     """Steps done and steps of the whole run, from `metrics.jsonl`; (0, None) before its first line."""
+    lines = record.course(folder)
+    steps = next((line["steps"] for line in lines if "steps" in line), None)
+    return max((line["step"] for line in lines), default=0), steps
+
+
+def _of_run(folder: Path) -> bool:
     try:
-        lines = read_lines(folder / "metrics.jsonl")
-    except (OSError, InputError):
-        return 0, None
-    steps = next((int(line["steps"]) for line in lines if "steps" in line), None)
-    return max((int(line.get("step", 0)) for line in lines), default=0), steps
+        return folder.is_dir() and not LEFT.isdisjoint(entry.name for entry in folder.iterdir())
+    except OSError:
+        return True  # nobody can tell, so it is not left out
+
+
+def _unreadable(folder: Path) -> str:
+    """Why nobody can say what a run is; "" where its settings can be read."""
+    try:
+        read_bytes(folder / "run.yaml")
+    except FileNotFoundError:
+        return "there is no run.yaml in it, so nobody can say which run it was"
+    except InputError as error:
+        return str(error).replace(f"{folder}/", "")
+    return ""
 
 
 def error_lines(folder: Path) -> list[str]:

@@ -104,8 +104,10 @@ def run(folder: Path) -> dict[str, Any]:
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
-    if not (folder / "run.yaml").is_file():
-        raise InputError(f"{folder}: there is no run.yaml in it; give the folder of a run")
+    try:
+        check_regular(folder / "run.yaml")
+    except FileNotFoundError:
+        raise InputError(f"{folder}: there is no run.yaml in it; give the folder of a run") from None
     return Store(folder.parent).result(folder)
 
 

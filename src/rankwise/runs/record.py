@@ -1,0 +1,173 @@
+"""What a run has written of itself, checked before anybody counts on it: anything may have happened to its files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rankwise.config import Published, read_yaml
+from rankwise.errors import InputError
+from rankwise.files import MOST_LINES, read_json, read_text
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""Not above what a float holds exactly: counts are drawn together, and drawn."""
+Amount = Annotated[float, Field(ge=0, le=1e18)]
+
+
+class _Part(BaseModel):
+    """A part of a file; what else stands in it is nobody's concern."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Split(_Part):
+    name: str
+    rows: Count
+    official: bool
+    note: str
+
+
+class _Splits(_Part):
+    train: _Split
+    evaluation: list[_Split] = Field(min_length=1)
+
+
+class _Parameters(_Part):
+    trainable: Count
+    final: Count
+    budget: Count
+    head: Count
+
+
+class _Cost(_Part):
+    seconds: Amount
+    peak_memory_bytes: Count
+    examples_per_second: Amount
+    adapter_bytes: Count
+    micro_batch: Count = 1
+    processes: Count = 1
+
+
+class _Benchmark(_Part):
+    name: str = ""
+    score: float = 0.0
+
+
+class _Result(_Part):
+    """What a `result.json` has to hold to count as one."""
+
+    run: str
+    task: str
+    method: str
+    options: dict[str, Any]
+    model: str
+    seed: Count
+    learning_rate: Amount
+    score: str
+    benchmark: _Benchmark = Field(default_factory=_Benchmark)
+    metrics: dict[str, float]
+    splits: _Splits
+    parameters: _Parameters
+    notes: list[str] = Field(default_factory=list)
+    cost: _Cost
+
+
+class _Step(_Part):
+    """A line of `metrics.jsonl`."""
+
+    step: Count
+    steps: Count = 0
+    epoch: float | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    eval: dict[str, float] = Field(default_factory=dict)
+
+
+class _Ranks(_Part):
+    """A line of `ranks.jsonl`."""
+
+    step: Count
+    ranks: dict[str, Count]
+    parameters: Count = 0
+    weights: dict[str, float] | None = None
+
+
+class _Method(_Part):
+    name: str
+
+
+class _Report(_Part):
+    title: str = ""
+    text: str = ""
+    reference: _Method | None = None
+
+
+class _Experiment(_Part):
+    """What an `experiment.yaml` has to hold for a report to follow it."""
+
+    report: _Report = Field(default_factory=_Report)
+    published: Published | None = None
+
+
+def experiment(path: Path) -> dict[str, Any]:
+    """What an `experiment.yaml` says; {} where there is none. Raises InputError where it is damaged."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        content = read_yaml(path)
+        _Experiment.model_validate(content)
+    except ValidationError as error:
+        raise _damaged(path, error) from None
+    return content
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """What the `result.json` of a run says. FileNotFoundError where it is not there, InputError where it is damaged."""
+    content = read_json(folder / "result.json")
+    try:
+        _Result.model_validate(content)
+    except ValidationError as error:
+        raise _damaged(folder / "result.json", error) from None
+    return dict(content)
+
+
+def _damaged(path: Path, error: ValidationError) -> InputError:
+    where = ".".join(map(str, error.errors()[0]["loc"]))
+    return InputError(f"{path}: is damaged{f' at {where}' if where else ''}")
+
+
+def course(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, up to the first that is damaged."""
+    return _lines(folder / "metrics.jsonl", _Step)[0]
+
+
+def rank_course(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `ranks.jsonl`, up to the first that is damaged."""
+    return _lines(folder / "ranks.jsonl", _Ranks)[0]
+
+
+def damage(folder: Path) -> str:
+    """What of the course of a run cannot be read, in a few words; "" for nothing."""
+    found = (_lines(folder / name, kind)[1] for name, kind in (("metrics.jsonl", _Step), ("ranks.jsonl", _Ranks)))
+    return next(filter(None, found), "")
+
+
+def _lines(path: Path, kind: type[_Part]) -> tuple[list[dict[str, Any]], str]:
+    """The lines up to the first that is damaged, and which that is. A line without an end was cut off, and is none."""
+    found: list[dict[str, Any]] = []
+    try:
+        lines = read_text(path, MOST_LINES).split("\n")[:-1]
+    except FileNotFoundError:
+        return found, ""
+    except InputError as error:
+        return found, str(error).replace(f"{path}:", f"{path.name}", 1)
+    for number, text in enumerate(lines, 1):
+        try:
+            line = json.loads(text)
+            kind.model_validate(line)
+        except (ValueError, RecursionError):  # pydantic's error is a ValueError
+            return found, f"{path.name} is damaged in line {number}; what follows it is not shown"
+        found.append(line)
+    return found, ""
