@@ -107,7 +107,7 @@ class Method(ABC):
 
     def _changed(self, now: Mapping[str, int]) -> Search | None:
         """How many of the ranks by site are not what they began with."""
-        if not self.check_every or not now:
+        if not self.check_every or not self.sizes or not now:
             return None
         begun = getattr(self, self.sizes[0])
         return Search(sum(rank != begun for rank in now.values()), len(now))

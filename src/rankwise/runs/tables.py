@@ -319,6 +319,8 @@ def _labels(results: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def _word(value: Any) -> str:
+    if value is None:
+        return "null"  # as it is written
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
