@@ -86,6 +86,7 @@ def finish(store: Store, config: RunConfig, level: float, moving: bool = True, p
             ],
         },
         "parameters": {"trainable": size, "final": size, "budget": size, "head": 157_080},
+        **({"search": {"changed": 17, "sites": 36, "moved": 2.3}} if name == "simplex-lora" else {}),
         "cost": {
             "seconds": 92.5,
             "peak_memory_bytes": 812_345_678,

@@ -1,6 +1,6 @@
 """What is said of searches for ranks."""
 
-import pytest
+from dataclasses import asdict
 
 from rankwise.runs.search import Search, in_words
 
@@ -26,10 +26,7 @@ def test_the_searches_of_several_seeds_in_one_sentence() -> None:
     assert in_words({3: IDLE, 4: IDLE}).count("plain LoRA's;") == 1
 
 
-@pytest.mark.parametrize(
-    "damaged",
-    [None, 3, [], {}, {"changed": "x", "sites": 3}, {"changed": 1, "sites": 3, "moved": "far"}, {"more": 1},
-     {"changed": 1, "sites": 3, "advice": [1]}],
-)  # fmt: skip
-def test_what_is_no_search_is_none(damaged: object) -> None:
-    assert Search.read(damaged) is None
+def test_a_result_gives_back_what_it_keeps_and_nothing_where_it_keeps_none() -> None:
+    assert Search.of({"search": asdict(IDLE)}) == IDLE
+    assert Search.of({"search": {"changed": 5, "sites": 9, "of another version": 1}}) == Search(5, 9)
+    assert Search.of({}) is Search.of({"search": None}) is None

@@ -95,7 +95,7 @@ def _finished(folder: Path, result: Mapping[str, Any], method: str) -> Page:
         ("evaluation loss", figures.evaluated("loss")),
         (result["score"], figures.evaluated(result["score"])),
     ]
-    parameters, cost, search = result["parameters"], result["cost"], Search.read(result.get("search"))
+    parameters, cost, search = result["parameters"], result["cost"], Search.of(result)
     facts = [
         *((name, _number(value)) for name, value in result["metrics"].items()),
         *((f"{name} parameters", _number(value)) for name, value in parameters.items()),

@@ -50,6 +50,14 @@ class _Cost(_Part):
     processes: Count = 1
 
 
+class _Search(_Part):
+    changed: Count
+    sites: Count
+    moved: Amount | None = None
+    measure: str = ""
+    advice: str = ""
+
+
 class _Benchmark(_Part):
     name: str = ""
     score: float = 0.0
@@ -70,6 +78,7 @@ class _Result(_Part):
     metrics: dict[str, float]
     splits: _Splits
     parameters: _Parameters
+    search: _Search | None = None
     notes: list[str] = Field(default_factory=list)
     cost: _Cost
 

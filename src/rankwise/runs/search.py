@@ -1,7 +1,7 @@
 """What searches for ranks have come to, in words: one that has changed nothing says so."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 
@@ -24,15 +24,12 @@ class Search:
     advice: str = ""
 
     @classmethod
-    def read(cls, data: Any) -> "Search | None":
-        """What a result keeps; None where there is nothing, or nothing that one of these has written."""
-        try:
-            found = cls(**data)
-        except TypeError:
-            return None
-        numbers = isinstance(found.changed, int) and isinstance(found.sites, int)
-        words = isinstance(found.measure, str) and isinstance(found.advice, str)
-        return found if numbers and words and isinstance(found.moved, float | int | None) else None
+    def of(cls, result: Mapping[str, Any]) -> "Search | None":
+        """What a result says of it; None where the method learns no ranks."""
+        kept = result.get("search")
+        return (
+            None if kept is None else cls(**{each.name: kept[each.name] for each in fields(cls) if each.name in kept})
+        )
 
     def __str__(self) -> str:
         return in_words({0: self})

@@ -250,9 +250,7 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         "train_official": trained["official"],
         "train_note": trained["note"],
         "searches": {
-            seed: asdict(search)
-            for seed, result in by_seed.items()
-            if (search := Search.read(result.get("search"))) is not None
+            seed: asdict(search) for seed, result in by_seed.items() if (search := Search.of(result)) is not None
         },
         "remarks": list(dict.fromkeys(note for result in by_seed.values() for note in result.get("notes", [])))
         + [_memory(result, label) for result in by_seed.values() if "micro_batch" in result["cost"]],
