@@ -15,7 +15,7 @@ from torch import nn
 from rankwise.errors import NotFiniteError
 from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
-from rankwise.ranks import ranks, sites
+from rankwise.ranks import Site, ranks, sites
 from rankwise.ranks.resize import add_omega, resize
 from rankwise.ranks.sites import adapted, omega
 from rankwise.runs.search import Search
@@ -110,3 +110,10 @@ def check_finite(weights: nn.Parameter, step: int) -> None:
         raise NotFiniteError(
             f"ω is not finite after step {step}: the training has diverged; lower the learning rate or omega_rate"
         )
+
+
+def without_dead(weights: Sequence[float], here: Sequence[Site]) -> list[float]:
+    """ω of the sites `here`, 0 for those that take no part in the loss: unlearnt, it would go on holding rank there."""
+    if all(site.dead or not w for site, w in zip(here, weights, strict=True)):  # some rank must stay somewhere
+        return list(weights)
+    return [0.0 if site.dead else w for site, w in zip(here, weights, strict=True)]

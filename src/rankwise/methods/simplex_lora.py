@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.methods.base import require
-from rankwise.methods.omega import OmegaLoRA, check_finite
+from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
 from rankwise.ranks.resize import fold
@@ -90,7 +90,11 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
             return None
         here = sites(model)
         found = allocate(
-            weights.tolist(), [s.cost for s in here], [s.limit for s in here], rank=self.rank, rounding=self.rounding
+            without_dead(weights.tolist(), here),
+            [s.cost for s in here],
+            [s.limit for s in here],
+            rank=self.rank,
+            rounding=self.rounding,
         )
         moved = self._moved(weights.tolist())
         last = step >= self.search_steps

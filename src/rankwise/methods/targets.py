@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import InputError, nearest
@@ -143,10 +144,11 @@ def _tell_out_of_reach(model: nn.Module) -> None:
     lost: dict[str, int] = {}
     total = 0
     for name, p in model.named_parameters():
-        owner = model.get_submodule(name.rpartition(".")[0])
+        within, weighed, _ = name.partition(".parametrizations.")  # as torch's weight_norm leaves a convolution
+        owner = model.get_submodule(within if weighed else within.rpartition(".")[0])
         size = prod(features(owner)) if is_weight(owner) and name.endswith(".weight") else p.numel()
         total += size
-        if p.dim() > 1 and not is_weight(owner) and not isinstance(owner, nn.Embedding):
+        if p.dim() > 1 and not isinstance(owner, (nn.Linear, Conv1D, _ConvNd, nn.Embedding)):
             lost[name] = size
     if (share := sum(lost.values()) / total) >= 0.01:
         warnings.warn(

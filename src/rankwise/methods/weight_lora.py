@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from rankwise.methods.base import require
-from rankwise.methods.omega import OmegaLoRA, check_finite
+from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, ranks, sites
 from rankwise.ranks.resize import fold
@@ -65,10 +65,11 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
             weights.copy_(project.top_k(weights, self.keep))
         if step != self.every:
             return None
-        values = weights.tolist()
+        here, values = sites(model), weights.tolist()
         if self.omega_rate is None:
             fold(model)
-        gone = {site.name: 0 for site, value in zip(sites(model), values, strict=True) if value == 0}
+        left = without_dead(values, here)
+        gone = {site.name: 0 for site, value in zip(here, left, strict=True) if value == 0}
         return RankPlan(gone, moved=self._moved(values))
 
     def budget(self, model: nn.Module) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankwise.optim.simplex_adam import Decides
 from rankwise.ranks import sites
 from rankwise.ranks.resize import Structure, follow
+from rankwise.ranks.silence import Silence
 from rankwise.ranks.sites import adapted
 
 MARKS = ("names", "scaling_factors")  # what PEFT's optimizer wants to know of each parameter of a group
@@ -51,6 +52,7 @@ class ProjectedAdam(LoraFAOptimizer):
             group |= {key: [marks[id(p)][i] for p in group["params"]] for i, key in enumerate(MARKS)}
         super().__init__(groups, lr, betas, eps, weight_decay)  # type: ignore[arg-type]  # PEFT means groups too
         self._begun_with = self._params()
+        self.silence = Silence(model)
         follow(model, self)
 
     def _params(self) -> list[Tensor]:
@@ -70,16 +72,18 @@ class ProjectedAdam(LoraFAOptimizer):
         now = self._params()
         if len(now) != len(self._begun_with) or any(p is not q for p, q in zip(now, self._begun_with, strict=True)):
             raise RuntimeError("ranks have changed, which ProjectedAdam cannot follow: make a new one")
+        self.steps += 1
+        self.silence.look(self.model, self.steps)
         for p, name in ((p, name) for g in self.param_groups for p, name in zip(g["params"], g["names"], strict=True)):
             if p.grad is None and "lora_B" in name:  # PEFT takes for granted that each B had a part in the loss
                 p.grad = torch.zeros_like(p)
-        self.steps += 1
         super().step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """PEFT's state, the steps taken, and the ranks that the state belongs to."""
-        return {**super().state_dict(), "projected": {"steps": self.steps, "ranks": Structure.of(self.model).ranks}}
+        own = {"steps": self.steps, "ranks": Structure.of(self.model).ranks, "silence": self.silence.state()}
+        return {**super().state_dict(), "projected": own}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state whose ranks are the model's own; load the model's weights first.
@@ -97,3 +101,4 @@ class ProjectedAdam(LoraFAOptimizer):
         for state in self.state.values():  # torch moves what it knows by a parameter, and PEFT goes by names
             state.update({key: value.to(device) for key, value in state.items() if isinstance(value, Tensor)})
         self.steps = own["steps"]
+        self.silence.load(own["silence"])

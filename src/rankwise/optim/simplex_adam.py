@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rankwise.errors import InputError
 from rankwise.optim import processes
 from rankwise.ranks.resize import RankPlan, Structure, follow, resize
+from rankwise.ranks.silence import Silence
 from rankwise.runs.search import Search
 
 SHARDED = (
@@ -72,6 +73,7 @@ class SimplexAdam(torch.optim.AdamW):
             raise InputError(SHARDED)
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.defaults["rule"] = "adamw"  # of groups that are added later
+        self.silence = Silence(model, method.check_every)
         if Structure.of(model).ranks:
             follow(model, self)
 
@@ -90,6 +92,7 @@ class SimplexAdam(torch.optim.AdamW):
         if self.changed and self.changed == self.steps:
             self._check_averaged()
         self.steps += 1
+        self.silence.look(self.model, self.steps)
         with self._rewarmed():
             scales = (_step_size(g) for g in self.param_groups if g.get("name") in ("omega", "gates"))
             lr = next(scales, self.param_groups[0]["lr"])
@@ -110,6 +113,7 @@ class SimplexAdam(torch.optim.AdamW):
 
     def _change(self, plan: RankPlan) -> None:
         """Carry out a rank change, the same one in all processes."""
+        self.silence.tell(self.model)
         if not processes.agree(str(sorted(plan.items())), self._device):
             raise RuntimeError(
                 f"the processes found different ranks at step {self.steps}: they did not take the same steps; average "
@@ -186,7 +190,7 @@ class SimplexAdam(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state, the step counters, and the ranks that the state belongs to."""
         now = Structure.of(self.model)
-        counted = {"steps": self.steps, "changed": self.changed, "moved": self.moved}
+        counted = {"steps": self.steps, "changed": self.changed, "moved": self.moved, "silence": self.silence.state()}
         return {**super().state_dict(), "rankwise": {**counted, "ranks": now.ranks, "scaled": now.scaled}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -205,6 +209,7 @@ class SimplexAdam(torch.optim.AdamW):
             )
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "rankwise"})
         self.steps, self.changed, self.moved = own["steps"], own["changed"], own.get("moved")
+        self.silence.load(own["silence"])
 
 
 def _step_size(group: Mapping[str, Any]) -> float:

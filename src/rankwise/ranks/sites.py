@@ -137,6 +137,11 @@ class Site:
         return self.A.shape[0] if self.present else 0
 
     @property
+    def dead(self) -> bool:
+        """Whether it was found out in training that the site takes no part in the loss; see `silence`."""
+        return self.adapter in getattr(self.layer, "lora_dead", ())
+
+    @property
     def live(self) -> int:
         """Units of rank that add to the output: all, or those whose gate is not 0."""
         return self.rank if self.gates is None or self.gates.is_meta else int(self.gates.count_nonzero())
