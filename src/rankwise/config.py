@@ -36,8 +36,7 @@ class Schema:
 
 
 LARGEST = 2**31 - 1  # of a whole number; no option counts more than that
-FARTHEST = 1e12  # of any other number, on both sides of 0
-HIGHEST = 1e6  # of learning rates and of passes over the rows, so that what is computed from them is finite
+FARTHEST = 1e38  # of any other number, on both sides of 0: what a float32 can hold
 MOST_RUNS = 10_000  # of an experiment, and of what its tuning tries
 
 # Of YAML. What means more than this is no configuration, and would take minutes to read.
@@ -84,13 +83,13 @@ class RunConfig(BaseModel):
         default_factory=lambda: {"name": "lora"}, description="name of the method and its options"
     )
     epochs: float = Field(
-        default=3.0, gt=0, le=HIGHEST, description="passes over the training rows; max_steps, when given, wins"
+        default=3.0, gt=0, le=1e6, description="passes over the training rows; max_steps, when given, wins"
     )
     max_steps: int | None = Field(
         default=None, ge=1, le=LARGEST, description="optimizer steps of the whole run, instead of epochs"
     )
     batch_size: int = Field(default=32, ge=1, le=LARGEST, description="rows in one optimizer step")
-    learning_rate: float = Field(default=1e-3, gt=0, le=HIGHEST, description="highest learning rate of the schedule")
+    learning_rate: float = Field(default=1e-3, gt=0, le=FARTHEST, description="highest learning rate of the schedule")
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the fresh weights and of the order of the rows")
     max_length: int = Field(default=128, ge=4, le=LARGEST, description="longest input in tokens; longer texts are cut")
     train_rows: int | None = Field(
@@ -106,7 +105,7 @@ class RunConfig(BaseModel):
         default="linear", description="course of the rate after warm-up"
     )
     weight_decay: float = Field(
-        default=0.0, ge=0, le=HIGHEST, description="AdamW's weight decay of the trained matrices"
+        default=0.0, ge=0, le=FARTHEST, description="AdamW's weight decay of the trained matrices"
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="share of each label that is spread evenly over all classes or tokens"
@@ -178,8 +177,8 @@ class Span(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    low: float = Field(gt=0, le=HIGHEST)
-    high: float = Field(gt=0, le=HIGHEST)
+    low: float = Field(gt=0, le=FARTHEST)
+    high: float = Field(gt=0, le=FARTHEST)
 
     @model_validator(mode="after")
     def _check(self) -> Span:
@@ -228,7 +227,7 @@ class Tune(BaseModel):
                     hint = nearest(strange[0], Span.model_fields)
                     raise InputError(f"{key}.{strange[0]}: there is no such key{hint}; it has low and high")
                 return Span.model_validate_json(json.dumps(value))
-            kind = TypeAdapter(list[Annotated[float, Field(gt=0, le=HIGHEST, allow_inf_nan=False)]])
+            kind = TypeAdapter(list[Annotated[float, Field(gt=0, le=FARTHEST, allow_inf_nan=False)]])
             listed = value if isinstance(value, list) else [value]
             found = kind.validate_json(json.dumps(listed), strict=True)
         except ValidationError as error:

@@ -13,7 +13,7 @@ from rankwise.runs.search import Search
 from rankwise.runs.stats import Interval
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary, Sums, duration, plus_minus, size
-from runs_made_up import config, finish, predict
+from runs_made_up import config, finish, one_answer, predict
 
 HEAD = {"name": "head"}
 SIMPLEX = {"name": "simplex-lora", "rank": 4, "every": 10}
@@ -249,3 +249,31 @@ def test_a_note_says_what_the_searches_of_a_method_have_come_to(store: Store) ->
     [row] = [row for row in found.as_json()["best"] if row["name"] == "simplex-lora"]
     assert [each["changed"] for each in row["searches"].values()] == [9, 0]
     json.dumps(found.as_json())
+
+
+def test_one_answer_to_all_rows_is_said_with_its_runs_and_beside_what_it_always_scores(store: Store) -> None:
+    more = one_answer(count=30, share=0.6)
+    for seed in (0, 1, 2):
+        finish(store, config(seed=seed), 0.5, answers=[one_answer() if seed else more, one_answer("no", split="other")])
+    finish(store, config(method={"name": "head"}), 0.5)  # of before
+    found = Summary.of(store.results())
+    notes = [note for note in found.notes() if "nothing was learnt" in note]
+    assert notes == [
+        f"cola: lora rank=4, {where}: nothing was learnt"
+        for where in (
+            "seeds 0, 1, 2, on other: all 50 answers are 'no', and the commonest class is 'yes'",
+            "seeds 1, 2, on validation: all 50 answers are 'yes', the commonest class",
+        )
+    ]
+    (lora,) = (row for row in found.best if row["name"] == "lora")
+    assert lora["always"] == {"class": "yes", "score": 0.5} and lora["share"] == pytest.approx((0.6 + 1 + 1) / 3)
+    assert "cola: accuracy on 50 rows of validation; answering 'yes' always scores 0.500" in found.text()
+    assert json.dumps(found.as_json())
+
+
+def test_an_average_says_what_the_commonest_classes_would_score(store: Store) -> None:
+    for task, score in (("cola", 0.0), ("rte", 0.52)):
+        benchmark = {"name": "GLUE", "score": 0.6, "majority": score}
+        finish(store, config(task=task), 0.6, benchmark=benchmark)
+    text = Summary.of(store.results()).text()
+    assert "average over 2 tasks (cola, rte); answering the commonest class of each always scores 0.260" in text

@@ -17,11 +17,13 @@ import rankwise
 from rankwise.errors import InputError, need
 from rankwise.files import read_json, write_whole
 from rankwise.report import examples, figures, published, text
+from rankwise.report.answers import answered
 from rankwise.report.pages import Page, anchor, pages
+from rankwise.runs.answers import WRONG
 from rankwise.runs.beside import beside
 from rankwise.runs.stats import mean, sd
 from rankwise.runs.store import Store
-from rankwise.runs.summary import Summary, plus_minus, tried
+from rankwise.runs.summary import Summary, always, plus_minus, tried
 from rankwise.runs.tables import Average, Row, averages
 
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -131,6 +133,8 @@ def _overview(best: Sequence[Row]) -> Grid | None:
         rows.append([Cell(method), *scores])
     for benchmark, own in _averages(best).items():
         unit = f"mean of {len(own[0].tasks)} tasks, metrics of a task drawn together"
+        if own[0].always is not None:
+            unit = f"{unit}; {own[0].always:.3f} by the commonest class of each"
         heads.append(text.Head(f"{benchmark} average", unit))
         by_method = {each.method: list(each.scores.values()) for each in own}
         for row in rows:
@@ -162,9 +166,11 @@ def _task(name: str, summary: Summary) -> dict[str, Any]:
     title = text.task_name(best[0])
     scored = [*text.who(rows), *text.scores(rows), *text.sizes(rows)]
     shown = examples.pictures(best)
+    on = f"{best[0]['score'] or 'not scored'} on {best[0]['rows']:,} rows of {best[0]['split']}"
+    firsts = [(row["method"], Path(row["folders"][min(row["folders"])]), row["split"]) for row in best]
     return {
         "name": title,
-        "split": f"{best[0]['score'] or 'not scored'} on {best[0]['rows']:,} rows of {best[0]['split']}",
+        "split": "; ".join(filter(None, [on, always(best)])),
         "best": _grid(best, scored, f"{title}: each method at its best learning rate"),
         "cost": _grid(best, [*text.who(best), *text.COSTS], f"{title}: what a run of it costs"),
         "every": _grid(rows, scored, f"{title}: every learning rate") if len(rows) > len(best) else None,
@@ -173,6 +179,7 @@ def _task(name: str, summary: Summary) -> dict[str, Any]:
         ],
         "figures": figures.of_task(best, rows, title),
         "examples": examples.examples(best),
+        "answered": [(m, said) for m, folder, split in firsts if (said := answered(folder, split, WRONG))],
         "pictures": [
             (method, figures.Picture.png(png, f"what {method} makes of some images")) for method, png in shown
         ],

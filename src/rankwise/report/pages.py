@@ -14,7 +14,9 @@ import numpy as np
 
 from rankwise.errors import InputError
 from rankwise.report import examples, figures, heat, text
+from rankwise.report.answers import Answered, answered
 from rankwise.runs import record
+from rankwise.runs.answers import nothing_learnt, spreads
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store, error_lines
 from rankwise.runs.summary import duration, size
@@ -61,6 +63,9 @@ class Page:
     answers: str = ""
     written: list[examples.Example] = field(default_factory=list)
     error: str = ""
+    answered: Answered | None = None
+    nothing: str = ""
+    """That one answer was given to all rows, where it was."""
 
 
 def anchor(folder: Path) -> str:
@@ -117,6 +122,8 @@ def _finished(folder: Path, result: Mapping[str, Any], method: str) -> Page:
         _ranks(folder),
         examples.missed(folder),
         examples.of_run(folder),
+        answered=answered(folder, result["splits"]["evaluation"][0]["name"]),
+        nothing="; ".join(f"{each['split']}: {said}" for each in spreads(result) if (said := nothing_learnt(each))),
     )
 
 

@@ -95,6 +95,8 @@ def csv(rows: Sequence[Row]) -> str:
     found = {key: value for column in (*fixed, *metrics) for key, value in column.values.items()}
     found |= {key: _of(key) for key in ("split", "rows", "official", "note")}
     found |= {key: _of(key) for key in ("train_split", "train_official", "train_note", "asked", "used")}
+    found["always"] = lambda row: row["always"]["score"] if row["always"] else None
+    found["share"] = _of("share")
     found |= {f"tuned_{key}": _tuned(key) for key in ("split", "rows", "note")}
     found["tuned_rates"] = lambda row: (
         " ".join(f"{each['learning_rate']:g}" for each in row["tuned"]["rates"]) if row["tuned"] else None

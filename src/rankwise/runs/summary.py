@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rankwise.runs.answers import shown
 from rankwise.runs.search import Search, in_words
 from rankwise.runs.stats import (
     FULL,
@@ -160,7 +161,8 @@ class Summary:
         for task in dict.fromkeys(row["task"] for row in self.best):
             rows = [row for row in self.best if row["task"] == task]
             mark = " *" if unofficial(rows[0]) else ""
-            parts.append(f"{task}{mark}: {rows[0]['score']} on {rows[0]['rows']} rows of {rows[0]['split']}")
+            head = f"{task}{mark}: {rows[0]['score']} on {rows[0]['rows']} rows of {rows[0]['split']}"
+            parts.append("; ".join(filter(None, [head, always(rows)])))
             parts.append(_scores(rows))
             parts += [plain(*table) for table in tried(rows)]
             parts.append(_costs(rows))
@@ -233,6 +235,12 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def always(rows: Sequence[Row]) -> str:
+    """`answering 'function' always scores 0.610`, of one task; "" where there is no class to answer."""
+    found = next((row["always"] for row in rows if row["always"]), None)
+    return f"answering {shown(found['class'])} always scores {found['score']:.3f}" if found else ""
 
 
 def chosen_on(row: Row) -> str:
@@ -341,7 +349,10 @@ def _averages(found: Sequence[Average]) -> str:
                 for found in [None if equal(values) else t_interval(values, FULL)]
             ],
         )
-        parts.append(f"{benchmark}, average over {len(rows[0].tasks)} tasks ({', '.join(rows[0].tasks)})\n\n{table}")
+        head = f"{benchmark}, average over {len(rows[0].tasks)} tasks ({', '.join(rows[0].tasks)})"
+        if rows[0].always is not None:
+            head = f"{head}; answering the commonest class of each always scores {rows[0].always:.3f}"
+        parts.append(f"{head}\n\n{table}")
     return "\n\n".join(parts)
 
 

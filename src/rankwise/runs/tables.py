@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rankwise.config import OWN
+from rankwise.runs.answers import nothing_learnt, spreads
 from rankwise.runs.search import Search
 from rankwise.runs.stats import LIMITS, equal, mean, sd, t_interval
 
@@ -38,6 +39,9 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
       within what the metric can be);
       metrics (name -> {mean, sd});
       benchmark (whose part the task is, or ""), counted (by seed, what counts in its average);
+      counted_always: what would count there if the answer were the commonest class always, or None;
+      always: what answering the commonest class of the main split always scores, {class, score}, or None;
+      share: of the most frequent answer to the main split, mean over the seeds, or None;
       budget, trainable (at its peak), final, head: parameters, the head's in none but the last;
       asked: the parameters that `budget:` allows, None without one or where the method has no size to choose;
       used: trainable / asked, or None;
@@ -165,6 +169,8 @@ class Average:
     method: str
     scores: dict[int, float]
     """By seed, of the seeds that all tasks have."""
+    always: float | None
+    """The same mean where each task is answered by its commonest class always; None where that is not known."""
 
 
 def averages(chosen: Sequence[Row]) -> list[Average]:
@@ -181,7 +187,9 @@ def averages(chosen: Sequence[Row]) -> list[Average]:
             seeds = set.intersection(*(set(each) for each in counted))
             if len(tasks) > 1 and len(counted) == len(tasks) and seeds:
                 scores = {seed: mean([each[seed] for each in counted]) for seed in sorted(seeds)}
-                found.append(Average(benchmark, tasks, method, scores))
+                always = [row["counted_always"] for row in rows if row["method"] == method]
+                known = mean(always) if None not in always else None
+                found.append(Average(benchmark, tasks, method, scores, known))
     return found
 
 
@@ -235,6 +243,8 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
             if (each := [result["metrics"][name] for result in by_seed.values() if name in result["metrics"]])
         },
         "benchmark": first.get("benchmark", {}).get("name", ""),
+        "counted_always": first.get("benchmark", {}).get("majority"),
+        **_spread(by_seed, first),
         "counted": {seed: found["score"] for seed, result in by_seed.items() if (found := result.get("benchmark"))},
         **{key: round(value) for key, value in parameters.items()},
         "asked": asked,
@@ -253,9 +263,34 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
             seed: asdict(search) for seed, result in by_seed.items() if (search := Search.of(result)) is not None
         },
         "remarks": list(dict.fromkeys(note for result in by_seed.values() for note in result.get("notes", [])))
+        + _nothing_learnt(by_seed, label)
         + [_memory(result, label) for result in by_seed.values() if "micro_batch" in result["cost"]],
         "folders": {seed: result["folder"] for seed, result in by_seed.items()},
     }
+
+
+def _spread(by_seed: dict[int, dict[str, Any]], first: dict[str, Any]) -> Row:
+    """`always` and `share` of a row; None in results that know nothing of their answers."""
+    main = [found[0] for result in by_seed.values() if (found := spreads(result))]
+    metrics = main[0]["metrics"] if main and main[0]["majority"] else {}
+    known = first["score"] in metrics
+    return {
+        "always": {"class": main[0]["majority"], "score": metrics[first["score"]]} if known else None,
+        "share": mean([each["share"] for each in main]) if main else None,
+    }
+
+
+def _nothing_learnt(by_seed: dict[int, dict[str, Any]], label: str) -> list[str]:
+    """The runs that gave one answer to all rows of a split, the seeds of one sentence together."""
+    seeds: dict[tuple[str, str], list[int]] = {}
+    for seed, result in by_seed.items():
+        for spread in spreads(result):
+            if sentence := nothing_learnt(spread):
+                seeds.setdefault((spread["split"], sentence), []).append(seed)
+    return [
+        f"{label}, {'seed' if len(own) == 1 else 'seeds'} {', '.join(map(str, own))}, on {split}: {sentence}"
+        for (split, sentence), own in seeds.items()
+    ]
 
 
 def _setting(result: dict[str, Any]) -> str:

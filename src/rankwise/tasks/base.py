@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from rankwise.errors import InputError
+from rankwise.runs.answers import Answers
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,6 +71,8 @@ class Scored:
     notes: tuple[str, ...] = ()
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     """What to write beside the predictions, by file name: what a leaderboard takes, pictures."""
+    answers: Answers | None = None
+    """How the answers are spread, at the end of a run; None where there are none."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The family of tasks that give a text, or a pair of texts, a class or a value."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from rankwise.errors import InputError, need
 from rankwise.metrics.classification import METRICS, finite
+from rankwise.runs.answers import LONGEST, WRONG, Answers, Wrong
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 
 if TYPE_CHECKING:
@@ -76,7 +77,59 @@ class Classification(Task):
         predicted = self.decode(outputs)
         rows = self._rows(evaluation, outputs, predicted)
         files = self.files(evaluation.split, predicted) if final else {}
-        return Scored(self.scores(evaluation.split, outputs, predicted), rows, files=files)
+        answers = self.answers(evaluation.split, outputs, predicted) if final else None
+        return Scored(self.scores(evaluation.split, outputs, predicted), rows, files=files, answers=answers)
+
+    def answers(self, split: Split, outputs: np.ndarray, predicted: np.ndarray) -> Answers:
+        """How logits (n, outputs), of which came `predicted` (n,), are spread over the classes.
+
+        Values of a regression are one answer where they differ by rounding alone, and one value for all scores as any.
+        """
+        labels = np.asarray(split.data["label"][:]) if split.labelled else None
+        if not self.labels:
+            middle = float(np.median(predicted))
+            count = int(np.isclose(predicted, middle, rtol=1e-5, atol=1e-8).sum())
+            same = 0 if labels is None else int(np.unique(labels, return_counts=True)[1].max())
+            one = self.score(split, np.full_like(predicted, middle))
+            return Answers(split.name, len(predicted), f"{middle:.4g}", count, majority_count=same, metrics=one)
+        given = np.bincount(predicted, minlength=len(self.labels))
+        commonest = self.labels[int(given.argmax())]
+        found = Answers(split.name, len(predicted), commonest, int(given.max()), classes=self.labels)
+        if labels is None:
+            return found
+        true = np.bincount(labels[labels >= 0], minlength=len(self.labels))
+        majority = int(true.argmax())
+        pairs, numbers = np.unique(np.stack([labels, predicted], axis=1), axis=0, return_counts=True)
+        return replace(
+            found,
+            majority=self.labels[majority],
+            majority_count=int(true[majority]),
+            metrics=self.score(split, np.full_like(predicted, majority)),
+            confusion=[
+                (int(label), int(guess), int(number))
+                for (label, guess), number in zip(pairs, numbers, strict=True)
+                if label >= 0
+            ],
+            wrong=self._wrong(split, outputs, predicted, labels),
+        )
+
+    def _wrong(self, split: Split, outputs: np.ndarray, predicted: np.ndarray, labels: np.ndarray) -> list[Wrong]:
+        """The wrong answers that the model was surest of, the surest first, and then in the order of the rows."""
+        logits = np.asarray(outputs, dtype=np.float64)
+        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+        confidence = shares[np.arange(len(predicted)), predicted] / shares.sum(axis=1)
+        places = np.flatnonzero((predicted != labels) & (labels >= 0))
+        places = places[np.argsort(-confidence[places], kind="stable")][:WRONG]
+        return [
+            Wrong(
+                int(row["idx"]),
+                [str(row[column])[:LONGEST] for column in self.text],
+                int(labels[place]),
+                int(predicted[place]),
+                round(float(confidence[place]), 4),
+            )
+            for place, row in zip(places.tolist(), map(split.data.__getitem__, places.tolist()), strict=True)
+        ]
 
     def files(self, split: Split, predicted: np.ndarray) -> dict[str, str | bytes]:
         """What to write beside the predictions (n,) of `split`; nothing unless a task has a use for it."""

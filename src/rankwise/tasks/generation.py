@@ -12,6 +12,7 @@ reads before it writes: not in the encoder, and not in the prompt that an output
 
 import math
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from transformers import (
 )
 
 from rankwise.errors import InputError, NotFiniteError, need
+from rankwise.runs.answers import LONGEST, Answers
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 
 if TYPE_CHECKING:
@@ -162,6 +164,7 @@ class Generation(Task):
             {name + split.suffix: value for name, value in metrics.items()},
             _table(split, hypotheses, judged),
             judged.notes,
+            answers=None if hypotheses is None else _answers(split, hypotheses),
         )
 
     def generate(
@@ -326,6 +329,15 @@ def _check_direction(model: nn.Module) -> None:
             f"{type(_inner(model)).__name__} reads the tokens after the one that it predicts, so that it cannot write "
             "text: give a decoder (GPT-2, Llama, …) or an encoder-decoder (T5, …)"
         )
+
+
+def _answers(split: Split, hypotheses: list[str]) -> Answers:
+    """How often the same was written; the labels are the targets, or the first of each row's."""
+    commonest, count = Counter(hypotheses).most_common(1)[0]
+    targets = split.data["references"][:] if "references" in split.data.column_names else split.data["target"][:]
+    firsts = Counter(text if isinstance(text, str) else text[0] for text in targets)
+    same = firsts.most_common(1)[0][1]
+    return Answers(split.name, len(hypotheses), commonest[:LONGEST], count, majority_count=same)
 
 
 def _table(split: Split, hypotheses: list[str] | None, judged: Judged) -> "pa.Table":

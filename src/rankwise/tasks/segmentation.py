@@ -18,6 +18,7 @@ from torch import nn
 from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.metrics.segmentation import METRICS, PER_IMAGE, counts
 from rankwise.nets.unet import IGNORE, masks
+from rankwise.runs.answers import Answers
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Segmentation(Task):
         split = evaluation.split
         device, training = next(model.parameters()).device, model.training
         model.eval()
-        losses, found, pixels = [], [], []
+        losses, found, pixels, spread = [], [], [], []
         with torch.inference_mode():
             for start in range(0, len(evaluation.examples), batch_size):
                 rows = evaluation.examples[start : start + batch_size]
@@ -96,7 +97,10 @@ class Segmentation(Task):
                     raise NotFiniteError("a logit is not finite: the training has diverged; try a lower learning rate")
                 losses.append((outputs.loss.item(), len(pairs)))
                 given = masks(outputs.logits).cpu().numpy()
-                found.append(counts(given, batch["labels"].numpy(), self.classes))
+                true = batch["labels"].numpy()
+                found.append(counts(given, true, self.classes))
+                pair = (each[true != IGNORE] for each in (given, true))
+                spread.append([np.bincount(each, minlength=len(self.labels)) for each in pair])
                 pixels.append(given.astype(np.uint8))
         model.train(training)
         counted, given = np.concatenate(found), np.concatenate(pixels)
@@ -110,8 +114,17 @@ class Segmentation(Task):
             **{name: PER_IMAGE[name](counted).tolist() for name in self.metrics},
             "statistics": counted.reshape(len(counted), -1).tolist(),
         }
-        files = {FILE: self._picture(split, given)} if final else {}
-        return Scored({name + split.suffix: value for name, value in metrics.items()}, pa.table(columns), files=files)
+        return Scored(
+            {name + split.suffix: value for name, value in metrics.items()},
+            pa.table(columns),
+            files={FILE: self._picture(split, given)} if final else {},
+            answers=self._answers(split, np.sum(spread, axis=0)) if final else None,
+        )
+
+    def _answers(self, split: Split, spread: np.ndarray) -> Answers:
+        """How often the pixels that count are of the same class: `spread` (2, classes), given and true."""
+        (given, most), (true, majority) = ((int(each.max()), self.labels[int(each.argmax())]) for each in spread)
+        return Answers(split.name, int(spread[0].sum()), most, given, majority, true, what="pixels")
 
     def numbers(self, mask: np.ndarray) -> np.ndarray:
         """Class numbers of a mask (h, w) of the data; IGNORE for what is no class."""

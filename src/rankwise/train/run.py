@@ -40,6 +40,7 @@ from rankwise.files import check_regular, check_replaceable, flush, read_json, u
 from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks.resize import merged
+from rankwise.runs import answers
 from rankwise.runs.processes import LostError, is_main
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store
@@ -61,7 +62,16 @@ MEMORY = "memory.json"
 """How many rows go through the model at once, once memory has run out."""
 
 FILES = (
-    *("env.json", "metrics.jsonl", "ranks.jsonl", "predictions.parquet", "masks.png", "result.json", "error.txt"),
+    *(
+        "env.json",
+        "metrics.jsonl",
+        "ranks.jsonl",
+        "predictions.parquet",
+        "answers.json",
+        "masks.png",
+        "result.json",
+        "error.txt",
+    ),
     *("run.lock", WEIGHTS, MEMORY),
 )
 """Files that a run writes into its folder."""
@@ -459,7 +469,7 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress, search: S
         "seed": parts.config.seed,
         "learning_rate": parts.config.learning_rate,
         "score": parts.task.main,
-        "benchmark": _benchmark(parts.task, scores) if parts.config.tuning is None else {},
+        "benchmark": _benchmark(parts.task, scores, scored) if parts.config.tuning is None else {},
         "metrics": {key: value for key, value in scores.items() if not key.startswith("loss")},
         "splits": {
             "train": _split(parts.train),
@@ -468,6 +478,7 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress, search: S
         "parameters": parameters,
         **({} if search is None else {"search": asdict(search)}),
         "notes": list(dict.fromkeys(note for each in scored for note in each.notes)),
+        "answers": [each.answers.spread() for each in scored if each.answers],
         **({"weights": file_digest(folder / WEIGHTS)} if parts.config.followed else {}),
         "cost": cost,
     }
@@ -480,11 +491,16 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress, search: S
     return result
 
 
-def _benchmark(task: Task, scores: dict[str, float]) -> dict[str, Any]:
-    """The benchmark that the task is a part of, and what counts in its average; empty for none."""
+def _benchmark(task: Task, scores: dict[str, float], scored: list[Scored]) -> dict[str, Any]:
+    """The benchmark that the task is a part of, and what counts in its average; empty for none.
+
+    `majority` is what would count if the answer were the commonest class always.
+    """
     if not task.benchmark:
         return {}
-    return {"name": task.benchmark, "score": math.fsum(scores[name] for name in task.averaged) / len(task.averaged)}
+    always = {name: value for each in scored if each.answers for name, value in each.answers.metrics.items()}
+    counts = lambda found: math.fsum(found[name] for name in task.averaged) / len(task.averaged)  # noqa: E731
+    return {"name": task.benchmark, "score": counts(scores), "majority": counts(always)}
 
 
 def _write_predictions(folder: Path, scored: list[Scored]) -> None:
@@ -494,6 +510,8 @@ def _write_predictions(folder: Path, scored: list[Scored]) -> None:
     made.replace(folder / "predictions.parquet")
     for name, content in (item for each in scored for item in each.files.items()):
         write_whole(folder / name, content)
+    if details := [each.answers.detail() for each in scored if each.answers and each.answers.confusion]:
+        write_whole(folder / answers.FILE, json.dumps(details, ensure_ascii=False) + "\n")
 
 
 def _save_model(folder: Path, parts: Parts) -> int:

@@ -1,0 +1,90 @@
+"""Which class was taken for which, and the wrong answers that a model was surest of."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import InputError
+from rankwise.files import read_json
+from rankwise.runs.answers import FILE
+
+MATRIX = 26
+"""Classes of a matrix; of more the commonest mistakes are listed."""
+MISTAKES = 10
+"""Of them, and rows shown in the section of one run."""
+NAME, TEXT = 24, 240
+"""Characters of a class's name above a column, and of a text."""
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A row that was given another class than it has."""
+
+    row: int
+    texts: list[str]
+    true: str
+    given: str
+    confidence: str
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The answers to one split.
+
+    Attributes:
+        words: how many of them are wrong.
+        classes: the heads of the matrix's columns; empty where there are too many classes for one.
+        matrix: for each true class its name and, for each class given, how often, and a shade from 0 to 8.
+        mistakes: where there is no matrix: "given for true: how often", the commonest first.
+        wrong: the wrong answers, the surest first.
+    """
+
+    words: str
+    classes: list[str]
+    matrix: list[tuple[str, list[tuple[str, int]]]]
+    mistakes: list[str]
+    wrong: list[Wrong]
+
+
+def answered(folder: Path, split: str, most: int = MISTAKES) -> Answered | None:
+    """What a run answered to `split`, with `most` wrong rows; None where it does not say, or that is damaged."""
+    try:
+        found = next(each for each in read_json(folder / FILE) if each["split"] == split)
+        return _answered(found, most)
+    except (OSError, InputError, StopIteration, KeyError, IndexError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _answered(found: Mapping[str, Any], most: int) -> Answered:
+    names = [str(name) for name in found["classes"]]
+    cells = {(int(true), int(given)): int(count) for true, given, count in found["confusion"]}
+    if not all(0 <= number < len(names) for pair in cells for number in pair):
+        raise ValueError("a class without a name")
+    total = sum(cells.values())
+    wrong = {pair: count for pair, count in cells.items() if pair[0] != pair[1]}
+    words = f"{sum(wrong.values()):,} of {total:,} rows answered wrong"
+    matrix, mistakes = [], []
+    if len(names) <= MATRIX:
+        for true, name in enumerate(names):
+            own = [cells.get((true, given), 0) for given in range(len(names))]
+            of = sum(own) or 1
+            matrix.append((name, [(f"{count:,}" if count else "", round(8 * count / of)) for count in own]))
+    else:
+        order = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:MISTAKES]
+        mistakes = [f"{names[given]} for {names[true]}: {count:,}" for (true, given), count in order]
+    rows = [
+        Wrong(
+            int(each["idx"]),
+            [_cut(str(text), TEXT) for text in each["texts"]],
+            names[each["true"]],
+            names[each["given"]],
+            f"{float(each['confidence']):.3f}",
+        )
+        for each in found["wrong"][:most]
+    ]
+    return Answered(words, [_cut(name, NAME) for name in names] if matrix else [], matrix, mistakes, rows)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}…"

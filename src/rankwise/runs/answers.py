@@ -1,0 +1,104 @@
+"""How the answers to a split are spread, so that a score can be told from that of one answer to everything."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+FILE = "answers.json"
+"""Of a run: by split, which class was taken for which, and the wrong answers that the model was surest of."""
+WRONG = 20
+"""Wrong answers of a split that are kept."""
+LONGEST = 400
+"""Characters of each text that is kept with them."""
+_SHOWN = 60
+"""Characters of an answer in a sentence."""
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A row that was given another class than it has.
+
+    Attributes:
+        idx: the row's number.
+        texts: what the model read, cut to LONGEST characters each.
+        true, given: class numbers.
+        confidence: the probability that the model gave to `given`.
+    """
+
+    idx: int
+    texts: list[str]
+    true: int
+    given: int
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How often the answer was what, to one split.
+
+    Attributes:
+        split: its name.
+        total: number of answers.
+        commonest: the one given most often; "" where there is none.
+        count: how often that is.
+        majority: the class that most rows have; "" without classes or labels.
+        majority_count: how many rows have it, or the label that most rows have where there are no classes; 0 without
+            labels.
+        metrics: what it would score to answer that always, by the names in the results; {} where that is not known.
+        what: what the answers are called in a sentence.
+        classes: names of the classes.
+        confusion: (true, given, how many), class numbers.
+        wrong: the wrong answers that the model was surest of.
+    """
+
+    split: str
+    total: int
+    commonest: str
+    count: int
+    majority: str = ""
+    majority_count: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    what: str = "answers"
+    classes: Sequence[str] = ()
+    confusion: Sequence[tuple[int, int, int]] = ()
+    wrong: Sequence[Wrong] = ()
+
+    def spread(self) -> dict[str, Any]:
+        """What a result carries of it."""
+        aside = ("classes", "confusion", "wrong")
+        found = {key: value for key, value in asdict(self).items() if key not in aside}
+        return {**found, "share": self.count / self.total if self.total else 0.0}
+
+    def detail(self) -> dict[str, Any]:
+        """What FILE holds of it."""
+        return {key: value for key, value in asdict(self).items() if key in ("split", "classes", "confusion", "wrong")}
+
+
+def spreads(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a result carries of its answers, the main split first; [] for a result of before, or what is damaged."""
+    found = result.get("answers")
+    kinds = {"split": str, "total": int, "commonest": str, "count": int, "share": float, "majority": str}
+    kinds |= {"majority_count": int, "metrics": dict, "what": str}
+    whole = isinstance(found, list) and all(
+        isinstance(each, dict) and all(isinstance(each.get(key), kind) for key, kind in kinds.items()) for each in found
+    )
+    return found if whole and isinstance(found, list) else []
+
+
+def nothing_learnt(spread: Mapping[str, Any]) -> str:
+    """Where all answers are the same, a sentence that says so; else "". Takes what `Answers.spread` gives."""
+    if spread["count"] < spread["total"] or spread["total"] < 2:
+        return ""
+    said = f"all {spread['total']:,} {spread['what']} are {shown(spread['commonest'])}"
+    if spread["majority_count"] == spread["total"]:
+        return f"{said}, and all labels are the same: these rows show nothing"
+    if not spread["majority"]:
+        return f"{said}: nothing was learnt"
+    if spread["majority"] == spread["commonest"]:
+        return f"{said}, the commonest class: nothing was learnt"
+    return f"{said}, and the commonest class is {shown(spread['majority'])}: nothing was learnt"
+
+
+def shown(answer: str) -> str:
+    """An answer in a sentence, in quotes and not long."""
+    return repr(answer if len(answer) <= _SHOWN else f"{answer[:_SHOWN]}…")
