@@ -3,8 +3,9 @@ import json
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rankwise as rw
@@ -171,6 +172,44 @@ def test_an_adapter_of_any_name_and_in_a_wrapper_is_saved_plain(tmp_path):
     torch.nn.init.normal_(sites(model)[0].B)
     rw.save(torch.nn.DataParallel(model), tmp_path / "adapter")
     assert torch.equal(tiny.logits(rw.load(tiny.model(), tmp_path / "adapter")), tiny.logits(model))
+
+
+WRONG = {
+    "a layer less": lambda all: {k: v for k, v in all.items() if "layers.1" not in k},
+    "no B": lambda all: {k: v for k, v in all.items() if "lora_B" not in k},
+    "other names": lambda all: {k.replace("self_attn", "attention"): v for k, v in all.items()},
+    "one more": lambda all: {**all, "base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(2, 2)},
+    "no head": lambda all: {k: v for k, v in all.items() if "score" not in k},
+    "nothing": lambda all: {},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_file_with_more_or_less_than_the_model_is_refused(wrong, tmp_path):
+    rw.save(searched("llama", 5), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file(WRONG[wrong](load_file(file)), file)
+    with pytest.raises(rw.InputError, match="does not fit this model: .*(only|score)") as caught:
+        rw.load(tiny.model("llama"), tmp_path / "adapter")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_of_a_larger_model_and_of_another_head_is_refused(tmp_path):
+    rw.save(searched("bert", 5), tmp_path / "adapter")
+    config = tiny.model().config
+    config.num_hidden_layers = 1
+    with pytest.raises(rw.InputError, match=r"layer\.1\..* is in the file only"):
+        rw.load(transformers.BertForSequenceClassification(config), tmp_path / "adapter")
+    with pytest.raises(rw.InputError, match="classifier.* is in the file only"):
+        rw.load(transformers.BertForMaskedLM(tiny.model().config), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"peft_type": 3}', '{"peft_type": "LORAA"}', "[" * 100_000])
+def test_a_broken_configuration_is_called_damaged(text, tmp_path):
+    rw.save(searched("bert", 5), tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text(text)
+    with pytest.raises(rw.InputError, match="adapter_config.json.* is damaged"):
+        rw.load(tiny.model(), tmp_path / "adapter")
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):

@@ -5,7 +5,9 @@ import re
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
+from rankwise.nets.drawn import drawn, own
 from rankwise.nets.fused import PARTS, Part
 from rankwise.ranks.resize import kept_units, shaped, start
 from rankwise.ranks.sites import OMEGA, Site, sites
@@ -13,23 +15,25 @@ from rankwise.ranks.sites import OMEGA, Site, sites
 
 @torch.no_grad()
 def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (r, in) and B (out, r) of every site with rank, as plain LoRA on the pretrained W; the model stays as it is.
+    """A (r, in) and B (out, r), as plain LoRA on the pretrained W, of every site that is not that yet; `model` stays.
 
-    Scales are folded in, and units whose gate is 0 and sites whose ω is 0 left out. A residual start, W ← W - s B0 A0,
-    is undone by appending it with the sign turned: W + s (B A - B0 A0), at rank r + r0.
+    Scales are folded in, and units whose gate is 0 and sites whose ω is 0 left out: the whole site at r = 0. A residual
+    start, W ← W - s B0 A0, is undone by appending it with the sign turned: W + s (B A - B0 A0), at rank r + r0.
     """
     here = [site for site in sites(model) if site.present]
     found = {}
     for site, units in zip(here, kept_units(here), strict=True):
-        A, B = site.A.flatten(1)[units], site.B.flatten(1)[:, units]
-        if site.scale is not None:
-            B = B * site.scale.value.to(B.dtype).expand(site.rank, 1).T[:, units]
         begun = start(site)
+        if site.scale is None and (begun is None or begun.A is None):
+            continue
+        A, B = site.A.flatten(1), site.B.flatten(1)
+        if site.scale is not None:
+            if site.gates is None and not site.scale.value.any():
+                units = units[:0]
+            A, B = A[units], (B * site.scale.value.to(B.dtype).expand(site.rank, 1).T)[:, units]
         if begun is not None and begun.A is not None:
             A, B = torch.cat([A, begun.A.to(A)]), torch.cat([B, -begun.B.to(B)], dim=1)
-        silent = site.scale is not None and site.gates is None and not site.scale.value.any()
-        if len(units) and not silent:
-            found[site.name] = A, B
+        found[site.name] = A, B
     return found
 
 
@@ -84,16 +88,33 @@ def joined(modules: dict[str, list[Site]], stored: dict[str, Tensor]) -> dict[st
     return stored
 
 
+def beside(model: PeftModel) -> dict[str, Tensor]:
+    """What of the model itself belongs to what was learnt, in the names of its state dict.
+
+    Weights that its checkpoint does not give, what trains and is not the adapter's, and statistics of normalisations.
+    """
+    base = model.get_base_model()
+    prefix = next(name for name, module in model.named_modules() if module is base)
+    new = set(drawn(base))
+    kept = {
+        name
+        for name, tensor in own(base).items()
+        if name in new or tensor.requires_grad or isinstance(base.get_submodule(name.rpartition(".")[0]), _NormBase)
+    }
+    return {f"{prefix}.{name}": value.clone() for name, value in base.state_dict().items() if name in kept}
+
+
 def state_of(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The model's state dict with `factors` in the place of its own."""
+    """The model's state dict with `factors` in the place of its own, and without what only a training needs."""
     here = {site.name: site for site in sites(model)}
-    names = "|".join(map(re.escape, here))
-    ours = re.compile(
-        rf"base_model\.(?:{OMEGA}\.|model\.(?:{names})\.(?:lora_A\.|lora_B\.[^.]+\.weight$|lora_start\.))"
+    names = "|".join(map(re.escape, factors)) or r"(?!)"
+    theirs = re.compile(
+        rf"base_model\.(?:{OMEGA}\.|model\.(?:.+\.lora_start\.|(?:{names})\.(?:lora_A\.|lora_B\.[^.]+\.weight$)))"
     )
-    state = {name: value for name, value in model.state_dict().items() if not ours.match(name)}
+    state = {name: value for name, value in model.state_dict().items() if not theirs.match(name)}
     for name, (A, B) in factors.items():
-        for part, value, own in (("lora_A", A, here[name].A), ("lora_B", B, here[name].B)):
-            value = shaped(value.detach(), own).contiguous()
-            state[f"base_model.model.{name}.{part}.{model.active_adapter}.weight"] = value
+        for part, value, like in (("lora_A", A, here[name].A), ("lora_B", B, here[name].B)):
+            if len(A):
+                value = shaped(value.detach(), like).contiguous()
+                state[f"base_model.model.{name}.{part}.{model.active_adapter}.weight"] = value
     return state

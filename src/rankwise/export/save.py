@@ -4,7 +4,8 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from copy import copy
 from dataclasses import asdict
@@ -12,7 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file, save_file
@@ -20,10 +22,12 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from rankwise.errors import InputError
-from rankwise.export.plain import folded, joined, modules, on_part, state_of
+from rankwise.export.auto import task
+from rankwise.export.plain import beside, folded, joined, modules, state_of
 from rankwise.files import check_files, check_replaceable, read_json
 from rankwise.methods import Method, build
-from rankwise.ranks.resize import alpha, describe, merged, subtracted
+from rankwise.nets.drawn import drawn
+from rankwise.ranks.resize import alpha, describe, merged, subtracted, taken_out
 from rankwise.ranks.sites import adapted, sites
 from rankwise.ranks.triplets import to_lora, triplets
 
@@ -34,20 +38,24 @@ OURS = {CONFIG, DESCRIPTION, WEIGHTS, "README.md"}
 """All that a saved adapter consists of."""
 LIVE = re.compile(r"\.(?:lora_start|lora_omega|lora_merged|parametrizations)\b")
 """Names of tensors that a training needs and plain LoRA does not have."""
+FOUND_AGAIN = ("pissa", "olora")
+"""PEFT's starts that change the base weights, and do so again in the same way when the adapter is loaded."""
 
 
 def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = None, head: Sequence[str] = ()) -> Path:
     """Write the adapter to `folder`, all of it or nothing.
 
-    A PEFT model becomes a plain PEFT adapter that stock PEFT loads without rankwise: ω is folded into what is written
-    (the model itself stays as it is), sites of rank 0 are left out, and those on parts of a fused projection become one
-    adapter on the whole of it. For methods that are no adapter (`head`), `method` and `head` say what to rebuild, and
-    `rankwise.load` reads it; what trains is written then, and buffers, such as the statistics of a normalisation.
+    Of a PEFT model this is what PEFT itself would write, with changes where that would not give the same outputs in
+    stock PEFT without rankwise: ω is folded into what is written (the model itself stays as it is), sites of rank 0 are
+    left out, those on parts of a fused projection become one adapter on the whole of it, and weights of the model that
+    its checkpoint does not give come along (`drawn`). For methods that are no adapter (`head`), `method` and `head` say
+    what to rebuild, and `rankwise.load` reads it; what trains is written then, such weights, and buffers, such as the
+    statistics of a normalisation.
 
     Raises:
         InputError: if products were merged into the base weights (`empty: merge`), if a model without adapter comes
-            without its method, if another adapter of the model has changed the base weights (a residual start), or if
-            `folder` is a file or holds other things than an adapter, which would be lost.
+            without its method, if the base weights have been changed by a start that cannot be found again or by
+            another adapter's, or if `folder` is a file or holds other things than an adapter, which would be lost.
     """
     folder = Path(folder)
     check_replaceable(folder, OURS, "an adapter")
@@ -62,8 +70,9 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
                 model = to_lora(model)
             made = _save_adapter(model, made)
         elif method is not None:
-            description = {"method": {"name": method.name, **asdict(method)}, "head": list(head)}
-            save_file(_learnt(model), made / WEIGHTS)
+            also = drawn(model)
+            description = {"method": {"name": method.name, **asdict(method)}, "head": list(head), "also": also}
+            save_file(_learnt(model, also), made / WEIGHTS)
             (made / DESCRIPTION).write_text(json.dumps(description, indent=2))
         else:
             raise InputError("this model has no adapter: say which method trained it, save(model, folder, method)")
@@ -73,52 +82,69 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
     return folder
 
 
-def _learnt(model: nn.Module) -> dict[str, Tensor]:
-    """What trains, each tensor under one name, and all buffers that belong to the model's state."""
+def _learnt(model: nn.Module, also: Sequence[str]) -> dict[str, Tensor]:
+    """What trains, each tensor under one name, the parameters `also`, and all buffers of the model's state."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return {name: value.contiguous() for name, value in {**trained, **buffers}.items()}
+    more = {name: parameters[name].detach() for name in also if name not in trained}
+    return {name: value.clone().contiguous() for name, value in {**trained, **more, **buffers}.items()}
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> Path:
     """Save the active adapter, and return where in `folder` PEFT put it: in a folder of its name, unless `default`."""
-    if names := merged(model):
-        raise InputError(
-            f"the product of {names[0]} ({len(names)} sites in all) was merged into the base weights, so an adapter "
-            "alone would not give this model; save model.merge_and_unload(), or train with empty=drop"
-        )
     name = model.active_adapter
-    if strange := [other for other in subtracted(model) if other != name]:
-        raise InputError(
-            f"the adapter {strange[0]!r} has a residual start, which is taken out of the base weights that {name!r} "
-            "was trained on: attach each of them to a base model of its own"
-        )
+    _check_base(model, name)
     config: Any = model.peft_config[name]
     model.peft_config[name] = written = copy(config)
-    written.init_lora_weights = True  # what is saved fits the pretrained W: nobody shall take the start out again
+    factors, targets = folded(model), modules(model)
     try:
-        factors, targets = folded(model), modules(model)
-        fused = any(map(on_part, sites(model)))
-        found = {m: sum(len(factors[s.name][0]) for s in here if s.name in factors) for m, here in targets.items()}
-        describe(written, {m: (found[m], alpha(here[0], found[m])) for m, here in targets.items()})
+        if targets:
+            ranks = {s.name: len(factors[s.name][0]) if s.name in factors else s.rank for s in sites(model)}
+            found = {module: sum(ranks[s.name] for s in here) for module, here in targets.items()}
+            describe(written, {m: (found[m], alpha(here[0], found[m])) for m, here in targets.items()}, model)
+            if factors:  # what is written fits the pretrained W: nobody shall take a start out of it again
+                written.init_lora_weights = True
+            written.task_type = written.task_type or task(model)
         # sorted: sets of words have another order in each process, and equal runs shall leave equal files
-        for option in ("target_modules", "modules_to_save"):
-            if isinstance(names := getattr(written, option), set):
-                setattr(written, option, sorted(names))
-        if fused:
-            written.target_modules = list(targets)
+        for option, value in vars(written).items():
+            if isinstance(value, set):
+                setattr(written, option, sorted(value))
         # Embeddings belong to the base; asking PEFT to find out would make it look for the base model on the hub.
-        state = state_of(model, factors)
+        state = state_of(model, factors) if targets else None
         written.start_written = None  # this state is no live one
         model.save_pretrained(str(folder), state_dict=state, save_embedding_layers=False, selected_adapters=[name])
     finally:
         model.peft_config[name] = config
     made = folder if name == "default" else folder / name
-    if fused:
-        file = made / WEIGHTS
-        file.write_bytes(to_bytes(joined(targets, from_bytes(file.read_bytes())), {"format": "pt"}))
+    file = made / WEIGHTS
+    stored = from_bytes(file.read_bytes())
+    whole = joined(targets, stored)
+    whole.update({name: value for name, value in beside(model).items() if name not in whole})
+    if whole.keys() != stored.keys():
+        file.write_bytes(to_bytes(whole, {"format": "pt"}))
     return made
+
+
+def _check_base(model: PeftModel, name: str) -> None:
+    """Raise InputError where the base weights are no longer those that the adapter `name` will be put on."""
+    if names := merged(model):
+        raise InputError(
+            f"the product of {names[0]} ({len(names)} sites in all) was merged into the base weights, so an adapter "
+            "alone would not give this model; save model.merge_and_unload(), or train with empty=drop"
+        )
+    others = [other for other in model.peft_config if taken_out(model, other)]
+    if strange := [other for other in (*subtracted(model), *others) if other != name]:
+        raise InputError(
+            f"the adapter {strange[0]!r} has a residual start, which is taken out of the base weights that {name!r} "
+            "was trained on: attach each of them to a base model of its own"
+        )
+    begun = taken_out(model, name)
+    if begun and begun.lower() not in FOUND_AGAIN:
+        raise InputError(
+            f"the start {begun} has changed the base weights, and PEFT cannot repeat that from the adapter alone: save "
+            "model.merge_and_unload(), or use PEFT's save_pretrained with path_initial_model_for_weight_conversion"
+        )
 
 
 def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
@@ -126,33 +152,52 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
 
     Raises:
         InputError: if the folder holds no adapter, a damaged one, a checkpoint of a training instead, or one that does
-            not fit this model.
+            not fit this model: each tensor must be in both, and have one shape. The model may then be half adapted.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (CONFIG, DESCRIPTION)):
         raise InputError(f"{folder} holds no adapter: neither {CONFIG} nor {DESCRIPTION} is there")
     check_files(folder)
-    weights = _read(folder)
-    if (folder / CONFIG).is_file():
-        if live := [name for name in weights if LIVE.search(name)]:
-            raise InputError(
-                f"{folder} holds the state of a training ({live[0]}) and no finished adapter: resume from it, and "
-                "write the adapter by rankwise.save(model, folder)"
-            )
-        try:
-            return PeftModel.from_pretrained(model, str(folder))
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise _unfit(folder, error) from error
+    adapter = (folder / CONFIG).is_file()
+    settings, weights = _read(folder / (CONFIG if adapter else DESCRIPTION)), _weights(folder)
+    return (_load_adapter if adapter else _load_learnt)(model, folder, settings, weights)
+
+
+def _load_adapter(model: nn.Module, folder: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    if live := [name for name in weights if LIVE.search(name)]:
+        raise InputError(
+            f"{folder} holds the state of a training ({live[0]}) and no finished adapter: resume from it, and "
+            "write the adapter by rankwise.save(model, folder)"
+        )
+    if settings.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise InputError(f"{folder / CONFIG} is damaged: its peft_type is {settings.get('peft_type')!r}")
     try:
-        description = read_json(folder / DESCRIPTION)
-        settings, head = description["method"], description["head"]
-    except (ValueError, KeyError, TypeError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys|.* keys did not match")  # errors below
+            loaded = PeftModel.from_pretrained(model, str(folder))
+        missing = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys() - weights.keys()
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unfit(folder, error) from error
+    _check_keys(folder, missing, weights.keys() - _known(loaded))
+    return loaded
+
+
+def _known(model: PeftModel) -> set[str]:
+    """The names by which a file can speak of tensors of `model`, its adapter's and its own."""
+    stored = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    return {*stored, *model.state_dict()}
+
+
+def _load_learnt(model: nn.Module, folder: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+    try:
+        method, head, also = build(settings["method"]), settings["head"], settings.get("also", [])
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / DESCRIPTION} is damaged: save the adapter again") from error
-    model = build(settings).attach(model, head)
+    model = method.attach(model, head)
     named = dict(model.named_parameters(remove_duplicate=False))
-    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    if strange := (weights.keys() & named.keys()) ^ trainable | weights.keys() - model.state_dict().keys():
-        raise InputError(f"{folder} does not fit this model: {min(strange)} is on one side only")
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    wanted |= {name for name in model.state_dict() if name not in named} | {*also}
+    _check_keys(folder, wanted - weights.keys(), weights.keys() - wanted)
     try:
         model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
@@ -160,7 +205,25 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
     return model.eval()
 
 
-def _read(folder: Path) -> dict[str, Tensor]:
+def _check_keys(folder: Path, model_only: Set[str], file_only: Set[str]) -> None:
+    """Raise InputError where a tensor is on one side only."""
+    if strange := model_only | file_only:
+        first = min(strange)
+        side = "file" if first in file_only else "model"
+        raise InputError(
+            f"{folder} does not fit this model: {first} is in the {side} only ({len(strange)} such in all)"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a saved adapter."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged, it holds no JSON object: save the adapter again")
+    return found
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
     try:
         return load_file(folder / WEIGHTS)
     except FileNotFoundError as error:

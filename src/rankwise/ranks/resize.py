@@ -6,13 +6,17 @@ r×r core in fp64. The out×in product is never formed. PEFT 0.21 is driven thro
 
 import re
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import isclose, sqrt
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import Optimizer
@@ -217,7 +221,7 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
 
 
 def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
-    config: Any = model.peft_config[model.active_adapter]
+    begun = taken_out(model, model.active_adapter)
     for name, rank in plan.items():
         if name not in here:
             if why := peculiar(model, name):
@@ -228,10 +232,9 @@ def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
         if not 0 <= rank <= limit:
             raise InputError(f"rank {rank} does not fit {name}: it must be 0 to {limit}")
         if rank != site.rank or plan.restart:
-            given = str(config.init_lora_weights)
-            if given.lower().startswith(RESIDUAL) and start(site) is None:
+            if begun:
                 raise InputError(
-                    f"{name} started as PEFT's {given}, taken out of W at rank {site.rank}, which must stay: turn the "
+                    f"{name} started as PEFT's {begun}, taken out of W at rank {site.rank}, which must stay: turn the "
                     "adapter into plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
                 )
             if site.gates is not None:
@@ -393,7 +396,8 @@ def merged(model: nn.Module) -> list[str]:
 
 def _record(model: PeftModel) -> None:
     """Write the ranks into PEFT's own configuration."""
-    describe(model.peft_config[model.active_adapter], {s.name: (s.rank, alpha(s, s.rank)) for s in sites(model)})
+    found = {s.name: (s.rank, alpha(s, s.rank)) for s in sites(model)}
+    describe(model.peft_config[model.active_adapter], found, model)
 
 
 def alpha(site: Site, rank: int) -> float:
@@ -402,25 +406,74 @@ def alpha(site: Site, rank: int) -> float:
     return site.scaling * (sqrt(rank) if rslora else rank)
 
 
-def describe(config: Any, found: Mapping[str, tuple[int, float]]) -> None:
-    """Write (rank, alpha) by site into a PEFT configuration, so that stock PEFT builds the same adapter.
+def describe(config: Any, found: Mapping[str, tuple[int, float]], model: PeftModel) -> None:
+    """Write (rank, alpha) by site of `model` into a PEFT configuration, so that stock PEFT builds the same adapter.
 
-    Sites of rank 0 are left out. Keys are anchored: PEFT would match an unanchored one against the end of other
-    modules' names too.
+    What the configuration says otherwise stays as far as it is still true: what others have written of these sites, and
+    all that is about layers which are no sites. Where it would put an adapter on a site of rank 0, or none on one that
+    has rank, the layers with one are named one by one, and nothing is excluded: in a weighted sum of adapters PEFT
+    excludes from all of them what the first one excludes.
     """
-    kept = {"^" + re.escape(name): values for name, values in found.items() if values[0]}
-    config.rank_pattern = {key: rank for key, (rank, _) in kept.items() if rank != config.r}
-    config.alpha_pattern = {key: value for key, (_, value) in kept.items() if value != config.lora_alpha}
-    before = vars(config).setdefault("excluded_before", config.exclude_modules)  # not a field, so PEFT does not save it
-    empty = [re.escape(name) for name, (rank, _) in found.items() if not rank]
-    if not empty:
-        config.exclude_modules = before
+    layers, adapter = dict(model.get_base_model().named_modules()), model.active_adapter
+    others = [
+        _called(name, layer) for name, layer in layers.items() if isinstance(layer, LoraLayer) and adapter in layer.r
+    ]
+    others = [name for name in others if name not in {*found, *(site.name for site in sites(model))}]
+    here = {name: values for name, values in found.items() if values[0]}
+    ranks, alphas = ({name: values[part] for name, values in here.items()} for part in (0, 1))
+    config.rank_pattern = _told(config.rank_pattern or {}, config.r, ranks, found, others)
+    config.alpha_pattern = _told(config.alpha_pattern or {}, config.lora_alpha, alphas, found, others)
+    if all(bool(check_target_module_exists(config, name)) == (name in here) for name in found):
         return
-    if isinstance(before, str):
-        empty.insert(0, before)
-    elif before:  # PEFT means the ends of names by a list
-        empty.insert(0, rf"(?:.*\.)?(?:{'|'.join(map(re.escape, before))})")
-    config.exclude_modules = "|".join(f"(?:{pattern})" for pattern in empty)
+    names = [*here, *(name for name in others if check_target_module_exists(config, name))]
+    also = any(other.endswith(f".{name}") for name in names for other in layers.keys() - {*names})
+    # PEFT looks for a name of a list at the ends of names, and for a pattern in the whole of one.
+    config.target_modules = "|".join(map(re.escape, names)) if also else names
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def _called(name: str, layer: Any) -> str:
+    """What PEFT's configuration calls an adapted layer, or the parameter of one."""
+    name = name.replace(".base_layer", "")
+    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
+def _told(
+    pattern: Mapping[str, float],
+    default: float,
+    values: Mapping[str, float],
+    found: Collection[str],
+    others: Sequence[str],
+) -> dict[str, Any]:
+    """`pattern`, changed so that PEFT reads the `values` of sites in it, and of all else what it has read before.
+
+    Of several keys that match PEFT takes the first, and it writes them in the order of their letters. Our keys are
+    anchored, since PEFT looks for others at the ends of names. A key of others goes where it decides for sites alone
+    and wrongly for each, or would come before ours.
+
+    Args:
+        values: by site with rank. found: all sites.
+        others: names of adapted layers that are no sites.
+    """
+
+    def key(name: str) -> str:
+        return get_pattern_key(sorted(kept), name)
+
+    def told(name: str) -> bool:
+        return isclose(kept.get(key(name), default), true[name])
+
+    own = {name: f"^{re.escape(name)}" for name in (*found, *others)}
+    kept = {key: value for key, value in pattern.items() if key not in [own[name] for name in found]}
+    true = {name: pattern.get(get_pattern_key([*pattern], name), default) for name in others} | dict(values)
+    while True:  # without a key another one may decide
+        needed = {key(name) for name in true if told(name)}
+        idle = {key(name) for name in found} & kept.keys() - needed - {key(name) for name in others}
+        idle |= {key(name) for name in true if not told(name) and key(name) in kept and key(name) < own[name]}
+        if not idle:
+            break
+        kept = {key: value for key, value in kept.items() if key not in idle}
+    kept |= {own[name]: value for name, value in true.items() if not told(name)}
+    return dict(sorted(kept.items()))
 
 
 # --- starts that W or the loss must remember -------------------------------------------------------------------------
@@ -455,6 +508,12 @@ def subtracted(model: PeftModel) -> list[str]:
             if begun.A is not None:
                 found[adapter] = None
     return list(found)
+
+
+def taken_out(model: PeftModel, adapter: str) -> str:
+    """PEFT's own start of `adapter`, where it took something out of W that the model does not remember; else empty."""
+    begun = str(getattr(model.peft_config[adapter], "init_lora_weights", ""))
+    return begun if begun.lower().startswith(RESIDUAL) and adapter not in subtracted(model) else ""
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, variants
 from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
@@ -175,10 +176,17 @@ def adapted(model: nn.Module) -> PeftModel:
 
     Raises:
         TypeError: if there is none.
+        InputError: if PEFT's layers are there without a PeftModel around them.
     """
+    whole = model
     while not isinstance(model, PeftModel):
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
         if inner is None:
+            if any(isinstance(part, BaseTunerLayer) for part in whole.modules()):
+                raise InputError(
+                    f"{type(model).__name__} has PEFT's layers and no PeftModel around them, as transformers' "
+                    "add_adapter and PEFT's mixed models leave it: adapt it by attach, or by peft.get_peft_model"
+                )
             raise TypeError(f"{type(model).__name__} has no adapter: attach a method first")
         model = inner
     return model

@@ -143,7 +143,7 @@ def to_lora(model: nn.Module) -> PeftModel:
         modules_to_save=old.modules_to_save,
         fan_in_fan_out=old.fan_in_fan_out,
     )
-    describe(config, {name: (ranks[name], scales[name] * ranks[name]) for name in here})
+    describe(config, {name: (ranks[name], scales[name] * ranks[name]) for name in here}, peft)
     # A second body around the same tensors.
     base = deepcopy(peft.get_base_model(), {id(t): t for t in (*peft.parameters(), *peft.buffers())})
     heads = {}

@@ -1,0 +1,65 @@
+"""Weights of a model that its checkpoint does not give, so that whoever loads the checkpoint again has others.
+
+transformers marks each tensor that it loads, and draws those that a checkpoint lacks, such as a new classifier's,
+without a mark. Rows that `resize_token_embeddings` adds are in a tensor that keeps its mark: there the size tells.
+"""
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+MARK = "_is_hf_initialized"
+
+
+def drawn(model: nn.Module) -> list[str]:
+    """Names of the parameters of `model` that its checkpoint does not give, whether or not PEFT has put layers in it.
+
+    None of a model that comes from no checkpoint. Of one that has lost its marks, as a deep copy does, all that lies
+    outside the body and may be a new head.
+    """
+    if not isinstance(model, PreTrainedModel) or not model.name_or_path:
+        return []
+    parameters = {name: p for name, p in own(model).items() if isinstance(p, nn.Parameter)}
+    if any(hasattr(p, MARK) for p in parameters.values()):
+        new = {id(p) for p in parameters.values() if not hasattr(p, MARK)}
+        tables = (model.get_input_embeddings(), model.get_output_embeddings()) if _resized(model) else ()
+        new |= {id(p) for table in tables if table is not None for p in table.parameters()}
+        return [name for name, p in parameters.items() if id(p) in new]
+    output = model.get_output_embeddings()
+    known = {id(p) for part in (model.base_model, output) if part is not None for p in part.parameters()}
+    return [name for name, p in parameters.items() if id(p) not in known]
+
+
+def own(model: nn.Module) -> dict[str, Tensor]:
+    """The floating-point tensors of the model's own state under all their names, without those of adapters."""
+    added = tuple(f"{name}.{part}." for name, module in model.named_modules() for part in _added(module))
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta
+        if type(tensor.data) is Tensor and not f"{name}.".startswith(added)
+    }
+
+
+def _added(module: nn.Module) -> list[str]:
+    """Names of the children and parameters of a layer of PEFT's that are not the model's own, or have no part in it."""
+    if isinstance(module, ModulesToSaveWrapper):
+        return ["original_module", "modules_to_save"]
+    if isinstance(module, BaseTunerLayer):
+        return [name for name in (*vars(module)["_modules"], *vars(module)["_parameters"]) if name != "base_layer"]
+    return []
+
+
+def _resized(model: Any) -> bool:
+    """Whether the embeddings have other rows than the checkpoint's; also where that cannot be looked up any more."""
+    kind = type(model.config)
+    try:
+        values, _ = kind.get_config_dict(model.name_or_path, local_files_only=True)
+        return kind.from_dict(values).get_text_config().vocab_size != model.config.get_text_config().vocab_size
+    except (OSError, ValueError):
+        return True
+    except AttributeError:  # it has no words
+        return False
