@@ -8,6 +8,7 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+from peft import PeftModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import (
     Trainer,
@@ -24,6 +25,7 @@ from transformers.training_args import OptimizerNames
 import families
 import rankwise as rw
 import tiny
+from rankwise.methods import build
 from rankwise.ranks import ranks
 from rankwise.ranks.resize import merged
 from rankwise.ranks.sites import omega
@@ -239,6 +241,48 @@ def test_checkpoints_of_a_search_are_loud_in_stock_peft(tmp_path):
         keys = set(file.keys())
     assert any("lora_omega" in key for key in keys) and not any(key.endswith("lora_A.weight") for key in keys)
     assert json.loads((tmp_path / "checkpoint-1" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_a_user_of_rank_trainer_gets_a_finished_adapter_at_any_step(tmp_path):
+    """Beside its checkpoints too, which stay what they are."""
+    for stop in (1, 3, STEPS):
+        trainer = trained("rank", METHODS["simplex"], tmp_path / str(stop), stop=stop)
+        for folder in (None, str(tmp_path / str(stop) / "elsewhere")):
+            trainer.save_model(folder)
+            made = Path(folder or trainer.args.output_dir)
+            again = PeftModel.from_pretrained(tiny.model(), made).eval()
+            assert torch.allclose(tiny.logits(again), tiny.logits(trainer.model), atol=1e-5)
+            assert (made / "training_args.bin").is_file() and not list(made.glob(".*"))
+    for step in range(1, 4):
+        with pytest.raises(ValueError, match="no finished adapter"):
+            PeftModel.from_pretrained(tiny.model(), tmp_path / str(STEPS) / f"checkpoint-{step}")
+    again = PeftModel.from_pretrained(tiny.model(), tmp_path / str(STEPS) / f"checkpoint-{STEPS}").eval()
+    assert torch.allclose(tiny.logits(again), tiny.logits(trainer.model), atol=1e-5)
+
+
+def test_the_best_model_of_a_search_is_saved_as_a_finished_adapter(tmp_path, monkeypatch):
+    best_at(1, monkeypatch)
+    more = {"load_best_model_at_end": True, "metric_for_best_model": "score", "eval_strategy": "steps", "eval_steps": 1}
+    trainer = trained("rank", METHODS["simplex"], tmp_path, **more)
+    assert omega(trainer.model) is not None
+    trainer.save_model()
+    again = PeftModel.from_pretrained(tiny.model(), tmp_path).eval()
+    assert torch.allclose(tiny.logits(again), tiny.logits(trainer.model), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (METHODS["merge"], "merged into the base weights"),
+        (build({"name": "adapter-h", "size": 2}), "would not read what adapter-h has added"),
+        (build({"name": "pre-embed", "prefix": 2}), "would not read what pre-embed has added"),
+    ],
+)
+def test_a_model_that_its_file_alone_would_not_give_is_not_saved(method, message, tmp_path):
+    trainer = trained("rank", method, tmp_path)
+    with pytest.raises(rw.InputError, match=message):
+        trainer.save_model()
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_second_training_of_one_trainer_is_refused_and_of_a_new_one_goes_on(tmp_path):

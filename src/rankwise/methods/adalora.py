@@ -22,6 +22,7 @@ from rankwise.methods.base import Method, require
 from rankwise.methods.targets import ALL_LINEAR, adapt, placement
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan
+from rankwise.ranks.guest import share
 from rankwise.ranks.triplets import (
     add_orthogonality,
     add_scores,
@@ -111,6 +112,7 @@ class AdaLoRA(Method, name="adalora"):
         vars(config).update(self._phases(self.total))  # afterwards, for PEFT insists on a number of steps
         model = adapt(model, config)
         add_scores(model)
+        share(model)
         return model
 
     def optimizer(self, model: nn.Module, args: "TrainingArguments") -> SimplexAdam:

@@ -12,6 +12,7 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftM
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from rankwise.errors import InputError
 from rankwise.ranks.resize import copy_scale, follow_state_dict, merged_into, start
 from rankwise.ranks.sites import Site
 
@@ -36,6 +37,11 @@ def entrust(model: PeftModel) -> None:
     """Let others load into `model`, write it and add adapters to it by PEFT's own methods."""
     follow_state_dict(model)
     model.register_state_dict_pre_hook(_mark)
+    share(model)
+
+
+def share(model: PeftModel) -> None:
+    """Let others add adapters to `model`."""
     model.__class__ = ENTRUSTED[type(model)]
 
 
@@ -47,7 +53,12 @@ class Entrusted(PeftModel):
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         alike = [name for name, config in self.peft_config.items() if config is peft_config]
-        super().add_adapter(adapter_name, copy(peft_config), *args, **kwargs)  # ranks change in one of them
+        try:
+            super().add_adapter(adapter_name, copy(peft_config), *args, **kwargs)  # ranks change in one of them
+        except ValueError as error:
+            if alike:
+                raise InputError(f"no second adapter as {alike[0]!r} ({error}); in TRL pass ref_model=") from error
+            raise
         for layer in self.modules() if alike else ():
             if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
                 copy_scale(Site("", layer, alike[0]), adapter_name)

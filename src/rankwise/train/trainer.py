@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
 
 from rankwise.errors import InputError
@@ -118,6 +118,11 @@ class RankTrainer(Trainer):
         checkpoint = _internal_call and output_dir is not None  # a push to the hub names no folder
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not checkpoint and isinstance(model, PreTrainedModel) and any(map(_is_ours, model.modules())):
+            raise InputError(
+                f"{type(model).__name__} alone would not read what {self.method.name} has added to it: write it by "
+                "rankwise.save(model, folder, method, head)"
+            )
         if checkpoint or sharded or not self.args.should_save or not isinstance(model, PeftModel):
             super().save_model(output_dir, _internal_call)
             return
@@ -242,6 +247,10 @@ class RunTrainer(RankTrainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss: Any = super().compute_loss(*args, **kwargs)
         return self._weight * loss
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("rankwise.")
 
 
 def items(labels: Tensor) -> int:
