@@ -37,7 +37,7 @@ endif
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/rankwise compare experiments/quickstart.yaml
+	$(BIN)/rankwise compare experiments/quickstart.yaml --repeat
 
 check: $(READY)
 	$(BIN)/ruff check .

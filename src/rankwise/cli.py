@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rankwise.bench.compare import Outcome
     from rankwise.bench.runners import Runner
     from rankwise.config import Experiment, RunConfig, Schema
+    from rankwise.runs.maker import Maker
     from rankwise.runs.store import Store
 
 FAILED, INPUT, SOME_FAILED = 1, 2, 3
@@ -45,6 +46,8 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help=
 Runs = Annotated[Path, typer.Argument(metavar="RUNS", help="folder of runs")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done and do nothing")]
+Reuse = Annotated[bool, typer.Option("--reuse", help="keep and go on with what other code or data has made")]
+Repeat = Annotated[bool, typer.Option("--repeat", help="carry out again what other code or data has made")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Jobs = Annotated[
     int | None,
@@ -86,6 +89,8 @@ def train(
         list[str],
         typer.Argument(metavar="CONFIG.yaml|RUN_FOLDER|KEY=VALUE", help="one run: a file or folder, then settings"),
     ],
+    reuse: Reuse = False,
+    repeat: Repeat = False,
     as_json: Json = False,
     dry_run: DryRun = False,
     debug: Debug = False,
@@ -106,15 +111,23 @@ def train(
         if dry_run:
             _print_settings(store.config(folder), folder, as_json)
             return
+        if is_main() and store.begun(folder) and store.maker(folder):
+            config = store.config(folder)
+            _settle(store, {folder: _makers(store, [config])(config)}, reuse, repeat)
     else:
         config = _alone(_run_config(source, settings))
         _check_models([config], dry_run)
         store = Store(config.runs)
-        revision = _revisions([config])[_key(config)]
+        folder = store.place(config)
         if dry_run:
-            _print_settings(config, store.place(config, revision), as_json)
+            _print_settings(config, folder, as_json)
             return
-        folder = (store.create if is_main() else store.place)(config, revision)
+        if is_main():
+            made = _makers(store, [config])(config)
+            if source is not None:
+                _say_what_differs(source, made)
+            _settle(store, {folder: made}, reuse, repeat)
+            store.create(config, made)
     from rankwise.train.run import run
 
     with contextlib.redirect_stdout(sys.stderr):
@@ -148,6 +161,8 @@ def compare(
     jobs: Jobs = None,
     runner: RunnerName = "local",
     runner_options: RunnerOptions = None,
+    reuse: Reuse = False,
+    repeat: Repeat = False,
     as_json: Json = False,
     dry_run: DryRun = False,
     debug: Debug = False,
@@ -161,13 +176,15 @@ def compare(
     configs = _expand(experiment)
     _check_models(configs, dry_run)
     if experiment.tune is not None:
-        _compare_tuned(store, experiment, configs, sweep, as_json, dry_run)
+        _compare_tuned(store, experiment, configs, sweep, reuse, repeat, as_json, dry_run)
         return
-    revisions = _revisions(configs)
+    makers = _makers(store, configs)
+    wanted = {store.place(config): makers(config) for config in configs}
     if dry_run:
-        _print_plan(store, [(config, store.place(config, revisions[_key(config)])) for config in configs], as_json)
+        _print_plan(store, list(zip(configs, wanted, strict=True)), wanted, as_json)
         return
-    folders = [store.create(config, revisions[_key(config)]) for config in configs]
+    _settle(store, wanted, reuse, repeat)
+    folders = [store.create(config, makers(config)) for config in configs]
     store.note(experiment)
     _sweep(store, folders, sweep, as_json)
 
@@ -215,6 +232,8 @@ def status(
     print(f"{runs}: {look.head()}")
     if look.standings:
         print(plain(HEADER, look.rows()))
+    if note := store.left_out():
+        print(f"\nIn a report {note}")
 
 
 @app.command(cls=_Sweeping)
@@ -223,6 +242,8 @@ def retry(
     jobs: Jobs = None,
     runner: RunnerName = "local",
     runner_options: RunnerOptions = None,
+    reuse: Reuse = False,
+    repeat: Repeat = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -239,6 +260,9 @@ def retry(
     ]
     if not failed:
         print(f"{runs}: no run has failed", file=sys.stderr)
+    begun = {folder: store.config(folder) for folder in failed if store.begun(folder) and store.maker(folder)}
+    makers = _makers(store, list(begun.values()))
+    _settle(store, {folder: makers(config) for folder, config in begun.items()}, reuse, repeat)
     _sweep(store, failed, sweep, as_json, shown=store.folders())
 
 
@@ -273,6 +297,8 @@ def report(
         from rankwise.report import text
         from rankwise.runs.tables import best, summarise
 
+        if note := store.left_out():
+            print(note, file=sys.stderr)
         form: Callable[..., str] = text.markdown if md else text.csv if csv else text.latex
         print(form(best(summarise(results))))
     elif as_json or not html:
@@ -635,6 +661,69 @@ def _revisions(configs: Sequence[RunConfig]) -> dict[str, str]:
     }
 
 
+def _makers(store: Store, configs: Sequence[RunConfig]) -> Callable[[RunConfig], Maker]:
+    """What would make each of `configs` now, or another run of their tasks."""
+    from rankwise.runs.maker import Maker
+    from rankwise.train.run import code_for
+
+    revisions = _revisions(configs)
+    known = {config.digest(): config for config in configs}
+
+    def maker(config: RunConfig) -> Maker:
+        before = ""
+        if config.after is not None:
+            first = known.get(config.after)
+            before = maker(first).name if first else store.named(config.after)
+        return Maker.now(revisions[_key(config)], code_for(config), before)
+
+    return maker
+
+
+def _settle(store: Store, wanted: Mapping[Path, Maker], reuse: bool, repeat: bool) -> None:
+    """Refuse runs that others have begun or done than are `wanted`, unless the user says what is to become of them."""
+    from rankwise.errors import InputError
+
+    if reuse and repeat:
+        raise InputError("--reuse and --repeat: choose one")
+    others = store.others(wanted)
+    if others and not (reuse or repeat):
+        raise InputError(f"{_count(store, others)}; --reuse keeps them, --repeat carries them out again")
+    for folder in others:
+        if repeat:
+            store.clear(folder)
+        elif store.result(folder) is None:
+            store.take_over(folder, wanted[folder])
+
+
+def _count(store: Store, others: Mapping[Path, list[str]]) -> str:
+    """How many runs others have made, and what differs."""
+    from rankwise.runs.maker import said
+
+    done = sum(store.result(folder) is not None for folder in others)
+    counts = [f"{count} {what}" for count, what in ((done, "finished"), (len(others) - done, "begun")) if count]
+    runs = "run was" if len(others) == 1 else "runs were"
+    return f"{' and '.join(counts)} {runs} made with {said(each for found in others.values() for each in found)}"
+
+
+def _say_what_differs(source: Path, made: Maker) -> None:
+    """Of a file that rankwise wrote beside a run, say what would make it now in another way than then."""
+    from rankwise.config import read_yaml
+    from rankwise.errors import InputError
+    from rankwise.runs.maker import Maker, said
+
+    noted = read_yaml(source).get("made_with")
+    if noted is None:
+        return
+    try:
+        differences = made.differs(Maker.of(noted, source.parent))
+    except (KeyError, AttributeError):
+        raise InputError(
+            f"{source}: made_with: is not what rankwise writes there; leave it out, and id with it"
+        ) from None
+    words = f"was made with {said(differences)}" if differences else "was made with the code and data that are here"
+    print(f"{source}: {words}", file=sys.stderr)
+
+
 def _runner(name: str, jobs: int | None, options: Sequence[str]) -> Runner:
     from rankwise.bench.runners import runner
 
@@ -651,7 +740,14 @@ def _sweep(
 
 
 def _compare_tuned(
-    store: Store, experiment: Experiment, configs: Sequence[RunConfig], runner: Runner, as_json: bool, dry_run: bool
+    store: Store,
+    experiment: Experiment,
+    configs: Sequence[RunConfig],
+    runner: Runner,
+    reuse: bool,
+    repeat: bool,
+    as_json: bool,
+    dry_run: bool,
 ) -> None:
     """`compare` of an experiment with `tune:`, in its two phases; `configs` are the runs of the second."""
     import rankwise.tasks
@@ -663,25 +759,37 @@ def _compare_tuned(
             raise InputError(f"tune: {task.name} has no score to choose a learning rate by; leave it out")
     contests = list(experiment.contests())
     tried = [config for contest in contests for config in contest.tried(contest.lowest)]
-    revisions = _revisions([*configs, *map(_fit, tried)])
+    makers = _makers(store, [*configs, *map(_fit, tried)])
 
     def place(config: RunConfig) -> Path:
-        config = _fit(config)
-        return (store.place if dry_run else store.create)(config, revisions[_key(config)])
+        return store.place(_fit(config))
 
+    def create(config: RunConfig) -> Path:
+        config = _fit(config)
+        _settle(store, {store.place(config): makers(config)}, reuse, repeat)
+        return store.create(config, makers(config))
+
+    found = tune.searches(store, contests, place)
+    plan = {folder: config for search in found for folder, config in search.configs.items()}
+    plan |= {place(config): config for config in tune.reported(found)}
+    wanted = {folder: makers(_fit(config)) for folder, config in plan.items()}
     if dry_run:
-        found = tune.searches(store, contests, place)
-        plan = {folder: config for search in found for folder, config in search.configs.items()}
-        plan |= {place(config): config for config in tune.reported(found)}
-        _print_plan(store, [(_fit(config), folder) for folder, config in plan.items()], as_json)
+        _print_plan(store, [(_fit(config), folder) for folder, config in plan.items()], wanted, as_json)
         waiting = [search.contest for search in found if search.rate is None]
         if any(not isinstance(contest.rates, tuple) for contest in waiting):
             print("further rates follow from what these score", file=sys.stderr)
         runs = sum(len(contest.seeds) for contest in waiting)
         print(f"then {runs} runs, each at the learning rate chosen for it", file=sys.stderr)
         return
+    if not repeat:
+        unsettled = {folder: wanted[folder] for each in found if each.rate is None for folder in each.configs}
+        if reuse and (others := store.others(unsettled)):
+            raise InputError(
+                f"{_count(store, others)}; what is left of their search cannot be tried with this: --repeat"
+            )
+        _settle(store, wanted, reuse, repeat)
     store.note(experiment)
-    _conclude(store, *tune.tune_and_carry_out(store, contests, place, runner), as_json)
+    _conclude(store, *tune.tune_and_carry_out(store, contests, create, runner), as_json)
 
 
 def _conclude(store: Store, outcome: Outcome, shown: Sequence[Path], as_json: bool) -> None:
@@ -747,7 +855,7 @@ def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
     about = experiment.get("report") or {}
     if damage:
         print(f"rankwise: {damage}; without it nothing is told of the experiment", file=sys.stderr)
-    return Summary.of(store.results(folders), STATISTICS, SUMS, about.get("reference"))
+    return Summary.of(store.results(folders), STATISTICS, SUMS, about.get("reference"), store.left_out(folders))
 
 
 def _published(store: Store, summary: Any) -> dict[str, Any]:
@@ -775,10 +883,14 @@ def _print_settings(config: RunConfig, folder: Path, as_json: bool) -> None:
     print(f"dry run: would be carried out in {folder}", file=sys.stderr)
 
 
-def _print_plan(store: Store, plan: Sequence[tuple[RunConfig, Path]], as_json: bool) -> None:
+def _print_plan(
+    store: Store, plan: Sequence[tuple[RunConfig, Path]], wanted: Mapping[Path, Maker], as_json: bool
+) -> None:
     from rankwise.runs.tables import plain
 
     states = [store.state(folder) for _, folder in plan]
+    if others := store.others(wanted):
+        print(f"{_count(store, others)}; wants --reuse or --repeat", file=sys.stderr)
     if as_json:
         _print_json(
             [

@@ -48,6 +48,9 @@ LONGEST_NUMBER = 400  # characters; a float has no more
 # What an experiment has beside the settings of its runs.
 SECTIONS = ("vary", "chain", "tune", "report", "smoke", "published")
 
+# What rankwise itself writes into a run.yaml, beside the settings.
+WRITTEN = ("id", "made_with", "begun_with")
+
 # What is named and may have options below its name, each with an example.
 NAMED = {"method": "lora", "task": "mrpc"}
 
@@ -377,6 +380,8 @@ def load(
     else:
         name, where = Path(source).stem, f"{source}: "
         data = read_yaml(Path(source))
+    if {"id", "made_with"} <= data.keys():
+        data = {key: value for key, value in data.items() if key not in WRITTEN}
     settings = [_override(text) for text in overrides]
     try:
         if isinstance(published := data.get("published"), dict):

@@ -1,5 +1,7 @@
 import fcntl
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import filelock
@@ -7,9 +9,13 @@ import pytest
 import yaml
 
 import rankwise
-from rankwise.config import Experiment
+from rankwise.config import Experiment, RunConfig, as_yaml
 from rankwise.errors import InputError
+from rankwise.runs import maker
+from rankwise.runs.grid import settings_digest
+from rankwise.runs.maker import Code, Maker
 from rankwise.runs.store import State, Store, answers, progress
+from rankwise.runs.summary import Summary
 from runs_made_up import REVISION, config, finish, predict, result
 
 
@@ -20,7 +26,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_a_run_has_a_readable_folder_with_its_resolved_settings(store: Store) -> None:
     folder = store.create(config(seed=3), REVISION)
-    assert folder == store.place(config(seed=3), REVISION)
+    assert folder == store.place(config(seed=3))
     assert folder.name.startswith("cola-lora-3-")
     settings = yaml.safe_load((folder / "run.yaml").read_text())
     assert settings.pop("id") == folder.name.rpartition("-")[2]
@@ -64,17 +70,178 @@ def test_a_damaged_experiment_is_named(store: Store) -> None:
         store.experiment()
 
 
-def test_a_run_begins_with_one_of_its_own_version_and_data(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+LORA_FILE, SHARED_FILE = {"LoRA": "1"}, {"run": "1"}
+CODE = {"methods/lora.py": LORA_FILE, "train/run.py": SHARED_FILE}
+
+
+def code(**changed: str) -> Code:
+    """That of a LoRA run, with other digests of some of its definitions."""
+    return {file: {name: changed.get(name, each) for name, each in found.items()} for file, found in CODE.items()}
+
+
+def made(data: str = REVISION, before: str = "", **changed: str) -> Maker:
+    return Maker.now(data, code(**changed), before)
+
+
+def begin(folder: Path) -> None:
+    """As a run leaves its folder when it is stopped."""
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "complete.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"step": 3}\n')
+
+
+def done(store: Store, of: RunConfig, by: Maker, accuracy: float = 0.5, age: int = 0) -> Path:
+    """A run that `by` has finished, `age` seconds before others."""
+    folder = store.create(of, by)
+    (folder / "result.json").write_text(json.dumps(result(folder, of, accuracy)))
+    os.utime(folder / "result.json", (1e9 - age, 1e9 - age))
+    return folder
+
+
+def test_a_run_begins_with_one_of_its_own_version_code_and_data(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = config(followed=True), config(after=config(followed=True).digest())
     monkeypatch.setattr(rankwise, "__version__", "0.0.1")
-    store.create(first, REVISION)
+    older = made()
     monkeypatch.undo()
-    store.create(first, "of other data")
-    folder = store.create(second, REVISION)
+    folder = store.create(second, made())
     with pytest.raises(InputError, match="the run that it begins with is not in"):
         store.before(folder)
-    wanted = store.create(first, REVISION)
+    for other, words in (
+        (older, "another version of rankwise"),
+        (made("of other data"), "other data"),
+        (made(run="2"), r"other code: train/run.py differs"),
+    ):
+        store.create(first, other)
+        with pytest.raises(InputError, match=f"begins with was made with {words}; carry out the whole chain again"):
+            store.before(folder)
+    wanted = store.create(first, made())
     assert store.before(folder) == wanted and store.before(wanted) is None
+    assert store.named(first.digest()) == made().name
+    store.claim(folder, made())
+    assert store.maker(folder) == made(before=made().name)
+
+
+def test_a_chain_is_stale_when_what_it_begins_with_was_made_again(store: Store) -> None:
+    first = config(followed=True, method={"name": "full"})
+    second = config(after=first.digest())
+    by = Maker.now(REVISION, {"methods/full.py": {"Full": "1"}})
+    folder = done(store, second, made(before=by.name))
+    store.create(first, by)
+    assert store.before(folder)
+    again = Maker.now(REVISION, {"methods/full.py": {"Full": "2"}})
+    store.create(first, again)
+    assert store.others({folder: made(before=again.name)}) == {folder: ["another run before it"]}
+    with pytest.raises(InputError, match="was made with another run before it"):
+        store.before(folder)
+
+
+def test_what_nobody_has_begun_takes_on_who_makes_it_now(store: Store) -> None:
+    folder = store.create(config(), made(LoRA="0"))
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')  # killed before its first checkpoint
+    assert store.others({folder: made()}) == {}
+    assert store.create(config(), made()) == folder and store.maker(folder) == made()
+    store.claim(folder, made(run="5"))
+    assert store.maker(folder) == made(run="5")
+    assert store.config(folder) == config()
+
+
+def test_what_others_have_begun_or_done_is_not_gone_on_with_in_silence(store: Store) -> None:
+    stopped, finished = store.create(config(), made(LoRA="0")), done(store, config(seed=1), made(LoRA="0"))
+    begin(stopped)
+    wanted = {stopped: made(), finished: made("other")}
+    assert store.others(wanted) == {
+        stopped: ["methods/lora.py"],
+        finished: ["methods/lora.py", "other data"],
+    }
+    for folder, by in wanted.items():
+        store.create(store.config(folder), by)
+        assert store.maker(folder) == made(LoRA="0")
+    with pytest.raises(InputError, match="was begun with other code: methods/lora.py differs; .*--reuse.*--repeat"):
+        store.claim(stopped, made())
+
+    store.take_over(stopped, made())
+    store.claim(stopped, made())
+    assert store.others({stopped: made()}) == {} and store.state(stopped) == "stopped"
+    assert yaml.safe_load((stopped / "run.yaml").read_text())["begun_with"] == made(LoRA="0").made_with()
+    assert store.config(stopped) == config()
+
+    store.clear(finished)
+    assert store.state(finished) == "pending" and not store.begun(finished)
+    assert store.maker(store.create(config(seed=1), made("other"))) == made("other")
+    store.clear(stopped)
+    assert store.state(stopped) == "pending" or not list(stopped.glob("checkpoint-*/complete.json"))
+
+
+def test_a_run_at_work_is_not_cleared(store: Store) -> None:
+    folder = store.create(config(), made())
+    with filelock.FileLock(folder / "run.lock"), pytest.raises(InputError, match="another process is at work"):
+        store.clear(folder)
+
+
+def test_a_mended_run_is_still_that_of_its_maker(store: Store) -> None:
+    folder = done(store, config(), made(LoRA="0"))
+    whole = (folder / "run.yaml").read_text()
+    for also in ((), ("maker.json",)):
+        (folder / "run.yaml").write_text(whole[:70])
+        for name in also:
+            (folder / name).unlink()
+        store.create(config(), made())
+        differences = store.others({folder: made()})[folder]
+        assert differences == (
+            ["other code", "other data", "another version of rankwise"] if also else ["methods/lora.py"]
+        )
+
+
+def test_runs_of_older_versions_are_runs(store: Store) -> None:
+    """Their ids held version and data, and their settings may be fewer than a run has now."""
+    settings = {key: value for key, value in config().model_dump(mode="json").items() if key not in ("runs", "clip")}
+    name = settings_digest([settings, "0.0.1", "abc"])[:12]
+    folder = store.folder / f"cola-lora-0-{name}"
+    folder.mkdir(parents=True)
+    text = as_yaml({"id": name, "made_with": {"rankwise": "0.0.1", "data": "abc"}, **settings})
+    (folder / "run.yaml").write_text(text)
+    (folder / "result.json").write_text(json.dumps(result(folder, config(), 0.5)))
+    assert store.state(folder) == "done" and not store.standing(folder).error
+    assert [each["folder"] for each in store.results()] == [folder] and store.left_out() == ""
+    (folder / "run.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    assert store.standing(folder).error
+
+
+def test_runs_of_different_makers_are_in_no_comparison(store: Store) -> None:
+    """The newest run counts and what agrees with it; a method's own file is none that others have."""
+    head = Maker.now(REVISION, {"methods/head.py": {"Head": "1"}, "train/run.py": SHARED_FILE})
+    kept = [
+        done(store, config(seed=1), made()),
+        done(store, config(method={"name": "head"}), head, age=9),
+        done(store, config(task="mrpc"), made("of another task"), age=9),
+    ]
+    assert {each["folder"] for each in store.results()} == set(kept) and store.left_out() == ""
+    done(store, config(seed=2), made(LoRA="0"), age=5)
+    assert store.left_out() == "1 finished run is left out, for others that are newer were made with " + (
+        "other code: methods/lora.py differs."
+    )
+    done(store, config(seed=3), made("of other rows"), age=5)
+    done(store, config(seed=4), replace(made(), version="0.0.1"), age=5)
+    assert {each["folder"] for each in store.results()} == set(kept)
+    assert store.left_out() == (
+        "3 finished runs are left out, for others that are newer were made with other code and other data and "
+        "another version of rankwise: methods/lora.py differs."
+    )
+    assert store.left_out() in Summary.of(store.results(), left_out=store.left_out()).text()
+    newest = done(store, config(seed=5), made(run="2"), age=-5)
+    assert [each["folder"] for each in store.results()] == [newest]
+    assert store.left_out(kept) == "" and len(store.results(kept)) == 3
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"code": {"a": 1}}', '{"code": []}', "{"])
+def test_a_code_that_nobody_can_read_agrees_with_itself_alone(damage: str, store: Store) -> None:
+    by = [made(LoRA=f"{number} {damage}") for number in range(2)]
+    for seed, each in enumerate(by):
+        folder = done(store, config(seed=seed), each, age=seed)
+        (folder / "maker.json").write_text(damage)
+    maker._noted.clear()  # as in another process
+    assert [each["seed"] for each in store.results()] == [0]
+    assert store.left_out().endswith("made with other code.")
 
 
 def test_making_a_run_again_changes_nothing_and_a_damaged_one_is_mended(store: Store) -> None:

@@ -32,7 +32,7 @@ def test_seeds_are_drawn_together_and_rates_kept_apart(store: Store) -> None:
     assert three["metrics"]["f1"] == {"mean": pytest.approx(0.4), "sd": pytest.approx(0.05)}
     assert (three["budget"], three["trainable"], three["final"], three["head"]) == (4000, 4036, 3992, 770)
     assert (three["seconds"], three["examples_per_second"], three["adapter_bytes"]) == (91.0, 40.0, 2048)
-    assert three["folders"][2] == store.place(config(seed=2, learning_rate=1e-3), "0123456789ab")
+    assert three["folders"][2] == store.place(config(seed=2, learning_rate=1e-3))
     assert (one["n"], one["sd"], one["interval"]) == (1, None, None)
 
 

@@ -65,7 +65,7 @@ def write(folder: Path | str, out: Path | str | None = None) -> Path:
     results = store.results(folders)
     experiment, damage = store.described()
     about = experiment.get("report") or {}
-    summary = Summary.of(results, STATISTICS, SUMS, about.get("reference"))
+    summary = Summary.of(results, STATISTICS, SUMS, about.get("reference"), store.left_out(folders))
     runs = pages(store, folders, results, summary.rows)
     script = SCRIPT.read_text(encoding="utf-8")
     page = {

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import rankwise
 from rankwise.config import Experiment, RunConfig
 
 
@@ -20,10 +20,17 @@ def expand(experiment: Experiment, fit: Callable[[RunConfig], RunConfig] = lambd
     return sorted(runs.values(), key=lambda config: config.seed)
 
 
-def run_id(config: RunConfig, revision: str) -> str:
-    """12 hex digits that name a run: its settings, the version of rankwise and the revision of its task's data.
+def run_id(config: RunConfig) -> str:
+    """12 hex digits that name a run by what was asked. What makes it is noted beside; where it is stored is not."""
+    return config.digest()[:12]
 
-    Where the run is stored is not part of it.
-    """
-    what = [config.model_dump(mode="json", exclude={"runs"}), rankwise.__version__, revision]
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
+
+def settings_digest(settings: Any) -> str:
+    """64 hex digits for settings as they are written."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def is_id(name: str, settings: Mapping[str, Any], made_with: Mapping[str, Any]) -> bool:
+    """Whether `name` is that of a run with these settings as they are written; older ids hold version and data, too."""
+    older = [settings, made_with["rankwise"], made_with["data"]]
+    return name in (settings_digest(settings)[:12], settings_digest(older)[:12])

@@ -11,14 +11,17 @@ Files are read, and nothing is imported.
 import ast
 import functools
 import hashlib
+import json
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import rankwise
+from rankwise.files import read_json
 
 ASIDE = {"archs", "bench", "cli", "config", "errors", "export", "files", "published", "report", "runs"}
 """Rooms that decide no result."""
@@ -42,6 +45,101 @@ def code_of(*roots: Callable[..., Any]) -> Code:
             if each.__module__.partition(".")[0] in ("rankwise", own):
                 places.append((each.__module__, each.__qualname__.partition(".")[0]))
     return code_at(_ROOT, *places)
+
+
+FILE = "maker.json"
+"""Beside `run.yaml`: what stands there as `made_with`, and the code a definition at a time."""
+_noted: dict[str, Code] = {}
+"""By their digest the codes that folders have noted, and this one."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What made a run, or would make it now."""
+
+    version: str
+    """Of rankwise."""
+    data: str
+    """Revision of the task's data."""
+    code: str = ""
+    """Digest of the code; empty where it was not noted."""
+    before: str = ""
+    """Of a run in a chain, the `name` of what made the run that it begins with."""
+    folder: Path | None = field(default=None, compare=False)
+    """Where the code is noted definition by definition."""
+
+    @classmethod
+    def now(cls, revision: str, code: Code, before: str = "") -> "Maker":
+        """This version and `code`, with data of this revision."""
+        name = digest(code)
+        _noted[name] = code
+        return cls(rankwise.__version__, revision, name, before)
+
+    @classmethod
+    def of(cls, made_with: Mapping[str, Any], folder: Path) -> "Maker":
+        """What stands in a `run.yaml` as `made_with`. Raises KeyError for what does not say it."""
+        code, before = (str(made_with.get(key, "")) for key in ("code", "before"))
+        return cls(str(made_with["rankwise"]), str(made_with["data"]), code, before, folder)
+
+    def made_with(self) -> dict[str, str]:
+        """As it is noted in a `run.yaml`."""
+        noted = {"rankwise": self.version, "data": self.data, "code": self.code, "before": self.before}
+        return {key: value for key, value in noted.items() if value}
+
+    @property
+    def name(self) -> str:
+        """12 hex digits for all of it."""
+        return _short(sorted(self.made_with().items()))
+
+    def text(self) -> str:
+        """The content of `FILE`."""
+        return json.dumps({"made_with": self.made_with(), "code": self.parts()}, indent=1) + "\n"
+
+    def parts(self) -> Code:
+        """The code a definition at a time; {} where nobody knows it any more."""
+        if self.code not in _noted and self.folder is not None:
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                found = read_json(self.folder / FILE)["code"]
+                if digest(found) == self.code:
+                    _noted[self.code] = found
+        return _noted.get(self.code, {})
+
+    def differs(self, other: "Maker") -> list[str]:
+        """What is not as in another maker of the same run, for `said`: files of the code and more; [] for nothing."""
+        found = self._code(other, shared=False)
+        return found + [
+            what for what in (DATA, VERSION, BEFORE) if getattr(self, _SLOTS[what]) != getattr(other, _SLOTS[what])
+        ]
+
+    def apart(self, other: "Maker", same_data: bool) -> list[str]:
+        """Why two runs cannot be compared: what differs of the code they share, of version and, if the same, data."""
+        found = self._code(other, shared=True)
+        if same_data and self.data != other.data:
+            found.append(DATA)
+        return [*found, VERSION] if self.version != other.version else found
+
+    def _code(self, other: "Maker", shared: bool) -> list[str]:
+        if self.code == other.code:
+            return []
+        ours, theirs = self.parts(), other.parts()
+        return differing(ours, theirs, shared) if ours and theirs else [CODE]
+
+
+CODE, DATA, VERSION, BEFORE = "other code", "other data", "another version of rankwise", "another run before it"
+_SLOTS = {DATA: "data", VERSION: "version", BEFORE: "before"}
+
+
+def said(differences: Iterable[str]) -> str:
+    """What differs, in words: `other code and other data: methods/lora.py differs`."""
+    found = list(dict.fromkeys(differences))
+    files = [each for each in found if each != CODE and each not in _SLOTS]
+    words = [*([CODE] if files or CODE in found else []), *(each for each in found if each in _SLOTS)]
+    shown = files[:4] + ([f"{len(files) - 4} others"] if files[4:] else [])
+    text = " and ".join(words)
+    if not shown:
+        return text
+    listed = f"{', '.join(shown[:-1])} and {shown[-1]} differ" if shown[1:] else f"{shown[0]} differs"
+    return f"{text}: {listed}"
 
 
 @functools.cache

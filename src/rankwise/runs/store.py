@@ -4,16 +4,16 @@ import fcntl
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 import rankwise
-from rankwise.config import Experiment, RunConfig, as_yaml, read_yaml
+from rankwise.config import WRITTEN, Experiment, RunConfig, as_yaml, read_yaml
 from rankwise.errors import InputError, need
 from rankwise.files import (
     MARKER,
@@ -27,7 +27,9 @@ from rankwise.files import (
     write_whole,
 )
 from rankwise.runs import record
-from rankwise.runs.grid import run_id
+from rankwise.runs.grid import is_id, run_id, settings_digest
+from rankwise.runs.maker import BEFORE, CODE, Maker, said
+from rankwise.runs.maker import FILE as MAKER
 
 State = Literal["pending", "running", "stopped", "failed", "done", "damaged"]
 
@@ -42,18 +44,42 @@ class _Kept(NamedTuple):
     """What a `run.yaml` holds."""
 
     id: str
-    made_with: dict[str, str] | None
-    """The version of rankwise and the revision of the data that the run was made with."""
+    made: Maker | None
+    """None for a file that was written by hand."""
     config: RunConfig
+    digest: str
+    """Of the settings as they stand there; an older version may have known fewer than `config` has."""
+
+    def begins_with(self, other: "_Kept") -> bool:
+        """Whether this run begins with what the other has trained."""
+        return self.config.after in (other.digest, other.config.digest())
 
 
-def _alike(one: _Kept, other: _Kept) -> bool:
-    """Whether two runs were made with the same version and data; the data of two tasks are never alike."""
-    if one.config.task == other.config.task or None in (one.made_with, other.made_with):
-        return one.made_with == other.made_with
-    return one.made_with["rankwise"] == other.made_with["rankwise"]  # type: ignore[index]
+def _apart(one: _Kept, other: _Kept) -> list[str]:
+    """Why two runs are not compared with each other, for `said`; [] where they may be."""
+    if one.made is None or other.made is None:
+        return [] if one.made is other.made else [CODE]
+    for first, later in ((one, other), (other, one)):
+        if later.begins_with(first) and later.made.before not in ("", first.made.name):  # type: ignore[union-attr]
+            return [BEFORE]
+    data = [(each.config.task, each.config.tuning is None) for each in (one, other)]
+    return one.made.apart(other.made, same_data=data[0] == data[1])
 
 
+class _Finished(NamedTuple):
+    """A run that is done."""
+
+    result: dict[str, Any]
+    kept: _Kept
+    apart: list[str]
+    """Why it is not compared with the newest ones, for `said`; [] where it is."""
+
+
+BEGUN = (
+    *("metrics.jsonl", "ranks.jsonl", "memory.json", "error.txt"),
+    *("predictions.parquet", "answers.json", "weights.pt"),
+)
+"""Files of a run, beside checkpoints and result, that are in the way of its beginning anew."""
 PLAN = "plan.json"
 """Beside the runs of an experiment: the names of their folders, tuning's among them as they come up."""
 DAMAGED = "its run.yaml is not what was written there: the same rankwise compare or train writes it again"
@@ -88,30 +114,103 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def place(self, config: RunConfig, revision: str) -> Path:
-        """Where this run is or would be. `revision` is that of its data, as `Task.revision` gives it."""
-        return self.folder / f"{config.task['name']}-{config.method['name']}-{config.seed}-{run_id(config, revision)}"
+    def place(self, config: RunConfig) -> Path:
+        """Where this run is or would be."""
+        return self.folder / f"{config.task['name']}-{config.method['name']}-{config.seed}-{run_id(config)}"
 
-    def create(self, config: RunConfig, revision: str) -> Path:
-        """The folder of this run, made with its `run.yaml` where it was not there yet; arguments as for `place`.
+    def create(self, config: RunConfig, made: Maker | str) -> Path:
+        """The folder of this run, made with its `run.yaml` where it was not there yet.
 
+        `made` is what would carry it out now (the revision of its data alone, where the code is not to be noted). It
+        is noted, also in a folder of a run that nobody has begun; what was begun has been made already.
         Raises InputError where nothing can be written.
         """
-        folder = self.place(config, revision)
-        if self._read(folder) is not None:
+        made = Maker(rankwise.__version__, made) if isinstance(made, str) else made
+        folder = self.place(config)
+        known, found = self._read(folder) is not None, self.maker(folder)
+        if known and (found == made or self.begun(folder)):
             return folder
-        made_with = {"rankwise": rankwise.__version__, "data": revision}
-        settings = {
-            "id": run_id(config, revision),
-            "made_with": made_with,
-            **config.model_dump(mode="json", exclude={"runs"}),
-        }
+        if not known and self.begun(folder):
+            made = found or Maker("unknown", "unknown")  # its run.yaml is mended; that it was made here nobody knows
+        self._write(folder, config, made)
+        return folder
+
+    def _write(self, folder: Path, config: RunConfig, made: Maker, **more: Any) -> None:
+        settings = config.model_dump(mode="json", exclude={"runs"})
+        content = {"id": run_id(config), "made_with": made.made_with(), **more, **settings}
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / "run.yaml", as_yaml(settings))
+            write_whole(folder / MAKER, made.text())
+            write_whole(folder / "run.yaml", as_yaml(content))
         except OSError as error:
             raise unwritable(self.folder, error) from None
-        return folder
+
+    def maker(self, folder: Path) -> Maker | None:
+        """What made a run, or is noted as what will; None where nothing is noted."""
+        found = self._read(folder)
+        if found is not None:
+            return found.made
+        try:
+            return Maker.of(read_json(folder / MAKER)["made_with"], folder)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def begun(self, folder: Path) -> bool:
+        """Whether a run is done, at work, or has a checkpoint to go on from."""
+        if _checkpoints(folder):
+            return True
+        if self._read(folder) is None:  # nobody can say whose result it is
+            return os.path.lexists(folder / "result.json")
+        return self.state(folder) in ("running", "done")
+
+    def others(self, wanted: Mapping[Path, Maker]) -> dict[Path, list[str]]:
+        """Of the runs that are begun or done those that others have made than are `wanted`, and what differs."""
+        found = {}
+        for folder, made in wanted.items():
+            noted = self.maker(folder) if self.begun(folder) else None
+            if noted is not None and (differences := made.differs(noted)):
+                found[folder] = differences
+        return found
+
+    def named(self, digest: str) -> str:
+        """The `name` of what made the run with these settings; "" where there is none or nothing is noted."""
+        kept = (found for folder in self.folders() if (found := self._read(folder)))
+        made = next((each.made for each in kept if digest in (each.digest, each.config.digest())), None)
+        return made.name if made else ""
+
+    def claim(self, folder: Path, made: Maker) -> None:
+        """Note what is about to train a run, unless it was made by hand. InputError for one that others have begun."""
+        found = self._read(folder)
+        if found is None or found.made is None:
+            return
+        if found.config.after is not None:
+            before = self._before(folder, found._replace(made=made))[1].made
+            made = replace(made, before=before.name if before else "")
+        if found.made == made:
+            return
+        if _checkpoints(folder):
+            raise InputError(
+                f"{folder.name} was begun with {said(made.differs(found.made))}; `rankwise train {folder}` goes on all "
+                "the same with --reuse, and begins anew with --repeat"
+            )
+        self._write(folder, found.config, made)
+
+    def take_over(self, folder: Path, made: Maker) -> None:
+        """Let `made` go on with what another maker has begun; that is noted. Raises InputError as `create`."""
+        found = self._read(folder)
+        if found is not None and found.made is not None:
+            self._write(folder, found.config, made, begun_with=found.made.made_with())
+
+    def clear(self, folder: Path) -> None:
+        """Let a run be carried out from its beginning: what it has found is lost. InputError where it is at work."""
+        if self.state(folder) == "running":
+            raise InputError(f"{folder}: another process is at work on this run; wait for it or end it")
+        try:
+            (folder / "result.json").unlink(missing_ok=True)
+            for path in [*_checkpoints(folder), *(folder / name for name in BEGUN)]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(folder, error) from None
 
     def diverged(self, folder: Path) -> bool:
         """Whether a run has failed because its training diverged, which it would do again."""
@@ -228,22 +327,26 @@ class Store:
     def before(self, folder: Path) -> Path | None:
         """The folder of the run whose trained weights this run begins with; None for a run that begins afresh.
 
-        Raises InputError where there should be one, of this version of rankwise and, if it has the same task, of
-        the same data, and is none.
+        Raises InputError where there should be one, of this version of rankwise, of the same code and, if it has the
+        same task, of the same data, and is none.
         """
         own = self._read(folder)
         if own is None or own.config.after is None:
             return None
+        return self._before(folder, own)[0]
+
+    def _before(self, folder: Path, own: _Kept) -> tuple[Path, _Kept]:
+        why = []
         for other in self.folders():
             found = self._read(other)
-            if found and found.config.digest() == own.config.after and _alike(found, own):
-                return other
+            if found and own.begins_with(found) and not (why := _apart(found, own)):
+                return other, found
+        if why:
+            raise InputError(
+                f"{folder}: the run that it begins with was made with {said(why)}; carry out the whole chain again, "
+                "with --repeat"
+            )
         raise InputError(f"{folder}: the run that it begins with is not in {self.folder}; run the whole chain there")
-
-    def revision(self, folder: Path) -> str | None:
-        """The revision of the data that the run was made with, where that is noted."""
-        found = self._read(folder)
-        return found.made_with["data"] if found and found.made_with else None
 
     def state(self, folder: Path) -> State:
         """How a run stands; see `Standing`."""
@@ -304,21 +407,50 @@ class Store:
         return result if same and rest else None
 
     def results(self, folders: Sequence[Path] | None = None) -> list[dict[str, Any]]:
-        """The results of all finished runs (of those in `folders`), each with its `folder`, its `config` and `lineage`.
+        """The results of finished runs (of those in `folders`), each with its `folder`, its `config` and `lineage`.
 
+        They may be compared with each other, for what they share of their makers is alike; the newest such runs count.
         The lineage of a run in a chain is the settings, without the seed, of the runs it goes back to, the first first.
         """
-        found = ((folder, self.result(folder)) for folder in (self.folders() if folders is None else folders))
         return [
             {
                 **result,
                 "folder": folder,
-                "config": self.config(folder).model_dump(mode="json", exclude={"runs"}),
+                "config": kept.config.model_dump(mode="json", exclude={"runs"}),
                 "lineage": self._lineage(folder),
             }
-            for folder, result in found
-            if result is not None
+            for folder, (result, kept, apart) in self._finished(folders).items()
+            if not apart
         ]
+
+    def left_out(self, folders: Sequence[Path] | None = None) -> str:
+        """What of the finished runs is not in `results`, and why, in a sentence; "" for nothing."""
+        found = [each.apart for each in self._finished(folders).values() if each.apart]
+        if not found:
+            return ""
+        count = "1 finished run is" if len(found) == 1 else f"{len(found)} finished runs are"
+        why = said(each for apart in found for each in apart)
+        return f"{count} left out, for others that are newer were made with {why}."
+
+    def _finished(self, folders: Sequence[Path] | None) -> "dict[Path, _Finished]":
+        found = {}
+        for folder in self.folders() if folders is None else folders:
+            result, kept = self.result(folder), self._read(folder)
+            if result is not None and kept is not None:
+                found[folder] = _Finished(result, kept, [])
+        chosen: list[_Kept] = []
+        known: dict[str, list[str]] = {}
+        for folder in sorted(found, key=lambda each: (_age(each), each.name)):
+            kept = found[folder].kept
+            # the same holds for all runs of one maker; in a chain it counts which run they begin with
+            chain = [kept.config.after, kept.id if kept.config.followed else ""]
+            like = repr([kept.made and kept.made.name, kept.config.task, kept.config.tuning, *chain])
+            if like not in known:
+                known[like] = next((why for other in chosen if (why := _apart(kept, other))), [])
+                if not known[like]:
+                    chosen.append(kept)
+            found[folder] = found[folder]._replace(apart=known[like])
+        return found
 
     def _lineage(self, folder: Path) -> list[dict[str, Any]]:
         try:
@@ -333,18 +465,13 @@ class Store:
     def _read(self, folder: Path) -> "_Kept | None":
         try:
             settings = read_yaml(folder / "run.yaml")
-            name, made_with = str(settings.pop("id")), settings.pop("made_with", None)
+            name, made_with, _ = (settings.pop(key, None) for key in WRITTEN)
             config = RunConfig.model_validate(settings)
-            ours = made_with is not None and made_with["rankwise"] == rankwise.__version__
-            if ours and run_id(config, made_with["data"]) != name:
+            if name is None or (made_with is not None and not is_id(str(name), settings, made_with)):
                 return None  # cut off or changed, it would go on as another run than the one that is named
-            return _Kept(name, made_with, config)
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ):  # the errors of reading and of pydantic
+            made = None if made_with is None else Maker.of(made_with, folder)
+            return _Kept(str(name), made, config, settings_digest(settings))
+        except (KeyError, TypeError, ValueError, AttributeError):  # InputError and pydantic's are ValueErrors
             return None
 
 
@@ -409,6 +536,19 @@ def error_lines(folder: Path) -> list[str]:
         return read_text(folder / "error.txt").strip().splitlines()
     except (OSError, InputError):
         return []
+
+
+def _age(folder: Path) -> int:
+    """A number that is the smaller the later a run was finished."""
+    try:
+        return -(folder / "result.json").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The last files of all checkpoints that were complete once."""
+    return list(folder.glob(f"checkpoint-*/{MARKER}"))
 
 
 def _held(path: Path) -> bool:

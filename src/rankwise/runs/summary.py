@@ -87,13 +87,15 @@ def verdict(found: Difference) -> str:
 class Summary:
     """All rows, the best of each task and method, and the contrasts between the methods.
 
-    `reference` is the method that the others are measured against: its name, and the options that tell it from others.
+    `reference` is the method that the others are measured against: its name, and the options that tell it from others;
+    `left_out` says what is not in here that might be looked for.
     """
 
     rows: list[Row]
     best: list[Row]
     contrasts: list[Contrast]
     reference: Mapping[str, Any]
+    left_out: str
 
     @classmethod
     def of(
@@ -102,8 +104,9 @@ class Summary:
         statistics: Statistics = NONE,
         sums: Sums = NONE,
         reference: Mapping[str, Any] | None = None,
+        left_out: str = "",
     ) -> "Summary":
-        """Of what `Store.results` gives; `statistics` and `sums` are for the bootstrap over examples.
+        """Of what `Store.results` and `Store.left_out` give; `statistics`, `sums` are for the bootstrap over examples.
 
         Without a `reference` it is plain LoRA.
         """
@@ -119,7 +122,7 @@ class Summary:
                 contrasts.append(Contrast(row, other, replace(found, examples=examples)))
         after = corrected([each.found for each in contrasts])
         contrasts = [replace(each, found=new) for each, new in zip(contrasts, after, strict=True)]
-        return cls(rows, chosen, contrasts, reference)
+        return cls(rows, chosen, contrasts, reference, left_out)
 
     def findings(self) -> list[str]:
         """How the methods differ, a sentence each."""
@@ -127,7 +130,7 @@ class Summary:
 
     def notes(self) -> list[str]:
         """What a reader has to know before quoting a number."""
-        notes = []
+        notes = [self.left_out] if self.left_out else []
         open_to_choice = [row for row in self.rows if row["tuned"] is None]
         if len(open_to_choice) > len([row for row in self.best if row["tuned"] is None]):
             notes.append(

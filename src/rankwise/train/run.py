@@ -32,7 +32,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import rankwise
 from rankwise import methods, tasks
-from rankwise.config import RunConfig, Schema, load, read_yaml
+from rankwise.config import WRITTEN, RunConfig, Schema, load, read_yaml
 from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.export import save
 from rankwise.export.save import OURS as ADAPTER
@@ -41,6 +41,8 @@ from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks.resize import merged
 from rankwise.runs import answers
+from rankwise.runs.maker import FILE as MAKER
+from rankwise.runs.maker import Code, Maker, code_of
 from rankwise.runs.processes import LostError, is_main
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store
@@ -72,7 +74,7 @@ FILES = (
         "result.json",
         "error.txt",
     ),
-    *("run.lock", WEIGHTS, MEMORY),
+    *("run.lock", WEIGHTS, MEMORY, MAKER),
 )
 """Files that a run writes into its folder."""
 
@@ -146,15 +148,14 @@ def _check_places(folder: Path) -> None:
 
 def _read(folder: Path) -> tuple[str, RunConfig]:
     settings = read_yaml(folder / "run.yaml")
-    name = str(settings.pop("id", ""))
-    settings.pop("made_with", None)
+    name, *_ = (settings.pop(key, "") for key in WRITTEN)
     config = load(settings, [], Schema(methods.registry(), tasks.registry()))
     if not isinstance(config, RunConfig):
         raise InputError(f"{folder / 'run.yaml'}: has `vary:`, so it is an experiment and not one run")
     if not name:
         raise InputError(f"{folder / 'run.yaml'}: has no `id:`; `rankwise train CONFIG.yaml` makes such folders")
     Store(folder.parent).config(folder)  # whether it is what was written
-    return name, config
+    return str(name), config
 
 
 def _first_line(error: Exception) -> str:
@@ -167,13 +168,12 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
         if is_main():
             (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
             write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
-        before = _before(folder)
         most = math.ceil(config.batch_size / processes.count())
         while True:
             rows = processes.on_first(lambda: _rows_at_once(folder, most))
-            parts = _prepare(config, before, Store(folder.parent).revision(folder), rows)
+            parts = _prepare(folder, config, rows)
             try:
-                return _carry_out(folder, name, parts, before, stop)
+                return _carry_out(folder, name, parts, stop)
             except Exception as error:
                 # of several processes all have to know
                 alone = processes.count() == 1 and processes.out_of_memory(error)
@@ -187,9 +187,10 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
             processes.on_first(lambda: _halve(folder, config, rows, reason))  # noqa: B023 - called at once
 
 
-def _carry_out(folder: Path, name: str, parts: "Parts", before: "Before | None", stop: Stop) -> dict[str, Any]:
+def _carry_out(folder: Path, name: str, parts: "Parts", stop: Stop) -> dict[str, Any]:
     """The run from its last checkpoint to its end."""
     checkpoint, carried = processes.on_first(lambda: _start(folder))
+    before = parts.before
     if checkpoint is None and before is not None and before.same:
         _begin_with(parts.model, before)
     evaluate = lambda: processes.on_first(parts.metrics)  # noqa: E731
@@ -242,6 +243,7 @@ class Parts:
     plan: Plan
     rows: int
     """How many go through the model at once."""
+    before: "Before | None"
 
     def evaluate(self, final: bool) -> list[Scored]:
         """What the model is worth now on each evaluation split."""
@@ -264,13 +266,17 @@ def together(scored: list[Scored]) -> dict[str, float]:
     return found
 
 
-def _prepare(config: RunConfig, before: "Before | None", made_with: str | None, rows: int) -> Parts:
+def code_for(config: RunConfig) -> Code:
+    """The code that decides the result of a run with these settings."""
+    return code_of(run, methods.registry()[config.method["name"]], tasks.registry()[config.task["name"]])
+
+
+def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     task = tasks.build(config.task)
     whole = [task.train(), *task.evaluation()]
-    if made_with not in (None, task.revision(whole, tuning=config.tuning is not None)):
-        raise InputError(
-            "the data is not what it was when this run was made; begin a new one: rankwise train CONFIG.yaml"
-        )
+    made = Maker.now(task.revision(whole, tuning=config.tuning is not None), code_for(config))
+    processes.on_first(lambda: Store(folder.parent).claim(folder, made))
+    before = _before(folder)
     train, splits = subset(whole[0], config.train_rows), whole[1:]
     if config.tuning is not None:
         train, held = task.tuning(train, config.tuning)
@@ -298,6 +304,7 @@ def _prepare(config: RunConfig, before: "Before | None", made_with: str | None, 
         budget=method.budget(model),
         plan=_plan(config, len(examples)),
         rows=rows,
+        before=before,
     )
 
 
