@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import yaml
 
+from rankwise.bench.compare import Outcome
 from rankwise.cli import main
+from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
-from runs_made_up import REVISION, config, finish, tune
+from runs_made_up import REVISION, config, finish, result, tune
 from small_run import PATIENCE, wait_for
 
 TINY = {
@@ -302,9 +304,72 @@ def test_a_run_that_tries_a_rate_says_so_when_trained_by_hand(cli: Cli, tmp_path
     store = Store(tmp_path)
     tune(store, {1e-3: 0.5}, 1e-3)
     (folder,) = (folder for folder in store.folders() if store.tries(folder))
-    code, out, _ = cli("train", folder)
+    code, out, _ = cli("train", folder, "--reuse")
     assert code == 0
     assert "learning rate 0.001, tried for its experiment: accuracy 0.5 on 9 rows of train_held_out" in out
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps that leave results without training; what they are to carry out is checked elsewhere."""
+
+    def carry_out(store: Store, folders: list[Path], runner: object) -> Outcome:
+        for folder in folders:
+            if store.state(folder) != "done":
+                (folder / "result.json").write_text(json.dumps(result(folder, store.config(folder), 0.7)))
+        return Outcome(done=list(folders))
+
+    monkeypatch.setattr("rankwise.bench.compare.carry_out", carry_out)
+
+
+def made_by_others(store: Store, method: str, file: str) -> int:
+    """Let the runs of a method have been made before a file of theirs was changed; how many there are."""
+    folders = [folder for folder in store.folders() if store.config(folder).method["name"] == method]
+    for folder in folders:
+        made = store.maker(folder)
+        assert made is not None
+        code = {each: dict(names) for each, names in made.parts().items()}
+        code[file] = dict.fromkeys(code[file], "another")
+        by = Maker.now(made.data, code)
+        settings = yaml.safe_load((folder / "run.yaml").read_text())
+        write(folder / "run.yaml", {**settings, "made_with": by.made_with()})
+        (folder / "maker.json").write_text(by.text())
+    return len(folders)
+
+
+def test_what_other_code_has_made_is_reused_or_repeated_as_the_user_says(cli: Cli, quick: None, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    file = write(tmp_path / "sweep.yaml", {**TINY, "vary": {"method": ["lora", "bitfit"], "seed": [0, 1]}})
+    compare, store = ("compare", file, f"runs={runs}"), Store(runs)
+    assert cli(*compare)[0] == 0 and cli(*compare)[0] == 0
+    assert made_by_others(store, "lora", "methods/lora.py") == 2
+    before = {folder: (folder / "result.json").read_bytes() for folder in store.folders()}
+    found = "2 finished runs were made with other code: methods/lora.py differs"
+
+    code, out, err = cli(*compare)
+    assert (code, out, err) == (2, "", f"rankwise: {found}; --reuse keeps them, --repeat carries them out again\n")
+    assert f"{found}; wants --reuse or --repeat\n" in cli(*compare, "--dry-run")[2]
+    assert cli(*compare, "--reuse", "--repeat")[0] == 2
+    one = next(folder for folder in before if "-lora-0-" in folder.name)
+    assert cli("train", one)[2].startswith(
+        "rankwise: 1 finished run was made with other code: methods/lora.py differs;"
+    )
+    assert cli("train", one, "--reuse")[0] == 0
+    code, out, _ = cli(*compare, "--reuse")
+    assert code == 0 and "lora rank=8" in out and "left out" not in out  # bitfit shares nothing that differs
+    assert {folder: (folder / "result.json").read_bytes() for folder in store.folders()} == before
+
+    code, out, _ = cli("compare", file, f"runs={runs}", "seed=[0,1,2]", "--reuse")
+    assert code == 0 and "2 finished runs are left out, for others that are newer were made with other code" in out
+    assert "2 finished runs are left out" in cli("report", runs, "--md")[2]
+    assert "2 finished runs are left out" in cli("status", runs)[1]
+    cli("report", runs, "--html", tmp_path / "page.html")
+    assert "2 finished runs are left out" in (tmp_path / "page.html").read_text()
+
+    (one / "result.json").write_bytes(before[one] + b"\n")
+    assert cli(*compare, "--repeat")[0] == 0
+    assert (one / "result.json").read_bytes() == before[one] and cli(*compare)[0] == 0  # written again
+    assert "left out" not in cli("report", runs)[1]
 
 
 def test_a_page_that_cannot_be_made_takes_no_result_with_it(
