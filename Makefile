@@ -2,6 +2,7 @@
 # make demo    a small real comparison on this machine, with its report
 # make check   linter, types, direction of imports
 # make test    check, then the tests: what CI runs
+# make oldest  the Python interface on the oldest versions admitted (by hand: torch 2.6 with CUDA is some 3 GB)
 
 # Where pip finds torch alone, e.g. https://download.pytorch.org/whl/cpu. Empty: the default index.
 TORCH_INDEX ?=
@@ -15,7 +16,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test clean
+.PHONY: help setup demo check test oldest clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -47,6 +48,15 @@ check: $(READY)
 # One test process per core, each with one thread.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+# transformers 5.0 and 5.1 cannot be imported; torch 2.6 cannot compile the models of transformers 5.2.
+OLDEST := torch==2.6.0 transformers==5.2.0 peft==0.21.0 accelerate==1.10.0
+oldest:
+	"$(PYTHON)" -m venv .venv-oldest
+	$(if $(TORCH_INDEX),.venv-oldest/bin/python -m pip install --index-url $(TORCH_INDEX) $(firstword $(OLDEST)))
+	.venv-oldest/bin/python -m pip install $(OLDEST) -e ".[demo]" pytest pytest-timeout hypothesis
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -k "not compiled" tests/ranks tests/optim tests/export \
+		tests/methods/test_conformance.py tests/train/test_trainer.py
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

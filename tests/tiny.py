@@ -1,5 +1,7 @@
 """Small random models of real architectures, and data for them. One place, so that every test means the same thing."""
 
+from typing import Any
+
 import torch
 import transformers
 from torch import nn
@@ -118,3 +120,11 @@ class Half(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.used(x)
+
+
+def recompute(model: nn.Module, options: dict[str, bool] | None = None) -> None:
+    """Turn gradient checkpointing on, by the name that this version of transformers has for it."""
+    model = getattr(model, "get_base_model", lambda: model)()
+    name = "activation_checkpointing_enable"
+    enable: Any = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable(options)

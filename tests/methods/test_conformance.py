@@ -140,7 +140,7 @@ def test_trainer_resumes_bit_identically(name, tmp_path):
 @every_shape
 def test_gradient_checkpointing_gives_the_same_losses(name, shape):
     plain, saving = attached(name, shape), attached(name, shape)
-    saving.activation_checkpointing_enable({"use_reentrant": False})
+    tiny.recompute(saving, {"use_reentrant": False})
     torch.manual_seed(3)
     expected = tiny.train(plain, optimizer(name, plain), 5)
     torch.manual_seed(3)

@@ -191,7 +191,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
                 module.p = 0.0
         if checkpointing:
             model.enable_input_require_grads()
-            model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+            tiny.recompute(model.get_base_model(), {"use_reentrant": reentrant})
         return tiny.train(model, rw.SimplexAdam(method("lora"), model, lr=1e-2), 4)
 
     assert losses(True) == pytest.approx(losses(False), abs=1e-6)

@@ -480,7 +480,7 @@ def test_gradient_checkpointing_leaves_the_gradients(shape, layers, reentrant):
             module.p = 0.0
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-    model.train().activation_checkpointing_enable({"use_reentrant": reentrant})
+    tiny.recompute(model.train(), {"use_reentrant": reentrant})
     got = gradients(model)
     assert want.keys() == got.keys() == {f"virtual_tokens.{n}" for n, _ in model.virtual_tokens.named_parameters()}
     assert all(torch.allclose(want[name], got[name], atol=1e-6) and got[name].any() for name in want)

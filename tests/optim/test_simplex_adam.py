@@ -53,7 +53,7 @@ def test_rate_0_leaves_omega_and_the_factors_where_they_are():
 @pytest.mark.parametrize("rounding", ["floor", "ceil", "budget"])
 @pytest.mark.parametrize("change", ["svd", "reinit"])
 def test_the_search_moves_rank_within_the_budget_and_ends_as_plain_lora(rounding, change):
-    method = rw.SimplexLoRA(rank=4, every=3, times=2, omega_rate=20.0, rounding=rounding, change=change)
+    method = rw.SimplexLoRA(rank=4, every=3, times=2, omega_rate=50.0, rounding=rounding, change=change)
     model = attached(method)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
     budget = sum(s.parameters for s in sites(model))
