@@ -13,6 +13,7 @@ from rankwise.config import RunConfig
 from rankwise.report import html
 from rankwise.runs.store import Store
 from reported_runs import finish, write_lines, write_runs
+from runs_made_up import one_answer
 
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
@@ -53,8 +54,12 @@ def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
         content |= {"task": HOSTILE, "model": HOSTILE, "notes": [HOSTILE]}
         content["options"] = {**content["options"], HOSTILE: HOSTILE, "rank": content["options"].get("rank")}
         content["splits"]["evaluation"][0] |= {"name": HOSTILE, "note": HOSTILE}
+        content["answers"] = [one_answer(HOSTILE, split=HOSTILE, majority=HOSTILE)]
         result.write_text(json.dumps(content))
         (result.parent / "env.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+        wrong = [{"idx": row, "texts": [HOSTILE, HOSTILE], "true": 0, "given": 1, "confidence": 0.9} for row in (0, 1)]
+        said = {"split": HOSTILE, "classes": [HOSTILE, f"{HOSTILE}2"], "confusion": [[0, 1, 2], [1, 1, 7]]}
+        (result.parent / "answers.json").write_text(json.dumps([{**said, "wrong": wrong}]))
         ranks = [{"step": step, "ranks": {f"layer.{HOSTILE}.0.q": step, "layer.1.q": 4}} for step in (0, 10, 20)]
         write_lines(result.parent / "ranks.jsonl", ranks)
     failed = Store(folder).create(RunConfig(task={"name": "x" + HOSTILE.replace("/", "")[:80]}, seed=9), "x")

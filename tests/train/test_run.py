@@ -67,6 +67,13 @@ def test_the_result_says_all_that_a_table_needs_and_no_path(finished: Path) -> N
         *("seconds", "peak_memory_bytes", "examples_per_second", "adapter_bytes")
     }
     assert str(finished.parent) not in json.dumps(result)
+    (spread,), (detail,) = result["answers"], json.loads((finished / "answers.json").read_text())
+    rows = pyarrow.parquet.read_table(finished / "predictions.parquet").to_pylist()
+    assert spread["total"] == sum(count for *_, count in detail["confusion"]) == len(rows) == 24
+    wrong = {row["idx"]: (row["label"], row["prediction"]) for row in rows if row["label"] != row["prediction"]}
+    assert {each["idx"]: (each["true"], each["given"]) for each in detail["wrong"]}.items() <= wrong.items()
+    answered = [detail["classes"][row["prediction"]] for row in rows]
+    assert spread["count"] == answered.count(spread["commonest"]) == max(map(answered.count, answered))
 
 
 @pytest.mark.parametrize("seed", [0, 1])

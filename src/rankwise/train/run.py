@@ -501,13 +501,14 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress, search: S
 def _benchmark(task: Task, scores: dict[str, float], scored: list[Scored]) -> dict[str, Any]:
     """The benchmark that the task is a part of, and what counts in its average; empty for none.
 
-    `majority` is what would count if the answer were the commonest class always.
+    `majority` is what would count if the answer were the commonest class always, where that is known.
     """
     if not task.benchmark:
         return {}
     always = {name: value for each in scored if each.answers for name, value in each.answers.metrics.items()}
     counts = lambda found: math.fsum(found[name] for name in task.averaged) / len(task.averaged)  # noqa: E731
-    return {"name": task.benchmark, "score": counts(scores), "majority": counts(always)}
+    found = {"name": task.benchmark, "score": counts(scores)}
+    return {**found, "majority": counts(always)} if set(task.averaged) <= always.keys() else found
 
 
 def _write_predictions(folder: Path, scored: list[Scored]) -> None:
