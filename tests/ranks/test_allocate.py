@@ -68,3 +68,12 @@ def test_no_weight_at_all_is_an_error():
 def test_an_unknown_rounding_is_an_error():
     with pytest.raises(ValueError, match="floor, ceil, budget"):
         allocate([1.0], [1], [4], 2, "ciel")
+
+
+@given(problems())
+def test_below_half_a_rank_no_rank_changes_where_costs_are_equal(problem):
+    """What a search that has changed nothing tells its user."""
+    weights, _, _, rank = problem
+    farthest = rank * max(abs(w - 1) for w in weights)
+    near = [1 + (w - 1) * 0.49 / max(farthest, 0.49) for w in weights]
+    assert allocate(near, [7] * len(near), [64] * len(near), rank) == [rank] * len(near)
