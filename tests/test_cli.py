@@ -313,13 +313,14 @@ def test_a_run_that_tries_a_rate_says_so_when_trained_by_hand(cli: Cli, tmp_path
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps that leave results without training; what they are to carry out is checked elsewhere."""
 
-    def carry_out(store: Store, folders: list[Path], runner: object) -> Outcome:
+    def carry_out(store: Store, folders: list[Path], runner: object, console: object = None) -> Outcome:
         for folder in folders:
             if store.state(folder) != "done":
                 (folder / "result.json").write_text(json.dumps(result(folder, store.config(folder), 0.7)))
         return Outcome(done=list(folders))
 
-    monkeypatch.setattr("rankwise.bench.compare.carry_out", carry_out)
+    for room in ("compare", "tune"):
+        monkeypatch.setattr(f"rankwise.bench.{room}.carry_out", carry_out)
 
 
 def made_by_others(store: Store, method: str, file: str) -> int:
@@ -454,3 +455,41 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     assert (runs / failed / "log.txt").read_text().count("max_length: 600") >= 2
     states = {each["run"]: each["state"] for each in json.loads(cli("status", runs, "--json")[1])}
     assert states == {good.name: "done", failed: "failed"}
+
+
+def test_a_run_is_reproduced_from_the_file_that_lies_in_its_folder(cli: Cli, quick: None, tmp_path: Path) -> None:
+    """And it is said what differs; the file may have been copied anywhere."""
+    store, again = Store(tmp_path / "runs"), tmp_path / "again"
+    cli("compare", write(tmp_path / "x.yaml", {**TINY, "vary": {"seed": [3]}}), f"runs={store.folder}")
+    (folder,) = store.folders()
+    code, out, err = cli("train", folder / "run.yaml", f"runs={again}", "--dry-run", "--json")
+    assert code == 0 and json.loads(out)["seed"] == 3
+    assert f"would be carried out in {again / folder.name}" in err
+    assert "run.yaml: was made with the code and data that are here" in err
+    made_by_others(store, "lora", "methods/lora.py")
+    assert "was made with other code: methods/lora.py differs" in cli("train", folder / "run.yaml", "--dry-run")[2]
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    copy = write(tmp_path / "copy.yaml", {**settings, "made_with": {"rankwise": "0.0.1", "data": "abc"}})
+    words = "was made with other code and other data and another version of rankwise"
+    assert f"copy.yaml: {words}" in cli("train", copy, "--dry-run")[2]
+    assert cli("validate", copy)[0] == 0
+    assert cli("train", write(copy, {**settings, "made_with": ["x"]}), "--dry-run")[0] == 2
+    code, _, err = cli("train", write(copy, {**TINY, "id": "x"}), "--dry-run")
+    assert code == 2 and "id: there is no such key" in err
+
+
+def test_a_rate_is_not_chosen_among_what_two_codes_have_found(cli: Cli, quick: None, tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    tuned = {**TINY, "tune": {"learning_rate": [1e-3, 1e-2]}, "vary": {"method": ["lora"], "seed": [0, 1]}}
+    compare = ("compare", write(tmp_path / "sweep.yaml", tuned), f"runs={store.folder}")
+    assert cli(*compare)[0] == 0 and cli(*compare)[0] == 0
+    assert made_by_others(store, "lora", "methods/lora.py") == 4
+    code, _, err = cli(*compare)
+    assert code == 2 and "4 finished runs were made with other code: methods/lora.py differs" in err
+    assert cli(*compare, "--reuse")[0] == 0  # the rate has been chosen
+    tried = next(folder for folder in store.folders() if store.tries(folder))
+    (tried / "result.json").unlink()
+    code, _, err = cli(*compare, "--reuse")
+    assert code == 2 and "1 finished run was made with other code" in err
+    assert "what is left of their search cannot be tried with this: --repeat" in err
+    assert cli(*compare, "--repeat")[0] == 0 and cli(*compare)[0] == 0

@@ -115,17 +115,19 @@ def train(
             config = store.config(folder)
             _settle(store, {folder: _makers(store, [config])(config)}, reuse, repeat)
     else:
-        config = _alone(_run_config(source, settings))
+        noted = None if source is None else _noted(source)
+        config = _alone(_run_config(source, settings), tries=noted is not None)
         _check_models([config], dry_run)
         store = Store(config.runs)
         folder = store.place(config)
+        if is_main():
+            made = _makers(store, [config])(config)
+            if source is not None and noted is not None:
+                _say_what_differs(source, noted, made)
         if dry_run:
             _print_settings(config, folder, as_json)
             return
         if is_main():
-            made = _makers(store, [config])(config)
-            if source is not None:
-                _say_what_differs(source, made)
             _settle(store, {folder: made}, reuse, repeat)
             store.create(config, made)
     from rankwise.train.run import run
@@ -623,11 +625,11 @@ def _fit(config: RunConfig) -> RunConfig:
         return fit(config)
 
 
-def _alone(config: RunConfig) -> RunConfig:
-    """A run without an experiment around it, at the size that its budget allows."""
+def _alone(config: RunConfig, tries: bool = False) -> RunConfig:
+    """A run without an experiment around it, at the size that its budget allows; `tries` if it may try a rate."""
     from rankwise.errors import InputError
 
-    if config.tuning is not None:
+    if config.tuning is not None and not tries:
         raise InputError("tuning: only the runs of an experiment with `tune:` hold rows out; leave it out")
     fitted = _fit(config)
     if fitted.budget != config.budget:
@@ -705,21 +707,23 @@ def _count(store: Store, others: Mapping[Path, list[str]]) -> str:
     return f"{' and '.join(counts)} {runs} made with {said(each for found in others.values() for each in found)}"
 
 
-def _say_what_differs(source: Path, made: Maker) -> None:
-    """Of a file that rankwise wrote beside a run, say what would make it now in another way than then."""
+def _noted(source: Path) -> Maker | None:
+    """What made the run whose `run.yaml` this file is, copied or not; None for a file that the user wrote."""
     from rankwise.config import read_yaml
     from rankwise.errors import InputError
-    from rankwise.runs.maker import Maker, said
+    from rankwise.runs.maker import Maker
 
     noted = read_yaml(source).get("made_with")
-    if noted is None:
-        return
     try:
-        differences = made.differs(Maker.of(noted, source.parent))
-    except (KeyError, AttributeError):
-        raise InputError(
-            f"{source}: made_with: is not what rankwise writes there; leave it out, and id with it"
-        ) from None
+        return None if noted is None else Maker.of(noted, source.parent)
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{source}: made_with: not as rankwise writes it; leave it out, and id with it") from None
+
+
+def _say_what_differs(source: Path, noted: Maker, made: Maker) -> None:
+    from rankwise.runs.maker import said
+
+    differences = made.differs(noted)
     words = f"was made with {said(differences)}" if differences else "was made with the code and data that are here"
     print(f"{source}: {words}", file=sys.stderr)
 

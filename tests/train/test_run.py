@@ -20,17 +20,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rankwise
-from rankwise import tasks
+from rankwise import methods, tasks
+from rankwise.config import Schema, load
 from rankwise.errors import InputError
+from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
 from rankwise.tasks import subset
 from rankwise.tasks.classification import logits
 from rankwise.train import model as models
 from rankwise.train.files import last_complete, mark_complete
 from rankwise.train.progress import DivergedError, Plan
-from rankwise.train.run import run
+from rankwise.train.run import code_for, run
 from rankwise.train.stop import Stop
-from small_run import LORA, SIMPLEX, make, reached, wait_for
+from small_run import LORA, SETTINGS, SIMPLEX, make, reached, wait_for
 
 HEAD = {"name": "head"}
 
@@ -486,3 +488,25 @@ def test_the_ranks_of_gates_are_in_the_lines_and_what_is_left_in_the_result(tmp_
     assert result["parameters"]["final"] < result["parameters"]["budget"] < result["parameters"]["trainable"]
     saved = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert sum(len(value) for name, value in saved.items() if "lora_A" in name) == left
+
+
+def test_a_run_is_noted_as_made_by_the_code_that_trained_it(tmp_path: Path) -> None:
+    """Whatever made its folder; but what other code has begun is left alone."""
+    store = Store(tmp_path / "runs")
+    config = load(
+        {**SETTINGS, "method": HEAD, "max_steps": 1, "id": "", "made_with": {}},
+        [],
+        Schema(methods.registry(), tasks.registry()),
+    )
+    other = Maker.now("other data", {"methods/subset.py": {"Head": "0"}})
+    folder = store.create(config, other)
+    begun = folder / "checkpoint-3"
+    begun.mkdir()
+    (begun / "complete.json").write_text("{}")
+    with pytest.raises(InputError, match="was begun with other code and other data: .*--reuse.*--repeat"):
+        run(folder)
+    shutil.rmtree(begun)
+    run(folder)
+    made = Maker.now(tasks.build("stdlib-kind").revision(), code_for(config))
+    assert store.maker(folder) == made and store.others({folder: made}) == {}
+    assert "Head" in json.loads((folder / "maker.json").read_text())["code"]["methods/subset.py"]
