@@ -26,7 +26,7 @@ from rankwise.export.auto import task
 from rankwise.export.plain import beside, folded, joined, modules, state_of
 from rankwise.files import check_files, check_replaceable, read_json
 from rankwise.methods import Method, build
-from rankwise.nets.drawn import drawn
+from rankwise.nets.drawn import buffers, drawn
 from rankwise.ranks.resize import alpha, describe, merged, subtracted, taken_out
 from rankwise.ranks.sites import adapted, sites
 from rankwise.ranks.triplets import to_lora, triplets
@@ -85,10 +85,9 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
 def _learnt(model: nn.Module, also: Sequence[str]) -> dict[str, Tensor]:
     """What trains, each tensor under one name, the parameters `also`, and all buffers of the model's state."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = {name: value for name, value in model.state_dict().items() if name not in parameters}
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     more = {name: parameters[name].detach() for name in also if name not in trained}
-    return {name: value.clone().contiguous() for name, value in {**trained, **more, **buffers}.items()}
+    return {name: value.clone().contiguous() for name, value in {**trained, **more, **buffers(model)}.items()}
 
 
 def _save_adapter(model: PeftModel, folder: Path) -> Path:
@@ -194,9 +193,8 @@ def _load_learnt(model: nn.Module, folder: Path, settings: dict[str, Any], weigh
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / DESCRIPTION} is damaged: save the adapter again") from error
     model = method.attach(model, head)
-    named = dict(model.named_parameters(remove_duplicate=False))
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
-    wanted |= {name for name in model.state_dict() if name not in named} | {*also}
+    wanted |= buffers(model).keys() | {*also}
     _check_keys(folder, wanted - weights.keys(), weights.keys() - wanted)
     try:
         model.load_state_dict(weights, strict=False)

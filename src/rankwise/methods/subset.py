@@ -20,6 +20,7 @@ from rankwise.errors import InputError
 from rankwise.methods.base import Method, require
 from rankwise.methods.targets import head_names
 from rankwise.nets.blocks import stacks
+from rankwise.ranks.sites import holds_codes
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class BitFit(Method, name="bitfit"):
             blocks = []
         if blocks and not any(biases(block) for block in blocks):
             for linear in (part for block in blocks for part in block.modules() if isinstance(part, nn.Linear)):
-                kind = linear.weight.dtype if linear.weight.is_floating_point() else torch.float32
+                kind = torch.float32 if holds_codes(linear.weight) else linear.weight.dtype
                 zero = torch.zeros(linear.out_features, device=linear.weight.device, dtype=kind)
                 linear.register_parameter("bias", nn.Parameter(zero))
         found = biases(model)
@@ -115,5 +116,5 @@ def freeze(model: nn.Module, head: Sequence[str]) -> None:
 
 def _train(parameters: Iterable[nn.Parameter]) -> None:
     for p in parameters:
-        require(p.is_floating_point(), "quantised weights cannot train: load the model in a floating-point type")
+        require(not holds_codes(p), "quantised weights cannot train: load the model in a floating-point type")
         p.requires_grad_(True)

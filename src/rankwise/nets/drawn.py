@@ -33,12 +33,23 @@ def drawn(model: nn.Module) -> list[str]:
     return [name for name, p in parameters.items() if id(p) not in known]
 
 
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers in the model's state dict, under all their names.
+
+    What else is there and no parameter is the state of a quantised weight, such as bitsandbytes' `absmax`.
+    """
+    names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
 def own(model: nn.Module) -> dict[str, Tensor]:
     """The floating-point tensors of the model's own state under all their names, without those of adapters."""
     added = tuple(f"{name}.{part}." for name, module in model.named_modules() for part in _added(module))
+    known = dict(model.named_parameters(remove_duplicate=False)).keys() | buffers(model).keys()
     return {
         name: tensor
         for name, tensor in model.state_dict(keep_vars=True).items()
+        if name in known
         if type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and not tensor.is_meta
         if type(tensor.data) is Tensor and not f"{name}.".startswith(added)
     }

@@ -15,16 +15,21 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer, variants
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import InputError
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The types of weights that are numbers as they stand."""
 
 RESIZABLE = (
     variants.ALoraLinearVariant,
@@ -113,9 +118,16 @@ class Site:
 
     @property
     def W(self) -> Tensor:
-        """The pretrained weight, shape (out, in) whatever the layer's own layout."""
-        weight = self.layer.get_base_layer().weight
-        return weight.T if isinstance(self.layer.get_base_layer(), Conv1D) else weight.flatten(1)
+        """The pretrained weight, shape (out, in) whatever the layer's own layout; as numbers where it is quantised.
+
+        Raises:
+            InputError: a weight that nobody here knows how to dequantise.
+        """
+        base = self.layer.get_base_layer()
+        weight = dequantize_module_weight(base)
+        if weight.dtype not in FLOATS or weight.numel() != self.in_features * self.out_features:
+            raise InputError(f"{self.name} is quantised in a way that cannot be undone here: use init=kaiming")
+        return weight.T if isinstance(base, Conv1D) else weight.flatten(1)
 
     @property
     def scale(self) -> Scale | None:
@@ -214,6 +226,18 @@ def features(module: Any) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
+def holds_codes(weight: Tensor) -> bool:
+    """Whether a weight holds codes of a quantisation and no numbers, as far as it shows by itself."""
+    wrapped = type(weight).__module__.startswith(("bitsandbytes.", "torchao."))  # 4-bit codes may be stored as floats
+    return wrapped or weight.dtype not in FLOATS
+
+
+def is_quantised(layer: Any) -> bool:
+    """Whether the weight of a linear map or convolution holds codes and no numbers."""
+    inputs, outputs = features(layer)
+    return holds_codes(layer.weight) or layer.weight.numel() * getattr(layer, "groups", 1) != inputs * outputs
+
+
 def check_convolution(name: str, module: Any) -> None:
     """Raise InputError for a convolution on which PEFT 0.21's factors are no product of two matrices to add to W."""
     if not is_convolution(module):
@@ -232,8 +256,7 @@ def check_convolution(name: str, module: Any) -> None:
 def check_own(model: nn.Module, name: str) -> None:
     """Raise InputError where the weight of the layer `name` is quantised or serves another module too."""
     layer: Any = model.get_submodule(name)
-    packed = layer.weight.dim() != 2 and not is_convolution(layer)
-    if not layer.weight.is_floating_point() or packed:
+    if is_quantised(layer):
         raise InputError(f"{name} is quantised, its weight cannot change: use empty=drop, and no residual start")
     if sum(p is layer.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
         raise InputError(f"{name} shares its weight with another module, which would change too")

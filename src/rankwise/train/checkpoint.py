@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rankwise.errors import InputError
 from rankwise.files import check_regular, check_replaceable
+from rankwise.nets.drawn import buffers
 from rankwise.optim import SimplexAdam
 from rankwise.optim.projected_adam import ProjectedAdam
 from rankwise.ranks import sites
@@ -87,10 +88,13 @@ def load_checkpoint(
 
 
 def learnt_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The state dict without the base weights. Loaded (`strict=False`) it brings its ranks and scales along."""
-    # Tied weights have several names, and all of them are in the state dict.
-    base = {name for name, _ in model.named_parameters(remove_duplicate=False)} - _learnt(model)
-    return {name: value for name, value in model.state_dict().items() if name not in base}
+    """What is learnt, and all buffers. Loaded (`strict=False`) it brings its ranks and scales along.
+
+    A quantised weight has entries of its own in the state dict, which are neither and belong to the base.
+    """
+    # Tied tensors have several names, and all of them are in the state dict.
+    kept = _learnt(model) | buffers(model).keys()
+    return {name: value for name, value in model.state_dict().items() if name in kept}
 
 
 def load_learnt(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
