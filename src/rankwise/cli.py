@@ -96,8 +96,6 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Carry out one run, from the start or from where it was stopped."""
-    # SIGTERM while torch is still being imported; the run itself answers it with a checkpoint.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
     from rankwise.errors import InputError
     from rankwise.runs.processes import is_main, launched
     from rankwise.runs.store import Store
@@ -207,11 +205,13 @@ def status(
 
     store, console = Store(runs), Console()
     if watching and not as_json and console.is_terminal:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # so that the terminal is left as it was
         try:
             watch(store, console)
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
         return
+    store.tidy(store.folders())
     look = Watch(store).look()
     if as_json:
         _print_json(
@@ -291,10 +291,7 @@ def report(
     if html:
         from rankwise.report.html import write
 
-        try:
-            print(f"report: {write(runs, html)}", file=sys.stderr)
-        except OSError as error:
-            raise InputError(f"{html}: cannot be written: {(error.strerror or str(error)).lower()}") from None
+        print(f"report: {write(runs, html)}", file=sys.stderr)
     if md or csv or latex:
         from rankwise.report import text
         from rankwise.runs.tables import best, summarise

@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and read with care: anything may lie where a file should be."""
 
+import errno
 import fcntl
 import io
 import json
@@ -28,6 +29,10 @@ KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+WRITTEN = "written.json"
+"""In a run folder: the names of what the run has made there and may delete, a checkpoint or a model."""
+CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,15}")
+"""Names of checkpoints."""
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.rankwise", re.DOTALL)
 """Names of what `unfinished` makes."""
 
@@ -215,6 +220,76 @@ def similar(path: Path) -> str:
         return nearest(path.name, sorted(each.name for each in path.parent.iterdir()))
     except OSError:
         return ""
+
+
+def written(folder: Path) -> set[str]:
+    """The names in a run folder that are the run's own, as `claim` has noted them; none where nobody can tell."""
+    try:
+        found = read_json(folder / WRITTEN)
+    except (OSError, InputError):
+        return set()
+    return {name for name in found if isinstance(name, str)} if isinstance(found, list) else set()
+
+
+def claim(folder: Path, name: str) -> None:
+    """Note, before it is made, that what is called `name` in a run folder is the run's own, which it may delete.
+
+    Raises InputError where somebody else has put something there.
+    """
+    if name in (names := written(folder)):
+        return
+    if os.path.lexists(folder / name):
+        raise InputError(f"{folder / name}: is not what this run has written, and it is about to; move it away")
+    write_whole(folder / WRITTEN, json.dumps(sorted({*names, name})) + "\n")
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Delete a checkpoint that `claim` has noted, but what others have put into it since it was complete."""
+    try:
+        ours = set(read_json(checkpoint / MARKER)["files"]) | {MARKER}
+    except (OSError, ValueError, KeyError, TypeError):  # it was never complete
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    else:
+        for path in sorted(checkpoint.rglob("*"), reverse=True):  # what is in a folder before the folder
+            with suppress(OSError):
+                if path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                elif str(path.relative_to(checkpoint)) in ours:
+                    path.unlink()
+        with suppress(OSError):
+            checkpoint.rmdir()
+    left = written(checkpoint.parent) - {checkpoint.name}
+    if left:
+        write_whole(checkpoint.parent / WRITTEN, json.dumps(sorted(left)) + "\n")
+    else:
+        (checkpoint.parent / WRITTEN).unlink(missing_ok=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The run's own checkpoints, complete or not, the newest first."""
+    steps = {int(name.rpartition("-")[2]): name for name in written(folder) if CHECKPOINT.fullmatch(name)}
+    return [folder / name for _, name in sorted(steps.items(), reverse=True)]
+
+
+def as_new(folder: Path) -> None:
+    """Give all files in a folder just made the mode of any new file: libraries write some for their owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Around what torch writes in `folder`: OSError, as for any other file, where the disk is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("unexpected pos", "failed writing")):
+            raise
+        full = shutil.disk_usage(folder).free < 64 * 1024**2
+        reason = os.strerror(errno.ENOSPC) if full else "not written whole: is the disk, or a quota, full?"
+        raise OSError(errno.ENOSPC, reason, str(folder)) from error
 
 
 def check_replaceable(folder: Path, own: Set[str], what: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 from bench_runs import runs
 from rankwise.bench.watch import LEFT, Watch
 from rankwise.config import Experiment
-from rankwise.files import MARKER
+from rankwise.files import MARKER, claim
 from rankwise.runs.store import Store
 from runs_made_up import config, finish, tune
 from small_run import PATIENCE, wait_for
@@ -34,6 +34,7 @@ def at(folder: Path, step: int, steps: int = 100) -> Path:
 
 
 def checkpoint(folder: Path, step: int, seconds: float) -> None:
+    claim(folder, f"checkpoint-{step}")
     (folder / f"checkpoint-{step}").mkdir()
     (folder / f"checkpoint-{step}" / MARKER).write_text(json.dumps({"files": {}, "carried": {"seconds": seconds}}))
 

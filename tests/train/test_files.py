@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rankwise.files import MARKER
+from rankwise.files import MARKER, claim
 from rankwise.train.files import LINES, append_line, cut_back, last_complete, mark_complete
 
 
@@ -14,6 +14,7 @@ def folder(tmp_path: Path) -> Path:
     """Two complete checkpoints; the step counts, not the alphabet."""
     for step in (9, 10):
         checkpoint = tmp_path / f"checkpoint-{step}"
+        claim(tmp_path, checkpoint.name)
         (checkpoint / "deep").mkdir(parents=True)
         (checkpoint / "weights").write_bytes(bytes(1000))
         (checkpoint / "deep" / "state").write_text("state")

@@ -100,6 +100,7 @@ class _Sweep:
         """Of each run that was lost: the furthest step, and how often in a row it has not come further."""
         self._elsewhere: list[Path] = []
         """Runs that another sweep in the same folder is at work on."""
+        store.tidy(list(names))
         for folder in names:
             (self.outcome.done if store.state(folder) == "done" else self._pending).append(folder)
 

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import tempfile
 import warnings
 from collections.abc import Sequence, Set
 from contextlib import suppress
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from rankwise.errors import InputError
 from rankwise.export.auto import task
 from rankwise.export.plain import beside, folded, joined, modules, state_of
-from rankwise.files import check_files, check_replaceable, read_json
+from rankwise.files import as_new, check_files, check_replaceable, read_json, unfinished
 from rankwise.methods import Method, build
 from rankwise.nets.drawn import buffers, drawn
 from rankwise.ranks.resize import alpha, describe, merged, subtracted, taken_out
@@ -62,8 +61,8 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
     with suppress(TypeError):
         model = adapted(model)  # out of its wrappers
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
-        made = Path(name) / "adapter"
+    with unfinished(folder, folder=True) as around:
+        made = around / "adapter"
         made.mkdir()
         if isinstance(model, PeftModel):
             if triplets(model):  # AdaLoRA
@@ -76,6 +75,7 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
             (made / DESCRIPTION).write_text(json.dumps(description, indent=2))
         else:
             raise InputError("this model has no adapter: say which method trained it, save(model, folder, method)")
+        as_new(made)
         if folder.exists():
             shutil.rmtree(folder)
         made.rename(folder)

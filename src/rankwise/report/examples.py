@@ -1,11 +1,12 @@
 """What the methods said of the same few examples: texts side by side, and the pictures that runs left."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import need
+from rankwise.errors import InputError, need
 from rankwise.files import check_regular, read_bytes
 from rankwise.runs.tables import Row
 
@@ -55,8 +56,11 @@ def missed(folder: Path) -> str:
 
 def pictures(best: Sequence[Row]) -> list[tuple[str, bytes]]:
     """Of each method whose runs left a picture its label and the PNG of the first seed."""
-    files = [(row["method"], _first(row) / PICTURE) for row in best]
-    return [(method, read_bytes(file)) for method, file in files if file.is_file()]
+    found = []
+    for row in best:
+        with suppress(OSError, InputError):
+            found.append((row["method"], read_bytes(_first(row) / PICTURE)))
+    return found
 
 
 def _first(row: Row) -> Path:

@@ -18,11 +18,14 @@ from rankwise.errors import InputError, need
 from rankwise.files import (
     MARKER,
     check_regular,
+    checkpoints,
     opened,
     read_bytes,
     read_json,
     read_text,
+    remove_checkpoint,
     similar,
+    tidy,
     unwritable,
     write_whole,
 )
@@ -33,6 +36,8 @@ from rankwise.runs.maker import FILE as MAKER
 
 State = Literal["pending", "running", "stopped", "failed", "done", "damaged"]
 
+MEMORY = "memory.json"
+"""In a run folder: how many rows go through the model at once, once memory has run out."""
 LEFT = {
     *("run.yaml", "run.lock", "env.json", "metrics.jsonl", "ranks.jsonl", "predictions.parquet"),
     *("result.json", "error.txt", "log.txt"),
@@ -297,6 +302,20 @@ class Store:
         except InputError as error:
             return {}, str(error)
 
+    def tidy(self, folders: Sequence[Path] = ()) -> None:
+        """Do once more what comes after a run's result, and is left undone where that moment was its last.
+
+        Of a finished run checkpoints go, and what served going on; and everywhere what killed processes were writing.
+        What a live process is at work on stays as it is, and so does what cannot be written to.
+        """
+        for folder in folders:
+            if (checkpoints(folder) or (folder / MEMORY).is_file()) and self.result(folder) is not None:
+                with suppress(OSError, InputError), opened(folder / "run.lock") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    clear(folder)
+            tidy(folder)
+        tidy(self.folder)
+
     def folders(self) -> list[Path]:
         """The folders that hold a run, or have held one, or cannot be looked into, by name.
 
@@ -356,7 +375,7 @@ class Store:
             return "running"
         if os.path.lexists(folder / "error.txt"):
             return "failed"
-        if os.path.lexists(folder / "metrics.jsonl") or any(folder.glob("checkpoint-*")):
+        if os.path.lexists(folder / "metrics.jsonl") or checkpoints(folder):
             return "stopped"
         return "pending"
 
@@ -385,11 +404,10 @@ class Store:
         try:
             if result is not None:
                 return float(result["cost"]["seconds"]) / steps if steps else None
-            marks = {int(mark.parent.name.rpartition("-")[2]): mark for mark in folder.glob(f"checkpoint-*/{MARKER}")}
-            newest = max(marks)
-            pace = float(read_json(marks[newest])["carried"]["seconds"]) / newest
+            newest = next(each / MARKER for each in checkpoints(folder) if (each / MARKER).is_file())
+            pace = float(read_json(newest)["carried"]["seconds"]) / int(newest.parent.name.rpartition("-")[2])
             return pace if 0 <= pace < math.inf else None
-        except (OSError, ArithmeticError, ValueError, KeyError, TypeError):  # none there, or on its way out
+        except (OSError, ArithmeticError, ValueError, KeyError, TypeError, StopIteration):  # there is none any more
             return None
 
     def result(self, folder: Path) -> dict[str, Any] | None:
@@ -473,6 +491,13 @@ class Store:
             return _Kept(str(name), made, config, settings_digest(settings))
         except (KeyError, TypeError, ValueError, AttributeError):  # InputError and pydantic's are ValueErrors
             return None
+
+
+def clear(folder: Path) -> None:
+    """Delete what a run has written to go on by. Whoever calls it holds its lock, and its result is written."""
+    for checkpoint in checkpoints(folder):
+        remove_checkpoint(checkpoint)
+    (folder / MEMORY).unlink(missing_ok=True)
 
 
 Kind = Literal["prediction", "score", "statistics"]

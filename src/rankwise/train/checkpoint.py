@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from os import PathLike
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from rankwise.errors import InputError
-from rankwise.files import check_regular, check_replaceable
+from rankwise.files import check_regular, check_replaceable, disk_errors, unfinished
 from rankwise.nets.drawn import buffers
 from rankwise.optim import SimplexAdam
 from rankwise.optim.projected_adam import ProjectedAdam
@@ -42,17 +41,13 @@ def save_checkpoint(
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        with (made / FILE).open("wb") as file:
+    with unfinished(folder, folder=True) as made:
+        with disk_errors(made), (made / FILE).open("wb") as file:
             torch.save(state, file)
             os.fsync(file.fileno())
         if folder.exists():
             shutil.rmtree(folder)
         made.rename(folder)
-    except BaseException:
-        shutil.rmtree(made, ignore_errors=True)
-        raise
     return folder
 
 

@@ -2,13 +2,22 @@
 
 import hashlib
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from rankwise.errors import InputError
-from rankwise.files import MARKER, MOST_LINES, appended, opened, read_bytes, read_json, write_whole
+from rankwise.files import (
+    MARKER,
+    MOST_LINES,
+    appended,
+    checkpoints,
+    opened,
+    read_bytes,
+    read_json,
+    remove_checkpoint,
+    write_whole,
+)
 
 LINES = ("metrics.jsonl", "ranks.jsonl")
 """Files of a run that grow by lines. A result is computed from them, so a checkpoint covers them as far as they go."""
@@ -30,12 +39,13 @@ def mark_complete(checkpoint: Path, carried: dict[str, Any]) -> None:
 def last_complete(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run folder that is as it was marked, and what was carried in it.
 
-    So have to be its files and the run's lines up to it; what was appended later does not count. Every newer checkpoint
-    is removed, as it would be written again anyway; of one that was complete once, stderr says what is wrong with it.
+    So have to be its files and the run's lines up to it; what was appended later does not count. Every newer one of its
+    checkpoints is removed, as it would be written again anyway; of one that was complete once, stderr says what is
+    wrong with it.
     """
     wrong = []
     found = None
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+    for checkpoint in checkpoints(folder):
         try:
             marker = read_json(checkpoint / MARKER)
         except FileNotFoundError:  # it was never complete
@@ -49,7 +59,7 @@ def last_complete(folder: Path) -> tuple[Path, dict[str, Any]] | None:
                 break
         if changed:
             wrong.append(f"{checkpoint.name} does not count, for {changed} is not what it was")
-        shutil.rmtree(checkpoint)
+        remove_checkpoint(checkpoint)
     if wrong:
         onwards = f"going on from {found[0].name}" if found else "beginning anew"
         print(f"{folder}: {'; '.join(wrong)}; {onwards}", file=sys.stderr)
@@ -96,11 +106,6 @@ def _covered(content: bytes) -> dict[str, Any]:
 
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _step(checkpoint: Path) -> int:
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdigit() else -1
 
 
 def _digests(checkpoint: Path) -> dict[str, str]:

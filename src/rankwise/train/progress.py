@@ -13,13 +13,17 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.files import flush, read_lines
+from rankwise.errors import InputError
+from rankwise.files import as_new, checkpoints, claim, flush, read_lines, remove_checkpoint
 from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks import ranks
 from rankwise.runs.processes import is_main
 from rankwise.train.files import append_line, cut_back, mark_complete
 from rankwise.train.stop import Stop
+
+KEPT = 2
+"""Checkpoints that are kept: the newest, and one to go back to."""
 
 
 class DivergedError(RuntimeError):
@@ -82,6 +86,9 @@ class Progress(TrainerCallback):
         self.metrics, self.ranks = folder / "metrics.jsonl", folder / "ranks.jsonl"
         self.folder, self.plan, self.method, self.stop = folder, plan, method, stop
         self.evaluate, self.carried = evaluate, carried
+        self._lock = _place(folder)
+        self.begun = False
+        """Whether what a checkpoint holds has been loaded."""
         self.counts: list[int] = []
         """Trainable parameters at each line of ranks.jsonl, in the main process."""
 
@@ -90,6 +97,7 @@ class Progress(TrainerCallback):
     ) -> None:
         """Bring the lines on disk back to the checkpoint's step, or begin them."""
         self.since = self.step_since = time.perf_counter()
+        self.begun = True
         if not is_main():
             return
         step = state.global_step
@@ -107,11 +115,14 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
         if is_main():
+            self._still_there()
             self._rank_line(kwargs["model"], step, kwargs["optimizer"])
         # Nothing at the last step: what follows the training evaluates and saves for good.
         if step < self.plan.steps:
             control.should_training_stop = self.stop.agreed
             control.should_save = self.stop.agreed or step % self.plan.checkpoint_every == 0
+            if control.should_save and is_main():
+                claim(self.folder, f"checkpoint-{step}")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step's loss and then its evaluation; the Trainer comes here before it writes the step's checkpoint."""
@@ -149,8 +160,17 @@ class Progress(TrainerCallback):
         if is_main():
             for path in (self.metrics, self.ranks):
                 flush(path)
-            mark_complete(self.folder / f"checkpoint-{state.global_step}", asdict(self.carried))
+            checkpoint = self.folder / f"checkpoint-{state.global_step}"
+            as_new(checkpoint)
+            mark_complete(checkpoint, asdict(self.carried))
+            for old in checkpoints(self.folder)[KEPT:]:
+                remove_checkpoint(old)
         processes.wait()  # none may end, and take the others along, before the checkpoint is whole
+
+    def _still_there(self) -> None:
+        """Raise InputError where the folder was deleted, and perhaps made again, which would be another run's."""
+        if _place(self.folder) != self._lock:
+            raise InputError(f"{self.folder}: was deleted or moved while the run was at work; it has ended")
 
     def count(self) -> None:
         """Bring time and memory up to now."""
@@ -180,6 +200,15 @@ class Progress(TrainerCallback):
             append_line(self.ranks, {"step": step, **now, **({} if weights is None else {"weights": weights})})
             self.last = now
             self.counts.append(now["parameters"])
+
+
+def _place(folder: Path) -> tuple[int, int] | None:
+    """What tells the lock of a run, which is open as long as it lives, from one of the same name made later."""
+    try:
+        found = (folder / "run.lock").stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def peak_memory() -> int:

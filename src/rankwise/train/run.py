@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
+import pickle
 import platform
 import shutil
 import sys
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import filelock
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
@@ -36,7 +38,21 @@ from rankwise.config import WRITTEN, RunConfig, Schema, load, read_yaml
 from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.export import save
 from rankwise.export.save import OURS as ADAPTER
-from rankwise.files import check_regular, check_replaceable, flush, read_json, unwritable, write_whole
+from rankwise.files import (
+    CHECKPOINT,
+    as_new,
+    check_regular,
+    check_replaceable,
+    claim,
+    disk_errors,
+    flush,
+    read_json,
+    tidy,
+    unfinished,
+    unwritable,
+    write_whole,
+    written,
+)
 from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks.resize import merged
@@ -45,7 +61,7 @@ from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Code, Maker, code_of
 from rankwise.runs.processes import LostError, is_main
 from rankwise.runs.search import Search
-from rankwise.runs.store import Store
+from rankwise.runs.store import MEMORY, Store, clear
 from rankwise.tasks import Evaluation, Scored, Split, Task, subset
 from rankwise.train import model as models
 from rankwise.train.checkpoint import learnt_state, load_learnt
@@ -60,8 +76,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.pt"
 """All that was learnt, unfolded, where another run begins with it."""
-MEMORY = "memory.json"
-"""How many rows go through the model at once, once memory has run out."""
 
 FILES = (
     *(
@@ -108,6 +122,8 @@ def run(folder: Path) -> dict[str, Any]:
         except LostError:
             raise
         except Exception as error:
+            if not folder.is_dir():
+                raise InputError(f"{folder}: was deleted or moved while the run was at work; it has ended") from error
             if not (folder / "result.json").exists():  # else its settings were damaged later, and it has not failed
                 Store(folder.parent).note_error(folder, f"{_first_line(error)}\n\n{traceback.format_exc()}")
             raise
@@ -120,7 +136,10 @@ def _finished(folder: Path) -> dict[str, Any] | None:
         check_regular(folder / "run.yaml")
     except FileNotFoundError:
         raise InputError(f"{folder}: there is no run.yaml in it; give the folder of a run") from None
-    return Store(folder.parent).result(folder)
+    store = Store(folder.parent)
+    if (result := store.result(folder)) is not None:
+        store.tidy([folder])
+    return result
 
 
 @contextmanager
@@ -144,6 +163,10 @@ def _check_places(folder: Path) -> None:
         with suppress(FileNotFoundError):
             check_regular(folder / name)
     check_replaceable(folder / "adapter", ADAPTER, "an adapter")
+    for path in sorted(folder.iterdir()):
+        if (path.name == "model" or CHECKPOINT.fullmatch(path.name)) and path.name not in written(folder):
+            raise InputError(f"{path}: is not what this run has written, and it may have to; move it away")
+    tidy(folder)
 
 
 def _read(folder: Path) -> tuple[str, RunConfig]:
@@ -323,7 +346,10 @@ def _plan(config: RunConfig, rows: int) -> Plan:
 def _start(folder: Path) -> tuple[Path | None, Carried]:
     """The checkpoint to go on from, None for the beginning, and what it carries."""
     found = last_complete(folder)
-    return (found[0], Carried(**found[1])) if found else (None, Carried())
+    try:
+        return (found[0], Carried(**found[1])) if found else (None, Carried())
+    except TypeError:
+        raise InputError(f"{found[0] if found else folder}: holds what no run has written; delete it") from None
 
 
 @dataclass(frozen=True)
@@ -374,14 +400,9 @@ def _begin_with(model: nn.Module, before: Before) -> None:
 
 
 def _keep_weights(folder: Path, model: nn.Module) -> None:
-    made = folder / f".{WEIGHTS}"
-    torch.save(learnt_state(model), made)
-    made.replace(folder / WEIGHTS)
-
-
-def _remove_checkpoints(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    with unfinished(folder / WEIGHTS) as made, disk_errors(folder):
+        torch.save(learnt_state(model), made)
+        made.replace(folder / WEIGHTS)
 
 
 def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progress, stop: Stop) -> Search | None:
@@ -406,7 +427,15 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
         )
     with stop.patient():
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with disk_errors(folder):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (pickle.UnpicklingError, SafetensorError) as error:
+            if checkpoint is None or (progress.begun and isinstance(error, SafetensorError)):  # of writing
+                raise
+            raise InputError(
+                f"{checkpoint}: cannot be loaded, for it holds what no run has written ({_first_line(error)[:200]}); "
+                "delete it, and the same command goes on from the one before"
+            ) from error
         except NotFiniteError as error:  # of gates or ω; those of evaluations are told as such
             raise DivergedError(str(error)) from error
         except RuntimeError as error:  # of the Trainer's own exchange of losses
@@ -439,8 +468,7 @@ def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments
         train_sampling_strategy="group_by_length",
         logging_steps=1,  # Progress looks at each loss
         logging_nan_inf_filter=False,  # and ends the run at the first that is not finite
-        save_strategy="no",  # Progress says when
-        save_total_limit=2,
+        save_strategy="no",  # Progress says when, and which are deleted again
         use_cpu=not torch.cuda.is_available(),
         ddp_timeout=int(processes.PATIENCE.total_seconds()),
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -493,8 +521,7 @@ def _finish(folder: Path, name: str, parts: Parts, progress: Progress, search: S
         for path in folder.glob(name):
             flush(path)  # a power cut must not leave a result without what it stands for
     write_whole(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    _remove_checkpoints(folder)
-    (folder / MEMORY).unlink(missing_ok=True)
+    clear(folder)
     return result
 
 
@@ -513,9 +540,9 @@ def _benchmark(task: Task, scores: dict[str, float], scored: list[Scored]) -> di
 
 def _write_predictions(folder: Path, scored: list[Scored]) -> None:
     rows = need("pyarrow", "bench").concat_tables([each.rows for each in scored])
-    made = folder / ".predictions.parquet"
-    need("pyarrow.parquet", "bench").write_table(rows, made)
-    made.replace(folder / "predictions.parquet")
+    with unfinished(folder / "predictions.parquet") as made:
+        need("pyarrow.parquet", "bench").write_table(rows, made)
+        made.replace(folder / "predictions.parquet")
     for name, content in (item for each in scored for item in each.files.items()):
         write_whole(folder / name, content)
     if details := [each.answers.detail() for each in scored if each.answers and each.answers.confusion]:
@@ -524,19 +551,25 @@ def _write_predictions(folder: Path, scored: list[Scored]) -> None:
 
 def _save_model(folder: Path, parts: Parts) -> int:
     """Save what was learnt and return its size in bytes: an adapter, or the whole model where all of it has changed."""
-    whole: Any = None
+    model: Any = None
     if isinstance(parts.model, PeftModel):
         if merged(parts.model):
-            whole = parts.model.merge_and_unload()
+            model = parts.model.merge_and_unload()
     elif all(p.requires_grad for p in parts.model.parameters()):
-        whole = parts.model
-    kept = folder / ("adapter" if whole is None else "model")
-    if whole is None:
+        model = parts.model
+    kept = folder / ("adapter" if model is None else "model")
+    if model is None:
         save(parts.model, kept, parts.method, parts.head)
     else:
-        whole.save_pretrained(kept)
-        if parts.processor is not None:
-            parts.processor.save_pretrained(kept)  # so that the folder can be a `model:`, here and elsewhere
+        claim(folder, kept.name)
+        with unfinished(kept, folder=True) as made:
+            model.save_pretrained(made)
+            if parts.processor is not None:
+                parts.processor.save_pretrained(made)  # so that the folder can be a `model:`, here and elsewhere
+            as_new(made)
+            if kept.exists():
+                shutil.rmtree(kept)
+            made.replace(kept)
     return sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
 
 
