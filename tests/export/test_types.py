@@ -84,3 +84,22 @@ def test_every_start_of_pefts_keeps_its_logits_or_is_refused(begun, checkpoint, 
     again = PeftModel.from_pretrained(base(checkpoint), tmp_path / "adapter")
     assert torch.allclose(logits(again), before, atol=1e-6)
     assert again.peft_config["default"].init_lora_weights == begun
+
+
+def test_an_adapter_beside_one_that_took_something_out_of_w_is_refused(checkpoint, tmp_path):
+    model = get_peft_model(base(checkpoint), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa"))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj"]))
+    model.set_adapter("second")
+    with pytest.raises(rw.InputError, match="'default' has a residual start"):
+        rw.save(model, tmp_path / "adapter")
+
+
+def test_what_adalora_has_beside_its_triplets_is_kept_or_refused(checkpoint, tmp_path):
+    options = {"target_r": 2, "init_r": 3, "total_step": 10, "target_modules": ["q_proj"]}
+    model = stirred(get_peft_model(base(checkpoint), peft.AdaLoraConfig(task_type="CAUSAL_LM", bias="all", **options)))
+    rw.save(model, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(base(checkpoint), tmp_path / "adapter")
+    assert isinstance(again, peft.PeftModelForCausalLM) and torch.allclose(logits(again), logits(model), atol=1e-5)
+    tokens = get_peft_model(base(checkpoint), peft.AdaLoraConfig(trainable_token_indices=[1], **options))
+    with pytest.raises(rw.InputError, match="embed_tokens trains tokens beside"):
+        rw.save(tokens, tmp_path / "tokens")

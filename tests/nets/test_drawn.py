@@ -42,6 +42,8 @@ def test_a_head_that_the_checkpoint_lacks_is_drawn_and_nothing_else_is(shape, bo
     assert drawn(tiny.model(shape)) == drawn(nn.Linear(2, 2)) == []
     tiny.model(shape).save_pretrained(bodies[shape] / "whole")
     assert drawn(loaded(bodies[shape] / "whole")) == []
+    more = Classifier.from_pretrained(bodies[shape] / "whole", num_labels=5, ignore_mismatched_sizes=True)
+    assert drawn(more) and all(name.startswith(heads) for name in drawn(more))
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES)

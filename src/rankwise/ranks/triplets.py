@@ -13,14 +13,20 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from rankwise.errors import InputError
 from rankwise.ranks.guest import entrust
 from rankwise.ranks.resize import describe, resize
 from rankwise.ranks.sites import adapted
 
 PARTS = ("A", "E", "B")
+KEPT = (
+    *("lora_alpha", "lora_dropout", "modules_to_save", "fan_in_fan_out", "bias"),
+    *("task_type", "base_model_name_or_path", "revision", "inference_mode"),
+)
+"""What plain LoRA takes over from AdaLoRA's configuration."""
 
 
 class Scores(nn.Module):
@@ -122,6 +128,10 @@ def choose(model: nn.Module, step: int) -> None:
     allocator.reset_ipt()
 
 
+def _beside(part: nn.Module) -> bool:
+    return isinstance(part, AuxiliaryTrainingWrapper) and not isinstance(part, ModulesToSaveWrapper)
+
+
 @torch.no_grad()
 def to_lora(model: nn.Module) -> PeftModel:
     """Plain LoRA with the same outputs, on the same base weights and with a copy of the head; `model` stays as it is.
@@ -135,14 +145,11 @@ def to_lora(model: nn.Module) -> PeftModel:
     live = {name: layer.lora_E[adapter].flatten().nonzero().flatten() for name, layer in here.items()}
     ranks = {name: max(1, len(units)) for name, units in live.items()}
     scales = {name: layer.scaling[adapter] / (layer.ranknum[adapter].item() + 1e-5) for name, layer in here.items()}
-    config = LoraConfig(
-        r=old.target_r,
-        lora_alpha=old.lora_alpha,
-        target_modules=list(here),
-        lora_dropout=old.lora_dropout,
-        modules_to_save=old.modules_to_save,
-        fan_in_fan_out=old.fan_in_fan_out,
-    )
+    if others := [name for name, part in peft.get_base_model().named_modules() if _beside(part)]:
+        raise InputError(
+            f"{others[0]} trains tokens beside AdaLoRA's triplets, which plain LoRA cannot take over from them"
+        )
+    config = LoraConfig(r=old.target_r, target_modules=list(here), **{name: getattr(old, name) for name in KEPT})
     describe(config, {name: (ranks[name], scales[name] * ranks[name]) for name in here}, peft)
     # A second body around the same tensors.
     base = deepcopy(peft.get_base_model(), {id(t): t for t in (*peft.parameters(), *peft.buffers())})
