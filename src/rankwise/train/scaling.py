@@ -35,9 +35,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     streams = random.getstate(), np.random.get_state()
     modes = [(part, part.training) for part in model.modules()]
     buffers = [
-        (part, name, b, b.clone()) for part in model.modules() for name, b in part._buffers.items() if b is not None
+        (part, name, b, b._version, b.clone())
+        for part in model.modules()
+        for name, b in part._buffers.items()
+        if b is not None
     ]
-    everywhere = range(torch.get_device_module(device).device_count())
+    # torch forks the streams of devices that it can number
+    everywhere = range(0 if device == "mps" else torch.get_device_module(device).device_count())
+    mac = torch.mps.get_rng_state() if device == "mps" else None
     try:
         with torch.no_grad(), torch.random.fork_rng(everywhere, device_type=device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what there is to say, the training says
@@ -45,7 +50,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         random.setstate(streams[0])
         np.random.set_state(streams[1])
+        if mac is not None:
+            torch.mps.set_rng_state(mac)
         for part, mode in modes:
             part.training = mode
-        for part, name, buffer, kept in buffers:
-            part._buffers[name] = buffer.copy_(kept)
+        for part, name, buffer, version, kept in buffers:
+            part._buffers[name] = buffer if buffer._version == version else buffer.copy_(kept)

@@ -43,6 +43,9 @@ class RankTrainer(Trainer):
         **kwargs: everything a Trainer takes.
     """
 
+    loss_is_scaled_for_ga: bool | None = None
+    """Set by a subclass whose `compute_loss` knows whether it divides by the number of accumulated batches."""
+
     def __init__(self, *args: Any, method: Method, **kwargs: Any):
         self.method = method
         super().__init__(*args, **kwargs)
