@@ -421,8 +421,15 @@ def describe(config: Any, found: Mapping[str, tuple[int, float]], model: PeftMod
     others = [name for name in others if name not in {*found, *(site.name for site in sites(model))}]
     here = {name: values for name, values in found.items() if values[0]}
     ranks, alphas = ({name: values[part] for name, values in here.items()} for part in (0, 1))
-    config.rank_pattern = _told(config.rank_pattern or {}, config.r, ranks, found, others)
-    config.alpha_pattern = _told(config.alpha_pattern or {}, config.lora_alpha, alphas, found, others)
+    parts = {
+        f"^{re.escape(site.name)}" for site in sites(model) if site.name not in found
+    }  # what is saved is the whole
+    patterns = [
+        {key: value for key, value in (pattern or {}).items() if key not in parts}
+        for pattern in (config.rank_pattern, config.alpha_pattern)
+    ]
+    config.rank_pattern = _told(patterns[0], config.r, ranks, found, others)
+    config.alpha_pattern = _told(patterns[1], config.lora_alpha, alphas, found, others)
     if all(bool(check_target_module_exists(config, name)) == (name in here) for name in found):
         return
     names = [*here, *(name for name in others if check_target_module_exists(config, name))]
