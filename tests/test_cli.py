@@ -321,6 +321,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for room in ("compare", "tune"):
         monkeypatch.setattr(f"rankwise.bench.{room}.carry_out", carry_out)
+    monkeypatch.setattr("rankwise.cli._page", lambda *_: None)
 
 
 def made_by_others(store: Store, method: str, file: str) -> int:

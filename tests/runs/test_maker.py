@@ -159,7 +159,10 @@ def room_of(file: str) -> str:
 
 
 def test_all_that_a_run_carries_out_is_in_its_code(tmp_path: Path) -> None:
-    folder, called = make(tmp_path / "run", method=SIMPLEX, max_steps=4, train_rows=32), set[tuple[str, str]]()
+    folder, called = (
+        make(tmp_path / "run", method=SIMPLEX, max_steps=4, train_rows=32, eval_rows=8),
+        set[tuple[str, str]](),
+    )
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
