@@ -23,6 +23,7 @@ import rankwise
 from rankwise import methods, tasks
 from rankwise.config import Schema, load
 from rankwise.errors import InputError
+from rankwise.files import claim
 from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
 from rankwise.tasks import subset
@@ -500,6 +501,7 @@ def test_a_run_is_noted_as_made_by_the_code_that_trained_it(tmp_path: Path) -> N
     )
     other = Maker.now("other data", {"methods/subset.py": {"Head": "0"}})
     folder = store.create(config, other)
+    claim(folder, "checkpoint-3")
     begun = folder / "checkpoint-3"
     begun.mkdir()
     (begun / "complete.json").write_text("{}")

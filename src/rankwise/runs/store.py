@@ -81,7 +81,7 @@ class _Finished(NamedTuple):
 
 
 BEGUN = (
-    *("metrics.jsonl", "ranks.jsonl", "memory.json", "error.txt"),
+    *("metrics.jsonl", "ranks.jsonl", "error.txt"),
     *("predictions.parquet", "answers.json", "weights.pt"),
 )
 """Files of a run, beside checkpoints and result, that are in the way of its beginning anew."""
@@ -212,8 +212,9 @@ class Store:
             raise InputError(f"{folder}: another process is at work on this run; wait for it or end it")
         try:
             (folder / "result.json").unlink(missing_ok=True)
-            for path in [*_checkpoints(folder), *(folder / name for name in BEGUN)]:
-                path.unlink(missing_ok=True)
+            clear(folder)
+            for name in BEGUN:
+                (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(folder, error) from None
 
@@ -572,8 +573,8 @@ def _age(folder: Path) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The last files of all checkpoints that were complete once."""
-    return list(folder.glob(f"checkpoint-*/{MARKER}"))
+    """Its checkpoints that were complete once."""
+    return [each for each in checkpoints(folder) if (each / MARKER).is_file()]
 
 
 def _held(path: Path) -> bool:
