@@ -186,7 +186,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "quickstart.yaml").write_text("task: cola\n")
     with pytest.raises(InputError, match=r'no such file \(did you mean "quickstart.yaml"\?\)'):
         load(tmp_path / "quikstart.yaml", [], SCHEMA)
-    with pytest.raises(InputError, match="is a directory"):
+    with pytest.raises(InputError, match="is a folder"):
         load(tmp_path, [], SCHEMA)
 
 
