@@ -601,15 +601,12 @@ def _check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
     import rankwise.tasks
     from rankwise.train.model import check
 
-    wanted = {
-        json.dumps(
-            [config.model, config.task, config.method, config.max_length, config.label_smoothing], sort_keys=True
-        )
-        for config in configs
-    }
+    settings = ("model", "task", "method", "max_length", "label_smoothing", "trust_remote_code")
+    wanted = {json.dumps({key: getattr(config, key) for key in settings}, sort_keys=True) for config in configs}
     with contextlib.redirect_stdout(sys.stderr):
-        for model, task, method, max_length, smoothing in map(json.loads, sorted(wanted)):
-            check(model, rankwise.tasks.build(task), rankwise.methods.build(method), max_length, smoothing, shipped)
+        for given in map(json.loads, sorted(wanted)):
+            task, method = rankwise.tasks.build(given.pop("task")), rankwise.methods.build(given.pop("method"))
+            check(given.pop("model"), task, method, shipped=shipped, **given)
 
 
 def _fit(config: RunConfig) -> RunConfig:

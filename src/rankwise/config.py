@@ -85,6 +85,9 @@ class RunConfig(BaseModel):
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lora"}, description="name of the method and its options"
     )
+    trust_remote_code: bool = Field(
+        default=False, description="run the code that comes with the model; only for models whose code you have read"
+    )
     epochs: float = Field(
         default=3.0, gt=0, le=1e6, description="passes over the training rows; max_steps, when given, wins"
     )

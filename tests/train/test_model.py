@@ -16,12 +16,12 @@ from rankwise.train.model import build, check, label
 
 @pytest.fixture
 def words() -> PreTrainedTokenizerFast:
-    """A tokenizer of three words, without padding, as decoders have it."""
+    """A tokenizer of four words, without padding, as decoders have it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    made = Tokenizer(models.WordLevel({"<end>": 0, "yes": 1, "no": 2}, unk_token="<end>"))
+    made = Tokenizer(models.WordLevel({"<end>": 0, "yes": 1, "no": 2, "<unknown>": 3}, unk_token="<unknown>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", model_max_length=16)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", unk_token="<unknown>", model_max_length=16)
 
 
 def labelled(*names: str) -> Task:
@@ -49,7 +49,7 @@ def test_the_embedded_model_has_a_classifier_and_keeps_its_pooler_frozen(capfd: 
 
 
 def test_a_pooler_drawn_at_random_belongs_to_the_head(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    config = BertConfig(vocab_size=3, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    config = BertConfig(vocab_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     folder = saved(BertModel(config, add_pooling_layer=False), words, tmp_path / "base")
     assert build(folder, labelled("a", "b", "c"), 8)[2] == ["bert.pooler", "classifier"]
 
@@ -57,7 +57,7 @@ def test_a_pooler_drawn_at_random_belongs_to_the_head(words: PreTrainedTokenizer
 def test_a_decoder_gets_a_padding_token_and_rows_do_not_depend_on_it(
     words: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = GPT2Config(vocab_size=3, n_embd=8, n_layer=1, n_head=1, n_positions=16)
+    config = GPT2Config(vocab_size=4, n_embd=8, n_layer=1, n_head=1, n_positions=16)
     folder = saved(GPT2Model(config), words, tmp_path / "base")
     model, tokenizer, head = build(folder, labelled("a", "b"), 16)
     assert head == ["score"]
@@ -111,7 +111,7 @@ def test_a_damaged_model_is_one_line(words: PreTrainedTokenizerFast, tmp_path: P
 
 
 def test_more_tokens_than_the_model_reads_are_refused() -> None:
-    with pytest.raises(InputError, match="max_length: 513 is more than the 512 tokens"):
+    with pytest.raises(InputError, match="max_length 513: more than the 512 tokens"):
         build(None, labelled("a", "b"), 513)
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from rankwise.errors import InputError
 from rankwise.nets.blocks import stacks
 from rankwise.nets.hooks import let_compile_see_hooks
+from rankwise.nets.positions import positions, reading, table
 
 NAME = "virtual_tokens"  # of the module on the model
 _LAYOUT = "_rankwise_layout"
@@ -111,17 +112,17 @@ class VirtualTokens(nn.Module):
         super().__init__()
         self.prefix, self.infix = prefix, infix
         two = model.config.is_encoder_decoder
-        reader: Any = model.get_encoder() if two else model.base_model
+        reader = reading(model)
         self.causal = not two and any(getattr(module, "is_causal", False) for module in reader.modules())
         # Encoders with a [CLS] read it at position 0, where it has to stay.
         self.after_first = not two and not self.causal
-        self.positions, self.taken = _positions(reader)
+        self.positions, self.taken = table(model), _taken(reader)
         embed = reader.get_input_embeddings()
         words: Tensor = embed.weight.detach()
-        most = _context(model, self.positions)
-        if most is not None and len(self) >= most - self.taken:
+        self.context = positions(model)
+        if self.context is not None and len(self) >= self.context:
             raise InputError(
-                f"prefix + infix = {len(self)} virtual tokens leave no room in the {most - self.taken} positions of "
+                f"prefix + infix = {len(self)} virtual tokens leave no room in the {self.context} positions of "
                 f"{type(model).__name__}; use fewer"
             )
         precise = torch.promote_types(words.dtype, torch.float32)
@@ -285,19 +286,15 @@ class VirtualTokens(nn.Module):
             )
 
     def _check_length(self, given: dict[str, Any], width: int) -> None:
-        if self.positions is None or width + self.taken <= self.positions:
+        most = self.positions
+        if most is None or width <= most:
             return
         if given.get("position_ids") is not None:  # padding may make rows wide and not long
             width = int(given["position_ids"].max()) + 1 - self.taken
-        self.check_room(width - len(self))
-
-    def check_room(self, width: int) -> None:
-        """InputError where `width` tokens of a caller and the virtual ones are more than the model has positions."""
-        most = None if self.positions is None else self.positions - self.taken
-        if most is not None and width + len(self) > most:
+        if width > most:
             raise InputError(
-                f"a row of {width} tokens and {len(self)} virtual tokens is longer than the model's {most} positions: "
-                f"cut rows to {most - len(self)} tokens, or use fewer virtual tokens"
+                f"a row of {width - len(self)} tokens and {len(self)} virtual tokens is longer than the model's {most} "
+                f"positions: cut rows to {most - len(self)} tokens, or use fewer virtual tokens"
             )
 
 
@@ -327,23 +324,12 @@ def add_virtual_tokens(model: nn.Module, prefix: int, infix: int, layers: bool =
     return tokens
 
 
-def _positions(reader: nn.Module) -> tuple[int | None, int]:
-    """How many rows the table of absolute positions has (None: there is no table), and how many of them no token uses.
-
-    RoBERTa keeps the rows up to its padding index free.
-    """
+def _taken(reader: nn.Module) -> int:
+    """Positions that a reader keeps free where it counts them over what is no padding, as RoBERTa does; else 0."""
     for name, module in reader.named_modules():
-        last = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and (last == "wpe" or "position" in last):
-            most = getattr(reader.config, "max_position_embeddings", None) or module.num_embeddings
-            return min(most, module.num_embeddings), 0 if module.padding_idx is None else module.padding_idx + 1
-    return None, 0
-
-
-def _context(model: PreTrainedModel, positions: int | None) -> int | None:
-    """The length that the model was made for, also where positions are relative and nothing fails beyond it."""
-    config = model.config
-    return positions or getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
 
 
 def _parameters(module: nn.Module) -> list[str]:

@@ -182,11 +182,15 @@ class Task(ABC):
         `processor` is what came with the model: the tokenizer of a text model.
         """
 
+    def check(self, model: nn.Module, processor: Any, examples: "Dataset", name: str) -> None:  # noqa: B027
+        """InputError for a row of encoded `examples`, those of the split `name`, that `model` cannot take."""
+
     @abstractmethod
     def collate(self, model: nn.Module, processor: Any, seed: int) -> Callable[[list[dict[str, Any]]], Batch]:
         """From encoded training rows to the batch that `model` computes its loss from.
 
         What is drawn at random for a batch depends on `seed` and on the rows in it alone, so that it can be repeated.
+        InputError for a model and a processor that do not go together, or not with this task.
         """
 
     @abstractmethod

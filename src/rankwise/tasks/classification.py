@@ -13,6 +13,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from rankwise.errors import InputError, need
 from rankwise.metrics.classification import METRICS, finite
 from rankwise.runs.answers import LONGEST, WRONG, Answers, Wrong
+from rankwise.tasks.agreement import agree, check_rows
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Classification(Task):
         tables = []
         # In blocks: Python lists of token numbers take ten times the room of the arrow table that they end up in.
         for block in split.data.iter(batch_size=10_000):
-            columns = dict(processor(*(block[column] for column in self.text), truncation=True, max_length=max_length))
+            columns = dict(self._read(processor, [block[column] for column in self.text], max_length))
             columns["length"] = [len(ids) for ids in columns["input_ids"]]
             if labelled:
                 columns["labels"] = block["label"]
@@ -59,11 +60,39 @@ class Classification(Task):
             raise InputError(f"split {split.name!r} of task {self.name!r} has no rows")
         return datasets.Dataset(pa.concat_tables(tables))
 
+    def _read(self, processor: PreTrainedTokenizerBase, texts: list[list[str]], max_length: int) -> dict[str, Any]:
+        """Texts as token numbers. What spells the padding token in a text is read as the letters that it is made of.
+
+        A classifier may take it for padding otherwise, and the text for ended there.
+        """
+        read = dict(processor(*texts, truncation=True, max_length=max_length))
+        pads = [processor.pad_token_id] if processor.pad_token_id is not None else processor.all_special_ids
+        own = processor(*[""] * len(self.text))["input_ids"]
+        spelt = [
+            place for place, ids in enumerate(read["input_ids"]) if any(ids.count(pad) > own.count(pad) for pad in pads)
+        ]
+        for place in spelt:
+            again = processor(
+                *(column[place] for column in texts), truncation=True, max_length=max_length, split_special_tokens=True
+            )
+            for name, values in again.items():
+                read[name][place] = values
+        return read
+
     def collate(
         self, model: nn.Module, processor: PreTrainedTokenizerBase, seed: int
     ) -> Callable[[list[dict[str, Any]]], Batch]:
+        agree(self, model, processor)
         pad = DataCollatorWithPadding(processor)
-        return lambda rows: pad([{name: each for name, each in row.items() if name != "length"} for row in rows])
+
+        def collate(rows: list[dict[str, Any]]) -> Batch:
+            check_rows(self, model, [row["input_ids"] for row in rows], processor)
+            return pad([{name: each for name, each in row.items() if name != "length"} for row in rows])
+
+        return collate
+
+    def check(self, model: nn.Module, processor: Any, examples: "Dataset", name: str) -> None:
+        check_rows(self, model, (row["input_ids"] for row in examples), processor, name)
 
     def evaluate(
         self,

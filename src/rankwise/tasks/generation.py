@@ -10,6 +10,7 @@ In both the loss is the mean over target tokens, the end mark among them, and no
 reads before it writes: not in the encoder, and not in the prompt that an output is generated from.
 """
 
+import itertools
 import math
 from abc import abstractmethod
 from collections import Counter
@@ -32,6 +33,7 @@ from transformers import (
 
 from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.runs.answers import LONGEST, Answers
+from rankwise.tasks.agreement import agree, check_rows, context
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 
 if TYPE_CHECKING:
@@ -136,8 +138,21 @@ class Generation(Task):
         self, model: nn.Module, processor: PreTrainedTokenizerBase, seed: int
     ) -> Callable[[list[dict[str, Any]]], Batch]:
         """From encoded rows to a batch with `labels`; InputError for a decoder that reads what it has yet to write."""
+        agree(self, model, processor)
         _check_direction(model)
-        return lambda rows: self._batch(model, processor, [(row["input_ids"], row["targets"][0]) for row in rows])
+        most = context(model, decoder=_encodes(model))
+
+        def collate(rows: list[dict[str, Any]]) -> Batch:
+            check_rows(self, model, [row["input_ids"] + row["targets"][0] for row in rows], processor)
+            batch = self._batch(model, processor, [(row["input_ids"], row["targets"][0]) for row in rows])
+            _check_room(model, batch["labels"].shape[1], most)
+            return batch
+
+        return collate
+
+    def check(self, model: nn.Module, processor: Any, examples: "Dataset", name: str) -> None:
+        rows = ([*row["input_ids"], *itertools.chain(*row["targets"])] for row in examples)
+        check_rows(self, model, rows, processor, name)
 
     def evaluate(
         self,
@@ -210,7 +225,7 @@ class Generation(Task):
 
     def _check_outputs(self, model: nn.Module, examples: "Dataset") -> None:
         prompt = 0 if _encodes(model) else 1 + max(map(len, examples["input_ids"][:]))
-        _check_room(model, prompt + self.target_length)
+        _check_room(model, prompt + self.target_length, context(model, decoder=_encodes(model)))
 
     def _loss(self, model: nn.Module, examples: "Dataset", processor: PreTrainedTokenizerBase, size: int) -> float:
         """Mean over all target tokens, whatever the batches."""
@@ -239,7 +254,6 @@ class Generation(Task):
             targets = [target for _, target in pairs]
             ids, mask = _padded([p + t for p, t in zip(prompts, targets, strict=True)], pad)
             labels, _ = _padded([[UNTOLD] * len(p) + t for p, t in zip(prompts, targets, strict=True)], UNTOLD)
-        _check_room(model, labels.shape[1])
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if _encodes(model):  # the model makes them of the labels, unless a Trainer that smooths those keeps them back
             batch["decoder_input_ids"] = _inner(model).prepare_decoder_input_ids_from_labels(labels)
@@ -305,9 +319,8 @@ def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def _check_room(model: nn.Module, width: int) -> None:
-    """InputError for rows that are longer than what the model's decoder can read."""
-    most = getattr(model.config, "max_position_embeddings", None)
+def _check_room(model: nn.Module, width: int, most: int | None) -> None:
+    """InputError for rows that are longer than the `most` tokens that the model's decoder can read."""
     if most is not None and width > most:
         what = "target_length is" if _encodes(model) else "source and target_length together are"
         raise InputError(f"{what} {width} tokens, more than the {most} of the model: lower max_length or target_length")

@@ -19,7 +19,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -30,7 +29,7 @@ from rankwise.methods import Method
 from rankwise.nets.unet import RefinedUNet, Segmenter, UNet
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.tasks import Split, Task
-from rankwise.tasks.generation import Generation
+from rankwise.tasks.agreement import agree, check_room
 from rankwise.train import random_model
 
 EMBEDDED, UNET = "minilm-l6", "unet"
@@ -38,7 +37,11 @@ SEGMENTERS: dict[str, type[Segmenter]] = {UNET: UNet, "unet-refined": RefinedUNe
 
 
 def build(
-    name: str | None, task: Task, max_length: int, train: Split | None = None
+    name: str | None,
+    task: Task,
+    max_length: int,
+    train: Split | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any, list[str]]:
     """A model ready for `Method.attach`, its tokenizer, and the names of the modules that make up its head.
 
@@ -48,9 +51,10 @@ def build(
 
     `name` is a folder, a hub name, or one of `random_model.CONFIGS`, whose weights are drawn at random and whose words
     are those of the rows in `train` (all that the task has, unless given); None is the embedded MiniLM-L6. Weights are
-    loaded in fp32 whatever the checkpoint holds, so that runs compare across models. Raises InputError for a model that
-    cannot be had, that lacks weights outside its head, or that cannot read `max_length` tokens. HF_HUB_OFFLINE is
-    honoured.
+    loaded in fp32 whatever the checkpoint holds, so that runs compare across models. Code that lies beside the weights
+    is run where `trust_remote_code` says so, and nobody is asked. Raises InputError for a model that cannot be had,
+    that lacks weights outside its head, or that does not go together with its tokenizer, the task and `max_length`
+    (`tasks.agreement`). HF_HUB_OFFLINE is honoured.
     """
     if task.family == "segmentation":
         return _segmenter(name, task), None, ["classifier"]
@@ -63,16 +67,20 @@ def build(
             model, drawn = kind.from_config(config, dtype=torch.float32), set()
         else:
             source = _source(name, task)
-            tokenizer, config = AutoTokenizer.from_pretrained(source), AutoConfig.from_pretrained(source)
-            kind = _kind(task, config)
-            model, report = kind.from_pretrained(
-                source, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **_outputs(task)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            model, report = _kind(task, config).from_pretrained(
+                source,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **_outputs(task),
             )
             # A mismatched key comes with its two shapes, a missing one is bare.
             keys = (*report["missing_keys"], *report["mismatched_keys"])
             drawn = {key if isinstance(key, str) else key[0] for key in keys}
-    _set_padding(model, tokenizer)
-    _check_length(model, tokenizer, max_length, _written(task, config))
+    agree(task, model, tokenizer, max_length)
     if task.family == "classification":
         return model, tokenizer, head_modules(model, drawn)
     if drawn:
@@ -90,54 +98,88 @@ def check(
     max_length: int,
     label_smoothing: float = 0.0,
     shipped: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Raise InputError where `method` cannot be attached to the model `name` for `task`. No weights are read.
+    """Raise InputError for all that a run would refuse before it reads weights: none are read here.
 
-    Also where the labels of `task` cannot be smoothed and `label_smoothing` is not 0. The rest is as for `peak`.
+    That is a method that cannot be attached to the model `name` for `task`, a tokenizer that does not go with that
+    model, rows that are longer than what it reads, and a `label_smoothing` of labels that cannot be smoothed. With
+    `shipped` neither the hub nor a tokenizer is asked about a model that `rankwise.archs` knows.
     """
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
         raise InputError(f"label_smoothing: the loss of {task.name} is no cross-entropy; leave it at 0")
     if task.family == "segmentation" and name is not None and name not in SEGMENTERS:
         return  # a folder: small, and read when the run begins
-    peak(name, task, method, max_length, shipped)
+    model, head = _skeleton(name, task, shipped, trust_remote_code)
+    if task.family != "segmentation":
+        if name in random_model.CONFIGS:
+            check_room(task, model, max_length, random_model.LENGTH)
+        elif shipped and behind(name or ""):
+            check_room(task, model, max_length)
+        else:
+            with quiet(), _input_errors(name or EMBEDDED):
+                source = _source(name, task)
+                if Path(source).is_dir() and not [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]:
+                    raise InputError(f"model: {name} has no weights: there is no file *.safetensors in it")
+                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+            agree(task, model, tokenizer, max_length)
+    _attached(model, head, task, method, max_length)
 
 
-def peak(name: str | None, task: Task, method: Method, max_length: int, shipped: bool = False) -> int:
+def peak(
+    name: str | None,
+    task: Task,
+    method: Method,
+    max_length: int,
+    shipped: bool = False,
+    trust_remote_code: bool = False,
+) -> int:
     """`Method.peak` on the model `name` for `task`, without the head.
 
     No weights are read, but those of a folder with a network for segmentation, which are few. `shipped` takes the
     configuration of `rankwise.archs` where there is one, so that the hub is not asked. InputError where the method
     cannot be attached, or its virtual tokens leave no room for inputs of `max_length` tokens.
     """
-    saved = task.family == "segmentation" and name is not None and name not in SEGMENTERS
-    with (
-        quiet(),
-        _input_errors(name or EMBEDDED),
-        warnings.catch_warnings(),
-        torch.device("cpu" if saved else "meta"),
-    ):
-        warnings.simplefilter("ignore")  # of PEFT, about merging, which nobody does here
-        if task.family == "segmentation":
-            model: Any = _segmenter(name, task)
-            head = ["classifier"]
+    model, head = _skeleton(name, task, shipped, trust_remote_code)
+    aside = sum(p.numel() for part in head for p in model.get_submodule(part).parameters())
+    return method.peak(_attached(model, head, task, method, max_length)) - aside
+
+
+def _skeleton(name: str | None, task: Task, shipped: bool, trust_remote_code: bool) -> tuple[Any, list[str]]:
+    """The model `name` for `task` on the meta device, and its head; a folder with a network is read."""
+    if task.family == "segmentation":
+        saved = name is not None and name not in SEGMENTERS
+        with torch.device("cpu" if saved else "meta"):
+            return _segmenter(name, task), ["classifier"]
+    with quiet(), _input_errors(name or EMBEDDED), warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        known = random_model.CONFIGS.get(name or "")
+        if known:
+            config = known(random_model.WORDS)
+        elif shipped and (arch := behind(name or "")):
+            config = AutoConfig.for_model(**arch.config)
         else:
-            known = random_model.CONFIGS.get(name or "")
-            if known:
-                config = known(random_model.WORDS)
-            elif shipped and (arch := behind(name or "")):
-                config = AutoConfig.for_model(**arch.config)
-            else:
-                config = AutoConfig.from_pretrained(_source(name, task))
-            for key, value in _outputs(task).items():
-                setattr(config, key, value)
-            model = _kind(task, config).from_config(config)
-            head = head_modules(model, set()) if task.family == "classification" else []
-        aside = sum(p.numel() for part in head for p in model.get_submodule(part).parameters())
-        attached = method.attach(model, head=head)
-        for tokens in attached.children():
-            if isinstance(tokens, VirtualTokens):
-                tokens.check_room(max_length + _written(task, config))
-        return method.peak(attached) - aside
+            config = AutoConfig.from_pretrained(_source(name, task), trust_remote_code=trust_remote_code)
+        for key, value in _outputs(task).items():
+            setattr(config, key, value)
+        model = _kind(task, config).from_config(config, trust_remote_code=trust_remote_code)
+        return model, head_modules(model, set()) if task.family == "classification" else []
+
+
+def _attached(model: Any, head: list[str], task: Task, method: Method, max_length: int) -> nn.Module:
+    """`method` on a model of `_skeleton`; InputError for what PEFT refuses, and for too many virtual tokens."""
+    with quiet(), warnings.catch_warnings(), torch.device(next(model.parameters()).device):
+        warnings.simplefilter("ignore")  # of PEFT, about merging, which nobody does here
+        try:
+            attached = method.attach(model, head=head)
+        except InputError:
+            raise
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"{method.name} cannot be attached to {type(model).__name__}: {reason}") from error
+    if any(isinstance(module, VirtualTokens) for module in attached.children()):
+        check_room(task, attached, max_length)
+    return attached
 
 
 def label(name: str | None, task: Task | None = None) -> str:
@@ -161,11 +203,6 @@ def _segmenter(name: str | None, task: Any) -> nn.Module:
     if (own := model.classifier.out_channels) != classes:
         raise InputError(f"model: {name} has {own} outputs per pixel, and {task.name} needs {classes}")
     return model
-
-
-def _written(task: Task, config: PreTrainedConfig) -> int:
-    """Tokens that stand behind an input in the same row: a decoder reads source, end mark and target in one."""
-    return 1 + task.target_length if isinstance(task, Generation) and not config.is_encoder_decoder else 0
 
 
 def _kind(task: Task, config: PreTrainedConfig) -> Any:
@@ -250,26 +287,12 @@ def _input_errors(name: str) -> Iterator[None]:
         # transformers raises OSError with a text; one with a number is the machine's own (disk full, no permission).
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"model: cannot load {name}{offline}: {reason}") from error
-
-
-def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Decoders often come without a padding token; their classifiers need one to find each row's last real token."""
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
+        if isinstance(error, ValueError) and "trust_remote_code" in reason:
             raise InputError(
-                f"model: the tokenizer of {label(str(model.name_or_path))} has neither a padding nor an end token"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-
-
-def _check_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int, written: int) -> None:
-    width = max_length + written
-    most = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None) or width)
-    if width > most:
-        what = f"{max_length} and {written} to write are" if written else f"{max_length} is"
-        raise InputError(f"max_length: {what} more than the {most} tokens that the model reads")
+                f"model: {name} comes with code of its own, which is not run: read that code, and where you trust it "
+                "set trust_remote_code: true"
+            ) from error
+        asked = isinstance(error, OSError) and not Path(name).exists()  # the hub
+        offline = " (HF_HUB_OFFLINE is set)" if asked and os.environ.get("HF_HUB_OFFLINE") else ""
+        raise InputError(f"model: cannot load {name}{offline}: {reason}") from error

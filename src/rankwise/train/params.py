@@ -109,25 +109,31 @@ def fit(config: RunConfig) -> RunConfig:
     method = methods.build(config.method)
     if not method.sizes:
         return config.model_copy(update={"budget": None})
-    chosen = _fitted(config.model, json.dumps(config.task), json.dumps(config.method), config.max_length, config.budget)
+    task, options = json.dumps(config.task), json.dumps(config.method)
+    chosen = _fitted(config.model, task, options, config.max_length, config.budget, config.trust_remote_code)
     return config.model_copy(update={"method": dict(chosen)})
 
 
 @cache
-def _fitted(model: str | None, task_options: str, options: str, max_length: int, budget: int) -> dict[str, Any]:
+def _fitted(
+    model: str | None, task_options: str, options: str, max_length: int, budget: int, trust: bool
+) -> dict[str, Any]:
     given, task = json.loads(options), tasks.build(json.loads(task_options))
     method = methods.build(given)
 
+    def peak_of(method: Method) -> int:
+        return peak(model, task, method, max_length, shipped=True, trust_remote_code=trust)
+
     def costs(size: int) -> int:
         try:
-            return peak(model, task, method.sized(size), max_length, shipped=True)
+            return peak_of(method.sized(size))
         except InputError:
             if size == 1:
                 raise
             return sys.maxsize  # more than some site can hold, or the model has positions for
 
     if kept := [option for option in method.sizes if option in given]:
-        if (least := peak(model, task, method, max_length, shipped=True)) > budget:
+        if (least := peak_of(method)) > budget:
             what = f"{method.name} with {kept[0]} {given[kept[0]]} trains {least:,} parameters"
             raise InputError(f"budget = {budget}: {what}; raise the budget, or leave {kept[0]} out for it to choose")
         return given

@@ -306,19 +306,22 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
         splits = [held]
     splits = [subset(split, config.eval_rows) for split in splits]
     set_seed(config.seed)  # before the model, whose head and adapters are drawn at random
-    base, processor, head = models.build(config.model, task, config.max_length, train)
+    base, processor, head = models.build(config.model, task, config.max_length, train, config.trust_remote_code)
     if before is not None and not before.same:
         _begin_with(base, before)
     head_parameters = sum(p.numel() for name in head for p in base.get_submodule(name).parameters())
     method = methods.build(config.method)
     model = method.attach(base, head=head)
     examples = task.encode(train, processor, config.max_length)
+    evaluations = [Evaluation(split, task.encode(split, processor, config.max_length)) for split in splits]
+    for split, rows in ((train, examples), *((each.split, each.examples) for each in evaluations)):
+        task.check(base, processor, rows, split.name)
     return Parts(
         config=config,
         task=task,
         train=train,
         examples=examples,
-        evaluations=[Evaluation(split, task.encode(split, processor, config.max_length)) for split in splits],
+        evaluations=evaluations,
         method=method,
         model=model,
         processor=processor,

@@ -1,0 +1,118 @@
+"""How many tokens a model has positions for, found by asking it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+ASKED = 7
+"""Tokens in the row that a model is asked with."""
+
+
+def positions(model: PreTrainedModel, decoder: bool = False) -> int | None:
+    """Tokens that `model` can read in one row; None where it sets no limit.
+
+    With a table of positions these are its rows from the first that a token uses: RoBERTa's begins behind its padding
+    index. A model without such a table, whose positions are relative or rotary, has the length that its configuration
+    says it was made for.
+
+    Args:
+        model: its weights may be on the meta device. Of an encoder-decoder the encoder is asked.
+        decoder: ask the decoder of an encoder-decoder instead.
+    """
+    config = model.config.get_text_config(decoder=True) if decoder else model.config.get_text_config()
+    return table(model, decoder) or _made_for(config)
+
+
+def table(model: PreTrainedModel, decoder: bool = False) -> int | None:
+    """Tokens that the model's table of positions is for; None where it has none. Arguments as for `positions`."""
+    return min((rows - first for rows, first in _lookups(model, decoder)), default=None)
+
+
+def reading(model: PreTrainedModel) -> Any:
+    """The part of a model that reads the input: its transformer without the head, or the encoder."""
+    return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+
+
+def words(model: PreTrainedModel) -> nn.Embedding | None:
+    """The table of the model's tokens, a row for each; None where it has no such table."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def _made_for(config: Any) -> int | None:
+    try:
+        return getattr(config, "max_position_embeddings", None)
+    except NotImplementedError:  # XLNet's, which has none and says so
+        return None
+
+
+def _lookups(model: PreTrainedModel, decoder: bool) -> list[tuple[int, int]]:
+    """Rows of each table of positions, and the first of them that a token uses."""
+    part = model.get_decoder() if decoder else reading(model)
+    device = next(part.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
+    # positions may be counted over what is no padding
+    pads = {getattr(model.config.get_text_config(), "pad_token_id", None), getattr(words(model), "padding_idx", None)}
+    token = next(each for each in range(3) if each not in pads)
+    ids = torch.full((1, ASKED), token, device=device)
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if decoder:
+        width = model.config.get_text_config(decoder=True).hidden_size
+        asked |= {"encoder_hidden_states": torch.zeros(1, ASKED, width, device=device)}
+    training, lookups = part.training, _Lookups()
+    part.eval()
+    # behind the tables anything may fail: weights without values, shapes that are only pretended
+    with _buffers(model, part), torch.device(device), torch.no_grad(), lookups, suppress(Exception):
+        part(**asked)
+    part.train(training)
+    return [(rows, row[0]) for rows, row in lookups.found if row == list(range(row[0], row[0] + ASKED))]
+
+
+class _Lookups(TorchFunctionMode):
+    """Notes what is looked up in tables, and answers nothing but zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[int, list[int]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is functional.embedding:
+            index, weight = (kwargs.get(name, each) for name, each in zip(("input", "weight"), args, strict=False))
+            # a lookup of all rows, however few tokens there are, is of tokens that the model adds for itself
+            if index.device.type != "meta" and index.numel() != len(weight):
+                self.found.append((len(weight), index.flatten().tolist()[:ASKED]))
+            return torch.zeros(*index.shape, weight.shape[1], device=index.device)
+        if func is functional.linear:
+            return torch.zeros(*args[0].shape[:-1], len(args[1]), device=args[0].device)
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+            kwargs["device"] = "cpu"  # positions counted where the weights are
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _buffers(model: PreTrainedModel, part: nn.Module) -> Iterator[None]:
+    """With whole numbers in the buffers that are on the meta device, as `from_pretrained` fills them."""
+    kept: list[tuple[nn.Module, str, Tensor]] = []
+    for module in part.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.device.type == "meta" and not buffer.is_floating_point():
+                kept.append((module, name, buffer))
+                module._buffers[name] = torch.zeros_like(buffer, device="cpu")
+    for module in dict.fromkeys(module for module, _, _ in kept):
+        with torch.device("cpu"), torch.no_grad():
+            model._init_weights(module)
+    try:
+        yield
+    finally:
+        for module, name, buffer in kept:
+            module._buffers[name] = buffer

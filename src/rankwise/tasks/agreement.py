@@ -1,0 +1,258 @@
+"""What a tokenizer, a configuration, weights and settings say of the same thing, compared before anything is trained.
+
+`agree` is the one check. `train.model` calls it for runs, with and without weights, and `Task.collate` for whoever
+brings a model and a tokenizer of their own.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rankwise.errors import InputError
+from rankwise.nets.positions import positions, words
+from rankwise.nets.virtual_tokens import VirtualTokens
+
+if TYPE_CHECKING:
+    from rankwise.tasks.base import Task
+
+STRANGE = "\U000e0001 \u0378\u0ff5 \U0001fffd"
+"""Characters that no vocabulary has."""
+PADDING = "<|padding|>"
+"""The padding token of a tokenizer that has no mark to pad with."""
+SHORT, LONG = "one two three", "one two three four five six seven eight"
+"""Two texts of unlike length to try a model with, cut to MOST tokens."""
+MOST = 24
+
+
+def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
+    """Compare all that is said twice; set the padding, and refuse what does not go together.
+
+    What is padded with becomes what the model takes for padding: `tokenizer.pad_token` and `config.pad_token_id` are
+    set to one token, which no text can hold where the model finds the last token of a row by it. A classifier that has
+    weights is tried with two texts: their logits must be the same alone and side by side, and where only padding on the
+    tokenizer's other side makes them so, `tokenizer.padding_side` is changed. No random number is drawn.
+
+    Args:
+        model: a transformers model, bare or in a PeftModel; any other module is left alone. Its weights may be on the
+            meta device.
+        max_length: compared with the model's positions where given.
+    Raises:
+        InputError: more tokens than rows of the embedding, no padding or end mark that can be used, another number of
+            labels than outputs, too few positions, or logits that depend on the other rows of a batch.
+    """
+    inner = _bare(model)
+    if not isinstance(inner, PreTrainedModel):
+        return
+    _check_words(inner, tokenizer)
+    _set_padding(inner, tokenizer)
+    if task.family == "generation" and not isinstance(tokenizer.eos_token_id, int):
+        raise InputError("model: its tokenizer has no end mark (eos_token), which tells where a text ends")
+    if max_length is not None:
+        marks = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
+        if max_length <= marks:
+            raise InputError(f"max_length = {max_length}: leaves no room for text beside the tokenizer's {marks} marks")
+        check_room(task, inner, max_length, tokenizer.model_max_length)
+    if task.family == "classification":
+        _check_outputs(task, inner)
+        if not any(p.is_meta for p in inner.parameters()):
+            _check_padding(task, model, tokenizer)
+
+
+def check_room(task: Any, model: nn.Module, max_length: int, most: int | None = None) -> None:
+    """InputError where rows as long as the settings allow are longer than what the model reads or writes.
+
+    Virtual tokens on the model are counted too. `most` are the tokens that the tokenizer was made for.
+    """
+    inner = _bare(model)
+    two, writes, name = bool(inner.config.is_encoder_decoder), task.family == "generation", type(inner).__name__
+    read = {"max_length": max_length}
+    if (tokens := _virtual(model)) is not None:
+        read |= {"prefix": tokens.prefix, "infix": tokens.infix}
+    if writes and not two:
+        read |= {"end mark": 1, "target_length": task.target_length}
+    _compare(read, [most, context(model)], f"that {name} reads")
+    if two:
+        written = {"target_length": task.target_length} if writes else {"max_length": max_length}
+        _compare(written, [context(model, decoder=True)], f"that {name} writes")
+
+
+def context(model: nn.Module, decoder: bool = False) -> int | None:
+    """Tokens that `model`, bare or with a method attached, reads in one row, virtual ones among them.
+
+    None where it sets no limit. Of an encoder-decoder its encoder is meant, or its `decoder`.
+    """
+    tokens = _virtual(model)
+    if tokens is not None and not decoder:
+        return tokens.context
+    inner = _bare(model)
+    return positions(inner, decoder) if isinstance(inner, PreTrainedModel) else None
+
+
+def _bare(model: nn.Module) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _virtual(model: nn.Module) -> VirtualTokens | None:
+    return next((module for module in model.modules() if isinstance(module, VirtualTokens)), None)
+
+
+def _compare(parts: dict[str, int], limits: Sequence[int | None], what: str) -> None:
+    total, parts = sum(parts.values()), {name: number for name, number in parts.items() if number}
+    most = min((limit for limit in limits if limit is not None), default=total)
+    if total > most:
+        added = " + ".join(f"{name} {number}" for name, number in parts.items())
+        settings = " or ".join(name for name in parts if name != "end mark")
+        equals = f" = {total}" if len(parts) > 1 else ""
+        raise InputError(f"{added}{equals}: more than the {most} tokens {what}; lower {settings}")
+
+
+def check_rows(
+    task: "Task", model: nn.Module, rows: Iterable[Sequence[int]], tokenizer: Any, name: str = "a batch"
+) -> None:
+    """InputError for a token number that the model has no row for, or an end mark in the midst of a text.
+
+    Args:
+        rows: token numbers of the split, or whatever else, that is called `name`.
+    """
+    inner = _bare(model)
+    if not isinstance(inner, PreTrainedModel):
+        return
+    table = words(inner)
+    ends = task.family == "classification" and inner.config.is_encoder_decoder and inner.config.eos_token_id
+    for place, row in enumerate(rows):
+        if table is not None and max(row) >= table.num_embeddings:
+            token, what = max(row), f"and {type(inner).__name__} has {table.num_embeddings}"
+        elif isinstance(ends, int) and row.count(ends) > 1:
+            token, what = ends, f"by which {type(inner).__name__} finds where a text ends"
+        else:
+            continue
+        word = tokenizer.convert_ids_to_tokens(token)
+        raise InputError(f"row {place} of {name} holds {word!r}, token {token}, {what}: take it out of the text")
+
+
+def _check_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """InputError for tokens beyond the embedding, but for marks that only a text that spells them can hold."""
+    table = words(model)
+    if table is None:
+        return
+    rows, put = table.num_embeddings, {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id}
+    put |= set(tokenizer("")["input_ids"])
+    marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - put
+    beyond = {number: word for word, number in tokenizer.get_vocab().items() if number >= rows and number not in marks}
+    if beyond:
+        raise InputError(
+            f"model: its tokenizer has {len(beyond)} tokens ({beyond[min(beyond)]!r} is the first) for which "
+            f"{type(model).__name__}, with {rows}, has no row: take the tokenizer that came with it, or save the model "
+            "anew after resize_token_embeddings(len(tokenizer))"
+        )
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make one token the padding of both: the tokenizer's own, else a mark of it, or a row that no word has."""
+    config = model.config.get_text_config()
+    special, own = tokenizer.all_special_ids, tokenizer.pad_token_id
+    said = [each for each in (getattr(config, "pad_token_id", None), tokenizer.eos_token_id) if each in special]
+    # what every row ends with would hide its last token
+    others = sorted(dict.fromkeys([*said, *special]), key=tokenizer("")["input_ids"].count)
+    candidates = [*([] if own is None else [own]), *others]
+    chosen = next(iter(candidates), None)
+    if chosen is None or (_in_texts(tokenizer, chosen) and _searches(model)):
+        chosen = next((each for each in candidates if not _in_texts(tokenizer, each)), None)
+    table = words(model)
+    if chosen is None and table is not None and max(tokenizer.get_vocab().values()) + 1 < table.num_embeddings:
+        tokenizer.add_special_tokens({"pad_token": PADDING})
+        chosen = tokenizer.pad_token_id
+    if chosen is None:
+        raise InputError(
+            f"model: {type(model).__name__} needs padding that no text can hold, and its tokenizer has none; give the "
+            "tokenizer a pad_token, and the model a row for it with resize_token_embeddings"
+        )
+    if chosen != own:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
+    for each in (config, model.config):
+        each.pad_token_id = chosen
+
+
+def _in_texts(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
+    """Whether token `number` can come from a text, be it for what the tokenizer does not know or by its own letters."""
+    text = f"{STRANGE} {tokenizer.convert_ids_to_tokens(number)}"
+    read = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return number not in tokenizer.all_special_ids or number in read
+
+
+def _searches(model: PreTrainedModel) -> bool:
+    """Whether the model looks for padding in its token ids: then it takes no two rows without a padding token."""
+    config, device = model.config.get_text_config(), next(model.parameters()).device
+    kept = config.pad_token_id
+    config.pad_token_id = None
+    try:
+        _forward(model, {"input_ids": torch.ones(2, 8, dtype=torch.long, device=device)})
+    except ValueError:
+        return True
+    except Exception:  # of the meta device, for one; the model's weights are asked once more
+        return False
+    finally:
+        config.pad_token_id = kept
+    return False
+
+
+def _check_outputs(task: "Task", model: PreTrainedModel) -> None:
+    config = model.config
+    labels, wanted = max(1, len(task.labels)), "single_label_classification" if task.labels else "regression"
+    if config.num_labels != labels:
+        raise InputError(
+            f"model: {type(model).__name__} has {config.num_labels} outputs and {task.name} needs {labels}: load it "
+            f"with num_labels={labels}"
+        )
+    if config.problem_type not in (None, wanted):
+        raise InputError(f"model: it is set to {config.problem_type}, and {task.name} needs problem_type={wanted!r}")
+
+
+def _check_padding(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Find the side to pad on; InputError where the logits of a row depend on its padding on either."""
+    pairs = [[text] * len(task.text) for text in (SHORT, LONG)]
+    most, tokens = context(model), _virtual(model)
+    longest = MOST if most is None else min(MOST, most - (0 if tokens is None else len(tokens)))
+    encoded = [dict(tokenizer(*texts, truncation=True, max_length=longest)) for texts in pairs]
+    given, reason = tokenizer.padding_side, ""
+    for side in (given, "left" if given == "right" else "right"):
+        tokenizer.padding_side = side
+        try:
+            alone = torch.cat([_logits(model, tokenizer, [row]) for row in encoded])
+            together = _logits(model, tokenizer, encoded)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            continue
+        precise = next(p.dtype for p in model.parameters()) == torch.float32
+        if (alone - together).abs().max() <= (1e-3 if precise else 0.1) * alone.abs().max():
+            return
+        reason = ""
+    tokenizer.padding_side = given
+    name = type(_bare(model)).__name__
+    if reason:
+        raise InputError(f"model: {name} cannot read what its tokenizer makes of a text ({reason})")
+    raise InputError(
+        f"model: what {name} makes of a text depends on the padding behind it, and so on the other texts of a batch; "
+        "take another model"
+    )
+
+
+def _logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]]) -> Tensor:
+    device = next(model.parameters()).device
+    batch = {name: values.to(device) for name, values in tokenizer.pad(rows, return_tensors="pt").items()}
+    return _forward(model, batch).logits.float()
+
+
+def _forward(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    """One forward that leaves no trace: in evaluation mode, without gradients, the random streams as they were."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return model(**batch)
+    finally:
+        model.train(training)
