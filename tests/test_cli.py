@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints where, its exit codes, and a sweep that is killed for real."""
 
+import io
 import json
 import os
 import signal
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 
+import architectures
+from rankwise import tasks
 from rankwise.bench.compare import Outcome
 from rankwise.cli import main
 from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
+from rankwise.train.model import build, quiet
 from runs_made_up import REVISION, config, finish, result, tune
 from small_run import PATIENCE, wait_for
 
@@ -494,3 +499,71 @@ def test_a_rate_is_not_chosen_among_what_two_codes_have_found(cli: Cli, quick: N
     assert code == 2 and "1 finished run was made with other code" in err
     assert "what is left of their search cannot be tried with this: --repeat" in err
     assert cli(*compare, "--repeat")[0] == 0 and cli(*compare)[0] == 0
+
+
+def test_what_is_refused_before_weights_are_read_is_refused_by_every_command(cli: Cli, tmp_path: Path) -> None:
+    """With one line that names the settings and their sum, and no folder of a run left behind."""
+    (tmp_path / "data").mkdir()
+    for name in ("train", "validation"):
+        (tmp_path / "data" / f"{name}.csv").write_text("text,target\none,two\nthree,four\n")
+    task = f"{{type: causal, dataset: {tmp_path / 'data'}, target_length: 64}}"
+    short = str(tmp_path / "short")
+    config = architectures.small("roberta", pad_token_id=1)
+    with quiet():
+        transformers.AutoModel.from_config(config).save_pretrained(short)
+    architectures.words("<pad>", pad_token="<pad>").save_pretrained(short)
+    bare = str(tmp_path / "bare")
+    config.save_pretrained(bare)
+    architectures.words("<pad>", pad_token="<pad>").save_pretrained(bare)
+    refused = {
+        "max_length 500 + end mark 1 + target_length 64 = 565: more than the 512": [task, "random-gpt2", 500, "lora"],
+        "max_length 440 + prefix 8 + end mark 1 + target_length 64 = 513: more than the 512": [
+            task, "random-gpt2", 440, "{name: pre-embed, prefix: 8, infix: 0}",
+        ],
+        "max_length 39: more than the 38 tokens that Roberta": ["stdlib-kind", short, 39, "{name: lora, rank: 2}"],
+        "has no weights: there is no file *.safetensors": ["stdlib-kind", bare, 30, "{name: lora, rank: 2}"],
+    }  # fmt: skip
+    runs = tmp_path / "runs"
+    for words, (which, model, length, method) in refused.items():
+        settings = [f"task={which}", f"model={model}", f"max_length={length}", f"method={method}", f"runs={runs}"]
+        file = write(tmp_path / "one.yaml", {"seed": 0})
+        for command in (["validate", file], ["train", file, "--dry-run"], ["train", file]):
+            code, out, err = cli(*command, *settings)
+            assert (code, out) == (2, "") and words in err and err.count("\n") == 1, (command, err)
+    assert not runs.exists()
+
+
+def test_code_that_comes_with_a_model_is_run_where_a_setting_says_so_and_nobody_is_asked(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n" * 9))
+    folder, ran = tmp_path / "foreign", tmp_path / "ran"
+    with quiet():
+        transformers.AutoModel.from_config(architectures.small("bert")).save_pretrained(folder)
+    architectures.words("<pad>", pad_token="<pad>").save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text())
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps({**content, "model_type": "own-kind", "auto_map": classes}))
+    (folder / "own.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import BertConfig, BertForSequenceClassification\n"
+        f"Path({str(ran)!r}).touch()\n"
+        "class OwnConfig(BertConfig):\n"
+        "    model_type = 'own-kind'\n"
+        "class OwnModel(BertForSequenceClassification):\n"
+        "    config_class = OwnConfig\n"
+    )
+    settings = ["task=stdlib-kind", f"model={folder}", "max_length=30", "method.rank=2", f"runs={tmp_path / 'runs'}"]
+    file = write(tmp_path / "one.yaml", {"seed": 0})
+    for command in (["validate", file], ["train", file, "--dry-run"], ["train", file]):
+        code, out, err = cli(*command, *settings)
+        assert (code, out) == (2, "") and err.count("\n") == 1, err
+        assert "code of its own" in err and "set trust_remote_code: true" in err
+    assert not ran.exists() and not (tmp_path / "runs").exists()
+    code, out, err = cli("train", file, *settings, "trust_remote_code=true", "--dry-run", "--json")
+    assert code == 0 and ran.exists(), err
+    assert json.loads(out)["trust_remote_code"] is True
+    model, _, head = build(str(folder), tasks.build("stdlib-kind"), 30, trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel" and head == ["classifier"]

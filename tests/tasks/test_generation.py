@@ -147,7 +147,7 @@ def batch_of(model, tokenizer, pairs):
 @settings(deadline=None, max_examples=30)
 def test_a_decoders_loss_masks_exactly_prompt_and_padding(pairs):
     tokenizer = tokenizer_of("gpt2")
-    batch = batch_of(model_of("gpt2", 300), tokenizer, pairs)
+    batch = batch_of(model_of("gpt2", 320), tokenizer, pairs)
     for (source, target), ids, mask, labels in zip(
         pairs, batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist(), strict=True
     ):
@@ -162,7 +162,7 @@ def test_a_decoders_loss_masks_exactly_prompt_and_padding(pairs):
 @settings(deadline=None, max_examples=30)
 def test_an_encoder_gets_the_sources_and_no_target_token(pairs):
     tokenizer = tokenizer_of("t5")
-    batch = batch_of(model_of("t5", 300), tokenizer, pairs)
+    batch = batch_of(model_of("t5", 320), tokenizer, pairs)
     for (source, target), ids, mask, labels in zip(
         pairs, batch["input_ids"].tolist(), batch["attention_mask"].tolist(), batch["labels"].tolist(), strict=True
     ):
@@ -192,7 +192,7 @@ def outputs_of(model, batch):
 def test_nothing_depends_on_a_target_token_before_it_is_written(kind, where):
     """Change the target from `where` on: all that was computed for what comes before stays the same, to the bit."""
     tokenizer = tokenizer_of(kind)
-    model = model_of(kind, 300)
+    model = model_of(kind, 320)
     source, target = [5, 6, 7, 8, 9], [50, 51, 52, 53]
     other = target[:where] + [each + 20 for each in target[where:]]
     (first, seen), (second, seen_too) = (

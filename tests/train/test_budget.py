@@ -101,7 +101,7 @@ def test_a_budget_larger_than_all_that_a_site_holds_ends_at_that() -> None:
 def test_a_prefix_leaves_room_for_the_longest_row(name: str) -> None:
     roomy, tight = (fitted(name, 10**8, max_length=length, infix=3) for length in (16, 100))
     assert (roomy.method["prefix"], tight.method["prefix"]) == (512 - 16 - 3, 512 - 100 - 3)
-    with pytest.raises(InputError, match="a row of 510 tokens and 4 virtual tokens is longer than the model's 512"):
+    with pytest.raises(InputError, match=r"max_length 510 \+ prefix 1 \+ infix 3 = 514: more than the 512 tokens"):
         fitted(name, 10**8, max_length=510, infix=3)
 
 

@@ -356,7 +356,7 @@ def test_a_run_that_another_process_works_on_is_left_alone(tmp_path: Path) -> No
         ({"method": {"name": "lora", "rnk": 2}}, "rank"),
         ({"method": {"name": "lora", "targets": ["qery"]}}, "query"),
         ({"method": {"name": "lora", "rank": 385}}, "rank 385 is too large"),
-        ({"max_length": 600}, "max_length: 600"),
+        ({"max_length": 600}, "max_length 600: more"),
         ({"model": "/no/such/folder"}, "/no/such/folder"),
         ({"id": ""}, "id"),
     ],

@@ -25,9 +25,9 @@ ALL_LINEAR = "all-linear"
 def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[str]) -> list[str]:
     """Full names of the layers that `targets` means; layers inside the head are never among them.
 
-    `all-linear` means no convolution: these are named. `all-linear+NAME` adds to all linear layers what NAME ends in,
-    which may be the output head, such as `lm_head`. A fused projection of which a part is meant is split for it;
-    `all-linear` means such layers as a whole.
+    `all-linear` means neither convolutions nor the output layer of a language model, such as `lm_head`: these are
+    named, in a list or as `all-linear+NAME`. A fused projection of which a part is meant is split for it; `all-linear`
+    means such layers as a whole.
 
     Raises:
         InputError: no name at all, one that matches nothing (the message lists what would), a fused projection named
@@ -39,13 +39,14 @@ def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[
     layers = [
         name
         for name, module in model.named_modules()
-        if is_weight(module) and module is not output and not any(_inside(part, name) for part in aside)
+        if is_weight(module) and not any(_inside(part, name) for part in aside)
     ]
-    require(bool(layers), f"{type(model).__name__} has no linear layer outside its head, so nothing can be adapted")
+    inner = [name for name in layers if model.get_submodule(name) is not output]
+    require(bool(inner), f"{type(model).__name__} has no linear layer outside its head, so nothing can be adapted")
     wanted = targets.split("+") if isinstance(targets, str) else list(targets)
     require(bool(wanted), f"targets is empty: name modules, or {ALL_LINEAR}")
     if wanted[0] == ALL_LINEAR:
-        chosen = [name for name in layers if not is_convolution(model.get_submodule(name))]
+        chosen = [name for name in inner if not is_convolution(model.get_submodule(name))]
         require(bool(chosen), f"{type(model).__name__} has no linear layer outside its head: name its convolutions")
         layers = [name for name, module in model.named_modules() if is_weight(module)]
     else:
@@ -115,7 +116,8 @@ def adapt(model: nn.Module, config: Any) -> PeftModel:
         missing = asked - set(trial.target_modules)
         made = model if missing else get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"PEFT refuses these targets: {' '.join(str(error).split())}") from error
+        ends = ", ".join(sorted({name.split(".")[-1] for name in asked}))
+        raise InputError(f"PEFT refuses these targets ({ends}): {' '.join(str(error).split())}") from error
     if missing:
         lost = {name.split(".")[-1] for name in missing}
         left = sorted({name.split(".")[-1] for name in asked} - lost)
@@ -179,8 +181,10 @@ def head_names(model: nn.Module, head: Sequence[str]) -> list[str]:
     meant = [name for name in names if any(_ends(part, name) for part in head)]
     for name in meant:
         if also := [other for other in names if other.endswith(name) and other not in meant]:
+            both = ", ".join([name, *also])
             raise InputError(
-                f"head {name!r} ends the name of {also[0]} too, and PEFT looks at ends: rename one of them"
+                f"head {name!r} ends the name of {also[0]} too, and PEFT, which looks at ends, would train it as well: "
+                f"name all of them, head=[{both}], or rename one"
             )
     return meant
 

@@ -50,9 +50,10 @@ def words(model: PreTrainedModel) -> nn.Embedding | None:
 
 def _made_for(config: Any) -> int | None:
     try:
-        return getattr(config, "max_position_embeddings", None)
-    except NotImplementedError:  # XLNet's, which has none and says so
+        length = getattr(config, "max_position_embeddings", None)
+    except NotImplementedError:  # of a configuration that has none and says so
         return None
+    return length if length is not None and length > 0 else None  # XLNet's says -1
 
 
 def _lookups(model: PreTrainedModel, decoder: bool) -> list[tuple[int, int]]:

@@ -23,8 +23,8 @@ STRANGE = "\U000e0001 \u0378\u0ff5 \U0001fffd"
 """Characters that no vocabulary has."""
 PADDING = "<|padding|>"
 """The padding token of a tokenizer that has no mark to pad with."""
-SHORT, LONG = "one two three", "one two three four five six seven eight"
-"""Two texts of unlike length to try a model with, cut to MOST tokens."""
+TEXTS = tuple(" ".join(["one", "two", "three"] * times) for times in (1, 2, 3))
+"""Texts of unlike length to try a model with, cut to MOST tokens."""
 MOST = 24
 
 
@@ -33,7 +33,7 @@ def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, ma
 
     What is padded with becomes what the model takes for padding: `tokenizer.pad_token` and `config.pad_token_id` are
     set to one token, which no text can hold where the model finds the last token of a row by it. A classifier that has
-    weights is tried with two texts: their logits must be the same alone and side by side, and where only padding on the
+    weights is tried with three texts: their logits must be the same alone and side by side, and where only padding on the
     tokenizer's other side makes them so, `tokenizer.padding_side` is changed. No random number is drawn.
 
     Args:
@@ -214,7 +214,7 @@ def _check_outputs(task: "Task", model: PreTrainedModel) -> None:
 
 def _check_padding(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Find the side to pad on; InputError where the logits of a row depend on its padding on either."""
-    pairs = [[text] * len(task.text) for text in (SHORT, LONG)]
+    pairs = [[text] * len(task.text) for text in TEXTS]
     most, tokens = context(model), _virtual(model)
     longest = MOST if most is None else min(MOST, most - (0 if tokens is None else len(tokens)))
     encoded = [dict(tokenizer(*texts, truncation=True, max_length=longest)) for texts in pairs]

@@ -314,8 +314,8 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     model = method.attach(base, head=head)
     examples = task.encode(train, processor, config.max_length)
     evaluations = [Evaluation(split, task.encode(split, processor, config.max_length)) for split in splits]
-    for split, rows in ((train, examples), *((each.split, each.examples) for each in evaluations)):
-        task.check(base, processor, rows, split.name)
+    for each in (Evaluation(train, examples), *evaluations):
+        task.check(base, processor, each.examples, each.split.name)
     return Parts(
         config=config,
         task=task,

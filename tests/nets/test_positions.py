@@ -1,0 +1,41 @@
+"""How many tokens a model has positions for: what it says when asked is what it does when run."""
+
+import pytest
+import torch
+import transformers
+
+import architectures
+from rankwise.nets.positions import positions, table
+
+
+def runs(model: transformers.PreTrainedModel, width: int) -> bool:
+    """Whether the model reads a row of so many tokens."""
+    ids = torch.full((1, width), 5)
+    if model.config.eos_token_id is not None:
+        ids[:, -1] = 6
+    try:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_every_classifier_reads_as_many_tokens_as_it_is_said_to_have_positions_for() -> None:
+    told, beyond = {}, set()
+    for kind, model in architectures.built(
+        transformers.AutoModelForSequenceClassification, architectures.CLASSIFIERS, eos_token_id=6
+    ):
+        with torch.device("meta"):
+            skeleton = type(model)(model.config)
+        known = table(model)
+        assert positions(skeleton) == positions(model), kind
+        if known is not None and known <= architectures.POSITIONS and runs(model, 8):
+            told[kind] = known
+            assert runs(model, known), kind
+            beyond |= {kind} if runs(model, known + 1) else set()
+    assert len(told) > 30
+    assert beyond == {"tapas"}  # whose further tokens all stand at the last position
+    assert {told["bert"], told["gpt2"], told["opt"]} == {architectures.POSITIONS}
+    assert told["roberta"] < architectures.POSITIONS
