@@ -33,7 +33,7 @@ def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, ma
 
     What is padded with becomes what the model takes for padding: `tokenizer.pad_token` and `config.pad_token_id` are
     set to one token, which no text can hold where the model finds the last token of a row by it. A classifier that has
-    weights is tried with three texts: their logits must be the same alone and side by side, and where only padding on the
+    weights is tried with three texts: their logits must be the same alone and in a batch, and where only padding on the
     tokenizer's other side makes them so, `tokenizer.padding_side` is changed. No random number is drawn.
 
     Args:
