@@ -316,7 +316,7 @@ def test_the_largest_model_takes_under_2_gigabytes(method: str) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert json.loads(done.stdout)["total"] >= 174_604_259_328
-    assert int(done.stderr) < 2e9
+    assert int(done.stderr.split()[-1]) < 2e9  # behind what libraries say as they are imported
 
 
 def test_every_arch_can_be_counted() -> None:
