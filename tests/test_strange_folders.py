@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -192,3 +193,25 @@ def test_a_damaged_experiment_hides_no_result(call: Call, tmp_path: Path) -> Non
     code, out, err = call("report", run.parent)
     assert code == 0 and "lora rank=4" in out
     assert "experiment.yaml is damaged" in err and err.count("\n") == 1
+
+
+def test_no_text_of_others_reaches_the_terminal_as_a_command(call: Call, tmp_path: Path) -> None:
+    """A title, a colour, a clear screen and a text turned round: in names of folders, errors, settings and keys."""
+    evil = "\x1b]0;x\x07\x1b[31m\x9b2J\u202e"
+    run = whole(tmp_path / "runs")
+    other = shutil.copytree(run, run.parent / f"a{evil}\nb")
+    (other / "result.json").unlink()
+    (other / "error.txt").write_text(f"{evil} happened\n")
+    (run / "metrics.jsonl").unlink()
+    damaged = json.loads((run / "result.json").read_text())
+    damaged |= {"task": f"t{evil}", "notes": [evil], "score": evil, "metrics": {evil: 0.5}}
+    (run / "result.json").write_text(json.dumps(damaged))
+    (tmp_path / "x.yaml").write_text(json.dumps({"task": "stdlib-kind", evil: 1}), encoding="utf-8")
+    forms = ("--md", "--csv", "--latex", "--json")
+    commands = [["status"], ["status", "--json"], ["report"], *(["report", form] for form in forms)]
+    said = [call(command[0], run.parent, *command[1:]) for command in commands]
+    said += [call("train", tmp_path / "x.yaml"), call("train", f"task={evil}")]
+    for code, out, err in said:
+        assert code in (0, 2)
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out + err)
+    assert any("x1b" in out for _, out, _ in said)

@@ -142,8 +142,8 @@ def train(
         split = result["splits"]["evaluation"][0]
         tried = f"{result['score']} {result['metrics'].get(result['score'])} on {split['rows']} rows of {split['name']}"
         summary = Summary.of(store.results([folder])).text()
-        print(summary or f"learning rate {result['learning_rate']:g}, tried for its experiment: {tried}")
-        print(f"\nrun: {folder}")
+        _print(summary or f"learning rate {result['learning_rate']:g}, tried for its experiment: {tried}")
+        _print(f"\nrun: {folder}")
 
 
 def _is_setting(word: str) -> bool:
@@ -231,11 +231,11 @@ def status(
             ]
         )
         return
-    print(f"{runs}: {look.head()}")
+    _print(f"{runs}: {look.head()}")
     if look.standings:
-        print(plain(HEADER, look.rows()))
+        _print(plain(HEADER, look.rows()))
     if note := store.left_out():
-        print(f"\nIn a report {note}")
+        _print(f"\nIn a report {note}")
 
 
 @app.command(cls=_Sweeping)
@@ -261,7 +261,7 @@ def retry(
         if store.state(folder) == "failed" and not (store.tries(folder) and store.diverged(folder))
     ]
     if not failed:
-        print(f"{runs}: no run has failed", file=sys.stderr)
+        _print(f"{runs}: no run has failed", file=sys.stderr)
     begun = {folder: store.config(folder) for folder in failed if store.begun(folder) and store.maker(folder)}
     makers = _makers(store, list(begun.values()))
     _settle(store, {folder: makers(config) for folder, config in begun.items()}, reuse, repeat)
@@ -291,18 +291,18 @@ def report(
     if html:
         from rankwise.report.html import write
 
-        print(f"report: {write(runs, html)}", file=sys.stderr)
+        _print(f"report: {write(runs, html)}", file=sys.stderr)
     if md or csv or latex:
         from rankwise.report import text
         from rankwise.runs.tables import best, summarise
 
         if note := store.left_out():
-            print(note, file=sys.stderr)
+            _print(note, file=sys.stderr)
         form: Callable[..., str] = text.markdown if md else text.csv if csv else text.latex
-        print(form(best(summarise(results))))
+        _print(form(best(summarise(results))))
     elif as_json or not html:
         summary = _summary(store)
-        print(_json({**summary.as_json(), **_published(store, summary)}) if as_json else _text(store, summary))
+        _print(_json({**summary.as_json(), **_published(store, summary)}) if as_json else _text(store, summary))
 
 
 @app.command()
@@ -329,13 +329,13 @@ def validate(
     if as_json:
         _print_json(content)
         return
-    print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
+    _print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
     if isinstance(config, RunConfig):
         count = "one run"
     else:
         tuned = ", behind those that choose their learning rates" if config.tune else ""
         count = f"an experiment of {len(runs)} runs{tuned}"
-    print(f"{source} is valid: {count}", file=sys.stderr)
+    _print(f"{source} is valid: {count}", file=sys.stderr)
 
 
 @app.command()
@@ -360,9 +360,9 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
         _print_json(found)
         return
     for name, about in found.items():
-        print(f"{name}: {about['summary']}")
+        _print(f"{name}: {about['summary']}")
         for option, default in about["options"].items():
-            print(f"  {option} = {json.dumps(default)}")
+            _print(f"  {option} = {json.dumps(default)}")
 
 
 @app.command()
@@ -386,7 +386,7 @@ def tasks(as_json: Json = False, debug: Debug = False) -> None:
     if as_json:
         _print_json(found)
         return
-    print(plain(["task", "metrics", "about"], [[n, ", ".join(t["metrics"]), t["summary"]] for n, t in found.items()]))
+    _print(plain(["task", "metrics", "about"], [[n, ", ".join(t["metrics"]), t["summary"]] for n, t in found.items()]))
 
 
 @app.command()
@@ -406,7 +406,7 @@ def papers(as_json: Json = False, debug: Debug = False) -> None:
             [table.id, f"{table.kind} {table.number}", str(table.numbers), table.experiment] for table in paper.tables
         ]
         parts.append(f"{paper.source}\n\n{plain(['name', 'there', 'numbers', 'experiments/'], rows)}")
-    print("\n\n".join(parts))
+    _print("\n\n".join(parts))
 
 
 @app.command()
@@ -420,7 +420,7 @@ def archs(as_json: Json = False, debug: Debug = False) -> None:
         _print_json({a.name: {"source": a.source, "built_as": a.built_as, "config": a.config} for a in found.values()})
         return
     rows = [[a.name, a.built_as, str(a.layers), str(a.width), a.source] for a in found.values()]
-    print(plain(["arch", "built as", "layers", "width", "source"], rows))
+    _print(plain(["arch", "built as", "layers", "width", "source"], rows))
 
 
 @app.command()
@@ -462,7 +462,7 @@ def params(
         "published": "\n           ".join(map(str, beside)) or "-",
     }
     for key, value in lines.items():
-        print(f"{key:<9}  {value}")
+        _print(f"{key:<9}  {value}")
 
 
 def _brief(value: Any) -> str:
@@ -496,7 +496,7 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
         _print_json(found)
         return
     for key, value in found.items():
-        print(f"{key}: {'-' if value is None else value}")
+        _print(f"{key}: {'-' if value is None else value}")
 
 
 def main() -> None:
@@ -526,9 +526,9 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whoever opens it, the user gave it
             error, line = InputError(line), f"{line[:120]}… is no name of a file: give a shorter one"
         if isinstance(error, InputError):
-            print(f"rankwise: {line}", file=sys.stderr)
+            _print(f"rankwise: {line}", file=sys.stderr)
             sys.exit(INPUT)
-        print(f"rankwise: {type(error).__name__}: {line} (--debug shows where)", file=sys.stderr)
+        _print(f"rankwise: {type(error).__name__}: {line} (--debug shows where)", file=sys.stderr)
         sys.exit(FAILED)
 
 
@@ -536,9 +536,9 @@ def _refuse_usage(error: Any) -> NoReturn:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "rankwise"
     if len(sys.argv) == 1:  # rankwise alone: its help is what was wanted
-        print(context.get_help() if context else error.format_message())
+        _print(context.get_help() if context else error.format_message())
     else:
-        print(f"rankwise: {' '.join(error.format_message().split())} (see {command} --help)", file=sys.stderr)
+        _print(f"rankwise: {' '.join(error.format_message().split())} (see {command} --help)", file=sys.stderr)
     sys.exit(INPUT)
 
 
@@ -719,7 +719,7 @@ def _say_what_differs(source: Path, noted: Maker, made: Maker) -> None:
 
     differences = made.differs(noted)
     words = f"was made with {said(differences)}" if differences else "was made with the code and data that are here"
-    print(f"{source}: {words}", file=sys.stderr)
+    _print(f"{source}: {words}", file=sys.stderr)
 
 
 def _runner(name: str, jobs: int | None, options: Sequence[str]) -> Runner:
@@ -775,9 +775,9 @@ def _compare_tuned(
         _print_plan(store, [(_fit(config), folder) for folder, config in plan.items()], wanted, as_json)
         waiting = [search.contest for search in found if search.rate is None]
         if any(not isinstance(contest.rates, tuple) for contest in waiting):
-            print("further rates follow from what these score", file=sys.stderr)
+            _print("further rates follow from what these score", file=sys.stderr)
         runs = sum(len(contest.seeds) for contest in waiting)
-        print(f"then {runs} runs, each at the learning rate chosen for it", file=sys.stderr)
+        _print(f"then {runs} runs, each at the learning rate chosen for it", file=sys.stderr)
         return
     if not repeat:
         unsettled = {folder: wanted[folder] for each in found if each.rate is None for folder in each.configs}
@@ -794,7 +794,7 @@ def _conclude(store: Store, outcome: Outcome, shown: Sequence[Path], as_json: bo
     """Print what the runs in `shown` say, write the page, and leave with the exit code."""
     summary = _summary(store, shown)
     if not as_json:
-        print(_text(store, summary))
+        _print(_text(store, summary))
     page = _page(store, summary)
     if as_json:
         _print_json(
@@ -807,7 +807,7 @@ def _conclude(store: Store, outcome: Outcome, shown: Sequence[Path], as_json: bo
             }
         )
     elif page:
-        print(f"\nreport: {page}")
+        _print(f"\nreport: {page}")
     code = _exit_code(store, outcome)
     if code:
         sys.exit(code)
@@ -822,7 +822,7 @@ def _page(store: Store, summary: Any) -> Path | None:
 
         return write(store.folder, None)
     except Exception as error:
-        print(f"no report.html: {' '.join(str(error).split())}", file=sys.stderr)
+        _print(f"no report.html: {' '.join(str(error).split())}", file=sys.stderr)
         return None
 
 
@@ -830,16 +830,16 @@ def _exit_code(store: Store, outcome: Outcome) -> int:
     if outcome.failed:
         lasting = sum(map(store.lasting, outcome.failed))
         if again := len(outcome.failed) - lasting:
-            print(f"{again} runs failed; `rankwise retry {store.folder}` carries them out again", file=sys.stderr)
+            _print(f"{again} runs failed; `rankwise retry {store.folder}` carries them out again", file=sys.stderr)
         if lasting:
             shown = f"`rankwise status {store.folder}` shows them"
-            print(
+            _print(
                 f"{lasting} runs failed and would again until what their errors name is changed; {shown}",
                 file=sys.stderr,
             )
         return SOME_FAILED
     if outcome.stopped:
-        print(f"{len(outcome.stopped)} runs were stopped; the same command goes on with them", file=sys.stderr)
+        _print(f"{len(outcome.stopped)} runs were stopped; the same command goes on with them", file=sys.stderr)
         return STOPPED
     return 0
 
@@ -852,7 +852,7 @@ def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
     experiment, damage = store.described()
     about = experiment.get("report") or {}
     if damage:
-        print(f"rankwise: {damage}; without it nothing is told of the experiment", file=sys.stderr)
+        _print(f"rankwise: {damage}; without it nothing is told of the experiment", file=sys.stderr)
     return Summary.of(store.results(folders), STATISTICS, SUMS, about.get("reference"), store.left_out(folders))
 
 
@@ -877,8 +877,8 @@ def _print_settings(config: RunConfig, folder: Path, as_json: bool) -> None:
     import yaml
 
     content = config.model_dump(mode="json")
-    print(_json(content) if as_json else yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
-    print(f"dry run: would be carried out in {folder}", file=sys.stderr)
+    _print(_json(content) if as_json else yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
+    _print(f"dry run: would be carried out in {folder}", file=sys.stderr)
 
 
 def _print_plan(
@@ -888,7 +888,7 @@ def _print_plan(
 
     states = [store.state(folder) for _, folder in plan]
     if others := store.others(wanted):
-        print(f"{_count(store, others)}; wants --reuse or --repeat", file=sys.stderr)
+        _print(f"{_count(store, others)}; wants --reuse or --repeat", file=sys.stderr)
     if as_json:
         _print_json(
             [
@@ -906,14 +906,23 @@ def _print_plan(
         header.insert(4, "for")
         for row, (config, _) in zip(rows, plan, strict=True):
             row.insert(4, "reporting" if config.tuning is None else "choosing")
-    print(plain(header, rows))
+    _print(plain(header, rows))
     left = sum(state != "done" for state in states)
-    print(f"{len(plan)} runs in {store.folder}, {left} to carry out", file=sys.stderr)
+    _print(f"{len(plan)} runs in {store.folder}, {left} to carry out", file=sys.stderr)
 
 
 def _json(content: Any) -> str:
-    return json.dumps(content, indent=1, ensure_ascii=False, default=str)
+    text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
+    # what a terminal would act upon, as JSON spells it
+    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
+
+
+def _print(text: object, file: Any = None) -> None:
+    """Every text that is printed comes through here, since any of it may hold a name that others have given."""
+    from rankwise.errors import shown
+
+    print(shown(str(text)), file=file)
 
 
 def _print_json(content: Any) -> None:
-    print(_json(content))
+    _print(_json(content))

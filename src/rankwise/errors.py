@@ -2,6 +2,8 @@
 
 import difflib
 import importlib
+import re
+import unicodedata
 from collections.abc import Iterable
 from types import ModuleType
 
@@ -26,6 +28,28 @@ def need(module: str, extra: str) -> ModuleType:
             raise
         package = module.partition(".")[0]
         raise InputError(f"{package} is not installed: pip install 'rankwise[{extra}]'") from None
+
+
+_UNSEEN = re.compile(r"[^\n\t\x20-\x7e]")
+
+
+def shown(text: str) -> str:
+    """`text` for a terminal: what is no character to be seen, such as an escape sequence, is spelt out; lines stay."""
+
+    def spelt(found: re.Match[str]) -> str:
+        letter = found.group()
+        if letter.isprintable() or unicodedata.category(letter) == "Zs":
+            return letter
+        if letter == "\r" and text[found.end() : found.end() + 1] == "\n":
+            return letter
+        return letter.encode("unicode_escape").decode()
+
+    return _UNSEEN.sub(spelt, text)
+
+
+def shown_line(text: str) -> str:
+    """The same for what has to stay in one line, as a cell of a table."""
+    return shown(text.replace("\n", "\\n").replace("\r", "\\r").replace("\t", "\\t"))
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -144,3 +144,18 @@ def test_how_a_rate_was_chosen_and_the_share_of_a_budget_are_in_every_format(tmp
 def test_without_a_budget_and_without_tuning_nothing_is_said_of_them(rows: list[Row]) -> None:
     assert "of budget" not in text.markdown(rows) and "chosen" not in text.latex(rows)
     assert {line["tuned_split"] for line in csv.DictReader(io.StringIO(text.csv(rows)))} == {""}
+
+
+@pytest.mark.parametrize(
+    "name", ["=1+1", "+x", "-x", "@x", "\tx", "\x1b[31mred", "<script>x</script>", "[a](http://x.y)"]
+)
+def test_no_name_is_a_formula_a_script_a_link_or_a_command_to_a_terminal(rows: list[Row], name: str) -> None:
+    for row in rows:
+        row |= {"method": name, "task": name, "note": name}
+    [line, *_] = csv.DictReader(io.StringIO(text.csv(rows), newline=""))
+    assert (
+        line["method"] == (name if name[0] not in "=+-@\t" else f"'{name}") and float(line["mean"]) == rows[0]["mean"]
+    )
+    for form in (text.markdown, text.latex):
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", form(rows))
+    assert not re.search(r"<script|(?<!\\)\]\(|https?:", text.markdown(rows))

@@ -9,6 +9,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from rankwise.errors import shown, shown_line
 from rankwise.runs.store import progress as steps_of
 from rankwise.runs.summary import duration
 
@@ -35,7 +36,7 @@ class Display:
         """Args:
         names: what to call the run in each folder.
         """
-        self._names = names
+        self._names = {folder: shown_line(name) for folder, name in names.items()}
         self._console = console
         self._bars = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), console=console
@@ -60,7 +61,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line of the log."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
 
     def show(self, count: Count, now: bool = False) -> None:
         """Bring the bars up to date, or print a line: when the last one is `EVERY` seconds old, or `now`."""

@@ -15,7 +15,7 @@ from rich.console import Console
 from rankwise.bench.compare import Outcome, carry_out
 from rankwise.bench.runners import Runner
 from rankwise.config import Contest, RunConfig, Span
-from rankwise.errors import need
+from rankwise.errors import need, shown
 from rankwise.runs.store import Store
 from rankwise.runs.tables import Tuned, tuned
 
@@ -150,7 +150,7 @@ def tune_and_carry_out(
     console = console or Console(file=sys.stderr)
 
     def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        console.print(shown(text), markup=False, highlight=False, soft_wrap=True)
 
     found = searches(store, contests, place)
     total, tried = Outcome(), set[Path]()

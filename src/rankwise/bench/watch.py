@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rankwise.errors import shown_line
 from rankwise.runs.store import Standing, State, Store
 from rankwise.runs.summary import duration
 
@@ -132,5 +133,5 @@ def watch(store: Store, console: Console) -> None:
 def _page(head: str, rows: Sequence[Sequence[str]]) -> Group:
     table = Table(*HEADER, box=None)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    return Group(Text(head), table)  # a title of the table would be no wider than that
+        table.add_row(*(Text(shown_line(cell)) for cell in row))
+    return Group(Text(shown_line(head)), table)  # a title of the table would be no wider than that

@@ -2,10 +2,12 @@
 
 import csv as csv_format
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rankwise.errors import shown_line
 from rankwise.runs.summary import chosen_on, duration, interval, plus_minus, size
 from rankwise.runs.tables import Row, unofficial
 
@@ -81,11 +83,13 @@ def markdown(rows: Sequence[Row]) -> str:
     """A Markdown table."""
     shown = columns(rows)
     lines = [
-        [_heading(column) for column in shown],
+        [_in_markdown(_heading(column)) for column in shown],
         ["---:" if column.number else "---" for column in shown],
-        *([_one_line(column.cell(row)).replace("|", "\\|") for column in shown] for row in rows),
+        *([_in_markdown(column.cell(row)) for column in shown] for row in rows),
     ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + _footnotes(rows, "\n{}\n", "\\*")
+    return (
+        "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + _footnotes(rows, "\n{}\n", "\\*", _in_markdown)
+    )
 
 
 def csv(rows: Sequence[Row]) -> str:
@@ -103,8 +107,8 @@ def csv(rows: Sequence[Row]) -> str:
     )
     text = io.StringIO()
     writer = csv_format.writer(text, lineterminator="\n")
-    writer.writerow(found)
-    writer.writerows([value(row) for value in found.values()] for row in rows)
+    writer.writerow(map(_in_csv, found))
+    writer.writerows([_in_csv(value(row)) for value in found.values()] for row in rows)
     return text.getvalue()
 
 
@@ -115,7 +119,18 @@ def latex(rows: Sequence[Row]) -> str:
     lines = [f"\\begin{{tabular}}{{{places}}}", "\\toprule", _latex_line([_heading(column) for column in shown])]
     lines.append("\\midrule")
     lines += [_latex_line([column.cell(row) for column in shown]) for row in rows]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n" + _footnotes(rows, "% {}\n", "*")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n" + _footnotes(rows, "% {}\n", "*", _one_line)
+
+
+def _in_markdown(text: str) -> str:
+    """Foreign text in one line of Markdown, in which it makes no column, no HTML and no link."""
+    text = re.sub(r"([\\|`\[\]])", r"\\\1", _one_line(text)).replace("<", "&lt;")
+    return re.sub(r"(?i)(?<=http)(?=s?:)|(?<=https)(?=:)|(?<=www)(?=\.)|(?<=ftp)(?=:)", "&#8203;", text)
+
+
+def _in_csv(value: Any) -> Any:
+    """A value of a CSV; a name that a spreadsheet would take for a formula has an apostrophe before it."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value
 
 
 def _heading(column: Head) -> str:
@@ -123,8 +138,8 @@ def _heading(column: Head) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Without the line breaks that would end a row of a table, or a comment, early."""
-    return " ".join(text.split())
+    """Without the line breaks that would end a row of a table, or a comment, early, and what a terminal acts upon."""
+    return shown_line(" ".join(text.split()))
 
 
 def _latex_line(cells: Sequence[str]) -> str:
@@ -133,11 +148,12 @@ def _latex_line(cells: Sequence[str]) -> str:
     return " & ".join("".join(marks.get(letter, letter) for letter in _one_line(cell)) for cell in cells) + " \\\\"
 
 
-def _footnotes(rows: Sequence[Row], form: str, star: str) -> str:
+def _footnotes(rows: Sequence[Row], form: str, star: str, written: Callable[[str], str]) -> str:
     """Why a split is not official, and on what rates were chosen, so that no table is quoted without it."""
-    notes = [f"{star} {row['task']}, {split}: {why}" for row in rows for split, why in unofficial(row).items()]
-    notes += [chosen_on(row) for row in rows if row["tuned"]]
-    return "".join(form.format(_one_line(note)) for note in dict.fromkeys(notes))
+    marked = [f"{row['task']}, {split}: {why}" for row in rows for split, why in unofficial(row).items()]
+    notes = [f"{star} {written(note)}" for note in marked]
+    notes += [written(chosen_on(row)) for row in rows if row["tuned"]]
+    return "".join(form.format(note) for note in dict.fromkeys(notes))
 
 
 def _of(key: str) -> Callable[[Row], Any]:

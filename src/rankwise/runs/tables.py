@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rankwise.config import OWN
+from rankwise.errors import shown_line
 from rankwise.runs.answers import nothing_learnt, spreads
 from rankwise.runs.search import Search
 from rankwise.runs.stats import LIMITS, equal, mean, sd, t_interval
@@ -359,6 +360,7 @@ def _word(value: Any) -> str:
 
 def plain(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of plain text, columns as wide as they need; the first is ranged left, numbers right."""
+    header, *rows = ([shown_line(cell) for cell in line] for line in (header, *rows))
     columns = list(zip(header, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [bool(index) and all(_numeric(cell) for cell in column[1:]) for index, column in enumerate(columns)]
