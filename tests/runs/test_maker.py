@@ -1,6 +1,7 @@
 """What counts as the code that made a run: everything that it needs, and nothing that only looks different."""
 
 import ast
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -153,9 +154,19 @@ def test_what_decides_no_result_is_left_out(copy: Copy) -> None:
     assert rooms >= {"methods", "tasks", "ranks", "optim", "train", "metrics"} and not rooms & ASIDE
 
 
+@functools.cache
 def room_of(file: str) -> str:
     path = Path(file)
     return path.relative_to(SOURCE).parts[0].removesuffix(".py") if path.is_relative_to(SOURCE) else ""
+
+
+def rooms(frame: FrameType | None) -> set[str]:
+    """The rooms that a call has come through."""
+    found = set()
+    while frame is not None:
+        found.add(room_of(frame.f_code.co_filename))
+        frame = frame.f_back
+    return found
 
 
 def test_all_that_a_run_carries_out_is_in_its_code(tmp_path: Path) -> None:
@@ -167,10 +178,9 @@ def test_all_that_a_run_carries_out_is_in_its_code(tmp_path: Path) -> None:
     def note(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
         outer = code.co_flags & inspect.CO_OPTIMIZED and "<locals>" not in code.co_qualname  # no body of a class
-        if event == "call" and outer and (room := room_of(code.co_filename)) and room not in ASIDE:
-            caller = frame.f_back.f_code.co_filename if frame.f_back else ""
-            if room_of(caller) not in ASIDE:  # what only saves uses the engine, too
-                called.add((code.co_filename, code.co_qualname.partition(".")[0]))
+        ours = event == "call" and outer and room_of(code.co_filename)
+        if ours and ASIDE.isdisjoint(rooms(frame)):  # what only saves uses the engine, too
+            called.add((code.co_filename, code.co_qualname.partition(".")[0]))
 
     sys.setprofile(note)
     try:
