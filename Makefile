@@ -54,7 +54,7 @@ OLDEST := torch==2.6.0 transformers==5.2.0 peft==0.21.0 accelerate==1.10.0
 oldest:
 	"$(PYTHON)" -m venv .venv-oldest
 	$(if $(TORCH_INDEX),.venv-oldest/bin/python -m pip install --index-url $(TORCH_INDEX) $(firstword $(OLDEST)))
-	.venv-oldest/bin/python -m pip install $(OLDEST) -e ".[demo]" pytest pytest-timeout hypothesis
+	.venv-oldest/bin/python -m pip install $(OLDEST) -e ".[demo,tune]" pytest pytest-timeout hypothesis tensorboard
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -k "not compiled" tests/ranks tests/optim tests/export \
 		tests/methods/test_conformance.py tests/train/test_trainer.py
 
