@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 
 import every
@@ -48,15 +48,27 @@ def by_transformers(shape, folder):
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    """Those that read an adapter of stock PEFT as it is: early versions of transformers 5 do not."""
+    folder = tmp_path_factory.mktemp("stock")
+    config = LoraConfig(target_modules="all-linear", modules_to_save=tiny.head("bert"), init_lora_weights=False)
+    model = get_peft_model(tiny.model("bert"), config)
+    model.classifier.weight.data.add_(0.1)
+    model.save_pretrained(folder)
+    found = (by_peft, by_peft_without_memory, by_transformers)
+    return [load for load in found if torch.allclose(tiny.logits(load("bert", folder)), tiny.logits(model), atol=1e-5)]
+
+
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_what_peft_writes_at_any_step_is_refused_by_peft_or_right(kind, tmp_path):
+def test_what_peft_writes_at_any_step_is_refused_by_peft_or_right(kind, readers, tmp_path):
     method, model, shape = attached(kind)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
     refused = []
     for step in range(STEPS + 1):
         folder = tmp_path / str(step)
         model.save_pretrained(folder)
-        for load in (by_peft, by_peft_without_memory, by_transformers):
+        for load in readers:
             if (kind, load) in (("dora", by_transformers), ("pissa", by_peft_without_memory)):
                 continue  # which they cannot do with adapters of their own either
             try:
@@ -69,7 +81,7 @@ def test_what_peft_writes_at_any_step_is_refused_by_peft_or_right(kind, tmp_path
         if step < STEPS:
             tiny.train(model, optimizer, 1, start=step)
     steps = {step for step, _ in refused}
-    assert len(refused) == 3 * len(steps)
+    assert len(refused) == len(readers) * len(steps)
     live = dict.fromkeys(("simplex-lora", "fat-lora", "weight-lora", "merge"), 4).get(kind, STEPS + 1)
     if kind in ("residual", "parts", "sora", "weight-lora", "simplex-lora", "fat-lora", "merge"):
         assert steps >= set(range(live))

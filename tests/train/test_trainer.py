@@ -363,6 +363,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(method, shape, tmp_p
     agree(found)
 
 
+@pytest.mark.filterwarnings("ignore:.* are in no layer that can be adapted")  # XLNet's attention
 @pytest.mark.parametrize(("name", "scales"), [("XLNetLMHeadModel", False), ("LlamaForCausalLM", True)])
 @pytest.mark.parametrize("told", ["nothing", "smooth", "function", "function of the batch alone"])
 def test_whoever_computes_the_loss_is_asked_whether_it_scales(name, scales, told, tmp_path):

@@ -43,16 +43,14 @@ class RankTrainer(Trainer):
         **kwargs: everything a Trainer takes.
     """
 
-    loss_is_scaled_for_ga: bool | None = None
-    """Set by a subclass whose `compute_loss` knows whether it divides by the number of accumulated batches."""
-
     def __init__(self, *args: Any, method: Method, **kwargs: Any):
         self.method = method
         super().__init__(*args, **kwargs)
         adam_options(self.args)  # now, and not when the training begins
         if self.optimizer_cls_and_kwargs is not None:
             raise InputError("optimizer_cls_and_kwargs would not be used: methods step by an AdamW of their own")
-        self._asked = self.loss_is_scaled_for_ga is not None  # by who computes it otherwise
+        # a subclass whose `compute_loss` knows says so itself, where this version of transformers asks it
+        self._asked = getattr(self, "loss_is_scaled_for_ga", None) is not None
         self.add_callback(MethodCallback(method))
         if (sharded := self.is_fsdp_enabled or self.is_deepspeed_enabled) and method.check_every:
             raise InputError(SHARDED)
@@ -94,8 +92,18 @@ class RankTrainer(Trainer):
         self._asked = bool(yes or no)
         if no and self.compute_loss_func is None:
             self.model_accepts_loss_kwargs = False
-        elif no:
-            self.loss_is_scaled_for_ga = False
+        elif no and self.compute_loss_func is not None:
+            self.compute_loss_func = self._divided(self.compute_loss_func)
+
+    def _divided(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`compute`, whose loss the Trainer takes as divided by the number of accumulated batches, so divided."""
+
+        def divided(*args: Any, **kwargs: Any) -> Tensor:
+            loss = compute(*args, **kwargs)
+            training = self.model is not None and self.model.training
+            return loss / self.current_gradient_accumulation_steps if training else loss
+
+        return divided
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
