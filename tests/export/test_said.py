@@ -164,3 +164,8 @@ def test_a_model_that_transformers_adapted_is_told_what_it_is(checkpoint, tmp_pa
     for ask in (rw.rank_report, lambda m: rw.resize(m, {}), lambda m: rw.save(m, tmp_path / "adapter")):
         with pytest.raises(rw.InputError, match="no PeftModel around them, as transformers' add_adapter"):
             ask(model)
+    rw.save(rw.LoRA(rank=2).attach(base(checkpoint)), tmp_path / "adapter")
+    for ask in (rw.LoRA(rank=2).attach, rw.BitFit().attach, lambda m: rw.load(m, tmp_path / "adapter")):
+        for adapted in (model, rw.LoRA(rank=2).attach(base(checkpoint))):
+            with pytest.raises(rw.InputError, match="has an adapter already: take the base model instead"):
+                ask(adapted)

@@ -10,6 +10,7 @@ from copy import copy
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
@@ -25,6 +26,7 @@ from rankwise.export.auto import task
 from rankwise.export.plain import beside, folded, joined, modules, state_of
 from rankwise.files import as_new, check_files, check_replaceable, read_json, unfinished
 from rankwise.methods import Method, build
+from rankwise.methods.targets import check_bare
 from rankwise.nets.drawn import buffers, drawn
 from rankwise.ranks.resize import alpha, describe, merged, subtracted, taken_out
 from rankwise.ranks.sites import adapted, sites
@@ -150,13 +152,15 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
     """Put what `save` wrote onto the base `model`, for inference.
 
     Raises:
-        InputError: if the folder holds no adapter, a damaged one, a checkpoint of a training instead, or one that does
-            not fit this model: each tensor must be in both, and have one shape. The model may then be half adapted.
+        InputError: if the model has an adapter already, if the folder holds none, a damaged one, a checkpoint of a
+            training instead, or one that does not fit this model: each tensor must be in both, and have one shape. The
+            model may then be half adapted.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (CONFIG, DESCRIPTION)):
         raise InputError(f"{folder} holds no adapter: neither {CONFIG} nor {DESCRIPTION} is there")
     check_files(folder)
+    check_bare(model)
     adapter = (folder / CONFIG).is_file()
     settings, weights = _read(folder / (CONFIG if adapter else DESCRIPTION)), _weights(folder)
     return (_load_adapter if adapter else _load_learnt)(model, folder, settings, weights)
@@ -168,7 +172,7 @@ def _load_adapter(model: nn.Module, folder: Path, settings: dict[str, Any], weig
             f"{folder} holds the state of a training ({live[0]}) and no finished adapter: resume from it, and "
             "write the adapter by rankwise.save(model, folder)"
         )
-    if settings.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if str(settings.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise InputError(f"{folder / CONFIG} is damaged: its peft_type is {settings.get('peft_type')!r}")
     try:
         with warnings.catch_warnings():
@@ -231,4 +235,5 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _unfit(folder: Path, error: Exception) -> InputError:
-    return InputError(f"{folder} does not fit this model: {' '.join(str(error).split())[:300]}")
+    reason = f"it lacks {error.args[0]}" if isinstance(error, KeyError) else str(error)
+    return InputError(f"{folder} does not fit this model: {shorten(reason, 300, placeholder=' …')}")

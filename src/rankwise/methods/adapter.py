@@ -71,7 +71,7 @@ class Adapter(Method):
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         held = any(isinstance(part, Bottleneck) for part in model.modules())
-        require(not held, "this model has an adapter already: attach to the base model instead")
+        require(not held, "this model has an adapter already: take the base model instead")
         layers = [layer for block in outputs(model) for layer in self.places(block)]
         freeze(model, head)
         for layer in layers:

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from rankwise.errors import InputError
 from rankwise.methods.base import Method, require
-from rankwise.methods.targets import head_names
+from rankwise.methods.targets import check_bare, head_names
 from rankwise.nets.blocks import stacks
 from rankwise.ranks.sites import holds_codes
 
@@ -106,8 +104,7 @@ def freeze(model: nn.Module, head: Sequence[str]) -> None:
         InputError: a name that matches no module, or a model that holds a PEFT adapter: its parameters would be taken
             for the model's own.
     """
-    held = any(isinstance(part, (PeftModel, BaseTunerLayer)) for part in model.modules())
-    require(not held, "this model has an adapter already: attach to the base model instead")
+    check_bare(model)
     names = head_names(model, head)
     model.requires_grad_(False)
     for name in names:

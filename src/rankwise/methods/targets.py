@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
@@ -83,7 +84,7 @@ def placement(
     Warns:
         UserWarning: `all-linear` leaves out a share of the weights worth a word, such as experts in one parameter.
     """
-    require(not isinstance(model, PeftModel), "this model has an adapter already: attach to the base model instead")
+    check_bare(model)
     names = target_names(model, targets, head)
     if isinstance(targets, str) and targets.split("+")[0] == ALL_LINEAR:
         _tell_out_of_reach(model)
@@ -97,6 +98,12 @@ def placement(
         "modules_to_save": head_names(model, head) or None,
         "fan_in_fan_out": isinstance(model.get_submodule(names[0]), Conv1D),
     }
+
+
+def check_bare(model: nn.Module) -> None:
+    """Raise InputError where PEFT has put an adapter on the model, with a PeftModel around it or without."""
+    held = any(isinstance(part, (PeftModel, BaseTunerLayer)) for part in model.modules())
+    require(not held, "this model has an adapter already: take the base model instead")
 
 
 def adapt(model: nn.Module, config: Any) -> PeftModel:

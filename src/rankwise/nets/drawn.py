@@ -17,20 +17,21 @@ MARK = "_is_hf_initialized"
 def drawn(model: nn.Module) -> list[str]:
     """Names of the parameters of `model` that its checkpoint does not give, whether or not PEFT has put layers in it.
 
-    None of a model that comes from no checkpoint. Of one that has lost its marks, as a deep copy does, all that lies
-    outside the body and may be a new head.
+    None of a model that comes from no checkpoint. Of one that has lost its marks, as a deep copy does, all that may be
+    new: what lies outside the body, and a pooler in it.
     """
     if not isinstance(model, PreTrainedModel) or not model.name_or_path:
         return []
     parameters = {name: p for name, p in own(model).items() if isinstance(p, nn.Parameter)}
     if any(hasattr(p, MARK) for p in parameters.values()):
         new = {id(p) for p in parameters.values() if not hasattr(p, MARK)}
-        tables = (model.get_input_embeddings(), model.get_output_embeddings()) if _resized(model) else ()
-        new |= {id(p) for table in tables if table is not None for p in table.parameters()}
-        return [name for name, p in parameters.items() if id(p) in new]
-    output = model.get_output_embeddings()
-    known = {id(p) for part in (model.base_model, output) if part is not None for p in part.parameters()}
-    return [name for name, p in parameters.items() if id(p) not in known]
+    else:
+        output = model.get_output_embeddings()
+        known = {id(p) for part in (model.base_model, output) if part is not None for p in part.parameters()}
+        new = {id(p) for name, p in parameters.items() if id(p) not in known or ".pooler." in f".{name}"}
+    tables = (model.get_input_embeddings(), model.get_output_embeddings()) if _resized(model) else ()
+    new |= {id(p) for table in tables if table is not None for p in table.parameters()}
+    return [name for name, p in parameters.items() if id(p) in new]
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -317,7 +317,7 @@ def add_virtual_tokens(model: nn.Module, prefix: int, infix: int, layers: bool =
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"virtual tokens need a transformers model, and {type(model).__name__} is none")
     if hasattr(model, NAME):
-        raise InputError("this model has virtual tokens already: attach to the base model instead")
+        raise InputError("this model has virtual tokens already: take the base model instead")
     tokens = VirtualTokens(model, prefix, infix, layers)
     let_compile_see_hooks()
     model.add_module(NAME, tokens)

@@ -124,7 +124,12 @@ class Site:
             InputError: a weight that nobody here knows how to dequantise.
         """
         base = self.layer.get_base_layer()
+        held = base.weight
+        if getattr(getattr(held, "quant_state", None), "packing_format_for_cpu", False):
+            base.state_dict()  # bitsandbytes lays 4-bit codes out anew to run on a CPU, and back again for this
         weight = dequantize_module_weight(base)
+        if base.weight is not held:  # of 8-bit codes on a CPU PEFT leaves a copy, which does not run if they have run
+            base._parameters["weight"] = held
         if weight.dtype not in FLOATS or weight.numel() != self.in_features * self.out_features:
             raise InputError(f"{self.name} is quantised in a way that cannot be undone here: use init=kaiming")
         return weight.T if isinstance(base, Conv1D) else weight.flatten(1)
