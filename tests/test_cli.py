@@ -92,6 +92,23 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded & {"torch", "transformers", "peft", "datasets", "pandas", "numpy", "scipy", "pydantic", "rich"}
 
 
+def test_no_library_advises_on_stderr_before_a_run() -> None:
+    """bitsandbytes, which PEFT imports where it is there, would: what a faster path on CPUs needs."""
+    given = ["model=random-bert", "task=stdlib-kind", "method=head", "max_steps=1", "max_length=8"]
+    process = rankwise("train", *given, "--dry-run")
+    _, err = process.communicate()
+    assert process.returncode == 0 and err.startswith("dry run: ") and err.count("\n") == 1
+
+
+def test_a_run_after_one_that_is_not_there_is_refused_before_it_has_a_folder(cli: Cli, tmp_path: Path) -> None:
+    finish(Store(tmp_path), config(), 0.5)
+    before = sorted(tmp_path.iterdir())
+    given = {**TINY, "model": "random-bert", "method": "head", "after": "deadbeef0000", "runs": str(tmp_path)}
+    code, out, err = cli("train", *(f"{key}={value}" for key, value in given.items()))
+    assert (code, out, sorted(tmp_path.iterdir())) == (2, "", before)
+    assert err.count("\n") == 1 and "the run that it begins with is not in" in err
+
+
 def test_status_and_the_rest_of_the_runs_room_load_no_torch(tmp_path: Path) -> None:
     finish(Store(tmp_path), config(), 0.5)
     script = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import signal
 import sys
@@ -126,6 +127,7 @@ def train(
             _print_settings(config, folder, as_json)
             return
         if is_main():
+            store.check_before(config, made)
             _settle(store, {folder: made}, reuse, repeat)
             store.create(config, made)
     from rankwise.train.run import run
@@ -505,6 +507,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
+    # What PEFT imports where it is there says on CPUs what a faster path would need; no run here takes that path.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = app(prog_name="rankwise", standalone_mode=False)
         sys.stdout.flush()

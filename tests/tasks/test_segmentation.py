@@ -19,6 +19,7 @@ import bootstrap
 from rankwise import tasks
 from rankwise.config import RunConfig
 from rankwise.errors import InputError
+from rankwise.files import claim
 from rankwise.metrics import SUMS
 from rankwise.metrics.segmentation import counts, dice, dice_of
 from rankwise.nets.unet import IGNORE, RefinedUNet, UNet
@@ -268,12 +269,15 @@ def test_a_chain_goes_over_two_tasks_in_one_sweep(tmp_path: Path) -> None:
     assert [len(result["lineage"]) for result in store.results(folders)] == [0, 1]
 
 
-def test_data_that_changed_since_the_run_was_made_is_noticed(tmp_path: Path) -> None:
+def test_data_that_changed_since_the_run_was_begun_is_noticed(tmp_path: Path) -> None:
     task = write(tmp_path / "data")
     config = RunConfig(task=task, method="head", batch_size=4, max_steps=1, runs=str(tmp_path / "runs"))
     folder = Store(tmp_path / "runs").create(config, tasks.build(task).revision())
+    claim(folder, "checkpoint-1")
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / "complete.json").write_text("{}")
     write(tmp_path / "data", rows=11)
-    with pytest.raises(InputError, match="the data is not what it was when this run was made"):
+    with pytest.raises(InputError, match="was begun with .*other data; .*--reuse.*--repeat"):
         run(folder)
 
 

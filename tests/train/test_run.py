@@ -287,7 +287,7 @@ def age(folder: Path, seconds: float) -> None:
 def test_a_run_that_cannot_write_says_so_and_can_be_run_again(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", method=HEAD, max_steps=1, eval_rows=4)
     (folder / "metrics.jsonl").mkdir()
-    with pytest.raises(OSError):
+    with pytest.raises(InputError, match="is a folder where a file should be; move it away"):
         run(folder)
     assert "metrics.jsonl" in (folder / "error.txt").read_text().splitlines()[0]
     (folder / "metrics.jsonl").rmdir()

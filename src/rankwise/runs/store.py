@@ -341,7 +341,7 @@ class Store:
         """The settings of a run. Raises InputError where its `run.yaml` is missing, or not what was written."""
         found = self._read(folder)
         if found is None:
-            raise InputError(f"{folder}: {DAMAGED}")
+            raise InputError(f"{folder}: {_unreadable(folder) or DAMAGED}")
         return found.config
 
     def before(self, folder: Path) -> Path | None:
@@ -354,6 +354,11 @@ class Store:
         if own is None or own.config.after is None:
             return None
         return self._before(folder, own)[0]
+
+    def check_before(self, config: RunConfig, made: Maker) -> None:
+        """Raise InputError where a run that is yet to be created says that it begins with one that is not here."""
+        if config.after is not None:
+            self._before(self.place(config), _Kept(run_id(config), made, config, config.digest()))
 
     def _before(self, folder: Path, own: _Kept) -> tuple[Path, _Kept]:
         why = []
