@@ -132,6 +132,7 @@ def test_status_and_the_rest_of_the_runs_room_load_no_torch(tmp_path: Path) -> N
         (["train", "task=stdlib-kind", "method.rnk=3"], 'method.rnk: lora has no such option (did you mean "rank"?)'),
         (["train", "task=stdlib-kind", "runs=FILE/runs"], "FILE/runs: cannot be written to: not a directory"),
         (["train", "missing.yaml"], "missing.yaml: there is no such file"),
+        (["train", "two  spaces.yaml"], "two  spaces.yaml: there is no such file"),
         (["train", "broken.yaml"], "broken.yaml: line 2: not valid YAML"),
         (["train", "sweep.yaml"], "sweep.yaml: has `vary:`, so it is an experiment: rankwise compare sweep.yaml"),
         (["train", "."], "no run.yaml in it"),

@@ -526,7 +526,7 @@ def main() -> None:
             raise
         if hasattr(error, "format_message"):  # a usage error, which typer would spread over four lines
             _refuse_usage(error)
-        line = " ".join(str(error).split()) or type(error).__name__
+        line = " ".join(filter(None, map(str.strip, str(error).splitlines()))) or type(error).__name__
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whoever opens it, the user gave it
             error, line = InputError(line), f"{line[:120]}… is no name of a file: give a shorter one"
         if isinstance(error, InputError):

@@ -84,10 +84,13 @@ class OmegaLoRA(LoRA):
         found = self._changed(ranks(model) | {name: 0 for name, value in weights.items() if value == 0})
         if found is None:
             return None
-        if not weights or moved is not None:
+        if not weights or (moved is not None and self.check_every == self.search_steps):  # it is over
             found = replace(found, moved=moved, measure=self.measure)
             return replace(found, advice=self._advice(model, found))
-        advice = "" if found.changed else f"the first change is due after step {self.check_every}: train longer"
+        due = f"first change is due after step {self.check_every}"
+        if moved is not None:
+            due = f"last change is due after step {self.search_steps}"
+        advice = "" if found.changed else f"the {due}: train longer"
         return replace(found, moved=self._moved(list(weights.values())), measure=self.measure, advice=advice)
 
     def _moved(self, weights: Sequence[float]) -> float:
