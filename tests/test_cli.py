@@ -474,7 +474,7 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     # only the failed one is carried out again, and fails again
     code, out, log = cli("retry", runs, "--json")
     assert (code, json.loads(out)["failed"], json.loads(out)["done"]) == (3, [failed], []), log
-    assert "1 runs failed and would again until what their errors name is changed" in log.splitlines()[-1]
+    assert "1 run failed and would again until what its error names is changed" in log.splitlines()[-1]
     assert (good / "result.json").read_bytes() == before
     assert (runs / failed / "log.txt").read_text().count("max_length: 600") >= 2
     states = {each["run"]: each["state"] for each in json.loads(cli("status", runs, "--json")[1])}

@@ -336,7 +336,7 @@ def validate(
         count = "one run"
     else:
         tuned = ", behind those that choose their learning rates" if config.tune else ""
-        count = f"an experiment of {len(runs)} runs{tuned}"
+        count = f"an experiment of {_runs(len(runs))}{tuned}"
     _print(f"{source} is valid: {count}", file=sys.stderr)
 
 
@@ -781,7 +781,7 @@ def _compare_tuned(
         if any(not isinstance(contest.rates, tuple) for contest in waiting):
             _print("further rates follow from what these score", file=sys.stderr)
         runs = sum(len(contest.seeds) for contest in waiting)
-        _print(f"then {runs} runs, each at the learning rate chosen for it", file=sys.stderr)
+        _print(f"then {_runs(runs)}, each at the learning rate chosen for it", file=sys.stderr)
         return
     if not repeat:
         unsettled = {folder: wanted[folder] for each in found if each.rate is None for folder in each.configs}
@@ -834,18 +834,28 @@ def _exit_code(store: Store, outcome: Outcome) -> int:
     if outcome.failed:
         lasting = sum(map(store.lasting, outcome.failed))
         if again := len(outcome.failed) - lasting:
-            _print(f"{again} runs failed; `rankwise retry {store.folder}` carries them out again", file=sys.stderr)
+            it = "it" if again == 1 else "them"
+            _print(f"{_runs(again)} failed; `rankwise retry {store.folder}` carries {it} out again", file=sys.stderr)
         if lasting:
-            shown = f"`rankwise status {store.folder}` shows them"
+            errors = "its error names" if lasting == 1 else "their errors name"
             _print(
-                f"{lasting} runs failed and would again until what their errors name is changed; {shown}",
+                f"{_runs(lasting)} failed and would again until what {errors} is changed; "
+                f"`rankwise status {store.folder}` shows {'it' if lasting == 1 else 'them'}",
                 file=sys.stderr,
             )
         return SOME_FAILED
     if outcome.stopped:
-        _print(f"{len(outcome.stopped)} runs were stopped; the same command goes on with them", file=sys.stderr)
+        stopped = len(outcome.stopped)
+        said = "1 run was stopped; the same command goes on with it"
+        if stopped != 1:
+            said = f"{stopped} runs were stopped; the same command goes on with them"
+        _print(said, file=sys.stderr)
         return STOPPED
     return 0
+
+
+def _runs(count: int) -> str:
+    return "1 run" if count == 1 else f"{count} runs"
 
 
 def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
@@ -912,7 +922,7 @@ def _print_plan(
             row.insert(4, "reporting" if config.tuning is None else "choosing")
     _print(plain(header, rows))
     left = sum(state != "done" for state in states)
-    _print(f"{len(plan)} runs in {store.folder}, {left} to carry out", file=sys.stderr)
+    _print(f"{_runs(len(plan))} in {store.folder}, {left} to carry out", file=sys.stderr)
 
 
 def _json(content: Any) -> str:

@@ -168,7 +168,7 @@ def test_without_a_terminal_it_is_said_once(store: Store) -> None:
     process = status(store, subprocess.PIPE)
     out, log = process.communicate(timeout=PATIENCE)
     assert (process.returncode, log) == (0, b"")
-    assert out.decode().splitlines()[0] == f"{store.folder}: 1 runs, 1 pending"
+    assert out.decode().splitlines()[0] == f"{store.folder}: 1 run, 1 pending"
 
 
 def test_runs_that_the_present_experiment_does_not_ask_for_are_not_waited_for(store: Store) -> None:

@@ -57,7 +57,9 @@ class Look:
     def head(self) -> str:
         """All in one line."""
         counts = {state: sum(each.state == state for each in self.standings) for state in STATES}
-        line = f"{len(self.standings)} runs" + "".join(f", {n} {state}" for state, n in counts.items() if n)
+        line = ("1 run" if len(self.standings) == 1 else f"{len(self.standings)} runs") + "".join(
+            f", {n} {state}" for state, n in counts.items() if n
+        )
         return line if self.total is None else f"{line}, about {duration(self.total)} left"
 
     def rows(self) -> list[list[str]]:

@@ -134,7 +134,7 @@ def said(differences: Iterable[str]) -> str:
     found = list(dict.fromkeys(differences))
     files = [each for each in found if each != CODE and each not in _SLOTS]
     words = [*([CODE] if files or CODE in found else []), *(each for each in found if each in _SLOTS)]
-    shown = files[:4] + ([f"{len(files) - 4} others"] if files[4:] else [])
+    shown = files if len(files) <= 5 else [*files[:4], f"{len(files) - 4} others"]
     text = " and ".join(words)
     if not shown:
         return text
