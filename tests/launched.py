@@ -66,6 +66,8 @@ def assert_equal(folder: Path, other: Path) -> None:
     found = [json.loads((each / "result.json").read_text()) for each in (folder, other)]
     for result in found:
         del result["cost"]
+    moved = [(result.get("search") or {}).pop("moved", None) for result in found]
+    assert moved[0] == (None if moved[1] is None else pytest.approx(moved[1], rel=1e-2))
     assert found[0] == found[1]
     for name in ("metrics.jsonl", "ranks.jsonl"):
         for one, two in zip(lines(folder / name), lines(other / name), strict=True):

@@ -14,6 +14,8 @@ def _leave(number: int, *_: object) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
+    if os.environ.get("RANK", "0") != "0":  # of several processes the first one says it
+        os._exit(CODES[signal.Signals(number)])
     line = "interrupted" if number == signal.SIGINT else "stopped; the same command goes on"
     with contextlib.suppress(OSError):
         os.write(2, f"rankwise: {line}\n".encode())

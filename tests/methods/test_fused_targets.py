@@ -336,7 +336,7 @@ def test_the_joined_factors_are_the_parts_stacked_with_zeros_elsewhere(q, k, v):
         wanted[row : row + 16, column : column + site.rank] = site.B
         column += site.rank
     assert torch.equal(B, wanted)
-    assert sorted(config["target_modules"]) == WHOLES and config["fan_in_fan_out"]
+    assert config["target_modules"] == WHOLES[:1] and config["fan_in_fan_out"]  # the other whole has no site left
     pattern = "^" + WHOLES[0].replace(".", r"\.")
     rank = config["rank_pattern"].get(pattern, config["r"])
     assert rank == q + k + v

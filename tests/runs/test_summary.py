@@ -259,7 +259,7 @@ def test_one_answer_to_all_rows_is_said_with_its_runs_and_beside_what_it_always_
     found = Summary.of(store.results())
     notes = [note for note in found.notes() if "nothing was learnt" in note]
     assert notes == [
-        f"cola: lora rank=4, {where}: nothing was learnt"
+        f"cola: lora rank=4, {where}: nothing was learnt."
         for where in (
             "seeds 0, 1, 2, on other: all 50 answers are 'no', and the commonest class is 'yes'",
             "seeds 1, 2, on validation: all 50 answers are 'yes', the commonest class",

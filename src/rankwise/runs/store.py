@@ -310,7 +310,7 @@ class Store:
         What a live process is at work on stays as it is, and so does what cannot be written to.
         """
         for folder in folders:
-            if (checkpoints(folder) or (folder / MEMORY).is_file()) and self.result(folder) is not None:
+            if (checkpoints(folder) or os.path.isfile(folder / MEMORY)) and self.result(folder) is not None:  # noqa: PTH113
                 with suppress(OSError, InputError), opened(folder / "run.lock") as lock:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     clear(folder)

@@ -153,10 +153,9 @@ class Summary:
             notes.append(f"Outside of the budget, for no budget was set or there is no size to choose: {names}.")
         for row in self.best:
             for split, why in unofficial(row).items():
-                text = f"{row['task']} *: {split} is not the official split: {why}"
-                notes.append(text if text.endswith(".") else f"{text}.")
+                notes.append(f"{row['task']} *: {split} is not the official split: {why}")
             notes += [f"{row['task']}: {remark}" for remark in row["remarks"]]
-        return list(dict.fromkeys(notes))
+        return list(dict.fromkeys(note if note.endswith(".") else f"{note}." for note in notes))
 
     def text(self) -> str:
         """Tables of scores and of costs, the findings and the notes, for a terminal."""

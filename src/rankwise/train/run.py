@@ -122,7 +122,7 @@ def run(folder: Path) -> dict[str, Any]:
         except LostError:
             raise
         except Exception as error:
-            if not folder.is_dir():
+            if not os.path.lexists(folder / "run.yaml"):  # a folder made again is another one
                 raise InputError(f"{folder}: was deleted or moved while the run was at work; it has ended") from error
             if not (folder / "result.json").exists():  # else its settings were damaged later, and it has not failed
                 Store(folder.parent).note_error(folder, f"{_first_line(error)}\n\n{traceback.format_exc()}")
