@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rankwise.errors import InputError
 from rankwise.nets.positions import positions, words
 from rankwise.nets.virtual_tokens import VirtualTokens
+from rankwise.optim import processes
 
 if TYPE_CHECKING:
     from rankwise.tasks.base import Task
@@ -225,6 +226,9 @@ def _check_padding(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenize
             alone = torch.cat([_logits(model, tokenizer, [row]) for row in encoded])
             together = _logits(model, tokenizer, encoded)
         except Exception as error:
+            if processes.out_of_memory(error):  # the training says so, and takes fewer rows
+                tokenizer.padding_side = given
+                return
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
         precise = next(p.dtype for p in model.parameters()) == torch.float32
