@@ -28,7 +28,7 @@ from rankwise.files import as_new, check_files, check_replaceable, read_json, un
 from rankwise.methods import Method, build
 from rankwise.methods.targets import check_bare
 from rankwise.nets.drawn import buffers, drawn
-from rankwise.ranks.resize import alpha, describe, merged, subtracted, taken_out
+from rankwise.ranks.resize import alpha, merged, peft_residual_start, subtracted, write_ranks
 from rankwise.ranks.sites import adapted, sites
 from rankwise.ranks.triplets import to_lora, triplets
 
@@ -103,7 +103,7 @@ def _save_adapter(model: PeftModel, folder: Path) -> Path:
         if targets:
             ranks = {s.name: len(factors[s.name][0]) if s.name in factors else s.rank for s in sites(model)}
             found = {module: sum(ranks[s.name] for s in here) for module, here in targets.items()}
-            describe(written, {m: (found[m], alpha(here[0], found[m])) for m, here in targets.items()}, model)
+            write_ranks(written, {m: (found[m], alpha(here[0], found[m])) for m, here in targets.items()}, model)
             if factors:  # what is written fits the pretrained W: nobody shall take a start out of it again
                 written.init_lora_weights = True
             written.task_type = written.task_type or task(model)
@@ -134,13 +134,13 @@ def _check_base(model: PeftModel, name: str) -> None:
             f"the product of {names[0]} ({len(names)} sites in all) was merged into the base weights, so an adapter "
             "alone would not give this model; save model.merge_and_unload(), or train with empty=drop"
         )
-    others = [other for other in model.peft_config if taken_out(model, other)]
+    others = [other for other in model.peft_config if peft_residual_start(model, other)]
     if strange := [other for other in (*subtracted(model), *others) if other != name]:
         raise InputError(
             f"the adapter {strange[0]!r} has a residual start, which is taken out of the base weights that {name!r} "
             "was trained on: attach each of them to a base model of its own"
         )
-    begun = taken_out(model, name)
+    begun = peft_residual_start(model, name)
     if begun and begun.lower() not in FOUND_AGAIN:
         raise InputError(
             f"the start {begun} has changed the base weights, and PEFT cannot repeat that from the adapter alone: save "

@@ -85,8 +85,8 @@ def _written(model: nn.Module, adapter: str) -> str | None:
         if isinstance(layer, LoraLayer) and isinstance(layer.lora_A, nn.ModuleDict):
             site = Site("", layer, adapter)
             begun = start(site)
-            again |= begun is not None and begun.again
-            residual = begun is not None and begun.A is not None and not begun.again
+            again |= begun is not None and begun.by_peft
+            residual = begun is not None and begun.A is not None and not begun.by_peft
             part = site.present and not layer.get_base_layer()._parameters  # no layer of the pretrained model
             if site.scale is not None or residual or part or merged_into(site):
                 return UNFINISHED

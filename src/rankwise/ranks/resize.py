@@ -131,8 +131,8 @@ def _home(optimizer: Optimizer, model: nn.Module, group: str) -> dict[str, Any] 
     return next((g for g in optimizer.param_groups if any(id(p) in factors for p in g["params"])), None)
 
 
-def _in_model_order(model: nn.Module) -> None:
-    """A returning Parameter joins its group at the end; checkpoints know parameters by position, so sort."""
+def sort_groups(model: nn.Module) -> None:
+    """Put the optimizers' groups in model order: checkpoints know parameters by position, new ones come at the end."""
     peft = adapted(model)
     order = {id(p): i for i, p in enumerate(peft.parameters())}
     for optimizer in _optimizers.get(peft, ()):
@@ -209,19 +209,19 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
     for name, rank in sorted(changed.items(), key=lambda change: change[1] == 0):  # a returning site looks at others
         site = here[name]
         if rank == 0:
-            _empty(peft, site, plan.empty)
+            empty(peft, site, plan.empty)
         elif not site.present:
             _refill(peft, site, rank)
         else:
             _change(peft, site, rank, plan)
     if changed:
-        _in_model_order(peft)
-        _record(peft)
+        sort_groups(peft)
+        record(peft)
     return changed
 
 
 def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
-    begun = taken_out(model, model.active_adapter)
+    begun = peft_residual_start(model, model.active_adapter)
     for name, rank in plan.items():
         if name not in here:
             if why := peculiar(model, name):
@@ -277,10 +277,11 @@ def _change(model: PeftModel, site: Site, rank: int, plan: RankPlan) -> None:
         carry_A = carry_B = None
     replace(model, *site.A_owner, new_A, carry=carry_A)
     replace(model, *site.B_owner, new_B, carry=carry_B)
-    _set_sizes(site, rank)
+    set_sizes(site, rank)
 
 
-def _set_sizes(site: Site, rank: int) -> None:
+def set_sizes(site: Site, rank: int) -> None:
+    """Write the rank that the factors of a site have into its layers, and the alpha that keeps its scale."""
     A, B = site.layer.lora_A[site.adapter], site.layer.lora_B[site.adapter]
     if is_convolution(A):
         A.out_channels = B.in_channels = rank
@@ -290,7 +291,8 @@ def _set_sizes(site: Site, rank: int) -> None:
     site.layer.lora_alpha[site.adapter] = alpha(site, rank)
 
 
-def _empty(model: PeftModel, site: Site, how: str) -> None:
+def empty(model: PeftModel, site: Site, how: str) -> None:
+    """Take the factors of a site away; `merge` adds their product to W first, `drop` does not."""
     if how == "merge":
         A, B = site.layer.lora_A[site.adapter].weight, site.B
         merge(site, Merged(A.detach().flatten(1).clone(), B.detach().flatten(1).clone()))
@@ -321,10 +323,10 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     fresh = fresh_A(rank, like, site.in_features).reshape(shape_A)
     replace(model, A, "weight", fresh, group="adapter", trains=other.A.requires_grad)
     replace(model, B, "weight", torch.zeros(shape_B).to(like), group="adapter", trains=other.B.requires_grad)
-    _set_sizes(site, rank)
+    set_sizes(site, rank)
     if omega(model) is not None:
         index = [s.name for s in sites(model)].index(site.name)
-        _put_scale(site, _omega_of(model, site, index))
+        put_scale(site, omega_of(model, site, index))
 
 
 def _factors(site: Site, rank: int) -> tuple[Any, Any]:
@@ -373,7 +375,7 @@ def merged_into(site: Site) -> list[Any]:
 
 
 @torch.no_grad()
-def _match_merged(site: Site, wanted: list[Merged]) -> None:
+def match_merged(site: Site, wanted: list[Merged]) -> None:
     """Take out of W what was merged since (up to rounding), and merge what is missing."""
     have = merged_into(site)
     same = 0
@@ -394,10 +396,10 @@ def merged(model: nn.Module) -> list[str]:
     return [s.name for s in sites(model) if merged_into(s)]
 
 
-def _record(model: PeftModel) -> None:
+def record(model: PeftModel) -> None:
     """Write the ranks into PEFT's own configuration."""
     found = {s.name: (s.rank, alpha(s, s.rank)) for s in sites(model)}
-    describe(model.peft_config[model.active_adapter], found, model)
+    write_ranks(model.peft_config[model.active_adapter], found, model)
 
 
 def alpha(site: Site, rank: int) -> float:
@@ -406,7 +408,7 @@ def alpha(site: Site, rank: int) -> float:
     return site.scaling * (sqrt(rank) if rslora else rank)
 
 
-def describe(config: Any, found: Mapping[str, tuple[int, float]], model: PeftModel) -> None:
+def write_ranks(config: Any, found: Mapping[str, tuple[int, float]], model: PeftModel) -> None:
     """Write (rank, alpha) by site of `model` into a PEFT configuration, so that stock PEFT builds the same adapter.
 
     What the configuration says otherwise stays as far as it is still true: what others have written of these sites, and
@@ -428,8 +430,8 @@ def describe(config: Any, found: Mapping[str, tuple[int, float]], model: PeftMod
         {key: value for key, value in (pattern or {}).items() if key not in parts}
         for pattern in (config.rank_pattern, config.alpha_pattern)
     ]
-    config.rank_pattern = _told(patterns[0], config.r, ranks, found, others)
-    config.alpha_pattern = _told(patterns[1], config.lora_alpha, alphas, found, others)
+    config.rank_pattern = _pattern(patterns[0], config.r, ranks, found, others)
+    config.alpha_pattern = _pattern(patterns[1], config.lora_alpha, alphas, found, others)
     if all(bool(check_target_module_exists(config, name)) == (name in here) for name in found):
         return
     names = [*here, *(name for name in others if check_target_module_exists(config, name))]
@@ -445,7 +447,7 @@ def _called(name: str, layer: Any) -> str:
     return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
 
-def _told(
+def _pattern(
     pattern: Mapping[str, float],
     default: float,
     values: Mapping[str, float],
@@ -466,20 +468,20 @@ def _told(
     def key(name: str) -> str:
         return get_pattern_key(sorted(kept), name)
 
-    def told(name: str) -> bool:
+    def right(name: str) -> bool:
         return isclose(kept.get(key(name), default), true[name])
 
     own = {name: f"^{re.escape(name)}" for name in (*found, *others)}
     kept = {key: value for key, value in pattern.items() if key not in [own[name] for name in found]}
     true = {name: pattern.get(get_pattern_key([*pattern], name), default) for name in others} | dict(values)
     while True:  # without a key another one may decide
-        needed = {key(name) for name in true if told(name)}
+        needed = {key(name) for name in true if right(name)}
         idle = {key(name) for name in found} & kept.keys() - needed - {key(name) for name in others}
-        idle |= {key(name) for name in true if not told(name) and key(name) in kept and key(name) < own[name]}
+        idle |= {key(name) for name in true if not right(name) and key(name) in kept and key(name) < own[name]}
         if not idle:
             break
         kept = {key: value for key, value in kept.items() if key not in idle}
-    kept |= {own[name]: value for name, value in true.items() if not told(name)}
+    kept |= {own[name]: value for name, value in true.items() if not right(name)}
     return dict(sorted(kept.items()))
 
 
@@ -489,15 +491,15 @@ def _told(
 class Start(nn.Module):
     """B0 (out, r) of a site, and A0 (r, in) where s B0 A0 was taken out of W: a residual start. Checkpoints keep it.
 
-    `again` says that PEFT took it out, and does so again when it loads what it has written.
+    `by_peft` says that PEFT took it out, and does so again when it loads what it has written.
     """
 
     A: Tensor | None
     B: Tensor
 
-    def __init__(self, A: Tensor | None, B: Tensor, again: bool = False):
+    def __init__(self, A: Tensor | None, B: Tensor, by_peft: bool = False):
         super().__init__()
-        self.again = again
+        self.by_peft = by_peft
         self.register_buffer("A", A)
         self.register_buffer("B", B)
 
@@ -517,7 +519,7 @@ def subtracted(model: PeftModel) -> list[str]:
     return list(found)
 
 
-def taken_out(model: PeftModel, adapter: str) -> str:
+def peft_residual_start(model: PeftModel, adapter: str) -> str:
     """PEFT's own start of `adapter`, where it took something out of W that the model does not remember; else empty."""
     begun = str(getattr(model.peft_config[adapter], "init_lora_weights", ""))
     return begun if begun.lower().startswith(RESIDUAL) and adapter not in subtracted(model) else ""
@@ -541,7 +543,7 @@ def set_start(model: nn.Module, site: Site, A: Tensor | None, B: Tensor, subtrac
 
 
 @torch.no_grad()
-def _match_start(model: PeftModel, site: Site, A: Tensor | None, B: Tensor | None) -> None:
+def match_start(model: PeftModel, site: Site, A: Tensor | None, B: Tensor | None) -> None:
     """Give the site the start (A, B), or none, and W what follows (up to rounding, unless it is the same start)."""
     have = start(site)
     if have is not None and B is not None and _equal(have.A, A) and _equal(have.B, B):
@@ -562,7 +564,7 @@ def _equal(a: Tensor | None, b: Tensor | None) -> bool:
 # --- scales: on for a search, folded away after it -------------------------------------------------------------------
 
 
-def _put_scale(site: Site, scale: Scale) -> None:
+def put_scale(site: Site, scale: Scale) -> None:
     """Parametrize A. The stored A stays the Parameter it was."""
     linear: Any = site.layer.lora_A[site.adapter]
     A = linear.weight
@@ -571,7 +573,8 @@ def _put_scale(site: Site, scale: Scale) -> None:
     linear.parametrizations.weight.register_parameter("original", A)
 
 
-def _omega_of(model: PeftModel, site: Site, index: int) -> Omega:
+def omega_of(model: PeftModel, site: Site, index: int) -> Omega:
+    """The scale of `site`, the entry `index` of ω."""
     return Omega(getattr(model.base_model, OMEGA), site.adapter, index)
 
 
@@ -589,7 +592,7 @@ def copy_scale(site: Site, adapter: str) -> None:
         omegas[adapter].requires_grad_(False)
     else:
         return
-    _put_scale(Site(site.name, site.layer, adapter), made.requires_grad_(False))
+    put_scale(Site(site.name, site.layer, adapter), made.requires_grad_(False))
 
 
 @torch.no_grad()
@@ -597,7 +600,7 @@ def add_gates(model: nn.Module, draw: Callable[[int], Tensor]) -> None:
     """Give every site gates; `draw` makes those of a site, shape (r,), from its rank."""
     for site in sites(adapted(model)):
         if site.present:
-            _put_scale(site, Gates(draw(site.rank).to(site.B)))
+            put_scale(site, Gates(draw(site.rank).to(site.B)))
 
 
 def add_omega(model: nn.Module) -> nn.Parameter:
@@ -612,7 +615,7 @@ def add_omega(model: nn.Module) -> nn.Parameter:
     omegas._keys[peft.active_adapter] = None
     for index, site in enumerate(here):
         if site.present:
-            _put_scale(site, _omega_of(peft, site, index))
+            put_scale(site, omega_of(peft, site, index))
     return omegas[peft.active_adapter]
 
 
@@ -633,8 +636,8 @@ def fold(model: nn.Module) -> None:
         replace(peft, omegas, peft.active_adapter, None)
         del omegas[peft.active_adapter]
     if here:
-        _in_model_order(peft)
-        _record(peft)
+        sort_groups(peft)
+        record(peft)
 
 
 def kept_units(here: Sequence[Site]) -> list[Tensor]:
@@ -661,13 +664,13 @@ def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
         replace(model, scale, "gates", None)
     _bare(linear, A)
     if not len(units):
-        _empty(model, site, "drop")
+        empty(model, site, "drop")
         return
     B = site.B.detach().flatten(1)[:, units] * values
     replace(model, *site.B_owner, B, carry=carry if values.abs().min() > 1e-6 else None)
     if len(units) < site.rank:
         replace(model, *site.A_owner, A.detach().flatten(1)[units], carry=lambda moment, _: moment[units])
-        _set_sizes(site, len(units))
+        set_sizes(site, len(units))
 
 
 def _bare(linear: nn.Module, A: nn.Parameter) -> None:
@@ -722,12 +725,12 @@ def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) 
         add_gates(peft, torch.ones)
     for site in sites(peft):
         A0, B0 = (state.get(key(site, f"lora_start.{adapter}.{part}")) for part in "AB")
-        _match_start(peft, site, A0, B0)
+        match_start(peft, site, A0, B0)
         products: list[Merged] = []
         while (A := state.get(key(site, f"lora_merged.{adapter}.{len(products)}.A"))) is not None:
             B = state[key(site, f"lora_merged.{adapter}.{len(products)}.B")]
             products.append(Merged(A.clone(), B.clone()))
-        _match_merged(site, products)
+        match_merged(site, products)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rankwise.errors import InputError
 from rankwise.ranks.guest import entrust
-from rankwise.ranks.resize import describe, resize
+from rankwise.ranks.resize import resize, write_ranks
 from rankwise.ranks.sites import adapted
 
 PARTS = ("A", "E", "B")
@@ -150,7 +150,7 @@ def to_lora(model: nn.Module) -> PeftModel:
             f"{others[0]} trains tokens beside AdaLoRA's triplets, which plain LoRA cannot take over from them"
         )
     config = LoraConfig(r=old.target_r, target_modules=list(here), **{name: getattr(old, name) for name in KEPT})
-    describe(config, {name: (ranks[name], scales[name] * ranks[name]) for name in here}, peft)
+    write_ranks(config, {name: (ranks[name], scales[name] * ranks[name]) for name in here}, peft)
     # A second body around the same tensors.
     base = deepcopy(peft.get_base_model(), {id(t): t for t in (*peft.parameters(), *peft.buffers())})
     heads = {}
