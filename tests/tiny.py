@@ -4,7 +4,10 @@ from typing import Any
 
 import torch
 import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+
+from rankwise.ranks import sites
 
 SHAPES = ("bert", "gpt2", "llama", "t5", "deberta-v2")
 LABELS = 3
@@ -72,6 +75,16 @@ def model(shape: str = "bert", seed: int = 0) -> nn.Module:
 
 def head(shape: str = "bert") -> list[str]:
     return {"gpt2": ["score"], "llama": ["score"], "t5": ["classification_head"]}.get(shape, ["classifier"])
+
+
+def adapted(rank: int = 4, shape: str = "bert") -> PeftModel:
+    """A model that PEFT alone has adapted, with a B that is not 0 any more."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=rank, lora_alpha=8, target_modules=["query", "value", "dense"])
+    made = get_peft_model(model(shape), config)
+    for site in sites(made):
+        torch.nn.init.normal_(site.B, std=0.1)
+    return made.eval()
 
 
 def batch(rows: int = 8, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import rankwise as rw
 import tiny
 from rankwise.ranks import ranks, sites
-from rankwise.ranks.resize import fold
+from rankwise.ranks.fold import fold
 
 
 def attached(method, shape="bert"):

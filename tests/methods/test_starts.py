@@ -11,7 +11,7 @@ import stock
 import tiny
 from rankwise.methods import build
 from rankwise.ranks import sites
-from rankwise.ranks.resize import start
+from rankwise.ranks.kept import start
 
 RESIDUAL = ("svd_residual", "pissa")
 INITS = ("kaiming", "normal", "svd", "svd_residual", "svd_authors", "pissa")

@@ -21,16 +21,6 @@ def factors(inputs, outputs, r, seed, dtype=torch.float64):
     return A, torch.randn(outputs, r, generator=draw, dtype=dtype)
 
 
-def adapted(rank=4, shape="bert", trained=True):
-    torch.manual_seed(1)
-    config = LoraConfig(r=rank, lora_alpha=8, target_modules=["query", "value", "dense"])
-    model = get_peft_model(tiny.model(shape), config)
-    if trained:
-        for site in sites(model):
-            torch.nn.init.normal_(site.B, std=0.1)
-    return model.eval()
-
-
 @settings(deadline=None)
 @given(sizes, st.data())
 def test_shrinking_error_is_eckart_youngs(size, data):
@@ -67,7 +57,7 @@ def test_a_shrunk_site_with_b_at_zero_can_still_learn():
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_any_plan_leaves_a_working_model_with_the_ranks_it_asked_for(data):
-    model = adapted()
+    model = tiny.adapted()
     wanted = {s.name: data.draw(st.integers(0, 7)) for s in sites(model)}
     if not any(wanted.values()):
         wanted[sites(model)[0].name] = 1
@@ -81,7 +71,7 @@ def test_any_plan_leaves_a_working_model_with_the_ranks_it_asked_for(data):
 
 
 def test_growing_and_the_same_rank_leave_the_logits_as_they_were():
-    model = adapted()
+    model = tiny.adapted()
     before = tiny.logits(model)
     parameters = list(model.parameters())
     assert rw.resize(model, ranks(model)) == {}
@@ -92,7 +82,7 @@ def test_growing_and_the_same_rank_leave_the_logits_as_they_were():
 
 
 def test_an_emptied_site_costs_nothing_and_can_come_back():
-    model = adapted()
+    model = tiny.adapted()
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.requires_grad], "name": "adapter"}])
     first, *rest = sites(model)
     rw.resize(model, {first.name: 0}, optimizer)
@@ -107,7 +97,7 @@ def test_an_emptied_site_costs_nothing_and_can_come_back():
 
 
 def test_merging_an_emptied_site_keeps_the_outputs():
-    model = adapted()
+    model = tiny.adapted()
     before = tiny.logits(model)
     name = sites(model)[2].name
     rw.resize(model, RankPlan({name: 0}, empty="merge"))
@@ -116,7 +106,7 @@ def test_merging_an_emptied_site_keeps_the_outputs():
 
 @pytest.mark.filterwarnings("ignore:Already unmerged")  # PEFT, of layers that hold no adapter
 def test_resized_pruned_and_merged_models_agree():
-    model = adapted()
+    model = tiny.adapted()
     rw.resize(model, {name: i % 5 for i, name in enumerate(ranks(model))})
     before = tiny.logits(model)
     merged = copy.deepcopy(model).merge_and_unload()
@@ -125,28 +115,6 @@ def test_resized_pruned_and_merged_models_agree():
     assert torch.allclose(tiny.logits(model), before, atol=1e-5)
     model.unmerge_adapter()
     assert torch.allclose(tiny.logits(model), before, atol=1e-5)
-
-
-@pytest.mark.parametrize("moments", ["reset", "keep"])
-@pytest.mark.parametrize("rank", [2, 6])
-def test_moments_are_reset_or_carried_and_those_of_other_sites_stay(moments, rank):
-    model = adapted()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tiny.train(model, optimizer, 2)
-    first, second, *_ = sites(model)
-    others = {k: v.clone() for k, v in optimizer.state[second.A].items()}
-    rw.resize(model, RankPlan({first.name: rank}, moments=moments), optimizer)
-    if moments == "reset":
-        assert first.A not in optimizer.state and first.B not in optimizer.state
-    else:
-        assert optimizer.state[first.A]["exp_avg"].shape == first.A.shape
-        assert optimizer.state[first.B]["exp_avg_sq"].shape == first.B.shape
-        assert (optimizer.state[first.B]["exp_avg_sq"] >= 0).all()
-        assert optimizer.state[first.A]["step"] == 2
-    assert all(torch.equal(optimizer.state[second.A][k], v) for k, v in others.items())
-    before = first.B.detach().clone()
-    tiny.train(model, optimizer, 1)
-    assert not torch.equal(first.B, before)
 
 
 def test_carried_moments_are_the_gradient_of_the_new_factors():
@@ -168,54 +136,16 @@ def test_carried_moments_are_the_gradient_of_the_new_factors():
     ],
 )
 def test_plans_that_cannot_be_are_refused_and_change_nothing(plan, message):
-    model = adapted()
+    model = tiny.adapted()
     before = ranks(model)
     with pytest.raises(rw.InputError, match=message):
         rw.resize(model, plan(sites(model)))
     assert ranks(model) == before
 
 
-def test_report_counts_what_trains():
-    model = adapted()
-    rw.resize(model, {sites(model)[0].name: 0})
-    report = rw.rank_report(model)
-    assert report.total == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert "all sites" in str(report) and f'"total": {report.total}' in report.to_json()
-
-
-def test_a_site_that_returns_joins_the_other_sites_in_an_optimizer_without_group_names():
-    model = adapted()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    name = sites(model)[0].name
-    rw.resize(model, {name: 0}, optimizer)
-    rw.resize(model, {name: 2})
-    trained = [id(p) for p in model.parameters() if p.requires_grad]
-    assert [id(p) for g in optimizer.param_groups for p in g["params"]] == trained
-
-
-@pytest.mark.parametrize(
-    "made",
-    [
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
-        lambda p: torch.optim.AdamW(p, amsgrad=True),
-        lambda p: torch.optim.RMSprop(p),
-    ],
-)
-@pytest.mark.parametrize("rank", [2, 6])
-def test_moments_of_other_optimizers_fit_the_new_factors_too(made, rank):
-    model = adapted()
-    optimizer = made([p for p in model.parameters() if p.requires_grad])
-    tiny.train(model, optimizer, 2)
-    rw.resize(model, RankPlan(dict.fromkeys(ranks(model), rank), moments="keep"), optimizer)
-    for site in sites(model):
-        for value in optimizer.state.get(site.A, {}).values():
-            assert value.dim() == 0 or value.shape == site.A.shape
-    tiny.train(model, optimizer, 1)
-
-
 def test_a_merged_adapter_is_not_resized():
     """PEFT's unmerge would subtract the new product from weights that hold the old one."""
-    model = adapted()
+    model = tiny.adapted()
     model.merge_adapter()
     with pytest.raises(rw.InputError, match="unmerge_adapter"):
         rw.resize(model, dict.fromkeys(ranks(model), 1))
@@ -233,7 +163,7 @@ def test_a_site_that_returns_in_evaluation_has_no_dropout():
 
 
 def test_an_adapter_larger_than_its_layer_may_stay_and_shrink():
-    model = adapted(rank=20)
+    model = tiny.adapted(rank=20)
     assert rw.resize(model, ranks(model)) == {}
     before = tiny.logits(model)
     rw.resize(model, dict.fromkeys(ranks(model), 16))
@@ -261,40 +191,3 @@ def test_what_cannot_be_emptied_is_refused_before_anything_changes():
     with pytest.raises(rw.InputError, match="shares its weight"):
         rw.resize(tied, RankPlan({"model.layers.0.self_attn.q_proj": 1, "lm_head": 0}, empty="merge"))
     assert set(ranks(tied).values()) == {2}
-
-
-def attached():
-    torch.manual_seed(1)
-    model = rw.LoRA(rank=2).attach(tiny.model(), head=["classifier"])
-    for site in sites(model):
-        torch.nn.init.normal_(site.B, std=0.3)
-    return model
-
-
-def test_a_state_from_before_a_merge_takes_the_product_out_of_the_weights_again():
-    model = attached()
-    states, logits = [], []
-    for name in list(ranks(model))[:3]:
-        states.append({k: v.clone() for k, v in model.state_dict().items() if "lora_" in k})
-        logits.append(tiny.logits(model))
-        torch.nn.init.normal_(sites(model)[-1].B, std=0.3)
-        rw.resize(model, RankPlan({name: 0}, empty="merge"))
-    for i in (2, 0, 1):
-        model.load_state_dict(states[i], strict=False)
-        assert torch.allclose(tiny.logits(model), logits[i], atol=1e-5)
-
-
-def test_a_state_with_another_adapter_is_loaded_under_its_own_name(tmp_path):
-    model, other = attached(), attached()
-    with torch.no_grad():
-        for site in sites(other):
-            site.B.neg_()
-    rw.save(other, tmp_path / "other")
-    model.load_adapter(str(tmp_path / "other"), "a+b")
-    before = tiny.logits(model)
-    model.set_adapter("a+b")
-    assert torch.equal(tiny.logits(model), tiny.logits(other)) and not torch.equal(tiny.logits(model), before)
-    again = attached()
-    again.load_adapter(str(tmp_path / "other"), "a+b")
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(tiny.logits(again), before)

@@ -13,7 +13,8 @@ from peft.tuners.lora import layer as kinds
 import rankwise as rw
 import tiny
 from rankwise.ranks import ranks, sites
-from rankwise.ranks.resize import follow_state_dict, truncate
+from rankwise.ranks.resize import truncate
+from rankwise.ranks.restore import follow_state_dict
 
 ROUTER = peft.ArrowConfig()
 ROUTER.task_adapter_names = ["another"]  # as create_arrow_model sets it

@@ -27,7 +27,7 @@ import rankwise as rw
 import tiny
 from rankwise.methods import build
 from rankwise.ranks import ranks
-from rankwise.ranks.resize import merged
+from rankwise.ranks.kept import merged
 from rankwise.ranks.sites import omega
 
 STEPS = 9  # in epochs of 3 steps

@@ -9,7 +9,9 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from rankwise.nets.drawn import drawn, own
 from rankwise.nets.fused import PARTS, Part
-from rankwise.ranks.resize import kept_units, shaped, start
+from rankwise.ranks.fold import kept_units
+from rankwise.ranks.kept import start
+from rankwise.ranks.replace import shaped
 from rankwise.ranks.sites import OMEGA, Site, sites
 
 

@@ -28,7 +28,8 @@ from rankwise.files import as_new, check_files, check_replaceable, read_json, un
 from rankwise.methods import Method, build
 from rankwise.methods.targets import check_bare
 from rankwise.nets.drawn import buffers, drawn
-from rankwise.ranks.resize import alpha, merged, peft_residual_start, subtracted, write_ranks
+from rankwise.ranks.kept import merged, peft_residual_start, subtracted
+from rankwise.ranks.peft_records import alpha, write_ranks
 from rankwise.ranks.sites import adapted, sites
 from rankwise.ranks.triplets import to_lora, triplets
 

@@ -12,7 +12,7 @@ from torch import nn
 from rankwise.errors import InputError, nearest
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan, rank_report, ranks, sites
-from rankwise.ranks.resize import fold
+from rankwise.ranks.fold import fold
 from rankwise.ranks.sites import omega
 from rankwise.runs.search import Search
 

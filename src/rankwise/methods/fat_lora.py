@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rankwise.methods.simplex_lora import SimplexLoRA
-from rankwise.ranks.resize import fold
+from rankwise.ranks.fold import fold
 from rankwise.ranks.sites import omega
 
 

@@ -22,7 +22,8 @@ from rankwise.methods.targets import ALL_LINEAR, adapt, placement
 from rankwise.ranks import sites
 from rankwise.ranks.guest import entrust
 from rankwise.ranks.init_svd import svd_factors
-from rankwise.ranks.resize import set_start, shaped, start
+from rankwise.ranks.kept import set_start, start
+from rankwise.ranks.replace import shaped
 from rankwise.ranks.sites import check_own
 
 RESIDUAL = ("svd_residual", "pissa")

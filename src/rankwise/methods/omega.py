@@ -16,7 +16,8 @@ from rankwise.errors import NotFiniteError
 from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
 from rankwise.ranks import Site, ranks, sites
-from rankwise.ranks.resize import add_omega, resize
+from rankwise.ranks.resize import resize
+from rankwise.ranks.scales import add_omega
 from rankwise.ranks.sites import adapted, omega
 from rankwise.runs.search import Search
 

@@ -27,7 +27,7 @@ from rankwise.methods.base import require
 from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
-from rankwise.ranks.resize import fold
+from rankwise.ranks.fold import fold
 from rankwise.ranks.sites import adapted, check_own, omega
 from rankwise.runs.search import Search
 

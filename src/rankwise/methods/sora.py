@@ -25,7 +25,7 @@ from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, sites
-from rankwise.ranks.resize import add_gates
+from rankwise.ranks.scales import add_gates
 from rankwise.runs.search import Search
 
 

@@ -24,7 +24,7 @@ from rankwise.methods.base import require
 from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, ranks, sites
-from rankwise.ranks.resize import fold
+from rankwise.ranks.fold import fold
 from rankwise.ranks.sites import omega
 from rankwise.runs.search import Search
 

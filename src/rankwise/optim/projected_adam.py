@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rankwise.optim.simplex_adam import Decides
 from rankwise.ranks import sites
-from rankwise.ranks.resize import Structure, follow
+from rankwise.ranks.replace import follow
+from rankwise.ranks.restore import Structure
 from rankwise.ranks.silence import Silence
 from rankwise.ranks.sites import adapted
 

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from rankwise.errors import InputError
 from rankwise.optim import processes
-from rankwise.ranks.resize import RankPlan, Structure, follow, resize
+from rankwise.ranks.replace import follow
+from rankwise.ranks.resize import RankPlan, resize
+from rankwise.ranks.restore import Structure
 from rankwise.ranks.silence import Silence
 from rankwise.runs.search import Search
 

@@ -13,7 +13,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rankwise.errors import InputError
-from rankwise.ranks.resize import copy_scale, follow_state_dict, merged_into, start
+from rankwise.ranks.kept import merged_into, start
+from rankwise.ranks.restore import follow_state_dict
+from rankwise.ranks.scales import copy_scale
 from rankwise.ranks.sites import Site
 
 UNFINISHED = (

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from rankwise.errors import InputError
 from rankwise.ranks.guest import entrust
-from rankwise.ranks.resize import resize, write_ranks
+from rankwise.ranks.peft_records import write_ranks
+from rankwise.ranks.resize import resize
 from rankwise.ranks.sites import adapted
 
 PARTS = ("A", "E", "B")

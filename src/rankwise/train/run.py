@@ -55,7 +55,7 @@ from rankwise.files import (
 )
 from rankwise.methods import Method
 from rankwise.optim import processes
-from rankwise.ranks.resize import merged
+from rankwise.ranks.kept import merged
 from rankwise.runs import answers
 from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Code, Maker, code_of

@@ -1,0 +1,76 @@
+"""Scales are folded away at the end of a search: what is left is plain LoRA."""
+
+from collections.abc import Sequence
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from rankwise.ranks.peft_records import record
+from rankwise.ranks.replace import replace, sort_groups
+from rankwise.ranks.resize import empty, set_sizes
+from rankwise.ranks.sites import OMEGA, Gates, Site, adapted, omega, sites
+
+
+@torch.no_grad()
+def fold(model: nn.Module) -> None:
+    """Move every scale into its B and take it away: plain LoRA with the same outputs. Nothing happens without scales.
+
+    Units of rank whose gate is 0 are cut, and a site without any other is emptied. Where no site has a live unit, the
+    first one keeps a unit whose product is 0, since PEFT knows no adapter without sites.
+    """
+    peft = adapted(model)
+    here = [site for site in sites(peft) if site.scale is not None]
+    kept = dict(zip([site.name for site in here], kept_units(here), strict=True))
+    for site in here:
+        _fold_one(peft, site, kept[site.name])
+    if omega(peft) is not None:
+        omegas = getattr(peft.base_model, OMEGA)
+        replace(peft, omegas, peft.active_adapter, None)
+        del omegas[peft.active_adapter]
+    if here:
+        sort_groups(peft)
+        record(peft)
+
+
+def kept_units(here: Sequence[Site]) -> list[Tensor]:
+    """For each site the indices of the units that a fold keeps: those whose gate is not 0, all without gates."""
+    kept = [
+        torch.arange(s.rank, device=s.B.device) if s.gates is None else s.gates.flatten().nonzero().flatten()
+        for s in here
+    ]
+    if kept and not any(len(units) for units in kept):
+        kept[0] = torch.zeros(1, dtype=torch.long, device=kept[0].device)
+    return kept
+
+
+def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
+    """B' = B diag(g) or ωB, so ∂L/∂B' is ∂L/∂B / g: B's moments follow it; those of A, whose gradient stays, stay."""
+    scale, linear, A = site.scale, site.layer.lora_A[site.adapter], site.A
+    assert scale is not None
+    values = scale.value.detach().to(site.B.dtype).expand(site.rank, 1).T[:, units]  # (1, units)
+
+    def carry(moment: Tensor, second: bool) -> Tensor:
+        return moment[:, units] / (values.square() if second else values)
+
+    if isinstance(scale, Gates):
+        replace(model, scale, "gates", None)
+    _bare(linear, A)
+    if not len(units):
+        empty(model, site, "drop")
+        return
+    B = site.B.detach().flatten(1)[:, units] * values
+    replace(model, *site.B_owner, B, carry=carry if values.abs().min() > 1e-6 else None)
+    if len(units) < site.rank:
+        replace(model, *site.A_owner, A.detach().flatten(1)[units], carry=lambda moment, _: moment[units])
+        set_sizes(site, len(units))
+
+
+def _bare(linear: nn.Module, A: nn.Parameter) -> None:
+    """Take the parametrization off, leaving the Parameter that the optimizers know.
+
+    torch's own way also takes `weight` off the class that it has made for `linear`, which deep copies share.
+    """
+    linear.__class__ = type(linear).__bases__[0]
+    del linear.parametrizations
+    linear.register_parameter("weight", A)

@@ -1,0 +1,103 @@
+"""What PEFT's configuration says of ranks and alphas, so that stock PEFT builds the same adapter."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from math import isclose, sqrt
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from rankwise.ranks.sites import Site, sites
+
+
+def record(model: PeftModel) -> None:
+    """Write the ranks into PEFT's own configuration."""
+    found = {s.name: (s.rank, alpha(s, s.rank)) for s in sites(model)}
+    write_ranks(model.peft_config[model.active_adapter], found, model)
+
+
+def alpha(site: Site, rank: int) -> float:
+    """What PEFT has to be told as alpha so that the site, at this rank, keeps its scale s."""
+    rslora = site.present and getattr(site.layer, "use_rslora", {}).get(site.adapter, False)
+    return site.scaling * (sqrt(rank) if rslora else rank)
+
+
+def write_ranks(config: Any, found: Mapping[str, tuple[int, float]], model: PeftModel) -> None:
+    """Write (rank, alpha) by site of `model` into a PEFT configuration, so that stock PEFT builds the same adapter.
+
+    What the configuration says otherwise stays as far as it is still true: what others have written of these sites, and
+    all that is about layers which are no sites. Where it would put an adapter on a site of rank 0, or none on one that
+    has rank, the layers with one are named one by one, and nothing is excluded: in a weighted sum of adapters PEFT
+    excludes from all of them what the first one excludes.
+    """
+    layers, adapter = dict(model.get_base_model().named_modules()), model.active_adapter
+    others = [
+        _called(name, layer) for name, layer in layers.items() if isinstance(layer, LoraLayer) and adapter in layer.r
+    ]
+    others = [name for name in others if name not in {*found, *(site.name for site in sites(model))}]
+    here = {name: values for name, values in found.items() if values[0]}
+    ranks, alphas = ({name: values[part] for name, values in here.items()} for part in (0, 1))
+    parts = {
+        f"^{re.escape(site.name)}" for site in sites(model) if site.name not in found
+    }  # what is saved is the whole
+    patterns = [
+        {key: value for key, value in (pattern or {}).items() if key not in parts}
+        for pattern in (config.rank_pattern, config.alpha_pattern)
+    ]
+    config.rank_pattern = _pattern(patterns[0], config.r, ranks, found, others)
+    config.alpha_pattern = _pattern(patterns[1], config.lora_alpha, alphas, found, others)
+    if all(bool(check_target_module_exists(config, name)) == (name in here) for name in found):
+        return
+    names = [*here, *(name for name in others if check_target_module_exists(config, name))]
+    also = any(other.endswith(f".{name}") for name in names for other in layers.keys() - {*names})
+    # PEFT looks for a name of a list at the ends of names, and for a pattern in the whole of one.
+    config.target_modules = "|".join(map(re.escape, names)) if also else names
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def _called(name: str, layer: Any) -> str:
+    """What PEFT's configuration calls an adapted layer, or the parameter of one."""
+    name = name.replace(".base_layer", "")
+    return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
+
+
+def _pattern(
+    pattern: Mapping[str, float],
+    default: float,
+    values: Mapping[str, float],
+    found: Collection[str],
+    others: Sequence[str],
+) -> dict[str, Any]:
+    """`pattern`, changed so that PEFT reads the `values` of sites in it, and of all else what it has read before.
+
+    Of several keys that match PEFT takes the first, and it writes them in the order of their letters. Our keys are
+    anchored, since PEFT looks for others at the ends of names. A key of others goes where it decides for sites alone
+    and wrongly for each, or would come before ours.
+
+    Args:
+        values: by site with rank. found: all sites.
+        others: names of adapted layers that are no sites.
+    """
+
+    def key(name: str) -> str:
+        return get_pattern_key(sorted(kept), name)
+
+    def right(name: str) -> bool:
+        return isclose(kept.get(key(name), default), true[name])
+
+    own = {name: f"^{re.escape(name)}" for name in (*found, *others)}
+    kept = {key: value for key, value in pattern.items() if key not in [own[name] for name in found]}
+    true = {name: pattern.get(get_pattern_key([*pattern], name), default) for name in others} | dict(values)
+    while True:  # without a key another one may decide
+        needed = {key(name) for name in true if right(name)}
+        idle = {key(name) for name in found} & kept.keys() - needed - {key(name) for name in others}
+        idle |= {key(name) for name in true if not right(name) and key(name) in kept and key(name) < own[name]}
+        if not idle:
+            break
+        kept = {key: value for key, value in kept.items() if key not in idle}
+    kept |= {own[name]: value for name, value in true.items() if not right(name)}
+    return dict(sorted(kept.items()))

@@ -1,0 +1,83 @@
+"""`replace` is the only code in rankwise that swaps a Parameter or touches an optimizer's state."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankwise.ranks.sites import adapted, sites
+
+Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter
+
+# What optimizers keep in the shape of a parameter: the name, and whether it is of second order.
+_MOMENTS = {"exp_avg": False, "momentum_buffer": False, "exp_avg_sq": True, "max_exp_avg_sq": True}
+
+_optimizers: weakref.WeakKeyDictionary[nn.Module, "weakref.WeakSet[Optimizer]"] = weakref.WeakKeyDictionary()
+
+
+def follow(model: nn.Module, optimizer: Optimizer) -> None:
+    """From now on `optimizer` goes along with every rank change of `model`. The optimizer is held weakly."""
+    _optimizers.setdefault(adapted(model), weakref.WeakSet()).add(optimizer)
+
+
+def replace(
+    model: nn.Module,
+    owner: nn.Module,
+    name: str,
+    new: Tensor | None,
+    group: str = "",
+    carry: Carry | None = None,
+    trains: bool = True,
+) -> None:
+    """Put `new` in the place of the Parameter `owner.name`, in the model and in every optimizer that follows it.
+
+    Args:
+        new: the new values, or None to take the Parameter away. A factor of a convolution may come as a matrix.
+        group: the parameter group (by its `name`) that a Parameter without predecessor joins; in an optimizer without
+            such a group, the one that holds the other sites.
+        carry: maps each moment of the old Parameter to the new one, both as matrices; without it the state starts from
+            nothing, and so it does in an optimizer that keeps more than moments of Adam or SGD.
+        trains: whether a Parameter without predecessor does; others go on as they were.
+    """
+    old = owner._parameters.get(name)
+    trains = trains if old is None else old.requires_grad
+    if new is not None and old is not None:
+        new = shaped(new, old)
+    fresh = None if new is None else nn.Parameter(new.detach().contiguous(), requires_grad=trains)
+    owner.register_parameter(name, fresh)
+    for optimizer in _optimizers.get(adapted(model), ()):
+        state = optimizer.state.pop(old, None) if old is not None else None
+        for entry in optimizer.param_groups:
+            entry["params"] = [fresh if p is old else p for p in entry["params"] if p is not old or fresh is not None]
+        if old is None and fresh is not None and trains and (home := _home(optimizer, model, group)) is not None:
+            home["params"].append(fresh)
+        if state and state.keys() <= {"step", *_MOMENTS} and carry is not None and fresh is not None:
+            optimizer.state[fresh] = {
+                k: shaped(carry(v.flatten(1), _MOMENTS[k]), v) if k in _MOMENTS and v is not None else v
+                for k, v in state.items()
+            }
+
+
+def shaped(matrix: Tensor, like: Tensor) -> Tensor:
+    """`matrix` with the kernel of `like`, a factor of a convolution; of a linear map, as it is."""
+    return matrix.reshape(len(matrix), -1, *like.shape[2:]) if like.dim() > 2 else matrix
+
+
+def _home(optimizer: Optimizer, model: nn.Module, group: str) -> dict[str, Any] | None:
+    """The group that a Parameter without predecessor joins."""
+    for entry in optimizer.param_groups:
+        if entry.get("name") == group:
+            return entry
+    factors = {id(p) for site in sites(model) if site.present for p in (site.A, site.B)}
+    return next((g for g in optimizer.param_groups if any(id(p) in factors for p in g["params"])), None)
+
+
+def sort_groups(model: nn.Module) -> None:
+    """Put the optimizers' groups in model order: checkpoints know parameters by position, new ones come at the end."""
+    peft = adapted(model)
+    order = {id(p): i for i, p in enumerate(peft.parameters())}
+    for optimizer in _optimizers.get(peft, ()):
+        for entry in optimizer.param_groups:
+            entry["params"].sort(key=lambda p: order.get(id(p), len(order)))

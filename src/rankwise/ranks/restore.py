@@ -1,0 +1,75 @@
+"""A state dict brings its own ranks, scales, merged products and starts: loading one gives them to the model first."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from rankwise.ranks.fold import fold
+from rankwise.ranks.kept import Merged, match_merged, match_start
+from rankwise.ranks.resize import RankPlan, resize
+from rankwise.ranks.scales import add_gates, add_omega
+from rankwise.ranks.sites import OMEGA, Site, adapted, omega, sites
+
+
+def follow_state_dict(model: PeftModel) -> None:
+    """Make `model.load_state_dict` re-rank the model first, whoever calls it.
+
+    Trainer's resume, Trainer's best model, PEFT's `load_adapter` and a bare loop all end there, so one hook serves all.
+    A state that holds factors of the active adapter is taken as the whole of it: sites that it leaves out are emptied.
+    One without any (a head, the base weights, another adapter) changes no rank.
+    """
+    model.register_load_state_dict_pre_hook(_match)
+
+
+def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Give `model` the ranks, the ω and the merged products that `state` was saved with. Values follow from loading."""
+    peft = adapted(model)
+    adapter = peft.active_adapter
+    # PEFT writes keys without the adapter's name, and on loading names those it finds in the model as it is now.
+    names = "|".join(map(re.escape, peft.peft_config))
+    nameless = re.compile(rf"\.lora_(?:A|B|omega|merged|start)(?=\.|$)(?!\.(?:{names})(?:\.|$))")
+    for old in [key for key in state if nameless.search(key)]:
+        state[nameless.sub(lambda found: f"{found[0]}.{adapter}", old)] = state.pop(old)
+
+    def key(site: Site, part: str) -> str:
+        return f"{prefix}base_model.model.{site.name}.{part}"
+
+    stored = {site.name: state.get(key(site, f"lora_B.{adapter}.weight")) for site in sites(peft)}
+    wanted = {name: 0 if B is None else B.shape[1] for name, B in stored.items()}
+    if not any(wanted.values()):
+        return  # not about this adapter: a head alone, or the base weights
+    gates = f"lora_A.{adapter}.parametrizations.weight.0.gates"
+    gated = any(key(site, gates) in state for site in sites(peft))
+    scaled = f"{prefix}base_model.{OMEGA}.{adapter}" in state
+    if Structure.of(peft).scaled and not scaled and not (gated and Structure.of(peft).ranks == wanted):
+        fold(peft)
+    resize(peft, RankPlan(wanted, change="reinit"))
+    if scaled and omega(peft) is None:
+        add_omega(peft)
+    if gated and not Structure.of(peft).scaled:
+        add_gates(peft, torch.ones)
+    for site in sites(peft):
+        A0, B0 = (state.get(key(site, f"lora_start.{adapter}.{part}")) for part in "AB")
+        match_start(peft, site, A0, B0)
+        products: list[Merged] = []
+        while (A := state.get(key(site, f"lora_merged.{adapter}.{len(products)}.A"))) is not None:
+            B = state[key(site, f"lora_merged.{adapter}.{len(products)}.B")]
+            products.append(Merged(A.clone(), B.clone()))
+        match_merged(site, products)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a checkpoint's optimizer state refers to: the ranks by site, and whether scales were on."""
+
+    ranks: dict[str, int]
+    scaled: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Structure":
+        here = sites(model)
+        scaled = any(s.gates is not None for s in here) or (bool(here) and omega(model) is not None)
+        return cls({s.name: s.rank for s in here}, scaled)
