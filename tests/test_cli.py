@@ -525,6 +525,20 @@ def test_a_rate_is_not_chosen_among_what_two_codes_have_found(cli: Cli, quick: N
     assert cli(*compare, "--repeat")[0] == 0 and cli(*compare)[0] == 0
 
 
+@pytest.mark.parametrize("rows", [{"train_rows": 1}, {"vary": {"method": ["lora"], "train_rows": [240, 1]}}])
+def test_too_few_rows_to_choose_a_rate_by_are_refused_before_a_folder_is_made(
+    rows: dict[str, Any], cli: Cli, tmp_path: Path
+) -> None:
+    tuned = {**TINY, "tune": {"learning_rate": [1e-3, 1e-2]}, "vary": {"method": ["lora"], "seed": [0, 1]}, **rows}
+    compare = ("compare", write(tmp_path / "sweep.yaml", tuned), f"runs={tmp_path / 'runs'}")
+    for command in (compare, (*compare, "--dry-run")):
+        code, out, err = cli(*command)
+        assert (code, out) == (2, "") and "too few rows to hold some out" in err and err.count("\n") == 1, err
+    assert not (tmp_path / "runs").exists()
+    code, _, err = cli(*compare, "tune.learning_rate=1e-3", "--dry-run")  # nothing to choose: no rows are held out
+    assert code == 0, err
+
+
 def test_what_is_refused_before_weights_are_read_is_refused_by_every_command(cli: Cli, tmp_path: Path) -> None:
     """With one line that names the settings and their sum, and no folder of a run left behind."""
     (tmp_path / "data").mkdir()

@@ -647,18 +647,32 @@ def _expand(experiment: Experiment) -> list[RunConfig]:
     return configs
 
 
-def _key(config: RunConfig) -> str:
-    return json.dumps([config.task, config.tuning is not None], sort_keys=True)
+def _data(config: RunConfig) -> tuple[str, bool]:
+    """What tells apart the data of runs: the task, and whether rows to choose a rate by are read."""
+    return json.dumps(config.task, sort_keys=True), config.tuning is not None
 
 
-def _revisions(configs: Sequence[RunConfig]) -> dict[str, str]:
-    """The revision of the data of each task, and of each whose rates are tried, by `_key`."""
+def _revisions(configs: Sequence[RunConfig]) -> dict[tuple[str, bool], str]:
+    """The revisions of the data of `configs`, by `_data`; each task is read once.
+
+    Raises InputError where there are too few rows to train on and to choose a rate by.
+    """
     import rankwise.tasks
+    from rankwise.tasks.base import subset
 
-    return {
-        key: rankwise.tasks.build(config.task).revision(tuning=config.tuning is not None)
-        for key, config in {_key(config): config for config in configs}.items()
-    }
+    groups: dict[str, list[RunConfig]] = {}
+    for config in configs:
+        groups.setdefault(_data(config)[0], []).append(config)
+    found = {}
+    for name, group in groups.items():
+        task = rankwise.tasks.build(group[0].task)
+        splits = [task.train(), *task.evaluation()]
+        for rows, share in {(each.train_rows, each.tuning) for each in group}:
+            if share is not None:
+                task.tuning(subset(splits[0], rows), share)
+        for tuning in {each.tuning is not None for each in group}:
+            found[name, tuning] = task.revision(splits, tuning=tuning)
+    return found
 
 
 def _makers(store: Store, configs: Sequence[RunConfig]) -> Callable[[RunConfig], Maker]:
@@ -674,7 +688,7 @@ def _makers(store: Store, configs: Sequence[RunConfig]) -> Callable[[RunConfig],
         if config.after is not None:
             first = known.get(config.after)
             before = maker(first).name if first else store.named(config.after)
-        return Maker.now(revisions[_key(config)], code_for(config), before)
+        return Maker.now(revisions[_data(config)], code_for(config), before)
 
     return maker
 
@@ -760,7 +774,7 @@ def _compare_tuned(
         if not task.main:
             raise InputError(f"tune: {task.name} has no score to choose a learning rate by; leave it out")
     contests = list(experiment.contests())
-    tried = [config for contest in contests for config in contest.tried(contest.lowest)]
+    tried = [config for contest in contests if not contest.settled for config in contest.tried(contest.lowest)]
     makers = _makers(store, [*configs, *map(_fit, tried)])
 
     def place(config: RunConfig) -> Path:

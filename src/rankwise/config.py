@@ -255,6 +255,11 @@ class Contest:
     """Of the runs that are reported."""
 
     @property
+    def settled(self) -> bool:
+        """Whether there is a single rate, which nothing need be tried for."""
+        return isinstance(self.rates, tuple) and len(self.rates) == 1
+
+    @property
     def lowest(self) -> float:
         """The lowest of the rates."""
         return self.rates.low if isinstance(self.rates, Span) else self.rates[0]

@@ -35,7 +35,7 @@ class Search:
         self._now: dict[float, list[Path]] = {}
         self.configs: dict[Path, RunConfig] = {}
         """The runs asked for until now."""
-        if not self.settled:
+        if not self.contest.settled:
             self._ask(next(self._rounds))
             self.go_on()
 
@@ -60,14 +60,9 @@ class Search:
         ]
 
     @property
-    def settled(self) -> bool:
-        """Whether there is a single rate, which nothing need be tried for."""
-        return isinstance(self.contest.rates, tuple) and len(self.contest.rates) == 1
-
-    @property
     def rate(self) -> float | None:
         """The rate to report at, once the search is over; None before, and where no rate trained to its end."""
-        if self.settled:
+        if self.contest.settled:
             return self.contest.lowest
         return how["learning_rate"] if (how := self.chosen) else None
 
@@ -163,7 +158,7 @@ def tune_and_carry_out(
         for search in found:
             search.go_on()
     for search in found:
-        if search.settled:
+        if search.contest.settled:
             say(f"{_called(search)}: learning rate {search.rate:g}, the only one given")
         elif (how := search.chosen) is None and not search.left():
             say(f"{_called(search)}: no rate trained to its end; try lower ones")

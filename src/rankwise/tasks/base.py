@@ -157,7 +157,7 @@ class Task(ABC):
             groups.setdefault(read, []).append(place)
         if len(groups) < 2:
             raise InputError(
-                f"{train.name} has too few rows to hold some out: tuning needs two different ones at least"
+                f"{train.name} has too few rows to hold some out for tuning: at least two that differ are needed"
             )
         order = list(groups.values())
         random.Random(0).shuffle(order)
