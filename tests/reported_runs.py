@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rankwise.config import Experiment, RunConfig
 from rankwise.runs.store import Store
+from rankwise.settings import Experiment, RunConfig
 
 PROJECTIONS = (
     "attention.self.query",

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 
-from rankwise.config import RunConfig
 from rankwise.runs.store import Store
+from rankwise.settings import RunConfig
 
 REVISION = "0123456789ab"
 

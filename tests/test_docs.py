@@ -14,8 +14,8 @@ from peft import PeftModel
 from every import attached, every_method, method
 from rankwise import tasks
 from rankwise.cli import app, main
-from rankwise.config import RunConfig, Schema, load, parse_yaml
 from rankwise.methods import registry
+from rankwise.settings import RunConfig, Schema, load, parse_yaml
 
 ROOT = Path(__file__).parent.parent
 METHODS = sorted(registry())

@@ -13,9 +13,9 @@ import pytest
 
 from rankwise import methods, tasks
 from rankwise.cli import main
-from rankwise.config import Experiment, Schema, load
 from rankwise.published import papers
 from rankwise.runs.grid import expand
+from rankwise.settings import Experiment, Schema, load
 from rankwise.train.model import check
 
 FILES = sorted((Path(__file__).parents[1] / "experiments").glob("*.yaml"))

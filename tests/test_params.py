@@ -12,9 +12,9 @@ import pytest
 from rankwise import published
 from rankwise.archs import archs, find
 from rankwise.cli import main
-from rankwise.config import Schema, load_method
 from rankwise.errors import InputError
 from rankwise.methods import build, registry
+from rankwise.settings import Schema, load_method
 from rankwise.train.params import Count, count
 
 QKV = ["query_proj", "key_proj", "value_proj"]

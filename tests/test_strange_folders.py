@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from odd_files import ODD, a_pipe
 from rankwise.bench.watch import Watch
 from rankwise.cli import main
-from rankwise.config import Experiment, Published
 from rankwise.report import figures, text
 from rankwise.report.pages import pages
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary
+from rankwise.settings import Experiment, Published
 from rankwise.train.run import FILES
 from reported_runs import finish
 from runs_made_up import config, predict

@@ -25,9 +25,9 @@ from rankwise.train.stop import INTERRUPTED, STOPPED
 if TYPE_CHECKING:
     from rankwise.bench.compare import Outcome
     from rankwise.bench.runners import Runner
-    from rankwise.config import Experiment, RunConfig, Schema
     from rankwise.runs.maker import Maker
     from rankwise.runs.store import Store
+    from rankwise.settings import Experiment, RunConfig, Schema
 
 FAILED, INPUT, SOME_FAILED = 1, 2, 3
 TELL_AFTER = 20.0
@@ -317,7 +317,7 @@ def validate(
     """Check a configuration and print it with all defaults filled in."""
     import yaml
 
-    from rankwise.config import RunConfig, load
+    from rankwise.settings import RunConfig, load
 
     config = load(source, settings or [], _schema())
     if isinstance(config, RunConfig):
@@ -343,7 +343,7 @@ def validate(
 @app.command()
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of configuration files, for editors."""
-    from rankwise.config import json_schema
+    from rankwise.settings import json_schema
 
     _print_json(json_schema(_schema()))
 
@@ -442,7 +442,7 @@ def params(
     chosen = find(arch)
     with contextlib.redirect_stdout(sys.stderr):
         import rankwise.methods
-        from rankwise.config import Schema, load_method
+        from rankwise.settings import Schema, load_method
         from rankwise.train.params import count
 
         options, head = load_method(method, settings or [], Schema(rankwise.methods.registry(), {}))
@@ -549,14 +549,14 @@ def _refuse_usage(error: Any) -> NoReturn:
 def _schema() -> Schema:
     import rankwise.methods
     import rankwise.tasks
-    from rankwise.config import Schema
+    from rankwise.settings import Schema
 
     return Schema(rankwise.methods.registry(), rankwise.tasks.registry())
 
 
 def _run_config(source: Path | None, settings: Sequence[str]) -> RunConfig:
-    from rankwise.config import RunConfig, load
     from rankwise.errors import InputError
+    from rankwise.settings import RunConfig, load
 
     config = load(source, settings, _schema())
     if not isinstance(config, RunConfig):
@@ -565,8 +565,8 @@ def _run_config(source: Path | None, settings: Sequence[str]) -> RunConfig:
 
 
 def _experiment(source: Path, settings: Sequence[str]) -> Experiment:
-    from rankwise.config import RunConfig, load
     from rankwise.errors import InputError
+    from rankwise.settings import RunConfig, load
 
     config = load(source, settings, _schema())
     if isinstance(config, RunConfig):
@@ -585,7 +585,7 @@ def _check_tables(experiment: Experiment) -> None:
 
 def _options(key: str) -> dict[str, dict[str, Any]]:
     """The options of every method or task, by its name, with their defaults."""
-    from rankwise.config import json_schema
+    from rankwise.settings import json_schema
 
     return {
         entry["properties"]["name"]["const"]: {
@@ -721,9 +721,9 @@ def _count(store: Store, others: Mapping[Path, list[str]]) -> str:
 
 def _noted(source: Path) -> Maker | None:
     """What made the run whose `run.yaml` this file is, copied or not; None for a file that the user wrote."""
-    from rankwise.config import read_yaml
     from rankwise.errors import InputError
     from rankwise.runs.maker import Maker
+    from rankwise.settings import read_yaml
 
     noted = read_yaml(source).get("made_with")
     try:

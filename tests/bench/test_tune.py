@@ -15,11 +15,11 @@ import yaml
 
 from bench_runs import tuned
 from rankwise.bench.tune import Rounds, Search, rounds
-from rankwise.config import Contest, Span, Tune
 from rankwise.errors import InputError
 from rankwise.runs.stats import mean
 from rankwise.runs.store import Store
 from rankwise.runs.tables import best, summarise
+from rankwise.settings import Contest, Span, Tune
 from small_run import PATIENCE, wait_for
 
 

@@ -14,9 +14,9 @@ import pytest
 
 from bench_runs import runs
 from rankwise.bench.watch import LEFT, Watch
-from rankwise.config import Experiment
 from rankwise.files import MARKER, claim
 from rankwise.runs.store import Store
+from rankwise.settings import Experiment
 from runs_made_up import config, finish, tune
 from small_run import PATIENCE, wait_for
 

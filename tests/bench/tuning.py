@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rankwise.bench.runners import runner
 from rankwise.bench.tune import tune_and_carry_out
-from rankwise.config import Experiment
 from rankwise.runs.store import Store
+from rankwise.settings import Experiment
 from runs_made_up import REVISION
 
 if __name__ == "__main__":

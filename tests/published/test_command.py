@@ -9,9 +9,9 @@ import pytest
 
 from rankwise import methods, tasks
 from rankwise.cli import main
-from rankwise.config import Schema, load
 from rankwise.published import papers
 from rankwise.runs.store import Store
+from rankwise.settings import Schema, load
 from runs_made_up import config, finish
 
 Cli = Callable[..., str]

@@ -7,10 +7,10 @@ import pytest
 
 from rankwise import published, tasks
 from rankwise.archs import archs
-from rankwise.config import Schema, load_method
 from rankwise.errors import InputError
 from rankwise.methods import registry
 from rankwise.published import Row, Table, find, number, papers
+from rankwise.settings import Schema, load_method
 
 TABLES = [table for paper in papers() for table in paper.tables]
 every_table = pytest.mark.parametrize("table", TABLES, ids=lambda table: table.id)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from rankwise.config import RunConfig
 from rankwise.report import html
 from rankwise.runs.store import Store
+from rankwise.settings import RunConfig
 from reported_runs import finish, write_lines, write_runs
 from runs_made_up import one_answer
 

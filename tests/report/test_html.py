@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from rankwise.config import RunConfig
 from rankwise.errors import InputError
 from rankwise.report import figures, html
 from rankwise.runs.store import Store
+from rankwise.settings import RunConfig
 from reported_runs import finish, write_lines
 from runs_made_up import config, tune
 from runs_made_up import finish as made_up

@@ -3,8 +3,8 @@ from typing import Any
 import pytest
 
 import rankwise
-from rankwise.config import Experiment, RunConfig
 from rankwise.runs.grid import expand, run_id
+from rankwise.settings import Experiment, RunConfig
 
 
 def test_all_of_one_seed_come_before_the_next_and_nothing_comes_twice() -> None:

@@ -148,7 +148,7 @@ def test_what_decides_no_result_is_left_out(copy: Copy) -> None:
         for file in [package / f"{room}.py", *(package / room).glob("*.py")]:
             if file.exists():
                 file.write_text(f"{file.read_text()}\n\ndef more():\n    return 1\n")
-    edit(package / "config.py", "class RunConfig(BaseModel):", "class RunConfig(BaseModel):\n    more = 1\n")
+    edit(package / "settings" / "run.py", "class RunConfig(BaseModel):", "class RunConfig(BaseModel):\n    more = 1\n")
     assert made_by(package) == made_by(SOURCE)
     rooms = {file.partition("/")[0] for file in made_by(SOURCE)}
     assert rooms >= {"methods", "tasks", "ranks", "optim", "train", "metrics"} and not rooms & ASIDE

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 import rankwise
-from rankwise.config import Experiment, RunConfig, as_yaml
 from rankwise.errors import InputError
 from rankwise.files import claim
 from rankwise.runs import maker
@@ -17,6 +16,7 @@ from rankwise.runs.grid import settings_digest
 from rankwise.runs.maker import Code, Maker
 from rankwise.runs.store import State, Store, answers, progress
 from rankwise.runs.summary import Summary
+from rankwise.settings import Experiment, RunConfig, as_yaml
 from runs_made_up import REVISION, config, finish, predict, result
 
 

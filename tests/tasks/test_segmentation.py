@@ -17,7 +17,6 @@ from PIL import Image
 
 import bootstrap
 from rankwise import tasks
-from rankwise.config import RunConfig
 from rankwise.errors import InputError
 from rankwise.files import claim
 from rankwise.metrics import SUMS
@@ -25,6 +24,7 @@ from rankwise.metrics.segmentation import counts, dice, dice_of
 from rankwise.nets.unet import IGNORE, RefinedUNet, UNet
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary
+from rankwise.settings import RunConfig
 from rankwise.tasks.base import Evaluation
 from rankwise.tasks.segmentation import _varied
 from rankwise.train.model import build

@@ -3,10 +3,10 @@
 import pytest
 
 from rankwise import methods, tasks
-from rankwise.config import RunConfig, Schema, load
 from rankwise.errors import InputError
 from rankwise.methods import Method, build, registry
 from rankwise.ranks import sites
+from rankwise.settings import RunConfig, Schema, load
 from rankwise.train.model import build as build_model
 from rankwise.train.model import peak
 from rankwise.train.params import fit

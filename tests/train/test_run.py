@@ -21,11 +21,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rankwise
 from rankwise import methods, tasks
-from rankwise.config import Schema, load
 from rankwise.errors import InputError
 from rankwise.files import claim
 from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
+from rankwise.settings import Schema, load
 from rankwise.tasks import subset
 from rankwise.tasks.classification import logits
 from rankwise.train import model as models

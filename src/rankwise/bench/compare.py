@@ -15,11 +15,11 @@ from rich.console import Console
 
 from rankwise.bench.progress import Count, Display
 from rankwise.bench.runners import Ended, Runner
-from rankwise.config import RunConfig
 from rankwise.errors import InputError
 from rankwise.files import opened
 from rankwise.runs.store import Store
 from rankwise.runs.store import progress as steps_of
+from rankwise.settings import RunConfig
 from rankwise.train.stop import INTERRUPTED, STOPPED
 
 LOSSES = 3

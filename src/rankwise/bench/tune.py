@@ -14,10 +14,10 @@ from rich.console import Console
 
 from rankwise.bench.compare import Outcome, carry_out
 from rankwise.bench.runners import Runner
-from rankwise.config import Contest, RunConfig, Span
 from rankwise.errors import need, shown
 from rankwise.runs.store import Store
 from rankwise.runs.tables import Tuned, tuned
+from rankwise.settings import Contest, RunConfig, Span
 
 Place = Callable[[RunConfig], Path]
 """The folder of a run, made or only named."""

@@ -11,8 +11,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal
 
-from rankwise.config import parse_yaml
 from rankwise.errors import InputError, nearest
+from rankwise.settings import parse_yaml
 
 
 @dataclass(frozen=True)

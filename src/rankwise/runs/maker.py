@@ -23,7 +23,7 @@ from typing import Any
 import rankwise
 from rankwise.files import read_json
 
-ASIDE = {"archs", "bench", "cli", "config", "errors", "export", "files", "published", "report", "runs"}
+ASIDE = {"archs", "bench", "cli", "errors", "export", "files", "published", "report", "runs", "settings"}
 """Rooms that decide no result."""
 
 Code = dict[str, dict[str, str]]

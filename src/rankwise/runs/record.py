@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rankwise.config import Published, read_yaml
 from rankwise.errors import InputError
 from rankwise.files import MOST_LINES, read_json, read_text
+from rankwise.settings import Published, read_yaml
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """Not above what a float holds exactly: counts are drawn together, and drawn."""

@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 import rankwise
-from rankwise.config import WRITTEN, Experiment, RunConfig, as_yaml, read_yaml
 from rankwise.errors import InputError, need
 from rankwise.files import (
     MARKER,
@@ -33,6 +32,7 @@ from rankwise.runs import record
 from rankwise.runs.grid import is_id, run_id, settings_digest
 from rankwise.runs.maker import BEFORE, CODE, Maker, said
 from rankwise.runs.maker import FILE as MAKER
+from rankwise.settings import WRITTEN, Experiment, RunConfig, as_yaml, read_yaml
 
 State = Literal["pending", "running", "stopped", "failed", "done", "damaged"]
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rankwise.config import OWN
 from rankwise.errors import shown_line
 from rankwise.runs.answers import nothing_learnt, spreads
 from rankwise.runs.search import Search
 from rankwise.runs.stats import LIMITS, equal, mean, sd, t_interval
+from rankwise.settings import OWN
 
 Row = dict[str, Any]
 

@@ -17,11 +17,11 @@ from torch import nn
 
 from rankwise import methods, tasks
 from rankwise.archs import Arch
-from rankwise.config import RunConfig
 from rankwise.errors import InputError
 from rankwise.methods import Method
 from rankwise.methods.targets import head_names
 from rankwise.ranks import sites
+from rankwise.settings import RunConfig
 from rankwise.train.model import head_modules, peak, quiet
 
 

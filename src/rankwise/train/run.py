@@ -34,7 +34,6 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import rankwise
 from rankwise import methods, tasks
-from rankwise.config import WRITTEN, RunConfig, Schema, load, read_yaml
 from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.export import save
 from rankwise.export.save import OURS as ADAPTER
@@ -62,6 +61,7 @@ from rankwise.runs.maker import Code, Maker, code_of
 from rankwise.runs.processes import LostError, is_main
 from rankwise.runs.search import Search
 from rankwise.runs.store import MEMORY, Store, clear
+from rankwise.settings import WRITTEN, RunConfig, Schema, load, read_yaml
 from rankwise.tasks import Evaluation, Scored, Split, Task, subset
 from rankwise.train import model as models
 from rankwise.train.checkpoint import learnt_state, load_learnt

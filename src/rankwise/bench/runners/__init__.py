@@ -5,9 +5,9 @@ import pkgutil
 from collections.abc import Sequence
 
 from rankwise.bench.runners.base import Ended, Runner
-from rankwise.config import load_options
 from rankwise.errors import InputError, nearest
 from rankwise.runs.processes import launched
+from rankwise.settings import load_options
 
 __all__ = ["Ended", "Runner", "registry", "runner"]
 

@@ -1,0 +1,191 @@
+"""The settings of one run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rankwise.errors import InputError, nearest
+from rankwise.settings.yaml_files import quoted
+
+LARGEST = 2**31 - 1  # of a whole number; no option counts more than that
+FARTHEST = 1e38  # of any other number, on both sides of 0: what a float32 can hold
+# What an experiment has beside the settings of its runs.
+SECTIONS = ("vary", "chain", "tune", "report", "smoke", "published")
+# What rankwise itself writes into a run.yaml, beside the settings.
+WRITTEN = ("id", "made_with", "begun_with")
+# What is named and may have options below its name, each with an example.
+NAMED = {"method": "lora", "task": "mrpc"}
+# What `scale: smoke` allows at most: enough to go through every stage of a run, too little to learn anything.
+SMOKE = {"train_rows": 64, "eval_rows": 64, "max_steps": 4}
+
+
+class RunConfig(BaseModel):
+    """The settings of one run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    task: dict[str, Any] = Field(
+        description="name of the task and its options; or `type`, `dataset` and `columns` for data of your own"
+    )
+    model: str | None = Field(
+        default=None,
+        description="folder or hub name of the base model, or random-gpt2, random-t5, random-llama, "
+        "random-bert or random-deberta (small, untrained); the embedded MiniLM when absent, the U-Net where masks are "
+        "wanted",
+    )
+    method: dict[str, Any] = Field(
+        default_factory=lambda: {"name": "lora"}, description="name of the method and its options"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run the code that comes with the model; only for models whose code you have read"
+    )
+    epochs: float = Field(
+        default=3.0, gt=0, le=1e6, description="passes over the training rows; max_steps, when given, wins"
+    )
+    max_steps: int | None = Field(
+        default=None, ge=1, le=LARGEST, description="optimizer steps of the whole run, instead of epochs"
+    )
+    batch_size: int = Field(default=32, ge=1, le=LARGEST, description="rows in one optimizer step")
+    learning_rate: float = Field(default=1e-3, gt=0, le=FARTHEST, description="highest learning rate of the schedule")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of the fresh weights and of the order of the rows")
+    max_length: int = Field(default=128, ge=4, le=LARGEST, description="longest input in tokens; longer texts are cut")
+    train_rows: int | None = Field(
+        default=None, ge=1, le=LARGEST, description="rows to train on, drawn once and the same for every seed"
+    )
+    eval_rows: int | None = Field(
+        default=None, ge=1, le=LARGEST, description="rows to score, drawn once and the same for every seed"
+    )
+    warmup: float = Field(
+        default=0.06, ge=0, le=LARGEST, description="share of the steps (up to 1), or a whole number of steps above 1"
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="course of the rate after warm-up"
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, le=FARTHEST, description="AdamW's weight decay of the trained matrices"
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="share of each label that is spread evenly over all classes or tokens"
+    )
+    clip: float = Field(default=1.0, ge=0, le=FARTHEST, description="largest norm of the gradient; 0 does not clip")
+    budget: int | None = Field(
+        default=None,
+        ge=1,
+        le=10**15,
+        description="trainable parameters at most, without the head; chooses the size (rank, …) that is not given",
+    )
+    eval_every: int | None = Field(
+        default=None,
+        ge=0,
+        le=LARGEST,
+        description="steps between evaluations; once an epoch when absent, 0 at the end alone",
+    )
+    checkpoint_every: int | None = Field(
+        default=None, ge=1, le=LARGEST, description="steps between checkpoints; once an epoch when absent"
+    )
+    tuning: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of the training rows held out and scored, in place of those to evaluate on; `tune:` sets it",
+    )
+    scale: Literal["smoke", "full"] = Field(
+        default="full", description="smoke: a few rows and steps, to try the whole way"
+    )
+    runs: str = Field(default="runs", min_length=1, description="folder in which the folder of the run is made")
+    after: str | None = Field(
+        default=None, description="digest of the run whose trained weights this one begins with; `chain:` sets it"
+    )
+    followed: bool = Field(
+        default=False, description="keep all that was trained, for a run that begins with it; `chain:` sets it"
+    )
+
+    def digest(self) -> str:
+        """64 hex digits that name these settings, wherever the run is stored."""
+        settings = self.model_dump(mode="json", exclude={"runs"})
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, data: Any) -> Any:
+        """`method: lora` means `method: {name: lora}`, and `scale: smoke` caps rows and steps."""
+        if not isinstance(data, Mapping):
+            return data
+        data = {key: named(key, value) if key in NAMED else value for key, value in data.items()}
+        if data.get("scale") == "smoke":
+            for key, most in SMOKE.items():
+                value = data.get(key)
+                if value is None or (isinstance(value, int) and value > most):
+                    data[key] = most
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        for key, value in (("method", self.method), ("task", self.task)):
+            if not isinstance(value.get("name"), str):
+                raise ValueError(f"{key}: needs a name, as in `{key}: {{name: {NAMED[key]}}}`")
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup = {self.warmup}: expected a share up to 1 or a whole number of steps")
+        return self
+
+
+def named(key: str, value: Any) -> dict[str, Any]:
+    """What stands at `method` or `task` as a mapping: a name alone, or a mapping; a task's `type` is its name."""
+    if isinstance(value, str):
+        return {"name": value}
+    if not isinstance(value, dict):
+        example = NAMED[key]
+        raise InputError(f"{key} = {quoted(value)}: expected a name or a mapping, as in `{key}: {{name: {example}}}`")
+    if key == "task" and "type" in value and "name" not in value:
+        return {"name" if option == "type" else option: each for option, each in value.items()}
+    return dict(value)
+
+
+def put(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key. The mapping below it is copied first: the combinations must not share it."""
+    head, dot, rest = key.partition(".")
+    if not dot:
+        data[head] = value
+    elif head in NAMED:
+        part = named(head, data.get(head, {"name": "lora"} if head == "method" else {}))
+        data[head] = {**part, "name" if (head, rest) == ("task", "type") else rest: value}
+    elif head in ("vary", "tune", "report"):
+        below = data.get(head)
+        data[head] = {**(below if isinstance(below, dict) else {}), rest: value}
+    else:
+        raise InputError(f"{key}: only {', '.join(NAMED)}, vary, tune and report have keys below them")
+
+
+def run_config(data: Mapping[str, Any]) -> RunConfig:
+    known = [*RunConfig.model_fields, *SECTIONS]
+    for key in data:
+        if key in SECTIONS:
+            raise InputError(f"{key}: belongs to an experiment, a file with `vary:`; a run on its own has none")
+        if key not in RunConfig.model_fields:
+            raise InputError(f"{key}: there is no such key{nearest(key, known)}")
+    if data.get("task") is None:
+        raise InputError("task: is missing; `rankwise tasks` lists the names")
+    try:
+        # by way of JSON: strict about types, yet a list is fine where a tuple is wanted
+        return RunConfig.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        raise InputError(explain(error)) from None
+
+
+def explain(error: ValidationError, key: str = "") -> str:
+    """One line for the first key that is wrong; a union's alternatives are joined by `or`."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    place = key or ".".join(map(str, first["loc"][:1])) or "settings"
+    expected = dict.fromkeys(
+        item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+        for item in error.errors()
+        if key or item["loc"][:1] == first["loc"][:1]
+    )
+    return f"{place} = {quoted(first['input'])}: expected {' or '.join(expected)}"

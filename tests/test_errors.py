@@ -1,0 +1,14 @@
+import pytest
+
+from rankwise.errors import InputError, nearest, need
+
+
+def test_nearest_is_silent_where_nothing_is_near() -> None:
+    assert nearest("lorra", ["lora", "head"]) == ' (did you mean "lora"?)'
+    assert nearest("xyz", ["lora", "head"]) == ""
+
+
+def test_need_names_the_extra_of_a_missing_package() -> None:
+    assert need("json", "bench").dumps([]) == "[]"
+    with pytest.raises(InputError, match=r"surely_not_there is not installed: pip install 'rankwise\[bench\]'"):
+        need("surely_not_there.part", "bench")
