@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from every import attached, every_method, method
 from rankwise import tasks
-from rankwise.cli import app, main
+from rankwise.cli import app
 from rankwise.methods import registry
 from rankwise.settings import RunConfig, Schema, load, parse_yaml
 
@@ -96,18 +96,13 @@ def test_the_yaml_of_a_page_is_a_valid_run_of_that_method(name: str) -> None:
 
 
 @every_method
-def test_the_count_of_a_page_is_what_the_command_prints(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_count_of_a_page_is_what_the_command_prints(name: str, cli: Callable[..., tuple[int, str, str]]) -> None:
     [example] = re.findall(r"^(?: {4}\S.*\n)+", sections(name)["Parameters"], re.MULTILINE)
     command, *lines = [line.strip() for line in example.splitlines()]
     assert f"--method {name}" in command and lines
-    monkeypatch.setattr(sys, "argv", shlex.split(command))
-    with pytest.raises(SystemExit) as left:
-        main()
-    printed = capsys.readouterr().out.splitlines()
-    assert not left.value.code
-    assert set(lines) <= set(printed), printed
+    program, *arguments = shlex.split(command)
+    code, out, _ = cli(*arguments)
+    assert (program, code) == ("rankwise", 0) and set(lines) <= set(out.splitlines()), out
 
 
 @every_method

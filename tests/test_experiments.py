@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pyarrow.parquet
 import pytest
 
 from rankwise import methods, tasks
-from rankwise.cli import main
 from rankwise.published import papers
 from rankwise.runs.grid import expand
 from rankwise.settings import Experiment, Schema, load
@@ -157,15 +155,11 @@ def test_the_protocols_are_the_papers(schema: Schema) -> None:
 
 
 @pytest.fixture
-def dry(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., str]:
+def dry(cli: Callable[..., tuple[int, str, str]], tmp_path: Path) -> Callable[..., str]:
     def call(name: str, scale: str) -> str:
         file = Path(__file__).parents[1] / "experiments" / name
-        arguments = ["compare", str(file), f"scale={scale}", f"runs={tmp_path / 'runs'}", "--dry-run"]
-        monkeypatch.setattr(sys, "argv", ["rankwise", *arguments])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        assert not left.value.code, err
+        code, out, err = cli("compare", file, f"scale={scale}", f"runs={tmp_path / 'runs'}", "--dry-run")
+        assert code == 0, err
         assert not (tmp_path / "runs").exists()
         return out
 

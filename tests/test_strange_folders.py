@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +17,6 @@ from hypothesis import strategies as st
 
 from odd_files import ODD, a_pipe
 from rankwise.bench.watch import Watch
-from rankwise.cli import main
 from rankwise.report import figures, text
 from rankwise.report.pages import pages
 from rankwise.runs.store import Store
@@ -29,27 +26,10 @@ from rankwise.train.run import FILES
 from reported_runs import finish
 from runs_made_up import config, predict
 
-Call = Callable[..., tuple[int, str, str]]
+Cli = Callable[..., tuple[int, str, str]]
 
 NAMES = sorted({*FILES, "run.yaml", "log.txt", "sent.json", "adapter", "model", "../experiment.yaml"})
 """Every file that a run folder may hold, and that of the folder above."""
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Call]:
-    """The command line in this process: its exit code, stdout and stderr."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rankwise", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def whole(folder: Path) -> Path:
@@ -70,18 +50,18 @@ def whole(folder: Path) -> Path:
 
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize("place", range(len(NAMES)), ids=NAMES)
-def test_whatever_lies_there_is_neither_waited_for_nor_a_traceback(place: int, call: Call, tmp_path: Path) -> None:
+def test_whatever_lies_there_is_neither_waited_for_nor_a_traceback(place: int, cli: Cli, tmp_path: Path) -> None:
     for odd in ODD:
         run = whole(tmp_path / odd.__name__) / NAMES[place]
         run.unlink(missing_ok=True)
         odd(run)
         for command in ("status", "report"):
-            code, out, err = call(command, tmp_path / odd.__name__)
+            code, out, err = cli(command, tmp_path / odd.__name__)
             assert err.count("\n") == (code == 2 or (code == 0 and "experiment.yaml" in err)), err
             assert out if code == 0 else code == 2
     page = ["report", tmp_path / ODD[place % len(ODD)].__name__, "--html", tmp_path / "page.html"]
-    assert call(*page)[0] in (0, 2)
-    assert call("train", tmp_path / a_pipe.__name__ / run.parent.name)[0] in (0, 2)
+    assert cli(*page)[0] in (0, 2)
+    assert cli("train", tmp_path / a_pipe.__name__ / run.parent.name)[0] in (0, 2)
 
 
 FOREIGN = st.recursive(
@@ -161,7 +141,7 @@ def as_a_user() -> Iterator[Path]:
             os.seteuid(0)
 
 
-def test_a_folder_that_cannot_be_looked_into_or_has_no_settings_is_listed_as_such(call: Call) -> None:
+def test_a_folder_that_cannot_be_looked_into_or_has_no_settings_is_listed_as_such(cli: Cli) -> None:
     with as_a_user() as folder:
         runs = folder / "runs"
         run = whole(runs)
@@ -171,31 +151,31 @@ def test_a_folder_that_cannot_be_looked_into_or_has_no_settings_is_listed_as_suc
         (unread / "run.yaml").chmod(0)
         shut.chmod(0)
         try:
-            code, out, err = call("status", runs)
+            code, out, err = cli("status", runs)
             assert (code, err) == (0, "")
             assert "5 runs, 3 damaged, 2 done" in out and "pictures" not in out
             said = {line.split()[0]: line for line in out.splitlines()[1:]}
             assert "damaged" in said["moved"] and "there is no run.yaml in it" in said["moved"]
             assert "run.yaml: cannot be read: permission denied" in said["unread"]
             assert "cannot be read: permission denied" in said["shut"]
-            assert call("report", runs)[0] == 0
-            assert [call("train", each)[0] for each in (other, shut, unread)] == [2, 2, 2]
+            assert cli("report", runs)[0] == 0
+            assert [cli("train", each)[0] for each in (other, shut, unread)] == [2, 2, 2]
             runs.chmod(0)
-            assert [call(command, runs)[0] for command in ("status", "report")] == [2, 2]
+            assert [cli(command, runs)[0] for command in ("status", "report")] == [2, 2]
         finally:
             runs.chmod(0o755)
             shut.chmod(0o755)
 
 
-def test_a_damaged_experiment_hides_no_result(call: Call, tmp_path: Path) -> None:
+def test_a_damaged_experiment_hides_no_result(cli: Cli, tmp_path: Path) -> None:
     run = whole(tmp_path / "runs")
     (run.parent / "experiment.yaml").write_text("report: 5")
-    code, out, err = call("report", run.parent)
+    code, out, err = cli("report", run.parent)
     assert code == 0 and "lora rank=4" in out
     assert "experiment.yaml is damaged" in err and err.count("\n") == 1
 
 
-def test_no_text_of_others_reaches_the_terminal_as_a_command(call: Call, tmp_path: Path) -> None:
+def test_no_text_of_others_reaches_the_terminal_as_a_command(cli: Cli, tmp_path: Path) -> None:
     """A title, a colour, a clear screen and a text turned round: in names of folders, errors, settings and keys."""
     evil = "\x1b]0;x\x07\x1b[31m\x9b2J\u202e"
     run = whole(tmp_path / "runs")
@@ -209,8 +189,8 @@ def test_no_text_of_others_reaches_the_terminal_as_a_command(call: Call, tmp_pat
     (tmp_path / "x.yaml").write_text(json.dumps({"task": "stdlib-kind", evil: 1}), encoding="utf-8")
     forms = ("--md", "--csv", "--latex", "--json")
     commands = [["status"], ["status", "--json"], ["report"], *(["report", form] for form in forms)]
-    said = [call(command[0], run.parent, *command[1:]) for command in commands]
-    said += [call("train", tmp_path / "x.yaml"), call("train", f"task={evil}")]
+    said = [cli(command[0], run.parent, *command[1:]) for command in commands]
+    said += [cli("train", tmp_path / "x.yaml"), cli("train", f"task={evil}")]
     for code, out, err in said:
         assert code in (0, 2)
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", out + err)

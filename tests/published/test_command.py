@@ -1,14 +1,12 @@
 """`rankwise papers`, and ours beside the printed numbers in `rankwise report`."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rankwise import methods, tasks
-from rankwise.cli import main
 from rankwise.published import papers
 from rankwise.runs.store import Store
 from rankwise.settings import Schema, load
@@ -18,13 +16,12 @@ Cli = Callable[..., str]
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+def cli(cli: Callable[..., tuple[int, str, str]]) -> Cli:
+    """What a command that goes well prints."""
+
     def call(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["rankwise", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        assert not left.value.code, err
+        code, out, err = cli(*arguments)
+        assert code == 0, err
         return out
 
     return call
