@@ -24,12 +24,13 @@ def launcher(*how: str) -> list[str]:
 
 def start(log: Path, *command: str, how: Sequence[str] = (), out: int | None = None) -> subprocess.Popen[bytes]:
     """The launcher of two processes that carry out `command`; what they print goes to `log`."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     with log.open("ab") as file:
         return subprocess.Popen(
             [*launcher(*how), *command],
             stdout=out or file,
             stderr=file,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         )
 
 
@@ -67,7 +68,7 @@ def assert_equal(folder: Path, other: Path) -> None:
     for result in found:
         del result["cost"]
     moved = [(result.get("search") or {}).pop("moved", None) for result in found]
-    assert moved[0] == (None if moved[1] is None else pytest.approx(moved[1], rel=1e-2))
+    assert moved[0] == (None if moved[1] is None else pytest.approx(moved[1], rel=1e-5))  # measured: up to 2e-6
     assert found[0] == found[1]
     for name in ("metrics.jsonl", "ranks.jsonl"):
         for one, two in zip(lines(folder / name), lines(other / name), strict=True):

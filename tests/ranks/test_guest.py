@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+import transformers
+from packaging.version import Version
+from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 
 import every
@@ -22,6 +24,11 @@ KINDS = {
     "parts": {"name": "lora", "rank": 2, "targets": ["c_attn.q", "c_proj"]},
 }
 STEPS = 5
+# Before how many steps a model is no finished adapter: until its scales are folded, for ever where W has changed.
+LIVE = {
+    **dict.fromkeys(("simplex-lora", "fat-lora", "weight-lora"), 4),
+    **dict.fromkeys(("sora", "residual", "merge", "parts"), STEPS + 1),
+}
 
 
 def attached(kind):
@@ -48,27 +55,20 @@ def by_transformers(shape, folder):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
-def readers(tmp_path_factory):
-    """Those that read an adapter of stock PEFT as it is: early versions of transformers 5 do not."""
-    folder = tmp_path_factory.mktemp("stock")
-    config = LoraConfig(target_modules="all-linear", modules_to_save=tiny.head("bert"), init_lora_weights=False)
-    model = get_peft_model(tiny.model("bert"), config)
-    model.classifier.weight.data.add_(0.1)
-    model.save_pretrained(folder)
-    found = (by_peft, by_peft_without_memory, by_transformers)
-    return [load for load in found if torch.allclose(tiny.logits(load("bert", folder)), tiny.logits(model), atol=1e-5)]
+READERS = [by_peft, by_peft_without_memory]
+if Version(transformers.__version__) >= Version("5.23"):  # 5.6 leaves the head of stock PEFT's adapter out, too
+    READERS.append(by_transformers)
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_what_peft_writes_at_any_step_is_refused_by_peft_or_right(kind, readers, tmp_path):
+def test_what_peft_writes_at_any_step_is_refused_by_peft_or_right(kind, tmp_path):
     method, model, shape = attached(kind)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
     refused = []
     for step in range(STEPS + 1):
         folder = tmp_path / str(step)
         model.save_pretrained(folder)
-        for load in readers:
+        for load in READERS:
             if (kind, load) in (("dora", by_transformers), ("pissa", by_peft_without_memory)):
                 continue  # which they cannot do with adapters of their own either
             try:
@@ -80,13 +80,7 @@ def test_what_peft_writes_at_any_step_is_refused_by_peft_or_right(kind, readers,
             assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-5), (step, load)
         if step < STEPS:
             tiny.train(model, optimizer, 1, start=step)
-    steps = {step for step, _ in refused}
-    assert len(refused) == len(readers) * len(steps)
-    live = dict.fromkeys(("simplex-lora", "fat-lora", "weight-lora", "merge"), 4).get(kind, STEPS + 1)
-    if kind in ("residual", "parts", "sora", "weight-lora", "simplex-lora", "fat-lora", "merge"):
-        assert steps >= set(range(live))
-    assert kind != "merge" or steps == set(range(STEPS + 1))  # W is another one then
-    assert kind not in ("lora", "pissa", "start", "pull", "dora", "adalora", "lora-fa") or not steps
+    assert refused == [(step, load) for step in range(LIVE.get(kind, 0)) for load in READERS]
 
 
 @pytest.mark.parametrize("kind", ["simplex-lora", "sora", "residual"])
