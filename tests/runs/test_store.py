@@ -14,10 +14,12 @@ from rankwise.files import claim
 from rankwise.runs import maker
 from rankwise.runs.grid import settings_digest
 from rankwise.runs.maker import Code, Maker
-from rankwise.runs.store import State, Store, answers, progress
+from rankwise.runs.record import progress
+from rankwise.runs.standing import State
+from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary
 from rankwise.settings import Experiment, RunConfig, as_yaml
-from runs_made_up import REVISION, config, finish, predict, result
+from runs_made_up import REVISION, config, finish, result
 
 
 @pytest.fixture
@@ -366,34 +368,3 @@ def test_progress_before_the_first_line(tmp_path: Path) -> None:
     assert progress(tmp_path) == (0, None)
     (tmp_path / "metrics.jsonl").write_text('{"ste')
     assert progress(tmp_path) == (0, None)
-
-
-def test_answers_are_those_of_the_main_split(store: Store) -> None:
-    folder = store.create(config(), REVISION)
-    assert answers(folder) is None
-    predict(folder, [1, 0, 1], [1, 1, 1])
-    found = answers(folder)
-    assert found is not None and found.kind == "prediction"
-    assert (found.values.tolist(), found.labels.tolist()) == ([1, 0, 1], [1, 1, 1])
-    predict(folder, [1, 0, 1], [-1, -1, -1])
-    assert answers(folder) is None
-    (folder / "predictions.parquet").write_bytes(b"PAR1")
-    assert answers(folder) is None
-
-
-def test_answers_with_a_score_each_are_these_scores(store: Store) -> None:
-    folder = store.create(config(), REVISION)
-    predict(folder, [0, 0, 0], [-1, -1, -1], scores=[0.5, 0.25, 1.0])
-    found = answers(folder)
-    assert found is not None and found.kind == "score"
-    assert (found.values.tolist(), found.labels.tolist()) == ([0.5, 0.25, 1.0], [0, 1, 2])
-
-
-def test_answers_with_statistics_are_these_row_by_row(store: Store) -> None:
-    folder = store.create(config(), REVISION)
-    predict(folder, [0, 0], [-1, -1], statistics=[[1, 2, 3], [4, 5, 6]], idx=[7, 3])
-    found = answers(folder)
-    assert found is not None and found.kind == "statistics"
-    assert (found.values.tolist(), found.labels.tolist()) == ([[1, 2, 3], [4, 5, 6]], [7, 3])
-    predict(folder, [0, 0], [-1, -1], statistics=[[1, 2, 3], [4, 5]])
-    assert answers(folder) is None

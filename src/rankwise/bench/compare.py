@@ -17,8 +17,8 @@ from rankwise.bench.progress import Count, Display
 from rankwise.bench.runners import Ended, Runner
 from rankwise.errors import InputError
 from rankwise.files import opened
+from rankwise.runs.record import progress as steps_of
 from rankwise.runs.store import Store
-from rankwise.runs.store import progress as steps_of
 from rankwise.settings import RunConfig
 from rankwise.train.stop import INTERRUPTED, STOPPED
 

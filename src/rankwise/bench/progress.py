@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from rankwise.errors import shown, shown_line
-from rankwise.runs.store import progress as steps_of
+from rankwise.runs.record import progress as steps_of
 from rankwise.runs.summary import duration
 
 SHOWN = 20

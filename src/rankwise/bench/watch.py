@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.errors import shown_line
-from rankwise.runs.store import Standing, State, Store
+from rankwise.runs.standing import Standing, State
+from rankwise.runs.store import Store
 from rankwise.runs.summary import duration
 
 STATES: tuple[State, ...] = ("running", "pending", "stopped", "failed", "damaged", "done")

@@ -18,7 +18,7 @@ from rankwise.report.answers import Answered, answered
 from rankwise.runs import record
 from rankwise.runs.answers import nothing_learnt, spreads
 from rankwise.runs.search import Search
-from rankwise.runs.store import Store, error_lines
+from rankwise.runs.store import Store
 from rankwise.runs.summary import duration, size
 from rankwise.runs.tables import Row
 
@@ -137,7 +137,7 @@ def _unfinished(store: Store, folder: Path) -> Page:
         label, settings = folder.name, ""
     error = ""
     if standing.state == "failed":
-        error = "\n".join(error_lines(folder))
+        error = "\n".join(record.error_lines(folder))
         error = error if len(error) <= ERROR else f"{standing.error}\n…\n{error[-ERROR:]}"
     reached = standing.error or (f"step {standing.step} of {standing.steps}" if standing.steps else "")
     curve = _curve("training loss", *figures.curve(record.course(folder), figures.loss))

@@ -157,6 +157,21 @@ def rank_course(folder: Path) -> list[dict[str, Any]]:
     return _lines(folder / "ranks.jsonl", _Ranks)[0]
 
 
+def progress(folder: Path) -> tuple[int, int | None]:
+    """Steps done and steps of the whole run, from `metrics.jsonl`; (0, None) before its first line."""
+    lines = course(folder)
+    steps = next((line["steps"] for line in lines if "steps" in line), None)
+    return max((line["step"] for line in lines), default=0), steps
+
+
+def error_lines(folder: Path) -> list[str]:
+    """The lines of a run's error; none where somebody has begun it again meanwhile."""
+    try:
+        return read_text(folder / "error.txt").strip().splitlines()
+    except (OSError, InputError):
+        return []
+
+
 def damage(folder: Path) -> str:
     """What of the course of a run cannot be read, in a few words; "" for nothing."""
     found = (_lines(folder / name, kind)[1] for name, kind in (("metrics.jsonl", _Step), ("ranks.jsonl", _Ranks)))

@@ -2,39 +2,33 @@
 
 import fcntl
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple
 
 import rankwise
-from rankwise.errors import InputError, need
+from rankwise.errors import InputError
 from rankwise.files import (
     MARKER,
-    check_regular,
     checkpoints,
     opened,
-    read_bytes,
     read_json,
-    read_text,
     remove_checkpoint,
     similar,
     tidy,
     unwritable,
     write_whole,
 )
-from rankwise.runs import record
-from rankwise.runs.grid import is_id, run_id, settings_digest
-from rankwise.runs.maker import BEFORE, CODE, Maker, said
+from rankwise.runs import record, run_file
+from rankwise.runs.grid import run_id
 from rankwise.runs.maker import FILE as MAKER
-from rankwise.settings import WRITTEN, Experiment, RunConfig, as_yaml, read_yaml
-
-State = Literal["pending", "running", "stopped", "failed", "done", "damaged"]
+from rankwise.runs.maker import Maker, said
+from rankwise.runs.run_file import RunFile, apart
+from rankwise.runs.standing import Standing, State, held, pace
+from rankwise.settings import Experiment, RunConfig, as_yaml
 
 MEMORY = "memory.json"
 """In a run folder: how many rows go through the model at once, once memory has run out."""
@@ -45,37 +39,11 @@ LEFT = {
 """Names of files by which a folder without `run.yaml` is known to have been a run's."""
 
 
-class _Kept(NamedTuple):
-    """What a `run.yaml` holds."""
-
-    id: str
-    made: Maker | None
-    """None for a file that was written by hand."""
-    config: RunConfig
-    digest: str
-    """Of the settings as they stand there; an older version may have known fewer than `config` has."""
-
-    def begins_with(self, other: "_Kept") -> bool:
-        """Whether this run begins with what the other has trained."""
-        return self.config.after in (other.digest, other.config.digest())
-
-
-def _apart(one: _Kept, other: _Kept) -> list[str]:
-    """Why two runs are not compared with each other, for `said`; [] where they may be."""
-    if one.made is None or other.made is None:
-        return [] if one.made is other.made else [CODE]
-    for first, later in ((one, other), (other, one)):
-        if later.begins_with(first) and later.made.before not in ("", first.made.name):  # type: ignore[union-attr]
-            return [BEFORE]
-    data = [(each.config.task, each.config.tuning is None) for each in (one, other)]
-    return one.made.apart(other.made, same_data=data[0] == data[1])
-
-
 class _Finished(NamedTuple):
     """A run that is done."""
 
     result: dict[str, Any]
-    kept: _Kept
+    kept: RunFile
     apart: list[str]
     """Why it is not compared with the newest ones, for `said`; [] where it is."""
 
@@ -87,30 +55,6 @@ BEGUN = (
 """Files of a run, beside checkpoints and result, that are in the way of its beginning anew."""
 PLAN = "plan.json"
 """Beside the runs of an experiment: the names of their folders, tuning's among them as they come up."""
-DAMAGED = "its run.yaml is not what was written there: the same rankwise compare or train writes it again"
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How one run stands."""
-
-    folder: Path
-    learning_rate: float | None
-    """None where its `run.yaml` is damaged."""
-    tries: bool
-    """Whether it only tries this rate."""
-    planned: bool
-    """Whether the experiment in the folder asks for it; True where none is noted."""
-    state: State
-    """`damaged`, where no process is at work, for a `run.yaml` or `result.json` that is not what was written."""
-    step: int
-    """Optimizer steps done."""
-    steps: int | None
-    """Steps of the whole run, where it has come far enough to know."""
-    pace: float | None
-    """Seconds per step, as the run measured them up to its end or its newest checkpoint; None before that."""
-    error: str
-    """First line of its error, when it failed, or what is damaged; of a run that is done, too."""
 
 
 class Store:
@@ -132,7 +76,7 @@ class Store:
         """
         made = Maker(rankwise.__version__, made) if isinstance(made, str) else made
         folder = self.place(config)
-        known, found = self._read(folder) is not None, self.maker(folder)
+        known, found = run_file.read(folder) is not None, self.maker(folder)
         if known and (found == made or self.begun(folder)):
             return folder
         if not known and self.begun(folder):
@@ -152,7 +96,7 @@ class Store:
 
     def maker(self, folder: Path) -> Maker | None:
         """What made a run, or is noted as what will; None where nothing is noted."""
-        found = self._read(folder)
+        found = run_file.read(folder)
         if found is not None:
             return found.made
         try:
@@ -164,7 +108,7 @@ class Store:
         """Whether a run is done, at work, or has a checkpoint to go on from."""
         if _checkpoints(folder):
             return True
-        if self._read(folder) is None:  # nobody can say whose result it is
+        if run_file.read(folder) is None:  # nobody can say whose result it is
             return os.path.lexists(folder / "result.json")
         return self.state(folder) in ("running", "done")
 
@@ -179,13 +123,13 @@ class Store:
 
     def named(self, digest: str) -> str:
         """The `name` of what made the run with these settings; "" where there is none or nothing is noted."""
-        kept = (found for folder in self.folders() if (found := self._read(folder)))
+        kept = (found for folder in self.folders() if (found := run_file.read(folder)))
         made = next((each.made for each in kept if digest in (each.digest, each.config.digest())), None)
         return made.name if made else ""
 
     def claim(self, folder: Path, made: Maker) -> None:
         """Note what is about to train a run, unless it was made by hand. InputError for one that others have begun."""
-        found = self._read(folder)
+        found = run_file.read(folder)
         if found is None or found.made is None:
             return
         if found.config.after is not None:
@@ -202,7 +146,7 @@ class Store:
 
     def take_over(self, folder: Path, made: Maker) -> None:
         """Let `made` go on with what another maker has begun; that is noted. Raises InputError as `create`."""
-        found = self._read(folder)
+        found = run_file.read(folder)
         if found is not None and found.made is not None:
             self._write(folder, found.config, made, begun_with=found.made.made_with())
 
@@ -227,12 +171,12 @@ class Store:
         return self._failed_by(folder, "InputError", "DivergedError")
 
     def _failed_by(self, folder: Path, *kinds: str) -> bool:
-        last = next(reversed(error_lines(folder)), "") if self.state(folder) == "failed" else ""
+        last = next(reversed(record.error_lines(folder)), "") if self.state(folder) == "failed" else ""
         return last.partition(":")[0].rpartition(".")[2] in kinds
 
     def tries(self, folder: Path) -> bool:
         """Whether a run only tries a learning rate, and is in no table."""
-        found = self._read(folder)
+        found = run_file.read(folder)
         return found is not None and found.config.tuning is not None
 
     def note_error(self, folder: Path, text: str) -> None:
@@ -339,9 +283,9 @@ class Store:
 
     def config(self, folder: Path) -> RunConfig:
         """The settings of a run. Raises InputError where its `run.yaml` is missing, or not what was written."""
-        found = self._read(folder)
+        found = run_file.read(folder)
         if found is None:
-            raise InputError(f"{folder}: {_unreadable(folder) or DAMAGED}")
+            raise InputError(f"{folder}: {run_file.unreadable(folder) or run_file.DAMAGED}")
         return found.config
 
     def before(self, folder: Path) -> Path | None:
@@ -350,7 +294,7 @@ class Store:
         Raises InputError where there should be one, of this version of rankwise, of the same code and, if it has the
         same task, of the same data, and is none.
         """
-        own = self._read(folder)
+        own = run_file.read(folder)
         if own is None or own.config.after is None:
             return None
         return self._before(folder, own)[0]
@@ -358,13 +302,13 @@ class Store:
     def check_before(self, config: RunConfig, made: Maker) -> None:
         """Raise InputError where a run that is yet to be created says that it begins with one that is not here."""
         if config.after is not None:
-            self._before(self.place(config), _Kept(run_id(config), made, config, config.digest()))
+            self._before(self.place(config), RunFile(run_id(config), made, config, config.digest()))
 
-    def _before(self, folder: Path, own: _Kept) -> tuple[Path, _Kept]:
+    def _before(self, folder: Path, own: RunFile) -> tuple[Path, RunFile]:
         why = []
         for other in self.folders():
-            found = self._read(other)
-            if found and own.begins_with(found) and not (why := _apart(found, own)):
+            found = run_file.read(other)
+            if found and own.begins_with(found) and not (why := apart(found, own)):
                 return other, found
         if why:
             raise InputError(
@@ -377,7 +321,7 @@ class Store:
         """How a run stands; see `Standing`."""
         if self.result(folder) is not None:
             return "done"
-        if _held(folder / "run.lock"):
+        if held(folder / "run.lock"):
             return "running"
         if os.path.lexists(folder / "error.txt"):
             return "failed"
@@ -388,14 +332,14 @@ class Store:
     def standing(self, folder: Path) -> Standing:
         """How a run stands, with its progress and the first line of its error."""
         state = self.state(folder)
-        step, steps = progress(folder)
-        error, found = record.damage(folder), self._read(folder)
+        step, steps = record.progress(folder)
+        error, found = record.damage(folder), run_file.read(folder)
         rate = found.config.learning_rate if found else None
         tries = found is not None and found.config.tuning is not None
         if found is None:
-            error = _unreadable(folder) or DAMAGED
+            error = run_file.unreadable(folder) or run_file.DAMAGED
         elif state == "failed":
-            error = next(iter(error_lines(folder)), "without a message, as on a full disk; log.txt may say more")
+            error = next(iter(record.error_lines(folder)), "without a message, as on a full disk; log.txt may say more")
         elif state != "done" and os.path.lexists(folder / "result.json"):
             error = "its result.json is not what was written there: the same rankwise compare or train makes it again"
             found = None if state != "running" else found
@@ -403,18 +347,9 @@ class Store:
             state = "damaged"
         names = self.planned()
         planned = names is None or folder.name in names
-        return Standing(folder, rate, tries, planned, state, step, steps, self._pace(folder, steps), error)
-
-    def _pace(self, folder: Path, steps: int | None) -> float | None:
-        result = self.result(folder)
-        try:
-            if result is not None:
-                return float(result["cost"]["seconds"]) / steps if steps else None
-            newest = next(each / MARKER for each in checkpoints(folder) if (each / MARKER).is_file())
-            pace = float(read_json(newest)["carried"]["seconds"]) / int(newest.parent.name.rpartition("-")[2])
-            return pace if 0 <= pace < math.inf else None
-        except (OSError, ArithmeticError, ValueError, KeyError, TypeError, StopIteration):  # there is none any more
-            return None
+        return Standing(
+            folder, rate, tries, planned, state, step, steps, pace(folder, self.result(folder), steps), error
+        )
 
     def result(self, folder: Path) -> dict[str, Any] | None:
         """The result of a finished run; None where it is not there, half written, or of some other run."""
@@ -422,7 +357,7 @@ class Store:
             result = record.result(folder)
         except (OSError, InputError):
             return None
-        found = self._read(folder)  # last: to read YAML takes long, and somebody may look at many runs each second
+        found = run_file.read(folder)  # last: to read YAML takes long, and somebody may look at many runs each second
         if found is None or result["run"] != found.id:
             return None
         asked = {"name": result["method"], **result["options"]}
@@ -459,10 +394,10 @@ class Store:
     def _finished(self, folders: Sequence[Path] | None) -> "dict[Path, _Finished]":
         found = {}
         for folder in self.folders() if folders is None else folders:
-            result, kept = self.result(folder), self._read(folder)
+            result, kept = self.result(folder), run_file.read(folder)
             if result is not None and kept is not None:
                 found[folder] = _Finished(result, kept, [])
-        chosen: list[_Kept] = []
+        chosen: list[RunFile] = []
         known: dict[str, list[str]] = {}
         for folder in sorted(found, key=lambda each: (_age(each), each.name)):
             kept = found[folder].kept
@@ -470,7 +405,7 @@ class Store:
             chain = [kept.config.after, kept.id if kept.config.followed else ""]
             like = repr([kept.made and kept.made.name, kept.config.task, kept.config.tuning, *chain])
             if like not in known:
-                known[like] = next((why for other in chosen if (why := _apart(kept, other))), [])
+                known[like] = next((why for other in chosen if (why := apart(kept, other))), [])
                 if not known[like]:
                     chosen.append(kept)
             found[folder] = found[folder]._replace(apart=known[like])
@@ -486,18 +421,6 @@ class Store:
         settings = self.config(before).model_dump(mode="json", exclude={"runs", "seed", "after", "followed"})
         return [*self._lineage(before), settings]
 
-    def _read(self, folder: Path) -> "_Kept | None":
-        try:
-            settings = read_yaml(folder / "run.yaml")
-            name, made_with, _ = (settings.pop(key, None) for key in WRITTEN)
-            config = RunConfig.model_validate(settings)
-            if name is None or (made_with is not None and not is_id(str(name), settings, made_with)):
-                return None  # cut off or changed, it would go on as another run than the one that is named
-            made = None if made_with is None else Maker.of(made_with, folder)
-            return _Kept(str(name), made, config, settings_digest(settings))
-        except (KeyError, TypeError, ValueError, AttributeError):  # InputError and pydantic's are ValueErrors
-            return None
-
 
 def clear(folder: Path) -> None:
     """Delete what a run has written to go on by. Whoever calls it holds its lock, and its result is written."""
@@ -506,67 +429,11 @@ def clear(folder: Path) -> None:
     (folder / MEMORY).unlink(missing_ok=True)
 
 
-Kind = Literal["prediction", "score", "statistics"]
-"""The column of predictions.parquet that a main metric is computed from."""
-
-
-class Answers(NamedTuple):
-    """What a run said of the examples of its main evaluation split."""
-
-    kind: Kind
-    values: np.ndarray
-    """Predictions or scores (n,), or statistics (n, k)."""
-    labels: np.ndarray
-    """(n,); the numbers of the examples where these are scores or statistics."""
-
-
-def answers(folder: Path) -> Answers | None:
-    """The answers of a finished run; None where there are none to be read, or no labels to compare them with."""
-    computed: tuple[Kind, ...] = ("score", "statistics")
-    try:
-        file = need("pyarrow.parquet", "bench").ParquetFile(check_regular(folder / "predictions.parquet"))
-        kind: Kind = next((each for each in computed if each in file.schema_arrow.names), "prediction")
-        table = file.read(columns=["split", kind, "label" if kind == "prediction" else "idx"])
-        table = table.rename_columns(["split", "values", "labels"])  # an error where one is not there
-        columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        main = [place for place, split in enumerate(columns["split"]) if split == columns["split"][0]]
-        values, labels = (np.asarray([columns[name][place] for place in main]) for name in ("values", "labels"))
-    except (OSError, ValueError, KeyError):  # pyarrow's errors are of these kinds, and numpy's for uneven statistics
-        return None
-    return None if (labels == -1).all() else Answers(kind, values, labels)
-
-
-def progress(folder: Path) -> tuple[int, int | None]:
-    """Steps done and steps of the whole run, from `metrics.jsonl`; (0, None) before its first line."""
-    lines = record.course(folder)
-    steps = next((line["steps"] for line in lines if "steps" in line), None)
-    return max((line["step"] for line in lines), default=0), steps
-
-
 def _of_run(folder: Path) -> bool:
     try:
         return folder.is_dir() and not LEFT.isdisjoint(entry.name for entry in folder.iterdir())
     except OSError:
         return True  # nobody can tell, so it is not left out
-
-
-def _unreadable(folder: Path) -> str:
-    """Why nobody can say what a run is; "" where its settings can be read."""
-    try:
-        read_bytes(folder / "run.yaml")
-    except FileNotFoundError:
-        return "there is no run.yaml in it, so nobody can say which run it was"
-    except InputError as error:
-        return str(error).replace(f"{folder}/", "")
-    return ""
-
-
-def error_lines(folder: Path) -> list[str]:
-    """The lines of a run's error; none where somebody has begun it again meanwhile."""
-    try:
-        return read_text(folder / "error.txt").strip().splitlines()
-    except (OSError, InputError):
-        return []
 
 
 def _age(folder: Path) -> int:
@@ -580,16 +447,3 @@ def _age(folder: Path) -> int:
 def _checkpoints(folder: Path) -> list[Path]:
     """Its checkpoints that were complete once."""
     return [each for each in checkpoints(folder) if (each / MARKER).is_file()]
-
-
-def _held(path: Path) -> bool:
-    """Whether a live process holds the lock; the file itself stays behind when one is gone."""
-    try:
-        with opened(path) as file:
-            # Shared, for the moment of the look: two that look at once do not take each other for the run.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except (OSError, InputError):
-        return False  # no such file: nobody has begun

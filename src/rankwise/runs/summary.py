@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rankwise.runs.answers import shown
+from rankwise.runs.predictions import predictions
 from rankwise.runs.search import Search, in_words
 from rankwise.runs.stats import (
     FULL,
@@ -21,7 +22,6 @@ from rankwise.runs.stats import (
     sd,
     t_interval,
 )
-from rankwise.runs.store import answers
 from rankwise.runs.tables import Average, Row, averages, best, plain, summarise, unofficial
 
 Statistics = Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]
@@ -399,7 +399,7 @@ def _spelled(reference: Mapping[str, Any]) -> str:
 def _bootstrap(ours: Row, theirs: Row, statistics: Statistics, sums: Sums) -> Interval | None:
     """The interval over examples; None where a prediction is missing or other rows were scored."""
     seeds = sorted(ours["scores"].keys() & theirs["scores"].keys())
-    found = [answers(row["folders"][seed]) for row in (ours, theirs) for seed in seeds]
+    found = [predictions(row["folders"][seed]) for row in (ours, theirs) for seed in seeds]
     given = [each for each in found if each is not None]
     if len(given) < len(found) or not given:
         return None
