@@ -16,66 +16,50 @@ import math
 import os
 import pickle
 import platform
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import filelock
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import rankwise
 from rankwise import methods, tasks
-from rankwise.errors import InputError, NotFiniteError, need
-from rankwise.export import save
+from rankwise.errors import InputError, NotFiniteError
 from rankwise.export.save import OURS as ADAPTER
 from rankwise.files import (
     CHECKPOINT,
-    as_new,
     check_regular,
     check_replaceable,
-    claim,
     disk_errors,
-    flush,
-    read_json,
     tidy,
-    unfinished,
     unwritable,
     write_whole,
     written,
 )
-from rankwise.methods import Method
 from rankwise.optim import processes
-from rankwise.ranks.kept import merged
-from rankwise.runs import answers
 from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Code, Maker, code_of
 from rankwise.runs.processes import LostError, is_main
 from rankwise.runs.search import Search
-from rankwise.runs.store import MEMORY, Store, clear
+from rankwise.runs.store import MEMORY, Store
 from rankwise.settings import WRITTEN, RunConfig, Schema, load, read_yaml
-from rankwise.tasks import Evaluation, Scored, Split, Task, subset
+from rankwise.tasks import Evaluation, subset
+from rankwise.train import chain
 from rankwise.train import model as models
-from rankwise.train.checkpoint import learnt_state, load_learnt
-from rankwise.train.files import file_digest, last_complete
+from rankwise.train.chain import WEIGHTS, begin_with
+from rankwise.train.files import last_complete
+from rankwise.train.memory import halve, rows_at_once
+from rankwise.train.parts import Parts
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
+from rankwise.train.result import finish
 from rankwise.train.stop import Stop, follow_parent, stoppable
 from rankwise.train.trainer import RunTrainer
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-
-WEIGHTS = "weights.pt"
-"""All that was learnt, unfolded, where another run begins with it."""
 
 FILES = (
     *(
@@ -193,7 +177,7 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
             write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
         most = math.ceil(config.batch_size / processes.count())
         while True:
-            rows = processes.on_first(lambda: _rows_at_once(folder, most))
+            rows = processes.on_first(lambda: rows_at_once(folder, most))
             parts = _prepare(folder, config, rows)
             try:
                 return _carry_out(folder, name, parts, stop)
@@ -207,86 +191,19 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
             del parts
             gc.collect()
             torch.cuda.empty_cache()
-            processes.on_first(lambda: _halve(folder, config, rows, reason))  # noqa: B023 - called at once
+            processes.on_first(lambda: halve(folder, config, rows, reason))  # noqa: B023 - called at once
 
 
-def _carry_out(folder: Path, name: str, parts: "Parts", stop: Stop) -> dict[str, Any]:
+def _carry_out(folder: Path, name: str, parts: Parts, stop: Stop) -> dict[str, Any]:
     """The run from its last checkpoint to its end."""
     checkpoint, carried = processes.on_first(lambda: _start(folder))
     before = parts.before
     if checkpoint is None and before is not None and before.same:
-        _begin_with(parts.model, before)
+        begin_with(parts.model, before)
     evaluate = lambda: processes.on_first(parts.metrics)  # noqa: E731
     progress = Progress(folder, parts.plan, parts.method, evaluate, carried, stop)
     search = _train(folder, parts, checkpoint, progress, stop)
-    return processes.on_first(lambda: _finish(folder, name, parts, progress, search))
-
-
-def _rows_at_once(folder: Path, most: int) -> int:
-    """Rows that each process takes at once: a share of the batch, or fewer where memory has run out before."""
-    try:
-        return min(most, max(1, int(read_json(folder / MEMORY)["rows"])))
-    except (OSError, ValueError, KeyError, TypeError):
-        return most
-
-
-def _halve(folder: Path, config: RunConfig, rows: int, reason: str) -> None:
-    """Note that half as many rows fit into memory, and say so. OutOfMemory where there is nothing to halve."""
-    if rows == 1:
-        raise processes.OutOfMemory(
-            f"out of memory even with one row at a time ({reason}): lower max_length, or take a smaller model or more "
-            "memory"
-        )
-    write_whole(folder / MEMORY, json.dumps({"rows": rows // 2}) + "\n")
-    print(
-        f"out of memory with {rows} rows at once; going on from the last checkpoint with {rows // 2} at once, "
-        f"{math.ceil(config.batch_size / (rows // 2))} times a step: a step sees the same {config.batch_size} rows",
-        file=sys.stderr,
-    )
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a run is made of, ready to train."""
-
-    config: RunConfig
-    task: Task
-    train: Split
-    examples: "Dataset"
-    """The training rows as the model takes them."""
-    evaluations: list[Evaluation]
-    method: Method
-    model: nn.Module
-    processor: Any
-    """What came with the model and prepares its inputs: a tokenizer."""
-    head: list[str]
-    head_parameters: int
-    budget: int
-    """Parameters of the adapters as they were attached."""
-    plan: Plan
-    rows: int
-    """How many go through the model at once."""
-    before: "Before | None"
-
-    def evaluate(self, final: bool) -> list[Scored]:
-        """What the model is worth now on each evaluation split."""
-        size = self.rows
-        try:
-            return [self.task.evaluate(self.model, each, self.processor, size, final) for each in self.evaluations]
-        except NotFiniteError as error:
-            raise DivergedError(f"the model's outputs are not finite at an evaluation: {error}") from error
-
-    def metrics(self) -> dict[str, float]:
-        """Loss and metrics of all evaluation splits together, as far as they are worth their time during training."""
-        return together(self.evaluate(final=False))
-
-
-def together(scored: list[Scored]) -> dict[str, float]:
-    """The metrics of several splits in one; DivergedError for one that is not finite."""
-    found = {name: value for each in scored for name, value in each.metrics.items()}
-    if not all(map(math.isfinite, found.values())):  # the square of a finite output need not be finite
-        raise DivergedError(f"the model's scores are not finite at an evaluation: {found}")
-    return found
+    return processes.on_first(lambda: finish(folder, name, parts, progress, search))
 
 
 def code_for(config: RunConfig) -> Code:
@@ -299,7 +216,7 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     whole = [task.train(), *task.evaluation()]
     made = Maker.now(task.revision(whole, tuning=config.tuning is not None), code_for(config))
     processes.on_first(lambda: Store(folder.parent).claim(folder, made))
-    before = _before(folder)
+    before = chain.before(folder)
     train, splits = subset(whole[0], config.train_rows), whole[1:]
     if config.tuning is not None:
         train, held = task.tuning(train, config.tuning)
@@ -308,7 +225,7 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     set_seed(config.seed)  # before the model, whose head and adapters are drawn at random
     base, processor, head = models.build(config.model, task, config.max_length, train, config.trust_remote_code)
     if before is not None and not before.same:
-        _begin_with(base, before)
+        begin_with(base, before)
     head_parameters = sum(p.numel() for name in head for p in base.get_submodule(name).parameters())
     method = methods.build(config.method)
     model = method.attach(base, head=head)
@@ -353,59 +270,6 @@ def _start(folder: Path) -> tuple[Path | None, Carried]:
         return (found[0], Carried(**found[1])) if found else (None, Carried())
     except TypeError:
         raise InputError(f"{found[0] if found else folder}: holds what no run has written; delete it") from None
-
-
-@dataclass(frozen=True)
-class Before:
-    """The run that this one begins with: its folder, whether it was of the same method, and what it has learnt.
-
-    If so its weights go into the model with the method attached, else, being those of the whole model, into the base.
-    """
-
-    folder: Path
-    same: bool
-    weights: str
-    """SHA-256 of its weights, as it noted it at its end."""
-
-
-def _before(folder: Path) -> Before | None:
-    """The run before this one in its chain, if there is one; InputError for one that is not done."""
-    store = Store(folder.parent)
-    before = store.before(folder)
-    if before is None:
-        return None
-    result = store.result(before)
-    if result is None:
-        raise InputError(f"the run that this one begins with is not done; first: rankwise train {before}")
-    same = store.config(before).method["name"] == store.config(folder).method["name"]
-    return Before(before, same, result.get("weights", ""))
-
-
-def _begin_with(model: nn.Module, before: Before) -> None:
-    """Load what the run before this one in its chain has learnt."""
-    file = before.folder / WEIGHTS
-    try:
-        if file_digest(file) != before.weights:
-            raise ValueError("not what the run before has written")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        what = "is not there" if isinstance(error, FileNotFoundError) else "is damaged"
-        raise InputError(f"{file} {what}; delete {before.folder} and run the whole chain again") from error
-    try:
-        strange = load_learnt(model, state)
-    except RuntimeError as error:
-        raise InputError(f"{file} does not fit this stage's model: {' '.join(str(error).split())[:300]}") from error
-    if strange:
-        raise InputError(
-            f"{strange} is on one side only: the stages of a chain have to train the same parts of the model, so "
-            "targets and sizes must not differ"
-        )
-
-
-def _keep_weights(folder: Path, model: nn.Module) -> None:
-    with unfinished(folder / WEIGHTS) as made, disk_errors(folder):
-        torch.save(learnt_state(model), made)
-        made.replace(folder / WEIGHTS)
 
 
 def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progress, stop: Stop) -> Search | None:
@@ -483,120 +347,6 @@ def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments
     # model in each step and knows nothing of rank changes.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
-
-
-def _finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Search | None) -> dict[str, Any]:
-    if search is not None:
-        print(f"{parts.method.name}: {search}", file=sys.stderr)
-    if parts.config.followed:
-        _keep_weights(folder, parts.model)
-    parts = replace(parts, model=parts.method.fold(parts.model))  # what is scored is what is saved
-    progress.rank_line(parts.model, parts.plan.steps)
-    scored = parts.evaluate(final=True)
-    scores = together(scored)
-    progress.evaluation_line(parts.plan.steps, parts.plan.steps / parts.plan.per_epoch, scores)
-    _write_predictions(folder, scored)
-    parameters = _parameters(progress.counts, parts)
-    cost = _cost(progress, parts, _save_model(folder, parts))
-    result = {
-        "run": name,
-        "task": parts.task.label,
-        "method": parts.method.name,
-        "options": asdict(parts.method),
-        "model": models.label(parts.config.model, parts.task),
-        "seed": parts.config.seed,
-        "learning_rate": parts.config.learning_rate,
-        "score": parts.task.main,
-        "benchmark": _benchmark(parts.task, scores, scored) if parts.config.tuning is None else {},
-        "metrics": {key: value for key, value in scores.items() if not key.startswith("loss")},
-        "splits": {
-            "train": _split(parts.train),
-            "evaluation": [_split(each.split) for each in parts.evaluations],
-        },
-        "parameters": parameters,
-        **({} if search is None else {"search": asdict(search)}),
-        "notes": list(dict.fromkeys(note for each in scored for note in each.notes)),
-        "answers": [each.answers.spread() for each in scored if each.answers],
-        **({"weights": file_digest(folder / WEIGHTS)} if parts.config.followed else {}),
-        "cost": cost,
-    }
-    for name in ("predictions.parquet", "adapter/*", "model/*", WEIGHTS):
-        for path in folder.glob(name):
-            flush(path)  # a power cut must not leave a result without what it stands for
-    write_whole(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
-    clear(folder)
-    return result
-
-
-def _benchmark(task: Task, scores: dict[str, float], scored: list[Scored]) -> dict[str, Any]:
-    """The benchmark that the task is a part of, and what counts in its average; empty for none.
-
-    `majority` is what would count if the answer were the commonest class always, where that is known.
-    """
-    if not task.benchmark:
-        return {}
-    always = {name: value for each in scored if each.answers for name, value in each.answers.metrics.items()}
-    counts = lambda found: math.fsum(found[name] for name in task.averaged) / len(task.averaged)  # noqa: E731
-    found = {"name": task.benchmark, "score": counts(scores)}
-    return {**found, "majority": counts(always)} if set(task.averaged) <= always.keys() else found
-
-
-def _write_predictions(folder: Path, scored: list[Scored]) -> None:
-    rows = need("pyarrow", "bench").concat_tables([each.rows for each in scored])
-    with unfinished(folder / "predictions.parquet") as made:
-        need("pyarrow.parquet", "bench").write_table(rows, made)
-        made.replace(folder / "predictions.parquet")
-    for name, content in (item for each in scored for item in each.files.items()):
-        write_whole(folder / name, content)
-    if details := [each.answers.detail() for each in scored if each.answers and each.answers.confusion]:
-        write_whole(folder / answers.FILE, json.dumps(details, ensure_ascii=False) + "\n")
-
-
-def _save_model(folder: Path, parts: Parts) -> int:
-    """Save what was learnt and return its size in bytes: an adapter, or the whole model where all of it has changed."""
-    model: Any = None
-    if isinstance(parts.model, PeftModel):
-        if merged(parts.model):
-            model = parts.model.merge_and_unload()
-    elif all(p.requires_grad for p in parts.model.parameters()):
-        model = parts.model
-    kept = folder / ("adapter" if model is None else "model")
-    if model is None:
-        save(parts.model, kept, parts.method, parts.head)
-    else:
-        claim(folder, kept.name)
-        with unfinished(kept, folder=True) as made:
-            model.save_pretrained(made)
-            if parts.processor is not None:
-                parts.processor.save_pretrained(made)  # so that the folder can be a `model:`, here and elsewhere
-            as_new(made)
-            if kept.exists():
-                shutil.rmtree(kept)
-            made.replace(kept)
-    return sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
-
-
-def _parameters(counted: list[int], parts: Parts) -> dict[str, int]:
-    """Trainable parameters: the most there were at once, those at the end, the budget; the head's apart."""
-    counts = [count - parts.head_parameters for count in counted]
-    return {"trainable": max(counts), "final": counts[-1], "budget": parts.budget, "head": parts.head_parameters}
-
-
-def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> dict[str, float]:
-    many = processes.count()
-    halved = parts.rows < math.ceil(parts.config.batch_size / many)
-    return {
-        "seconds": round(progress.carried.seconds, 3),
-        "peak_memory_bytes": progress.carried.peak_memory_bytes,  # of the main process
-        "examples_per_second": round(parts.plan.examples(parts.plan.steps) / progress.carried.step_seconds, 3),
-        "adapter_bytes": adapter_bytes,
-        **({"processes": many} if many > 1 else {}),
-        **({"micro_batch": parts.rows} if halved else {}),
-    }
-
-
-def _split(split: Split) -> dict[str, Any]:
-    return {"name": split.name, "rows": len(split.data), "official": split.official, "note": split.note}
 
 
 def _environment() -> dict[str, Any]:

@@ -1,0 +1,140 @@
+"""The end of a run: it is scored, and what it has learnt and what it has come to are written into its folder."""
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from rankwise.errors import need
+from rankwise.export import save
+from rankwise.files import as_new, claim, flush, unfinished, write_whole
+from rankwise.optim import processes
+from rankwise.ranks.kept import merged
+from rankwise.runs import answers
+from rankwise.runs.search import Search
+from rankwise.runs.store import clear
+from rankwise.tasks import Scored, Split, Task
+from rankwise.train import model as models
+from rankwise.train.chain import WEIGHTS, keep_weights
+from rankwise.train.files import file_digest
+from rankwise.train.parts import Parts, together
+from rankwise.train.progress import Progress
+
+
+def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Search | None) -> dict[str, Any]:
+    if search is not None:
+        print(f"{parts.method.name}: {search}", file=sys.stderr)
+    if parts.config.followed:
+        keep_weights(folder, parts.model)
+    parts = replace(parts, model=parts.method.fold(parts.model))  # what is scored is what is saved
+    progress.rank_line(parts.model, parts.plan.steps)
+    scored = parts.evaluate(final=True)
+    scores = together(scored)
+    progress.evaluation_line(parts.plan.steps, parts.plan.steps / parts.plan.per_epoch, scores)
+    _write_predictions(folder, scored)
+    parameters = _parameters(progress.counts, parts)
+    cost = _cost(progress, parts, _save_model(folder, parts))
+    result = {
+        "run": name,
+        "task": parts.task.label,
+        "method": parts.method.name,
+        "options": asdict(parts.method),
+        "model": models.label(parts.config.model, parts.task),
+        "seed": parts.config.seed,
+        "learning_rate": parts.config.learning_rate,
+        "score": parts.task.main,
+        "benchmark": _benchmark(parts.task, scores, scored) if parts.config.tuning is None else {},
+        "metrics": {key: value for key, value in scores.items() if not key.startswith("loss")},
+        "splits": {
+            "train": _split(parts.train),
+            "evaluation": [_split(each.split) for each in parts.evaluations],
+        },
+        "parameters": parameters,
+        **({} if search is None else {"search": asdict(search)}),
+        "notes": list(dict.fromkeys(note for each in scored for note in each.notes)),
+        "answers": [each.answers.spread() for each in scored if each.answers],
+        **({"weights": file_digest(folder / WEIGHTS)} if parts.config.followed else {}),
+        "cost": cost,
+    }
+    for name in ("predictions.parquet", "adapter/*", "model/*", WEIGHTS):
+        for path in folder.glob(name):
+            flush(path)  # a power cut must not leave a result without what it stands for
+    write_whole(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    clear(folder)
+    return result
+
+
+def _benchmark(task: Task, scores: dict[str, float], scored: list[Scored]) -> dict[str, Any]:
+    """The benchmark that the task is a part of, and what counts in its average; empty for none.
+
+    `majority` is what would count if the answer were the commonest class always, where that is known.
+    """
+    if not task.benchmark:
+        return {}
+    always = {name: value for each in scored if each.answers for name, value in each.answers.metrics.items()}
+    counts = lambda found: math.fsum(found[name] for name in task.averaged) / len(task.averaged)  # noqa: E731
+    found = {"name": task.benchmark, "score": counts(scores)}
+    return {**found, "majority": counts(always)} if set(task.averaged) <= always.keys() else found
+
+
+def _write_predictions(folder: Path, scored: list[Scored]) -> None:
+    rows = need("pyarrow", "bench").concat_tables([each.rows for each in scored])
+    with unfinished(folder / "predictions.parquet") as made:
+        need("pyarrow.parquet", "bench").write_table(rows, made)
+        made.replace(folder / "predictions.parquet")
+    for name, content in (item for each in scored for item in each.files.items()):
+        write_whole(folder / name, content)
+    if details := [each.answers.detail() for each in scored if each.answers and each.answers.confusion]:
+        write_whole(folder / answers.FILE, json.dumps(details, ensure_ascii=False) + "\n")
+
+
+def _save_model(folder: Path, parts: Parts) -> int:
+    """Save what was learnt and return its size in bytes: an adapter, or the whole model where all of it has changed."""
+    model: Any = None
+    if isinstance(parts.model, PeftModel):
+        if merged(parts.model):
+            model = parts.model.merge_and_unload()
+    elif all(p.requires_grad for p in parts.model.parameters()):
+        model = parts.model
+    kept = folder / ("adapter" if model is None else "model")
+    if model is None:
+        save(parts.model, kept, parts.method, parts.head)
+    else:
+        claim(folder, kept.name)
+        with unfinished(kept, folder=True) as made:
+            model.save_pretrained(made)
+            if parts.processor is not None:
+                parts.processor.save_pretrained(made)  # so that the folder can be a `model:`, here and elsewhere
+            as_new(made)
+            if kept.exists():
+                shutil.rmtree(kept)
+            made.replace(kept)
+    return sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
+
+
+def _parameters(counted: list[int], parts: Parts) -> dict[str, int]:
+    """Trainable parameters: the most there were at once, those at the end, the budget; the head's apart."""
+    counts = [count - parts.head_parameters for count in counted]
+    return {"trainable": max(counts), "final": counts[-1], "budget": parts.budget, "head": parts.head_parameters}
+
+
+def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> dict[str, float]:
+    many = processes.count()
+    halved = parts.rows < math.ceil(parts.config.batch_size / many)
+    return {
+        "seconds": round(progress.carried.seconds, 3),
+        "peak_memory_bytes": progress.carried.peak_memory_bytes,  # of the main process
+        "examples_per_second": round(parts.plan.examples(parts.plan.steps) / progress.carried.step_seconds, 3),
+        "adapter_bytes": adapter_bytes,
+        **({"processes": many} if many > 1 else {}),
+        **({"micro_batch": parts.rows} if halved else {}),
+    }
+
+
+def _split(split: Split) -> dict[str, Any]:
+    return {"name": split.name, "rows": len(split.data), "official": split.official, "note": split.note}
