@@ -22,6 +22,7 @@ METHODS: list[tuple[dict[str, Any], list[float], float]] = [
     ({"name": "lora", "rank": 4, "alpha": 16.0, "targets": "all-linear"}, [1e-3, 3e-3], 0.71),
     ({"name": "simplex-lora", "rank": 4, "alpha": 16.0, "targets": "all-linear", "every": 20}, [1e-3, 3e-3], 0.73),
 ]
+SEARCH = {"changed": 17, "sites": 36, "moved": 2.3, "weights": "ω", "unit": "ranks"}
 STEPS = 300
 
 
@@ -86,7 +87,7 @@ def finish(store: Store, config: RunConfig, level: float, moving: bool = True, p
             ],
         },
         "parameters": {"trainable": size, "final": size, "budget": size, "head": 157_080},
-        **({"search": {"changed": 17, "sites": 36, "moved": 2.3}} if name == "simplex-lora" else {}),
+        **({"search": SEARCH} if name == "simplex-lora" else {}),
         "cost": {
             "seconds": 92.5,
             "peak_memory_bytes": 812_345_678,

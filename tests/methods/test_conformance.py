@@ -223,4 +223,4 @@ def test_a_method_that_learns_ranks_says_at_how_many_sites_they_have_changed(nam
         return
     begun = getattr(method(name), method(name).sizes[0])
     assert (found.changed, found.sites) == (sum(rank != begun for rank in left.values()), len(left))
-    assert found.changed or (found.advice and "the result is plain LoRA's" in str(found))
+    assert found.changed or (found.advice and "the result is that of plain LoRA" in str(found))

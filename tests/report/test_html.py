@@ -78,7 +78,8 @@ def test_the_page_holds_everything_and_fetches_nothing(runs: Path) -> None:
         "One budget.",
         "18 of 18 runs finished",
         "simplex-lora rank=4",
-        "simplex-lora rank=4: ranks changed at 17, 17, 17 of 36 sites at seeds 0, 1, 2",
+        "simplex-lora rank=4: ranks changed at 17, 17, 17 of 36 sites (seeds 0, 1, 2), and ω moved by up to "
+        "2.30, 2.30, 2.30 ranks.",
         "331,776",
         "mean ± sd",
         "95 % interval",
@@ -216,7 +217,7 @@ def test_every_run_has_a_section_that_its_row_links_to(runs: Path) -> None:
     assert {address[1:] for address in found.addresses if address.startswith("#")} <= set(found.anchors)
     result = min(Store(runs).results(), key=lambda each: each["folder"])
     said = found.text.rpartition("Every run")[2]
-    assert said.count("ranks changed at 17 of 36 sites,") == 6
+    assert said.count("ranks changed at 17 of 36 sites, and ω moved by up to 2.30 ranks.") == 6
     assert f"accuracy {result['metrics']['accuracy']:.4f}" in said and "train_rows: 4800" in said
 
 

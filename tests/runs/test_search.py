@@ -4,26 +4,27 @@ from dataclasses import asdict
 
 from rankwise.runs.search import Search, in_words
 
-FOUND = Search(17, 36, 2.314, "max|ω − 1| · rank")
-IDLE = Search(0, 36, 0.31, "max|ω − 1| · rank", "no rank can change below 0.5: raise every")
+FOUND = Search(17, 36, 2.314, "ω", "ranks")
+IDLE = Search(0, 36, 0.31, "ω", "ranks", "raise every")
 
 
 def test_one_search_in_words() -> None:
-    assert str(FOUND) == "ranks changed at 17 of 36 sites, max|ω − 1| · rank = 2.31."
+    assert str(FOUND) == "ranks changed at 17 of 36 sites, and ω moved by up to 2.31 ranks."
     assert str(IDLE) == (
-        "ranks changed at 0 of 36 sites, max|ω − 1| · rank = 0.31: the result is plain LoRA's; "
-        "no rank can change below 0.5: raise every."
+        "ranks changed at 0 of 36 sites, and ω moved by up to 0.31 ranks: the result is that of plain LoRA; "
+        "raise every."
     )
     assert str(Search(5, 9)) == "ranks changed at 5 of 9 sites."
 
 
 def test_the_searches_of_several_seeds_in_one_sentence() -> None:
-    text = in_words({0: FOUND, 1: IDLE, 7: IDLE})
-    assert text.startswith(
-        "ranks changed at 17, 0, 0 of 36 sites at seeds 0, 1, 7, max|ω − 1| · rank = 2.31, 0.31, 0.31"
+    assert in_words({0: FOUND, 1: IDLE, 7: IDLE}) == (
+        "ranks changed at 17, 0, 0 of 36 sites (seeds 0, 1, 7), and ω moved by up to 2.31, 0.31, 0.31 ranks: "
+        "the result is that of plain LoRA at seeds 1, 7; raise every."
     )
-    assert ": the result is plain LoRA's at seeds 1, 7; " in text and text.count("raise every") == 1
-    assert in_words({3: IDLE, 4: IDLE}).count("plain LoRA's;") == 1
+    assert in_words({3: IDLE, 4: IDLE}).count("plain LoRA;") == 1
+    gates = Search(5, 9, 0.5, "gates")
+    assert str(gates) == "ranks changed at 5 of 9 sites, and gates moved by up to 0.50."
 
 
 def test_a_result_gives_back_what_it_keeps_and_nothing_where_it_keeps_none() -> None:

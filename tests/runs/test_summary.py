@@ -236,14 +236,14 @@ def test_sizes_and_times_for_people() -> None:
 
 def test_a_note_says_what_the_searches_of_a_method_have_come_to(store: Store) -> None:
     for seed, changed in enumerate((9, 0)):
-        search = Search(changed, 36, changed / 5, "ω", "" if changed else "raise T")
+        search = Search(changed, 36, changed / 5, "ω", "ranks", "" if changed else "raise T")
         finish(store, config(seed=seed, method=SIMPLEX), 0.8, search=asdict(search))
         finish(store, config(seed=seed), 0.8)
     found = summary(store)
     [note] = [note for note in found.notes() if "sites" in note]
     assert note == (
-        "cola, simplex-lora rank=4: ranks changed at 9, 0 of 36 sites at seeds 0, 1, ω = 1.80, 0.00: "
-        "the result is plain LoRA's at seed 1; raise T."
+        "cola, simplex-lora rank=4: ranks changed at 9, 0 of 36 sites (seeds 0, 1), and ω moved by up to 1.80, 0.00 "
+        "ranks: the result is that of plain LoRA at seed 1; raise T."
     )
     assert note in found.text()
     [row] = [row for row in found.as_json()["best"] if row["name"] == "simplex-lora"]

@@ -547,8 +547,14 @@ def test_the_end_of_a_search_is_told_once_and_as_a_warning_where_nothing_has_cha
     alike = replace(still, targets=["query", "value"])  # sites of equal cost
     said = [
         (METHODS["simplex"], ("INFO", "simplex-lora: ranks changed at ")),
-        (still, ("WARNING", "plain LoRA's; raise omega_rate or every")),
-        (alike, ("WARNING", "plain LoRA's; no rank can change below 0.5: raise omega_rate or every")),
+        (still, ("WARNING", "plain LoRA; raise omega_rate or every")),
+        (
+            alike,
+            (
+                "WARNING",
+                "plain LoRA; a rank changes only where ω moves by half a rank or more: raise omega_rate or every",
+            ),
+        ),
         (rw.SimplexLoRA(rank=2, every=50), ("WARNING", "first change is due after step 50")),
         (replace(still, times=50), ("WARNING", "last change is due after step 100: train longer")),
         (rw.WeightLoRA(rank=2, keep=3, start=2, every=4), ("INFO", "weight-lora: ranks changed at 10 of 13 sites")),

@@ -39,8 +39,8 @@ class OmegaLoRA(LoRA):
     omega_rate: float | None = None
 
     keeps_ranks: ClassVar[bool] = False
-    measure: ClassVar[str]
-    """What is said of how far ω has moved."""
+    moving: ClassVar[tuple[str, str]] = ("ω", "")
+    """What is said to have moved in a search, and in which unit."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,17 +85,18 @@ class OmegaLoRA(LoRA):
         found = self._changed(ranks(model) | {name: 0 for name, value in weights.items() if value == 0})
         if found is None:
             return None
+        found = replace(found, weights=self.moving[0], unit=self.moving[1])
         if not weights or (moved is not None and self.check_every == self.search_steps):  # it is over
-            found = replace(found, moved=moved, measure=self.measure)
+            found = replace(found, moved=moved)
             return replace(found, advice=self._advice(model, found))
         due = f"first change is due after step {self.check_every}"
         if moved is not None:
             due = f"last change is due after step {self.search_steps}"
         advice = "" if found.changed else f"the {due}: train longer"
-        return replace(found, moved=self._moved(list(weights.values())), measure=self.measure, advice=advice)
+        return replace(found, moved=self._moved(list(weights.values())), advice=advice)
 
     def _moved(self, weights: Sequence[float]) -> float:
-        """How far ω is from where it began, in `measure`."""
+        """How far ω is from where it began, in the unit of `moving`."""
         raise NotImplementedError
 
     def _advice(self, model: nn.Module, found: Search) -> str:

@@ -62,7 +62,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     projection: Literal["simplex", "softmax", "rank-softmax"] = "simplex"
     omega_decay: float = 0.0
 
-    measure = "max|ω − 1| · rank"
+    moving = ("ω", "ranks")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,7 +134,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
             return ""
         # With quotas ω_i r0 within half a rank of r0 the largest remainders are those of the sites that fell below it.
         if self.rounding == "budget" and len({site.cost for site in sites(model)}) == 1 and found.moved < 0.5:
-            return f"no rank can change below 0.5: {self._farther}"
+            return f"a rank changes only where ω moves by half a rank or more: {self._farther}"
         return self._farther
 
     @property

@@ -88,7 +88,7 @@ class SoRA(LoRA, name="sora"):
         gates = _gates(model)
         if self.gates != "ones" or not gates:  # of gates that were drawn it is not known where they began
             return found
-        return replace(found, moved=max(float((g.detach() - 1).abs().max()) for g in gates), measure="max|g − 1|")
+        return replace(found, moved=max(float((g.detach() - 1).abs().max()) for g in gates), weights="gates")
 
     @property
     def check_every(self) -> int:

@@ -43,7 +43,7 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
     start: int = 10
     every: int = 30
 
-    measure = "max|ω − 1| of those that stay"
+    moving = ("ω of the sites that stay", "")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -54,7 +54,8 @@ class _Search(_Part):
     changed: Count
     sites: Count
     moved: Amount | None = None
-    measure: str = ""
+    weights: str = ""
+    unit: str = ""
     advice: str = ""
 
 

@@ -1,4 +1,4 @@
-"""What searches for ranks have come to, in words: one that has changed nothing says so."""
+"""What searches for ranks have found, in words. One that has changed nothing says so."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -7,25 +7,28 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Search:
-    """What one search for ranks has come to, as `result.json` keeps it under `search`.
+    """What one search for ranks has found, as `result.json` keeps it under `search`.
 
     Attributes:
-        changed: how many sites have another rank than they began with.
-        sites: how many there are.
-        moved: how far that has gone by which ranks are decided; None where that has no measure.
-        measure: what `moved` is.
-        advice: what to do about it, where the search has found nothing.
+        changed: how many sites end with another rank than they began with.
+        sites: how many sites there are.
+        moved: how far the weight that moved the farthest has moved, of those that decide the ranks; None where that
+            is not known.
+        weights: what those weights are called, such as ω.
+        unit: what `moved` counts, such as ranks; empty for a plain number.
+        advice: what to change where the search has found nothing.
     """
 
     changed: int
     sites: int
     moved: float | None = None
-    measure: str = ""
+    weights: str = ""
+    unit: str = ""
     advice: str = ""
 
     @classmethod
     def of(cls, result: Mapping[str, Any]) -> "Search | None":
-        """What a result says of it; None where the method learns no ranks."""
+        """The search that a result tells of; None where the method learns no ranks."""
         kept = result.get("search")
         return (
             None if kept is None else cls(**{each.name: kept[each.name] for each in fields(cls) if each.name in kept})
@@ -40,12 +43,12 @@ def in_words(searches: Mapping[int, Search]) -> str:
     found = list(searches.values())
     text = f"ranks changed at {_list(each.changed for each in found)} of {found[0].sites} sites"
     if len(found) > 1:
-        text += f" at seeds {_list(searches)}"
+        text += f" (seeds {_list(searches)})"
     if moved := [f"{each.moved:.2f}" for each in found if each.moved is not None]:
-        text += f", {found[0].measure} = {_list(moved)}"
+        text += f", and {found[0].weights} moved by up to {_list(moved)} {found[0].unit}".rstrip()
     if idle := [seed for seed, each in searches.items() if not each.changed]:
         where = "" if len(idle) == len(found) else f" at seed{'s' if len(idle) > 1 else ''} {_list(idle)}"
-        text += f": the result is plain LoRA's{where}"
+        text += f": the result is that of plain LoRA{where}"
     advice = dict.fromkeys(each.advice for each in found if each.advice)
     return "; ".join([text, *advice]) + "."
 
