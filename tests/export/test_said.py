@@ -50,12 +50,15 @@ PLANS = {
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("options", LORA)
 def test_all_that_is_not_of_a_changed_site_stays(options, plan, checkpoint, tmp_path):
-    if (options, plan) == ("dora", "one empty"):
-        return  # refused
     config = LoraConfig(r=2, lora_alpha=3, **LORA[options])
     patterns = config.rank_pattern, config.alpha_pattern
     model = stirred(get_peft_model(base(checkpoint), config))
-    rw.resize(model, PLANS[plan](list(ranks(model))))
+    changes = PLANS[plan](list(ranks(model)))
+    if (options, plan) == ("dora", "one empty"):
+        with pytest.raises(rw.InputError, match="more than A and B"):
+            rw.resize(model, changes)
+        return
+    rw.resize(model, changes)
     before = logits(stirred(model))
     rw.save(model, tmp_path / "adapter")
     again = PeftModel.from_pretrained(base(checkpoint), tmp_path / "adapter")
@@ -121,17 +124,26 @@ def test_a_name_that_ends_another_one_means_its_own_module_alone(tmp_path):
     assert list(ranks(again)) == ["a"] and torch.equal(again(x), before)
 
 
-AUTO = [kind for name, kind in vars(peft.auto).items() if name.startswith("AutoPeftModelFor")]
+AUTO = [
+    pytest.param(kind, family, id=f"{name}-{family}")
+    for name, kind in vars(peft.auto).items()
+    if name.startswith("AutoPeftModelFor")
+    for family in ("bert", "gpt2", "llama", "t5")
+    if type(tiny.model(family).config) in kind._target_class._model_mapping
+]
+
+
+def test_every_auto_class_of_peft_is_tried():
+    assert {case.values[0] for case in AUTO} == {
+        kind for name, kind in vars(peft).items() if name.startswith("AutoPeftModelFor")
+    }
 
 
 @pytest.mark.filterwarnings("ignore:Could not find")  # no hub
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
-@pytest.mark.parametrize("auto", AUTO, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("auto", "family"), AUTO)
 def test_pefts_auto_classes_build_the_model_again(auto, family, tmp_path):
     config = tiny.model(family).config
     config.is_decoder, config.num_labels = auto is peft.AutoPeftModelForCausalLM, 2
-    if type(config) not in auto._target_class._model_mapping:
-        return
     torch.manual_seed(0)
     made = auto._target_class.from_config(config)
     made.save_pretrained(tmp_path / "base")

@@ -336,7 +336,8 @@ def test_the_joined_factors_are_the_parts_stacked_with_zeros_elsewhere(q, k, v):
         wanted[row : row + 16, column : column + site.rank] = site.B
         column += site.rank
     assert torch.equal(B, wanted)
-    assert config["target_modules"] == WHOLES[:1] and config["fan_in_fan_out"]  # the other whole has no site left
+    assert config["target_modules"] == WHOLES[:1] and not config["exclude_modules"]  # the other whole has no site left
+    assert config["fan_in_fan_out"]
     pattern = "^" + WHOLES[0].replace(".", r"\.")
     rank = config["rank_pattern"].get(pattern, config["r"])
     assert rank == q + k + v

@@ -83,7 +83,9 @@ def test_the_digest_is_of_the_settings_and_not_of_where_they_are_stored() -> Non
 
 
 def test_a_number_beyond_all_counting_is_refused() -> None:
-    with pytest.raises(InputError, match="method.rank = 99999999999999999999: expected less than or equal to 2147"):
+    with pytest.raises(
+        InputError, match="method.rank = 99999999999999999999: expected less than or equal to 2147483647"
+    ):
         one("method.rank=99999999999999999999")
 
 

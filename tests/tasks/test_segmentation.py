@@ -22,13 +22,14 @@ from rankwise.files import claim
 from rankwise.metrics import SUMS
 from rankwise.metrics.segmentation import counts, dice, dice_of
 from rankwise.nets.unet import IGNORE, RefinedUNet, UNet
+from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
 from rankwise.runs.summary import Summary
 from rankwise.settings import RunConfig
 from rankwise.tasks.base import Evaluation
 from rankwise.tasks.segmentation import _varied
 from rankwise.train.model import build
-from rankwise.train.run import run
+from rankwise.train.run import code_for, run
 from refused import refused
 from small_run import make
 
@@ -272,12 +273,13 @@ def test_a_chain_goes_over_two_tasks_in_one_sweep(tmp_path: Path) -> None:
 def test_data_that_changed_since_the_run_was_begun_is_noticed(tmp_path: Path) -> None:
     task = write(tmp_path / "data")
     config = RunConfig(task=task, method="head", batch_size=4, max_steps=1, runs=str(tmp_path / "runs"))
-    folder = Store(tmp_path / "runs").create(config, tasks.build(task).revision())
+    made = Maker.now(tasks.build(task).revision(), code_for(config))
+    folder = Store(tmp_path / "runs").create(config, made)
     claim(folder, "checkpoint-1")
     (folder / "checkpoint-1").mkdir()
     (folder / "checkpoint-1" / "complete.json").write_text("{}")
     write(tmp_path / "data", rows=11)
-    with pytest.raises(InputError, match="was begun with .*other data; .*--reuse.*--repeat"):
+    with pytest.raises(InputError, match="was begun with other data; .*--reuse.*--repeat"):
         run(folder)
 
 

@@ -14,7 +14,7 @@ import every
 import rankwise as rw
 from rankwise.ranks import ranks
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[dev]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
 STEPS = 6
 TEXTS = {
