@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import architectures
-from rankwise.nets.positions import positions, table
+from rankwise.nets.positions import positions, table, words
 
 
 def runs(model: transformers.PreTrainedModel, width: int) -> bool:
@@ -39,3 +39,19 @@ def test_every_classifier_reads_as_many_tokens_as_it_is_said_to_have_positions_f
     assert beyond == {"tapas"}  # whose further tokens all stand at the last position
     assert {told["bert"], told["gpt2"], told["opt"]} == {architectures.POSITIONS}
     assert told["roberta"] < architectures.POSITIONS
+
+
+@pytest.mark.parametrize("kind", ["canine", "perceiver"])
+def test_a_model_without_a_table_of_tokens_has_none(kind: str) -> None:
+    """transformers raises NotImplementedError for the one, and gives the parameter of another table for the other."""
+    config = architectures.small(kind)
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    assert words(model) is None
+
+
+def test_what_is_said_of_lengths_is_the_configurations_where_there_is_no_table() -> None:
+    for kind, known in (("llama", architectures.POSITIONS), ("xlnet", None), ("t5", None)):
+        with torch.device("meta"):
+            model = transformers.AutoModelForSequenceClassification.from_config(architectures.small(kind))
+        assert table(model) is None and positions(model) == known

@@ -8,8 +8,10 @@ import transformers
 from datasets import Dataset
 
 import architectures
+import rankwise as rw
 from rankwise import tasks
 from rankwise.errors import InputError
+from rankwise.nets.positions import skipped
 from rankwise.tasks import Split, Task
 from rankwise.tasks.agreement import agree
 from rankwise.tasks.classification import logits
@@ -75,6 +77,38 @@ def test_padding_that_a_text_can_hold_gives_way_to_a_row_that_no_word_has() -> N
     agree(task(), bert, full)  # which masks it
 
 
+def test_a_word_that_positions_are_counted_without_is_refused() -> None:
+    """RoBERTa skips what it was built to pad with, whatever the configuration says later."""
+    tokenizer = architectures.words("<pad>", pad_token="<pad>")
+    for kind, auto in (
+        ("roberta", transformers.AutoModelForSequenceClassification),
+        ("m2m_100", transformers.AutoModelForSeq2SeqLM),  # which selects positions and looks none up
+    ):
+        asked, built = task() if kind == "roberta" else tasks.build("samsum"), {}
+        for number in (3, 56):
+            config = architectures.small(kind, pad_token_id=number, num_labels=3)
+            config.max_position_embeddings = 100
+            built[number] = auto.from_config(config)
+            assert skipped(built[number]) == {number}
+        with pytest.raises(
+            InputError, match=r"skips token 3 \('w3'\) .*its tokenizer pads with '<pad>': take the tokenizer that"
+        ) as caught:
+            agree(asked, built[3], tokenizer)
+        assert "\n" not in str(caught.value)
+        agree(asked, built[56], tokenizer)
+        attached = rw.PreEmbed(prefix=9, infix=9).attach(built[3])
+        if kind == "roberta":
+            with pytest.raises(InputError, match="skips token 3"):
+                agree(asked, attached, tokenizer)
+        else:  # M2M100 reads embeddings then, and counts all of them
+            assert skipped(attached) == set()
+    bert = transformers.AutoModelForSequenceClassification.from_config(
+        architectures.small("bert", pad_token_id=3, num_labels=3)
+    )
+    assert skipped(bert) == set()
+    agree(task(), bert, tokenizer)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_no_classifier_says_other_things_in_a_batch() -> None:
     """Alone, in a batch, and as transformers reads a row that needs no padding."""
@@ -83,7 +117,9 @@ def test_no_classifier_says_other_things_in_a_batch() -> None:
     for kind, model in architectures.built(
         auto, architectures.CLASSIFIERS, num_labels=3, eos_token_id=54, pad_token_id=0
     ):
-        for tokenizer in (architectures.words("<pad>", pad_token="<pad>"), architectures.words("<s>", bos_token="<s>")):
+        tokenizers = [architectures.words("<pad>", pad_token="<pad>"), architectures.words("<s>", bos_token="<s>")]
+        tokenizers += [architectures.words(pad_token=f"w{number}") for number in skipped(model)]
+        for tokenizer in tokenizers:
             model.config.pad_token_id = 0  # a word
             try:
                 task().collate(model, tokenizer, 0)
@@ -94,6 +130,12 @@ def test_no_classifier_says_other_things_in_a_batch() -> None:
             same.add(kind)
     assert len(same) > 80
     mixing = {kind for kind, reason in refused.items() if "depends on the padding" in reason}
+    skipping = {kind for kind, reason in refused.items() if "skips token" in reason}
+    assert skipping <= same
+    assert skipping == {
+        *("camembert", "data2vec-text", "esm", "ibert", "longformer", "mpnet", "roberta", "roberta-prelayernorm"),
+        *("xlm-roberta", "xlm-roberta-xl"),
+    }
     assert mixing == {"canine", "convbert", "fnet", "mobilebert", "nystromformer", "yoso"}
 
 
@@ -143,7 +185,7 @@ def test_positions_are_counted_with_all_that_stands_in_a_row() -> None:
     """RoBERTa has two fewer than its configuration says, and a decoder reads what it is to write."""
     roberta = architectures.small("roberta", pad_token_id=1, num_labels=3)
     model = transformers.AutoModelForSequenceClassification.from_config(roberta)
-    tokenizer = architectures.words("<pad>", pad_token="<pad>")
+    tokenizer = architectures.words(pad_token="w1")
     agree(task(), model, tokenizer, 38)
     with pytest.raises(
         InputError, match="max_length 39: more than the 38 tokens that RobertaFor.* reads; lower max_length"

@@ -1,4 +1,4 @@
-"""How many tokens a model has positions for, found by asking it."""
+"""How many tokens a model has positions for and which it skips when it counts them, found by running it on a row."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 ASKED = 7
-"""Tokens in the row that a model is asked with."""
+"""Tokens in the row that a model is run on."""
 
 
 def positions(model: PreTrainedModel, decoder: bool = False) -> int | None:
@@ -31,7 +31,23 @@ def positions(model: PreTrainedModel, decoder: bool = False) -> int | None:
 
 def table(model: PreTrainedModel, decoder: bool = False) -> int | None:
     """Tokens that the model's table of positions is for; None where it has none. Arguments as for `positions`."""
-    return min((rows - first for rows, first in _lookups(model, decoder)), default=None)
+    found = _lookups(model, decoder)
+    return min((rows - row[0] for rows, row in found if rows is not None and _counts(row)), default=None)
+
+
+def skipped(model: PreTrainedModel) -> set[int]:
+    """The tokens that `model` skips when it counts positions; empty where a token's position is its place in the row.
+
+    RoBERTa skips the token that its configuration called padding when the model was built. The encoder of an
+    encoder-decoder is asked.
+    """
+    plain = [row for _, row in _lookups(model)]
+    found = set()
+    for number in _paddings(reading(model)):
+        rows = [row for _, row in _lookups(model, among=number)]
+        if any(_counts(row) and row != other for row, other in zip(plain, rows, strict=False)):
+            found.add(number)
+    return found
 
 
 def reading(model: PreTrainedModel) -> Any:
@@ -43,28 +59,42 @@ def words(model: PreTrainedModel) -> nn.Embedding | None:
     """The table of the model's tokens, a row for each; None where it has no such table."""
     try:
         table = model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # transformers', of a model without such a table: CANINE hashes its characters
         return None
     return table if isinstance(table, nn.Embedding) else None
 
 
 def _made_for(config: Any) -> int | None:
-    try:
-        length = getattr(config, "max_position_embeddings", None)
-    except NotImplementedError:  # of a configuration that has none and says so
-        return None
+    length = getattr(config, "max_position_embeddings", None)
     return length if length is not None and length > 0 else None  # XLNet's says -1
 
 
-def _lookups(model: PreTrainedModel, decoder: bool) -> list[tuple[int, int]]:
-    """Rows of each table of positions, and the first of them that a token uses."""
+def _counts(row: list[int]) -> bool:
+    """Whether the rows looked up follow one another, as positions do."""
+    return bool(row) and row[:ASKED] == list(range(row[0], row[0] + ASKED))
+
+
+def _paddings(part: nn.Module) -> set[int]:
+    """The tokens that modules of a model name as padding."""
+    named = [getattr(module, "padding_idx", None) for module in part.modules()]
+    return {number for number in named if isinstance(number, int)}
+
+
+def _lookups(
+    model: PreTrainedModel, decoder: bool = False, among: int | None = None
+) -> list[tuple[int | None, list[int]]]:
+    """What a model looks up in tables for a row of one token: how many rows each table has, and those looked up.
+
+    Args:
+        among: a token that stands in the middle of the row.
+    """
     part = model.get_decoder() if decoder else reading(model)
     device = next(part.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
-    # positions may be counted over what is no padding
-    pads = {getattr(model.config.get_text_config(), "pad_token_id", None), getattr(words(model), "padding_idx", None)}
-    token = next(each for each in range(3) if each not in pads)
-    ids = torch.full((1, ASKED), token, device=device)
+    pads = {getattr(model.config.get_text_config(), "pad_token_id", None), *_paddings(part)}
+    ids = torch.full((1, ASKED), next(each for each in range(len(pads) + 1) if each not in pads), device=device)
+    if among is not None:
+        ids[:, ASKED // 2] = among
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if decoder:
         width = model.config.get_text_config(decoder=True).hidden_size
@@ -75,15 +105,15 @@ def _lookups(model: PreTrainedModel, decoder: bool) -> list[tuple[int, int]]:
     with _buffers(model, part), torch.device(device), torch.no_grad(), lookups, suppress(Exception):
         part(**asked)
     part.train(training)
-    return [(rows, row[0]) for rows, row in lookups.found if row == list(range(row[0], row[0] + ASKED))]
+    return lookups.found
 
 
 class _Lookups(TorchFunctionMode):
-    """Notes what is looked up in tables, and answers nothing but zeros."""
+    """Notes what is looked up in tables, and gives nothing but zeros."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[tuple[int, list[int]]] = []
+        self.found: list[tuple[int | None, list[int]]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -91,8 +121,10 @@ class _Lookups(TorchFunctionMode):
             index, weight = (kwargs.get(name, each) for name, each in zip(("input", "weight"), args, strict=False))
             # a lookup of all rows, however few tokens there are, is of tokens that the model adds for itself
             if index.device.type != "meta" and index.numel() != len(weight):
-                self.found.append((len(weight), index.flatten().tolist()[:ASKED]))
+                self.found.append((len(weight), index.flatten().tolist()))
             return torch.zeros(*index.shape, weight.shape[1], device=index.device)
+        if func is Tensor.index_select and args[2].numel() >= ASKED and args[2].device.type != "meta":
+            self.found.append((None, args[2].tolist()))  # M2M100's positions, which are computed: it adds rows at need
         if func is functional.linear:
             return torch.zeros(*args[0].shape[:-1], len(args[1]), device=args[0].device)
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":

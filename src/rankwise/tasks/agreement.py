@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.errors import InputError
-from rankwise.nets.positions import positions, words
+from rankwise.nets.positions import positions, skipped, words
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.optim import processes
 
@@ -42,14 +42,16 @@ def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, ma
             meta device.
         max_length: compared with the model's positions where given.
     Raises:
-        InputError: more tokens than rows of the embedding, no padding or end mark that can be used, another number of
-            labels than outputs, too few positions, or logits that depend on the other rows of a batch.
+        InputError: more tokens than rows of the embedding, no padding or end mark that can be used, positions counted
+            without a token that a text can hold, another number of labels than outputs, too few positions, or logits
+            that depend on the other rows of a batch.
     """
     inner = _bare(model)
     if not isinstance(inner, PreTrainedModel):
         return
     _check_words(inner, tokenizer)
     _set_padding(inner, tokenizer)
+    _check_skipped(task, inner, tokenizer)
     if task.family == "generation" and not isinstance(tokenizer.eos_token_id, int):
         raise InputError("model: its tokenizer has no end mark (eos_token), which tells where a text ends")
     if max_length is not None:
@@ -176,6 +178,20 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
     for each in (config, model.config):
         each.pad_token_id = chosen
+
+
+def _check_skipped(task: "Task", model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """InputError where positions are counted without a token that is no padding, so that others stand at wrong ones."""
+    for number in sorted(skipped(model) - {tokenizer.pad_token_id}):
+        known = number in tokenizer.get_vocab().values()
+        read = known and (number in tokenizer("")["input_ids"] or _in_texts(tokenizer, number))
+        if read or task.family == "generation":  # whose rows are padded in front: what pads must not count
+            word = f" ({tokenizer.convert_ids_to_tokens(number)!r})" if known else ""
+            raise InputError(
+                f"model: {type(model).__name__} skips token {number}{word} when it counts positions, as its padding, "
+                f"and its tokenizer pads with {tokenizer.pad_token!r}: take the tokenizer that came with it, or the "
+                "pad_token_id that it was trained with"
+            )
 
 
 def _in_texts(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
