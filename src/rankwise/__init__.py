@@ -37,8 +37,8 @@ _PUBLIC = {
     "Gated": "rankwise.nets.gated",
     "RankCallback": "rankwise.train.callback",
     "RankTrainer": "rankwise.train.trainer",
-    "load_checkpoint": "rankwise.train.checkpoint",
-    "save_checkpoint": "rankwise.train.checkpoint",
+    "load_checkpoint": "rankwise.train.bare_loop",
+    "save_checkpoint": "rankwise.train.bare_loop",
     "RankPlan": "rankwise.ranks",
     "rank_report": "rankwise.ranks",
     "resize": "rankwise.ranks",
@@ -70,8 +70,8 @@ if TYPE_CHECKING:
     from rankwise.optim import SimplexAdam
     from rankwise.optim.processes import average_gradients
     from rankwise.ranks import RankPlan, rank_report, resize, sites
+    from rankwise.train.bare_loop import load_checkpoint, save_checkpoint
     from rankwise.train.callback import RankCallback
-    from rankwise.train.checkpoint import load_checkpoint, save_checkpoint
     from rankwise.train.trainer import RankTrainer
 
 

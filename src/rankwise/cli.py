@@ -617,7 +617,7 @@ def _fit(config: RunConfig) -> RunConfig:
     """With the size that its budget allows; building models is left out where there is no budget."""
     if config.budget is None:
         return config
-    from rankwise.train.params import fit
+    from rankwise.train.budget import fit
 
     with contextlib.redirect_stdout(sys.stderr):
         return fit(config)

@@ -7,9 +7,9 @@ from rankwise.errors import InputError
 from rankwise.methods import Method, build, registry
 from rankwise.ranks import sites
 from rankwise.settings import RunConfig, Schema, load
+from rankwise.train.budget import fit
 from rankwise.train.model import build as build_model
 from rankwise.train.model import peak
-from rankwise.train.params import fit
 
 SIZED = sorted(name for name, kind in registry().items() if kind.sizes)
 TARGETS = {"targets": ["query", "value"]}

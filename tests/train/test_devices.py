@@ -25,7 +25,7 @@ from rankwise.errors import InputError
 from rankwise.methods import registry
 from rankwise.optim import processes
 from rankwise.ranks import ranks
-from rankwise.train.files import cut_back
+from rankwise.train.checkpoint_files import cut_back
 from rankwise.train.run import run
 from small_run import LORA, PATIENCE, SIMPLEX, alive, reached, wait_for
 

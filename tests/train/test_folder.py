@@ -17,7 +17,7 @@ import pytest
 from rankwise.errors import InputError
 from rankwise.files import WRITTEN, claim
 from rankwise.runs.store import MEMORY, Store
-from rankwise.train.files import last_complete, mark_complete
+from rankwise.train.checkpoint_files import last_complete, mark_complete
 from rankwise.train.run import run
 from small_run import PATIENCE, make, reached, start, wait_for
 

@@ -16,7 +16,7 @@ import pytest
 
 from rankwise.files import MARKER
 from rankwise.runs.store import Store
-from rankwise.train.files import last_complete
+from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.stop import this_process
 from small_run import LORA, PATIENCE, SIMPLEX, alive, make, reached, start, wait_for
 

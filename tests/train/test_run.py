@@ -29,7 +29,7 @@ from rankwise.settings import Schema, load
 from rankwise.tasks import subset
 from rankwise.tasks.classification import logits
 from rankwise.train import model as models
-from rankwise.train.files import last_complete, mark_complete
+from rankwise.train.checkpoint_files import last_complete, mark_complete
 from rankwise.train.progress import DivergedError, Plan
 from rankwise.train.run import code_for, run
 from rankwise.train.stop import Stop

@@ -9,8 +9,8 @@ from torch import nn
 from rankwise.errors import InputError
 from rankwise.files import disk_errors, unfinished
 from rankwise.runs.store import Store
-from rankwise.train.checkpoint import learnt_state, load_learnt
-from rankwise.train.files import file_digest
+from rankwise.train.bare_loop import learnt_state, load_learnt
+from rankwise.train.checkpoint_files import file_digest
 
 WEIGHTS = "weights.pt"
 """All that was learnt, unfolded, where another run begins with it."""

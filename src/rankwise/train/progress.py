@@ -19,7 +19,7 @@ from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks import ranks
 from rankwise.runs.processes import is_main
-from rankwise.train.files import append_line, cut_back, mark_complete
+from rankwise.train.checkpoint_files import append_line, cut_back, mark_complete
 from rankwise.train.stop import Stop
 
 KEPT = 2

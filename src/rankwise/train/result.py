@@ -21,7 +21,7 @@ from rankwise.runs.store import clear
 from rankwise.tasks import Scored, Split, Task
 from rankwise.train import model as models
 from rankwise.train.chain import WEIGHTS, keep_weights
-from rankwise.train.files import file_digest
+from rankwise.train.checkpoint_files import file_digest
 from rankwise.train.parts import Parts, together
 from rankwise.train.progress import Progress
 

@@ -53,7 +53,7 @@ from rankwise.tasks import Evaluation, subset
 from rankwise.train import chain
 from rankwise.train import model as models
 from rankwise.train.chain import WEIGHTS, begin_with
-from rankwise.train.files import last_complete
+from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.memory import halve, rows_at_once
 from rankwise.train.parts import Parts
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress

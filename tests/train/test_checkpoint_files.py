@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rankwise.files import MARKER, claim
-from rankwise.train.files import LINES, append_line, cut_back, last_complete, mark_complete
+from rankwise.train.checkpoint_files import LINES, append_line, cut_back, last_complete, mark_complete
 
 
 @pytest.fixture
