@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.errors import InputError
 from rankwise.nets.positions import positions, skipped, words
+from rankwise.nets.undisturbed import undisturbed
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.optim import processes
 
@@ -268,11 +269,7 @@ def _logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dic
 
 
 def _forward(model: nn.Module, batch: dict[str, Tensor]) -> Any:
-    """One forward that leaves no trace: in evaluation mode, without gradients, the random streams as they were."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            return model(**batch)
-    finally:
-        model.train(training)
+    """One forward in evaluation mode that leaves no trace."""
+    with undisturbed(model):
+        model.eval()
+        return model(**batch)

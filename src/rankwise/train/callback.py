@@ -14,8 +14,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
 from rankwise.methods import Method
+from rankwise.nets.undisturbed import undisturbed
 from rankwise.ranks import ranks, sites
-from rankwise.train.scaling import scales, undisturbed
+from rankwise.train.scaling import scales
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class MethodCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._counted, self._reported = (-1, {}), None
-        optimizer: Any = _inner(kwargs["optimizer"])
+        optimizer = unwrapped(kwargs["optimizer"])
         if getattr(optimizer, "method", None) != self.method:
             raise RuntimeError(
                 f"the method {self.method.name} needs its own optimizer: pass the Trainer "
@@ -62,7 +63,7 @@ class MethodCallback(TrainerCallback):
             self._report(args, state, control, **kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        optimizer: Any = _inner(kwargs["optimizer"])
+        optimizer = unwrapped(kwargs["optimizer"])
         checked = self.method.check_every > 0 and state.global_step % self.method.check_every == 0
         if checked or optimizer.changed == optimizer.steps:
             self._report(args, state, control, **kwargs)
@@ -72,7 +73,7 @@ class MethodCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer: Any = _inner(kwargs["optimizer"])
+        optimizer = unwrapped(kwargs["optimizer"])
         ended = self.method.search_steps is not None and optimizer.steps >= self.method.search_steps
         if self.method.check_every and not ended and state.global_step >= state.max_steps:
             self._tell(optimizer, state)
@@ -101,7 +102,7 @@ class MethodCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        changed = getattr(_inner(kwargs["optimizer"]), "changed", 0)
+        changed = getattr(unwrapped(kwargs["optimizer"]), "changed", 0)
         if changed != self._counted[0]:  # walking a large model at every log would cost as much as a small step
             here = sites(kwargs["model"])
             parameters, empty = sum(site.parameters for site in here), sum(not site.present for site in here)
@@ -158,9 +159,11 @@ def _ask(model: nn.Module, pieces: int) -> None:
 
 
 def _reporters() -> list[TrainerCallback]:
-    """The callbacks of the calling Trainer that report to TensorBoard, W&B and others.
+    """The callbacks of the calling Trainer that report to TensorBoard, W&B and others, found on the call stack.
 
-    transformers tells a callback nothing of those beside it, so they are found where the call comes from.
+    There is no other way in transformers: an event hands a callback neither its Trainer nor the other callbacks; those
+    that report are called before the user's own, so what is added to `logs` comes too late for them (and `logs` is the
+    caller's); none of them reads `state.log_history`; and `control` can ask for a log, but not say what is in it.
     """
     frame: Any = sys._getframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
@@ -170,6 +173,6 @@ def _reporters() -> list[TrainerCallback]:
     return [each for each in here if isinstance(each, kinds)]
 
 
-def _inner(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside accelerate's."""
+def unwrapped(optimizer: Optimizer | None) -> Any:
+    """The optimizer itself, which accelerate wraps in a Trainer."""
     return getattr(optimizer, "optimizer", optimizer)

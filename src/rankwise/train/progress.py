@@ -19,6 +19,7 @@ from rankwise.methods import Method
 from rankwise.optim import processes
 from rankwise.ranks import ranks
 from rankwise.runs.processes import is_main
+from rankwise.train.callback import unwrapped
 from rankwise.train.checkpoint_files import append_line, cut_back, mark_complete
 from rankwise.train.stop import Stop
 
@@ -185,7 +186,7 @@ class Progress(TrainerCallback):
 
     def _rank_line(self, model: nn.Module, step: int, optimizer: Any) -> None:
         """A line when the ranks or the number of trainable parameters have changed, and at each check of a search."""
-        changed = getattr(optimizer, "optimizer", optimizer).changed == step  # accelerate wraps it
+        changed = unwrapped(optimizer).changed == step
         checked = self.method.check_every > 0 and step % self.method.check_every == 0
         if not (changed or checked):  # to walk a small model at each step would cost a tenth of its speed on a GPU
             return

@@ -52,6 +52,7 @@ from rankwise.settings import WRITTEN, RunConfig, Schema, load, read_yaml
 from rankwise.tasks import Evaluation, subset
 from rankwise.train import chain
 from rankwise.train import model as models
+from rankwise.train.callback import unwrapped
 from rankwise.train.chain import WEIGHTS, begin_with
 from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.memory import halve, rows_at_once
@@ -314,8 +315,7 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
             step = trainer.state.global_step
             print(f"stopped after step {step}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(stop.code)
-    optimizer: Any = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
-    return optimizer.search() if parts.method.check_every else None
+    return unwrapped(trainer.optimizer).search() if parts.method.check_every else None
 
 
 def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:

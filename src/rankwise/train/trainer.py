@@ -22,13 +22,14 @@ from rankwise.errors import InputError
 from rankwise.export import save
 from rankwise.methods import Method
 from rankwise.methods.base import adam_options
+from rankwise.nets.undisturbed import undisturbed
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.optim import processes
 from rankwise.optim.simplex_adam import SHARDED
 from rankwise.runs.processes import LostError
 from rankwise.tasks.base import Batch
 from rankwise.train.callback import MethodCallback
-from rankwise.train.scaling import scales, undisturbed
+from rankwise.train.scaling import scales
 from rankwise.train.stop import Stop
 
 

@@ -1,0 +1,41 @@
+"""A forward that leaves the model, and chance, as they were."""
+
+import random
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Around a forward that shall leave no trace: no gradients; random streams, mode and buffers are put back."""
+    devices = {p.device.type for p in model.parameters()} - {"cpu", "meta"}
+    device = devices.pop() if devices else "cuda"
+    streams = random.getstate(), np.random.get_state()
+    modes = [(part, part.training) for part in model.modules()]
+    buffers = [
+        (part, name, b, b._version, b.clone())
+        for part in model.modules()
+        for name, b in part._buffers.items()
+        if b is not None
+    ]
+    # torch forks the streams of devices that it can number
+    everywhere = range(0 if device == "mps" else torch.get_device_module(device).device_count())
+    mac = torch.mps.get_rng_state() if device == "mps" else None
+    try:
+        with torch.no_grad(), torch.random.fork_rng(everywhere, device_type=device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say, the training says
+            yield
+    finally:
+        random.setstate(streams[0])
+        np.random.set_state(streams[1])
+        if mac is not None:
+            torch.mps.set_rng_state(mac)
+        for part, mode in modes:
+            part.training = mode
+        for part, name, buffer, version, kept in buffers:
+            part._buffers[name] = buffer if buffer._version == version else buffer.copy_(kept)
