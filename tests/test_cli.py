@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,9 +142,11 @@ def test_status_and_the_rest_of_the_runs_room_load_no_torch(tmp_path: Path) -> N
         (["status", "missing"], "missing: there is no such folder of runs"),
         (["retry", "missing"], "missing: there is no such folder of runs"),
         (["status", "BELOV"], 'BELOV: there is no such folder of runs (did you mean "BELOW"?)'),
-        (["report", "."], ".: the runs are one folder further down, in BELOW; give BELOW"),
+        (["report", "."], ".: the runs are one folder further down, in BEGUN, BELOW; give BEGUN"),
         (["status", "BELOW/one"], "BELOW/one: is one run; give the folder above it"),
-        (["report", "EMPTY"], "EMPTY: no run in it has finished; `rankwise status EMPTY` says how they stand"),
+        (["status", "FILE"], "FILE: is a file; give the folder that holds the runs\n"),
+        (["report", "EMPTY"], "EMPTY: there is no run in it\n"),
+        (["report", "BEGUN"], "BEGUN: no run in it has finished; `rankwise status BEGUN` says how they stand\n"),
         (["report", ".", "--md", "--csv"], "choose one"),
         (["validate", "one.yaml", "seed=!!int x"], "seed: line 1: not valid YAML: 'x' cannot be read as int"),
         (["validate", "one.yaml", "model=" + "[" * 500], "model: line 1: not valid YAML: nested deeper than 50"),
@@ -168,6 +171,8 @@ def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").write_text("")
     (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "BEGUN" / "one").mkdir(parents=True)
+    (tmp_path / "BEGUN" / "one" / "run.yaml").write_text("")
     (tmp_path / "BELOW" / "one").mkdir(parents=True)
     (tmp_path / "BELOW" / "one" / "run.yaml").write_text("")
     (tmp_path / "broken.yaml").write_text("task: [cola\n")
@@ -179,6 +184,19 @@ def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(
     assert message in err
     assert err.startswith("rankwise: ")
     assert err.count("\n") == 1
+
+
+def test_a_warning_is_one_line_without_a_place_in_the_code(tmp_path: Path) -> None:
+    folder = tmp_path / "xlnet"  # whose attention has weights that are in no layer
+    with quiet():
+        transformers.AutoModel.from_config(architectures.small("xlnet")).save_pretrained(folder)
+    architectures.words("<pad>", pad_token="<pad>").save_pretrained(folder)
+    settings = {**TINY, "model": str(folder), "max_steps": 1, "method": {"name": "lora", "rank": 2}}
+    process = rankwise("train", write(tmp_path / "one.yaml", settings), f"runs={tmp_path / 'runs'}")
+    err = process.communicate()[1]
+    assert process.returncode == 0
+    assert re.search(r"^warning: \d+% of the weights of XLNet\w+ are in no layer that can be adapted, .*", err, re.M)
+    assert ".py:" not in err
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

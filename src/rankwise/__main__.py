@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
 """Exit codes where nothing has begun yet that is worth more than the process; see `rankwise.cli`."""
@@ -22,8 +23,15 @@ def _leave(number: int, *_: object) -> None:
     os._exit(CODES[signal.Signals(number)])
 
 
+def _plain(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning in one line, without the place in the code that it comes from."""
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
 def main() -> None:
     """Answer signals from the first moment on, then run the command line. A run and a sweep answer them themselves."""
+    if "--debug" not in sys.argv:
+        warnings.formatwarning = _plain
     for number in CODES:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)

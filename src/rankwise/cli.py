@@ -288,6 +288,8 @@ def report(
         raise InputError("--md, --csv, --latex and --json: choose one; stdout holds one table")
     store = Store(runs)
     results = store.results()
+    if not results and not store.folders():
+        raise InputError(f"{runs}: there is no run in it")
     if not results:
         raise InputError(f"{runs}: no run in it has finished; `rankwise status {runs}` says how they stand")
     if html:

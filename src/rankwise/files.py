@@ -217,7 +217,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def similar(path: Path) -> str:
     """`nearest` for a path that is not there, among what lies in its folder."""
     try:
-        return nearest(path.name, sorted(each.name for each in path.parent.iterdir()))
+        return nearest(path.name, sorted({each.name for each in path.parent.iterdir()} - {path.name}))
     except OSError:
         return ""
 

@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
+import architectures
 import tiny
 from rankwise import methods, tasks
 from rankwise.errors import InputError
@@ -108,6 +117,16 @@ def test_a_damaged_model_is_one_line(words: PreTrainedTokenizerFast, tmp_path: P
     with pytest.raises(InputError, match="cannot load") as caught:
         build(folder, labelled("a", "b"), 16)
     assert "\n" not in str(caught.value)
+
+
+def test_a_family_without_a_classifier_is_told_without_the_names_of_all_that_have_one(
+    words: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = saved(AutoModelForCausalLM.from_config(architectures.small("granite")), words, tmp_path / "base")
+    with pytest.raises(
+        InputError, match=r"Unrecognized configuration class .*GraniteConfig.* AutoModelForSequenceClassification\.$"
+    ):
+        build(folder, labelled("a", "b"), 16)
 
 
 def test_more_tokens_than_the_model_reads_are_refused() -> None:

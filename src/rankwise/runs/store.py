@@ -270,6 +270,8 @@ class Store:
         try:
             inside = sorted(path for path in self.folder.iterdir() if not path.name.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
+            if os.path.lexists(self.folder):
+                raise InputError(f"{self.folder}: is a file; give the folder that holds the runs") from None
             raise InputError(f"{self.folder}: there is no such folder of runs{similar(self.folder)}") from None
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be read: {(error.strerror or str(error)).lower()}") from None

@@ -293,6 +293,8 @@ def _input_errors(name: str) -> Iterator[None]:
                 f"model: {name} comes with code of its own, which is not run: read that code, and where you trust it "
                 "set trust_remote_code: true"
             ) from error
+        if reason.startswith("Unrecognized configuration class"):  # and then the names of all that there are
+            reason = reason.partition(" Model type should be one of")[0]
         asked = isinstance(error, OSError) and not Path(name).exists()  # the hub
         offline = " (HF_HUB_OFFLINE is set)" if asked and os.environ.get("HF_HUB_OFFLINE") else ""
         raise InputError(f"model: cannot load {name}{offline}: {reason}") from error
