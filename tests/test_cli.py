@@ -548,7 +548,8 @@ def test_what_is_refused_before_weights_are_read_is_refused_by_every_command(cli
         (tmp_path / "data" / f"{name}.csv").write_text("text,target\none,two\nthree,four\n")
     task = f"{{type: causal, dataset: {tmp_path / 'data'}, target_length: 64}}"
     short = str(tmp_path / "short")
-    config = architectures.small("roberta", pad_token_id=1)
+    config = architectures.small("roberta", pad_token_id=56)  # "<pad>"; positions are counted from there
+    config.max_position_embeddings = 56 + 1 + 38
     with quiet():
         transformers.AutoModel.from_config(config).save_pretrained(short)
     architectures.words("<pad>", pad_token="<pad>").save_pretrained(short)
