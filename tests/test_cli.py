@@ -344,7 +344,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
                 (folder / "result.json").write_text(json.dumps(result(folder, store.config(folder), 0.7)))
         return Outcome(done=list(folders))
 
-    for room in ("compare", "tune"):
+    for room in ("compare", "plan", "tune"):
         monkeypatch.setattr(f"rankwise.bench.{room}.carry_out", carry_out)
     monkeypatch.setattr("rankwise.cli._page", lambda *_: None)
 

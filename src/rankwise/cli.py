@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -24,10 +24,11 @@ from rankwise.train.stop import INTERRUPTED, STOPPED
 
 if TYPE_CHECKING:
     from rankwise.bench.compare import Outcome
+    from rankwise.bench.plan import Plan
     from rankwise.bench.runners import Runner
     from rankwise.runs.maker import Maker
     from rankwise.runs.store import Store
-    from rankwise.settings import Experiment, RunConfig, Schema
+    from rankwise.settings import RunConfig
 
 FAILED, INPUT, SOME_FAILED = 1, 2, 3
 TELL_AFTER = 20.0
@@ -99,10 +100,14 @@ def train(
     """Carry out one run, from the start or from where it was stopped."""
     from rankwise.errors import InputError
     from rankwise.runs.processes import is_main, launched
+    from rankwise.runs.record import maker_of
     from rankwise.runs.store import Store
 
     launched()  # before a folder is made
     source, settings = (None, what) if _is_setting(what[0]) else (Path(what[0]), what[1:])
+    noted = None if source is None or source.is_dir() else maker_of(source)
+    from rankwise.bench import plan  # imports torch: what is wrong with the file's name is said before
+
     if source is not None and source.is_dir():
         if settings:
             raise InputError(f"{settings[0]}: the settings of a run are in its run.yaml and stay as they are")
@@ -110,17 +115,15 @@ def train(
         if dry_run:
             _print_settings(store.config(folder), folder, as_json)
             return
-        if is_main() and store.begun(folder) and store.maker(folder):
-            config = store.config(folder)
-            _settle(store, {folder: _makers(store, [config])(config)}, reuse, repeat)
+        if is_main():
+            plan.settle_begun(store, [folder], reuse, repeat)
     else:
-        noted = None if source is None else _noted(source)
-        config = _alone(_run_config(source, settings), tries=noted is not None)
-        _check_models([config], dry_run)
+        config = plan.alone(plan.load_run(source, settings), tries=noted is not None)
+        plan.check_models([config], dry_run)
         store = Store(config.runs)
         folder = store.place(config)
         if is_main():
-            made = _makers(store, [config])(config)
+            made = plan.makers(store, [config])(config)
             if source is not None and noted is not None:
                 _say_what_differs(source, noted, made)
         if dry_run:
@@ -128,7 +131,7 @@ def train(
             return
         if is_main():
             store.check_before(config, made)
-            _settle(store, {folder: made}, reuse, repeat)
+            plan.settle(store, {folder: made}, reuse, repeat)
             store.create(config, made)
     from rankwise.train.run import run
 
@@ -170,25 +173,14 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Carry out an experiment, or what is left of it, and compare its methods."""
-    from rankwise.runs.store import Store
-
     sweep = _runner(runner, jobs, runner_options or [])
-    experiment = _experiment(source, settings or [])
-    store = Store(experiment.runs)
-    configs = _expand(experiment)
-    _check_models(configs, dry_run)
-    if experiment.tune is not None:
-        _compare_tuned(store, experiment, configs, sweep, reuse, repeat, as_json, dry_run)
-        return
-    makers = _makers(store, configs)
-    wanted = {store.place(config): makers(config) for config in configs}
+    from rankwise.bench.plan import Plan, load_experiment
+
+    plan = Plan.of(load_experiment(source, settings or []), dry_run)
     if dry_run:
-        _print_plan(store, list(zip(configs, wanted, strict=True)), wanted, as_json)
-        return
-    _settle(store, wanted, reuse, repeat)
-    folders = [store.create(config, makers(config)) for config in configs]
-    store.note(experiment)
-    _sweep(store, folders, sweep, as_json)
+        _print_plan(plan, as_json)
+    else:
+        _conclude(plan.store, *plan.carry_out(sweep, reuse, repeat), as_json)
 
 
 @app.command()
@@ -252,6 +244,8 @@ def retry(
     debug: Debug = False,
 ) -> None:
     """Carry out the failed runs of a folder again, and no others."""
+    from rankwise.bench.compare import carry_out
+    from rankwise.bench.plan import settle_begun
     from rankwise.runs.store import Store
 
     sweep = _runner(runner, jobs, runner_options or [])
@@ -264,10 +258,8 @@ def retry(
     ]
     if not failed:
         _print(f"{runs}: no run has failed", file=sys.stderr)
-    begun = {folder: store.config(folder) for folder in failed if store.begun(folder) and store.maker(folder)}
-    makers = _makers(store, list(begun.values()))
-    _settle(store, {folder: makers(config) for folder, config in begun.items()}, reuse, repeat)
-    _sweep(store, failed, sweep, as_json, shown=store.folders())
+    settle_begun(store, failed, reuse, repeat)
+    _conclude(store, carry_out(store, failed, sweep), store.folders(), as_json)
 
 
 @app.command()
@@ -319,16 +311,18 @@ def validate(
     """Check a configuration and print it with all defaults filled in."""
     import yaml
 
+    from rankwise.bench import plan
+    from rankwise.bench.progress import counted
     from rankwise.settings import RunConfig, load
 
-    config = load(source, settings or [], _schema())
+    config = load(source, settings or [], plan.schema())
     if isinstance(config, RunConfig):
-        config = _alone(config)
+        config = plan.alone(config)
         runs = [config]
     else:
-        _check_tables(config)
-        runs = _expand(config)
-    _check_models(runs, shipped=True)
+        plan.check_tables(config)
+        runs = plan.expand(config)
+    plan.check_models(runs, shipped=True)
     content = config.model_dump(mode="json")
     if as_json:
         _print_json(content)
@@ -338,16 +332,17 @@ def validate(
         count = "one run"
     else:
         tuned = ", behind those that choose their learning rates" if config.tune else ""
-        count = f"an experiment of {_runs(len(runs))}{tuned}"
+        count = f"an experiment of {counted(len(runs))}{tuned}"
     _print(f"{source} is valid: {count}", file=sys.stderr)
 
 
 @app.command()
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of configuration files, for editors."""
+    from rankwise.bench import plan
     from rankwise.settings import json_schema
 
-    _print_json(json_schema(_schema()))
+    _print_json(json_schema(plan.schema()))
 
 
 @app.command()
@@ -548,190 +543,18 @@ def _refuse_usage(error: Any) -> NoReturn:
     sys.exit(INPUT)
 
 
-def _schema() -> Schema:
-    import rankwise.methods
-    import rankwise.tasks
-    from rankwise.settings import Schema
-
-    return Schema(rankwise.methods.registry(), rankwise.tasks.registry())
-
-
-def _run_config(source: Path | None, settings: Sequence[str]) -> RunConfig:
-    from rankwise.errors import InputError
-    from rankwise.settings import RunConfig, load
-
-    config = load(source, settings, _schema())
-    if not isinstance(config, RunConfig):
-        raise InputError(f"{source}: has `vary:`, so it is an experiment: rankwise compare {source}")
-    return config
-
-
-def _experiment(source: Path, settings: Sequence[str]) -> Experiment:
-    from rankwise.errors import InputError
-    from rankwise.settings import RunConfig, load
-
-    config = load(source, settings, _schema())
-    if isinstance(config, RunConfig):
-        raise InputError(f"{source}: has no `vary:`, so it is one run: rankwise train {source}")
-    _check_tables(config)
-    return config
-
-
-def _check_tables(experiment: Experiment) -> None:
-    """Refuse the name of a table that no paper has, before hours of training."""
-    from rankwise.published import find
-
-    for table in experiment.published.tables if experiment.published else ():
-        find(table)
-
-
 def _options(key: str) -> dict[str, dict[str, Any]]:
     """The options of every method or task, by its name, with their defaults."""
+    from rankwise.bench import plan
     from rankwise.settings import json_schema
 
     return {
         entry["properties"]["name"]["const"]: {
             option: value.get("default") for option, value in entry["properties"].items() if "const" not in value
         }
-        for entry in json_schema(_schema())["properties"][key]["oneOf"]
+        for entry in json_schema(plan.schema())["properties"][key]["oneOf"]
         if "properties" in entry
     }
-
-
-def _check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
-    """Refuse what does not fit its model, a rank, a target or a prefix, before anything is written.
-
-    `shipped` does not ask the hub for what `rankwise archs` lists: nothing is to be trained.
-    """
-    import rankwise.methods
-    import rankwise.tasks
-    from rankwise.train.model import check
-
-    settings = ("model", "task", "method", "max_length", "label_smoothing", "trust_remote_code")
-    wanted = {json.dumps({key: getattr(config, key) for key in settings}, sort_keys=True) for config in configs}
-    with contextlib.redirect_stdout(sys.stderr):
-        for given in map(json.loads, sorted(wanted)):
-            task, method = rankwise.tasks.build(given.pop("task")), rankwise.methods.build(given.pop("method"))
-            check(given.pop("model"), task, method, shipped=shipped, **given)
-
-
-def _fit(config: RunConfig) -> RunConfig:
-    """With the size that its budget allows; building models is left out where there is no budget."""
-    if config.budget is None:
-        return config
-    from rankwise.train.budget import fit
-
-    with contextlib.redirect_stdout(sys.stderr):
-        return fit(config)
-
-
-def _alone(config: RunConfig, tries: bool = False) -> RunConfig:
-    """A run without an experiment around it, at the size that its budget allows; `tries` if it may try a rate."""
-    from rankwise.errors import InputError
-
-    if config.tuning is not None and not tries:
-        raise InputError("tuning: only the runs of an experiment with `tune:` hold rows out; leave it out")
-    fitted = _fit(config)
-    if fitted.budget != config.budget:
-        raise InputError(f"budget: {config.method['name']} has no size to choose; leave it out")
-    return fitted
-
-
-def _expand(experiment: Experiment) -> list[RunConfig]:
-    """The runs of an experiment, at the sizes that their budgets allow."""
-    from rankwise.errors import InputError
-    from rankwise.runs.grid import expand
-
-    configs = expand(experiment, _fit)
-    asked = experiment.base.get("budget") or "budget" in experiment.vary
-    if asked and all(config.budget is None for config in configs):
-        raise InputError("budget: none of the methods has a size to choose; leave it out")
-    return configs
-
-
-def _data(config: RunConfig) -> tuple[str, bool]:
-    """What tells apart the data of runs: the task, and whether rows to choose a rate by are read."""
-    return json.dumps(config.task, sort_keys=True), config.tuning is not None
-
-
-def _revisions(configs: Sequence[RunConfig]) -> dict[tuple[str, bool], str]:
-    """The revisions of the data of `configs`, by `_data`; each task is read once.
-
-    Raises InputError where there are too few rows to train on and to choose a rate by.
-    """
-    import rankwise.tasks
-    from rankwise.tasks.base import subset
-
-    groups: dict[str, list[RunConfig]] = {}
-    for config in configs:
-        groups.setdefault(_data(config)[0], []).append(config)
-    found = {}
-    for name, group in groups.items():
-        task = rankwise.tasks.build(group[0].task)
-        splits = [task.train(), *task.evaluation()]
-        for rows, share in {(each.train_rows, each.tuning) for each in group}:
-            if share is not None:
-                task.tuning(subset(splits[0], rows), share)
-        for tuning in {each.tuning is not None for each in group}:
-            found[name, tuning] = task.revision(splits, tuning=tuning)
-    return found
-
-
-def _makers(store: Store, configs: Sequence[RunConfig]) -> Callable[[RunConfig], Maker]:
-    """What would make each of `configs` now, or another run of their tasks."""
-    from rankwise.runs.maker import Maker
-    from rankwise.train.run import code_for
-
-    revisions = _revisions(configs)
-    known = {config.digest(): config for config in configs}
-
-    def maker(config: RunConfig) -> Maker:
-        before = ""
-        if config.after is not None:
-            first = known.get(config.after)
-            before = maker(first).name if first else store.named(config.after)
-        return Maker.now(revisions[_data(config)], code_for(config), before)
-
-    return maker
-
-
-def _settle(store: Store, wanted: Mapping[Path, Maker], reuse: bool, repeat: bool) -> None:
-    """Refuse runs that others have begun or done than are `wanted`, unless the user says what is to become of them."""
-    from rankwise.errors import InputError
-
-    if reuse and repeat:
-        raise InputError("--reuse and --repeat: choose one")
-    others = store.others(wanted)
-    if others and not (reuse or repeat):
-        raise InputError(f"{_count(store, others)}; --reuse keeps them, --repeat carries them out again")
-    for folder in others:
-        if repeat:
-            store.clear(folder)
-        elif store.result(folder) is None:
-            store.take_over(folder, wanted[folder])
-
-
-def _count(store: Store, others: Mapping[Path, list[str]]) -> str:
-    """How many runs others have made, and what differs."""
-    from rankwise.runs.maker import said
-
-    done = sum(store.result(folder) is not None for folder in others)
-    counts = [f"{count} {what}" for count, what in ((done, "finished"), (len(others) - done, "begun")) if count]
-    runs = "run was" if len(others) == 1 else "runs were"
-    return f"{' and '.join(counts)} {runs} made with {said(each for found in others.values() for each in found)}"
-
-
-def _noted(source: Path) -> Maker | None:
-    """What made the run whose `run.yaml` this file is, copied or not; None for a file that the user wrote."""
-    from rankwise.errors import InputError
-    from rankwise.runs.maker import Maker
-    from rankwise.settings import read_yaml
-
-    noted = read_yaml(source).get("made_with")
-    try:
-        return None if noted is None else Maker.of(noted, source.parent)
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{source}: made_with: not as rankwise writes it; leave it out, and id with it") from None
 
 
 def _say_what_differs(source: Path, noted: Maker, made: Maker) -> None:
@@ -746,68 +569,6 @@ def _runner(name: str, jobs: int | None, options: Sequence[str]) -> Runner:
     from rankwise.bench.runners import runner
 
     return runner(name, [*options, *([f"jobs={jobs}"] if jobs else [])])
-
-
-def _sweep(
-    store: Store, folders: Sequence[Path], runner: Runner, as_json: bool, shown: Sequence[Path] | None = None
-) -> None:
-    """Carry out `folders`, print what the runs in `shown` say, write the page, and leave with the exit code."""
-    from rankwise.bench.compare import carry_out
-
-    _conclude(store, carry_out(store, folders, runner), folders if shown is None else shown, as_json)
-
-
-def _compare_tuned(
-    store: Store,
-    experiment: Experiment,
-    configs: Sequence[RunConfig],
-    runner: Runner,
-    reuse: bool,
-    repeat: bool,
-    as_json: bool,
-    dry_run: bool,
-) -> None:
-    """`compare` of an experiment with `tune:`, in its two phases; `configs` are the runs of the second."""
-    import rankwise.tasks
-    from rankwise.bench import tune
-    from rankwise.errors import InputError
-
-    for task in (rankwise.tasks.build(config.task) for config in configs):
-        if not task.main:
-            raise InputError(f"tune: {task.name} has no score to choose a learning rate by; leave it out")
-    contests = list(experiment.contests())
-    tried = [config for contest in contests if not contest.settled for config in contest.tried(contest.lowest)]
-    makers = _makers(store, [*configs, *map(_fit, tried)])
-
-    def place(config: RunConfig) -> Path:
-        return store.place(_fit(config))
-
-    def create(config: RunConfig) -> Path:
-        config = _fit(config)
-        _settle(store, {store.place(config): makers(config)}, reuse, repeat)
-        return store.create(config, makers(config))
-
-    found = tune.searches(store, contests, place)
-    plan = {folder: config for search in found for folder, config in search.configs.items()}
-    plan |= {place(config): config for config in tune.reported(found)}
-    wanted = {folder: makers(_fit(config)) for folder, config in plan.items()}
-    if dry_run:
-        _print_plan(store, [(_fit(config), folder) for folder, config in plan.items()], wanted, as_json)
-        waiting = [search.contest for search in found if search.rate is None]
-        if any(not isinstance(contest.rates, tuple) for contest in waiting):
-            _print("further rates follow from what these score", file=sys.stderr)
-        runs = sum(len(contest.seeds) for contest in waiting)
-        _print(f"then {_runs(runs)}, each at the learning rate chosen for it", file=sys.stderr)
-        return
-    if not repeat:
-        unsettled = {folder: wanted[folder] for each in found if each.rate is None for folder in each.configs}
-        if reuse and (others := store.others(unsettled)):
-            raise InputError(
-                f"{_count(store, others)}; what is left of their search cannot be tried with this: --repeat"
-            )
-        _settle(store, wanted, reuse, repeat)
-    store.note(experiment)
-    _conclude(store, *tune.tune_and_carry_out(store, contests, create, runner), as_json)
 
 
 def _conclude(store: Store, outcome: Outcome, shown: Sequence[Path], as_json: bool) -> None:
@@ -847,15 +608,17 @@ def _page(store: Store, summary: Any) -> Path | None:
 
 
 def _exit_code(store: Store, outcome: Outcome) -> int:
+    from rankwise.bench.progress import counted
+
     if outcome.failed:
         lasting = sum(map(store.lasting, outcome.failed))
         if again := len(outcome.failed) - lasting:
             it = "it" if again == 1 else "them"
-            _print(f"{_runs(again)} failed; `rankwise retry {store.folder}` carries {it} out again", file=sys.stderr)
+            _print(f"{counted(again)} failed; `rankwise retry {store.folder}` carries {it} out again", file=sys.stderr)
         if lasting:
             errors = "its error names" if lasting == 1 else "their errors name"
             _print(
-                f"{_runs(lasting)} failed and would again until what {errors} is changed; "
+                f"{counted(lasting)} failed and would again until what {errors} is changed; "
                 f"`rankwise status {store.folder}` shows {'it' if lasting == 1 else 'them'}",
                 file=sys.stderr,
             )
@@ -868,10 +631,6 @@ def _exit_code(store: Store, outcome: Outcome) -> int:
         _print(said, file=sys.stderr)
         return STOPPED
     return 0
-
-
-def _runs(count: int) -> str:
-    return "1 run" if count == 1 else f"{count} runs"
 
 
 def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
@@ -911,34 +670,22 @@ def _print_settings(config: RunConfig, folder: Path, as_json: bool) -> None:
     _print(f"dry run: would be carried out in {folder}", file=sys.stderr)
 
 
-def _print_plan(
-    store: Store, plan: Sequence[tuple[RunConfig, Path]], wanted: Mapping[Path, Maker], as_json: bool
-) -> None:
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    from rankwise.bench.plan import made_by_others
+    from rankwise.bench.progress import counted
     from rankwise.runs.tables import plain
 
-    states = [store.state(folder) for _, folder in plan]
-    if others := store.others(wanted):
-        _print(f"{_count(store, others)}; wants --reuse or --repeat", file=sys.stderr)
+    if others := plan.store.others(plan.wanted):
+        _print(f"{made_by_others(plan.store, others)}; wants --reuse or --repeat", file=sys.stderr)
     if as_json:
-        _print_json(
-            [
-                {"run": folder.name, "state": state, "config": config.model_dump(mode="json", exclude={"runs"})}
-                for (config, folder), state in zip(plan, states, strict=True)
-            ]
-        )
-        return
-    rows = [
-        [folder.name, config.method["name"], f"{config.learning_rate:g}", str(config.seed), state]
-        for (config, folder), state in zip(plan, states, strict=True)
-    ]
-    header = ["run", "method", "learning rate", "seed", "state"]
-    if any(config.tuning is not None for config, _ in plan):
-        header.insert(4, "for")
-        for row, (config, _) in zip(rows, plan, strict=True):
-            row.insert(4, "reporting" if config.tuning is None else "choosing")
-    _print(plain(header, rows))
-    left = sum(state != "done" for state in states)
-    _print(f"{_runs(len(plan))} in {store.folder}, {left} to carry out", file=sys.stderr)
+        _print_json(plan.as_json())
+    else:
+        header, rows = plan.table()
+        _print(plain(header, rows))
+        left = sum(row[-1] != "done" for row in rows)
+        _print(f"{counted(len(plan.runs))} in {plan.store.folder}, {left} to carry out", file=sys.stderr)
+    for line in plan.following():
+        _print(line, file=sys.stderr)
 
 
 def _json(content: Any) -> str:

@@ -103,6 +103,11 @@ class Display:
         return f"about {duration((time.monotonic() - began) / made * rest)} left"
 
 
+def counted(runs: int) -> str:
+    """`1 run`, or `3 runs`."""
+    return "1 run" if runs == 1 else f"{runs} runs"
+
+
 def share(step: int, steps: int | None) -> float:
     """How much of a run is done, from 0 to 1."""
     return step / steps if steps else 0.0

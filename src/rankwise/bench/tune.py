@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from rankwise.bench.compare import Outcome, carry_out
+from rankwise.bench.progress import counted
 from rankwise.bench.runners import Runner
 from rankwise.errors import need, shown
 from rankwise.runs.store import Store
@@ -150,7 +151,7 @@ def tune_and_carry_out(
     found = searches(store, contests, place)
     total, tried = Outcome(), set[Path]()
     while folders := _pending(found, tried):
-        say(f"trying learning rates: {len(folders)} runs on rows that are not reported")
+        say(f"trying learning rates: {counted(len(folders))} on rows that are not reported")
         outcome = carry_out(store, folders, runner, console)
         tried.update(folders)
         total.stopped += outcome.stopped

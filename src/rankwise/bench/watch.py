@@ -10,6 +10,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from rankwise.bench.progress import counted
 from rankwise.errors import shown_line
 from rankwise.runs.standing import Standing, State
 from rankwise.runs.store import Store
@@ -58,9 +59,7 @@ class Look:
     def head(self) -> str:
         """All in one line."""
         counts = {state: sum(each.state == state for each in self.standings) for state in STATES}
-        line = ("1 run" if len(self.standings) == 1 else f"{len(self.standings)} runs") + "".join(
-            f", {n} {state}" for state, n in counts.items() if n
-        )
+        line = counted(len(self.standings)) + "".join(f", {n} {state}" for state, n in counts.items() if n)
         return line if self.total is None else f"{line}, about {duration(self.total)} left"
 
     def rows(self) -> list[list[str]]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rankwise.errors import InputError
 from rankwise.files import MOST_LINES, read_json, read_text
+from rankwise.runs.maker import Maker
 from rankwise.settings import Published, read_yaml
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -196,3 +197,12 @@ def _lines(path: Path, kind: type[_Part]) -> tuple[list[dict[str, Any]], str]:
             return found, f"{path.name} is damaged in line {number}; what follows it is not shown"
         found.append(line)
     return found, ""
+
+
+def maker_of(file: Path) -> Maker | None:
+    """What made the run whose `run.yaml` this file is, copied or not; None for a file that the user wrote."""
+    noted = read_yaml(file).get("made_with")
+    try:
+        return None if noted is None else Maker.of(noted, file.parent)
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{file}: made_with: not as rankwise writes it; leave it out, and id with it") from None
