@@ -56,7 +56,7 @@ oldest:
 	"$(PYTHON)" -m venv .venv-oldest
 	$(if $(TORCH_INDEX),.venv-oldest/bin/python -m pip install --index-url $(TORCH_INDEX) $(firstword $(OLDEST)))
 	.venv-oldest/bin/python -m pip install $(OLDEST) -e ".[demo,tune]" pytest pytest-timeout hypothesis tensorboard
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -k "not compiled and not jamba" tests/ranks tests/optim tests/export \
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -k "not compiled and not jamba" tests/ranks tests/optim tests/adapters \
 		tests/methods/test_conformance.py tests/train/test_trainer.py
 
 clean:

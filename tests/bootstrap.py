@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.runs import stats
+from rankwise.results import stats
 
 
 @contextmanager

@@ -17,10 +17,10 @@ import yaml
 
 import architectures
 from rankwise import tasks
-from rankwise.bench.compare import Outcome
 from rankwise.cli import main
 from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
+from rankwise.sweep.compare import Outcome
 from rankwise.train.model import build, quiet
 from runs_made_up import REVISION, config, finish, result, tune
 from small_run import PATIENCE, wait_for
@@ -98,7 +98,7 @@ def test_status_and_the_rest_of_the_runs_room_load_no_torch(tmp_path: Path) -> N
     finish(Store(tmp_path), config(), 0.5)
     script = (
         "import sys; sys.argv = ['rankwise', 'status', sys.argv[1]]\n"
-        "import rankwise.runs.summary, rankwise.runs.grid, rankwise.report.html, rankwise.report.text\n"
+        "import rankwise.results.summary, rankwise.runs.grid, rankwise.report.html, rankwise.report.text\n"
         "from rankwise.cli import main\n"
         "try: main()\n"
         "finally: assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
@@ -345,7 +345,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         return Outcome(done=list(folders))
 
     for room in ("compare", "plan", "tune"):
-        monkeypatch.setattr(f"rankwise.bench.{room}.carry_out", carry_out)
+        monkeypatch.setattr(f"rankwise.sweep.{room}.carry_out", carry_out)
     monkeypatch.setattr("rankwise.cli._page", lambda *_: None)
 
 

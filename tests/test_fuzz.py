@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rankwise import methods, tasks
-from rankwise.bench import runners
 from rankwise.cli import main
 from rankwise.errors import InputError
 from rankwise.settings import SECTIONS, RunConfig, Schema, Span, Tune, as_yaml, load, load_options
+from rankwise.sweep import runners
 
 SCHEMA = Schema(methods.registry(), tasks.registry())
 """Everything that can be named: the fuzz goes through the checks of every method and task."""

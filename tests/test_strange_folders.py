@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from odd_files import ODD, a_pipe
-from rankwise.bench.watch import Watch
 from rankwise.report import figures, text
 from rankwise.report.pages import pages
+from rankwise.results.summary import Summary
 from rankwise.runs.store import Store
-from rankwise.runs.summary import Summary
 from rankwise.settings import Experiment, Published
+from rankwise.sweep.watch import Watch
 from rankwise.train.run import FILES
 from reported_runs import finish
 from runs_made_up import config, predict

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import BertConfig, BertForSequenceClassification
 
 from rankwise import tasks
-from rankwise.export import save
+from rankwise.adapters import save
 from rankwise.methods import base, build
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import sites

@@ -43,16 +43,16 @@ _PUBLIC = {
     "rank_report": "rankwise.ranks",
     "resize": "rankwise.ranks",
     "sites": "rankwise.ranks",
-    "load": "rankwise.export",
-    "save": "rankwise.export",
+    "load": "rankwise.adapters",
+    "save": "rankwise.adapters",
     "InputError": "rankwise.errors",
 }
 
 __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
+    from rankwise.adapters import load, save
     from rankwise.errors import InputError
-    from rankwise.export import load, save
     from rankwise.methods.adalora import AdaLoRA
     from rankwise.methods.adapter import AdapterH, AdapterL
     from rankwise.methods.dora import DoRA

@@ -23,12 +23,12 @@ import typer
 from rankwise.train.stop import INTERRUPTED, STOPPED
 
 if TYPE_CHECKING:
-    from rankwise.bench.compare import Outcome
-    from rankwise.bench.plan import Plan
-    from rankwise.bench.runners import Runner
     from rankwise.runs.maker import Maker
     from rankwise.runs.store import Store
     from rankwise.settings import RunConfig
+    from rankwise.sweep.compare import Outcome
+    from rankwise.sweep.plan import Plan
+    from rankwise.sweep.runners import Runner
 
 FAILED, INPUT, SOME_FAILED = 1, 2, 3
 TELL_AFTER = 20.0
@@ -66,7 +66,7 @@ class _Sweeping(typer.core.TyperCommand):
     """A command that carries out runs: its help ends with the runners and their options."""
 
     def get_help(self, ctx: Any) -> str:
-        from rankwise.bench.runners import registry
+        from rankwise.sweep.runners import registry
 
         return "\n\n".join([super().get_help(ctx), *(_about(f"--runner {n}", kind) for n, kind in registry().items())])
 
@@ -106,7 +106,7 @@ def train(
     launched()  # before a folder is made
     source, settings = (None, what) if _is_setting(what[0]) else (Path(what[0]), what[1:])
     noted = None if source is None or source.is_dir() else maker_of(source)
-    from rankwise.bench import plan  # imports torch: what is wrong with the file's name is said before
+    from rankwise.sweep import plan  # imports torch: what is wrong with the file's name is said before
 
     if source is not None and source.is_dir():
         if settings:
@@ -142,7 +142,7 @@ def train(
     if as_json:
         _print_json(result)
     else:
-        from rankwise.runs.summary import Summary
+        from rankwise.results.summary import Summary
 
         split = result["splits"]["evaluation"][0]
         tried = f"{result['score']} {result['metrics'].get(result['score'])} on {split['rows']} rows of {split['name']}"
@@ -174,7 +174,7 @@ def compare(
 ) -> None:
     """Carry out an experiment, or what is left of it, and compare its methods."""
     sweep = _runner(runner, jobs, runner_options or [])
-    from rankwise.bench.plan import Plan, load_experiment
+    from rankwise.sweep.plan import Plan, load_experiment
 
     plan = Plan.of(load_experiment(source, settings or []), dry_run)
     if dry_run:
@@ -193,9 +193,9 @@ def status(
     """Say how the runs of a folder stand, and about how long they will still take."""
     from rich.console import Console
 
-    from rankwise.bench.watch import HEADER, Watch, watch
+    from rankwise.results.tables import plain
     from rankwise.runs.store import Store
-    from rankwise.runs.tables import plain
+    from rankwise.sweep.watch import HEADER, Watch, watch
 
     store, console = Store(runs), Console()
     if watching and not as_json and console.is_terminal:
@@ -244,9 +244,9 @@ def retry(
     debug: Debug = False,
 ) -> None:
     """Carry out the failed runs of a folder again, and no others."""
-    from rankwise.bench.compare import carry_out
-    from rankwise.bench.plan import settle_begun
     from rankwise.runs.store import Store
+    from rankwise.sweep.compare import carry_out
+    from rankwise.sweep.plan import settle_begun
 
     sweep = _runner(runner, jobs, runner_options or [])
     store = Store(runs)
@@ -290,7 +290,7 @@ def report(
         _print(f"report: {write(runs, html)}", file=sys.stderr)
     if md or csv or latex:
         from rankwise.report import text
-        from rankwise.runs.tables import best, summarise
+        from rankwise.results.tables import best, summarise
 
         if note := store.left_out():
             _print(note, file=sys.stderr)
@@ -311,9 +311,9 @@ def validate(
     """Check a configuration and print it with all defaults filled in."""
     import yaml
 
-    from rankwise.bench import plan
-    from rankwise.bench.progress import counted
     from rankwise.settings import RunConfig, load
+    from rankwise.sweep import plan
+    from rankwise.sweep.progress import counted
 
     config = load(source, settings or [], plan.schema())
     if isinstance(config, RunConfig):
@@ -339,8 +339,8 @@ def validate(
 @app.command()
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of configuration files, for editors."""
-    from rankwise.bench import plan
     from rankwise.settings import json_schema
+    from rankwise.sweep import plan
 
     _print_json(json_schema(plan.schema()))
 
@@ -367,7 +367,7 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
 @app.command()
 def tasks(as_json: Json = False, debug: Debug = False) -> None:
     """List the tasks."""
-    from rankwise.runs.tables import plain
+    from rankwise.results.tables import plain
     from rankwise.tasks import registry
 
     options = _options("task")
@@ -394,7 +394,7 @@ def papers(as_json: Json = False, debug: Debug = False) -> None:
     from dataclasses import asdict
 
     from rankwise.published import papers
-    from rankwise.runs.tables import plain
+    from rankwise.results.tables import plain
 
     if as_json:
         _print_json([asdict(paper) for paper in papers()])
@@ -412,7 +412,7 @@ def papers(as_json: Json = False, debug: Debug = False) -> None:
 def archs(as_json: Json = False, debug: Debug = False) -> None:
     """List the architectures that parameters can be counted for."""
     from rankwise.archs import archs
-    from rankwise.runs.tables import plain
+    from rankwise.results.tables import plain
 
     found = archs()
     if as_json:
@@ -479,7 +479,7 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
     import torch
 
     import rankwise
-    from rankwise.bench.runners.local import cores
+    from rankwise.sweep.runners.local import cores
 
     found: dict[str, Any] = {"rankwise": rankwise.__version__, "python": platform.python_version()}
     for package in ("torch", "transformers", "peft", "accelerate", "datasets", "numpy", "scikit-learn"):
@@ -545,8 +545,8 @@ def _refuse_usage(error: Any) -> NoReturn:
 
 def _options(key: str) -> dict[str, dict[str, Any]]:
     """The options of every method or task, by its name, with their defaults."""
-    from rankwise.bench import plan
     from rankwise.settings import json_schema
+    from rankwise.sweep import plan
 
     return {
         entry["properties"]["name"]["const"]: {
@@ -566,7 +566,7 @@ def _say_what_differs(source: Path, noted: Maker, made: Maker) -> None:
 
 
 def _runner(name: str, jobs: int | None, options: Sequence[str]) -> Runner:
-    from rankwise.bench.runners import runner
+    from rankwise.sweep.runners import runner
 
     return runner(name, [*options, *([f"jobs={jobs}"] if jobs else [])])
 
@@ -608,7 +608,7 @@ def _page(store: Store, summary: Any) -> Path | None:
 
 
 def _exit_code(store: Store, outcome: Outcome) -> int:
-    from rankwise.bench.progress import counted
+    from rankwise.sweep.progress import counted
 
     if outcome.failed:
         lasting = sum(map(store.lasting, outcome.failed))
@@ -636,7 +636,7 @@ def _exit_code(store: Store, outcome: Outcome) -> int:
 def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
     from rankwise.metrics import SUMS
     from rankwise.metrics.classification import STATISTICS
-    from rankwise.runs.summary import Summary
+    from rankwise.results.summary import Summary
 
     experiment, damage = store.described()
     about = experiment.get("report") or {}
@@ -649,7 +649,7 @@ def _published(store: Store, summary: Any) -> dict[str, Any]:
     """`published`: what stands beside the papers' tables, where the experiment names some."""
     from dataclasses import asdict
 
-    from rankwise.runs.beside import beside
+    from rankwise.results.beside import beside
 
     cells = beside(summary, store.described()[0])
     return {"published": [asdict(cell) for cell in cells]} if cells else {}
@@ -657,7 +657,7 @@ def _published(store: Store, summary: Any) -> dict[str, Any]:
 
 def _text(store: Store, summary: Any) -> str:
     from rankwise.report import published
-    from rankwise.runs.beside import beside
+    from rankwise.results.beside import beside
 
     return "\n\n".join(filter(None, [summary.text(), published.text(beside(summary, store.described()[0]))]))
 
@@ -671,9 +671,9 @@ def _print_settings(config: RunConfig, folder: Path, as_json: bool) -> None:
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:
-    from rankwise.bench.plan import made_by_others
-    from rankwise.bench.progress import counted
-    from rankwise.runs.tables import plain
+    from rankwise.results.tables import plain
+    from rankwise.sweep.plan import made_by_others
+    from rankwise.sweep.progress import counted
 
     if others := plan.store.others(plan.wanted):
         _print(f"{made_by_others(plan.store, others)}; wants --reuse or --repeat", file=sys.stderr)

@@ -26,7 +26,7 @@ from rankwise.metrics.segmentation import (
     iou_per_class,
     iou_per_image,
 )
-from rankwise.runs.stats import paired_bootstrap
+from rankwise.results.stats import paired_bootstrap
 
 WITHOUT = "torchmetrics comes with the extra vision"
 torchmetrics = pytest.importorskip("torchmetrics", reason=WITHOUT)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from rankwise.report import text
+from rankwise.results.tables import Row, best, summarise
 from rankwise.runs.store import Store
-from rankwise.runs.tables import Row, best, summarise
 from runs_made_up import tune
 
 

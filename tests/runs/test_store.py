@@ -11,13 +11,13 @@ import yaml
 import rankwise
 from rankwise.errors import InputError
 from rankwise.files import claim
+from rankwise.results.summary import Summary
 from rankwise.runs import maker
 from rankwise.runs.grid import settings_digest
 from rankwise.runs.maker import Code, Maker
 from rankwise.runs.record import progress
 from rankwise.runs.standing import State
 from rankwise.runs.store import Store
-from rankwise.runs.summary import Summary
 from rankwise.settings import Experiment, RunConfig, as_yaml
 from runs_made_up import REVISION, config, finish, result
 

@@ -4,9 +4,9 @@ from typing import Any
 import jsonschema
 
 from rankwise import methods, tasks
-from rankwise.bench import runners
 from rankwise.settings import RunConfig, Schema, json_schema, read_yaml
 from rankwise.settings.run import LARGEST
+from rankwise.sweep import runners
 from small_schema import SCHEMA, Adapter
 
 

@@ -16,8 +16,8 @@ import bootstrap
 from rankwise import tasks
 from rankwise.metrics import SUMS
 from rankwise.metrics.e2e import bleu, bleu_of
+from rankwise.results.summary import Summary
 from rankwise.runs.store import Store
-from rankwise.runs.summary import Summary
 from rankwise.tasks import Split
 from rankwise.train.run import run
 from refused import refused

@@ -22,9 +22,9 @@ from rankwise.files import claim
 from rankwise.metrics import SUMS
 from rankwise.metrics.segmentation import counts, dice, dice_of
 from rankwise.nets.unet import IGNORE, RefinedUNet, UNet
+from rankwise.results.summary import Summary
 from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
-from rankwise.runs.summary import Summary
 from rankwise.settings import RunConfig
 from rankwise.tasks.base import Evaluation
 from rankwise.tasks.segmentation import _varied

@@ -16,8 +16,8 @@ import rankwise as rw
 import short_of_memory
 from launched import assert_equal
 from rankwise.optim.processes import out_of_memory
+from rankwise.results.tables import summarise
 from rankwise.runs.store import MEMORY, Store
-from rankwise.runs.tables import summarise
 from rankwise.train.run import run
 from rankwise.train.stop import Stop
 from rankwise.train.trainer import RunTrainer

@@ -8,7 +8,7 @@ from typing import Any
 
 from rankwise.errors import InputError, need
 from rankwise.files import check_regular, read_bytes
-from rankwise.runs.tables import Row
+from rankwise.results.tables import Row
 
 SHOWN = 4
 LONGEST = 800

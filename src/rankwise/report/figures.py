@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rankwise.report import heat, plots
+from rankwise.results.summary import duration, plus_minus, size
+from rankwise.results.tables import Row
 from rankwise.runs import record
-from rankwise.runs.summary import duration, plus_minus, size
-from rankwise.runs.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

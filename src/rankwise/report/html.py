@@ -19,12 +19,12 @@ from rankwise.files import read_json, write_whole
 from rankwise.report import examples, figures, published, text
 from rankwise.report.answers import answered
 from rankwise.report.pages import Page, anchor, pages
+from rankwise.results.beside import beside
+from rankwise.results.stats import mean, sd
+from rankwise.results.summary import Summary, always, plus_minus, tried
+from rankwise.results.tables import Average, Row, averages
 from rankwise.runs.answers import WRONG
-from rankwise.runs.beside import beside
-from rankwise.runs.stats import mean, sd
 from rankwise.runs.store import Store
-from rankwise.runs.summary import Summary, always, plus_minus, tried
-from rankwise.runs.tables import Average, Row, averages
 
 TEMPLATE = Path(__file__).with_name("template.html")
 SCRIPT = Path(__file__).with_name("page.js")

@@ -15,12 +15,12 @@ import numpy as np
 from rankwise.errors import InputError
 from rankwise.report import examples, figures, heat, text
 from rankwise.report.answers import Answered, answered
+from rankwise.results.summary import duration, size
+from rankwise.results.tables import Row
 from rankwise.runs import record
 from rankwise.runs.answers import nothing_learnt, spreads
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store
-from rankwise.runs.summary import duration, size
-from rankwise.runs.tables import Row
 
 ERROR = 3000
 """Characters of an error: its end, where the cause stands."""

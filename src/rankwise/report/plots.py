@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import numpy as np
 
 from rankwise.errors import need
-from rankwise.runs.summary import duration, size
+from rankwise.results.summary import duration, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

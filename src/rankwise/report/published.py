@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rankwise.runs.beside import Beside
-from rankwise.runs.tables import plain
+from rankwise.results.beside import Beside
+from rankwise.results.tables import plain
 
 HEADER = ["printed row", "column", "ours", "mean ± sd", "seeds", "budget", "final", "published", "parameters", "note"]
 

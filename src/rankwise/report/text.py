@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rankwise.errors import shown_line
-from rankwise.runs.summary import chosen_on, duration, interval, plus_minus, size
-from rankwise.runs.tables import Row, unofficial
+from rankwise.results.summary import chosen_on, duration, interval, plus_minus, size
+from rankwise.results.tables import Row, unofficial
 
 
 @dataclass(frozen=True, eq=False)

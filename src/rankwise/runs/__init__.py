@@ -1,1 +1,1 @@
-"""Runs on disk: which there are, how they stand, what their results say. The folder is the state; no torch in here."""
+"""Runs on disk: which there are and how they stand. The folder is the state; no torch in here."""

@@ -23,7 +23,7 @@ from typing import Any
 import rankwise
 from rankwise.files import read_json
 
-ASIDE = {"archs", "bench", "cli", "errors", "export", "files", "published", "report", "runs", "settings"}
+ASIDE = {"adapters", "archs", "cli", "errors", "files", "published", "report", "results", "runs", "settings", "sweep"}
 """Rooms that decide no result."""
 
 Code = dict[str, dict[str, str]]

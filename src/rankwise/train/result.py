@@ -10,8 +10,8 @@ from typing import Any
 
 from peft import PeftModel
 
+from rankwise.adapters import save
 from rankwise.errors import need
-from rankwise.export import save
 from rankwise.files import as_new, claim, flush, unfinished, write_whole
 from rankwise.optim import processes
 from rankwise.ranks.kept import merged

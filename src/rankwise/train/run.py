@@ -30,8 +30,8 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import rankwise
 from rankwise import methods, tasks
+from rankwise.adapters.save import OURS as ADAPTER
 from rankwise.errors import InputError, NotFiniteError
-from rankwise.export.save import OURS as ADAPTER
 from rankwise.files import (
     CHECKPOINT,
     check_regular,

@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
 
+from rankwise.adapters import save
 from rankwise.errors import InputError
-from rankwise.export import save
 from rankwise.methods import Method
 from rankwise.methods.base import adam_options
 from rankwise.nets.undisturbed import undisturbed

@@ -1,0 +1,265 @@
+"""From a command to the runs that it is to carry out, with all that can be refused before a folder is made.
+
+The settings are read and expanded, methods get the sizes that their budgets allow, and models and data are checked.
+What would make each run now, its code and its data, is compared with what has made the runs that are there.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rankwise import methods, published, tasks
+from rankwise.errors import InputError
+from rankwise.runs import grid
+from rankwise.runs.maker import Maker, said
+from rankwise.runs.store import Store
+from rankwise.settings import Experiment, RunConfig, Schema, Span, load
+from rankwise.sweep.compare import Outcome, carry_out
+from rankwise.sweep.progress import counted
+from rankwise.sweep.runners import Runner
+from rankwise.sweep.tune import Search, reported, searches, tune_and_carry_out
+from rankwise.tasks.base import subset
+from rankwise.train import budget, model
+from rankwise.train.run import code_for
+
+HEADER = ("run", "method", "learning rate", "seed", "state")
+
+
+def schema() -> Schema:
+    """All methods and tasks that there are."""
+    return Schema(methods.registry(), tasks.registry())
+
+
+def load_run(source: Path | None, settings: Sequence[str]) -> RunConfig:
+    """The settings of one run. Raises InputError for an experiment, and for everything that is wrong with them."""
+    config = load(source, settings, schema())
+    if not isinstance(config, RunConfig):
+        raise InputError(f"{source}: has `vary:`, so it is an experiment: rankwise compare {source}")
+    return config
+
+
+def load_experiment(source: Path, settings: Sequence[str]) -> Experiment:
+    """An experiment. Raises InputError for the settings of one run, and for everything that is wrong with them."""
+    config = load(source, settings, schema())
+    if isinstance(config, RunConfig):
+        raise InputError(f"{source}: has no `vary:`, so it is one run: rankwise train {source}")
+    check_tables(config)
+    return config
+
+
+def check_tables(experiment: Experiment) -> None:
+    """Refuse the name of a table that no paper has, before hours of training."""
+    for table in experiment.published.tables if experiment.published else ():
+        published.find(table)
+
+
+def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
+    """Refuse what does not fit its model, a rank, a target or a prefix, before anything is written.
+
+    `shipped` does not ask the hub for what `rankwise archs` lists: nothing is to be trained.
+    """
+    settings = ("model", "task", "method", "max_length", "label_smoothing", "trust_remote_code")
+    wanted = {json.dumps({key: getattr(config, key) for key in settings}, sort_keys=True) for config in configs}
+    with redirect_stdout(sys.stderr):
+        for given in map(json.loads, sorted(wanted)):
+            task, method = tasks.build(given.pop("task")), methods.build(given.pop("method"))
+            model.check(given.pop("model"), task, method, shipped=shipped, **given)
+
+
+def fit(config: RunConfig) -> RunConfig:
+    """With the size that its budget allows."""
+    with redirect_stdout(sys.stderr):
+        return budget.fit(config)
+
+
+def alone(config: RunConfig, tries: bool = False) -> RunConfig:
+    """A run without an experiment around it, at the size that its budget allows; `tries` if it may try a rate."""
+    if config.tuning is not None and not tries:
+        raise InputError("tuning: only the runs of an experiment with `tune:` hold rows out; leave it out")
+    fitted = fit(config)
+    if fitted.budget != config.budget:
+        raise InputError(f"budget: {config.method['name']} has no size to choose; leave it out")
+    return fitted
+
+
+def expand(experiment: Experiment) -> list[RunConfig]:
+    """The runs of an experiment, at the sizes that their budgets allow."""
+    configs = grid.expand(experiment, fit)
+    asked = experiment.base.get("budget") or "budget" in experiment.vary
+    if asked and all(config.budget is None for config in configs):
+        raise InputError("budget: none of the methods has a size to choose; leave it out")
+    return configs
+
+
+def _data(config: RunConfig) -> tuple[str, bool]:
+    """What tells apart the data of runs: the task, and whether rows to choose a rate by are read."""
+    return json.dumps(config.task, sort_keys=True), config.tuning is not None
+
+
+def _revisions(configs: Sequence[RunConfig]) -> dict[tuple[str, bool], str]:
+    """The revisions of the data of `configs`, by `_data`; each task is read once.
+
+    Raises InputError where there are too few rows to train on and to choose a rate by.
+    """
+    groups: dict[str, list[RunConfig]] = {}
+    for config in configs:
+        groups.setdefault(_data(config)[0], []).append(config)
+    found = {}
+    for name, group in groups.items():
+        task = tasks.build(group[0].task)
+        splits = [task.train(), *task.evaluation()]
+        for rows, share in {(each.train_rows, each.tuning) for each in group}:
+            if share is not None:
+                task.tuning(subset(splits[0], rows), share)
+        for tuning in {each.tuning is not None for each in group}:
+            found[name, tuning] = task.revision(splits, tuning=tuning)
+    return found
+
+
+def makers(store: Store, configs: Sequence[RunConfig]) -> Callable[[RunConfig], Maker]:
+    """What would make each of `configs` now, or another run of their tasks. Raises InputError as `_revisions` does."""
+    revisions = _revisions(configs)
+    known = {config.digest(): config for config in configs}
+
+    def maker(config: RunConfig) -> Maker:
+        before = ""
+        if config.after is not None:
+            first = known.get(config.after)
+            before = maker(first).name if first else store.named(config.after)
+        return Maker.now(revisions[_data(config)], code_for(config), before)
+
+    return maker
+
+
+def settle(store: Store, wanted: Mapping[Path, Maker], reuse: bool, repeat: bool) -> None:
+    """Refuse runs that others have begun or done than are `wanted`, unless the user says what is to become of them."""
+    if reuse and repeat:
+        raise InputError("--reuse and --repeat: choose one")
+    others = store.others(wanted)
+    if others and not (reuse or repeat):
+        raise InputError(f"{made_by_others(store, others)}; --reuse keeps them, --repeat carries them out again")
+    for folder in others:
+        if repeat:
+            store.clear(folder)
+        elif store.result(folder) is None:
+            store.take_over(folder, wanted[folder])
+
+
+def settle_begun(store: Store, folders: Sequence[Path], reuse: bool, repeat: bool) -> None:
+    """`settle` for what has been begun of the runs in `folders`, which are to go on."""
+    begun = {folder: store.config(folder) for folder in folders if store.begun(folder) and store.maker(folder)}
+    maker = makers(store, list(begun.values()))
+    settle(store, {folder: maker(config) for folder, config in begun.items()}, reuse, repeat)
+
+
+def made_by_others(store: Store, others: Mapping[Path, list[str]]) -> str:
+    """How many runs other code or data has made, and what differs."""
+    done = sum(store.result(folder) is not None for folder in others)
+    counts = [f"{count} {what}" for count, what in ((done, "finished"), (len(others) - done, "begun")) if count]
+    runs = "run was" if len(others) == 1 else "runs were"
+    return f"{' and '.join(counts)} {runs} made with {said(each for found in others.values() for each in found)}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `compare` is to carry out, with nothing written yet."""
+
+    store: Store
+    experiment: Experiment
+    runs: Mapping[Path, RunConfig]
+    """By its folder each run; with `tune:` those known by now."""
+    maker: Callable[[RunConfig], Maker]
+    searches: Sequence[Search] = ()
+    """With `tune:` the choices of a learning rate."""
+
+    @classmethod
+    def of(cls, experiment: Experiment, shipped: bool) -> "Plan":
+        """All that a run would refuse before it reads weights is an InputError here. `shipped`: see `check_models`."""
+        store, configs = Store(experiment.runs), expand(experiment)
+        check_models(configs, shipped)
+        if experiment.tune is None:
+            return cls(store, experiment, {store.place(each): each for each in configs}, makers(store, configs))
+        for task in (tasks.build(config.task) for config in configs):
+            if not task.main:
+                raise InputError(f"tune: {task.name} has no score to choose a learning rate by; leave it out")
+        contests = list(experiment.contests())
+        tried = [config for contest in contests if not contest.settled for config in contest.tried(contest.lowest)]
+        maker = makers(store, [*configs, *map(fit, tried)])
+        found = searches(store, contests, lambda config: store.place(fit(config)))
+        known = [*(config for search in found for config in search.configs.values()), *reported(found)]
+        return cls(store, experiment, {store.place(each): each for each in map(fit, known)}, maker, found)
+
+    @property
+    def wanted(self) -> dict[Path, Maker]:
+        """By its folder what would make each run now."""
+        return {folder: self.maker(config) for folder, config in self.runs.items()}
+
+    def carry_out(self, runner: Runner, reuse: bool, repeat: bool) -> tuple[Outcome, list[Path]]:
+        """Settle, make the folders and carry out; what became of the runs, and all of their folders."""
+        store, wanted = self.store, self.wanted
+        if reuse and not repeat:
+            unsettled = {
+                each: wanted[each] for search in self.searches if search.rate is None for each in search.configs
+            }
+            if others := store.others(unsettled):
+                raise InputError(
+                    f"{made_by_others(store, others)}; what is left of their search cannot be tried with this: --repeat"
+                )
+        if self.experiment.tune is None or not repeat:  # else each is dropped when its turn comes, if it does
+            settle(store, wanted, reuse, repeat)
+        if self.experiment.tune is None:
+            folders = [store.create(config, wanted[folder]) for folder, config in self.runs.items()]
+            store.note(self.experiment)
+            return carry_out(store, folders, runner), folders
+
+        def create(config: RunConfig) -> Path:
+            config = fit(config)
+            settle(store, {store.place(config): self.maker(config)}, reuse, repeat)
+            return store.create(config, self.maker(config))
+
+        store.note(self.experiment)
+        return tune_and_carry_out(store, list(self.experiment.contests()), create, runner)
+
+    def following(self) -> list[str]:
+        """What else will follow from what these runs find, in words."""
+        if self.experiment.tune is None:
+            return []
+        waiting = [search.contest for search in self.searches if search.rate is None]
+        further = any(isinstance(contest.rates, Span) for contest in waiting)
+        runs = sum(len(contest.seeds) for contest in waiting)
+        last = f"then {counted(runs)}, each at the learning rate chosen for it"
+        return ["further rates follow from what these score", last] if further else [last]
+
+    def as_json(self) -> list[dict[str, Any]]:
+        """What `rankwise compare --dry-run --json` prints."""
+        return [
+            {
+                "run": folder.name,
+                "state": self.store.state(folder),
+                "config": config.model_dump(mode="json", exclude={"runs"}),
+            }
+            for folder, config in self.runs.items()
+        ]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """A head and a row for each run."""
+        header = list(HEADER)
+        rows = [
+            [
+                folder.name,
+                config.method["name"],
+                f"{config.learning_rate:g}",
+                str(config.seed),
+                self.store.state(folder),
+            ]
+            for folder, config in self.runs.items()
+        ]
+        if any(config.tuning is not None for config in self.runs.values()):
+            header.insert(4, "for")
+            for row, config in zip(rows, self.runs.values(), strict=True):
+                row.insert(4, "reporting" if config.tuning is None else "choosing")
+        return header, rows

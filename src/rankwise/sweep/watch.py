@@ -1,0 +1,139 @@
+"""How the runs of a folder stand, and how long they will still take."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from rankwise.errors import shown_line
+from rankwise.results.summary import duration
+from rankwise.runs.standing import Standing, State
+from rankwise.runs.store import Store
+from rankwise.sweep.progress import counted
+
+STATES: tuple[State, ...] = ("running", "pending", "stopped", "failed", "damaged", "done")
+OVER = ("done", "failed", "damaged")
+"""States in which nothing is left to wait for."""
+EVERY = 1.0
+"""Seconds between two looks."""
+LEFT = "not asked for by the experiment that is here now"
+"""What is said of a run that nobody is going to carry out."""
+HEADER = ("run", "learning rate", "state", "steps", "left", "error")
+
+
+@dataclass(frozen=True)
+class Look:
+    """All runs at one moment."""
+
+    standings: Sequence[Standing]
+    left: dict[Path, float]
+    """Seconds that a run still takes once it is at work; without an entry, nobody can say yet."""
+
+    @property
+    def over(self) -> bool:
+        """Whether every run is done, damaged or has failed, and none is to follow from the learning rates tried.
+
+        Runs that the present experiment does not ask for count while they are at work.
+        """
+        counted = [each for each in self.standings if _awaited(each)]
+        waiting = counted and all(each.tries for each in counted)
+        followed = not waiting or all(each.state == "failed" for each in counted)
+        return followed and all(each.state in OVER for each in counted)
+
+    @property
+    def total(self) -> float | None:
+        """Seconds until all are done if as many stay at work as are now; None where nobody can say yet."""
+        waiting = [each.folder for each in self.standings if each.state not in OVER and _awaited(each)]
+        known = [self.left[folder] for folder in waiting if folder in self.left]
+        if not known:
+            return None
+        at_once = max(1, sum(each.state == "running" for each in self.standings))
+        # not below the longest: a run is not divided among several
+        return max(max(known), sum(known) / len(known) * len(waiting) / at_once)
+
+    def head(self) -> str:
+        """All in one line."""
+        counts = {state: sum(each.state == state for each in self.standings) for state in STATES}
+        line = counted(len(self.standings)) + "".join(f", {n} {state}" for state, n in counts.items() if n)
+        return line if self.total is None else f"{line}, about {duration(self.total)} left"
+
+    def rows(self) -> list[list[str]]:
+        """A row for each run, under `HEADER`."""
+        return [
+            [
+                each.folder.name,
+                "" if each.learning_rate is None else f"{each.learning_rate:g}{' (tried)' if each.tries else ''}",
+                each.state,
+                f"{each.step}/{each.steps}" if each.steps else "",
+                duration(self.left[each.folder]) if each.folder in self.left else "",
+                each.error or ("" if _awaited(each) or each.state == "done" else LEFT),
+            ]
+            for each in sorted(self.standings, key=lambda each: STATES.index(each.state))
+        ]
+
+
+def _awaited(standing: Standing) -> bool:
+    """Whether somebody carries this run out, or is going to."""
+    return standing.planned or standing.state == "running"
+
+
+class Watch:
+    """Looks at a folder of runs again and again, and learns from look to look how fast they are.
+
+    Times are differences of one monotonic clock, this process's own or that of a run, so no clock that is set forward
+    or back, here or on a node, changes them.
+    """
+
+    def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._clock = store, clock
+        self._first: dict[Path, tuple[int, float]] = {}
+        self._pace: dict[Path, float] = {}
+
+    def look(self) -> Look:
+        """How all runs stand now."""
+        standings = [self._store.standing(folder) for folder in self._store.folders()]
+        paces = {each.folder: pace for each in standings if (pace := self._pace_of(each)) is not None}
+        usual = sum(paces.values()) / len(paces) if paces else None
+        lengths = [each.steps for each in standings if each.steps]
+        left = {}
+        for each in standings:
+            steps = each.steps or (sum(lengths) / len(lengths) if lengths else None)
+            pace = paces.get(each.folder, usual)
+            if each.state not in OVER and _awaited(each) and pace is not None and steps is not None:
+                left[each.folder] = max(0.0, pace * (steps - each.step))
+        return Look(standings, left)
+
+    def _pace_of(self, standing: Standing) -> float | None:
+        """Seconds per step: as seen here since the run was first seen at work, else as the run itself has noted."""
+        folder, now = standing.folder, self._clock()
+        step, since = self._first.get(folder, (standing.step, now))
+        if standing.state != "running" or standing.step < step or folder not in self._first:
+            self._first[folder] = (standing.step, now)
+            self._pace.pop(folder, None)
+        elif standing.step > step and now > since:
+            self._pace[folder] = (now - since) / (standing.step - step)
+        return self._pace.get(folder, standing.pace)
+
+
+def watch(store: Store, console: Console) -> None:
+    """Keep a table on the terminal until every run is done or has failed."""
+    looking = Watch(store)
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            look = looking.look()
+            live.update(_page(f"{store.folder}: {look.head()}", look.rows()), refresh=True)
+            if look.over:
+                return
+            time.sleep(EVERY)
+
+
+def _page(head: str, rows: Sequence[Sequence[str]]) -> Group:
+    table = Table(*HEADER, box=None)
+    for row in rows:
+        table.add_row(*(Text(shown_line(cell)) for cell in row))
+    return Group(Text(shown_line(head)), table)  # a title of the table would be no wider than that

@@ -1,0 +1,10 @@
+import os
+
+import pytest
+
+from sweep_runs import HERE
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_made_up_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)

@@ -1,0 +1,63 @@
+"""Sweeps in processes of their own, and the stand-in workers that they start; see sweep/worker.py."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.runs.store import Store
+from runs_made_up import REVISION, config
+
+HERE = Path(__file__).parent
+WORKER = [sys.executable, str(HERE / "sweep" / "worker.py")]
+
+
+def runs(store: Store, *kinds: int | None) -> list[Path]:
+    """One run for each entry, which says what becomes of it; see worker.py."""
+    return [store.create(config(seed=seed, max_steps=5, train_rows=kind), REVISION) for seed, kind in enumerate(kinds)]
+
+
+def chain(store: Store, *kinds: int | None) -> list[Path]:
+    """Runs of which each begins with the one before."""
+    folders: list[Path] = []
+    before = None
+    for place, kind in enumerate(kinds):
+        before = config(max_steps=5 + place, train_rows=kind, after=before and before.digest())
+        folders.append(store.create(before, REVISION))
+    return folders
+
+
+def start(store: Store, runner: str = "local", *options: str) -> subprocess.Popen[str]:
+    """A sweep over the runs of the store in a process of its own; see sweep.py."""
+    return _start("sweep.py", str(store.folder), runner, *options)
+
+
+def tuned(experiment: Mapping[str, Any], runner: str, *options: str) -> subprocess.Popen[str]:
+    """A tuned experiment in a process of its own; see tuning.py."""
+    return _start("tuning.py", json.dumps(experiment), runner, *options)
+
+
+def _start(program: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "sweep" / program), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def started(folder: Path) -> list[int]:
+    """Process ids of the workers that were started on a run, one after another."""
+    path = folder / "started"
+    return [int(line.split()[0]) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def check_told(store: Store, folders: Sequence[Path]) -> None:
+    """Whether of four runs of the kinds None, 2, 3 and 4 the last three have failed and say why, each begun once."""
+    errors = [store.standing(folder).error for folder in folders[1:]]
+    assert errors[0] == "the loss is not finite"
+    assert errors[1].startswith("the process was killed by signal 9, as the kernel does when memory runs out")
+    assert errors[2] == "the process ended with exit code 1; the last line of its log: something broke"
+    assert [len(started(folder)) for folder in folders] == [1] * 4
