@@ -9,8 +9,8 @@ import pytest
 import bootstrap
 from rankwise.metrics import SUMS
 from rankwise.metrics.classification import STATISTICS
-from rankwise.results.stats import Interval
-from rankwise.results.summary import Summary, Sums, duration, plus_minus, size
+from rankwise.results.stats import Difference, Interval, corrected
+from rankwise.results.summary import Summary, Sums, duration, plus_minus, size, verdict
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store
 from runs_made_up import config, finish, one_answer, predict
@@ -43,7 +43,7 @@ def test_findings_say_how_far_the_head_is_behind_and_whether_methods_differ(stor
         "over 3 seeds, none over the examples): a difference at n = 3, also after Holm's correction over 2 comparisons."
     )
     assert simplex.startswith("cola, accuracy: simplex-lora rank=4 against lora rank=4: +0.017")
-    assert simplex.endswith("no difference shown at n = 3.")
+    assert simplex.endswith(": 3 seeds cannot tell these two apart; that does not mean they are equal.")
 
 
 APART = [("model", "random-bert", "random-gpt2"), ("epochs", 1.0, 9.0), ("train_rows", 10, 99), ("warmup", 0.0, 9.0)]
@@ -59,7 +59,7 @@ def test_what_is_compared_differs_in_its_method_alone(key: str, one: Any, other:
             finish(store, config(seed=seed, method=SIMPLEX, **{key: value}), score + seed / 90)
     contrasts = summary(store).contrasts
     assert [each.found.mean for each in contrasts] == pytest.approx([(1 / 90 - 1 / 100)] * 2)
-    assert all("no difference shown" in each.sentence() for each in contrasts)
+    assert all("cannot tell these two apart" in each.sentence() for each in contrasts)
 
 
 def test_what_differs_in_more_than_its_method_is_not_compared(store: Store) -> None:
@@ -73,6 +73,34 @@ def test_a_warm_up_of_its_own_does_not_keep_a_method_from_being_compared(store: 
     finish(store, config(warmup=3.0), 0.5)
     finish(store, config(warmup=5.0, method=SIMPLEX), 0.9)
     assert len(summary(store).contrasts) == 1
+
+
+def test_a_verdict_says_what_may_be_claimed_and_no_more() -> None:
+    apart, same = Difference(3, 0.1, (0.08, 0.12), p=0.03), Difference(2, 0.1, (-0.1, 0.3), p=0.2)
+    equal = Difference(2, 0.1, (0.1, 0.1), p=0.5)
+    assert [verdict(each) for each in corrected([apart])] == ["a difference at n = 3"]
+    assert [verdict(each) for each in corrected([apart, same, equal])] == [
+        "with 3 seeds this gap would count if it were the only comparison; there are 3, so it is not certain: "
+        "add seeds",
+        "2 seeds cannot tell these two apart; that does not mean they are equal",
+        "2 seeds cannot tell these two apart; that does not mean they are equal: a gap that is the same at so few "
+        "seeds has no spread to judge by",
+    ]
+
+
+def test_the_users_own_rows_are_named_once_and_not_as_a_warning(store: Store) -> None:
+    file = "your file that were "
+    train = {"name": "train", "rows": 549, "official": False, "note": "", "own": f"{file}not held out"}
+    held = {"name": "validation", "rows": 61, "official": False, "note": "", "own": f"{file}held out of training"}
+    finish(store, config(), 0.5, splits={"train": train, "evaluation": [held]})
+    found = summary(store)
+    assert found.text().startswith("cola: accuracy, scored on 61 rows of your file that were held out of training\n")
+    assert not found.notes()
+    train["note"], held["note"] = "100 of 549 rows", "40 of 61 rows"
+    finish(store, config(), 0.5, splits={"train": train, "evaluation": [held]})
+    found = summary(store)
+    assert "held out of training (40 of 61 rows)\n" in found.text()
+    assert found.notes() == ["cola: trained on rows of your file that were not held out (100 of 549 rows)."]
 
 
 def test_one_seed_shows_nothing(store: Store) -> None:
@@ -183,7 +211,7 @@ def test_the_text_holds_all_that_a_row_has_to_carry(store: Store) -> None:
     ]
     costs = [line for line in text.splitlines() if line.startswith("lora rank=4")][1]
     assert costs.split() == ["lora", "rank=4", "1.5", "GiB", "1", "min", "31", "s", "40.0", "2.0", "KiB"]
-    assert "every score is a little too high" in text
+    assert "Rates were chosen on the rows reported, so scores are slightly too high; use `tune:` to avoid this." in text
 
 
 def test_a_split_that_is_not_official_is_marked_and_explained(store: Store) -> None:
@@ -269,6 +297,21 @@ def test_one_answer_to_all_rows_is_said_with_its_runs_and_beside_what_it_always_
     assert lora["always"] == {"class": "yes", "score": 0.5} and lora["share"] == pytest.approx((0.6 + 1 + 1) / 3)
     assert "cola: accuracy on 50 rows of validation; answering 'yes' always scores 0.500" in found.text()
     assert json.dumps(found.as_json())
+
+
+def test_classes_that_are_equally_common_are_named_together(store: Store) -> None:
+    finish(
+        store,
+        config(),
+        0.5,
+        answers=[one_answer(tied=["no", "maybe", "?"]), one_answer("x", split="other", tied=["no"])],
+    )
+    found = summary(store)
+    assert "answering any of the commonest classes, 'yes', 'no' and 2 more, always scores 0.500" in found.text()
+    assert found.as_json()["rows"][0]["always"] == {"class": "yes", "score": 0.5, "tied": ["no", "maybe", "?"]}
+    notes = " ".join(found.notes())
+    assert "all 50 answers are 'yes', one of the commonest classes, 'yes', 'no' and 2 more: nothing was learnt" in notes
+    assert "all 50 answers are 'x', and the commonest classes are 'yes' and 'no': nothing was learnt" in notes
 
 
 def test_an_average_says_what_the_commonest_classes_would_score(store: Store) -> None:

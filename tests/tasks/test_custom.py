@@ -62,7 +62,7 @@ def test_a_single_file_holds_out_a_tenth_by_content(tmp_path: Path) -> None:
     train, held = task.train().data["text"][:], task.evaluation()[0].data["text"][:]
     assert len(train) + len(held) == 400 and 10 <= len(held) <= 80
     assert not set(train) & set(held)
-    assert task.labels == ("0", "1") and "tenth of all.csv" in task.train().note
+    assert task.labels == ("0", "1") and task.train().own == "your file that were not held out"
     again = reviews(write(tmp_path / "turned.csv", rows[::-1]))
     assert again.evaluation()[0].data["text"][:] == held[::-1]
 
@@ -194,7 +194,7 @@ def test_a_column_that_has_every_answer_is_not_read(
 def test_a_text_may_be_there_to_be_copied_which_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "train.csv", [{"text": f"t {i}", "target": f"t {i}"} for i in range(4)])
     task = tasks.build({"name": "causal", "dataset": str(tmp_path), "split": "train"})
-    assert task.train().note == "the user's own data; each target is its own text"
+    assert task.train().note == "each target is its own text"
     assert "train.csv: each target is its own text" in capsys.readouterr().err
     assert "two words for what is to be written" in refused(lambda: build("causal", {"target": "a", "label": "b"}))
 
@@ -233,10 +233,9 @@ def test_rows_to_score_that_are_trained_on_are_told(tmp_path: Path) -> None:
     write(tmp_path / "validation.csv", REVIEWS[18:25])
     write(tmp_path / "test.csv", REVIEWS[25:])
     told = "2 of 7 rows are read in training too"
-    assert reviews(tmp_path).evaluation()[0].note == f"the user's own data; {told}"
-    assert (
-        reviews(tmp_path, split="test").evaluation()[0].note == reviews(tmp_path).train().note == "the user's own data"
-    )
+    assert (reviews(tmp_path).evaluation()[0].note, reviews(tmp_path).evaluation()[0].own) == (told, "your own data")
+    test, train = reviews(tmp_path, split="test").evaluation()[0], reviews(tmp_path).train()
+    assert (test.note, train.note, test.own, train.own) == ("", "", "your own data", "your own data")
 
 
 def test_columns_that_look_alike_are_refused(tmp_path: Path) -> None:

@@ -97,10 +97,7 @@ def of_ranks(row: Row) -> dict[str, Any] | None:
     if len(ends) > 1:
         moved = [site for site, rank in course[0][1].items() if any(end.get(site) != rank for end in ends)]
         same = sum(len({end.get(site) for end in ends}) == 1 for site in moved)
-        words += (
-            f" Over {len(ends)} seeds, {len(moved)} of {len(final)} sites end away from their first rank in some seed;"
-            f" all seeds agree at {same} of these."
-        )
+        words += f" {_agreement(len(ends), len(final), len(moved), same)}"
     label = f"{row['method']}, seed {seed}"
     top = max(rank for _, ranks in course for rank in ranks.values())
     listed = ", ".join(f"{site} {rank}" for site, rank in final.items())
@@ -112,6 +109,17 @@ def of_ranks(row: Row) -> dict[str, Any] | None:
     end = heat.rank_picture(final, title=f"Final ranks: {label}", top=top)
     figures.append(Picture.of(end, f"Final ranks: {listed}"))
     return {"label": row["method"], "text": words, "figures": figures}
+
+
+def _agreement(seeds: int, layers: int, moved: int, same: int) -> str:
+    """How far the seeds agree on the ranks of those layers whose rank has changed at all."""
+    if not moved:
+        return f"No layer changed rank in any of {seeds} seeds."
+    doubt = ", so do not read much into the picture" if 2 * same < moved else ""
+    agreed = "all of them" if same == moved else str(same)
+    return (
+        f"{moved} of {layers} layers changed rank in at least one of {seeds} seeds; the seeds agree on {agreed}{doubt}."
+    )
 
 
 def history(folder: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from rankwise.report.answers import answered
 from rankwise.report.pages import Page, anchor, pages
 from rankwise.results.beside import beside
 from rankwise.results.stats import mean, sd
-from rankwise.results.summary import Summary, always, plus_minus, tried
+from rankwise.results.summary import Summary, always, plus_minus, scored_on, tried
 from rankwise.results.tables import Average, Row, averages
 from rankwise.runs.answers import WRONG
 from rankwise.runs.store import Store
@@ -166,11 +166,10 @@ def _task(name: str, summary: Summary) -> dict[str, Any]:
     title = text.task_name(best[0])
     scored = [*text.who(rows), *text.scores(rows), *text.sizes(rows)]
     shown = examples.pictures(best)
-    on = f"{best[0]['score'] or 'not scored'} on {best[0]['rows']:,} rows of {best[0]['split']}"
     firsts = [(row["method"], Path(row["folders"][min(row["folders"])]), row["split"]) for row in best]
     return {
         "name": title,
-        "split": "; ".join(filter(None, [on, always(best)])),
+        "split": "; ".join(filter(None, [scored_on(best[0]), always(best)])),
         "best": _grid(best, scored, f"{title}: each method at its best learning rate"),
         "cost": _grid(best, [*text.who(best), *text.COSTS], f"{title}: what a run of it costs"),
         "every": _grid(rows, scored, f"{title}: every learning rate") if len(rows) > len(best) else None,

@@ -21,7 +21,7 @@ from rankwise.results.stats import (
     t_interval,
 )
 from rankwise.results.tables import Average, Row, averages, best, plain, summarise, unofficial
-from rankwise.runs.answers import shown
+from rankwise.runs.answers import listed, shown
 from rankwise.runs.search import Search, in_words
 
 Statistics = Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]
@@ -71,16 +71,17 @@ class Contrast:
 
 def verdict(found: Difference) -> str:
     """What may be said of a difference, in words."""
-    among = f"Holm's correction over {found.comparisons} comparisons"
-    if found.clear and not found.alone:
-        return f"no difference shown at n = {found.n}: a gap that is the same at so few seeds has no spread to judge by"
     if not found.alone:
-        return f"no difference shown at n = {found.n}"
+        words = f"{found.n} seeds cannot tell these two apart; that does not mean they are equal"
+        return f"{words}: a gap that is the same at so few seeds has no spread to judge by" if found.clear else words
     if found.comparisons == 1:
         return f"a difference at n = {found.n}"
     if not found.shown:
-        return f"a difference at n = {found.n} were it the only comparison, none shown after {among}"
-    return f"a difference at n = {found.n}, also after {among}"
+        return (
+            f"with {found.n} seeds this gap would count if it were the only comparison; there are {found.comparisons}, "
+            "so it is not certain: add seeds"
+        )
+    return f"a difference at n = {found.n}, also after Holm's correction over {found.comparisons} comparisons"
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,7 @@ class Summary:
         open_to_choice = [row for row in self.rows if row["tuned"] is None]
         if len(open_to_choice) > len([row for row in self.best if row["tuned"] is None]):
             notes.append(
-                "The learning rate of each method is the one with the best mean on the evaluation split, which is also "
-                "the split reported: every score is a little too high, and what is called a difference may come of the "
-                "choice."
+                "Rates were chosen on the rows reported, so scores are slightly too high; use `tune:` to avoid this."
             )
         for task in dict.fromkeys(row["task"] for row in self.best):
             several = len({row["method"] for row in self.best if row["task"] == task}) > 1
@@ -154,6 +153,8 @@ class Summary:
         for row in self.best:
             for split, why in unofficial(row).items():
                 notes.append(f"{row['task']} *: {split} is not the official split: {why}")
+            if row["train_own"] and row["train_note"]:
+                notes.append(f"{row['task']}: trained on rows of {row['train_own']} ({row['train_note']})")
             notes += [f"{row['task']}: {remark}" for remark in row["remarks"]]
         return list(dict.fromkeys(note if note.endswith(".") else f"{note}." for note in notes))
 
@@ -163,7 +164,7 @@ class Summary:
         for task in dict.fromkeys(row["task"] for row in self.best):
             rows = [row for row in self.best if row["task"] == task]
             mark = " *" if unofficial(rows[0]) else ""
-            head = f"{task}{mark}: {rows[0]['score']} on {rows[0]['rows']} rows of {rows[0]['split']}"
+            head = f"{task}{mark}: {scored_on(rows[0])}"
             parts.append("; ".join(filter(None, [head, always(rows)])))
             parts.append(_scores(rows))
             parts += [plain(*table) for table in tried(rows)]
@@ -242,7 +243,20 @@ def duration(seconds: float) -> str:
 def always(rows: Sequence[Row]) -> str:
     """`answering 'function' always scores 0.610`, of one task; "" where there is no class to answer."""
     found = next((row["always"] for row in rows if row["always"]), None)
-    return f"answering {shown(found['class'])} always scores {found['score']:.3f}" if found else ""
+    if not found:
+        return ""
+    tied = found.get("tied", ())
+    names = f"any of the commonest classes, {listed([found['class'], *tied])}," if tied else shown(found["class"])
+    return f"answering {names} always scores {found['score']:.3f}"
+
+
+def scored_on(row: Row) -> str:
+    """Which metric, on which rows: `accuracy on 480 rows of validation`."""
+    if not row["own"]:
+        return f"{row['score'] or 'not scored'} on {row['rows']:,} rows of {row['split']}"
+    note = f" ({row['note']})" if row["note"] else ""
+    score = f"{row['score']}, scored" if row["score"] else "answered, not scored,"
+    return f"{score} on {row['rows']:,} rows of {row['own']}{note}"
 
 
 def chosen_on(row: Row) -> str:

@@ -48,8 +48,8 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
       used: trainable / asked, or None;
       tuned: how the learning rate was chosen, None where it was not (see `Tuned`);
       peak_memory, adapter_bytes (bytes), seconds, examples_per_second: means over the seeds;
-      split, rows, official, note: what it was evaluated on;
-      train_split, train_official, train_note: what it was trained on;
+      split, rows, official, note, own: what it was evaluated on;
+      train_split, train_official, train_note, train_own: what it was trained on;
       searches: by seed, what the search of a method that learns ranks has come to (see `Search`);
       remarks: what the runs themselves say that a reader has to know;
       folders: the folder of each seed's run.
@@ -195,9 +195,12 @@ def averages(chosen: Sequence[Row]) -> list[Average]:
 
 
 def unofficial(row: Row) -> dict[str, str]:
-    """The splits behind a row that are not the official ones, those it was trained on included: name -> why."""
-    found = {} if row["official"] else {row["split"]: row["note"]}
-    return found if row["train_official"] else {**found, row["train_split"]: row["train_note"]}
+    """The splits behind a row that are not the official ones, those it was trained on included: name -> why.
+
+    The user's own rows are none of these: nobody has published numbers for them.
+    """
+    found = {} if row["official"] or row["own"] else {row["split"]: row["note"]}
+    return found if row["train_official"] or row["train_own"] else {**found, row["train_split"]: row["train_note"]}
 
 
 def _rank(row: Row) -> tuple[bool, int, float]:
@@ -257,9 +260,11 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         "rows": evaluated["rows"],
         "official": evaluated["official"],
         "note": evaluated["note"],
+        "own": evaluated.get("own", ""),
         "train_split": trained["name"],
         "train_official": trained["official"],
         "train_note": trained["note"],
+        "train_own": trained.get("own", ""),
         "searches": {
             seed: asdict(search) for seed, result in by_seed.items() if (search := Search.of(result)) is not None
         },
@@ -276,9 +281,14 @@ def _spread(by_seed: dict[int, dict[str, Any]], first: dict[str, Any]) -> Row:
     metrics = main[0]["metrics"] if main and main[0]["majority"] else {}
     known = first["score"] in metrics
     return {
-        "always": {"class": main[0]["majority"], "score": metrics[first["score"]]} if known else None,
+        "always": _always(main[0], metrics[first["score"]]) if known else None,
         "share": mean([each["share"] for each in main]) if main else None,
     }
+
+
+def _always(spread: dict[str, Any], score: float) -> dict[str, Any]:
+    found = {"class": spread["majority"], "score": score}
+    return {**found, "tied": spread["tied"]} if spread.get("tied") else found
 
 
 def _nothing_learnt(by_seed: dict[int, dict[str, Any]], label: str) -> list[str]:

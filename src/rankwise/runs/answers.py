@@ -44,6 +44,7 @@ class Answers:
         majority: the class that most rows have; "" without classes or labels.
         majority_count: how many rows have it, or the label that most rows have where there are no classes; 0 without
             labels.
+        tied: other classes that as many rows have as `majority`.
         metrics: what it would score to answer that always, by the names in the results; {} where that is not known.
         what: what the answers are called in a sentence.
         classes: names of the classes.
@@ -57,6 +58,7 @@ class Answers:
     count: int
     majority: str = ""
     majority_count: int = 0
+    tied: Sequence[str] = ()
     metrics: Mapping[str, float] = field(default_factory=dict)
     what: str = "answers"
     classes: Sequence[str] = ()
@@ -94,9 +96,20 @@ def nothing_learnt(spread: Mapping[str, Any]) -> str:
         return f"{said}, and all labels are the same: these rows show nothing"
     if not spread["majority"]:
         return f"{said}: nothing was learnt"
-    if spread["majority"] == spread["commonest"]:
-        return f"{said}, the commonest class: nothing was learnt"
-    return f"{said}, and the commonest class is {shown(spread['majority'])}: nothing was learnt"
+    first, tied = spread["majority"], spread.get("tied", [])  # results of before name no ties
+    if spread["commonest"] not in (first, *tied):
+        classes = "classes are" if tied else "class is"
+        return f"{said}, and the commonest {classes} {listed([first, *tied])}: nothing was learnt"
+    which = f"one of the commonest classes, {listed([first, *tied])}" if tied else "the commonest class"
+    return f"{said}, {which}: nothing was learnt"
+
+
+def listed(answers: Sequence[str]) -> str:
+    """`'a'`, `'a' and 'b'`, `'a', 'b' and 2 more`: answers in a sentence."""
+    names = [shown(answer) for answer in answers]
+    if len(names) > 3:
+        names = [*names[:2], f"{len(names) - 2} more"]
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def shown(answer: str) -> str:

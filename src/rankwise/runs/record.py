@@ -28,6 +28,7 @@ class _Split(_Part):
     rows: Count
     official: bool
     note: str
+    own: str = ""
 
 
 class _Splits(_Part):

@@ -32,7 +32,8 @@ REFERENCES = "references"
 class Split:
     """Rows of one task, in columns that its family names; `idx` numbers them.
 
-    `official` is True only for the rows that published numbers are computed on; `note` says why it is not.
+    `official` is True only for the rows that published numbers are computed on; `note` says why it is not. `own` is
+    what a sentence calls rows that the user has brought, for which nobody has published numbers: "your own data".
     `suffix` is put behind the metric names, so that two evaluation splits can stand in one table.
     """
 
@@ -41,6 +42,7 @@ class Split:
     official: bool
     note: str = ""
     suffix: str = ""
+    own: str = ""
 
     @property
     def labelled(self) -> bool:

@@ -133,6 +133,7 @@ class Classification(Task):
             found,
             majority=self.labels[majority],
             majority_count=int(true[majority]),
+            tied=[name for name, count in zip(self.labels, true, strict=True) if count == true[majority]][1:],
             metrics=self.score(split, np.full_like(predicted, majority)),
             confusion=[
                 (int(label), int(guess), int(number))

@@ -132,18 +132,17 @@ class Custom(Task):
             table = self.table(rows)
             known = 0 if file.is_file() else sum(hash(each) in self._trained_on for each in _reads(table))
             warning = f"{known:,} of {table.num_rows:,} rows are read in training too" if known else ""
-        note = "the user's own data"
+        own = "your own data"
         if warning:
-            note = f"{note}; {warning}"
             _tell(f"{rows.where}: {warning}")
         if file.is_file():
             held = [_drawn(row) for row in table.to_pylist()]
             table = table.filter(pa.array([each == (name != "train") for each in held]))
-            note = f"{note}: {'a' if name != 'train' else 'all but a'} tenth of {file.name}, drawn by content"
+            own = "your file that were " + ("held out of training" if name != "train" else "not held out")
             if table.num_rows == 0:
                 raise InputError(f"{rows.where} has too few rows to hold some out: give a folder with a file per split")
         table = table.append_column("idx", pa.array(range(table.num_rows), pa.int64()))
-        return Split(name, datasets.Dataset(table), False, note)
+        return Split(name, datasets.Dataset(table), False, warning, own=own)
 
     def fetch(self, name: str) -> Rows:
         """The rows of the split `name`, as they are in the file."""

@@ -137,4 +137,5 @@ def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> dict[str, flo
 
 
 def _split(split: Split) -> dict[str, Any]:
-    return {"name": split.name, "rows": len(split.data), "official": split.official, "note": split.note}
+    found = {"name": split.name, "rows": len(split.data), "official": split.official, "note": split.note}
+    return {**found, "own": split.own} if split.own else found
