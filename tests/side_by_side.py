@@ -20,9 +20,9 @@ import every
 import rankwise as rw
 import tiny
 from rankwise.methods import Method, build
-from rankwise.optim import processes
+from rankwise.processes import together
+from rankwise.processes.stop import Stop
 from rankwise.ranks import ranks
-from rankwise.train.stop import Stop
 from rankwise.train.trainer import RunTrainer
 
 State = dict[str, torch.Tensor]
@@ -84,7 +84,7 @@ def by_hand(wrap: Callable[[torch.nn.Module], torch.nn.Module], average: bool, r
     method = build(SEARCH)
     model = attached(method)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
-    here, many = (torch.distributed.get_rank(), 2) if processes.count() > 1 else (0, 1)
+    here, many = (torch.distributed.get_rank(), 2) if together.count() > 1 else (0, 1)
     wrapped = wrap(model).train()
     for step in range(STEPS):
         rows = {name: value[here::many] for name, value in tiny.batch(seed=step).items()}
@@ -129,7 +129,7 @@ def sharded(adapter: Path, saved: Path, name: str, shard: bool) -> tuple[State, 
         whole = PeftModel.from_pretrained(bare(), str(adapter), is_trainable=True).double()
         whole.load_state_dict(state)
         rw.save(whole, saved)
-    processes.wait()
+    together.wait()
     return learnt(model), tiny.logits(rw.load(bare(), saved))
 
 
@@ -149,14 +149,14 @@ def shard_a_search() -> None:
 
 
 def main(folder: Path) -> None:
-    processes.join()
-    assert processes.count() == 2
+    together.join()
+    assert together.count() == 2
     found: dict[str, Any] = {"methods": every_one(folder, micro_batch=2)}
     found["merged"] = merging(folder, micro_batch=2)
     # with dropout the random streams of the processes part, and so would the fresh factors of a rank change
     model = trained(build({**SEARCH, "omega_rate": 2000.0}), folder, 7, dropout=0.3)
     found["ranks"] = ranks(model)
-    found["alike"] = processes.agree(str([value.tolist() for value in learnt(model).values()]), torch.device("cpu"))
+    found["alike"] = together.agree(str([value.tolist() for value in learnt(model).values()]), torch.device("cpu"))
     found["averaged"] = learnt(by_hand(lambda model: model, average=True, rewrap=False))
     found["wrapped anew"] = learnt(by_hand(DistributedDataParallel, average=False, rewrap=True))
     careless = lambda model: DistributedDataParallel(model, find_unused_parameters=True)  # noqa: E731
@@ -164,14 +164,14 @@ def main(folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         for name in FOUND:
             found_adapter(folder / name, name)
-    processes.wait()
+    together.wait()
     found["sharded"] = {
         name: sharded(folder / name, folder / f"{name} after", then, shard=True) for name, then in FOUND.items()
     }
     found["sharded search"] = refusal(shard_a_search)
     if torch.distributed.get_rank() == 0:
         torch.save(found, folder / "found.pt")
-    processes.leave()
+    together.leave()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ _PUBLIC = {
     "SoRA": "rankwise.methods.sora",
     "WeightLoRA": "rankwise.methods.weight_lora",
     "SimplexAdam": "rankwise.optim",
-    "average_gradients": "rankwise.optim.processes",
+    "average_gradients": "rankwise.processes.together",
     "Gated": "rankwise.nets.gated",
     "RankCallback": "rankwise.train.callback",
     "RankTrainer": "rankwise.train.trainer",
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from rankwise.methods.weight_lora import WeightLoRA
     from rankwise.nets.gated import Gated
     from rankwise.optim import SimplexAdam
-    from rankwise.optim.processes import average_gradients
+    from rankwise.processes.together import average_gradients
     from rankwise.ranks import RankPlan, rank_report, resize, sites
     from rankwise.train.bare_loop import load_checkpoint, save_checkpoint
     from rankwise.train.callback import RankCallback

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from rankwise.train.stop import INTERRUPTED, STOPPED
+from rankwise.processes.stop import INTERRUPTED, STOPPED
 
 if TYPE_CHECKING:
     from rankwise.runs.maker import Maker
@@ -99,7 +99,7 @@ def train(
 ) -> None:
     """Carry out one run, from the start or from where it was stopped."""
     from rankwise.errors import InputError
-    from rankwise.runs.processes import is_main, launched
+    from rankwise.processes.launched import is_main, launched
     from rankwise.runs.record import maker_of
     from rankwise.runs.store import Store
 
@@ -515,7 +515,7 @@ def main() -> None:
         sys.exit(FAILED)
     except Exception as error:
         from rankwise.errors import InputError
-        from rankwise.runs.processes import LostError, is_main
+        from rankwise.processes.launched import LostError, is_main
 
         if isinstance(error, LostError) or not is_main():
             time.sleep(TELL_AFTER)

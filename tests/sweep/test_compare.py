@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from rankwise.errors import InputError
+from rankwise.processes.stop import this_process
 from rankwise.runs.store import Store
 from rankwise.sweep.compare import Outcome, carry_out
 from rankwise.sweep.runners.local import Local
-from rankwise.train.stop import this_process
 from runs_made_up import REVISION, config, finish
 from small_run import PATIENCE, alive, wait_for
 from sweep_runs import WORKER, chain, check_told, runs, start, started

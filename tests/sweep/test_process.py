@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.processes.stop import this_process
 from rankwise.runs.store import Store
 from rankwise.sweep.runners.process import Order, carry, send
-from rankwise.train.stop import this_process
 from small_run import PATIENCE, alive, wait_for
 from sweep_runs import WORKER, runs, started
 

@@ -23,7 +23,7 @@ import small_run
 from launched import assert_equal, lines
 from rankwise.errors import InputError
 from rankwise.methods import registry
-from rankwise.optim import processes
+from rankwise.processes import together
 from rankwise.ranks import ranks
 from rankwise.train.checkpoint_files import cut_back
 from rankwise.train.run import run
@@ -234,12 +234,12 @@ def test_an_environment_that_is_half_a_launch_is_told_in_one_line(
 
 
 def test_an_error_of_torchs_own_exchange_with_one_that_is_gone_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(together, "count", lambda: 2)
     gone = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:8902: Connection reset"
-    assert processes.lost(RuntimeError(gone)) and processes.lost(torch.distributed.DistBackendError("NCCL error"))
-    assert not processes.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert together.lost(RuntimeError(gone)) and together.lost(torch.distributed.DistBackendError("NCCL error"))
+    assert not together.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     monkeypatch.undo()
-    assert not processes.lost(RuntimeError(gone))  # alone there is nobody to lose
+    assert not together.lost(RuntimeError(gone))  # alone there is nobody to lose
 
 
 def test_a_process_that_waits_for_others_says_so(base: str, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import pyarrow.parquet
 import pytest
 
 from rankwise.files import MARKER
+from rankwise.processes.stop import this_process
 from rankwise.runs.store import Store
 from rankwise.train.checkpoint_files import last_complete
-from rankwise.train.stop import this_process
 from small_run import LORA, PATIENCE, SIMPLEX, alive, make, reached, start, wait_for
 
 
@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_a_line(tmp_path: Path) ->
 
 PARENT = """
 import os, subprocess, sys, time
-from rankwise.train.stop import this_process
+from rankwise.processes.stop import this_process
 environment = {**os.environ, "RANKWISE_PARENT": this_process(), "OMP_NUM_THREADS": "1"}
 command = [*sys.argv[2:], sys.executable, "-m", "rankwise", "train", sys.argv[1]]
 worker = subprocess.Popen(command, env=environment, stdout=2)

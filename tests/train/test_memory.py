@@ -15,11 +15,11 @@ import launched
 import rankwise as rw
 import short_of_memory
 from launched import assert_equal
-from rankwise.optim.processes import out_of_memory
+from rankwise.processes.stop import Stop
+from rankwise.processes.together import out_of_memory
 from rankwise.results.tables import summarise
 from rankwise.runs.store import MEMORY, Store
 from rankwise.train.run import run
-from rankwise.train.stop import Stop
 from rankwise.train.trainer import RunTrainer
 from small_run import PATIENCE, SIMPLEX, make
 

@@ -23,6 +23,7 @@ import rankwise
 from rankwise import methods, tasks
 from rankwise.errors import InputError
 from rankwise.files import claim
+from rankwise.processes.stop import Stop
 from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
 from rankwise.settings import Schema, load
@@ -32,7 +33,6 @@ from rankwise.train import model as models
 from rankwise.train.checkpoint_files import last_complete, mark_complete
 from rankwise.train.progress import DivergedError, Plan
 from rankwise.train.run import code_for, run
-from rankwise.train.stop import Stop
 from small_run import LORA, SETTINGS, SIMPLEX, make, reached, wait_for
 
 HEAD = {"name": "head"}

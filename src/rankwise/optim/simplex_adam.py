@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import InputError
-from rankwise.optim import processes
+from rankwise.processes import together
 from rankwise.ranks.replace import follow
 from rankwise.ranks.resize import RankPlan, resize
 from rankwise.ranks.restore import Structure
@@ -116,7 +116,7 @@ class SimplexAdam(torch.optim.AdamW):
     def _change(self, plan: RankPlan) -> None:
         """Carry out a rank change, the same one in all processes."""
         self.silence.tell(self.model)
-        if not processes.agree(str(sorted(plan.items())), self._device):
+        if not together.agree(str(sorted(plan.items())), self._device):
             raise RuntimeError(
                 f"the processes found different ranks at step {self.steps}: they did not take the same steps; average "
                 "the gradients before each, with rankwise.average_gradients(model)"
@@ -126,13 +126,13 @@ class SimplexAdam(torch.optim.AdamW):
         if resize(self.model, plan):
             self.changed = self.steps
             # each has drawn fresh factors from its own random stream, which dropout may have moved apart
-            processes.spread(p for group in self.param_groups for p in group["params"])
+            together.spread(p for group in self.param_groups for p in group["params"])
 
     def _check_averaged(self) -> None:
         """DistributedDataParallel would go on averaging the gradients of the parameters that were replaced."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
-        if not processes.agree(str(norm), self._device):
+        if not together.agree(str(norm), self._device):
             raise RuntimeError(
                 f"the gradients differ between the processes since ranks changed at step {self.changed}: use "
                 "RankTrainer, or rankwise.average_gradients(model) before each step, or wrap the model anew in "

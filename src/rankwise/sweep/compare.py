@@ -15,12 +15,12 @@ from rich.console import Console
 
 from rankwise.errors import InputError
 from rankwise.files import opened
+from rankwise.processes.stop import INTERRUPTED, STOPPED, answering
 from rankwise.runs.record import progress as steps_of
 from rankwise.runs.store import Store
 from rankwise.settings import RunConfig
 from rankwise.sweep.progress import Count, Display
 from rankwise.sweep.runners import Ended, Runner
-from rankwise.train.stop import INTERRUPTED, STOPPED
 
 LOSSES = 3
 """How often in a row a run may lose its node or its time without having come further."""
@@ -218,9 +218,5 @@ def _signals() -> Iterator[list[int]]:
             raise Interrupted(INTERRUPTED if number == signal.SIGINT else STOPPED)
         asked.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with answering(dict.fromkeys((signal.SIGINT, signal.SIGTERM), note)):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

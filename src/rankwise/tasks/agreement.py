@@ -16,7 +16,7 @@ from rankwise.errors import InputError
 from rankwise.nets.positions import positions, skipped, words
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.nets.virtual_tokens import VirtualTokens
-from rankwise.optim import processes
+from rankwise.processes import together
 
 if TYPE_CHECKING:
     from rankwise.tasks.base import Task
@@ -241,15 +241,15 @@ def _check_padding(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenize
         tokenizer.padding_side = side
         try:
             alone = torch.cat([_logits(model, tokenizer, [row]) for row in encoded])
-            together = _logits(model, tokenizer, encoded)
+            padded = _logits(model, tokenizer, encoded)
         except Exception as error:
-            if processes.out_of_memory(error):  # the training says so, and takes fewer rows
+            if together.out_of_memory(error):  # the training says so, and takes fewer rows
                 tokenizer.padding_side = given
                 return
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
         precise = next(p.dtype for p in model.parameters()) == torch.float32
-        if (alone - together).abs().max() <= (1e-3 if precise else 0.1) * alone.abs().max():
+        if (alone - padded).abs().max() <= (1e-3 if precise else 0.1) * alone.abs().max():
             return
         reason = ""
     tokenizer.padding_side = given

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from rankwise.files import read_json, write_whole
-from rankwise.optim import processes
+from rankwise.processes import together
 from rankwise.runs.store import MEMORY
 from rankwise.settings import RunConfig
 
@@ -22,7 +22,7 @@ def rows_at_once(folder: Path, most: int) -> int:
 def halve(folder: Path, config: RunConfig, rows: int, reason: str) -> None:
     """Note that half as many rows fit into memory, and say so. OutOfMemory where there is nothing to halve."""
     if rows == 1:
-        raise processes.OutOfMemory(
+        raise together.OutOfMemory(
             f"out of memory even with one row at a time ({reason}): lower max_length, or take a smaller model or more "
             "memory"
         )

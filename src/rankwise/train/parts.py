@@ -50,10 +50,10 @@ class Parts:
 
     def metrics(self) -> dict[str, float]:
         """Loss and metrics of all evaluation splits together, as far as they are worth their time during training."""
-        return together(self.evaluate(final=False))
+        return all_metrics(self.evaluate(final=False))
 
 
-def together(scored: list[Scored]) -> dict[str, float]:
+def all_metrics(scored: list[Scored]) -> dict[str, float]:
     """The metrics of several splits in one; DivergedError for one that is not finite."""
     found = {name: value for each in scored for name, value in each.metrics.items()}
     if not all(map(math.isfinite, found.values())):  # the square of a finite output need not be finite

@@ -16,12 +16,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from rankwise.errors import InputError
 from rankwise.files import as_new, checkpoints, claim, flush, read_lines, remove_checkpoint
 from rankwise.methods import Method
-from rankwise.optim import processes
+from rankwise.processes import together
+from rankwise.processes.launched import is_main
+from rankwise.processes.stop import Stop
 from rankwise.ranks import ranks
-from rankwise.runs.processes import is_main
 from rankwise.train.callback import unwrapped
 from rankwise.train.checkpoint_files import append_line, cut_back, mark_complete
-from rankwise.train.stop import Stop
 
 KEPT = 2
 """Checkpoints that are kept: the newest, and one to go back to."""
@@ -157,7 +157,7 @@ class Progress(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.count()
-        processes.wait()  # until each has written its random streams
+        together.wait()  # until each has written its random streams
         if is_main():
             for path in (self.metrics, self.ranks):
                 flush(path)
@@ -166,7 +166,7 @@ class Progress(TrainerCallback):
             mark_complete(checkpoint, asdict(self.carried))
             for old in checkpoints(self.folder)[KEPT:]:
                 remove_checkpoint(old)
-        processes.wait()  # none may end, and take the others along, before the checkpoint is whole
+        together.wait()  # none may end, and take the others along, before the checkpoint is whole
 
     def _still_there(self) -> None:
         """Raise InputError where the folder was deleted, and perhaps made again, which would be another run's."""

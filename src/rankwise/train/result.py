@@ -13,7 +13,7 @@ from peft import PeftModel
 from rankwise.adapters import save
 from rankwise.errors import need
 from rankwise.files import as_new, claim, flush, unfinished, write_whole
-from rankwise.optim import processes
+from rankwise.processes import together
 from rankwise.ranks.kept import merged
 from rankwise.runs import answers
 from rankwise.runs.search import Search
@@ -22,7 +22,7 @@ from rankwise.tasks import Scored, Split, Task
 from rankwise.train import model as models
 from rankwise.train.chain import WEIGHTS, keep_weights
 from rankwise.train.checkpoint_files import file_digest
-from rankwise.train.parts import Parts, together
+from rankwise.train.parts import Parts, all_metrics
 from rankwise.train.progress import Progress
 
 
@@ -34,7 +34,7 @@ def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Se
     parts = replace(parts, model=parts.method.fold(parts.model))  # what is scored is what is saved
     progress.rank_line(parts.model, parts.plan.steps)
     scored = parts.evaluate(final=True)
-    scores = together(scored)
+    scores = all_metrics(scored)
     progress.evaluation_line(parts.plan.steps, parts.plan.steps / parts.plan.per_epoch, scores)
     _write_predictions(folder, scored)
     parameters = _parameters(progress.counts, parts)
@@ -124,7 +124,7 @@ def _parameters(counted: list[int], parts: Parts) -> dict[str, int]:
 
 
 def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> dict[str, float]:
-    many = processes.count()
+    many = together.count()
     halved = parts.rows < math.ceil(parts.config.batch_size / many)
     return {
         "seconds": round(progress.carried.seconds, 3),

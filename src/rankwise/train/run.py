@@ -42,10 +42,11 @@ from rankwise.files import (
     write_whole,
     written,
 )
-from rankwise.optim import processes
+from rankwise.processes import together
+from rankwise.processes.launched import LostError, is_main
+from rankwise.processes.stop import Stop, follow_parent, stoppable
 from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Code, Maker, code_of
-from rankwise.runs.processes import LostError, is_main
 from rankwise.runs.search import Search
 from rankwise.runs.store import MEMORY, Store
 from rankwise.settings import WRITTEN, RunConfig, Schema, load, read_yaml
@@ -59,7 +60,6 @@ from rankwise.train.memory import halve, rows_at_once
 from rankwise.train.parts import Parts
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
 from rankwise.train.result import finish
-from rankwise.train.stop import Stop, follow_parent, stoppable
 from rankwise.train.trainer import RunTrainer
 
 FILES = (
@@ -95,15 +95,15 @@ def run(folder: Path) -> dict[str, Any]:
                 "a run cannot be sharded (FSDP, DeepSpeed): launch it without, or shard in Python what a search found; "
                 "docs/devices.md has both"
             )
-    processes.join()
-    if result := processes.on_first(lambda: _finished(folder)):  # also in a folder that cannot be written to
+    together.join()
+    if result := together.on_first(lambda: _finished(folder)):  # also in a folder that cannot be written to
         return result
     with _locked(folder) if is_main() else nullcontext():
         try:
             if is_main():
                 _check_places(folder)
             name, config = _read(folder)
-            result = processes.on_first(lambda: _finished(folder)) or _live(folder, name, config)
+            result = together.on_first(lambda: _finished(folder)) or _live(folder, name, config)
         except LostError:
             raise
         except Exception as error:
@@ -112,7 +112,7 @@ def run(folder: Path) -> dict[str, Any]:
             if not (folder / "result.json").exists():  # else its settings were damaged later, and it has not failed
                 Store(folder.parent).note_error(folder, f"{_first_line(error)}\n\n{traceback.format_exc()}")
             raise
-    processes.leave()
+    together.leave()
     return result
 
 
@@ -176,35 +176,35 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
         if is_main():
             (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
             write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
-        most = math.ceil(config.batch_size / processes.count())
+        most = math.ceil(config.batch_size / together.count())
         while True:
-            rows = processes.on_first(lambda: rows_at_once(folder, most))
+            rows = together.on_first(lambda: rows_at_once(folder, most))
             parts = _prepare(folder, config, rows)
             try:
                 return _carry_out(folder, name, parts, stop)
             except Exception as error:
                 # of several processes all have to know
-                alone = processes.count() == 1 and processes.out_of_memory(error)
-                if not (alone or isinstance(error, processes.ShortError)):
+                alone = together.count() == 1 and together.out_of_memory(error)
+                if not (alone or isinstance(error, together.ShortError)):
                     raise
                 reason = _first_line(error)
             # outside of `except`, whose error holds on to all that was in use
             del parts
             gc.collect()
             torch.cuda.empty_cache()
-            processes.on_first(lambda: halve(folder, config, rows, reason))  # noqa: B023 - called at once
+            together.on_first(lambda: halve(folder, config, rows, reason))  # noqa: B023 - called at once
 
 
 def _carry_out(folder: Path, name: str, parts: Parts, stop: Stop) -> dict[str, Any]:
     """The run from its last checkpoint to its end."""
-    checkpoint, carried = processes.on_first(lambda: _start(folder))
+    checkpoint, carried = together.on_first(lambda: _start(folder))
     before = parts.before
     if checkpoint is None and before is not None and before.same:
         begin_with(parts.model, before)
-    evaluate = lambda: processes.on_first(parts.metrics)  # noqa: E731
+    evaluate = lambda: together.on_first(parts.metrics)  # noqa: E731
     progress = Progress(folder, parts.plan, parts.method, evaluate, carried, stop)
     search = _train(folder, parts, checkpoint, progress, stop)
-    return processes.on_first(lambda: finish(folder, name, parts, progress, search))
+    return together.on_first(lambda: finish(folder, name, parts, progress, search))
 
 
 def code_for(config: RunConfig) -> Code:
@@ -216,7 +216,7 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     task = tasks.build(config.task)
     whole = [task.train(), *task.evaluation()]
     made = Maker.now(task.revision(whole, tuning=config.tuning is not None), code_for(config))
-    processes.on_first(lambda: Store(folder.parent).claim(folder, made))
+    together.on_first(lambda: Store(folder.parent).claim(folder, made))
     before = chain.before(folder)
     train, splits = subset(whole[0], config.train_rows), whole[1:]
     if config.tuning is not None:
@@ -275,7 +275,7 @@ def _start(folder: Path) -> tuple[Path | None, Carried]:
 
 def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progress, stop: Stop) -> Search | None:
     """Carry out the steps that are left; what the search for ranks has come to, None where the method learns none."""
-    with processes.by_itself():
+    with together.by_itself():
         arguments = _arguments(folder, parts.config, parts.plan)
     trainer = RunTrainer(
         micro_batch=parts.rows,
@@ -307,7 +307,7 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
         except NotFiniteError as error:  # of gates or ω; those of evaluations are told as such
             raise DivergedError(str(error)) from error
         except RuntimeError as error:  # of the Trainer's own exchange of losses
-            if processes.lost(error):
+            if together.lost(error):
                 raise LostError("another process of this run has ended") from error
             raise
     if trainer.state.global_step < parts.plan.steps:
@@ -337,7 +337,7 @@ def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments
         logging_nan_inf_filter=False,  # and ends the run at the first that is not finite
         save_strategy="no",  # Progress says when, and which are deleted again
         use_cpu=not torch.cuda.is_available(),
-        ddp_timeout=int(processes.PATIENCE.total_seconds()),
+        ddp_timeout=int(together.PATIENCE.total_seconds()),
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,  # the task's own collate knows what the model takes
         disable_tqdm=True,
@@ -357,7 +357,7 @@ def _environment() -> dict[str, Any]:
         "rankwise": rankwise.__version__,
         **{package: importlib.metadata.version(package) for package in packages},
         "threads": torch.get_num_threads(),
-        "processes": processes.count(),
+        "processes": together.count(),
         "cpus": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

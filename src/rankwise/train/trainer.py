@@ -24,13 +24,13 @@ from rankwise.methods import Method
 from rankwise.methods.base import adam_options
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.nets.virtual_tokens import VirtualTokens
-from rankwise.optim import processes
 from rankwise.optim.simplex_adam import SHARDED
-from rankwise.runs.processes import LostError
+from rankwise.processes import together
+from rankwise.processes.launched import LostError
+from rankwise.processes.stop import Stop
 from rankwise.tasks.base import Batch
 from rankwise.train.callback import MethodCallback
 from rankwise.train.scaling import scales
-from rankwise.train.stop import Stop
 
 
 class RankTrainer(Trainer):
@@ -55,14 +55,14 @@ class RankTrainer(Trainer):
         self.add_callback(MethodCallback(method))
         if (sharded := self.is_fsdp_enabled or self.is_deepspeed_enabled) and method.check_every:
             raise InputError(SHARDED)
-        self._side_by_side = processes.count() > 1 and not sharded
+        self._side_by_side = together.count() > 1 and not sharded
         if self._side_by_side:
             plain = partial(self.accelerator.prepare_model, evaluation_mode=True)  # which wraps it in nothing
             vars(self.accelerator)["prepare_model"] = plain
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         if self._side_by_side and self.model is not None:
-            processes.spread([*self.model.parameters(), *self.model.buffers()])
+            together.spread([*self.model.parameters(), *self.model.buffers()])
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
@@ -89,7 +89,7 @@ class RankTrainer(Trainer):
                 return float(found.mean())
 
         scaled = scales(loss, int(torch.as_tensor(counted).flatten()[0]))
-        yes, no = processes.total(self.args.device, scaled is True, scaled is False)
+        yes, no = together.total(self.args.device, scaled is True, scaled is False)
         self._asked = bool(yes or no)
         if no and self.compute_loss_func is None:
             self.model_accepts_loss_kwargs = False
@@ -109,7 +109,7 @@ class RankTrainer(Trainer):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
         if self._side_by_side and self.accelerator.sync_gradients:
-            processes.average_gradients(model)
+            together.average_gradients(model)
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -234,7 +234,7 @@ class RunTrainer(RankTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Loss and gradients of all rows of a step; an error in one process is one in all."""
         loss = torch.zeros((), device=self.args.device)
-        [counted] = processes.total(self.args.device, sum(piece.items for piece in inputs))
+        [counted] = together.total(self.args.device, sum(piece.items for piece in inputs))
         failure: Exception | None = None
         try:
             for piece in inputs:
@@ -244,16 +244,16 @@ class RunTrainer(RankTrainer):
             if self.args.world_size == 1:
                 raise
             failure = error
-        memory, failed = processes.out_of_memory(failure), failure is not None
-        asked, short, broken = processes.total(self.args.device, self.stop.asked, memory, failed)
+        memory, failed = together.out_of_memory(failure), failure is not None
+        asked, short, broken = together.total(self.args.device, self.stop.asked, memory, failed)
         self.stop.agreed = asked > 0
         if short:
-            raise processes.ShortError(str(failure or "in another process")) from failure
+            raise together.ShortError(str(failure or "in another process")) from failure
         if failure is not None:
             raise failure
         if broken:
             raise LostError("another process of this run has failed")
-        processes.average_gradients(model)
+        together.average_gradients(model)
         return loss
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,7 +5,7 @@ import pkgutil
 from collections.abc import Sequence
 
 from rankwise.errors import InputError, nearest
-from rankwise.runs.processes import launched
+from rankwise.processes.launched import launched
 from rankwise.settings import load_options
 from rankwise.sweep.runners.base import Ended, Runner
 

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from rankwise.errors import InputError
 from rankwise.files import appended, read_json, write_whole
-from rankwise.train.stop import STOPPED, this_process
+from rankwise.processes.stop import STOPPED, answering, this_process
 
 # Everything that starts threads in a run: OpenMP and MKL in torch, OpenBLAS in numpy, rayon in the tokenizers.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -187,15 +187,10 @@ class _Told:
 def _told() -> Iterator[_Told]:
     """Note what tells this process to end while the block runs; after it the process's own handlers hear of it, too."""
     told = _Told()
-    if threading.current_thread() is not threading.main_thread():
-        yield told
-        return
     handlers: dict[int, Any] = {signal.SIGTERM: told.note, signal.SIGINT: told.note, signal.SIGUSR2: signal.SIG_IGN}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield told
+        with answering(handlers):
+            yield told
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         if told.number in (signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(told.number)

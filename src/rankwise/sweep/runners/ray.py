@@ -14,10 +14,10 @@ from typing import Any
 
 from rankwise.errors import InputError, need
 from rankwise.files import unwritable
+from rankwise.processes.stop import STOPPED
 from rankwise.sweep.runners.base import Ended, Runner, require
 from rankwise.sweep.runners.local import cores
 from rankwise.sweep.runners.process import Order, Over, carry, logged, send
-from rankwise.train.stop import STOPPED
 
 GRACE = 60.0
 """Seconds that a run has on its node for its last step and its checkpoint."""

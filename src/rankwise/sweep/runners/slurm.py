@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal
 
 from rankwise.errors import InputError, need
 from rankwise.files import appended, unwritable
+from rankwise.processes.stop import STOPPED
 from rankwise.sweep.runners.base import Ended, Runner, require
 from rankwise.sweep.runners.process import Order, Over, carry, logged, send, sent
-from rankwise.train.stop import STOPPED
 
 MARGIN = 40.0
 """Seconds from `scancel` until a job has left the queue; SLURM itself waits 30 before it kills."""

@@ -19,7 +19,7 @@ from accelerate.utils import patch_environment
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
-from rankwise.runs.processes import LostError, launched
+from rankwise.processes.launched import LostError, launched
 
 T = TypeVar("T")
 

@@ -1,14 +1,17 @@
-"""How a run is asked to stop: SIGTERM, Ctrl-C, or the end of the process that launched it."""
+"""How a process is asked to stop: SIGTERM, Ctrl-C, or the end of the process that launched it."""
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
+
+from rankwise.processes.launched import launched
 
 STOPPED = 75  # EX_TEMPFAIL: start the same command again and it goes on
 INTERRUPTED = 130
@@ -48,21 +51,28 @@ class Stop:
 
 
 @contextmanager
-def stoppable() -> Iterator[Stop]:
-    """Answer SIGTERM with exit code 75 and Ctrl-C with 130 while the block runs.
+def answering(handlers: Mapping[int, Any]) -> Iterator[None]:
+    """Answer signals by `handlers` (signal number -> handler) while the block runs, and afterwards as before.
 
-    Signals reach only the main thread: elsewhere a no-op.
+    Signals reach only the main thread: elsewhere nothing changes.
     """
-    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
-    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Answer SIGTERM with exit code 75 and Ctrl-C with 130 while the block runs."""
+    stop = Stop()
+    with answering(dict.fromkeys((signal.SIGTERM, signal.SIGINT), stop.on_signal)):
+        yield stop
 
 
 def this_process() -> str:
@@ -86,8 +96,6 @@ def follow_parent() -> None:
     One of several processes follows what has launched it, too. From another machine, or a container with process ids of
     its own, the sweep cannot be seen, and is not followed.
     """
-    from rankwise.runs.processes import launched  # which takes the time to load pydantic, and --help has none
-
     sweep, _, ids_of = os.environ.get("RANKWISE_PARENT", "").partition(":")
     seen = sweep.isdecimal() and ids_of == _ids_of()
     shared = launched() > 1

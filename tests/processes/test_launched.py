@@ -2,7 +2,7 @@
 
 import pytest
 
-from rankwise.runs.processes import NEEDED, is_main, launched
+from rankwise.processes.launched import NEEDED, is_main, launched
 from refused import refused
 
 COMPLETE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
