@@ -1,10 +1,13 @@
 """What every registered method promises. A new method is tested here the moment its file exists."""
 
+import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import TrainingArguments, default_data_collator
 
 import rankwise as rw
@@ -207,6 +210,61 @@ def test_what_is_left_at_the_end_is_no_more_than_the_method_says(name):
     folded = sum(p.numel() for p in method(name).fold(model).parameters() if p.requires_grad)
     assert folded <= left
     assert most is None or min(left, folded) <= most
+
+
+def whole_state(model, stepper):
+    """All that a rank change touches: every tensor and which Parameter it is, PEFT's records, the optimizer."""
+    tensors = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    records = {name: config.to_dict() for name, config in getattr(model, "peft_config", {}).items()}
+    layers = [
+        (dict(part.r), dict(part.lora_alpha), dict(part.scaling), [*part.lora_A], [*getattr(part, "lora_empty", ())])
+        for part in model.modules()
+        if isinstance(part, LoraLayer)
+    ]
+    return (tensors, records, layers), values, copy.deepcopy(stepper.state_dict())
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@every_method
+def test_a_plan_that_is_refused_leaves_the_model_as_it_was(name):
+    """The method's own plans, at every step and at the end, with what cannot be carried out added to them."""
+    model = attached(name)
+    stepper = optimizer(name, model)
+    for step in range(1, 6):
+        model(**tiny.batch(seed=step)).loss.backward()
+        before = whole_state(model, stepper)[0]
+        own = method(name).after_step(model, step, 1e-2)
+        assert whole_state(model, stepper)[0] == before, "after_step did what its plan should say"
+        for plan in (own, method(name).last_plan(model)):
+            if plan is None or not isinstance(model, PeftModel):
+                continue
+            here = {site.name: site for site in sites(model)}
+            most = dict.fromkeys([*here][-1:], 1000)
+            bad = [{**plan, "nowhere": 1}, {**plan, **most}, dict.fromkeys(here, 0)] if here else [{"nowhere": 1}]
+            then = whole_state(model, stepper)
+            for refused in bad:
+                with pytest.raises(rw.InputError):
+                    rw.resize(model, replace(plan, ranks=refused))
+                assert equal(whole_state(model, stepper), then)
+            if any(rank != here[site].rank for site, rank in plan.items()):
+                model.merge_adapter()
+                then = whole_state(model, stepper)
+                with pytest.raises(rw.InputError, match="call unmerge_adapter"):
+                    rw.resize(model, plan)
+                assert equal(whole_state(model, stepper), then)
+                model.unmerge_adapter()
+        stepper.step()
+        stepper.zero_grad()
 
 
 @every_method

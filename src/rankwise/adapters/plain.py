@@ -23,12 +23,12 @@ def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
     start, W ← W - s B0 A0, is undone by appending it with the sign turned: W + s (B A - B0 A0), at rank r + r0.
     """
     here = [site for site in sites(model) if site.present]
-    found = {}
-    for site, units in zip(here, kept_units(here), strict=True):
+    kept, found = kept_units(here), {}
+    for site in here:
         begun = start(site)
         if site.scale is None and (begun is None or begun.A is None):
             continue
-        A, B = site.A.flatten(1), site.B.flatten(1)
+        A, B, units = site.A.flatten(1), site.B.flatten(1), kept[site.name]
         if site.scale is not None:
             if site.gates is None and not site.scale.value.any():
                 units = units[:0]

@@ -12,7 +12,7 @@ from torch import nn
 from rankwise.errors import InputError, nearest
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan, rank_report, ranks, sites
-from rankwise.ranks.fold import fold
+from rankwise.ranks.resize import resize
 from rankwise.ranks.sites import omega
 from rankwise.runs.search import Search
 
@@ -61,6 +61,10 @@ class Method(ABC):
             InputError: also where what trains afterwards is not exactly what the sites cost; see `beside`.
         """
 
+    def first_plan(self, model: nn.Module) -> RankPlan | None:
+        """The ranks that the sites begin with, where `attach` has given them others; carried out right after it."""
+        return None
+
     def beside(self, model: nn.Module) -> list[nn.Parameter]:
         """What trains beside the factors of the sites, their scales and the head: DoRA's magnitudes, for instance."""
         return []
@@ -87,7 +91,9 @@ class Method(ABC):
         """Called right before each optimizer step, with all gradients there: for terms that no loss function has."""
 
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
-        """Called once after each optimizer step: prox or projection in place, and new ranks when they change.
+        """Called once after each optimizer step: prox or projection of scales in place, and new ranks when they change.
+
+        What a plan says is carried out afterwards, whole or not at all, so nothing of it may be done here.
 
         Args:
             step: steps taken, the first being 1.
@@ -112,10 +118,14 @@ class Method(ABC):
         begun = getattr(self, self.sizes[0])
         return Search(sum(rank != begun for rank in now.values()), len(now))
 
+    def last_plan(self, model: nn.Module) -> RankPlan:
+        """How the model becomes plain LoRA with unchanged outputs, at any time; `fold` carries it out."""
+        return RankPlan({}, fold=True)
+
     def fold(self, model: nn.Module) -> nn.Module:
         """To plain LoRA with unchanged outputs, in place: every scale moves into its factors."""
         if sites(model):
-            fold(model)
+            resize(model, self.last_plan(model))
         return model
 
     def weights(self, model: nn.Module) -> dict[str, float] | None:
@@ -175,12 +185,17 @@ Attach = Callable[..., nn.Module]
 
 
 def _exact(attach: Attach) -> Attach:
-    """`attach`, after which what trains is compared with what the sites cost: no method can leave that out."""
+    """`attach`, then the method's first plan, and what trains is compared with what the sites cost.
+
+    No method can leave that out.
+    """
 
     @wraps(attach)
     def checked(self: Method, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         made = attach(self, model, head)
         if type(self).attach is checked:  # and not one that a subclass goes on from
+            if (plan := self.first_plan(made)) is not None:
+                resize(made, plan)
             _check_budget(self, made, head)
         return made
 

@@ -6,14 +6,9 @@ as their code does: the function may jump there.
 """
 
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
-from torch import nn
+from typing import ClassVar, Literal
 
 from rankwise.methods.simplex_lora import SimplexLoRA
-from rankwise.ranks.fold import fold
-from rankwise.ranks.sites import omega
 
 
 @dataclass(frozen=True)
@@ -25,9 +20,4 @@ class FatLoRA(SimplexLoRA, name="fat-lora"):
     change: Literal["svd", "reinit"] = "reinit"
     omega_rate: float | None = 5.0
 
-    @torch.no_grad()
-    def _end(self, model: nn.Module) -> None:
-        weights = omega(model)
-        if weights is not None:
-            weights.fill_(1.0)
-        fold(model)
+    resets: ClassVar[bool] = True

@@ -15,8 +15,7 @@ from torch import nn
 from rankwise.errors import NotFiniteError
 from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
-from rankwise.ranks import Site, ranks, sites
-from rankwise.ranks.resize import resize
+from rankwise.ranks import RankPlan, Site, ranks, sites
 from rankwise.ranks.scales import add_omega
 from rankwise.ranks.sites import adapted, omega
 from rankwise.runs.search import Search
@@ -63,15 +62,19 @@ class OmegaLoRA(LoRA):
         # The group stays when ω is gone, so that a checkpoint from after the search fits one from during it.
         return [
             *groups,
-            {"name": "omega", "params": [] if weights is None else [weights], **steps, "weight_decay": 0.0},
+            {
+                "name": "omega",
+                "scale": True,
+                "params": [] if weights is None else [weights],
+                **steps,
+                "weight_decay": 0.0,
+            },
         ]
 
-    def fold(self, model: nn.Module) -> nn.Module:
-        """To plain LoRA with unchanged outputs; sites whose ω is 0 are gone then, also in the middle of a search."""
+    def last_plan(self, model: nn.Module) -> RankPlan:
+        """Sites whose ω is 0 are gone then, also in the middle of a search."""
         values = self.weights(model) or {}
-        if gone := {name: 0 for name, value in values.items() if value == 0}:
-            resize(model, gone)
-        return super().fold(model)
+        return RankPlan({name: 0 for name, value in values.items() if value == 0}, fold=True)
 
     def weights(self, model: nn.Module) -> dict[str, float] | None:
         values = omega(model)

@@ -3,7 +3,6 @@
 The authors call it RandLoRA, which in PEFT is another method (Albert et al. 2025, arXiv 2502.00987).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from rankwise.methods.base import require
 from rankwise.methods.lora import LoRA
 from rankwise.methods.weight_lora import check_keep
-from rankwise.ranks import RankPlan, resize, sites
+from rankwise.ranks import RankPlan, sites
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,11 @@ class RandomLoRA(LoRA, name="random-lora"):
         super().__post_init__()
         require(self.keep >= 1, f"keep must be at least 1, not {self.keep}")
 
-    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
-        model = super().attach(model, head)
+    def first_plan(self, model: nn.Module) -> RankPlan:
         check_keep(self.keep, model)
         here = sites(model)
         left_out = torch.randperm(len(here), device="cpu")[self.keep :].tolist()
-        resize(model, RankPlan({here[index].name: 0 for index in left_out}))
-        return model
+        return RankPlan({here[index].name: 0 for index in left_out})
 
     def peak(self, model: nn.Module) -> int:
         """That of the k most expensive sites: which are drawn depends on the seed, and no draw must cost more."""

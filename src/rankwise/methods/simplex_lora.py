@@ -18,7 +18,7 @@ rate of ω, our clock, which asks for the sign of a gradient more than for its s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from rankwise.methods.base import require
 from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
-from rankwise.ranks.fold import fold
 from rankwise.ranks.sites import adapted, check_own, omega
 from rankwise.runs.search import Search
 
@@ -63,6 +62,8 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     omega_decay: float = 0.0
 
     moving = ("ω", "ranks")
+    resets: ClassVar[bool] = False
+    """Whether ω is set to 1 at the end of the search and not folded in as it is."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,29 +90,24 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         if step % self.every:
             return None
         here = sites(model)
-        found = allocate(
+        new = allocate(
             without_dead(weights.tolist(), here),
             [s.cost for s in here],
             [s.limit for s in here],
             rank=self.rank,
             rounding=self.rounding,
         )
-        moved = self._moved(weights.tolist())
         last = step >= self.search_steps
-        if last:
-            self._end(model)
         return RankPlan(
-            zip([s.name for s in here], found, strict=True),
+            dict(zip([s.name for s in here], new, strict=True)),
             change=self.change,
             empty=self.empty,
             moments=self.moments,
             restart=last and self.finish == "restart",
-            moved=moved,
+            fold=last,
+            reset_scales=last and self.resets,
+            moved=self._moved(weights.tolist()),
         )
-
-    def _end(self, model: nn.Module) -> None:
-        """The search is over: no ω is left."""
-        fold(model)
 
     def _project(self, weights: Tensor, model: nn.Module) -> Tensor:
         n = len(weights)

@@ -64,7 +64,8 @@ class SoRA(LoRA, name="sora"):
         for group in groups:
             group["params"] = [p for p in group["params"] if id(p) not in mine]
         rate = {"lr": self.gate_rate} if self.gate_rate else {}
-        return [*groups, {"name": "gates", "params": gates, "rule": self.gate_rule, "weight_decay": 0.0, **rate}]
+        own = {"name": "gates", "scale": True, "params": gates, "rule": self.gate_rule, "weight_decay": 0.0, **rate}
+        return [*groups, own]
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:

@@ -24,7 +24,6 @@ from rankwise.methods.base import require
 from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, ranks, sites
-from rankwise.ranks.fold import fold
 from rankwise.ranks.sites import omega
 from rankwise.runs.search import Search
 
@@ -66,11 +65,9 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
         if step != self.every:
             return None
         here, values = sites(model), weights.tolist()
-        if self.omega_rate is None:
-            fold(model)
         left = without_dead(values, here)
         gone = {site.name: 0 for site, value in zip(here, left, strict=True) if value == 0}
-        return RankPlan(gone, moved=self._moved(values))
+        return RankPlan(gone, fold=self.omega_rate is None, moved=self._moved(values))
 
     def budget(self, model: nn.Module) -> int:
         """What the k most expensive sites cost."""

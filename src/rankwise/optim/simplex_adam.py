@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from rankwise.errors import InputError
 from rankwise.processes import together
+from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.replace import follow
-from rankwise.ranks.resize import RankPlan, resize
+from rankwise.ranks.resize import resize
 from rankwise.ranks.restore import Structure
 from rankwise.ranks.silence import Silence
 from rankwise.runs.search import Search
@@ -44,7 +45,8 @@ class SimplexAdam(torch.optim.AdamW):
 
     A group may set `lr`, `weight_decay` and `rule`: "adamw" (default) or "sgd", which is p ← p − lr ∂L/∂p. With a
     `clock` AdamW steps it by that and not by `lr`, no entry by more, and not while `lr` is 0: what sets rates, such as
-    a schedule or a re-warm-up, moves no clock.
+    a schedule or a re-warm-up, moves no clock. A group marked `scale` holds ω or gates: `after_step` is told the size
+    of its steps.
 
     Where several processes train one model (torch.distributed), each takes every step, on gradients that were averaged
     before. They compare the new ranks at each change, and fresh factors are those of the first process.
@@ -96,8 +98,7 @@ class SimplexAdam(torch.optim.AdamW):
         self.steps += 1
         self.silence.look(self.model, self.steps)
         with self._rewarmed():
-            scales = (_step_size(g) for g in self.param_groups if g.get("name") in ("omega", "gates"))
-            lr = next(scales, self.param_groups[0]["lr"])
+            lr = next((_step_size(g) for g in self.param_groups if g.get("scale")), self.param_groups[0]["lr"])
             self.method.before_step(self.model)
             with self._sgd(), self._clocked():
                 super().step()

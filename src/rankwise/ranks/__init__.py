@@ -1,8 +1,9 @@
-"""The rank engine: where rank sits (`sites`), who gets how much (`allocate`), the code that changes it (`resize`)."""
+"""The rank engine: where rank sits (`sites`), who gets how much (`allocate`), and what changes it (`resize`)."""
 
 from rankwise.ranks.allocate import allocate
+from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.report import RankReport, rank_report
-from rankwise.ranks.resize import RankPlan, resize
+from rankwise.ranks.resize import resize
 from rankwise.ranks.sites import Site, ranks, sites
 
 __all__ = ["RankPlan", "RankReport", "Site", "allocate", "rank_report", "ranks", "resize", "sites"]

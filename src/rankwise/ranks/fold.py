@@ -1,30 +1,34 @@
 """Scales are folded away at the end of a search: what is left is plain LoRA."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from rankwise.ranks.peft_records import record
-from rankwise.ranks.replace import replace, sort_groups
-from rankwise.ranks.resize import empty, set_sizes
+from rankwise.ranks.replace import empty, replace, set_sizes, sort_groups
 from rankwise.ranks.sites import OMEGA, Gates, Site, adapted, omega, sites
 
 
 @torch.no_grad()
-def fold(model: nn.Module) -> None:
+def fold(model: nn.Module, reset_scales: bool = False) -> None:
     """Move every scale into its B and take it away: plain LoRA with the same outputs. Nothing happens without scales.
 
     Units of rank whose gate is 0 are cut, and a site without any other is emptied. Where no site has a live unit, the
     first one keeps a unit whose product is 0, since PEFT knows no adapter without sites.
+
+    Args:
+        reset_scales: set every ω to 1 first, so that outputs may change.
     """
     peft = adapted(model)
     here = [site for site in sites(peft) if site.scale is not None]
-    kept = dict(zip([site.name for site in here], kept_units(here), strict=True))
+    if (weights := omega(peft)) is not None and reset_scales:
+        weights.fill_(1.0)
+    kept = kept_units(here)
     for site in here:
         _fold_one(peft, site, kept[site.name])
-    if omega(peft) is not None:
+    if weights is not None:
         omegas = getattr(peft.base_model, OMEGA)
         replace(peft, omegas, peft.active_adapter, None)
         del omegas[peft.active_adapter]
@@ -33,14 +37,16 @@ def fold(model: nn.Module) -> None:
         record(peft)
 
 
-def kept_units(here: Sequence[Site]) -> list[Tensor]:
-    """For each site the indices of the units that a fold keeps: those whose gate is not 0, all without gates."""
-    kept = [
-        torch.arange(s.rank, device=s.B.device) if s.gates is None else s.gates.flatten().nonzero().flatten()
+def kept_units(here: Iterable[Site]) -> dict[str, Tensor]:
+    """By site with rank the indices of the units that a fold keeps: those whose gate is not 0, all without gates."""
+    kept = {
+        s.name: torch.arange(s.rank, device=s.B.device) if s.gates is None else s.gates.flatten().nonzero().flatten()
         for s in here
-    ]
-    if kept and not any(len(units) for units in kept):
-        kept[0] = torch.zeros(1, dtype=torch.long, device=kept[0].device)
+        if s.present
+    }
+    if kept and not any(map(len, kept.values())):
+        first = next(iter(kept))
+        kept[first] = kept[first].new_zeros(1)
     return kept
 
 
@@ -57,7 +63,7 @@ def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
         replace(model, scale, "gates", None)
     _bare(linear, A)
     if not len(units):
-        empty(model, site, "drop")
+        empty(model, site)
         return
     B = site.B.detach().flatten(1)[:, units] * values
     replace(model, *site.B_owner, B, carry=carry if values.abs().min() > 1e-6 else None)

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankwise.ranks.sites import adapted, sites
+from rankwise.ranks.peft_records import alpha
+from rankwise.ranks.sites import Site, adapted, is_convolution, sites
 
 Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter
 
@@ -81,3 +82,25 @@ def sort_groups(model: nn.Module) -> None:
     for optimizer in _optimizers.get(peft, ()):
         for entry in optimizer.param_groups:
             entry["params"].sort(key=lambda p: order.get(id(p), len(order)))
+
+
+def set_sizes(site: Site, rank: int) -> None:
+    """Write the rank that the factors of a site have into its layers, and the alpha that keeps its scale."""
+    A, B = site.layer.lora_A[site.adapter], site.layer.lora_B[site.adapter]
+    if is_convolution(A):
+        A.out_channels = B.in_channels = rank
+    else:
+        A.out_features = B.in_features = rank
+    site.layer.r[site.adapter] = rank
+    site.layer.lora_alpha[site.adapter] = alpha(site, rank)
+
+
+def empty(model: nn.Module, site: Site) -> None:
+    """Take the factors of a site away."""
+    layer, adapter = site.layer, site.adapter
+    scaling = site.scaling
+    replace(model, *site.A_owner, None)
+    replace(model, *site.B_owner, None)
+    for part in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.r, layer.lora_alpha, layer.scaling):
+        del part[adapter]
+    layer.__dict__.setdefault("lora_empty", {})[adapter] = scaling  # what a return needs to know

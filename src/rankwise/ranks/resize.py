@@ -4,7 +4,7 @@ The change of rank minimises ‖B_old A_old − B_new A_new‖_F (SimplexLoRA; E
 r×r core in fp64. The out×in product is never formed. PEFT 0.21 is driven through its public dictionaries.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from math import sqrt
 from typing import Any
 
@@ -14,37 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.errors import InputError
+from rankwise.ranks.fold import fold, kept_units
 from rankwise.ranks.kept import Merged, merge, peft_residual_start, start
-from rankwise.ranks.peft_records import alpha, record
-from rankwise.ranks.replace import Carry, follow, replace, sort_groups
+from rankwise.ranks.peft_records import record
+from rankwise.ranks.plan import RankPlan
+from rankwise.ranks.replace import Carry, empty, follow, replace, set_sizes, sort_groups
 from rankwise.ranks.scales import omega_of, put_scale
 from rankwise.ranks.sites import Site, adapted, check_own, is_convolution, omega, peculiar, sites
-
-
-class RankPlan(dict[str, int]):
-    """New ranks by site name, and how to get there.
-
-    Args:
-        ranks: site name -> new rank; sites that are not named keep theirs.
-        change: `svd` keeps as much of BA as the new rank can hold; `reinit` draws A afresh and sets B = 0.
-        empty: what becomes of BA at rank 0: `drop` it, or `merge` it into W.
-        moments: Adam's moments of a changed site are `reset`, or `keep`: carried along with the factors.
-        restart: draw fresh factors for every site, also where the rank stays.
-        moved: how far the weights have moved that the ranks follow, in the method's own measure.
-    """
-
-    def __init__(
-        self,
-        ranks: Mapping[str, int] | Iterable[tuple[str, int]],
-        change: str = "svd",
-        empty: str = "drop",
-        moments: str = "reset",
-        restart: bool = False,
-        moved: float | None = None,
-    ):
-        super().__init__(ranks)
-        self.change, self.empty, self.moments, self.restart = change, empty, moments, restart
-        self.moved = moved
 
 
 @torch.no_grad()
@@ -102,21 +78,27 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
         The ranks that changed.
     Raises:
         InputError: an unknown site, a rank below 0 or above min(in, out), a plan that empties every site, a site that
-            is merged into its base weight at the moment (`merge_adapter`), one with gates or a residual start of
-            PEFT's, a layer that is no plain LoRA, or one that cannot be emptied as the plan says. The model is then as
-            it was.
+            is merged into its base weight at the moment (`merge_adapter`), one with gates that the plan does not fold
+            or with a residual start of PEFT's, a layer that is no plain LoRA, or one that cannot be emptied as the plan
+            says. The model is then as it was.
     """
     peft = adapted(model)
     if optimizer is not None:
         follow(peft, optimizer)
     plan = plan if isinstance(plan, RankPlan) else RankPlan(plan)
     here = {site.name: site for site in sites(peft)}
+    before = {name: site.rank for name, site in here.items()}
     _check(peft, here, plan)
+    if plan.fold:
+        fold(peft, plan.reset_scales)
     changed = {name: r for name, r in plan.items() if r != here[name].rank or (plan.restart and r > 0)}
     for name, rank in sorted(changed.items(), key=lambda change: change[1] == 0):  # a returning site looks at others
         site = here[name]
         if rank == 0:
-            empty(peft, site, plan.empty)
+            if plan.empty == "merge":
+                A, B = site.layer.lora_A[site.adapter].weight, site.B  # A with its scale
+                merge(site, Merged(A.detach().flatten(1).clone(), B.detach().flatten(1).clone()))
+            empty(peft, site)
         elif not site.present:
             _refill(peft, site, rank)
         else:
@@ -124,11 +106,14 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
     if changed:
         sort_groups(peft)
         record(peft)
-    return changed
+    return changed | {name: site.rank for name, site in here.items() if site.rank != before[name]}
 
 
 def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
     begun = peft_residual_start(model, model.active_adapter)
+    left = {name: site.rank for name, site in here.items()}
+    if plan.fold:
+        left |= {name: len(units) for name, units in kept_units(here.values()).items()}
     for name, rank in plan.items():
         if name not in here:
             if why := peculiar(model, name):
@@ -138,19 +123,19 @@ def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
         limit = max(site.limit, site.rank)  # an adapter from elsewhere may be larger than it need be
         if not 0 <= rank <= limit:
             raise InputError(f"rank {rank} does not fit {name}: it must be 0 to {limit}")
-        if rank != site.rank or plan.restart:
+        if rank != left[name] or plan.restart:
             if begun:
                 raise InputError(
                     f"{name} started as PEFT's {begun}, taken out of W at rank {site.rank}, which must stay: turn the "
                     "adapter into plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
                 )
-            if site.gates is not None:
+            if site.gates is not None and not plan.fold:
                 raise InputError(f"{name} has gates, which say its rank: fold the model first (method.fold(model))")
             if site.adapter in site.layer.merged_adapters:
                 raise InputError(f"{name} is merged into its base weight: call unmerge_adapter() before a rank change")
             if rank == 0 and site.present:
                 _check_emptying(model, site, plan.empty)
-    if here and not any(plan.get(name, site.rank) for name, site in here.items()):
+    if here and not any({**left, **plan}.values()):
         raise InputError("the plan leaves no site with any rank; PEFT can neither train nor save such an adapter")
 
 
@@ -185,31 +170,6 @@ def _change(model: PeftModel, site: Site, rank: int, plan: RankPlan) -> None:
     replace(model, *site.A_owner, new_A, carry=carry_A)
     replace(model, *site.B_owner, new_B, carry=carry_B)
     set_sizes(site, rank)
-
-
-def set_sizes(site: Site, rank: int) -> None:
-    """Write the rank that the factors of a site have into its layers, and the alpha that keeps its scale."""
-    A, B = site.layer.lora_A[site.adapter], site.layer.lora_B[site.adapter]
-    if is_convolution(A):
-        A.out_channels = B.in_channels = rank
-    else:
-        A.out_features = B.in_features = rank
-    site.layer.r[site.adapter] = rank
-    site.layer.lora_alpha[site.adapter] = alpha(site, rank)
-
-
-def empty(model: PeftModel, site: Site, how: str) -> None:
-    """Take the factors of a site away; `merge` adds their product to W first, `drop` does not."""
-    if how == "merge":
-        A, B = site.layer.lora_A[site.adapter].weight, site.B
-        merge(site, Merged(A.detach().flatten(1).clone(), B.detach().flatten(1).clone()))
-    layer, adapter = site.layer, site.adapter
-    scaling = site.scaling
-    replace(model, *site.A_owner, None)
-    replace(model, *site.B_owner, None)
-    for part in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.r, layer.lora_alpha, layer.scaling):
-        del part[adapter]
-    layer.__dict__.setdefault("lora_empty", {})[adapter] = scaling  # what a return needs to know
 
 
 def _refill(model: PeftModel, site: Site, rank: int) -> None:
