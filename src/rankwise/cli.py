@@ -634,15 +634,13 @@ def _exit_code(store: Store, outcome: Outcome) -> int:
 
 
 def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
-    from rankwise.metrics import SUMS
-    from rankwise.metrics.classification import STATISTICS
     from rankwise.results.summary import Summary
 
     experiment, damage = store.described()
     about = experiment.get("report") or {}
     if damage:
         _print(f"rankwise: {damage}; without it nothing is told of the experiment", file=sys.stderr)
-    return Summary.of(store.results(folders), STATISTICS, SUMS, about.get("reference"), store.left_out(folders))
+    return Summary.of(store.results(folders), about.get("reference"), store.left_out(folders))
 
 
 def _published(store: Store, summary: Any) -> dict[str, Any]:

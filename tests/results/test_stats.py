@@ -9,10 +9,11 @@ from scipy import stats as scipy_stats
 
 from bootstrap import by_hand, few
 from rankwise import tasks
-from rankwise.metrics.classification import right, share
+from rankwise.metrics import METRICS
+from rankwise.metrics.classification import right
+from rankwise.metrics.metric import mean_of_sums
 from rankwise.results import stats
 from rankwise.results.stats import (
-    LIMITS,
     Difference,
     corrected,
     difference,
@@ -89,7 +90,7 @@ def test_the_bootstrap_covers_the_difference_and_narrows_with_the_examples() -> 
         labels = draw.integers(0, 2, n)
         ours = np.where(draw.random(n) < 0.8, labels, 1 - labels)
         theirs = np.where(draw.random(n) < 0.6, labels, 1 - labels)
-        interval = paired_bootstrap(share, [right(ours, labels)], [right(theirs, labels)])
+        interval = paired_bootstrap(mean_of_sums, [right(ours, labels)], [right(theirs, labels)])
         assert interval is not None
         assert interval[0] <= accuracy(ours, labels) - accuracy(theirs, labels) <= interval[1]
         widths.append(interval[1] - interval[0])
@@ -103,7 +104,7 @@ def test_the_ends_of_an_interval_do_not_hang_on_the_draws(monkeypatch: pytest.Mo
     for seed in range(20):
         made = np.random.default_rng(seed)
         monkeypatch.setattr(np.random, "default_rng", lambda _, made=made: made)
-        found.append(paired_bootstrap(share, [ours], [theirs]))
+        found.append(paired_bootstrap(mean_of_sums, [ours], [theirs]))
     ends = np.array(found)
     assert (ends.std(axis=0) < 0.015 * (ends[:, 1] - ends[:, 0]).mean()).all()
 
@@ -113,7 +114,7 @@ def test_what_is_held_in_memory_does_not_grow_with_the_draws(monkeypatch: pytest
     monkeypatch.setattr(stats, "AT_ONCE", 70)
     shapes = [each.shape for each in stats.drawn(7)]
     assert set(shapes) == {(10, 7)} and len(shapes) == stats.DRAWS // 10
-    found = paired_bootstrap(share, [rows], [right(np.arange(7) < 2, np.ones(7, bool))])
+    found = paired_bootstrap(mean_of_sums, [rows], [right(np.arange(7) < 2, np.ones(7, bool))])
     assert found is not None and found[0] < found[1]
 
 
@@ -238,11 +239,11 @@ def test_a_correction_is_over_those_with_a_p() -> None:
 def test_an_interval_stays_within_what_a_metric_can_be() -> None:
     wide = [0.95, 0.99, 1.0]
     low, high = t_interval(wide)
-    assert high > 1 and t_interval(wide, LIMITS["accuracy"]) == (low, 1.0)
-    assert t_interval([-0.9, 0.9], LIMITS["matthews"]) == (-1.0, 1.0)
-    assert t_interval([1.0, 9.0], LIMITS["nist"])[0] == 0.0
+    assert high > 1 and t_interval(wide, METRICS["accuracy"].limits) == (low, 1.0)
+    assert t_interval([-0.9, 0.9], METRICS["matthews"].limits) == (-1.0, 1.0)
+    assert t_interval([1.0, 9.0], METRICS["nist"].limits)[0] == 0.0
 
 
 def test_every_metric_of_every_task_has_its_limits() -> None:
     named = {name for task in tasks.registry().values() for name in (task.main, *task.metrics) if name}
-    assert named <= LIMITS.keys()
+    assert named <= METRICS.keys()

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 import bootstrap
-from rankwise.metrics import SUMS
-from rankwise.metrics.classification import STATISTICS
 from rankwise.results.stats import Difference, Interval, corrected
-from rankwise.results.summary import Summary, Sums, duration, plus_minus, size, verdict
+from rankwise.results.summary import Summary, duration, plus_minus, size, verdict
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store
 from runs_made_up import config, finish, one_answer, predict
@@ -25,7 +23,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def summary(store: Store, **reference: Any) -> Summary:
-    return Summary.of(store.results(), STATISTICS, SUMS, reference)
+    return Summary.of(store.results(), reference)
 
 
 def three_methods(store: Store) -> None:
@@ -136,7 +134,9 @@ RIGHT = {"lora": [6, 2, 7], "simplex-lora": [6, 2, 7], "head": [1, 2, 4]}
 """Pixels of each of three images that a method finds, of 8."""
 
 
-def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_examples(store: Store) -> None:
+def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_examples(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for seed in range(3):
         for method in (config().method, SIMPLEX, HEAD):
             of = config(seed=seed, method=method)
@@ -144,15 +144,17 @@ def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_example
             found = [[right, 0, 0, 8 - right] for right in RIGHT[method["name"]]]
             predict(folder, [0] * 3, [-1] * 3, statistics=found)
 
-    def examples(sums: Sums = SUMS) -> dict[str, Interval | None]:
-        return {each.ours["name"]: each.found.examples for each in Summary.of(store.results(), sums=sums).contrasts}
+    def examples() -> dict[str, Interval | None]:
+        return {each.ours["name"]: each.found.examples for each in Summary.of(store.results()).contrasts}
 
     before = examples()
     assert before["simplex-lora"] == (0.0, 0.0)
     head, lora = (np.array(RIGHT[name]) for name in ("head", "lora"))
     by_hand = bootstrap.by_hand(lambda right, _: 2 * right.sum() / (right.sum() + 24), [head], [lora], np.arange(3))
     assert before["head"] == pytest.approx(by_hand)
-    assert examples({}) == {"simplex-lora": None, "head": None}
+    with monkeypatch.context() as without:
+        without.setattr("rankwise.results.summary.METRICS", {})
+        assert examples() == {"simplex-lora": None, "head": None}
     folder = next(result["folder"] for result in store.results() if result["method"] == "head")
     for columns in ({"idx": [1, 0, 2]}, {"statistics": [[0] * 8] * 3}, {"score": [0.5] * 3}):
         predict(folder, [0] * 3, [-1] * 3, **{"statistics": [[8, 0, 0, 0]] * 3, **columns})

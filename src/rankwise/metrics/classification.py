@@ -1,16 +1,14 @@
-"""GLUE's metrics over scikit-learn and scipy, with a value where theirs is undefined: 0 for constant input.
+"""GLUE's metrics, with a value where scikit-learn and scipy have none: 0 for constant input.
 
-Every function takes `predictions` and `labels`, both (n,) with n ≥ 1, and raises ValueError for shapes that differ or
+Every metric takes `predictions` and `labels`, both (n,) with n ≥ 1, and raises ValueError for shapes that differ or
 for a value that is not finite.
 """
-
-import warnings
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from rankwise.errors import NotFiniteError, need
+from rankwise.metrics.metric import CORRELATION, Metric, mean_of_sums
 
 
 def finite(values: ArrayLike) -> np.ndarray:
@@ -42,91 +40,63 @@ def _classes(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.
     return pair[0].astype(np.int64), pair[1].astype(np.int64)
 
 
-def accuracy(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Share of predictions that equal their label, 0 to 1."""
-    predicted, wanted = _classes(predictions, labels)
-    return float(need("sklearn.metrics", "bench").accuracy_score(wanted, predicted))
-
-
-def f1(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """F1 of class 1, 0 to 1; 0 where no row has or gets class 1."""
-    predicted, wanted = _classes(predictions, labels)
-    return float(need("sklearn.metrics", "bench").f1_score(wanted == 1, predicted == 1, zero_division=0.0))
-
-
-def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Matthews correlation, -1 to 1; 0 where predictions or labels are all one class."""
-    predicted, wanted = _classes(predictions, labels)
-    if np.ptp(predicted) == 0 or np.ptp(wanted) == 0:
-        return 0.0
-    return float(need("sklearn.metrics", "bench").matthews_corrcoef(wanted, predicted))
-
-
-def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Pearson correlation, -1 to 1; 0 where predictions or labels are constant."""
-    return _correlation("pearsonr", predictions, labels)
-
-
-def spearman(predictions: ArrayLike, labels: ArrayLike) -> float:
-    """Spearman rank correlation, ties at their mean rank, -1 to 1; 0 where predictions or labels are constant."""
-    return _correlation("spearmanr", predictions, labels)
-
-
-def _correlation(function: str, predictions: ArrayLike, labels: ArrayLike) -> float:
-    predicted, wanted = (np.asarray(values, dtype=np.float64) for values in _pair(predictions, labels))
-    if (predicted == predicted[0]).all() or (wanted == wanted[0]).all():
-        return 0.0
-    with warnings.catch_warnings():
-        # scipy warns of nearly constant input, which a collapsed model really gives; the value is still defined
-        warnings.simplefilter("ignore")
-        value = float(getattr(need("scipy.stats", "bench"), function)(predicted, wanted).statistic)
-    return value if np.isfinite(value) else 0.0
-
-
-METRICS: dict[str, Callable[[ArrayLike, ArrayLike], float]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
-}
-
-
 def right(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """(n, 2): whether a prediction equals its label, and 1; `share` of their sums is `accuracy`."""
+    """(n, 2): whether a prediction equals its label, and 1."""
     predicted, wanted = _classes(predictions, labels)
     return np.stack([predicted == wanted, np.ones_like(wanted)], axis=1).astype(np.float64)
 
 
-def share(sums: np.ndarray) -> np.ndarray:
-    """Mean of something over the examples (…) from the sums (…, 2) of it and of 1."""
-    return sums[..., 0] / sums[..., 1]
-
-
-def confusion(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """(n, 4): 1 for a true positive, false positive, false negative or true negative of class 1, of two classes."""
+def _of_class_1(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """(n, 2): whether class 1 is both given and true, and in how many of the two it is."""
     predicted, wanted = (values == 1 for values in _classes(predictions, labels))
-    cells = [predicted & wanted, predicted & ~wanted, ~predicted & wanted, ~predicted & ~wanted]
-    return np.stack(cells, axis=1).astype(np.float64)
+    return np.stack([predicted & wanted, predicted.astype(int) + wanted], axis=1).astype(np.float64)
 
 
-def matthews_of(sums: np.ndarray) -> np.ndarray:
-    """`matthews` (…) from the sums (…, 4) of `confusion`."""
-    tp, fp, fn, tn = np.moveaxis(sums, -1, 0)
-    return _over_root(tp * tn - fp * fn, (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+def _f1(sums: np.ndarray) -> np.ndarray:
+    """F1 = 2 TP / (2 TP + FP + FN), 0 where class 1 is neither given nor true; sums (…, 2) of `_of_class_1`."""
+    both, total = np.moveaxis(sums, -1, 0)
+    return np.divide(2 * both, total, out=np.zeros_like(both), where=total > 0)
 
 
-def moments(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """(n, 6): 1, x, y, x², y² and xy of predictions x and labels y, both less the mean label for precision."""
+def _by_class(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """(n, 2 + 2 K) for K classes: 1, whether the prediction is right, the class given and the true one, one-hot."""
+    pair = _classes(predictions, labels)
+    numbers = np.unique(np.concatenate(pair))
+    given, true = (values[:, None] == numbers for values in pair)
+    whole = np.ones((len(given), 1))
+    return np.concatenate([whole, (pair[0] == pair[1])[:, None], given, true], axis=1).astype(np.float64)
+
+
+def _matthews(sums: np.ndarray) -> np.ndarray:
+    """Matthews correlation of K classes (Gorodkin 2004) from the sums (…, 2 + 2 K) of `_by_class`.
+
+    (n c - Σ p_k t_k) / √((n² - Σ p_k²) (n² - Σ t_k²)), c the number of right ones, p_k and t_k how often class k was
+    given and is true; 0 where one class is all that is given, or all that is true.
+    """
+    n, c = sums[..., 0], sums[..., 1]
+    given, true = np.split(sums[..., 2:], 2, axis=-1)
+    free = [n * n - (each * each).sum(axis=-1) for each in (given, true)]
+    return _over_root(n * c - (given * true).sum(axis=-1), free[0] * free[1])
+
+
+def _moments(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """(n, 6): 1, x, y, x², y² and xy of predictions x and labels y, each less its mean for precision."""
     x, y = (np.asarray(values, dtype=np.float64) for values in _pair(predictions, labels))
-    x, y = x - y.mean(), y - y.mean()
+    x, y = x - x.mean(), y - y.mean()
     return np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], axis=1)
 
 
-def pearson_of(sums: np.ndarray) -> np.ndarray:
-    """`pearson` (…) from the sums (…, 6) of `moments`."""
+def _ranks(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """`_moments` of the ranks among all examples, ties at their mean rank."""
+    rank = need("scipy.stats", "bench").rankdata
+    predicted, wanted = _pair(predictions, labels)
+    return _moments(rank(predicted), rank(wanted))
+
+
+def _pearson(sums: np.ndarray) -> np.ndarray:
+    """Pearson correlation from the sums (…, 6) of `_moments`."""
     n, x, y, xx, yy, xy = np.moveaxis(sums, -1, 0)
-    return _over_root(n * xy - x * y, _spread(n, x, xx) * _spread(n, y, yy))
+    return np.clip(_over_root(n * xy - x * y, _spread(n, x, xx) * _spread(n, y, yy)), *CORRELATION)
 
 
 def _spread(n: np.ndarray, total: np.ndarray, squares: np.ndarray) -> np.ndarray:
@@ -140,9 +110,15 @@ def _over_root(above: np.ndarray, below: np.ndarray) -> np.ndarray:
     return np.divide(above, np.sqrt(below), out=np.zeros_like(above), where=below > 0)
 
 
-STATISTICS: dict[str, Callable[[ArrayLike, ArrayLike], np.ndarray]] = {
-    "accuracy": right,
-    "matthews": confusion,
-    "pearson": moments,
-}
-"""What the examples add to each metric that runs are compared by, (n, k), from predictions and labels (n,)."""
+accuracy = Metric(value=mean_of_sums, statistics=right)
+"""Share of predictions that equal their label, 0 to 1."""
+f1 = Metric(value=_f1, statistics=_of_class_1)
+"""F1 of class 1, 0 to 1; 0 where no row has or gets class 1."""
+matthews = Metric(CORRELATION, _matthews, _by_class)
+"""Matthews correlation, -1 to 1; 0 where predictions or labels are all one class."""
+pearson = Metric(CORRELATION, _pearson, _moments)
+"""Pearson correlation, -1 to 1; 0 where predictions or labels are constant."""
+spearman = Metric(CORRELATION, _pearson, _ranks, of_any_sum=False)
+"""Spearman rank correlation, ties at their mean rank, -1 to 1; 0 where predictions or labels are constant."""
+
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}

@@ -54,9 +54,6 @@ def write(folder: Path | str, out: Path | str | None = None) -> Path:
 
     Raises InputError for a folder without runs, and where a package of the extra `bench` is missing.
     """
-    from rankwise.metrics import SUMS
-    from rankwise.metrics.classification import STATISTICS
-
     jinja2 = need("jinja2", "bench")
     store = Store(folder)
     folders = store.folders()
@@ -65,7 +62,7 @@ def write(folder: Path | str, out: Path | str | None = None) -> Path:
     results = store.results(folders)
     experiment, damage = store.described()
     about = experiment.get("report") or {}
-    summary = Summary.of(results, STATISTICS, SUMS, about.get("reference"), store.left_out(folders))
+    summary = Summary.of(results, about.get("reference"), store.left_out(folders))
     runs = pages(store, folders, results, summary.rows)
     script = SCRIPT.read_text(encoding="utf-8")
     page = {

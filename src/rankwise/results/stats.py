@@ -8,34 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rankwise.errors import need
-
-Interval = tuple[float, float]
+from rankwise.metrics.metric import Interval
 
 LEVEL = 0.95  # of every interval
 DRAWS = 5000  # of the bootstrap: chance then moves an end of its interval by a hundredth of the width
 ROUNDING = 1e-9  # a standard deviation up to this is what rounding leaves of equal values
 AT_ONCE = 2**20  # examples of several draws that are held in memory together
-
-FULL: Interval = (-1.0, 1.0)
-_SHARES = (
-    "accuracy",
-    "f1",
-    "dice",
-    "iou",
-    "bleu",
-    "meteor",
-    "rouge_l",
-    "rouge_1",
-    "rouge_2",
-    "logical_form",
-    "execution",
-)
-LIMITS: Mapping[str, Interval] = {
-    **dict.fromkeys((*_SHARES, "logical_form", "execution"), (0.0, 1.0)),
-    **dict.fromkeys(("matthews", "pearson", "spearman"), FULL),
-    **dict.fromkeys(("nist", "cider", "loss"), (0.0, math.inf)),
-}
-"""The least and the most that a metric can be, by its name."""
 
 
 def mean(values: Sequence[float]) -> float:

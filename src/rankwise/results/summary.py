@@ -1,17 +1,16 @@
 """What a set of runs says, in plain sentences and plain tables."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from rankwise.metrics import METRICS, Metric
+from rankwise.metrics.metric import CORRELATION, Interval, mean_of_sums
 from rankwise.results.predictions import predictions
 from rankwise.results.stats import (
-    FULL,
     Difference,
-    Interval,
     corrected,
     difference,
     equal,
@@ -24,12 +23,6 @@ from rankwise.results.tables import Average, Row, averages, best, plain, summari
 from rankwise.runs.answers import listed, shown
 from rankwise.runs.search import Search, in_words
 
-Statistics = Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]
-"""Metric name -> function of predictions (n,) and labels (n,) to what each example adds to the metric, (n, k)."""
-Sums = Mapping[str, Callable[[np.ndarray], np.ndarray]]
-"""Metric name -> function of the examples' statistics, summed (…, k), to scores (…); NaN for none."""
-
-NONE: Mapping[str, Any] = MappingProxyType({})
 COLUMNS = (
     "budget, peak, final: trainable parameters of the size given, most at once, kept at the end; head: those of the\n"
     "classifier, in none of the others. Memory, time and speed are means over the seeds of the rate shown."
@@ -102,15 +95,10 @@ class Summary:
     def of(
         cls,
         results: Sequence[dict[str, Any]],
-        statistics: Statistics = NONE,
-        sums: Sums = NONE,
         reference: Mapping[str, Any] | None = None,
         left_out: str = "",
     ) -> "Summary":
-        """Of what `Store.results` and `Store.left_out` give; `statistics`, `sums` are for the bootstrap over examples.
-
-        Without a `reference` it is plain LoRA.
-        """
+        """Of what `Store.results` and `Store.left_out` give. Without a `reference` it is plain LoRA."""
         reference = reference or {"name": "lora"}
         rows = summarise(results)
         chosen = best(rows)
@@ -119,7 +107,7 @@ class Summary:
             other = _other(row, [other for other in chosen if other["setting"] == row["setting"]], reference)
             found = difference(row["scores"], other["scores"]) if other else None
             if other and found:
-                examples = _bootstrap(row, other, statistics, sums)
+                examples = _bootstrap(row, other)
                 contrasts.append(Contrast(row, other, replace(found, examples=examples)))
         after = corrected([each.found for each in contrasts])
         contrasts = [replace(each, found=new) for each, new in zip(contrasts, after, strict=True)]
@@ -362,7 +350,7 @@ def _averages(found: Sequence[Average]) -> str:
                 [row.method, str(len(values)), plus_minus(mean(values), sd(values)), interval(found, len(values))]
                 for row in rows
                 if (values := list(row.scores.values()))
-                for found in [None if equal(values) else t_interval(values, FULL)]
+                for found in [None if equal(values) else t_interval(values, CORRELATION)]
             ],
         )
         head = f"{benchmark}, average over {len(rows[0].tasks)} tasks ({', '.join(rows[0].tasks)})"
@@ -410,7 +398,7 @@ def _spelled(reference: Mapping[str, Any]) -> str:
     return " ".join([str(reference["name"]), *(f"{key}={reference[key]}" for key in reference if key != "name")])
 
 
-def _bootstrap(ours: Row, theirs: Row, statistics: Statistics, sums: Sums) -> Interval | None:
+def _bootstrap(ours: Row, theirs: Row) -> Interval | None:
     """The interval over examples; None where a prediction is missing or other rows were scored."""
     seeds = sorted(ours["scores"].keys() & theirs["scores"].keys())
     found = [predictions(row["folders"][seed]) for row in (ours, theirs) for seed in seeds]
@@ -422,22 +410,18 @@ def _bootstrap(ours: Row, theirs: Row, statistics: Statistics, sums: Sums) -> In
         each.kind == kind and each.values.shape == guess.shape and np.array_equal(labels, each.labels) for each in given
     ):
         return None
-    name = ours["score"]
+    metric = METRICS.get(ours["score"], Metric())
+    score, statistics = metric.value if metric.of_any_sum else None, metric.statistics
     if kind == "score":  # whose mean is the metric
         counted = [np.stack([each.values, np.ones(len(labels))], axis=1) for each in given]
-        score: Callable[[np.ndarray], np.ndarray] = _mean_of
-    elif name not in sums or (kind == "prediction" and name not in statistics):
-        return None
+        score = mean_of_sums
+    elif kind == "statistics":
+        counted = [each.values for each in given]
+    elif statistics is not None:
+        counted = [statistics(each.values, labels) for each in given]
     else:
-        known = kind == "statistics"
-        counted = [each.values if known else statistics[name](each.values, labels) for each in given]
-        score = sums[name]
-    return paired_bootstrap(score, counted[: len(seeds)], counted[len(seeds) :])
-
-
-def _mean_of(sums: np.ndarray) -> np.ndarray:
-    mean: np.ndarray = sums[..., 0] / sums[..., 1]
-    return mean
+        return None
+    return score and paired_bootstrap(score, counted[: len(seeds)], counted[len(seeds) :])
 
 
 def _public(row: Row) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rankwise.errors import shown_line
-from rankwise.results.stats import LIMITS, equal, mean, sd, t_interval
+from rankwise.metrics import METRICS
+from rankwise.results.stats import equal, mean, sd, t_interval
 from rankwise.runs.answers import nothing_learnt, spreads
 from rankwise.runs.search import Search
 from rankwise.settings import OWN
@@ -218,7 +219,7 @@ def _row(members: list[dict[str, Any]], label: str) -> Row:
         if result["score"] in result["metrics"]
     }
     values = list(scores.values())
-    limits = [LIMITS[first["score"]]] if first["score"] in LIMITS else []
+    limits = [METRICS[first["score"]].limits] if first["score"] in METRICS else []
     parameters = {key: _average(by_seed, "parameters", key) for key in ("budget", "trainable", "final", "head")}
     parameters["budget"] = parameters["budget"] or parameters["trainable"]  # what has no ranks may spend what it trains
     asked = first["config"].get("budget")

@@ -64,8 +64,8 @@ class Scored:
 
     The table has the columns `split`, `idx`, `label` and `prediction`, whatever else the family adds, and one of these:
     `score`, the worth of each example, where the main metric is the mean of that; `statistics`, k numbers for each
-    example, where their sums over the examples decide the main metric by the function that `rankwise.metrics.SUMS` has
-    for it. `notes` say what a reader of the metrics has to know, such as why one is missing.
+    example, where their sums over the examples decide the main metric by its `value` in `rankwise.metrics.METRICS`.
+    `notes` say what a reader of the metrics has to know, such as why one is missing.
     """
 
     metrics: dict[str, float]

@@ -1,0 +1,47 @@
+"""A metric, written once: what each example adds up to, and the score of such sums."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Interval = tuple[float, float]
+
+SHARE: Interval = (0.0, 1.0)
+CORRELATION: Interval = (-1.0, 1.0)
+FROM_ZERO: Interval = (0.0, math.inf)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The score of a set of examples as a function of sums over them, so that sets drawn anew are scored at once.
+
+    Attributes:
+        limits: the least and the most that it can be.
+        value: from sums (…, k) of the examples' statistics to scores (…), NaN where there is none; None for a metric
+            that is no function of sums.
+        statistics: from predictions and labels (n,) to what each example adds, (n, k); None where the task writes these
+            beside its predictions. Raises ValueError for shapes that differ, for nothing and for what is not finite.
+        of_any_sum: whether any set of examples has the score of its summed statistics. Ranks depend on the whole set.
+        least_is_best: whether a lower score is the better one.
+    """
+
+    limits: Interval = SHARE
+    value: Callable[[np.ndarray], np.ndarray] | None = None
+    statistics: Callable[[ArrayLike, ArrayLike], np.ndarray] | None = None
+    of_any_sum: bool = True
+    least_is_best: bool = False
+
+    def __call__(self, predictions: ArrayLike, labels: ArrayLike) -> float:
+        """The score of `predictions` for `labels`, both (n,) with n ≥ 1. Raises ValueError as `statistics` does."""
+        if self.value is None or self.statistics is None:
+            raise TypeError("this metric is no function of predictions and labels")
+        return float(self.value(self.statistics(predictions, labels).sum(axis=0)))
+
+
+def mean_of_sums(sums: np.ndarray) -> np.ndarray:
+    """Mean of something over the examples (…) from the sums (…, 2) of it and of 1."""
+    mean: np.ndarray = sums[..., 0] / sums[..., 1]
+    return mean
