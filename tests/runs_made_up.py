@@ -66,7 +66,7 @@ def tune(store: Store, scores: dict[float, float], chosen: float, seeds: int = 2
     for rate, score in scores.items():
         finish(store, config(learning_rate=rate, tuning=0.1, seed=7, **settings), score, splits=splits)
     for seed in range(seeds):
-        finish(store, config(learning_rate=chosen, eval_every=0, seed=seed, **settings), 0.5 + seed / 10)
+        finish(store, config(learning_rate=chosen, eval_every=0, tuned=True, seed=seed, **settings), 0.5 + seed / 10)
 
 
 def predict(

@@ -24,7 +24,7 @@ def chain(store: Store, *kinds: int | None) -> list[Path]:
     folders: list[Path] = []
     before = None
     for place, kind in enumerate(kinds):
-        before = config(max_steps=5 + place, train_rows=kind, after=before and before.digest())
+        before = config(max_steps=5 + place, train_rows=kind, after=before and before.id)
         folders.append(store.create(before, REVISION))
     return folders
 

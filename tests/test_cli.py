@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import yaml
 import architectures
 from rankwise import tasks
 from rankwise.cli import main
+from rankwise.runs import run_file
 from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
 from rankwise.sweep.compare import Outcome
@@ -358,8 +360,8 @@ def made_by_others(store: Store, method: str, file: str) -> int:
         code = {each: dict(names) for each, names in made.parts().items()}
         code[file] = dict.fromkeys(code[file], "another")
         by = Maker.now(made.data, code)
-        settings = yaml.safe_load((folder / "run.yaml").read_text())
-        write(folder / "run.yaml", {**settings, "made_with": by.made_with()})
+        kept = run_file.load(folder)
+        (folder / "run.yaml").write_text(replace(kept, made=by).text())
         (folder / "maker.json").write_text(by.text())
     return len(folders)
 

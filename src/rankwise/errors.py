@@ -30,6 +30,12 @@ def need(module: str, extra: str) -> ModuleType:
         raise InputError(f"{package} is not installed: pip install 'rankwise[{extra}]'") from None
 
 
+def require(holds: bool, message: str) -> None:
+    """Raise InputError(message) unless `holds`: how options are checked."""
+    if not holds:
+        raise InputError(message)
+
+
 _UNSEEN = re.compile(r"[^\n\t\x20-\x7e]")
 
 

@@ -93,7 +93,7 @@ def test_stages_of_chains_never_share_a_row(store: Store) -> None:
             before = None
             for stage in ({"epochs": epochs}, {"epochs": 1.0}, {"epochs": 1.0}, {"epochs": 1.0, "learning_rate": 0.5}):
                 last = "learning_rate" in stage
-                link = config(seed=seed, after=before and before.digest(), followed=not last, **stage)
+                link = config(seed=seed, after=before and before.id, followed=not last, **stage)
                 finish(store, link, epochs / 4 + seed / 8)
                 before = link
     found = rows(store)

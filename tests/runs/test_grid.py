@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 import rankwise
-from rankwise.runs.grid import expand, run_id
+from rankwise.runs.grid import expand
 from rankwise.settings import Experiment, RunConfig
 
 
@@ -15,14 +15,14 @@ def test_all_of_one_seed_come_before_the_next_and_nothing_comes_twice() -> None:
 
 def test_the_id_is_of_what_is_asked_and_not_of_where_or_by_what(monkeypatch: pytest.MonkeyPatch) -> None:
     config = RunConfig(task="cola")
-    name = run_id(config)
+    name = config.id
     assert len(name) == 12
     assert int(name, 16) >= 0
     different = [
-        run_id(RunConfig(task="mrpc")),
-        run_id(RunConfig(task="cola", seed=1)),
-        run_id(RunConfig(task="cola", method={"name": "lora", "rank": 4})),
+        RunConfig(task="mrpc").id,
+        RunConfig(task="cola", seed=1).id,
+        RunConfig(task="cola", method={"name": "lora", "rank": 4}).id,
     ]
     assert len({name, *different}) == 4
     monkeypatch.setattr(rankwise, "__version__", "999")
-    assert run_id(RunConfig(task="cola", runs="elsewhere")) == name
+    assert RunConfig(task="cola", runs="elsewhere").id == name

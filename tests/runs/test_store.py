@@ -1,4 +1,5 @@
 import fcntl
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -13,12 +14,11 @@ from rankwise.errors import InputError
 from rankwise.files import claim
 from rankwise.results.summary import Summary
 from rankwise.runs import maker
-from rankwise.runs.grid import settings_digest
 from rankwise.runs.maker import Code, Maker
 from rankwise.runs.record import progress
 from rankwise.runs.standing import State
 from rankwise.runs.store import Store
-from rankwise.settings import Experiment, RunConfig, as_yaml
+from rankwise.settings import FORMAT, Experiment, RunConfig, as_yaml
 from runs_made_up import REVISION, config, finish, result
 
 
@@ -34,6 +34,7 @@ def test_a_run_has_a_readable_folder_with_its_resolved_settings(store: Store) ->
     settings = yaml.safe_load((folder / "run.yaml").read_text())
     assert settings.pop("id") == folder.name.rpartition("-")[2]
     assert settings.pop("made_with") == {"rankwise": rankwise.__version__, "data": REVISION}
+    assert [settings.pop(key) for key in ("format", "kind")] == [FORMAT, "run"] and len(settings.pop("digest")) == 64
     assert settings == config(seed=3).model_dump(mode="json", exclude={"runs"})
     assert store.folders() == [folder]
     assert store.config(folder) == config(seed=3)
@@ -103,7 +104,7 @@ def done(store: Store, of: RunConfig, by: Maker, accuracy: float = 0.5, age: int
 
 
 def test_a_run_begins_with_one_of_its_own_version_code_and_data(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = config(followed=True), config(after=config(followed=True).digest())
+    first, second = config(followed=True), config(after=config(followed=True).id)
     monkeypatch.setattr(rankwise, "__version__", "0.0.1")
     older = made()
     monkeypatch.undo()
@@ -120,14 +121,14 @@ def test_a_run_begins_with_one_of_its_own_version_code_and_data(store: Store, mo
             store.before(folder)
     wanted = store.create(first, made())
     assert store.before(folder) == wanted and store.before(wanted) is None
-    assert store.named(first.digest()) == made().name
+    assert store.named(first.id) == made().name
     store.claim(folder, made())
     assert store.maker(folder) == made(before=made().name)
 
 
 def test_a_chain_is_stale_when_what_it_begins_with_was_made_again(store: Store) -> None:
     first = config(followed=True, method={"name": "full"})
-    second = config(after=first.digest())
+    second = config(after=first.id)
     by = Maker.now(REVISION, {"methods/full.py": {"Full": "1"}})
     folder = done(store, second, made(before=by.name))
     store.create(first, by)
@@ -198,8 +199,8 @@ def test_a_mended_run_is_still_that_of_its_maker(store: Store) -> None:
 
 def test_runs_of_older_versions_are_runs(store: Store) -> None:
     """Their ids held version and data, and their settings may be fewer than a run has now."""
-    settings = {key: value for key, value in config().model_dump(mode="json").items() if key not in ("runs", "clip")}
-    name = settings_digest([settings, "0.0.1", "abc"])[:12]
+    settings = config().model_dump(mode="json", exclude={"runs", "clip", "tuned"})
+    name = hashlib.sha256(json.dumps([settings, "0.0.1", "abc"], sort_keys=True).encode()).hexdigest()[:12]
     folder = store.folder / f"cola-lora-0-{name}"
     folder.mkdir(parents=True)
     text = as_yaml({"id": name, "made_with": {"rankwise": "0.0.1", "data": "abc"}, **settings})

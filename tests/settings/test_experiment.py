@@ -69,9 +69,9 @@ def test_each_combination_becomes_a_chain_whose_runs_name_the_one_before() -> No
         *((1, 4, 5.0), (1, 2, 3.0), (1, 1, 3.0)),
     ]
     for chain in (configs[:3], configs[3:]):
-        assert [c.after for c in chain] == [None, chain[0].digest(), chain[1].digest()]
+        assert [c.after for c in chain] == [None, chain[0].id, chain[1].id]
         assert [c.followed for c in chain] == [True, True, False]
-    assert len({c.digest() for c in configs}) == 6
+    assert len({c.id for c in configs}) == 6
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ def test_what_follows_a_failed_run_fails_with_it_and_goes_on_with_it(store: Stor
     assert "the run that it begins with is not done" in log
     assert folders[1].name in (folders[2] / "error.txt").read_text()
     assert not (folders[2] / "started").exists()
-    finish(store, config(max_steps=6, train_rows=2, after=config(max_steps=5).digest()), 0.5)
+    finish(store, config(max_steps=6, train_rows=2, after=config(max_steps=5).id), 0.5)
     assert sweep(store, folders[2:])[0].done == folders[2:]
 
 

@@ -169,7 +169,7 @@ def test_a_network_trained_on_one_set_is_adapted_to_another(tmp_path: Path) -> N
     settings = {"model": "unet", "batch_size": 4, "max_steps": 4, "learning_rate": 1e-2}
     before = make(tmp_path / "runs" / "first", task=first, method={"name": "full"}, followed=True, **settings)
     run(before)
-    digest = Store(tmp_path / "runs").config(before).digest()
+    digest = Store(tmp_path / "runs").config(before).id
     lora = {"name": "lora", "rank": 2, "targets": ["bottleneck"]}
     settings |= {"max_steps": 1, "learning_rate": 1e-12, "after": digest}
     after = make(tmp_path / "runs" / "second", task=second, method=lora, **settings)
@@ -262,7 +262,7 @@ def test_a_chain_goes_over_two_tasks_in_one_sweep(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"model": "unet", "batch_size": 4, "max_steps": 2, "runs": str(tmp_path / "runs")}
     before = RunConfig(task=first, method="full", followed=True, **settings)
     lora = {"name": "lora", "rank": 2, "targets": ["bottleneck"]}
-    after = RunConfig(task=second, method=lora, after=before.digest(), **settings)
+    after = RunConfig(task=second, method=lora, after=before.id, **settings)
     folders = [store.create(config, tasks.build(config.task).revision()) for config in (before, after)]
     assert store.before(folders[1]) == folders[0]
     assert [run(folder)["method"] for folder in folders] == ["full", "lora"]

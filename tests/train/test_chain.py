@@ -27,7 +27,7 @@ def test_a_run_begins_with_what_the_one_before_has_learnt(tmp_path: Path) -> Non
     kept = torch.load(first / "weights.pt", weights_only=True)
     gates = {name: value for name, value in kept.items() if name.endswith("gates")}
     assert gates and all((value < 1).all() for value in gates.values())
-    digest = Store(tmp_path / "runs").config(first).digest()
+    digest = Store(tmp_path / "runs").config(first).id
     for name in ("second", "third"):
         second = make(tmp_path / "runs" / name, method={**SORA, "sparsity": 0.0}, after=digest, max_steps=4)
         run(second)
@@ -44,7 +44,7 @@ def test_damaged_weights_of_the_run_before_are_named(tmp_path: Path) -> None:
     first = make(tmp_path / "runs" / "first", method=HEAD, max_steps=1, followed=True)
     run(first)
     kept = (first / "weights.pt").read_bytes()
-    digest = Store(first.parent).config(first).digest()
+    digest = Store(first.parent).config(first).id
     second = make(tmp_path / "runs" / "second", method=HEAD, max_steps=1, after=digest)
     middle = len(kept) // 2
     for damaged in (b"half", kept[:middle] + bytes([kept[middle] ^ 1]) + kept[middle + 1 :]):
@@ -56,7 +56,7 @@ def test_damaged_weights_of_the_run_before_are_named(tmp_path: Path) -> None:
 def test_a_run_that_cannot_begin_says_what_to_do(tmp_path: Path) -> None:
     lora = {"name": "lora", "rank": 2, "targets": ["query"]}
     first = make(tmp_path / "runs" / "first", method=lora, max_steps=1, followed=True)
-    digest = Store(first.parent).config(first).digest()
+    digest = Store(first.parent).config(first).id
     second = make(tmp_path / "runs" / "second", method={**lora, "targets": ["value"]}, max_steps=1, after=digest)
     with pytest.raises(InputError, match="is not done; first: rankwise train .*first$"):
         run(second)

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from peft import AdaLoraConfig
 from torch import nn
 
-from rankwise.methods.base import Method, require
+from rankwise.errors import require
+from rankwise.methods.base import Method
 from rankwise.methods.targets import ALL_LINEAR, adapt, placement
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan

@@ -21,7 +21,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rankwise.methods.base import Method, require
+from rankwise.errors import require
+from rankwise.methods.base import Method
 from rankwise.methods.subset import freeze
 from rankwise.nets.blocks import Outputs, outputs
 from rankwise.nets.hooks import let_compile_see_hooks

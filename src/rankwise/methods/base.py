@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, 
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from rankwise.errors import InputError, nearest
+from rankwise.errors import InputError, require
+from rankwise.named import Named
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan, rank_report, ranks, sites
 from rankwise.ranks.resize import resize
@@ -19,17 +20,14 @@ from rankwise.runs.search import Search
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-_registry: dict[str, type["Method"]] = {}
-
 
 @dataclass(frozen=True)
-class Method(ABC):
+class Method(Named, ABC, kind="method"):
     """One way to spend trainable parameters on a frozen model. Its fields are the YAML options.
 
     It has no state: whatever must survive a restart is a tensor on the model, so resuming needs no hook.
     """
 
-    name: ClassVar[str]
     whole: ClassVar[bool] = False
     """Whether all weights of the model train, so that any other method can go on from what it leaves."""
     sizes: ClassVar[tuple[str, ...]] = ()
@@ -39,13 +37,10 @@ class Method(ABC):
     factors: ClassVar[str] = "AB"
     """Which factors of its sites train, for a method that has sites."""
 
-    def __init_subclass__(cls, name: str = "", **kwargs: Any):
-        super().__init_subclass__(**kwargs)
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
         if "attach" in vars(cls):
             cls.attach = _exact(cls.attach)  # type: ignore[method-assign]
-        if name:
-            cls.name = name
-            _registry[name] = cls
 
     def __post_init__(self) -> None:
         for option, hint in get_type_hints(type(self)).items():
@@ -240,30 +235,3 @@ def adam_options(args: "TrainingArguments") -> tuple[float, tuple[float, float],
         if getattr(args, option):
             raise InputError(f"{option}={getattr(args, option)!r} would not be read: leave it out")
     return args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay
-
-
-def build(options: dict[str, Any]) -> Method:
-    """The method that `{"name": …, option: value, …}` describes.
-
-    Raises:
-        InputError: an unknown name or option, or a value out of range.
-    """
-    known = registry()
-    name = options.get("name")
-    if name not in known:
-        raise InputError(f"unknown method {name!r}{nearest(str(name), known)}; known: {', '.join(sorted(known))}")
-    try:
-        return known[name](**{k: v for k, v in options.items() if k != "name"})
-    except TypeError as error:
-        raise InputError(f"method {name}: {str(error).partition('() ')[2] or error}") from error
-
-
-def registry() -> dict[str, type[Method]]:
-    """All methods by name."""
-    return dict(_registry)
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise InputError(message) unless `holds`: how a method's `__post_init__` checks its options."""
-    if not holds:
-        raise InputError(message)

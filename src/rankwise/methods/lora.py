@@ -17,7 +17,8 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import nn
 
-from rankwise.methods.base import Method, require
+from rankwise.errors import require
+from rankwise.methods.base import Method
 from rankwise.methods.targets import ALL_LINEAR, adapt, placement
 from rankwise.ranks import sites
 from rankwise.ranks.guest import entrust

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from rankwise.methods.base import adam_options, require
+from rankwise.errors import require
+from rankwise.methods.base import adam_options
 from rankwise.methods.lora import LoRA
 from rankwise.optim.projected_adam import ProjectedAdam
 from rankwise.ranks import sites

@@ -12,8 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from rankwise.errors import NotFiniteError
-from rankwise.methods.base import require
+from rankwise.errors import NotFiniteError, require
 from rankwise.methods.lora import LoRA
 from rankwise.ranks import RankPlan, Site, ranks, sites
 from rankwise.ranks.scales import add_omega

@@ -21,7 +21,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from rankwise.methods.base import Method, require
+from rankwise.errors import require
+from rankwise.methods.base import Method
 from rankwise.methods.subset import freeze
 from rankwise.nets.virtual_tokens import add_virtual_tokens
 

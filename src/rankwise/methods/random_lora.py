@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rankwise.methods.base import require
+from rankwise.errors import require
 from rankwise.methods.lora import LoRA
 from rankwise.methods.weight_lora import check_keep
 from rankwise.ranks import RankPlan, sites

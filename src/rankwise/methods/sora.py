@@ -20,8 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import NotFiniteError
-from rankwise.methods.base import require
+from rankwise.errors import NotFiniteError, require
 from rankwise.methods.lora import LoRA
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, sites

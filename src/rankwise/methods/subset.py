@@ -14,8 +14,8 @@ from itertools import chain
 import torch
 from torch import nn
 
-from rankwise.errors import InputError
-from rankwise.methods.base import Method, require
+from rankwise.errors import InputError, require
+from rankwise.methods.base import Method
 from rankwise.methods.targets import check_bare, head_names
 from rankwise.nets.blocks import stacks
 from rankwise.ranks.sites import holds_codes

@@ -15,8 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.errors import InputError, nearest
-from rankwise.methods.base import require
+from rankwise.errors import InputError, nearest, require
 from rankwise.nets.fused import join, parts, split
 from rankwise.ranks.sites import check_convolution, features, is_convolution, is_weight
 

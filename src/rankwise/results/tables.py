@@ -56,10 +56,10 @@ def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
       folders: the folder of each seed's run.
     mean, sd and interval are None where they are not defined: no labels, or one seed; the interval also where all seeds
     are equal, which says nothing of the spread.
-    Runs that only try a rate (`tuning` in their settings) make no row; what they found is in `tuned` of the others.
+    Runs that only try a rate (of the kind `trial`) make no row; what they found is in `tuned` of the others.
     """
-    reported = [result for result in results if result["config"].get("tuning") is None]
-    tried = _contests([result for result in results if result["config"].get("tuning") is not None])
+    reported = [result for result in results if result["kind"] != "trial"]
+    tried = _contests([result for result in results if result["kind"] == "trial"])
     groups: dict[str, list[dict[str, Any]]] = {}
     for result in reported:
         settings = {key: value for key, value in result["config"].items() if key not in {"seed", "method", *_CHAIN}}
@@ -137,8 +137,8 @@ def _combination(result: dict[str, Any]) -> str:
 
 def _tuned(tried: dict[str, list[Tuned]], result: dict[str, Any]) -> Tuned | None:
     """How the rate of a reported run was chosen: by the tuning that chose it, if one did."""
-    if result["config"].get("eval_every") != 0:
-        return None  # it was evaluated on the way, so by no tuned experiment
+    if not result["tuned"]:
+        return None
     found = tried.get(_combination(result), [])
     return next((each for each in found if each["learning_rate"] == result["learning_rate"]), next(iter(found), None))
 

@@ -23,7 +23,10 @@ from typing import Any
 import rankwise
 from rankwise.files import read_json
 
-ASIDE = {"adapters", "archs", "cli", "errors", "files", "published", "report", "results", "runs", "settings", "sweep"}
+ASIDE = {
+    *("adapters", "archs", "cli", "errors", "files", "named", "published", "report", "results", "runs", "settings"),
+    "sweep",
+}
 """Rooms that decide no result."""
 
 Code = dict[str, dict[str, str]]

@@ -1,30 +1,126 @@
-"""What the `run.yaml` of a run holds: which run it is, what made it and its settings."""
+"""The `run.yaml` of a run, which says which run it is, what made it and its settings. Read and written here alone.
 
+Its last line is a digest of all lines above, so a file that was cut off or changed is known without asking what its
+settings mean. What the others say is believed; the id is not worked out again.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from rankwise.errors import InputError
 from rankwise.files import read_bytes
-from rankwise.runs.grid import is_id, settings_digest
 from rankwise.runs.maker import BEFORE, CODE, Maker
-from rankwise.settings import WRITTEN, RunConfig, read_yaml
+from rankwise.settings import FORMAT, WRITTEN, Kind, RunConfig, as_yaml, parse_yaml
 
+NAME = "run.yaml"
 DAMAGED = "its run.yaml is not what was written there: the same rankwise compare or train writes it again"
+_DIGEST = "digest: "
 
 
-class RunFile(NamedTuple):
+@dataclass(frozen=True)
+class RunFile:
     """What a `run.yaml` holds."""
 
     id: str
+    config: RunConfig
     made: Maker | None
     """None for a file that was written by hand."""
-    config: RunConfig
-    digest: str
-    """Of the settings as they stand there; an older version may have known fewer than `config` has."""
+    kind: Kind
+    format: int = FORMAT
+    """Of its id; 0 where that is a hash of all settings, or the file was written by hand."""
+    begun_with: Mapping[str, str] | None = None
+    """What another maker has noted, who began the run that `made` goes on with."""
+    digest: str = ""
+    """At format 0, of the settings as they stand there, by which the next stage of its chain calls it."""
 
-    def begins_with(self, other: "RunFile") -> bool:
-        """Whether this run begins with what the other has trained."""
-        return self.config.after in (other.digest, other.config.digest())
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What a run that begins with this one may call it."""
+        if self.made is None:
+            return (self.config.id,)
+        return (self.id, self.digest) if self.digest else (self.id,)
+
+    def text(self) -> str:
+        """The content of the file."""
+        content = {
+            "id": self.id,
+            "format": self.format,
+            "kind": self.kind,
+            **({} if self.made is None else {"made_with": self.made.made_with()}),
+            **({} if self.begun_with is None else {"begun_with": dict(self.begun_with)}),
+            **self.config.model_dump(mode="json", exclude={"runs"}),
+        }
+        return signed(as_yaml(content))
+
+
+def signed(text: str) -> str:
+    """The lines of a `run.yaml` with their digest below."""
+    return f"{text}{_DIGEST}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def read(folder: Path) -> RunFile | None:
+    """What the `run.yaml` of a run holds; None where it is missing, or not what was written."""
+    try:
+        return load(folder)
+    except (OSError, ValueError):  # InputError and pydantic's are ValueErrors
+        return None
+
+
+def load(folder: Path) -> RunFile:
+    """The same. Raises FileNotFoundError where it is missing, ValueError where it is not what was written."""
+    text = read_bytes(folder / NAME).decode()
+    content = parse_yaml(text)
+    if not isinstance(content, dict):
+        raise InputError(f"{folder / NAME}: {DAMAGED}")
+    settings = {key: value for key, value in content.items() if key not in WRITTEN}
+    try:
+        made = None if "made_with" not in content else Maker.of(content["made_with"], folder)
+        if "digest" in content:
+            whole = text == signed(text.rpartition(_DIGEST)[0])
+            found = RunFile(
+                *(content["id"], RunConfig.model_validate(settings), made),
+                *(content["kind"], content["format"], content.get("begun_with")),
+            )
+        else:
+            whole = made is None or _is_older_id(content["id"], settings, content["made_with"])
+            found = _older(content["id"], settings, made)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:  # it would go on as another run than the one that is named
+        raise InputError(f"{folder / NAME}: {DAMAGED}")
+    return found
+
+
+def _older(name: Any, settings: Mapping[str, Any], made: Maker | None) -> RunFile:
+    """Of a file without a digest: from before there was one, or written by hand."""
+    # only runs whose rate was tuned were never looked at on the way
+    config = RunConfig.model_validate({"tuned": settings.get("eval_every") == 0, **settings})
+    return RunFile(str(name), config, made, config.kind, format=0, digest="" if made is None else _digest(settings))
+
+
+def _is_older_id(name: Any, settings: Mapping[str, Any], made_with: Mapping[str, Any]) -> bool:
+    """Whether `name` is the hash of all settings, with version and data or without, that it was before format 1."""
+    older = [settings, made_with["rankwise"], made_with["data"]]
+    return str(name) in (_digest(settings)[:12], _digest(older)[:12])
+
+
+def _digest(settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def unreadable(folder: Path) -> str:
+    """Why nobody can say what a run is; "" where its settings can be read."""
+    try:
+        read_bytes(folder / NAME)
+    except FileNotFoundError:
+        return "there is no run.yaml in it, so nobody can say which run it was"
+    except InputError as error:
+        return str(error).replace(f"{folder}/", "")
+    return ""
 
 
 def apart(one: RunFile, other: RunFile) -> list[str]:
@@ -32,32 +128,7 @@ def apart(one: RunFile, other: RunFile) -> list[str]:
     if one.made is None or other.made is None:
         return [] if one.made is other.made else [CODE]
     for first, later in ((one, other), (other, one)):
-        if later.begins_with(first) and later.made.before not in ("", first.made.name):  # type: ignore[union-attr]
+        if later.config.after in first.names and later.made.before not in ("", first.made.name):  # type: ignore[union-attr]
             return [BEFORE]
-    data = [(each.config.task, each.config.tuning is None) for each in (one, other)]
+    data = [(each.config.task, each.kind == "trial") for each in (one, other)]
     return one.made.apart(other.made, same_data=data[0] == data[1])
-
-
-def read(folder: Path) -> RunFile | None:
-    """What the `run.yaml` of a run holds; None where it is missing, or not what was written."""
-    try:
-        settings = read_yaml(folder / "run.yaml")
-        name, made_with, _ = (settings.pop(key, None) for key in WRITTEN)
-        config = RunConfig.model_validate(settings)
-        if name is None or (made_with is not None and not is_id(str(name), settings, made_with)):
-            return None  # cut off or changed, it would go on as another run than the one that is named
-        made = None if made_with is None else Maker.of(made_with, folder)
-        return RunFile(str(name), made, config, settings_digest(settings))
-    except (KeyError, TypeError, ValueError, AttributeError):  # InputError and pydantic's are ValueErrors
-        return None
-
-
-def unreadable(folder: Path) -> str:
-    """Why nobody can say what a run is; "" where its settings can be read."""
-    try:
-        read_bytes(folder / "run.yaml")
-    except FileNotFoundError:
-        return "there is no run.yaml in it, so nobody can say which run it was"
-    except InputError as error:
-        return str(error).replace(f"{folder}/", "")
-    return ""

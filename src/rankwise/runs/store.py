@@ -3,9 +3,10 @@
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,11 @@ from rankwise.files import (
     write_whole,
 )
 from rankwise.runs import record, run_file
-from rankwise.runs.grid import run_id
 from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Maker, said
 from rankwise.runs.run_file import RunFile, apart
 from rankwise.runs.standing import Standing, State, held, pace
-from rankwise.settings import Experiment, RunConfig, as_yaml
+from rankwise.settings import FORMAT, Experiment, RunConfig, as_yaml
 
 MEMORY = "memory.json"
 """In a run folder: how many rows go through the model at once, once memory has run out."""
@@ -65,7 +65,29 @@ class Store:
 
     def place(self, config: RunConfig) -> Path:
         """Where this run is or would be."""
-        return self.folder / f"{config.task['name']}-{config.method['name']}-{config.seed}-{run_id(config)}"
+        folder = self.folder / f"{config.task['name']}-{config.method['name']}-{config.seed}-{config.id}"
+        return folder if os.path.lexists(folder) else self._elsewhere.get(config.id, folder)
+
+    @cached_property
+    def _elsewhere(self) -> dict[str, Path]:
+        """By the ids that they would have now, the runs in folders of other names, as of ids of an older format."""
+        files = sorted(self.folder.glob("*/run.yaml"), key=lambda file: _age(file.parent), reverse=True)
+        found = {each.parent: kept for each in files if (kept := run_file.read(each.parent)) and kept.made}
+        named = {name: kept for kept in found.values() for name in kept.names}
+
+        def now(kept: RunFile) -> str:
+            if kept.format == FORMAT:
+                return kept.id
+            before = named.get(kept.config.after or "")
+            after = kept.config.after if before is None else now(before)
+            return kept.config.model_copy(update={"after": after}).id
+
+        elsewhere = {
+            folder: kept
+            for folder, kept in found.items()
+            if kept.format != FORMAT or folder.name.rpartition("-")[2] != kept.id
+        }
+        return {now(kept): folder for folder, kept in elsewhere.items()}
 
     def create(self, config: RunConfig, made: Maker | str) -> Path:
         """The folder of this run, made with its `run.yaml` where it was not there yet.
@@ -76,21 +98,21 @@ class Store:
         """
         made = Maker(rankwise.__version__, made) if isinstance(made, str) else made
         folder = self.place(config)
-        known, found = run_file.read(folder) is not None, self.maker(folder)
-        if known and (found == made or self.begun(folder)):
+        kept, noted = run_file.read(folder), self.maker(folder)
+        if kept and (noted == made or self.begun(folder)):
+            if kept.made and config.tuned and not kept.config.tuned:  # it was carried out before rates were tried
+                self._write(folder, replace(kept, config=config), kept.made)
             return folder
-        if not known and self.begun(folder):
-            made = found or Maker("unknown", "unknown")  # its run.yaml is mended; that it was made here nobody knows
-        self._write(folder, config, made)
+        if not kept and self.begun(folder):
+            made = noted or Maker("unknown", "unknown")  # its run.yaml is mended; that it was made here nobody knows
+        self._write(folder, RunFile(config.id, config, made, config.kind), made)
         return folder
 
-    def _write(self, folder: Path, config: RunConfig, made: Maker, **more: Any) -> None:
-        settings = config.model_dump(mode="json", exclude={"runs"})
-        content = {"id": run_id(config), "made_with": made.made_with(), **more, **settings}
+    def _write(self, folder: Path, content: RunFile, made: Maker) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / MAKER, made.text())
-            write_whole(folder / "run.yaml", as_yaml(content))
+            write_whole(folder / run_file.NAME, replace(content, made=made).text())
         except OSError as error:
             raise unwritable(self.folder, error) from None
 
@@ -121,11 +143,18 @@ class Store:
                 found[folder] = differences
         return found
 
-    def named(self, digest: str) -> str:
-        """The `name` of what made the run with these settings; "" where there is none or nothing is noted."""
-        kept = (found for folder in self.folders() if (found := run_file.read(folder)))
-        made = next((each.made for each in kept if digest in (each.digest, each.config.digest())), None)
+    def named(self, run: str) -> str:
+        """The `name` of what made a run that another one begins with; "" where there is none or nothing is noted."""
+        made = next((kept.made for _, kept in self._called(run)), None)
         return made.name if made else ""
+
+    def _called(self, run: str) -> Iterator[tuple[Path, RunFile]]:
+        """The runs that may be meant where a stage of a chain says what it begins with."""
+        for folder in self.folders():
+            if (kept := run_file.read(folder)) and run in kept.names:
+                yield folder, kept
+        if (elsewhere := self._elsewhere.get(run)) and (kept := run_file.read(elsewhere)):
+            yield elsewhere, kept
 
     def claim(self, folder: Path, made: Maker) -> None:
         """Note what is about to train a run, unless it was made by hand. InputError for one that others have begun."""
@@ -133,7 +162,7 @@ class Store:
         if found is None or found.made is None:
             return
         if found.config.after is not None:
-            before = self._before(folder, found._replace(made=made))[1].made
+            before = self._before(folder, replace(found, made=made))[1].made
             made = replace(made, before=before.name if before else "")
         if found.made == made:
             return
@@ -142,13 +171,13 @@ class Store:
                 f"{folder.name} was begun with {said(made.differs(found.made))}; `rankwise train {folder}` goes on all "
                 "the same with --reuse, and begins anew with --repeat"
             )
-        self._write(folder, found.config, made)
+        self._write(folder, replace(found, begun_with=None), made)
 
     def take_over(self, folder: Path, made: Maker) -> None:
         """Let `made` go on with what another maker has begun; that is noted. Raises InputError as `create`."""
         found = run_file.read(folder)
         if found is not None and found.made is not None:
-            self._write(folder, found.config, made, begun_with=found.made.made_with())
+            self._write(folder, replace(found, begun_with=found.made.made_with()), made)
 
     def clear(self, folder: Path) -> None:
         """Let a run be carried out from its beginning: what it has found is lost. InputError where it is at work."""
@@ -177,7 +206,7 @@ class Store:
     def tries(self, folder: Path) -> bool:
         """Whether a run only tries a learning rate, and is in no table."""
         found = run_file.read(folder)
-        return found is not None and found.config.tuning is not None
+        return found is not None and found.kind == "trial"
 
     def note_error(self, folder: Path, text: str) -> None:
         """Write why a run failed, or at least that it did: a full disk often has room for an empty file."""
@@ -304,14 +333,13 @@ class Store:
     def check_before(self, config: RunConfig, made: Maker) -> None:
         """Raise InputError where a run that is yet to be created says that it begins with one that is not here."""
         if config.after is not None:
-            self._before(self.place(config), RunFile(run_id(config), made, config, config.digest()))
+            self._before(self.place(config), RunFile(config.id, config, made, config.kind))
 
     def _before(self, folder: Path, own: RunFile) -> tuple[Path, RunFile]:
         why = []
-        for other in self.folders():
-            found = run_file.read(other)
-            if found and own.begins_with(found) and not (why := apart(found, own)):
-                return other, found
+        for other, kept in self._called(own.config.after or ""):
+            if not (why := apart(kept, own)):
+                return other, kept
         if why:
             raise InputError(
                 f"{folder}: the run that it begins with was made with {said(why)}; carry out the whole chain again, "
@@ -337,7 +365,7 @@ class Store:
         step, steps = record.progress(folder)
         error, found = record.damage(folder), run_file.read(folder)
         rate = found.config.learning_rate if found else None
-        tries = found is not None and found.config.tuning is not None
+        tries = found is not None and found.kind == "trial"
         if found is None:
             error = run_file.unreadable(folder) or run_file.DAMAGED
         elif state == "failed":
@@ -368,7 +396,8 @@ class Store:
         return result if same and rest else None
 
     def results(self, folders: Sequence[Path] | None = None) -> list[dict[str, Any]]:
-        """The results of finished runs (of those in `folders`), each with its `folder`, its `config` and `lineage`.
+        """The results of finished runs (of those in `folders`), each with its `folder`, `kind`, `config` and `lineage`,
+        and whether its rate was `tuned`.
 
         They may be compared with each other, for what they share of their makers is alike; the newest such runs count.
         The lineage of a run in a chain is the settings, without the seed, of the runs it goes back to, the first first.
@@ -377,7 +406,9 @@ class Store:
             {
                 **result,
                 "folder": folder,
-                "config": kept.config.model_dump(mode="json", exclude={"runs"}),
+                "kind": kept.kind,
+                "tuned": kept.config.tuned,
+                "config": kept.config.model_dump(mode="json", exclude={"runs", "tuned"}),
                 "lineage": self._lineage(folder),
             }
             for folder, (result, kept, apart) in self._finished(folders).items()
@@ -405,7 +436,7 @@ class Store:
             kept = found[folder].kept
             # the same holds for all runs of one maker; in a chain it counts which run they begin with
             chain = [kept.config.after, kept.id if kept.config.followed else ""]
-            like = repr([kept.made and kept.made.name, kept.config.task, kept.config.tuning, *chain])
+            like = repr([kept.made and kept.made.name, kept.config.task, kept.kind == "trial", *chain])
             if like not in known:
                 known[like] = next((why for other in chosen if (why := apart(kept, other))), [])
                 if not known[like]:
@@ -420,7 +451,7 @@ class Store:
             return [{"unknown": True}]  # its folder is gone
         if before is None:
             return []
-        settings = self.config(before).model_dump(mode="json", exclude={"runs", "seed", "after", "followed"})
+        settings = self.config(before).model_dump(mode="json", exclude={"runs", "tuned", "seed", "after", "followed"})
         return [*self._lineage(before), settings]
 
 

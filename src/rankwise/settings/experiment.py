@@ -11,7 +11,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from rankwise.errors import InputError, nearest
-from rankwise.settings.run import FARTHEST, RunConfig, explain, named, put, run_config
+from rankwise.named import FARTHEST
+from rankwise.settings.run import RunConfig, explain, named, put, run_config
 
 MOST_RUNS = 10_000  # of an experiment, and of what its tuning tries
 # Settings of a run that an entry of these axes may bring along for itself.
@@ -111,7 +112,7 @@ class Contest:
 
     def reported(self, rate: float) -> list[RunConfig]:
         """The runs at the rate that was chosen; the rows to evaluate on are looked at once, at the end."""
-        own = {**self.settings, "learning_rate": rate, "eval_every": 0}
+        own = {**self.settings, "learning_rate": rate, "eval_every": 0, "tuned": not self.settled}
         return [run_config({**own, "seed": seed}) for seed in self.seeds]
 
 
@@ -165,7 +166,7 @@ class Experiment(BaseModel):
         for data in self.combinations():
             before: RunConfig | None = None
             for place, stage in enumerate(self.chain or [{}]):
-                settings = {**data, "followed": place < len(self.chain) - 1, "after": before and before.digest()}
+                settings = {**data, "followed": place < len(self.chain) - 1, "after": before and before.id}
                 for key, value in stage.items():
                     put(settings, key, value)
                 before = fit(run_config(settings))

@@ -11,14 +11,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from rankwise.errors import InputError, nearest
+from rankwise.named import options_of
 from rankwise.settings.experiment import MOST_RUNS, OWN, Experiment, Published, Span, Tune
 from rankwise.settings.run import NAMED, SECTIONS, WRITTEN, RunConfig, explain, named, put, run_config
-from rankwise.settings.schema import Schema, check_options, options_of
+from rankwise.settings.schema import Schema, check_options
 from rankwise.settings.yaml_files import parse_yaml, plain_data, quoted, read_yaml
 
 # Settings of a run that a section of an experiment makes, each with what to write in their place.
 _BY_SECTION = {
     "tuning": "tune chooses learning rates, and tune.share says by what",
+    "tuned": "tune chooses learning rates, and notes that it did",
     "after": "the stages of `chain:` follow one another by themselves",
     "followed": "the stages of `chain:` follow one another by themselves",
 }
@@ -166,12 +168,12 @@ def _experiment(
         raise InputError(explain(error)) from None
     _check_size(experiment)
     # Each combination is checked here, so that a sweep cannot stumble over its last run hours later.
-    by_digest: dict[str, RunConfig] = {}
+    before: RunConfig | None = None
     for config in experiment.configs():
         _complete(config, schema)
-        by_digest[config.digest()] = config
-        if config.after is not None:
-            _check_link(by_digest[config.after], config, schema)
+        if before is not None and config.after is not None:
+            _check_link(before, config, schema)
+        before = config
     fitted = (vary.get("budget") or [data.get("budget")]) != [None]
     for key, known in (("method", schema.methods), ("task", schema.tasks)):
         if key in vary:

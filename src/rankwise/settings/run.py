@@ -10,18 +10,23 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from rankwise.errors import InputError, nearest
+from rankwise.named import FARTHEST, LARGEST, asked
 from rankwise.settings.yaml_files import quoted
 
-LARGEST = 2**31 - 1  # of a whole number; no option counts more than that
-FARTHEST = 1e38  # of any other number, on both sides of 0: what a float32 can hold
+FORMAT = 1
+"""Number of the format of ids. They leave out what has its default, so it rises when any default changes its value."""
 # What an experiment has beside the settings of its runs.
 SECTIONS = ("vary", "chain", "tune", "report", "smoke", "published")
 # What rankwise itself writes into a run.yaml, beside the settings.
-WRITTEN = ("id", "made_with", "begun_with")
+WRITTEN = ("id", "format", "kind", "made_with", "begun_with", "digest")
 # What is named and may have options below its name, each with an example.
 NAMED = {"method": "lora", "task": "mrpc"}
 # What `scale: smoke` allows at most: enough to go through every stage of a run, too little to learn anything.
 SMOKE = {"train_rows": 64, "eval_rows": 64, "max_steps": 4}
+
+
+Kind = Literal["run", "trial", "stage"]
+"""A run that is reported on its own, one that tries a learning rate, or a stage of a chain."""
 
 
 class RunConfig(BaseModel):
@@ -98,17 +103,29 @@ class RunConfig(BaseModel):
         default="full", description="smoke: a few rows and steps, to try the whole way"
     )
     runs: str = Field(default="runs", min_length=1, description="folder in which the folder of the run is made")
+    tuned: bool = Field(default=False, description="whether `tune:` has chosen the learning rate; `tune:` sets it")
     after: str | None = Field(
-        default=None, description="digest of the run whose trained weights this one begins with; `chain:` sets it"
+        default=None, description="id of the run whose trained weights this one begins with; `chain:` sets it"
     )
     followed: bool = Field(
         default=False, description="keep all that was trained, for a run that begins with it; `chain:` sets it"
     )
 
-    def digest(self) -> str:
-        """64 hex digits that name these settings, wherever the run is stored."""
-        settings = self.model_dump(mode="json", exclude={"runs"})
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    @property
+    def id(self) -> str:
+        """12 hex digits that name a run by what is asked, which is what differs from the defaults.
+
+        So a setting or an option that is added later, with a default, leaves the ids of all older runs as they are.
+        Where a run is stored and what makes it are not in its id, nor is whether `tune:` has chosen its rate.
+        """
+        settings = self.model_dump(mode="json", exclude={"runs", "tuned", *NAMED}, exclude_defaults=True)
+        settings |= {key: asked(key, getattr(self, key)) for key in NAMED}
+        return hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def kind(self) -> Kind:
+        """What the run is for, as its `run.yaml` then says."""
+        return "trial" if self.tuning is not None else "stage" if self.after is not None or self.followed else "run"
 
     @model_validator(mode="before")
     @classmethod

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from rankwise.errors import InputError, nearest
+from rankwise.named import defaults, options_of
 from rankwise.settings.experiment import Published, Tune
-from rankwise.settings.run import FARTHEST, LARGEST, NAMED, RunConfig, explain
+from rankwise.settings.run import NAMED, RunConfig, explain
 from rankwise.settings.yaml_files import quoted
 
 
@@ -75,9 +74,8 @@ def _part_schema(name: str, kind: type, words: Sequence[str]) -> dict[str, Any]:
     required = []
     for field, hint in options_of(kind).items():
         options[field.name] = TypeAdapter(hint).json_schema()
-        made = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if made is not dataclasses.MISSING:
-            options[field.name]["default"] = TypeAdapter(hint).dump_python(made, mode="json")
+        if field.name in defaults(kind):
+            options[field.name]["default"] = defaults(kind)[field.name]
         else:
             required.append(field.name)
     return {
@@ -88,25 +86,6 @@ def _part_schema(name: str, kind: type, words: Sequence[str]) -> dict[str, Any]:
         "oneOf": [{"required": [word]} for word in words],
         "additionalProperties": False,
     }
-
-
-def options_of(kind: type) -> dict[dataclasses.Field[Any], Any]:
-    """Fields of a method's or a task's dataclass that are options, with their types, in which numbers have bounds."""
-    hints = typing.get_type_hints(kind)
-    return {field: _bounded(hints[field.name]) for field in dataclasses.fields(kind) if field.init}
-
-
-def _bounded(hint: Any) -> Any:
-    """A type in which no whole number is beyond LARGEST, and no other beyond FARTHEST."""
-    if hint is int:
-        return Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
-    if hint is float:
-        return Annotated[float, Field(ge=-FARTHEST, le=FARTHEST, allow_inf_nan=False)]
-    kind, parts = typing.get_origin(hint), typing.get_args(hint)
-    if not parts or kind in (Literal, Annotated):
-        return hint
-    bounded = tuple(map(_bounded, parts))
-    return typing.Union[bounded] if kind in (types.UnionType, typing.Union) else kind[bounded]  # noqa: UP007
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from rich.console import Console
 from rankwise.errors import InputError
 from rankwise.files import opened
 from rankwise.processes.stop import INTERRUPTED, STOPPED, answering
+from rankwise.runs import run_file
 from rankwise.runs.record import progress as steps_of
 from rankwise.runs.store import Store
 from rankwise.settings import RunConfig
@@ -80,7 +81,7 @@ def called(config: RunConfig) -> str:
 
 def _before(store: Store, configs: dict[Path, RunConfig]) -> dict[Path, Path]:
     """Of each run in a chain but the first the run that it begins with, in the sweep or done before."""
-    known = {config.digest(): folder for folder, config in configs.items()}
+    known = {name: folder for folder in configs if (kept := run_file.read(folder)) for name in kept.names}
     found = {
         folder: known.get(config.after) or store.before(folder)
         for folder, config in configs.items()

@@ -123,7 +123,7 @@ def _revisions(configs: Sequence[RunConfig]) -> dict[tuple[str, bool], str]:
 def makers(store: Store, configs: Sequence[RunConfig]) -> Callable[[RunConfig], Maker]:
     """What would make each of `configs` now, or another run of their tasks. Raises InputError as `_revisions` does."""
     revisions = _revisions(configs)
-    known = {config.digest(): config for config in configs}
+    known = {config.id: config for config in configs}
 
     def maker(config: RunConfig) -> Maker:
         before = ""

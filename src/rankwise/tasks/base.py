@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from rankwise.errors import InputError
+from rankwise.named import Named
 from rankwise.runs.answers import Answers
 
 if TYPE_CHECKING:
@@ -78,14 +79,12 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Task(ABC):
+class Task(Named, ABC, kind="task"):
     """One task. A subclass names itself: `class CoLA(Classification, name="cola")`; its fields are the YAML options.
 
     Its docstring's first line is the summary.
     """
 
-    known: ClassVar[dict[str, type["Task"]]] = {}
-    name: ClassVar[str] = ""
     family: ClassVar[Family]
     text: ClassVar[tuple[str, ...]] = ()
     """The columns that the model reads."""
@@ -100,18 +99,6 @@ class Task(ABC):
     """Name of the benchmark in whose average the task counts."""
     averaged: ClassVar[tuple[str, ...]] = ()
     """The metrics, suffixes included, whose mean counts there."""
-
-    def __init_subclass__(cls, name: str = "", aliases: Sequence[str] = (), **rest: Any) -> None:
-        super().__init_subclass__(**rest)
-        if not name:
-            return
-        cls.name = name
-        for word in (name, *aliases):
-            if word in Task.known:
-                raise TypeError(
-                    f"two tasks are called {word!r}: {Task.known[word].__qualname__} and {cls.__qualname__}"
-                )
-            Task.known[word] = cls
 
     @property
     def label(self) -> str:

@@ -1,7 +1,5 @@
 """Where runs are carried out: one file per runner, found by its name. A new runner is one new file here."""
 
-import importlib
-import pkgutil
 from collections.abc import Sequence
 
 from rankwise.errors import InputError, nearest
@@ -11,12 +9,7 @@ from rankwise.sweep.runners.base import Ended, Runner
 
 __all__ = ["Ended", "Runner", "registry", "runner"]
 
-
-def registry() -> dict[str, type[Runner]]:
-    """Every runner by its name."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    return dict(sorted(Runner.known.items()))
+registry = Runner.registry
 
 
 def runner(name: str, options: Sequence[str] = ()) -> Runner:

@@ -4,9 +4,9 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
-from rankwise.errors import InputError
+from rankwise.errors import require
+from rankwise.named import Named
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Ended:
 
 
 @dataclass(eq=False)
-class Runner(ABC):
+class Runner(Named, ABC, kind="runner"):
     """Carries out runs, each as `rankwise train FOLDER` in a process that can crash without harm to the others.
 
     A subclass names itself: `class Local(Runner, name="local")`, and is a dataclass whose fields are the options that
@@ -44,15 +44,8 @@ class Runner(ABC):
         command: what carries out a run; its folder is put behind it.
     """
 
-    known: ClassVar[dict[str, type["Runner"]]] = {}
-
     jobs: int | None = None
     command: tuple[str, ...] = (sys.executable, "-m", "rankwise", "train")
-
-    def __init_subclass__(cls, name: str = "") -> None:
-        super().__init_subclass__()
-        if name:
-            Runner.known[name] = cls
 
     def __post_init__(self) -> None:
         self.command = tuple(self.command)
@@ -85,9 +78,3 @@ class Runner(ABC):
 
     def close(self) -> None:  # noqa: B027 - most runners hold nothing
         """Let go of what the starts have fetched; a later start fetches it again."""
-
-
-def require(holds: bool, message: str) -> None:
-    """Raise InputError(message) unless `holds`: how a runner's `__post_init__` checks its options."""
-    if not holds:
-        raise InputError(message)

@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rankwise.errors import InputError, need
+from rankwise.errors import InputError, need, require
 from rankwise.files import unwritable
 from rankwise.processes.stop import STOPPED
-from rankwise.sweep.runners.base import Ended, Runner, require
+from rankwise.sweep.runners.base import Ended, Runner
 from rankwise.sweep.runners.local import cores
 from rankwise.sweep.runners.process import Order, Over, carry, logged, send
 

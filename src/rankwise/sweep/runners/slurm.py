@@ -11,10 +11,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal
 
-from rankwise.errors import InputError, need
+from rankwise.errors import InputError, need, require
 from rankwise.files import appended, unwritable
 from rankwise.processes.stop import STOPPED
-from rankwise.sweep.runners.base import Ended, Runner, require
+from rankwise.sweep.runners.base import Ended, Runner
 from rankwise.sweep.runners.process import Order, Over, carry, logged, send, sent
 
 MARGIN = 40.0
