@@ -318,7 +318,7 @@ def test_retry_leaves_a_rate_alone_at_which_training_diverges(cli: Cli, tmp_path
     store = Store(tmp_path)
     tune(store, {1e-3: 0.5}, 1e-3)
     folder = store.create(config(learning_rate=5.0, tuning=0.1, seed=7), REVISION)
-    (folder / "error.txt").write_text("loss is nan at step 1\n\nrankwise.train.progress.DivergedError: loss is nan\n")
+    store.note_error(folder, "loss is nan at step 1\n\nTraceback\n", diverged=True)
     code, out, err = cli("retry", tmp_path)
     assert code == 0 and "no run has failed" in err and "chosen" in out
     assert (folder / "error.txt").exists()

@@ -5,6 +5,7 @@ import resource
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from rankwise.files import (
     read_json,
     read_lines,
     read_text,
+    remembered,
     remove_checkpoint,
     tidy,
     unfinished,
@@ -112,3 +114,22 @@ def test_nothing_is_deleted_that_was_not_claimed(tmp_path: Path) -> None:
     remove_checkpoint(tmp_path / "checkpoint-9")
     assert [path.name for path in (tmp_path / "checkpoint-9").iterdir()] == ["notes"]
     assert not checkpoints(tmp_path) and not (tmp_path / WRITTEN).exists()
+
+
+def test_what_was_read_is_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, looks = tmp_path / "file", []
+
+    def read(path: Path) -> str:
+        looks.append(path)
+        return path.read_text()
+
+    file.write_text("one")
+    assert [remembered(read, file) for _ in range(2)] == ["one", "one"] and len(looks) == 2  # it may still change
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    assert [remembered(read, file) for _ in range(3)] == ["one"] * 3 and len(looks) == 3
+    file.write_text("two, of another size")
+    assert remembered(read, file) == "two, of another size" and len(looks) == 4
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        remembered(read, file)

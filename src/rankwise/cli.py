@@ -100,7 +100,7 @@ def train(
     """Carry out one run, from the start or from where it was stopped."""
     from rankwise.errors import InputError
     from rankwise.processes.launched import is_main, launched
-    from rankwise.runs.record import maker_of
+    from rankwise.runs.run_file import maker_of
     from rankwise.runs.store import Store
 
     launched()  # before a folder is made
@@ -254,7 +254,7 @@ def retry(
         folder
         for folder in store.folders()
         # a rate at which training diverges is out, and would diverge again
-        if store.state(folder) == "failed" and not (store.tries(folder) and store.diverged(folder))
+        if store.state(folder) == "failed" and not (store.tries(folder) and store.failure(folder).diverged)
     ]
     if not failed:
         _print(f"{runs}: no run has failed", file=sys.stderr)
@@ -611,7 +611,7 @@ def _exit_code(store: Store, outcome: Outcome) -> int:
     from rankwise.sweep.progress import counted
 
     if outcome.failed:
-        lasting = sum(map(store.lasting, outcome.failed))
+        lasting = sum(store.failure(folder).lasting for folder in outcome.failed)
         if again := len(outcome.failed) - lasting:
             it = "it" if again == 1 else "them"
             _print(f"{counted(again)} failed; `rankwise retry {store.folder}` carries {it} out again", file=sys.stderr)

@@ -9,12 +9,15 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Set
+import time
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rankwise.errors import InputError, nearest
+
+T = TypeVar("T")
 
 MARKER = "complete.json"
 """Last file of a checkpoint: the digests of all others, and what the run carries over a restart."""
@@ -177,6 +180,27 @@ def read_json(path: Path) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is damaged: not valid JSON: {error}") from None
+
+
+_remembered: dict[tuple[Path, Callable[[Path], Any]], tuple[tuple[int, ...], Any]] = {}
+_SETTLED = 2 * 10**9
+"""Nanoseconds after a change in which another one may leave no trace in the times of a file."""
+
+
+def remembered(read: Callable[[Path], T], path: Path) -> T:
+    """`read(path)`, which is not called again before the file has changed. Its result must not be changed."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return read(path)
+    stamp = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    known, value = _remembered.get((path, read), (None, None))
+    if known == stamp:
+        return cast("T", value)
+    value = read(path)
+    if time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > _SETTLED:
+        _remembered[path, read] = stamp, value
+    return value
 
 
 def check_regular(path: Path) -> Path:

@@ -259,7 +259,7 @@ def test_the_rates_that_were_tried_are_shown_apart_from_what_is_reported(tmp_pat
     tune(store, {1e-4: 0.6, 1e-3: 0.8, 1e-2: 0.7}, 1e-3, budget=4_000)
     tune(store, {1e-3: 0.4, 1e-2: 0.3}, 1e-3, method={"name": "head"})
     failed = store.create(config(learning_rate=1.0, tuning=0.1, seed=7), "0123456789ab")
-    (failed / "error.txt").write_text("loss is nan\n\nDivergedError: loss is nan\n")
+    store.note_error(failed, "loss is nan\n\nTraceback\n", diverged=True)
     found = page(tmp_path)
     assert "Learning rates tried" in found.text
     assert "lora rank=4 0.001 1 0.800 chosen lora rank=4 0.01 1 0.700" in found.text

@@ -151,3 +151,18 @@ def test_runs_are_read_without_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "runs")], check=True)
+
+
+def test_a_failure_says_whether_it_would_come_again(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    folder = store.create(config(), REVISION)
+    assert not store.failure(folder).lasting
+    for facts, lasting in (({}, False), ({"diverged": True}, True), ({"refused": True}, True)):
+        store.note_error(folder, "loss is nan\n\nTraceback\n", **facts)
+        found = json.loads((folder / "error.json").read_text())
+        assert found == {"error": "loss is nan", "diverged": False, "refused": False, **facts}
+        assert store.failure(folder).lasting == lasting and store.state(folder) == "failed"
+    (folder / "error.json").write_text("{")
+    assert not store.failure(folder).lasting and store.standing(folder).error == "loss is nan"
+    store.forget_error(folder)
+    assert store.state(folder) == "pending" and not (folder / "error.json").exists()

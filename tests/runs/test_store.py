@@ -292,7 +292,7 @@ class BegunAgain(Store):
 def test_a_run_that_is_begun_again_while_somebody_looks_is_no_error(tmp_path: Path) -> None:
     store = BegunAgain(tmp_path / "runs")
     folder = store.create(config(), REVISION)
-    for look in (store.standing, store.diverged):
+    for look in (store.standing, store.failure):
         (folder / "error.txt").write_text("broken\n")
         look(folder)
         assert not (folder / "error.txt").exists()

@@ -67,7 +67,7 @@ if config.train_rows == 5:
     (folder / "child").write_text(f"{child.pid}\n")
     time.sleep(600)
 if config.learning_rate > 0.1:
-    (folder / "error.txt").write_text("loss is nan at step 1\n\nrankwise.train.progress.DivergedError: loss is nan\n")
+    Store(folder.parent).note_error(folder, "loss is nan at step 1\n\nTraceback\n", diverged=True)
     sys.exit(1)
 score = 0.5 - abs(math.log10(config.learning_rate / 1e-3)) / 10
 (folder / "result.json").write_text(json.dumps(result(folder, config, score)))

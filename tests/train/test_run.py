@@ -314,7 +314,7 @@ def test_gates_that_are_not_finite_have_diverged_like_a_loss(tmp_path: Path) -> 
     folder = make(tmp_path / "run", method={"name": "sora", "rank": 2, "gate_rate": 1e38}, max_steps=4)
     with pytest.raises(DivergedError, match="gates are not finite after step"):
         run(folder)
-    assert Store(tmp_path).diverged(folder)
+    assert Store(tmp_path).failure(folder).diverged
 
 
 def test_settings_that_cannot_be_read_leave_a_finished_run_finished(finished: Path, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def _unfinished(store: Store, folder: Path) -> Page:
     standing = store.standing(folder)
     try:
         config = store.config(folder)
-        content = config.model_dump(mode="json", exclude={"runs"})
+        content = config.model_dump(mode="json", exclude={"runs", "tuned"})
         label, settings = _label(config.task["name"], config.method["name"], content), _settings(content)
     except InputError:
         label, settings = folder.name, ""

@@ -2,14 +2,14 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rankwise.errors import InputError
-from rankwise.files import MOST_LINES, read_json, read_text
-from rankwise.runs.maker import Maker
+from rankwise.files import MOST_LINES, read_json, read_text, remembered
 from rankwise.settings import Published, read_yaml
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -137,11 +137,15 @@ def experiment(path: Path) -> dict[str, Any]:
 
 def result(folder: Path) -> dict[str, Any]:
     """What the `result.json` of a run says. FileNotFoundError where it is not there, InputError where it is damaged."""
-    content = read_json(folder / "result.json")
+    return dict(remembered(_result, folder / "result.json"))
+
+
+def _result(path: Path) -> dict[str, Any]:
+    content = read_json(path)
     try:
         _Result.model_validate(content)
     except ValidationError as error:
-        raise _damaged(folder / "result.json", error) from None
+        raise _damaged(path, error) from None
     return dict(content)
 
 
@@ -162,9 +166,22 @@ def rank_course(folder: Path) -> list[dict[str, Any]]:
 
 def progress(folder: Path) -> tuple[int, int | None]:
     """Steps done and steps of the whole run, from `metrics.jsonl`; (0, None) before its first line."""
-    lines = course(folder)
+    return remembered(_progress, folder / "metrics.jsonl")[:2]
+
+
+def damage(folder: Path) -> str:
+    """What of the course of a run cannot be read, in a few words; "" for nothing."""
+    return remembered(_progress, folder / "metrics.jsonl")[2] or remembered(_rank_damage, folder / "ranks.jsonl")
+
+
+def _progress(path: Path) -> tuple[int, int | None, str]:
+    lines, damage = _lines(path, _Step)
     steps = next((line["steps"] for line in lines if "steps" in line), None)
-    return max((line["step"] for line in lines), default=0), steps
+    return max((line["step"] for line in lines), default=0), steps, damage
+
+
+def _rank_damage(path: Path) -> str:
+    return _lines(path, _Ranks)[1]
 
 
 def error_lines(folder: Path) -> list[str]:
@@ -175,10 +192,30 @@ def error_lines(folder: Path) -> list[str]:
         return []
 
 
-def damage(folder: Path) -> str:
-    """What of the course of a run cannot be read, in a few words; "" for nothing."""
-    found = (_lines(folder / name, kind)[1] for name, kind in (("metrics.jsonl", _Step), ("ranks.jsonl", _Ranks)))
-    return next(filter(None, found), "")
+@dataclass(frozen=True)
+class Failure:
+    """Why a run has failed, as `error.json` says it."""
+
+    error: str = ""
+    """In one line."""
+    diverged: bool = False
+    """Whether loss, weights or scores were not finite any more."""
+    refused: bool = False
+    """Whether it was by what the run was given."""
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the run would fail again as it is."""
+        return self.diverged or self.refused
+
+
+def failure(folder: Path) -> Failure:
+    """What `error.json` says; nothing where it is not there, or not what was written."""
+    try:
+        found = read_json(folder / "error.json")
+        return Failure(str(found["error"]), found["diverged"] is True, found["refused"] is True)
+    except (OSError, ValueError, KeyError, TypeError):  # InputError is a ValueError
+        return Failure()
 
 
 def _lines(path: Path, kind: type[_Part]) -> tuple[list[dict[str, Any]], str]:
@@ -198,12 +235,3 @@ def _lines(path: Path, kind: type[_Part]) -> tuple[list[dict[str, Any]], str]:
             return found, f"{path.name} is damaged in line {number}; what follows it is not shown"
         found.append(line)
     return found, ""
-
-
-def maker_of(file: Path) -> Maker | None:
-    """What made the run whose `run.yaml` this file is, copied or not; None for a file that the user wrote."""
-    noted = read_yaml(file).get("made_with")
-    try:
-        return None if noted is None else Maker.of(noted, file.parent)
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{file}: made_with: not as rankwise writes it; leave it out, and id with it") from None

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from rankwise.errors import InputError
-from rankwise.files import read_bytes
+from rankwise.files import read_bytes, remembered
 from rankwise.runs.maker import BEFORE, CODE, Maker
-from rankwise.settings import FORMAT, WRITTEN, Kind, RunConfig, as_yaml, parse_yaml
+from rankwise.settings import FORMAT, WRITTEN, Kind, RunConfig, as_yaml, parse_yaml, read_yaml, run_config
 
 NAME = "run.yaml"
 DAMAGED = "its run.yaml is not what was written there: the same rankwise compare or train writes it again"
@@ -66,19 +68,31 @@ def read(folder: Path) -> RunFile | None:
     """What the `run.yaml` of a run holds; None where it is missing, or not what was written."""
     try:
         return load(folder)
-    except (OSError, ValueError):  # InputError and pydantic's are ValueErrors
+    except InputError:
         return None
 
 
 def load(folder: Path) -> RunFile:
-    """The same. Raises FileNotFoundError where it is missing, ValueError where it is not what was written."""
-    text = read_bytes(folder / NAME).decode()
-    content = parse_yaml(text)
-    if not isinstance(content, dict):
-        raise InputError(f"{folder / NAME}: {DAMAGED}")
-    settings = {key: value for key, value in content.items() if key not in WRITTEN}
+    """The same. Raises InputError, one line, where it is missing, or not what was written."""
     try:
-        made = None if "made_with" not in content else Maker.of(content["made_with"], folder)
+        return remembered(_load, folder / NAME)
+    except FileNotFoundError:
+        raise InputError(f"{folder}: {unreadable(folder)}") from None
+
+
+def _load(file: Path) -> RunFile:
+    text = read_bytes(file).decode(errors="replace")
+    try:
+        content = parse_yaml(text)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file.parent}: {DAMAGED}")
+    settings = {key: value for key, value in content.items() if key not in WRITTEN}
+    if "made_with" not in content:
+        return _by_hand(file, content.get("id"), settings)
+    try:
+        made = Maker.of(content["made_with"], file.parent)
         if "digest" in content:
             whole = text == signed(text.rpartition(_DIGEST)[0])
             found = RunFile(
@@ -86,20 +100,29 @@ def load(folder: Path) -> RunFile:
                 *(content["kind"], content["format"], content.get("begun_with")),
             )
         else:
-            whole = made is None or _is_older_id(content["id"], settings, content["made_with"])
+            whole = _is_older_id(content["id"], settings, content["made_with"])
             found = _older(content["id"], settings, made)
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError, ValidationError):
         whole = False
     if not whole:  # it would go on as another run than the one that is named
-        raise InputError(f"{folder / NAME}: {DAMAGED}")
+        raise InputError(f"{file.parent}: {DAMAGED}")
     return found
 
 
-def _older(name: Any, settings: Mapping[str, Any], made: Maker | None) -> RunFile:
-    """Of a file without a digest: from before there was one, or written by hand."""
+def _by_hand(file: Path, name: Any, settings: Mapping[str, Any]) -> RunFile:
+    if "vary" in settings:
+        raise InputError(f"{file}: has `vary:`, so it is an experiment and not one run")
+    if not name:
+        raise InputError(f"{file}: has no `id:`; `rankwise train CONFIG.yaml` makes such folders")
+    config = run_config(settings)
+    return RunFile(str(name), config, None, config.kind, format=0)
+
+
+def _older(name: Any, settings: Mapping[str, Any], made: Maker) -> RunFile:
+    """Of a file from before there was a digest in it."""
     # only runs whose rate was tuned were never looked at on the way
     config = RunConfig.model_validate({"tuned": settings.get("eval_every") == 0, **settings})
-    return RunFile(str(name), config, made, config.kind, format=0, digest="" if made is None else _digest(settings))
+    return RunFile(str(name), config, made, config.kind, format=0, digest=_digest(settings))
 
 
 def _is_older_id(name: Any, settings: Mapping[str, Any], made_with: Mapping[str, Any]) -> bool:
@@ -110,6 +133,15 @@ def _is_older_id(name: Any, settings: Mapping[str, Any], made_with: Mapping[str,
 
 def _digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def maker_of(file: Path) -> Maker | None:
+    """What made the run whose `run.yaml` this file is, copied or not; None for a file that the user wrote."""
+    noted = read_yaml(file).get("made_with")
+    try:
+        return None if noted is None else Maker.of(noted, file.parent)
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(f"{file}: made_with: not as rankwise writes it; leave it out, and id with it") from None
 
 
 def unreadable(folder: Path) -> str:

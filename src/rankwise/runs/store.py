@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +26,18 @@ from rankwise.files import (
 from rankwise.runs import record, run_file
 from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Maker, said
+from rankwise.runs.record import Failure
 from rankwise.runs.run_file import RunFile, apart
 from rankwise.runs.standing import Standing, State, held, pace
 from rankwise.settings import FORMAT, Experiment, RunConfig, as_yaml
 
 MEMORY = "memory.json"
 """In a run folder: how many rows go through the model at once, once memory has run out."""
+ERROR = ("error.txt", "error.json")
+"""In the folder of a run that has failed: why, for people and for programs; the first makes it count as failed."""
 LEFT = {
     *("run.yaml", "run.lock", "env.json", "metrics.jsonl", "ranks.jsonl", "predictions.parquet"),
-    *("result.json", "error.txt", "log.txt"),
+    *("result.json", *ERROR, "log.txt"),
 }
 """Names of files by which a folder without `run.yaml` is known to have been a run's."""
 
@@ -49,7 +52,7 @@ class _Finished(NamedTuple):
 
 
 BEGUN = (
-    *("metrics.jsonl", "ranks.jsonl", "error.txt"),
+    *("metrics.jsonl", "ranks.jsonl", *ERROR),
     *("predictions.parquet", "answers.json", "weights.pt"),
 )
 """Files of a run, beside checkpoints and result, that are in the way of its beginning anew."""
@@ -191,27 +194,24 @@ class Store:
         except OSError as error:
             raise unwritable(folder, error) from None
 
-    def diverged(self, folder: Path) -> bool:
-        """Whether a run has failed because its training diverged, which it would do again."""
-        return self._failed_by(folder, "DivergedError")
-
-    def lasting(self, folder: Path) -> bool:
-        """Whether a run has failed by what it was given or by diverging, and so would fail again as it is."""
-        return self._failed_by(folder, "InputError", "DivergedError")
-
-    def _failed_by(self, folder: Path, *kinds: str) -> bool:
-        last = next(reversed(record.error_lines(folder)), "") if self.state(folder) == "failed" else ""
-        return last.partition(":")[0].rpartition(".")[2] in kinds
+    def failure(self, folder: Path) -> Failure:
+        """Why a run has failed; nothing for one that has not."""
+        return record.failure(folder) if self.state(folder) == "failed" else Failure()
 
     def tries(self, folder: Path) -> bool:
         """Whether a run only tries a learning rate, and is in no table."""
         found = run_file.read(folder)
         return found is not None and found.kind == "trial"
 
-    def note_error(self, folder: Path, text: str) -> None:
-        """Write why a run failed, or at least that it did: a full disk often has room for an empty file."""
+    def note_error(self, folder: Path, text: str, diverged: bool = False, refused: bool = False) -> None:
+        """Write why a run failed, or at least that it did: a full disk often has room for an empty file.
+
+        `diverged` and `refused`: see `Failure`.
+        """
+        failure = Failure(next(iter(text.splitlines()), ""), diverged, refused)
         with suppress(OSError):
             try:
+                write_whole(folder / "error.json", json.dumps(asdict(failure)) + "\n")
                 write_whole(folder / "error.txt", text)
             except OSError:
                 (folder / "error.txt").touch()
@@ -219,7 +219,8 @@ class Store:
     def forget_error(self, folder: Path) -> None:
         """Let a failed run be begun again. Raises InputError where nothing can be written."""
         try:
-            (folder / "error.txt").unlink(missing_ok=True)
+            for name in ERROR:
+                (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(folder, error) from None
 
@@ -387,7 +388,7 @@ class Store:
             result = record.result(folder)
         except (OSError, InputError):
             return None
-        found = run_file.read(folder)  # last: to read YAML takes long, and somebody may look at many runs each second
+        found = run_file.read(folder)
         if found is None or result["run"] != found.id:
             return None
         asked = {"name": result["method"], **result["options"]}

@@ -6,8 +6,8 @@ Whatever is wrong comes back as one `InputError`, one line that says what is wro
 """
 
 from rankwise.settings.experiment import OWN, Contest, Experiment, Published, Span, Tune
-from rankwise.settings.load import load, load_method, load_options
-from rankwise.settings.run import FORMAT, SECTIONS, WRITTEN, Kind, RunConfig
+from rankwise.settings.load import complete, load, load_method, load_options
+from rankwise.settings.run import FORMAT, SECTIONS, WRITTEN, Kind, RunConfig, run_config
 from rankwise.settings.schema import Schema, json_schema
 from rankwise.settings.yaml_files import as_yaml, parse_yaml, read_yaml
 
@@ -25,10 +25,12 @@ __all__ = [
     "Span",
     "Tune",
     "as_yaml",
+    "complete",
     "json_schema",
     "load",
     "load_method",
     "load_options",
     "parse_yaml",
     "read_yaml",
+    "run_config",
 ]

@@ -57,7 +57,7 @@ def load(
             return _experiment(data, groups, schema, name)
         for key, value in itertools.chain(*groups):
             put(data, key, value)
-        return _complete(run_config(data), schema)
+        return complete(run_config(data), schema)
     except InputError as error:
         raise InputError(f"{where}{error}") from None
 
@@ -120,7 +120,7 @@ def _smoke(data: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> list[tu
     return [(str(key), value) for key, value in (given or {}).items()] if scale == "smoke" else []
 
 
-def _complete(config: RunConfig, schema: Schema) -> RunConfig:
+def complete(config: RunConfig, schema: Schema) -> RunConfig:
     """`config` with its task and its method checked, and their options filled in."""
     task = check_options("task", schema.tasks, config.task)
     method = check_options("method", schema.methods, config.method, config.budget is not None)
@@ -170,7 +170,7 @@ def _experiment(
     # Each combination is checked here, so that a sweep cannot stumble over its last run hours later.
     before: RunConfig | None = None
     for config in experiment.configs():
-        _complete(config, schema)
+        complete(config, schema)
         if before is not None and config.after is not None:
             _check_link(before, config, schema)
         before = config

@@ -57,7 +57,7 @@ class Search:
             folder
             for folders in self._now.values()
             for folder in folders
-            if self._store.result(folder) is None and not self._store.diverged(folder)
+            if self._store.result(folder) is None and not self._store.failure(folder).diverged
         ]
 
     @property
@@ -155,7 +155,7 @@ def tune_and_carry_out(
         outcome = carry_out(store, folders, runner, console)
         tried.update(folders)
         total.stopped += outcome.stopped
-        total.failed += [folder for folder in outcome.failed if not store.diverged(folder)]
+        total.failed += [folder for folder in outcome.failed if not store.failure(folder).diverged]
         for search in found:
             search.go_on()
     for search in found:

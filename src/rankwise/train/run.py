@@ -45,11 +45,12 @@ from rankwise.files import (
 from rankwise.processes import together
 from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
+from rankwise.runs import run_file
 from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Code, Maker, code_of
 from rankwise.runs.search import Search
-from rankwise.runs.store import MEMORY, Store
-from rankwise.settings import WRITTEN, RunConfig, Schema, load, read_yaml
+from rankwise.runs.store import ERROR, MEMORY, Store
+from rankwise.settings import RunConfig, Schema, complete
 from rankwise.tasks import Evaluation, subset
 from rankwise.train import chain
 from rankwise.train import model as models
@@ -71,9 +72,8 @@ FILES = (
         "answers.json",
         "masks.png",
         "result.json",
-        "error.txt",
     ),
-    *("run.lock", WEIGHTS, MEMORY, MAKER),
+    *(*ERROR, "run.lock", WEIGHTS, MEMORY, MAKER),
 )
 """Files that a run writes into its folder."""
 
@@ -82,7 +82,7 @@ def run(folder: Path) -> dict[str, Any]:
     """Train, evaluate and save the run whose `run.yaml` lies in `folder`, and return what `result.json` then holds.
 
     A finished run is returned untouched; an unfinished one goes on from its newest complete checkpoint, if it
-    has one. Whatever goes wrong is written to `error.txt` and raised: InputError for what the user
+    has one. Whatever goes wrong is written to `error.txt` and `error.json`, and raised: InputError for what the user
     gave, DivergedError for a loss that is not finite, OSError for a full disk, OutOfMemory where one row at a time is
     too much. After a SIGTERM or Ctrl-C the step is finished and a checkpoint written, then SystemExit(75 or 130).
 
@@ -110,7 +110,12 @@ def run(folder: Path) -> dict[str, Any]:
             if not os.path.lexists(folder / "run.yaml"):  # a folder made again is another one
                 raise InputError(f"{folder}: was deleted or moved while the run was at work; it has ended") from error
             if not (folder / "result.json").exists():  # else its settings were damaged later, and it has not failed
-                Store(folder.parent).note_error(folder, f"{_first_line(error)}\n\n{traceback.format_exc()}")
+                Store(folder.parent).note_error(
+                    folder,
+                    f"{_first_line(error)}\n\n{traceback.format_exc()}",
+                    diverged=isinstance(error, DivergedError),
+                    refused=isinstance(error, InputError),
+                )
             raise
     together.leave()
     return result
@@ -155,15 +160,8 @@ def _check_places(folder: Path) -> None:
 
 
 def _read(folder: Path) -> tuple[str, RunConfig]:
-    settings = read_yaml(folder / "run.yaml")
-    name, *_ = (settings.pop(key, "") for key in WRITTEN)
-    config = load(settings, [], Schema(methods.registry(), tasks.registry()))
-    if not isinstance(config, RunConfig):
-        raise InputError(f"{folder / 'run.yaml'}: has `vary:`, so it is an experiment and not one run")
-    if not name:
-        raise InputError(f"{folder / 'run.yaml'}: has no `id:`; `rankwise train CONFIG.yaml` makes such folders")
-    Store(folder.parent).config(folder)  # whether it is what was written
-    return str(name), config
+    kept = run_file.load(folder)
+    return kept.id, complete(kept.config, Schema(methods.registry(), tasks.registry()))
 
 
 def _first_line(error: Exception) -> str:
@@ -174,7 +172,7 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
     follow_parent()
     with stoppable() as stop, models.quiet():
         if is_main():
-            (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
+            Store(folder.parent).forget_error(folder)  # of an earlier try
             write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
         most = math.ceil(config.batch_size / together.count())
         while True:
