@@ -200,8 +200,9 @@ def test_a_file_of_a_larger_model_and_of_another_head_is_refused(tmp_path):
     config.num_hidden_layers = 1
     with pytest.raises(rw.InputError, match=r"layer\.1\..* is in the file only"):
         rw.load(transformers.BertForSequenceClassification(config), tmp_path / "adapter")
+    rw.save(rw.LoRA(rank=2, targets=["query"]).attach(tiny.model(), head=["classifier"]), tmp_path / "queries")
     with pytest.raises(rw.InputError, match="classifier.* is in the file only"):
-        rw.load(transformers.BertForMaskedLM(tiny.model().config), tmp_path / "adapter")
+        rw.load(transformers.BertForMaskedLM(tiny.model().config), tmp_path / "queries")
 
 
 @pytest.mark.parametrize(
