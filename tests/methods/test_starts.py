@@ -11,7 +11,7 @@ import stock
 import tiny
 from rankwise.methods import build
 from rankwise.ranks import sites
-from rankwise.ranks.kept import start
+from rankwise.ranks.kept import start_of
 
 RESIDUAL = ("svd_residual", "pissa")
 INITS = ("kaiming", "normal", "svd", "svd_residual", "svd_authors", "pissa")
@@ -244,7 +244,7 @@ def test_a_checkpoint_of_one_start_fits_a_model_with_another(init, shape, tmp_pa
         optimizer = stepper(taking, again)
         assert rw.load_checkpoint(tmp_path / "checkpoint", again, optimizer) == 3
         assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-5), other
-        assert (start(sites(again)[0]) is None) == (init not in RESIDUAL), other
+        assert (start_of(sites(again)[0]) is None) == (init not in RESIDUAL), other
         assert not torch.isnan(torch.tensor(tiny.train(again, optimizer, 1, start=3))).any()
         rw.save(again, tmp_path / "adapter")
         loaded = rw.load(tiny.model(shape), tmp_path / "adapter")
@@ -306,7 +306,7 @@ def test_a_strong_pull_holds_B_at_its_start(init):
 def test_without_a_pull_nothing_is_remembered_but_what_was_taken_out_of_W():
     for init in INITS:
         for pull in (0.0, 0.1):
-            begun = start(sites(attached(made("lora", init, pull=pull)))[0])
+            begun = start_of(sites(attached(made("lora", init, pull=pull)))[0])
             remembered = init in RESIDUAL or (pull > 0 and init not in ("kaiming", "normal"))
             assert (begun is not None) == remembered
             assert begun is None or (begun.A is not None) == (init in RESIDUAL)

@@ -27,7 +27,7 @@ import rankwise as rw
 import tiny
 from rankwise.methods import build
 from rankwise.ranks import ranks
-from rankwise.ranks.kept import merged
+from rankwise.ranks.kept import merged_sites
 from rankwise.ranks.sites import omega
 
 STEPS = 9  # in epochs of 3 steps
@@ -104,7 +104,7 @@ def test_a_run_cut_at_any_step_and_resumed_is_bit_identical(name, tmp_path):
     method = METHODS[name]
     whole = trained("rank", method, tmp_path, train_sampling_strategy="group_by_length")
     assert name == "lora" or len(set(ranks(whole.model).values())) > 1
-    assert bool(merged(whole.model)) == (name == "merge")
+    assert bool(merged_sites(whole.model)) == (name == "merge")
     for cut in range(1, STEPS):
         again = trained(
             "rank",
@@ -163,7 +163,7 @@ def test_the_best_model_is_loaded_from_before_a_merge(tmp_path, monkeypatch):
         eval_steps=1,
     )
     then = trained("rank", METHODS["merge"], tmp_path / "then", stop=1)
-    assert merged(trained("rank", METHODS["merge"], tmp_path / "whole").model) and not merged(trainer.model)
+    assert merged_sites(trained("rank", METHODS["merge"], tmp_path / "whole").model) and not merged_sites(trainer.model)
     assert ranks(trainer.model) == ranks(then.model)
     assert torch.allclose(tiny.logits(trainer.model), tiny.logits(then.model), atol=1e-5)
 

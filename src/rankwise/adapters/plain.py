@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from rankwise.nets.drawn import drawn, own
 from rankwise.nets.fused import PARTS, Part
 from rankwise.ranks.fold import kept_units
-from rankwise.ranks.kept import start
-from rankwise.ranks.replace import shaped
+from rankwise.ranks.kept import start_of
+from rankwise.ranks.layers import shaped
 from rankwise.ranks.sites import OMEGA, Site, sites
 
 
@@ -25,16 +25,16 @@ def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
     here = [site for site in sites(model) if site.present]
     kept, found = kept_units(here), {}
     for site in here:
-        begun = start(site)
-        if site.scale is None and (begun is None or begun.A is None):
+        start = start_of(site)
+        if site.scale is None and (start is None or start.A is None):
             continue
         A, B, units = site.A.flatten(1), site.B.flatten(1), kept[site.name]
         if site.scale is not None:
-            if site.gates is None and not site.scale.value.any():
+            if site.scale.idle():
                 units = units[:0]
             A, B = A[units], (B * site.scale.value.to(B.dtype).expand(site.rank, 1).T)[:, units]
-        if begun is not None and begun.A is not None:
-            A, B = torch.cat([A, begun.A.to(A)]), torch.cat([B, -begun.B.to(B)], dim=1)
+        if start is not None and start.A is not None:
+            A, B = torch.cat([A, start.A.to(A)]), torch.cat([B, -start.B.to(B)], dim=1)
         found[site.name] = A, B
     return found
 

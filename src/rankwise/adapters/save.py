@@ -28,7 +28,7 @@ from rankwise.files import as_new, check_files, check_replaceable, read_json, un
 from rankwise.methods import Method, build
 from rankwise.methods.targets import check_bare
 from rankwise.nets.drawn import buffers, drawn
-from rankwise.ranks.kept import merged, peft_residual_start, subtracted
+from rankwise.ranks.kept import adapters_subtracted, merged_sites, peft_residual_start
 from rankwise.ranks.peft_records import alpha, write_ranks
 from rankwise.ranks.sites import adapted, sites
 from rankwise.ranks.triplets import to_lora, triplets
@@ -130,13 +130,13 @@ def _save_adapter(model: PeftModel, folder: Path) -> Path:
 
 def _check_base(model: PeftModel, name: str) -> None:
     """Raise InputError where the base weights are no longer those that the adapter `name` will be put on."""
-    if names := merged(model):
+    if names := merged_sites(model):
         raise InputError(
             f"the product of {names[0]} ({len(names)} sites in all) was merged into the base weights, so an adapter "
             "alone would not give this model; save model.merge_and_unload(), or train with empty=drop"
         )
     others = [other for other in model.peft_config if peft_residual_start(model, other)]
-    if strange := [other for other in (*subtracted(model), *others) if other != name]:
+    if strange := [other for other in (*adapters_subtracted(model), *others) if other != name]:
         raise InputError(
             f"the adapter {strange[0]!r} has a residual start, which is taken out of the base weights that {name!r} "
             "was trained on: attach each of them to a base model of its own"

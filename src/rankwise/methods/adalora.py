@@ -23,7 +23,7 @@ from rankwise.methods.base import Method
 from rankwise.methods.targets import ALL_LINEAR, adapt, placement
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan
-from rankwise.ranks.guest import share
+from rankwise.ranks.peft_calls import allow_added_adapters
 from rankwise.ranks.triplets import (
     add_orthogonality,
     add_scores,
@@ -113,7 +113,7 @@ class AdaLoRA(Method, name="adalora"):
         vars(config).update(self._phases(self.total))  # afterwards, for PEFT insists on a number of steps
         model = adapt(model, config)
         add_scores(model)
-        share(model)
+        allow_added_adapters(model)
         return model
 
     def optimizer(self, model: nn.Module, args: "TrainingArguments") -> SimplexAdam:

@@ -26,7 +26,7 @@ from rankwise.methods.base import Method
 from rankwise.methods.subset import freeze
 from rankwise.nets.blocks import Outputs, outputs
 from rankwise.nets.hooks import let_compile_see_hooks
-from rankwise.ranks.sites import holds_codes
+from rankwise.ranks.layers import features, holds_codes
 
 _SIGMA = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -79,9 +79,8 @@ class Adapter(Method):
             weight: Any = layer.weight
             # At least fp32, as PEFT holds its adapters: a step is often too small to change a bf16 number.
             kind = torch.float32 if holds_codes(weight) else torch.promote_types(weight.dtype, torch.float32)
-            width: Any = layer.nf if hasattr(layer, "nf") else layer.out_features  # GPT-2's Conv1D
-            made = Bottleneck(width, self.size, self.activation, self.norm, device=weight.device, dtype=kind)
-            layer.add_module("adapter", made)
+            width, like = features(layer)[1], {"device": weight.device, "dtype": kind}
+            layer.add_module("adapter", Bottleneck(width, self.size, self.activation, self.norm, **like))
             layer.register_forward_hook(adapted)
         let_compile_see_hooks()
         return model

@@ -21,11 +21,10 @@ from rankwise.errors import require
 from rankwise.methods.base import Method
 from rankwise.methods.targets import ALL_LINEAR, adapt, placement
 from rankwise.ranks import sites
-from rankwise.ranks.guest import entrust
 from rankwise.ranks.init_svd import svd_factors
-from rankwise.ranks.kept import set_start, start
-from rankwise.ranks.replace import shaped
-from rankwise.ranks.sites import check_own
+from rankwise.ranks.kept import keep_start, start_of
+from rankwise.ranks.layers import check_own_weight, shaped
+from rankwise.ranks.peft_calls import allow_peft_calls
 
 RESIDUAL = ("svd_residual", "pissa")
 """Starts that are taken out of W."""
@@ -74,7 +73,7 @@ class LoRA(Method, name="lora"):
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         place = placement(model, self.targets, head, self.rank, only=self.linear_only)
         for name in place["target_modules"] if self.init in RESIDUAL else ():
-            check_own(model, name)
+            check_own_weight(model, name)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
@@ -85,7 +84,7 @@ class LoRA(Method, name="lora"):
         )
         model = adapt(model, config)
         self._start(model)
-        entrust(model)
+        allow_peft_calls(model)
         return model
 
     @torch.no_grad()
@@ -101,7 +100,7 @@ class LoRA(Method, name="lora"):
                 site.B.copy_(shaped(B, site.B))
             if residual or self.pull:
                 A, B = site.A.flatten(1), site.B.flatten(1)
-                set_start(model, site, A if residual else None, B, subtracted=done)
+                keep_start(site, A if residual else None, B, subtracted=done)
         # Once, and not in an adapter that somebody adds by the same configuration.
         config: Any = model.peft_config[model.active_adapter]
         config.init_lora_weights = True
@@ -109,8 +108,8 @@ class LoRA(Method, name="lora"):
     def before_step(self, model: nn.Module) -> None:
         for site in sites(model) if self.pull else ():
             if site.present and site.B.grad is not None:
-                begun, B = start(site), site.B.detach()
-                site.B.grad.add_(B if begun is None else B - shaped(begun.B, B), alpha=2 * self.pull)
+                start, B = start_of(site), site.B.detach()
+                site.B.grad.add_(B if start is None else B - shaped(start.B, B), alpha=2 * self.pull)
 
     @property
     def linear_only(self) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from rankwise.errors import NotFiniteError, require
 from rankwise.methods.lora import LoRA
 from rankwise.ranks import RankPlan, Site, ranks, sites
-from rankwise.ranks.scales import add_omega
+from rankwise.ranks.scales import Omega
 from rankwise.ranks.sites import adapted, omega
 from rankwise.runs.search import Search
 
@@ -46,7 +46,7 @@ class OmegaLoRA(LoRA):
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)
-        add_omega(model)
+        Omega.put_on(model)
         return model
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ from rankwise.errors import require
 from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
-from rankwise.ranks.sites import adapted, check_own, omega
+from rankwise.ranks.layers import check_own_weight
+from rankwise.ranks.sites import adapted, omega
 from rankwise.runs.search import Search
 
 
@@ -75,7 +76,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)
         for site in sites(model) if self.empty == "merge" else ():
-            check_own(adapted(model).get_base_model(), f"{site.name}.base_layer")
+            check_own_weight(adapted(model).get_base_model(), f"{site.name}.base_layer")
         return model
 
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:

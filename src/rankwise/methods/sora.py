@@ -24,7 +24,7 @@ from rankwise.errors import NotFiniteError, require
 from rankwise.methods.lora import LoRA
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, sites
-from rankwise.ranks.scales import add_gates
+from rankwise.ranks.scales import Gates, trained_scales
 from rankwise.runs.search import Search
 
 
@@ -53,7 +53,7 @@ class SoRA(LoRA, name="sora"):
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)
-        add_gates(model, torch.randn if self.gates == "normal" else torch.ones)
+        Gates.put_on(model, torch.randn if self.gates == "normal" else torch.ones)
         return model
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -68,7 +68,7 @@ class SoRA(LoRA, name="sora"):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
-        for gates in _gates(model):
+        for gates in trained_scales(model):
             if not gates.isfinite().all():
                 raise NotFiniteError(
                     f"gates are not finite after step {step}: the training has diverged; lower the rates"

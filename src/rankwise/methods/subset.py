@@ -18,7 +18,7 @@ from rankwise.errors import InputError, require
 from rankwise.methods.base import Method
 from rankwise.methods.targets import check_bare, head_names
 from rankwise.nets.blocks import stacks
-from rankwise.ranks.sites import holds_codes
+from rankwise.ranks.layers import holds_codes
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import InputError, nearest, require
 from rankwise.nets.fused import join, parts, split
-from rankwise.ranks.sites import check_convolution, features, is_convolution, is_weight
+from rankwise.ranks.layers import weight_layer
 
 ALL_LINEAR = "all-linear"
 
@@ -36,19 +35,16 @@ def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[
     join(model)  # what an earlier adapter, now gone, had split
     output = getattr(model, "get_output_embeddings", lambda: None)()
     aside = [*head, *SEQ_CLS_HEAD_NAMES]
-    layers = [
-        name
-        for name, module in model.named_modules()
-        if is_weight(module) and not any(_inside(part, name) for part in aside)
-    ]
-    inner = [name for name in layers if model.get_submodule(name) is not output]
+    weights = {name: layer for name, module in model.named_modules() if (layer := weight_layer(module))}
+    layers = [name for name in weights if not any(_inside(part, name) for part in aside)]
+    inner = [name for name in layers if weights[name].layer is not output]
     require(bool(inner), f"{type(model).__name__} has no linear layer outside its head, so nothing can be adapted")
     wanted = targets.split("+") if isinstance(targets, str) else list(targets)
     require(bool(wanted), f"targets is empty: name modules, or {ALL_LINEAR}")
     if wanted[0] == ALL_LINEAR:
-        chosen = [name for name in inner if not is_convolution(model.get_submodule(name))]
+        chosen = [name for name in inner if weights[name].linear]
         require(bool(chosen), f"{type(model).__name__} has no linear layer outside its head: name its convolutions")
-        layers = [name for name, module in model.named_modules() if is_weight(module)]
+        layers = [*weights]
     else:
         chosen = []
     fused = {part: whole for part, whole in parts(model).items() if whole in layers}
@@ -64,7 +60,7 @@ def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[
     twice = [part for part, whole in fused.items() if part in names and whole in names]
     require(not twice, f"targets mean {''.join(twice[:1])} and also the whole that it is a part of: name one of them")
     for name in set(names).intersection(layers):
-        check_convolution(name, model.get_submodule(name))
+        weights[name].check(name)
     split(model, names)
     return names
 
@@ -87,15 +83,15 @@ def placement(
     names = target_names(model, targets, head)
     if isinstance(targets, str) and targets.split("+")[0] == ALL_LINEAR:
         _tell_out_of_reach(model)
-    for name in names:
-        layer = model.get_submodule(name)
-        limit = min(features(layer))
+    layers = {name: layer for name in names if (layer := weight_layer(model.get_submodule(name)))}
+    for name, layer in layers.items():
+        limit = min(layer.features)
         require(rank <= limit, f"{option} {rank} is too large for {name}, which allows at most {limit}")
-        require(not (only and is_convolution(layer)), f"{name} is a convolution, and {only} is for linear layers only")
+        require(layer.linear or not only, f"{name} is a convolution, and {only} is for linear layers only")
     return {
         "target_modules": names,
         "modules_to_save": head_names(model, head) or None,
-        "fan_in_fan_out": isinstance(model.get_submodule(names[0]), Conv1D),
+        "fan_in_fan_out": layers[names[0]].transposed,
     }
 
 
@@ -154,9 +150,10 @@ def _tell_out_of_reach(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         within, weighed, _ = name.partition(".parametrizations.")  # as torch's weight_norm leaves a convolution
         owner = model.get_submodule(within if weighed else within.rpartition(".")[0])
-        size = prod(features(owner)) if is_weight(owner) and name.endswith(".weight") else p.numel()
+        layer = weight_layer(owner)
+        size = prod(layer.features) if layer and name.endswith(".weight") else p.numel()
         total += size
-        if p.dim() > 1 and not isinstance(owner, (nn.Linear, Conv1D, _ConvNd, nn.Embedding)):
+        if p.dim() > 1 and layer is None and not isinstance(owner, (_ConvNd, nn.Embedding)):
             lost[name] = size
     if (share := sum(lost.values()) / total) >= 0.01:
         warnings.warn(

@@ -5,12 +5,12 @@ There is no table of architectures here: blocks are found by their form, and a b
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import InputError
+from rankwise.ranks.layers import features, weight_layer
 
 _ROUTED = ("expert", "router", "moe")  # what mixtures of experts call their parts
 _READS = re.compile(r"(q|k|v|query|key|value|gate)(_\w+)?")  # layers that no attention ends in, wherever they stand
@@ -88,15 +88,13 @@ def _attentions(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def _linear(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, part) for name, part in module.named_modules() if isinstance(part, (nn.Linear, Conv1D))]
+    return [(name, part) for name, part in module.named_modules() if (layer := weight_layer(part)) and layer.linear]
 
 
 def _reads(name: str) -> bool:
     return _READS.fullmatch(name.rpartition(".")[2]) is not None
 
 
-def _width(part: Any, side: str) -> int:
-    """Features on the `in` or `out` side. Not read off the weight, which may be packed or transposed."""
-    if isinstance(part, Conv1D):
-        return part.nx if side == "in" else part.nf
-    return getattr(part, f"{side}_features")
+def _width(part: nn.Module, side: str) -> int:
+    """Features on the `in` or `out` side."""
+    return features(part)[side == "out"]

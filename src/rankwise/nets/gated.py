@@ -3,7 +3,8 @@
 SoRA (Ding et al. 2023, arXiv 2311.11696, section 3): W + s B diag(g) A with gates g, one per unit of rank, which a
 proximal step g ← T_{ηλ}(g) sets to exactly 0 where rank is not worth its parameters. The course report on it (MIPT NLA
 2023) packs this into a wrapper with three verbs: it works as the layer, `activate` adds the factors and freezes the
-layer, `deactivate` adds their product to W and drops them. Neither transformers nor PEFT is needed for it.
+layer, `deactivate` adds their product to W and drops them. Layers, factors and the proximal step are those of the rank
+engine; what is its own is a wrapper without PEFT or transformers, and factors of convolutions in groups.
 
 >>> import torch
 >>> from torch import nn
@@ -25,21 +26,21 @@ layer, `deactivate` adds their product to W and drops them. Neither transformers
 Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
 """
 
-import math
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.utils import skip_init
 
 from rankwise.errors import InputError, nearest
+from rankwise.optim.project import prox_l1
+from rankwise.ranks.layers import ConvolutionLayer, LinearLayer, weight_layer
 
 Init = Literal["normal", "kaiming"]
 Start = Literal["ones", "normal"]
 
-_KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_KINDS = (*LinearLayer.classes(), *ConvolutionLayer.classes())
 
 
 class Gated(nn.Module):
@@ -100,7 +101,7 @@ class Gated(nn.Module):
         whole = isinstance(max_rank, int) and 1 <= max_rank <= limit
         _require(whole, f"max_rank must be a whole number from 1 to {limit} for this layer, not {max_rank}")
         _require(max_rank % groups == 0, f"max_rank must be a multiple of the layer's {groups} groups, not {max_rank}")
-        _require(alpha > 0 and math.isfinite(alpha), f"alpha must be above 0 and finite, not {alpha}")
+        _require(alpha > 0 and isfinite(alpha), f"alpha must be above 0 and finite, not {alpha}")
         _require(init in get_args(Init), f"init must be one of {', '.join(get_args(Init))}, not {init!r}")
         _require(gates in get_args(Start), f"gates must be one of {', '.join(get_args(Start))}, not {gates!r}")
         self._add(max_rank)
@@ -126,7 +127,7 @@ class Gated(nn.Module):
         """
         self._require_active()
         weight = self.layer.weight
-        weight.copy_(self._merged(torch.promote_types(weight.dtype, torch.float32)))
+        weight.copy_(self._effective(torch.promote_types(weight.dtype, torch.float32)))
         self._drop()
         return self.layer
 
@@ -142,7 +143,7 @@ class Gated(nn.Module):
         """
         self._require_active()
         _require(threshold >= 0, f"the threshold must not be negative, not {threshold}")
-        self.gates.copy_(functional.softshrink(self.gates, threshold))
+        self.gates.copy_(prox_l1(self.gates, threshold))
 
     # --- what can be asked, and cut -----------------------------------------------------------------------------
 
@@ -159,12 +160,12 @@ class Gated(nn.Module):
     @property
     def limit(self) -> int:
         """The largest rank that adds anything."""
-        return min(len(self.layer.weight), self._groups * self.layer.weight[0].numel())
+        return min(self._kind.features)
 
     @property
     def weight(self) -> Tensor:
         """W, and while active W + s B diag(g) A with gradients to the factors; of W's shape."""
-        return self._merged(self.layer.weight.dtype) if self.active else self.layer.weight
+        return self._effective(self.layer.weight.dtype) if self.active else self.layer.weight
 
     @torch.no_grad()
     def prune(self) -> int:
@@ -258,7 +259,7 @@ class Gated(nn.Module):
                 if module is not layer and any(p is layer.weight for p in module._parameters.values()):
                     raise InputError(f"{name} shares its weight with {other}: untie them, or leave it out")
         for name in chosen:
-            _put(model, name, made[chosen[name]])
+            model.set_submodule(name, made[chosen[name]])
         return {name: made[layer] for name, layer in chosen.items()}
 
     @staticmethod
@@ -269,10 +270,14 @@ class Gated(nn.Module):
         for name, gated in found.items():
             if gated.active:
                 gated.deactivate()
-            _put(model, name, gated.layer)
+            model.set_submodule(name, gated.layer)
         return {name: gated.layer for name, gated in found.items()}
 
     # --- inside -------------------------------------------------------------------------------------------------
+
+    @property
+    def _kind(self) -> Any:
+        return weight_layer(self.layer)
 
     @property
     def _groups(self) -> int:
@@ -281,14 +286,11 @@ class Gated(nn.Module):
     def _require_active(self) -> None:
         _require(self.active, "this layer is not active: activate it first")
 
-    def _merged(self, dtype: torch.dtype) -> Tensor:
-        """W + s B diag(g) A, group by group, of W's shape."""
-        groups = self._groups
-        gates = (self.scaling * self.gates).to(dtype).view(groups, 1, -1)
-        B = self.B.weight.to(dtype).reshape(groups, -1, gates.shape[2])
-        A = self.A.weight.to(dtype).reshape(groups, gates.shape[2], -1)
-        W = self.layer.weight
-        return W.to(dtype) + ((B * gates) @ A).view(W.shape)
+    def _effective(self, dtype: torch.dtype) -> Tensor:
+        """W + s B diag(g) A, of W's shape."""
+        A, B, W = self.A.weight.to(dtype).flatten(1), self.B.weight.to(dtype).flatten(1), self.layer.weight
+        gates = (self.scaling * self.gates).to(dtype)
+        return W.to(dtype) + self._kind.product(gates[:, None] * A, B).view(W.shape)
 
     def _add(self, rank: int) -> None:
         """Factors of `rank` beside a frozen layer, in its dtype and on its device; the caller fills in every value."""
@@ -297,14 +299,8 @@ class Gated(nn.Module):
             self._trained = {name: p.requires_grad for name, p in layer.named_parameters()}
         layer.requires_grad_(False)
         like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        kind: Any = next(kind for kind in _KINDS if isinstance(layer, kind))
-        if kind is nn.Linear:
-            self.A = skip_init(kind, layer.in_features, rank, bias=False, **like)
-            self.B = skip_init(kind, rank, layer.out_features, bias=False, **like)
-        else:
-            ways = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-            self.A = skip_init(kind, layer.in_channels, rank, layer.kernel_size, bias=False, **ways, **like)
-            self.B = skip_init(kind, rank, layer.out_channels, 1, bias=False, groups=layer.groups, **like)
+        factors = self._kind.factors(rank, exact=True, device="meta", dtype=layer.weight.dtype)  # draws nothing
+        self.A, self.B = (factor.to_empty(device=layer.weight.device) for factor in factors)
         self.gates = nn.Parameter(torch.empty(rank, **like))
         self.scaling = torch.empty((), **like)
         self.train(self.training)
@@ -324,11 +320,6 @@ def _matches(target: str | type, name: str, module: nn.Module) -> bool:
     if isinstance(target, type):
         return isinstance(module, target)
     return name == target or name.endswith(f".{target}")
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(model.get_submodule(parent), last, module)
 
 
 def _require(holds: bool, message: str) -> None:

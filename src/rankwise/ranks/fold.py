@@ -1,14 +1,19 @@
 """Scales are folded away at the end of a search: what is left is plain LoRA."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from rankwise.ranks.peft_records import record
-from rankwise.ranks.replace import empty, replace, set_sizes, sort_groups
-from rankwise.ranks.sites import OMEGA, Gates, Site, adapted, omega, sites
+from rankwise.ranks.replace import replace, set_rank, sort_groups, take_factors
+from rankwise.ranks.sites import OMEGA, Site, adapted, omega, sites
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @torch.no_grad()
@@ -38,11 +43,11 @@ def fold(model: nn.Module, reset_scales: bool = False) -> None:
 
 
 def kept_units(here: Iterable[Site]) -> dict[str, Tensor]:
-    """By site with rank the indices of the units that a fold keeps: those whose gate is not 0, all without gates."""
+    """By site with rank the indices of the units that a fold keeps."""
     kept = {
-        s.name: torch.arange(s.rank, device=s.B.device) if s.gates is None else s.gates.flatten().nonzero().flatten()
-        for s in here
-        if s.present
+        site.name: torch.arange(site.rank, device=site.B.device) if site.scale is None else site.scale.units(site)
+        for site in here
+        if site.present
     }
     if kept and not any(map(len, kept.values())):
         first = next(iter(kept))
@@ -59,17 +64,16 @@ def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
     def carry(moment: Tensor, second: bool) -> Tensor:
         return moment[:, units] / (values.square() if second else values)
 
-    if isinstance(scale, Gates):
-        replace(model, scale, "gates", None)
+    scale.leave(model)
     _bare(linear, A)
     if not len(units):
-        empty(model, site)
+        take_factors(model, site)
         return
     B = site.B.detach().flatten(1)[:, units] * values
     replace(model, *site.B_owner, B, carry=carry if values.abs().min() > 1e-6 else None)
     if len(units) < site.rank:
         replace(model, *site.A_owner, A.detach().flatten(1)[units], carry=lambda moment, _: moment[units])
-        set_sizes(site, len(units))
+        set_rank(site, len(units))
 
 
 def _bare(linear: nn.Module, A: nn.Parameter) -> None:

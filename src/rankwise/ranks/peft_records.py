@@ -1,17 +1,16 @@
 """What PEFT's configuration says of ranks and alphas, so that stock PEFT builds the same adapter."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Collection, Mapping, Sequence
 from math import isclose, sqrt
-from typing import Any
-
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
+from typing import TYPE_CHECKING, Any
 
 from rankwise.ranks.sites import Site, sites
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def record(model: PeftModel) -> None:
@@ -34,6 +33,9 @@ def write_ranks(config: Any, found: Mapping[str, tuple[int, float]], model: Peft
     has rank, the layers with one are named one by one, and nothing is excluded: in a weighted sum of adapters PEFT
     excludes from all of them what the first one excludes.
     """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import check_target_module_exists
+
     layers, adapter = dict(model.get_base_model().named_modules()), model.active_adapter
     others = [
         _called(name, layer) for name, layer in layers.items() if isinstance(layer, LoraLayer) and adapter in layer.r
@@ -61,6 +63,8 @@ def write_ranks(config: Any, found: Mapping[str, tuple[int, float]], model: Peft
 
 def _called(name: str, layer: Any) -> str:
     """What PEFT's configuration calls an adapted layer, or the parameter of one."""
+    from peft.tuners.lora.layer import ParamWrapper
+
     name = name.replace(".base_layer", "")
     return f"{name}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else name
 
@@ -82,6 +86,7 @@ def _pattern(
         values: by site with rank. found: all sites.
         others: names of adapted layers that are no sites.
     """
+    from peft.utils.other import get_pattern_key
 
     def key(name: str) -> str:
         return get_pattern_key(sorted(kept), name)

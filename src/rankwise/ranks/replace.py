@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from rankwise.ranks.layers import shaped
 from rankwise.ranks.peft_records import alpha
-from rankwise.ranks.sites import Site, adapted, is_convolution, sites
+from rankwise.ranks.sites import Site, adapted, sites
 
 Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter
 
@@ -23,12 +24,17 @@ def follow(model: nn.Module, optimizer: Optimizer) -> None:
     _optimizers.setdefault(adapted(model), weakref.WeakSet()).add(optimizer)
 
 
+def followers(model: nn.Module) -> list[Optimizer]:
+    """The optimizers that go along with `model`."""
+    return list(_optimizers.get(adapted(model), ()))
+
+
 def replace(
     model: nn.Module,
     owner: nn.Module,
     name: str,
     new: Tensor | None,
-    group: str = "",
+    scale: bool = False,
     carry: Carry | None = None,
     trains: bool = True,
 ) -> None:
@@ -36,8 +42,8 @@ def replace(
 
     Args:
         new: the new values, or None to take the Parameter away. A factor of a convolution may come as a matrix.
-        group: the parameter group (by its `name`) that a Parameter without predecessor joins; in an optimizer without
-            such a group, the one that holds the other sites.
+        scale: whether it is one (ω, gates): without predecessor it then joins the parameter group that is marked so.
+            All else, and where there is no such group, joins the one that holds the factors of other sites.
         carry: maps each moment of the old Parameter to the new one, both as matrices; without it the state starts from
             nothing, and so it does in an optimizer that keeps more than moments of Adam or SGD.
         trains: whether a Parameter without predecessor does; others go on as they were.
@@ -48,11 +54,11 @@ def replace(
         new = shaped(new, old)
     fresh = None if new is None else nn.Parameter(new.detach().contiguous(), requires_grad=trains)
     owner.register_parameter(name, fresh)
-    for optimizer in _optimizers.get(adapted(model), ()):
+    for optimizer in followers(model):
         state = optimizer.state.pop(old, None) if old is not None else None
         for entry in optimizer.param_groups:
             entry["params"] = [fresh if p is old else p for p in entry["params"] if p is not old or fresh is not None]
-        if old is None and fresh is not None and trains and (home := _home(optimizer, model, group)) is not None:
+        if old is None and fresh is not None and trains and (home := _home(optimizer, model, scale)) is not None:
             home["params"].append(fresh)
         if state and state.keys() <= {"step", *_MOMENTS} and carry is not None and fresh is not None:
             optimizer.state[fresh] = {
@@ -61,15 +67,10 @@ def replace(
             }
 
 
-def shaped(matrix: Tensor, like: Tensor) -> Tensor:
-    """`matrix` with the kernel of `like`, a factor of a convolution; of a linear map, as it is."""
-    return matrix.reshape(len(matrix), -1, *like.shape[2:]) if like.dim() > 2 else matrix
-
-
-def _home(optimizer: Optimizer, model: nn.Module, group: str) -> dict[str, Any] | None:
+def _home(optimizer: Optimizer, model: nn.Module, scale: bool) -> dict[str, Any] | None:
     """The group that a Parameter without predecessor joins."""
-    for entry in optimizer.param_groups:
-        if entry.get("name") == group:
+    for entry in optimizer.param_groups if scale else ():
+        if entry.get("scale"):
             return entry
     factors = {id(p) for site in sites(model) if site.present for p in (site.A, site.B)}
     return next((g for g in optimizer.param_groups if any(id(p) in factors for p in g["params"])), None)
@@ -79,23 +80,19 @@ def sort_groups(model: nn.Module) -> None:
     """Put the optimizers' groups in model order: checkpoints know parameters by position, new ones come at the end."""
     peft = adapted(model)
     order = {id(p): i for i, p in enumerate(peft.parameters())}
-    for optimizer in _optimizers.get(peft, ()):
+    for optimizer in followers(peft):
         for entry in optimizer.param_groups:
             entry["params"].sort(key=lambda p: order.get(id(p), len(order)))
 
 
-def set_sizes(site: Site, rank: int) -> None:
+def set_rank(site: Site, rank: int) -> None:
     """Write the rank that the factors of a site have into its layers, and the alpha that keeps its scale."""
-    A, B = site.layer.lora_A[site.adapter], site.layer.lora_B[site.adapter]
-    if is_convolution(A):
-        A.out_channels = B.in_channels = rank
-    else:
-        A.out_features = B.in_features = rank
+    site.base.set_rank(site.layer.lora_A[site.adapter], site.layer.lora_B[site.adapter], rank)
     site.layer.r[site.adapter] = rank
     site.layer.lora_alpha[site.adapter] = alpha(site, rank)
 
 
-def empty(model: nn.Module, site: Site) -> None:
+def take_factors(model: nn.Module, site: Site) -> None:
     """Take the factors of a site away."""
     layer, adapter = site.layer, site.adapter
     scaling = site.scaling

@@ -4,23 +4,28 @@ The change of rank minimises ‖B_old A_old − B_new A_new‖_F (SimplexLoRA; E
 r×r core in fp64. The out×in product is never formed. PEFT 0.21 is driven through its public dictionaries.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from math import sqrt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankwise.errors import InputError
 from rankwise.ranks.fold import fold, kept_units
-from rankwise.ranks.kept import Merged, merge, peft_residual_start, start
+from rankwise.ranks.kept import MergedProduct, merge_into_weight, peft_residual_start, start_of
+from rankwise.ranks.layers import check_own_weight
 from rankwise.ranks.peft_records import record
 from rankwise.ranks.plan import RankPlan
-from rankwise.ranks.replace import Carry, empty, follow, replace, set_sizes, sort_groups
-from rankwise.ranks.scales import omega_of, put_scale
-from rankwise.ranks.sites import Site, adapted, check_own, is_convolution, omega, peculiar, sites
+from rankwise.ranks.replace import Carry, follow, replace, set_rank, sort_groups, take_factors
+from rankwise.ranks.scales import Omega
+from rankwise.ranks.sites import Site, adapted, sites, why_no_site
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @torch.no_grad()
@@ -97,8 +102,8 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
         if rank == 0:
             if plan.empty == "merge":
                 A, B = site.layer.lora_A[site.adapter].weight, site.B  # A with its scale
-                merge(site, Merged(A.detach().flatten(1).clone(), B.detach().flatten(1).clone()))
-            empty(peft, site)
+                merge_into_weight(site, MergedProduct(A.detach().flatten(1).clone(), B.detach().flatten(1).clone()))
+            take_factors(peft, site)
         elif not site.present:
             _refill(peft, site, rank)
         else:
@@ -116,7 +121,7 @@ def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
         left |= {name: len(units) for name, units in kept_units(here.values()).items()}
     for name, rank in plan.items():
         if name not in here:
-            if why := peculiar(model, name):
+            if why := why_no_site(model, name):
                 raise InputError(f"{name} {why}, so its rank cannot change: leave it out of the plan")
             raise InputError(f"the plan names {name!r}, which is no site of this model")
         site = here[name]
@@ -129,7 +134,7 @@ def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
                     f"{name} started as PEFT's {begun}, taken out of W at rank {site.rank}, which must stay: turn the "
                     "adapter into plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
                 )
-            if site.gates is not None and not plan.fold:
+            if site.scale is not None and site.scale.says_ranks and not plan.fold:
                 raise InputError(f"{name} has gates, which say its rank: fold the model first (method.fold(model))")
             if site.adapter in site.layer.merged_adapters:
                 raise InputError(f"{name} is merged into its base weight: call unmerge_adapter() before a rank change")
@@ -142,11 +147,11 @@ def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
 def _check_emptying(model: PeftModel, site: Site, how: str) -> None:
     if site.adapter in site.layer.lora_variant or site.layer.lora_B[site.adapter].bias is not None:
         raise InputError(f"{site.name} has more than A and B (lora_bias, DoRA or another variant): it cannot go")
-    begun = start(site)
-    if begun is not None and begun.A is not None:
+    start = start_of(site)
+    if start is not None and start.A is not None:
         raise InputError(f"{site.name} has a residual start, so W lacks what the site began with: it cannot go")
     if how == "merge":
-        check_own(model.get_base_model(), f"{site.name}.base_layer")
+        check_own_weight(model.get_base_model(), f"{site.name}.base_layer")
 
 
 def _change(model: PeftModel, site: Site, rank: int, plan: RankPlan) -> None:
@@ -169,7 +174,7 @@ def _change(model: PeftModel, site: Site, rank: int, plan: RankPlan) -> None:
         carry_A = carry_B = None
     replace(model, *site.A_owner, new_A, carry=carry_A)
     replace(model, *site.B_owner, new_B, carry=carry_B)
-    set_sizes(site, rank)
+    set_rank(site, rank)
 
 
 def _refill(model: PeftModel, site: Site, rank: int) -> None:
@@ -180,7 +185,7 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     # As the other sites are, in their dtype (PEFT keeps adapters in fp32) and frozen where they are.
     other = next(s for s in sites(model) if s.present)
     like = torch.empty(0, device=weight.device, dtype=other.B.dtype)
-    A, B = _factors(site, rank)
+    A, B = site.base.factors(rank)
     shape_A, shape_B = A.weight.shape, B.weight.shape
     A._parameters["weight"] = B._parameters["weight"] = None
     layer.lora_A[adapter], layer.lora_B[adapter] = A, B
@@ -188,19 +193,7 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     layer.lora_dropout[adapter] = dropout.train(layer.training)
     layer.scaling[adapter] = scaling
     fresh = fresh_A(rank, like, site.in_features).reshape(shape_A)
-    replace(model, A, "weight", fresh, group="adapter", trains=other.A.requires_grad)
-    replace(model, B, "weight", torch.zeros(shape_B).to(like), group="adapter", trains=other.B.requires_grad)
-    set_sizes(site, rank)
-    if omega(model) is not None:
-        index = [s.name for s in sites(model)].index(site.name)
-        put_scale(site, omega_of(model, site, index))
-
-
-def _factors(site: Site, rank: int) -> tuple[Any, Any]:
-    """The layers that PEFT puts on a site for A and B."""
-    base: Any = site.layer.get_base_layer()
-    if not is_convolution(base):
-        return nn.Linear(site.in_features, rank, bias=False), nn.Linear(rank, site.out_features, bias=False)
-    kind = type(base)
-    A = kind(base.in_channels, rank, base.kernel_size, base.stride, base.padding, bias=False)
-    return A, kind(rank, base.out_channels, 1, bias=False)
+    replace(model, A, "weight", fresh, trains=other.A.requires_grad)
+    replace(model, B, "weight", torch.zeros(shape_B).to(like), trains=other.B.requires_grad)
+    set_rank(site, rank)
+    Omega.put_back(model, site)

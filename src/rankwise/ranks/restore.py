@@ -1,17 +1,22 @@
 """A state dict brings its own ranks, scales, merged products and starts: loading one gives them to the model first."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from rankwise.ranks.fold import fold
-from rankwise.ranks.kept import Merged, match_merged, match_start
-from rankwise.ranks.resize import RankPlan, resize
-from rankwise.ranks.scales import add_gates, add_omega
-from rankwise.ranks.sites import OMEGA, Site, adapted, omega, sites
+from rankwise.ranks.kept import MergedProduct, restore_products, restore_start
+from rankwise.ranks.plan import RankPlan
+from rankwise.ranks.resize import resize
+from rankwise.ranks.scales import KINDS
+from rankwise.ranks.sites import Site, adapted, sites
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def follow_state_dict(model: PeftModel) -> None:
@@ -37,28 +42,25 @@ def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) 
     def key(site: Site, part: str) -> str:
         return f"{prefix}base_model.model.{site.name}.{part}"
 
-    stored = {site.name: state.get(key(site, f"lora_B.{adapter}.weight")) for site in sites(peft)}
-    wanted = {name: 0 if B is None else B.shape[1] for name, B in stored.items()}
+    factors = {site.name: state.get(key(site, f"lora_B.{adapter}.weight")) for site in sites(peft)}
+    wanted = {name: 0 if B is None else B.shape[1] for name, B in factors.items()}
     if not any(wanted.values()):
         return  # not about this adapter: a head alone, or the base weights
-    gates = f"lora_A.{adapter}.parametrizations.weight.0.gates"
-    gated = any(key(site, gates) in state for site in sites(peft))
-    scaled = f"{prefix}base_model.{OMEGA}.{adapter}" in state
-    if Structure.of(peft).scaled and not scaled and not (gated and Structure.of(peft).ranks == wanted):
+    stored = next((kind for kind in KINDS if kind.stored(state, prefix, peft)), None)
+    now = Structure.of(peft)
+    if now.scaled and not (stored and (now.ranks == wanted or not stored.says_ranks)):
         fold(peft)
     resize(peft, RankPlan(wanted, change="reinit"))
-    if scaled and omega(peft) is None:
-        add_omega(peft)
-    if gated and not Structure.of(peft).scaled:
-        add_gates(peft, torch.ones)
+    if stored and not Structure.of(peft).scaled:
+        stored.put_on(peft)
     for site in sites(peft):
         A0, B0 = (state.get(key(site, f"lora_start.{adapter}.{part}")) for part in "AB")
-        match_start(peft, site, A0, B0)
-        products: list[Merged] = []
+        restore_start(site, A0, B0)
+        products: list[MergedProduct] = []
         while (A := state.get(key(site, f"lora_merged.{adapter}.{len(products)}.A"))) is not None:
             B = state[key(site, f"lora_merged.{adapter}.{len(products)}.B")]
-            products.append(Merged(A.clone(), B.clone()))
-        match_merged(site, products)
+            products.append(MergedProduct(A.clone(), B.clone()))
+        restore_products(site, products)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,6 @@ class Structure:
     scaled: bool
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Structure":
+    def of(cls, model: nn.Module) -> Structure:
         here = sites(model)
-        scaled = any(s.gates is not None for s in here) or (bool(here) and omega(model) is not None)
-        return cls({s.name: s.rank for s in here}, scaled)
+        return cls({site.name: site.rank for site in here}, any(site.scale is not None for site in here))

@@ -1,15 +1,157 @@
-"""ω and gates are put on A for a search; `fold` takes them away after it."""
+"""What multiplies A during a search: SimplexLoRA's ω, SoRA's gates g. The next scale is another class here.
 
-from collections.abc import Callable
-from typing import Any
+A scale is a parametrization of A: every reader of `lora_A.weight` sees ω·A or diag(g) A, PEFT's forward, merge and
+disable among them, without knowing. All ω of a model are one (n,) parameter beside the sites, so an emptied site keeps
+its ω; gates belong to their site. `fold` takes scales off again.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from rankwise.ranks.replace import replace
-from rankwise.ranks.sites import OMEGA, Gates, Omega, Scale, Site, adapted, sites
+from rankwise.ranks.replace import followers, replace, sort_groups
+from rankwise.ranks.sites import OMEGA, Site, adapted, sites
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Scale(nn.Module):
+    """Multiplies A, as a parametrization that leaves the stored A as it was."""
+
+    value: Tensor
+    """Shape () or (r, 1)."""
+    says_ranks: ClassVar[bool] = False
+    """Whether it says the rank of its site, which then cannot change before a fold."""
+
+    def forward(self, A: Tensor) -> Tensor:
+        return A * self.value.to(A.dtype).reshape(-1, *[1] * (A.dim() - 1))
+
+    def units(self, site: Site) -> Tensor:
+        """Indices of the units of rank that a fold keeps; all, unless the scale says otherwise."""
+        return torch.arange(site.rank, device=site.B.device)
+
+    def idle(self) -> bool:
+        """Whether the site as a whole adds nothing, so that an adapter on disk leaves it out."""
+        return False
+
+    @abstractmethod
+    def copy_for(self, adapter: str) -> Scale:
+        """The same scale, with the value that it has now, for another adapter on the same layer."""
+
+    @classmethod
+    @abstractmethod
+    def put_on(cls, model: nn.Module) -> None:
+        """Give every site of `model` such a scale, of value 1."""
+
+    def leave(self, model: nn.Module) -> None:  # noqa: B027 - nothing, where the site owns no parameter of it
+        """Take the parameter that belongs to one site out of `model` and of the optimizers."""
+
+    @classmethod
+    @abstractmethod
+    def stored(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
+        """Whether a state dict of `model` holds such scales; `prefix` is what stands before its names."""
+
+
+class Omega(Scale):
+    """One entry of ω, which scales a whole site."""
+
+    def __init__(self, omegas: nn.ParameterDict, adapter: str, index: int):
+        super().__init__()
+        # In a tuple, so that torch does not register ω once more under every site.
+        self.source = (omegas, adapter, index)
+
+    @property
+    def value(self) -> Tensor:  # type: ignore[override]
+        """ω of this site, shape ()."""
+        omegas, adapter, index = self.source
+        return omegas[adapter][index]
+
+    def idle(self) -> bool:
+        return not self.value.any()
+
+    def copy_for(self, adapter: str) -> Omega:
+        omegas, own, index = self.source
+        if adapter not in omegas:
+            omegas[adapter] = omegas[own].detach().clone()
+        omegas[adapter].requires_grad_(False)
+        return Omega(omegas, adapter, index)
+
+    @classmethod
+    def put_on(cls, model: nn.Module) -> None:
+        """Entries of one (n,) fp32 parameter that the model owns."""
+        peft = adapted(model)
+        here = sites(peft)
+        if not hasattr(peft.base_model, OMEGA):
+            setattr(peft.base_model, OMEGA, nn.ParameterDict())
+        omegas = getattr(peft.base_model, OMEGA)
+        device = next(site.B.device for site in here if site.present)
+        replace(peft, omegas, peft.active_adapter, torch.ones(len(here), device=device), scale=True)
+        omegas._keys[peft.active_adapter] = None
+        for site in here:
+            if site.present:
+                cls.put_back(peft, site)
+
+    @classmethod
+    def put_back(cls, model: PeftModel, site: Site) -> None:
+        """Give a site its own entry of ω; nothing where the model has none."""
+        omegas: Any = getattr(model.base_model, OMEGA, {})
+        if site.adapter in omegas:
+            put_scale(site, cls(omegas, site.adapter, [each.name for each in sites(model)].index(site.name)))
+
+    @classmethod
+    def stored(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
+        return f"{prefix}base_model.{OMEGA}.{model.active_adapter}" in state
+
+
+class Gates(Scale):
+    """One gate per unit of rank (SoRA): g, a Parameter of shape (r, 1)."""
+
+    says_ranks = True
+
+    def __init__(self, gates: Tensor):
+        super().__init__()
+        self.gates = nn.Parameter(gates.reshape(-1, 1))
+
+    @property
+    def value(self) -> Tensor:  # type: ignore[override]
+        return self.gates
+
+    def units(self, site: Site) -> Tensor:
+        return self.gates.flatten().nonzero().flatten()
+
+    def copy_for(self, adapter: str) -> Gates:
+        return Gates(self.gates.detach().clone())
+
+    @classmethod
+    @torch.no_grad()
+    def put_on(cls, model: nn.Module, draw: Callable[[int], Tensor] = torch.ones) -> None:
+        """`draw` makes the gates of a site, shape (r,), from its rank."""
+        for site in sites(model):
+            if site.present:
+                scale = cls(draw(site.rank).to(site.B))
+                gates, scale.gates = scale.gates, None  # type: ignore[assignment]  # so that optimizers get it too
+                replace(model, scale, "gates", gates, scale=True)
+                put_scale(site, scale)
+        sort_groups(model)
+
+    def leave(self, model: nn.Module) -> None:
+        replace(model, self, "gates", None)
+
+    @classmethod
+    def stored(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
+        end = f"lora_A.{model.active_adapter}.parametrizations.weight.0.gates"
+        return any(f"{prefix}base_model.model.{site.name}.{end}" in state for site in sites(model))
+
+
+KINDS: tuple[type[Scale], ...] = (Omega, Gates)
 
 
 def put_scale(site: Site, scale: Scale) -> None:
@@ -21,47 +163,16 @@ def put_scale(site: Site, scale: Scale) -> None:
     linear.parametrizations.weight.register_parameter("original", A)
 
 
-def omega_of(model: PeftModel, site: Site, index: int) -> Omega:
-    """The scale of `site`, the entry `index` of ω."""
-    return Omega(getattr(model.base_model, OMEGA), site.adapter, index)
-
-
 @torch.no_grad()
 def copy_scale(site: Site, adapter: str) -> None:
     """Give another adapter on the layer of `site` the scale that it has, as it is now; it does not train."""
-    scale = site.scale
-    if isinstance(scale, Gates):
-        made: Scale = Gates(scale.gates.detach().clone())
-    elif isinstance(scale, Omega):
-        omegas, own, index = scale.source
-        if adapter not in omegas:
-            omegas[adapter] = omegas[own].detach().clone()
-        made = Omega(omegas, adapter, index)
-        omegas[adapter].requires_grad_(False)
-    else:
-        return
-    put_scale(Site(site.name, site.layer, adapter), made.requires_grad_(False))
+    if site.scale is not None:
+        put_scale(Site(site.name, site.layer, adapter), site.scale.copy_for(adapter).requires_grad_(False))
 
 
-@torch.no_grad()
-def add_gates(model: nn.Module, draw: Callable[[int], Tensor]) -> None:
-    """Give every site gates; `draw` makes those of a site, shape (r,), from its rank."""
-    for site in sites(adapted(model)):
-        if site.present:
-            put_scale(site, Gates(draw(site.rank).to(site.B)))
-
-
-def add_omega(model: nn.Module) -> nn.Parameter:
-    """Give every site a scale ω_i = 1, entries of one (n,) fp32 parameter that the model owns."""
-    peft = adapted(model)
-    here = sites(peft)
-    if not hasattr(peft.base_model, OMEGA):
-        setattr(peft.base_model, OMEGA, nn.ParameterDict())
-    omegas = getattr(peft.base_model, OMEGA)
-    device = next(s.B.device for s in here if s.present)
-    replace(peft, omegas, peft.active_adapter, torch.ones(len(here), device=device), group="omega")
-    omegas._keys[peft.active_adapter] = None
-    for index, site in enumerate(here):
-        if site.present:
-            put_scale(site, omega_of(peft, site, index))
-    return omegas[peft.active_adapter]
+def trained_scales(model: nn.Module) -> list[nn.Parameter]:
+    """ω or the gates of `model`, without a walk over its modules where an optimizer has them in a marked group."""
+    for optimizer in followers(model):
+        if own := [group["params"] for group in optimizer.param_groups if group.get("scale")]:
+            return list(chain.from_iterable(own))
+    return [p for site in sites(model) if site.scale is not None for p in site.scale.parameters()]

@@ -17,7 +17,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from rankwise.errors import InputError
-from rankwise.ranks.guest import entrust
+from rankwise.ranks.peft_calls import allow_peft_calls
 from rankwise.ranks.peft_records import write_ranks
 from rankwise.ranks.resize import resize
 from rankwise.ranks.sites import adapted
@@ -79,9 +79,16 @@ def largest(model: nn.Module) -> int:
 
 
 def add_scores(model: PeftModel) -> None:
-    """Give each of AdaLoRA's layers its Scores."""
-    for layer in triplets(model).values():
-        layer.lora_scores = nn.ModuleDict({model.active_adapter: Scores(layer, model.active_adapter)})
+    """Give each of AdaLoRA's layers its Scores, and remember where these layers are."""
+    adapter, layers = model.active_adapter, triplets(model)
+    for layer in layers.values():
+        layer.lora_scores = nn.ModuleDict({adapter: Scores(layer, adapter)})
+    model.base_model.__dict__.setdefault("lora_scored", {})[adapter] = layers
+
+
+def _scored(model: PeftModel) -> dict[str, Any]:
+    """The layers with Scores by name, for what is done at every step: without a walk over all modules."""
+    return model.base_model.__dict__.get("lora_scored", {}).get(model.active_adapter, {})
 
 
 @torch.no_grad()
@@ -91,15 +98,16 @@ def add_orthogonality(model: nn.Module, weight: float) -> None:
     ∂‖M‖_F/∂P = 2 M P / ‖M‖_F with M = P Pᵀ - I. A parameter that had no part in the loss gets a gradient here, which
     PEFT's allocator needs.
     """
-    here, adapter = triplets(model), adapted(model).active_adapter
-    for layer in here.values():
+    peft = adapted(model)
+    layers, adapter = _scored(peft), peft.active_adapter
+    for layer in layers.values():
         A, E, B = (getattr(layer, f"lora_{part}")[adapter] for part in PARTS)
         for p in (A, E, B):
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
         for P, grad in ((A, A.grad), (B.T, B.grad.T)):
             M = P @ P.T - torch.eye(len(P), device=P.device, dtype=P.dtype)
-            grad.add_(M @ P / M.norm().clamp_min(torch.finfo(P.dtype).tiny), alpha=weight / len(here))
+            grad.add_(M @ P / M.norm().clamp_min(torch.finfo(P.dtype).tiny), alpha=weight / len(layers))
 
 
 @torch.no_grad()
@@ -108,14 +116,14 @@ def choose(model: nn.Module, step: int) -> None:
     peft = adapted(model)
     tuner: Any = peft.base_model
     adapter, config = peft.active_adapter, settings(peft)
-    here, allocator = triplets(model), tuner.rankallocator
+    layers, allocator = _scored(peft), tuner.rankallocator
     if step > config.total_step - config.tfinal:
-        for layer in here.values():
+        for layer in layers.values():
             layer.lora_E[adapter].masked_fill_(~layer.lora_scores[adapter].chosen, 0)
         return
-    scores = {name: layer.lora_scores[adapter] for name, layer in here.items()}
+    scores = {name: layer.lora_scores[adapter] for name, layer in layers.items()}
     mean, spread = (
-        {f"{name}.lora_{p}.{adapter}": getattr(found, f"{kind}_{p}") for name, found in scores.items() for p in PARTS}
+        {f"{name}.lora_{p}.{adapter}": getattr(score, f"{kind}_{p}") for name, score in scores.items() for p in PARTS}
         for kind in ("mean", "spread")
     )
     allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc = dict(mean), dict(mean), dict(spread)
@@ -173,7 +181,7 @@ def to_lora(model: nn.Module) -> PeftModel:
         units = units if len(units) else units.new_zeros(1)
         layer.lora_A[adapter].weight.copy_((A * E)[units])
         layer.lora_B[adapter].weight.copy_(B[:, units])
-    entrust(made)
+    allow_peft_calls(made)
     empty = [name for name, units in live.items() if not len(units)]
     resize(made, dict.fromkeys(empty[len(empty) == len(live) :], 0))
     return made.train(peft.training)

@@ -14,7 +14,7 @@ from rankwise.adapters import save
 from rankwise.errors import need
 from rankwise.files import as_new, claim, flush, unfinished, write_whole
 from rankwise.processes import together
-from rankwise.ranks.kept import merged
+from rankwise.ranks.kept import merged_sites
 from rankwise.runs import answers
 from rankwise.runs.search import Search
 from rankwise.runs.store import clear
@@ -97,7 +97,7 @@ def _save_model(folder: Path, parts: Parts) -> int:
     """Save what was learnt and return its size in bytes: an adapter, or the whole model where all of it has changed."""
     model: Any = None
     if isinstance(parts.model, PeftModel):
-        if merged(parts.model):
+        if merged_sites(parts.model):
             model = parts.model.merge_and_unload()
     elif all(p.requires_grad for p in parts.model.parameters()):
         model = parts.model

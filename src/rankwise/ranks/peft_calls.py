@@ -1,8 +1,8 @@
-"""A model in the hands of others, who know PEFT and not rankwise: what they write of it, and the adapters they add.
+"""What an attached model does when PEFT's own methods are called on it, as PEFT, a Trainer and TRL do.
 
-PEFT, a Trainer and TRL reach a model through PEFT's own methods. What they write in the middle of a search, or of a
-residual start, has the files of an adapter and is none: its configuration says so where PEFT must look, and PEFT
-refuses it. In memory the configuration stays as it is.
+What these write in the middle of a search, or after a residual start, has the files of an adapter and is none: its
+configuration says so where PEFT must look, and PEFT refuses it. In memory the configuration stays as it is. An adapter
+that they add by the configuration of one that is there gets the same scales.
 """
 
 from copy import copy
@@ -13,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from rankwise.errors import InputError
-from rankwise.ranks.kept import merged_into, start
+from rankwise.ranks.kept import products_of, start_of
 from rankwise.ranks.restore import follow_state_dict
 from rankwise.ranks.scales import copy_scale
 from rankwise.ranks.sites import Site
@@ -25,7 +25,7 @@ UNFINISHED = (
 """Written as the way in which A and B start, which PEFT does not know and repeats in its error."""
 
 
-class Config(LoraConfig):
+class MarkedConfig(LoraConfig):
     """A LoraConfig whose file may say something else of the start of A and B than it does in memory."""
 
     # In an annotation it would be a field, and fields are what PEFT saves and copies.
@@ -35,20 +35,20 @@ class Config(LoraConfig):
         return {**super().to_dict(), **({"init_lora_weights": self.start_written} if self.start_written else {})}
 
 
-def entrust(model: PeftModel) -> None:
-    """Let others load into `model`, write it and add adapters to it by PEFT's own methods."""
+def allow_peft_calls(model: PeftModel) -> None:
+    """Let PEFT's own methods load into `model`, write it and add adapters to it."""
     follow_state_dict(model)
     model.register_state_dict_pre_hook(_mark)
-    share(model)
+    allow_added_adapters(model)
 
 
-def share(model: PeftModel) -> None:
-    """Let others add adapters to `model`."""
-    model.__class__ = ENTRUSTED[type(model)]
+def allow_added_adapters(model: PeftModel) -> None:
+    """Let PEFT's own methods add adapters to `model`."""
+    model.__class__ = CLASSES[type(model)]
 
 
-class Entrusted(PeftModel):
-    """A PeftModel in which an adapter that is added as another of one that is there gets its scales too.
+class RankwisePeftModel(PeftModel):
+    """A PeftModel in which an adapter that is added by the configuration of another one gets its scales too.
 
     So TRL does for its reference: it copies parameter by parameter, by their names.
     """
@@ -66,17 +66,23 @@ class Entrusted(PeftModel):
                 copy_scale(Site("", layer, alike[0]), adapter_name)
 
 
-_KINDS: set[type[PeftModel]] = {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}
-ENTRUSTED = {kind: type(f"Entrusted{kind.__name__}", (Entrusted, kind), {"__module__": __name__}) for kind in _KINDS}
-globals().update({kind.__name__: kind for kind in ENTRUSTED.values()})  # where pickle looks for them
+_PEFTS: set[type[PeftModel]] = {PeftModel, *MODEL_TYPE_TO_PEFT_MODEL_MAPPING.values()}
+CLASSES = {
+    kind: RankwisePeftModel
+    if kind is PeftModel
+    else type(f"Rankwise{kind.__name__}", (RankwisePeftModel, kind), {"__module__": __name__})
+    for kind in _PEFTS
+}
+"""PEFT's class of a model -> ours, such as RankwisePeftModelForSequenceClassification."""
+globals().update({kind.__name__: kind for kind in CLASSES.values()})  # where pickle looks for them
 
 
 def _mark(model: nn.Module, *_: object) -> None:
     """Before anyone gets the model's state, and writes the configuration after it."""
     configs: dict[str, Any] = model.peft_config  # type: ignore[assignment]
     for adapter, config in configs.items():
-        if type(config) in (LoraConfig, Config):
-            config.__class__ = Config
+        if type(config) in (LoraConfig, MarkedConfig):
+            config.__class__ = MarkedConfig
             config.start_written = _written(model, adapter)
 
 
@@ -86,10 +92,10 @@ def _written(model: nn.Module, adapter: str) -> str | None:
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and isinstance(layer.lora_A, nn.ModuleDict):
             site = Site("", layer, adapter)
-            begun = start(site)
-            again |= begun is not None and begun.by_peft
-            residual = begun is not None and begun.A is not None and not begun.by_peft
+            start = start_of(site)
+            again |= start is not None and start.by_peft
+            residual = start is not None and start.A is not None and not start.by_peft
             part = site.present and not layer.get_base_layer()._parameters  # no layer of the pretrained model
-            if site.scale is not None or residual or part or merged_into(site):
+            if site.scale is not None or residual or part or products_of(site):
                 return UNFINISHED
     return "pissa" if again else None

@@ -1,0 +1,207 @@
+"""The kinds of layer that a site can sit on: the only place that knows how each holds its weight.
+
+W is read as a matrix (out, in) whatever the layer's own layout, with the factors A (r, in) and B (out, r). On a
+convolution A is one with r channels and the layer's kernel, and B one of kernel 1; read as matrices, each place of the
+kernel is an input of its own. Another kind of layer is another class here.
+
+Nothing here needs PEFT or transformers, so that `nets.gated` does not either.
+"""
+
+import sys
+from abc import ABC, abstractmethod
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.errors import InputError
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The types of weights that are numbers as they stand."""
+
+Pair = tuple[Any, Any]
+
+
+class WeightLayer(ABC):
+    """A layer with a weight that can be read as a matrix (out, in)."""
+
+    linear: ClassVar[bool] = True
+    """Whether it is a linear map and no convolution."""
+    transposed: ClassVar[bool] = False
+    """Whether its weight is stored as (in, out), which PEFT calls fan_in_fan_out."""
+
+    def __init__(self, layer: Any):
+        self.layer = layer
+
+    @classmethod
+    @abstractmethod
+    def classes(cls) -> tuple[type[nn.Module], ...]:
+        """The classes of this kind of layer."""
+
+    @property
+    @abstractmethod
+    def features(self) -> tuple[int, int]:
+        """(in, out) of the matrix. Not its weight's shape: 4-bit weights are packed into one column."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight of the layer's own layout as (out, in)."""
+        return weight
+
+    def own_layout(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the layout of the layer's weight."""
+        return matrix
+
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        """The product of factors as matrices, (r, in) and (out, r), with the number of entries that W has."""
+        return B @ A
+
+    def factors(self, rank: int, exact: bool = False, **like: Any) -> Pair:
+        """Layers for A, into the rank, and B, out of it, without bias.
+
+        Args:
+            exact: with all that a convolution has; else as PEFT makes them, without its groups, dilation and padding
+                of another kind than zeros.
+            like: `device` and `dtype`.
+        """
+        inputs, outputs = self.features
+        return nn.Linear(inputs, rank, bias=False, **like), nn.Linear(rank, outputs, bias=False, **like)
+
+    @staticmethod
+    def set_rank(A: Any, B: Any, rank: int) -> None:
+        """Write the rank that their weights have into the layers of two factors."""
+        A.out_features = B.in_features = rank
+
+    def add(self, matrix: Tensor) -> None:
+        """Add a matrix (out, in) to the layer's weight, in place."""
+        weight = self.layer.weight
+        weight += self.own_layout(matrix).to(weight)
+
+    def check(self, name: str) -> None:  # noqa: B027 - a linear map has no such case
+        """Raise InputError for a layer on which PEFT 0.21's factors are no product of two matrices to add to W."""
+
+
+class LinearLayer(WeightLayer):
+    """torch's linear map."""
+
+    @classmethod
+    def classes(cls) -> tuple[type[nn.Module], ...]:
+        return (nn.Linear,)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return self.layer.in_features, self.layer.out_features
+
+
+class GPT2Layer(WeightLayer):
+    """transformers' Conv1D, the linear map of GPT-2, whose weight is (in, out)."""
+
+    transposed = True
+
+    @classmethod
+    def classes(cls) -> tuple[type[nn.Module], ...]:
+        module = sys.modules.get("transformers.pytorch_utils")  # not imported: then no layer is one
+        return () if module is None else (module.Conv1D,)
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return self.layer.nx, self.layer.nf
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def own_layout(self, matrix: Tensor) -> Tensor:
+        return matrix.T
+
+
+class ConvolutionLayer(WeightLayer):
+    """A convolution; transposed ones, which PEFT does not adapt, are none."""
+
+    linear = False
+
+    @classmethod
+    def classes(cls) -> tuple[type[nn.Module], ...]:
+        return nn.Conv1d, nn.Conv2d, nn.Conv3d
+
+    @property
+    def features(self) -> tuple[int, int]:
+        return self.layer.in_channels * prod(self.layer.kernel_size), self.layer.out_channels
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def own_layout(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.layer.weight.shape)
+
+    def product(self, A: Tensor, B: Tensor) -> Tensor:
+        """Group by group where the layer has groups: A (r, in / groups), B (out, r / groups)."""
+        if (groups := self.layer.groups) == 1:
+            return B @ A
+        return (B.reshape(groups, -1, B.shape[1]) @ A.reshape(groups, -1, A.shape[1])).flatten(0, 1)
+
+    def factors(self, rank: int, exact: bool = False, **like: Any) -> Pair:
+        layer = self.layer
+        if not exact:
+            kind: Any = type(layer)
+            A = kind(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False, **like)
+            return A, kind(rank, layer.out_channels, 1, bias=False, **like)
+        kind = next(kind for kind in self.classes() if isinstance(layer, kind))
+        way = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        A = kind(layer.in_channels, rank, layer.kernel_size, bias=False, **way, **like)
+        return A, kind(rank, layer.out_channels, 1, bias=False, groups=layer.groups, **like)
+
+    @staticmethod
+    def set_rank(A: Any, B: Any, rank: int) -> None:
+        A.out_channels = B.in_channels = rank
+
+    def check(self, name: str) -> None:
+        if self.layer.groups > 1:
+            reason = f"has {self.layer.groups} groups: PEFT could not merge what is learnt on it"
+        elif any(step != 1 for step in self.layer.dilation):
+            reason = "is dilated, and PEFT's factors are not"
+        elif self.layer.padding_mode != "zeros":
+            reason = f"has {self.layer.padding_mode} padding, and PEFT's factors pad with zeros"
+        else:
+            return
+        raise InputError(f"the convolution {name} {reason}; leave it out of targets")
+
+
+KINDS: tuple[type[WeightLayer], ...] = (LinearLayer, GPT2Layer, ConvolutionLayer)
+
+
+def weight_layer(module: Any) -> WeightLayer | None:
+    """`module` as a layer that a site can sit on, or None."""
+    return next((kind(module) for kind in KINDS if isinstance(module, kind.classes())), None)
+
+
+def features(module: Any) -> tuple[int, int]:
+    """(in, out) of a layer that a site can sit on."""
+    layer = weight_layer(module)
+    assert layer is not None, f"{type(module).__name__} is no layer for a site"
+    return layer.features
+
+
+def shaped(matrix: Tensor, like: Tensor) -> Tensor:
+    """`matrix` with the kernel of `like`, a factor of a convolution; of a linear map, as it is."""
+    return matrix.reshape(len(matrix), -1, *like.shape[2:]) if like.dim() > 2 else matrix
+
+
+def holds_codes(weight: Tensor) -> bool:
+    """Whether a weight holds codes of a quantisation and no numbers, as far as it shows by itself."""
+    wrapped = type(weight).__module__.startswith(("bitsandbytes.", "torchao."))  # 4-bit codes may be stored as floats
+    return wrapped or weight.dtype not in FLOATS
+
+
+def is_quantised(layer: Any) -> bool:
+    """Whether the weight of a linear map or convolution holds codes and no numbers."""
+    inputs, outputs = features(layer)
+    return holds_codes(layer.weight) or layer.weight.numel() * getattr(layer, "groups", 1) != inputs * outputs
+
+
+def check_own_weight(model: nn.Module, name: str) -> None:
+    """Raise InputError where the weight of the layer `name` is quantised or serves another module too."""
+    layer: Any = model.get_submodule(name)
+    if is_quantised(layer):
+        raise InputError(f"{name} is quantised, its weight cannot change: use empty=drop, and no residual start")
+    if sum(p is layer.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
+        raise InputError(f"{name} shares its weight with another module, which would change too")
