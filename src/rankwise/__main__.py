@@ -6,8 +6,10 @@ import signal
 import sys
 import warnings
 
-CODES = {signal.SIGINT: 130, signal.SIGTERM: 75}
-"""Exit codes where nothing has begun yet that is worth more than the process; see `rankwise.cli`."""
+from rankwise.errors import INTERRUPTED, STOPPED
+
+CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: STOPPED}
+"""Exit codes where nothing has begun yet that is worth more than the process; see `rankwise.errors`."""
 
 
 def _leave(number: int, *_: object) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from rankwise.processes.stop import INTERRUPTED, STOPPED
+from rankwise.errors import FAILED, INPUT, INTERRUPTED, SOME_FAILED, STOPPED
 
 if TYPE_CHECKING:
     from rankwise.runs.maker import Maker
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from rankwise.sweep.plan import Plan
     from rankwise.sweep.runners import Runner
 
-FAILED, INPUT, SOME_FAILED = 1, 2, 3
 TELL_AFTER = 20.0
 """Seconds until one of several processes tells its error. One line is enough: where all fail alike, the main one tells
 at once and ends, upon which the launcher ends the others; and so where another process is lost."""
@@ -499,7 +498,7 @@ def env(as_json: Json = False, debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """Run the command line and leave with one of the exit codes above."""
+    """Run the command line and leave with one of the exit codes in `rankwise.errors`."""
     # A result in UTF-8 whatever the terminal says, so that no ± stops a finished sweep.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -1,11 +1,21 @@
-"""What goes wrong, in words for the user, and the checks that say so. Imports nothing of ours."""
+"""What goes wrong, in words for the user, the checks that say so, and exit codes. Imports nothing of ours."""
 
-import difflib
 import importlib
 import re
 import unicodedata
 from collections.abc import Iterable
 from types import ModuleType
+
+FAILED = 1
+"""Exit code: something went wrong that is not the user's doing."""
+INPUT = 2
+"""Exit code: what the user gave is wrong; see `InputError`."""
+SOME_FAILED = 3
+"""Exit code: some runs of a sweep failed."""
+STOPPED = 75
+"""Exit code: told to stop (EX_TEMPFAIL); the same command goes on from there."""
+INTERRUPTED = 130
+"""Exit code: told to stop by Ctrl-C; the same command goes on from there."""
 
 
 class InputError(ValueError):
@@ -60,5 +70,7 @@ def shown_line(text: str) -> str:
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """` (did you mean "x"?)` for the choice that looks most like `word`, or an empty string; made to end a message."""
+    import difflib  # which takes its time, and `rankwise.__main__` has none
+
     found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
     return f' (did you mean "{found[0]}"?)' if found else ""

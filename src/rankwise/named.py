@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import operator
 import pkgutil
 import types
 import typing
@@ -19,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, TypeAdapter
 
-from rankwise.errors import InputError, nearest
+from rankwise.errors import InputError, nearest, require
 
 FOLDERS = {"method": "rankwise.methods", "task": "rankwise.tasks", "runner": "rankwise.sweep.runners"}
 """Kind -> the package whose files hold its classes."""
@@ -48,6 +49,15 @@ class Named:
             if other := cls.known.get(word):
                 raise TypeError(f"two {cls.kind}s are called {word!r}: {other.__qualname__} and {cls.__qualname__}")
             cls.known[word] = cls
+
+    def __post_init__(self) -> None:
+        """Raise InputError for an option that is none of its choices, or beyond the bounds that its type has."""
+        for option, choices, bounds in _limits(type(self)):  # type: ignore[arg-type]
+            value = getattr(self, option)
+            if choices:
+                require(value in choices, f"{option} must be one of {', '.join(map(str, choices))}, not {value!r}")
+            elif value is not None and not all(_HOLDS[bound](value, limit) for bound, limit in bounds.items()):
+                raise InputError(f"{option} must {_in_words(bounds)}, not {value}")
 
     @classmethod
     def registry(cls) -> dict[str, type[Self]]:
@@ -104,10 +114,62 @@ def defaults(named: type) -> dict[str, Any]:
     return found
 
 
-def options_of(named: type) -> dict[dataclasses.Field[Any], Any]:
-    """The dataclass fields of a class that are options, with their types, in which numbers have bounds."""
-    hints = typing.get_type_hints(named, include_extras=True)
+def options_of(named: type, ranges: bool = False) -> dict[dataclasses.Field[Any], Any]:
+    """The dataclass fields of a class that are options, with their types, in which no number is without bounds.
+
+    With `ranges` these are also the option's own, which else the class itself checks.
+    """
+    hints = _hints(named) if ranges else typing.get_type_hints(named)
     return {field: _bounded(hints[field.name]) for field in dataclasses.fields(named) if field.init}
+
+
+def _hints(named: type) -> dict[str, Any]:
+    """The types of fields. One that only has another default in a subclass has the bounds of its base all the same."""
+    found: dict[str, Any] = {}
+    for base in reversed(named.__mro__):
+        plain = typing.get_type_hints(base)
+        for name, hint in typing.get_type_hints(base, include_extras=True).items():
+            same = name in found and hint == plain[name] and _plain(found[name]) == hint
+            found[name] = found[name] if same else hint
+    return found
+
+
+def _plain(hint: Any) -> Any:
+    """A type without what is annotated."""
+    return typing.get_type_hints(type("_", (), {"__annotations__": {"hint": hint}}))["hint"]
+
+
+_HOLDS = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
+
+
+@functools.cache
+def _limits(named: type) -> list[tuple[str, tuple[Any, ...], dict[str, float]]]:
+    """Of each option its name, the choices of its `Literal` and the bounds of its `Annotated[…, Field(ge=1)]`."""
+    hints, found = _hints(named), []
+    for option in dataclasses.fields(named):
+        hint = hints[option.name]
+        choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        marks = [info for part in (hint, *typing.get_args(hint)) for info in getattr(part, "__metadata__", ())]
+        limits = [limit for info in marks for limit in getattr(info, "metadata", ())]
+        bounds = {bound: getattr(limit, bound) for limit in limits for bound in _HOLDS if hasattr(limit, bound)}
+        if choices or bounds:
+            found.append((option.name, choices, bounds))
+    return found
+
+
+def _in_words(bounds: Mapping[str, float]) -> str:
+    match bounds:
+        case {"ge": low, "lt": high}:
+            return f"be in [{low}, {high})"
+        case {"gt": low, "lt": high}:
+            return f"be between {low} and {high}"
+        case {"ge": 0}:
+            return "not be negative"
+        case {"ge": low}:
+            return f"be at least {low}"
+        case {"gt": low}:
+            return f"be above {low}"
+    return f"be within {dict(bounds)}"
 
 
 def _bounded(hint: Any) -> Any:
@@ -117,7 +179,9 @@ def _bounded(hint: Any) -> Any:
     if hint is float:
         return Annotated[float, Field(ge=-FARTHEST, le=FARTHEST, allow_inf_nan=False)]
     kind, parts = typing.get_origin(hint), typing.get_args(hint)
-    if not parts or kind in (Literal, Annotated):
+    if kind is Annotated:
+        return Annotated[(_bounded(parts[0]), *parts[1:])]
+    if not parts or kind is Literal:
         return hint
     bounded = tuple(map(_bounded, parts))
     return typing.Union[bounded] if kind in (types.UnionType, typing.Union) else kind[bounded]  # noqa: UP007

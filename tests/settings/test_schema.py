@@ -72,3 +72,15 @@ def test_no_number_is_without_bounds() -> None:
 
     walk(json_schema(Schema(methods.registry(), tasks.registry())), "")
     walk(json_schema(Schema(runners.registry(), {})), "")
+
+
+def test_an_editor_knows_the_range_of_an_option() -> None:
+    """Also where a subclass only has another default."""
+    ranges = {}
+    for method in json_schema(Schema(methods.registry(), {}))["properties"]["method"]["oneOf"][1:]:
+        options = method["properties"]
+        ranges[options["name"]["const"]] = options
+    assert ranges["lora"]["rank"]["minimum"] == ranges["fat-lora"]["times"]["minimum"] == 1
+    assert ranges["lora"]["alpha"]["exclusiveMinimum"] == 0
+    assert (ranges["dora"]["dropout"]["minimum"], ranges["dora"]["dropout"]["exclusiveMaximum"]) == (0, 1)
+    assert ranges["fat-lora"]["omega_rate"]["anyOf"][0]["minimum"] == 0

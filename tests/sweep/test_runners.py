@@ -44,7 +44,7 @@ def test_options_are_checked_and_typed() -> None:
         ("ray", ["adress=auto"], 'runner.adress: ray has no such option (did you mean "address"?)'),
         ("ray", ["cpus=0"], "runner ray: cpus must be above 0, not 0"),
         ("ray", ["cpus=nan"], "runner.cpus = 'nan': expected number"),
-        ("ray", ["gpus=-1"], "runner ray: gpus must not be below 0: -1"),
+        ("ray", ["gpus=-1"], "runner ray: gpus must not be negative, not -1"),
         ("ray", ["memory=0"], "runner ray: memory must be above 0 GiB, not 0"),
         ("slurm", ["partion=gpu"], 'runner.partion: slurm has no such option (did you mean "partition"?)'),
         ("slurm", ["time=0"], "runner slurm: time must be at least 1, not 0"),

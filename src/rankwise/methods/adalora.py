@@ -13,9 +13,10 @@ models made for a task; here its gradient is added for all. The paper (eq. 4) su
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from peft import AdaLoraConfig
+from pydantic import Field
 from torch import nn
 
 from rankwise.errors import require
@@ -59,30 +60,24 @@ class AdaLoRA(Method, name="adalora"):
         orthogonality: γ, the weight of the term that holds the rows of A and the columns of B orthonormal.
     """
 
-    rank: int = 8
-    init_rank: int = 12
-    alpha: float = 16.0
+    rank: Annotated[int, Field(ge=1)] = 8
+    init_rank: Annotated[int, Field(ge=2)] = 12
+    alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str | list[str] = ALL_LINEAR
-    dropout: float = 0.0
-    start: float = 0.1
-    settle: float = 0.5
-    every: int = 10
-    total: int = 0
-    beta1: float = 0.85
-    beta2: float = 0.85
-    orthogonality: float = 0.1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    start: Annotated[float, Field(ge=0)] = 0.1
+    settle: Annotated[float, Field(ge=0)] = 0.5
+    every: Annotated[int, Field(ge=1)] = 10
+    total: Annotated[int, Field(ge=0)] = 0
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85
+    orthogonality: Annotated[float, Field(ge=0)] = 0.1
 
     sizes = ("init_rank", "rank")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, least in {"rank": 1, "every": 1, "start": 0, "settle": 0, "total": 0, "orthogonality": 0}.items():
-            require(getattr(self, option) >= least, f"{option} must be at least {least}, not {getattr(self, option)}")
-        for option in ("beta1", "beta2"):
-            require(0 < getattr(self, option) < 1, f"{option} must be between 0 and 1, not {getattr(self, option)}")
         require(self.init_rank > self.rank, f"init_rank must be above {self.rank} (rank), not {self.init_rank}")
-        require(self.alpha > 0, f"alpha must be above 0, not {self.alpha}")
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
         self._phases(self.total)
 
     def _phases(self, total: int) -> dict[str, int | None]:

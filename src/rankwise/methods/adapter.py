@@ -16,9 +16,10 @@ sum behind the residual addition; ours stands before it, as all adapters here do
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from rankwise.errors import require
@@ -59,12 +60,8 @@ class Adapter(Method):
 
     sizes = ("size",)
     norm: ClassVar[bool]
-    size: int = 8
+    size: Annotated[int, Field(ge=1)] = 8
     activation: Literal["gelu", "relu"] = "gelu"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.size >= 1, f"size must be at least 1, not {self.size}")
 
     @abstractmethod
     def places(self, block: Outputs) -> list[nn.Module]:

@@ -4,12 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from rankwise.errors import InputError, require
+from rankwise.errors import InputError
 from rankwise.named import Named
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan, rank_report, ranks, sites
@@ -41,12 +41,6 @@ class Method(Named, ABC, kind="method"):
         super().__init_subclass__(**named)
         if "attach" in vars(cls):
             cls.attach = _exact(cls.attach)  # type: ignore[method-assign]
-
-    def __post_init__(self) -> None:
-        for option, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal:
-                value, known = getattr(self, option), get_args(hint)
-                require(value in known, f"{option} must be one of {', '.join(known)}, not {value!r}")
 
     @abstractmethod
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:

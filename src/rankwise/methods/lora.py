@@ -11,10 +11,11 @@ starts come from a course project on LoRA-FA with SVD initialisation, which they
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
+from pydantic import Field
 from torch import nn
 
 from rankwise.errors import require
@@ -47,12 +48,12 @@ class LoRA(Method, name="lora"):
             clipping of gradients.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
     targets: str | list[str] = ALL_LINEAR
-    dropout: float = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     init: Literal["kaiming", "normal", "svd", "svd_residual", "svd_authors", "pissa"] = "kaiming"
-    pull: float = 0.0
+    pull: Annotated[float, Field(ge=0)] = 0.0
 
     peft_options: ClassVar[dict[str, Any]] = {}
     """What else goes into PEFT's LoraConfig."""
@@ -62,10 +63,6 @@ class LoRA(Method, name="lora"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.rank >= 1, f"rank must be at least 1, not {self.rank}")
-        require(self.alpha > 0, f"alpha must be above 0, not {self.alpha}")
-        require(0 <= self.dropout < 1, f"dropout must be in [0, 1), not {self.dropout}")
-        require(self.pull >= 0, f"pull must not be negative, not {self.pull}")
         if not self.keeps_ranks:
             require(self.init in ("kaiming", "normal"), f"{self.name} changes ranks: init must be kaiming or normal")
             require(self.pull == 0, f"{self.name} changes ranks: pull must be 0")

@@ -7,12 +7,13 @@ of ∂L/∂ω, a step of at most CLOCK / (steps of the search), and no schedule,
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from rankwise.errors import NotFiniteError, require
+from rankwise.errors import NotFiniteError
 from rankwise.methods.lora import LoRA
 from rankwise.ranks import RankPlan, Site, ranks, sites
 from rankwise.ranks.scales import Omega
@@ -34,15 +35,11 @@ class OmegaLoRA(LoRA):
             and steps of at most 1.5 / (steps of the search), whatever the run's rate is, unless that is 0.
     """
 
-    omega_rate: float | None = None
+    omega_rate: Annotated[float, Field(ge=0)] | None = None
 
     keeps_ranks: ClassVar[bool] = False
     moving: ClassVar[tuple[str, str]] = ("ω", "")
     """What is said to have moved in a search, and in which unit."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require((self.omega_rate or 0) >= 0, f"omega_rate must not be negative, not {self.omega_rate}")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)

@@ -17,8 +17,9 @@ well (Li and Liang 2021), and later activations are normal with the standard dev
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import nn
 
 from rankwise.errors import require
@@ -38,16 +39,14 @@ class PreEmbed(Method, name="pre-embed"):
         infix: l_i, how many tokens follow the prompt.
     """
 
-    prefix: int = 8
-    infix: int = 8
+    prefix: Annotated[int, Field(ge=0)] = 8
+    infix: Annotated[int, Field(ge=0)] = 8
 
     sizes = ("prefix",)
     every_layer: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option in ("prefix", "infix"):
-            require(getattr(self, option) >= 0, f"{option} must not be negative, not {getattr(self, option)}")
         require(self.prefix + self.infix >= 1, "prefix and infix are both 0: at least one virtual token must train")
 
     @property

@@ -4,11 +4,12 @@ The authors call it RandLoRA, which in PEFT is another method (Albert et al. 202
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
-from rankwise.errors import require
 from rankwise.methods.lora import LoRA
 from rankwise.methods.weight_lora import check_keep
 from rankwise.ranks import RankPlan, sites
@@ -22,13 +23,9 @@ class RandomLoRA(LoRA, name="random-lora"):
         keep: k, how many sites have an adapter.
     """
 
-    keep: int = 10
+    keep: Annotated[int, Field(ge=1)] = 10
 
     keeps_ranks = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.keep >= 1, f"keep must be at least 1, not {self.keep}")
 
     def first_plan(self, model: nn.Module) -> RankPlan:
         check_keep(self.keep, model)

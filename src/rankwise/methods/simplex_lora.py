@@ -18,12 +18,12 @@ rate of ω, our clock, which asks for the sign of a gradient more than for its s
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from rankwise.errors import require
 from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
@@ -51,27 +51,20 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection, η being ω's rate or the clock's.
     """
 
-    every: int = 10
-    times: int = 3
+    every: Annotated[int, Field(ge=1)] = 10
+    times: Annotated[int, Field(ge=1)] = 3
     rounding: Literal["floor", "ceil", "budget"] = "budget"
     change: Literal["svd", "reinit"] = "svd"
     empty: Literal["drop", "merge"] = "drop"
     finish: Literal["continue", "restart"] = "continue"
     moments: Literal["reset", "keep"] = "reset"
-    rewarm: int = 0
+    rewarm: Annotated[int, Field(ge=0)] = 0
     projection: Literal["simplex", "softmax", "rank-softmax"] = "simplex"
-    omega_decay: float = 0.0
+    omega_decay: Annotated[float, Field(ge=0)] = 0.0
 
     moving = ("ω", "ranks")
     resets: ClassVar[bool] = False
     """Whether ω is set to 1 at the end of the search and not folded in as it is."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option in ("every", "times"):
-            require(getattr(self, option) >= 1, f"{option} must be at least 1, not {getattr(self, option)}")
-        for option in ("rewarm", "omega_decay"):
-            require(getattr(self, option) >= 0, f"{option} must not be negative, not {getattr(self, option)}")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)

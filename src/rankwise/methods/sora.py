@@ -15,12 +15,13 @@ hence a rate of the gates' own, 10 by default, for which a run of 1,000 steps cl
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from rankwise.errors import NotFiniteError, require
+from rankwise.errors import NotFiniteError
 from rankwise.methods.lora import LoRA
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, sites
@@ -39,17 +40,12 @@ class SoRA(LoRA, name="sora"):
         gate_rule: what steps the gates before the threshold: `sgd`, or `adamw` without weight decay.
     """
 
-    sparsity: float = 3e-4
+    sparsity: Annotated[float, Field(ge=0)] = 3e-4
     gates: Literal["normal", "ones"] = "ones"
-    gate_rate: float = 10.0
+    gate_rate: Annotated[float, Field(ge=0)] = 10.0
     gate_rule: Literal["sgd", "adamw"] = "sgd"
 
     keeps_ranks: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for option in ("sparsity", "gate_rate"):
-            require(getattr(self, option) >= 0, f"{option} must not be negative, not {getattr(self, option)}")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)

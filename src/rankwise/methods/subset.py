@@ -10,8 +10,10 @@ here nothing needs adding or merging, so `requires_grad` alone says all, and `ra
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from rankwise.errors import InputError, require
@@ -52,11 +54,7 @@ class FullTop(Method, name="full-top"):
         blocks: how many blocks train, counted from the end of the last stack (the decoder's, where there are two).
     """
 
-    blocks: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.blocks >= 1, f"blocks must be at least 1, not {self.blocks}")
+    blocks: Annotated[int, Field(ge=1)] = 2
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         last = list(stacks(model)[-1])

@@ -16,8 +16,10 @@ the algorithm as the slides have it (`start: 1`). Our default lets B grow for so
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from rankwise.errors import require
@@ -38,15 +40,14 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
         every: T, the step after which sites with ω = 0 are removed.
     """
 
-    keep: int = 10
-    start: int = 10
-    every: int = 30
+    keep: Annotated[int, Field(ge=1)] = 10
+    start: Annotated[int, Field(ge=1)] = 10
+    every: Annotated[int, Field(ge=1)] = 30
 
     moving = ("ω of the sites that stay", "")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.keep >= 1, f"keep must be at least 1, not {self.keep}")
         require(1 <= self.start <= self.every, f"start must be 1 to {self.every} (every), not {self.start}")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:

@@ -11,10 +11,9 @@ from typing import Any
 
 import psutil
 
+from rankwise.errors import INTERRUPTED, STOPPED
 from rankwise.processes.launched import launched
 
-STOPPED = 75  # EX_TEMPFAIL: start the same command again and it goes on
-INTERRUPTED = 130
 GRACE = 10.0  # seconds for the last step and its checkpoint once the parent is gone
 POLL = 0.5  # seconds
 

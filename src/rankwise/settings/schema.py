@@ -72,7 +72,7 @@ def _part_schema(name: str, kind: type, words: Sequence[str]) -> dict[str, Any]:
     """The JSON schema of one method or task with its options; its name stands at one of `words`."""
     options: dict[str, Any] = {word: {"const": name} for word in words}
     required = []
-    for field, hint in options_of(kind).items():
+    for field, hint in options_of(kind, ranges=True).items():
         options[field.name] = TypeAdapter(hint).json_schema()
         if field.name in defaults(kind):
             options[field.name]["default"] = defaults(kind)[field.name]

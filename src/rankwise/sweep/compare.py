@@ -13,9 +13,9 @@ from types import FrameType
 
 from rich.console import Console
 
-from rankwise.errors import InputError
+from rankwise.errors import INTERRUPTED, STOPPED, InputError
 from rankwise.files import opened
-from rankwise.processes.stop import INTERRUPTED, STOPPED, answering
+from rankwise.processes.stop import answering
 from rankwise.runs import run_file
 from rankwise.runs.record import progress as steps_of
 from rankwise.runs.store import Store

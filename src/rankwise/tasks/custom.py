@@ -76,9 +76,7 @@ class Custom(Task):
                 raise InputError(
                     f"columns: {column!r} has two roles, {other} and {role}; each needs a column of its own"
                 )
-        parent = getattr(super(), "__post_init__", None)
-        if parent is not None:
-            parent()
+        super().__post_init__()
 
     @property
     def used(self) -> tuple[str, ...]:

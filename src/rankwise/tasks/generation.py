@@ -17,11 +17,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from peft import PeftModel
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -79,21 +80,16 @@ class Generation(Task):
     target: ClassVar[str] = "target"
 
     prefix: str = ""
-    target_length: int = 64
-    beams: int = 4
+    target_length: Annotated[int, Field(ge=2)] = 64
+    beams: Annotated[int, Field(ge=1)] = 4
     length_penalty: float = 1.0
-    no_repeat: int = 0
+    no_repeat: Annotated[int, Field(ge=0)] = 0
     split: Literal["validation", "test"] = "validation"
 
     def __post_init__(self) -> None:
-        if self.target_length < 2:
-            raise InputError(f"target_length must be at least 2, a token and the end mark, not {self.target_length}")
-        if self.beams < 1:
-            raise InputError(f"beams must be at least 1, not {self.beams}")
+        super().__post_init__()
         if not math.isfinite(self.length_penalty):
             raise InputError(f"length_penalty must be a finite number, not {self.length_penalty}")
-        if self.no_repeat < 0:
-            raise InputError(f"no_repeat must not be negative, not {self.no_repeat}")
 
     def apart(self) -> Split | None:
         """With `split: test` the validation rows."""

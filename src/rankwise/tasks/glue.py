@@ -257,6 +257,7 @@ class AX(GLUE, name="ax"):
     words = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.protocol != "official" or self.submission:
             raise InputError("ax has no labels to halve, and is always written for a submission: leave its options out")
 

@@ -9,10 +9,11 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import nn
 
 from rankwise.errors import InputError, NotFiniteError, need
@@ -44,14 +45,9 @@ class Segmentation(Task):
     main: ClassVar[str] = "dice"
     metrics: ClassVar[tuple[str, ...]] = ("dice", "iou")
 
-    height: int = 256
-    width: int = 256
+    height: Annotated[int, Field(ge=1)] = 256
+    width: Annotated[int, Field(ge=1)] = 256
     augment: bool = True
-
-    def __post_init__(self) -> None:
-        for option in ("height", "width"):
-            if getattr(self, option) < 1:
-                raise InputError(f"{option} must be at least 1 pixel, not {getattr(self, option)}")
 
     @property
     def classes(self) -> int:

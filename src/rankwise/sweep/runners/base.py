@@ -4,6 +4,9 @@ import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from rankwise.errors import require
 from rankwise.named import Named
@@ -44,12 +47,12 @@ class Runner(Named, ABC, kind="runner"):
         command: what carries out a run; its folder is put behind it.
     """
 
-    jobs: int | None = None
+    jobs: Annotated[int, Field(ge=1)] | None = None
     command: tuple[str, ...] = (sys.executable, "-m", "rankwise", "train")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.command = tuple(self.command)
-        require(self.jobs is None or self.jobs >= 1, f"jobs must be at least 1, not {self.jobs}")
         require(bool(self.command), "command must name a program, as in command=[python, -m, rankwise, train]")
 
     @property

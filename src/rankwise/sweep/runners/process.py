@@ -15,9 +15,9 @@ from types import FrameType
 from typing import Any
 from uuid import uuid4
 
-from rankwise.errors import InputError
+from rankwise.errors import STOPPED, InputError
 from rankwise.files import appended, read_json, write_whole
-from rankwise.processes.stop import STOPPED, answering, this_process
+from rankwise.processes.stop import answering, this_process
 
 # Everything that starts threads in a run: OpenMP and MKL in torch, OpenBLAS in numpy, rayon in the tokenizers.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
-from rankwise.errors import InputError, need, require
+from pydantic import Field
+
+from rankwise.errors import STOPPED, InputError, need, require
 from rankwise.files import unwritable
-from rankwise.processes.stop import STOPPED
 from rankwise.sweep.runners.base import Ended, Runner
 from rankwise.sweep.runners.local import cores
 from rankwise.sweep.runners.process import Order, Over, carry, logged, send
@@ -39,8 +40,8 @@ class Ray(Runner, name="ray"):
     """
 
     address: str | None = None
-    cpus: float = 1
-    gpus: float = 0
+    cpus: Annotated[float, Field(gt=0)] = 1
+    gpus: Annotated[float, Field(ge=0)] = 0
     memory: float | None = None
 
     _ray: ModuleType = field(init=False)
@@ -49,8 +50,6 @@ class Ray(Runner, name="ray"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.cpus > 0, f"cpus must be above 0, not {self.cpus:g}")
-        require(self.gpus >= 0, f"gpus must not be below 0: {self.gpus:g}")
         require(self.memory is None or self.memory > 0, f"memory must be above 0 GiB, not {self.memory}")
         self._ray = need("ray", "ray")
 

@@ -9,11 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from rankwise.errors import InputError, need, require
+from pydantic import Field
+
+from rankwise.errors import STOPPED, InputError, need, require
 from rankwise.files import appended, unwritable
-from rankwise.processes.stop import STOPPED
 from rankwise.sweep.runners.base import Ended, Runner
 from rankwise.sweep.runners.process import Order, Over, carry, logged, send, sent
 
@@ -51,12 +52,12 @@ class Slurm(Runner, name="slurm"):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: int = 240
-    cpus: int = 1
-    gpus: int = 0
+    time: Annotated[int, Field(ge=1)] = 240
+    cpus: Annotated[int, Field(ge=1)] = 1
+    gpus: Annotated[int, Field(ge=0)] = 0
     memory: float | None = None
     array: bool = False
-    notice: int = 120
+    notice: Annotated[int, Field(ge=10)] = 120
     setup: tuple[str, ...] = ()
     sbatch: dict[str, str | int | float | bool] = field(default_factory=dict)
     executor: Literal["slurm", "debug"] = "slurm"
@@ -74,9 +75,6 @@ class Slurm(Runner, name="slurm"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, least in {"time": 1, "cpus": 1, "gpus": 0, "notice": 10}.items():
-            value = getattr(self, option)
-            require(value >= least, f"{option} must be at least {least}, not {value}")
         require(self.memory is None or self.memory > 0, f"memory must be above 0 GiB, not {self.memory}")
         limit = f"notice must be less than the {self.time} min of a job, not {self.notice} s"
         require(self.notice < 60 * self.time, limit)
