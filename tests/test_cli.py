@@ -100,7 +100,7 @@ def test_status_and_the_rest_of_the_runs_room_load_no_torch(tmp_path: Path) -> N
     finish(Store(tmp_path), config(), 0.5)
     script = (
         "import sys; sys.argv = ['rankwise', 'status', sys.argv[1]]\n"
-        "import rankwise.results.summary, rankwise.runs.grid, rankwise.report.html, rankwise.report.text\n"
+        "import rankwise.results.summary, rankwise.runs.grid, rankwise.report.html, rankwise.report.tables\n"
         "from rankwise.cli import main\n"
         "try: main()\n"
         "finally: assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from odd_files import ODD, a_pipe
-from rankwise.report import figures, text
+from rankwise.report import figures, tables
 from rankwise.report.pages import pages
 from rankwise.results.summary import Summary
 from rankwise.runs.store import Store
@@ -113,10 +113,9 @@ def test_a_damaged_run_is_a_row_and_the_rest_is_shown(
         store = Store(two.parent)
         rows = Watch(store).look().rows()
         assert len(rows) == 2 and any("stdlib-kind-lora-1" in row[0] and row[2] == "done" for row in rows)
-        experiment, _ = store.described()
-        summary = Summary.of(store.results(), reference=(experiment.get("report") or {}).get("reference"))
+        summary = Summary.of_store(store)
         assert "lora" in summary.text()
-        for form in (text.markdown, text.csv, text.latex):
+        for form in (tables.markdown, tables.csv, tables.latex):
             assert form(summary.best)
         found = pages(store, store.folders(), store.results(), summary.rows)
         assert len(found) == 2 and json.dumps(summary.as_json())

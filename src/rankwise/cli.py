@@ -23,6 +23,7 @@ import typer
 from rankwise.errors import FAILED, INPUT, INTERRUPTED, SOME_FAILED, STOPPED
 
 if TYPE_CHECKING:
+    from rankwise.results.summary import Summary
     from rankwise.runs.maker import Maker
     from rankwise.runs.store import Store
     from rankwise.settings import RunConfig
@@ -192,7 +193,7 @@ def status(
     """Say how the runs of a folder stand, and about how long they will still take."""
     from rich.console import Console
 
-    from rankwise.results.tables import plain
+    from rankwise.results.formats import plain
     from rankwise.runs.store import Store
     from rankwise.sweep.watch import HEADER, Watch, watch
 
@@ -273,6 +274,7 @@ def report(
 ) -> None:
     """Show what the finished runs of a folder say: a table on stdout, or a page."""
     from rankwise.errors import InputError
+    from rankwise.results.summary import Summary
     from rankwise.runs.store import Store
 
     if sum((md, csv, latex, as_json)) > 1:
@@ -288,16 +290,16 @@ def report(
 
         _print(f"report: {write(runs, html)}", file=sys.stderr)
     if md or csv or latex:
-        from rankwise.report import text
-        from rankwise.results.tables import best, summarise
+        from rankwise.report import tables
+        from rankwise.results.rows import best, summarise
 
         if note := store.left_out():
             _print(note, file=sys.stderr)
-        form: Callable[..., str] = text.markdown if md else text.csv if csv else text.latex
+        form: Callable[..., str] = tables.markdown if md else tables.csv if csv else tables.latex
         _print(form(best(summarise(results))))
     elif as_json or not html:
-        summary = _summary(store)
-        _print(_json({**summary.as_json(), **_published(store, summary)}) if as_json else _text(store, summary))
+        summary = Summary.of_store(store)
+        _print(_json(summary.as_json()) if as_json else summary.text())
 
 
 @app.command()
@@ -366,7 +368,7 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
 @app.command()
 def tasks(as_json: Json = False, debug: Debug = False) -> None:
     """List the tasks."""
-    from rankwise.results.tables import plain
+    from rankwise.results.formats import plain
     from rankwise.tasks import registry
 
     options = _options("task")
@@ -393,7 +395,7 @@ def papers(as_json: Json = False, debug: Debug = False) -> None:
     from dataclasses import asdict
 
     from rankwise.published import papers
-    from rankwise.results.tables import plain
+    from rankwise.results.formats import plain
 
     if as_json:
         _print_json([asdict(paper) for paper in papers()])
@@ -411,7 +413,7 @@ def papers(as_json: Json = False, debug: Debug = False) -> None:
 def archs(as_json: Json = False, debug: Debug = False) -> None:
     """List the architectures that parameters can be counted for."""
     from rankwise.archs import archs
-    from rankwise.results.tables import plain
+    from rankwise.results.formats import plain
 
     found = archs()
     if as_json:
@@ -572,17 +574,18 @@ def _runner(name: str, jobs: int | None, options: Sequence[str]) -> Runner:
 
 def _conclude(store: Store, outcome: Outcome, shown: Sequence[Path], as_json: bool) -> None:
     """Print what the runs in `shown` say, write the page, and leave with the exit code."""
-    summary = _summary(store, shown)
+    from rankwise.results.summary import Summary
+
+    summary = Summary.of_store(store, shown)
     if not as_json:
-        _print(_text(store, summary))
-    page = _page(store, summary)
+        _print(summary.text())
+    page = _page(store, summary, whole=sorted(shown) == store.folders())
     if as_json:
         _print_json(
             {
                 "runs": str(store.folder),
                 **{state: [path.name for path in getattr(outcome, state)] for state in ("done", "failed", "stopped")},
                 **summary.as_json(),
-                **_published(store, summary),
                 "report": str(page) if page else None,
             }
         )
@@ -593,14 +596,17 @@ def _conclude(store: Store, outcome: Outcome, shown: Sequence[Path], as_json: bo
         sys.exit(code)
 
 
-def _page(store: Store, summary: Any) -> Path | None:
-    """The report of the whole folder. What hinders it is only said: the results are worth more than the page."""
+def _page(store: Store, summary: Summary, whole: bool) -> Path | None:
+    """The report of the whole folder. What hinders it is only said: the results are worth more than the page.
+
+    Where the summary is of the `whole` folder, nothing is computed anew.
+    """
     if not summary.rows:
         return None
     try:
         from rankwise.report.html import write
 
-        return write(store.folder, None)
+        return write(store.folder, None, summary if whole else None)
     except Exception as error:
         _print(f"no report.html: {' '.join(str(error).split())}", file=sys.stderr)
         return None
@@ -632,33 +638,6 @@ def _exit_code(store: Store, outcome: Outcome) -> int:
     return 0
 
 
-def _summary(store: Store, folders: Sequence[Path] | None = None) -> Any:
-    from rankwise.results.summary import Summary
-
-    experiment, damage = store.described()
-    about = experiment.get("report") or {}
-    if damage:
-        _print(f"rankwise: {damage}; without it nothing is told of the experiment", file=sys.stderr)
-    return Summary.of(store.results(folders), about.get("reference"), store.left_out(folders))
-
-
-def _published(store: Store, summary: Any) -> dict[str, Any]:
-    """`published`: what stands beside the papers' tables, where the experiment names some."""
-    from dataclasses import asdict
-
-    from rankwise.results.beside import beside
-
-    cells = beside(summary, store.described()[0])
-    return {"published": [asdict(cell) for cell in cells]} if cells else {}
-
-
-def _text(store: Store, summary: Any) -> str:
-    from rankwise.report import published
-    from rankwise.results.beside import beside
-
-    return "\n\n".join(filter(None, [summary.text(), published.text(beside(summary, store.described()[0]))]))
-
-
 def _print_settings(config: RunConfig, folder: Path, as_json: bool) -> None:
     import yaml
 
@@ -668,7 +647,7 @@ def _print_settings(config: RunConfig, folder: Path, as_json: bool) -> None:
 
 
 def _print_plan(plan: Plan, as_json: bool) -> None:
-    from rankwise.results.tables import plain
+    from rankwise.results.formats import plain
     from rankwise.sweep.plan import made_by_others
     from rankwise.sweep.progress import counted
 

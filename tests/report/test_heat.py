@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from drawn import texts
-from rankwise.report import heat, plots
+from rankwise.report import heat, style
 from rankwise.report.heat import Place, places
 
 RANKS = {f"encoder.layer.{layer}.attention.self.{name}": layer + 1 for layer in range(3) for name in ("query", "value")}
@@ -53,7 +53,7 @@ def test_the_rank_picture_shows_every_rank() -> None:
 
 
 def test_the_rank_picture_repeats_itself() -> None:
-    once, again = (plots.svg(heat.rank_picture(RANKS)) for _ in range(2))
+    once, again = (style.svg(heat.rank_picture(RANKS)) for _ in range(2))
     assert once == again and "<svg" in once
 
 
@@ -68,8 +68,8 @@ def test_no_ranks_is_an_error() -> None:
 
 @pytest.mark.parametrize("top", [1, 8, 64])
 def test_ranks_of_any_size_can_be_drawn(top: int) -> None:
-    plots.svg(heat.rank_picture(dict.fromkeys(RANKS, top)))
-    plots.svg(heat.rank_picture(dict.fromkeys(RANKS, 0)))
+    style.svg(heat.rank_picture(dict.fromkeys(RANKS, top)))
+    style.svg(heat.rank_picture(dict.fromkeys(RANKS, 0)))
 
 
 def test_the_heat_map_has_a_row_per_site_and_a_column_per_change() -> None:
@@ -92,7 +92,7 @@ def test_a_large_model_names_layers_only() -> None:
     many = {f"layers.{layer}.{name}": 4 for layer in range(40) for name in ("q", "k", "v", "o")}
     figure = heat.ranks_over_time([(0, many)], 10)
     assert len(figure.axes[0].get_yticks()) == 40
-    plots.svg(heat.rank_picture(many))
+    style.svg(heat.rank_picture(many))
 
 
 def test_the_grid_has_a_place_for_every_site_and_none_for_what_is_no_site() -> None:
@@ -128,4 +128,4 @@ def test_any_name_of_a_site_can_be_drawn(name: str) -> None:
     ranks = {**RANKS, f"encoder.layer.1.{name}": 3, name: 2}
     history = [(10 * step, {**ranks, name: step}) for step in range(3)]
     for figure in (heat.rank_picture(ranks), heat.ranks_over_time(history, 30), heat.ranks_in_steps(history)):
-        assert "<svg" in plots.svg(figure)
+        assert "<svg" in style.svg(figure)

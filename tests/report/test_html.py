@@ -295,14 +295,11 @@ def test_several_ranks_and_rates_are_drawn_apart(tmp_path: Path) -> None:
 
 
 def test_sizes_of_a_method_are_one_family_and_other_options_are_not() -> None:
-    rows = [
-        {"method": method}
-        for method in ("lora rank=1 init=svd", "lora rank=4 init=svd", "lora rank=4 init=kaiming", "head")
-    ]
-    assert list(figures.families(rows).values()) == ["lora init=svd"] * 2 + ["lora rank=4 init=kaiming", "head"]
-    with_alpha = [{"method": f"lora rank={rank} alpha={2 * rank}"} for rank in (1, 2)]
+    methods = ["lora rank=1 init=svd", "lora rank=4 init=svd", "lora rank=4 init=kaiming", "head"]
+    assert list(figures.families(methods).values()) == ["lora init=svd"] * 2 + ["lora rank=4 init=kaiming", "head"]
+    with_alpha = [f"lora rank={rank} alpha={2 * rank}" for rank in (1, 2)]
     assert set(figures.families(with_alpha).values()) == {"lora"}
-    apart = [{"method": f"lora rank={rank} alpha={alpha}"} for rank in (1, 2) for alpha in (1, 2)]
+    apart = [f"lora rank={rank} alpha={alpha}" for rank in (1, 2) for alpha in (1, 2)]
     assert set(figures.families(apart).values()) == {"lora alpha=1", "lora alpha=2"}
 
 

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from drawn import texts
-from rankwise.report import plots
-from rankwise.report.plots import Line, Point, Rate, Tried
+from rankwise.report import curves, plots, style
+from rankwise.report.curves import Line
+from rankwise.report.plots import Point, Rate, Tried
 
 
 def test_methods_of_equal_size_stand_side_by_side() -> None:
@@ -55,7 +56,7 @@ def test_cost_is_drawn_within_its_axes_with_round_ticks() -> None:
 def test_costs_that_are_alike_have_a_scale_too(values: tuple[float, float]) -> None:
     points = [Point(name, look, value, 0.7) for look, (name, value) in enumerate(zip("ab", values, strict=True))]
     figure = plots.score_by_cost(points, points, "accuracy", "")
-    plots.svg(figure)
+    style.svg(figure)
     for axes in figure.axes:
         low, high = axes.get_xlim()
         assert len(axes.get_xticks()) >= 2 and all(low <= each <= high for each in (*values, *axes.get_xticks()))
@@ -83,7 +84,7 @@ def test_panels_stand_by_rank_and_rate_with_equal_axes_and_one_legend() -> None:
     line = [Line("a", 0, [([1, 2], [0.1, 0.2])]), Line("b", 1, [([1, 2], [0.3, 0.9]), ([1, 2], [0.5, 0.7])])]
     cells = {(rank, rate): line for rank in (8, 1) for rate in (1e-3, 1e-4, 5e-3)}
     del cells[8, 1e-4]
-    figure = plots.panels(cells, "loss", "title")
+    figure = curves.panels(cells, "loss", "title")
     assert len(figure.axes) == 6 and len({axes.get_ylim() for axes in figure.axes}) == 1
     assert [axes.get_title("center") for axes in figure.axes[:3]] == ["rate 0.0001", "rate 0.001", "rate 0.005"]
     assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["rank 1", "rank 8"]
@@ -91,31 +92,31 @@ def test_panels_stand_by_rank_and_rate_with_equal_axes_and_one_legend() -> None:
     assert texts(figure).count("no run") == 1
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b"]
     with pytest.raises(ValueError, match="no curves"):
-        plots.panels({}, "loss", "title")
+        curves.panels({}, "loss", "title")
 
 
 @pytest.mark.parametrize("name", ["$x_{", "a\nb\x00\x1b", "名前 🙂", '<&">', "y" * 900, "_", ""])
 def test_any_name_can_be_drawn_and_widens_nothing(name: str) -> None:
     line = [([1, 2], [0.1, 0.2])]
-    plain = plots.svg(plots.curves([Line("a", 0, line)], "loss", "title"))
-    odd = plots.svg(plots.curves([Line(name, 0, line)], name, name))
+    plain = style.svg(curves.curves([Line("a", 0, line)], "loss", "title"))
+    odd = style.svg(curves.curves([Line(name, 0, line)], name, name))
     widths = [float(text.partition('width="')[2].partition("pt")[0]) for text in (plain, odd)]
     assert widths[1] < 1.1 * widths[0]
 
 
 def test_mean_and_spread_use_the_steps_that_all_seeds_have() -> None:
-    steps, mean, spread = plots.mean_and_spread([([1, 2, 3], [1.0, 2.0, 3.0]), ([2, 3, 4], [4.0, 5.0, 9.0])])
+    steps, mean, spread = curves.mean_and_spread([([1, 2, 3], [1.0, 2.0, 3.0]), ([2, 3, 4], [4.0, 5.0, 9.0])])
     np.testing.assert_array_equal(steps, [2, 3])
     np.testing.assert_allclose(mean, [3, 4])
     assert spread is not None
     np.testing.assert_allclose(spread, [np.sqrt(2), np.sqrt(2)])
-    assert plots.mean_and_spread([([1], [2.0])])[2] is None
-    assert len(plots.mean_and_spread([([], [])])[0]) == 0
+    assert curves.mean_and_spread([([1], [2.0])])[2] is None
+    assert len(curves.mean_and_spread([([], [])])[0]) == 0
 
 
 def test_curves_say_what_the_band_is_only_when_there_is_one() -> None:
-    one = plots.curves([Line("a", 0, [([1, 2], [0.1, 0.2])])], "loss", "title")
-    two = plots.curves([Line("a", 0, [([1, 2], [0.1, 0.2]), ([1, 2], [0.3, 0.2])])], "loss", "title")
+    one = curves.curves([Line("a", 0, [([1, 2], [0.1, 0.2])])], "loss", "title")
+    two = curves.curves([Line("a", 0, [([1, 2], [0.1, 0.2]), ([1, 2], [0.3, 0.2])])], "loss", "title")
     assert not any("band" in text for text in texts(one))
     assert any("sample standard deviation" in text for text in texts(two))
 

@@ -9,8 +9,8 @@ import pytest
 
 from rankwise.errors import InputError
 from rankwise.published import find, number
-from rankwise.report.published import text
-from rankwise.results.beside import Beside, beside
+from rankwise.results.beside import Beside
+from rankwise.results.published import text
 from rankwise.results.summary import Summary
 from rankwise.runs.store import Store
 from runs_made_up import config, finish, result
@@ -32,7 +32,7 @@ def e2e(store: Store, bleu: float, model: str = MEDIUM, **settings: Any) -> None
 
 
 def cells(store: Store, *tables: str, **about: Any) -> list[Beside]:
-    return beside(Summary.of(store.results()), {"published": {"tables": list(tables), **about}})
+    return Summary.of(store.results(), {"published": {"tables": list(tables), **about}}).beside
 
 
 def of(found: list[Beside], row: str, column: str) -> Beside:
@@ -67,7 +67,7 @@ def test_every_printed_cell_is_there_once_whatever_of_ours_there_is(store: Store
         for row in table.rows
         for column, cell in zip(table.columns, row.cells, strict=True)
     ]
-    assert cells(store) == [] == beside(Summary.of(store.results()), {})
+    assert cells(store) == [] == Summary.of(store.results()).beside
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 
 import bootstrap
-from rankwise.results.stats import Difference, Interval, corrected
-from rankwise.results.summary import Summary, duration, plus_minus, size, verdict
+from rankwise.metrics.metric import Interval
+from rankwise.results.contrasts import verdict
+from rankwise.results.formats import duration, plus_minus, size
+from rankwise.results.rows import Always
+from rankwise.results.stats import Difference, corrected
+from rankwise.results.summary import Summary
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store
 from runs_made_up import config, finish, one_answer, predict
@@ -23,7 +27,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def summary(store: Store, **reference: Any) -> Summary:
-    return Summary.of(store.results(), reference)
+    return Summary.of(store.results(), {"report": {"reference": reference}})
 
 
 def three_methods(store: Store) -> None:
@@ -35,7 +39,7 @@ def three_methods(store: Store) -> None:
 
 def test_findings_say_how_far_the_head_is_behind_and_whether_methods_differ(store: Store) -> None:
     three_methods(store)
-    head, simplex = summary(store).findings()
+    head, simplex = summary(store).findings
     assert head.startswith("cola, accuracy: training the head only is 0.199 behind lora rank=4 (95 % intervals: -0.20")
     assert head.endswith(
         "over 3 seeds, none over the examples): a difference at n = 3, also after Holm's correction over 2 comparisons."
@@ -93,18 +97,18 @@ def test_the_users_own_rows_are_named_once_and_not_as_a_warning(store: Store) ->
     finish(store, config(), 0.5, splits={"train": train, "evaluation": [held]})
     found = summary(store)
     assert found.text().startswith("cola: accuracy, scored on 61 rows of your file that were held out of training\n")
-    assert not found.notes()
+    assert not found.notes
     train["note"], held["note"] = "100 of 549 rows", "40 of 61 rows"
     finish(store, config(), 0.5, splits={"train": train, "evaluation": [held]})
     found = summary(store)
     assert "held out of training (40 of 61 rows)\n" in found.text()
-    assert found.notes() == ["cola: trained on rows of your file that were not held out (100 of 549 rows)."]
+    assert found.notes == ["cola: trained on rows of your file that were not held out (100 of 549 rows)."]
 
 
 def test_one_seed_shows_nothing(store: Store) -> None:
     finish(store, config(), 0.9)
     finish(store, config(method=HEAD), 0.1)
-    (sentence,) = summary(store).findings()
+    (sentence,) = summary(store).findings
     assert sentence.endswith("0.800 behind lora rank=4. One seed shows nothing; use three at least.")
 
 
@@ -115,10 +119,10 @@ def test_the_bootstrap_joins_in_where_predictions_of_the_same_rows_are_there(sto
         right = {"lora": 32, "simplex-lora": 32, "head": 24}[result["method"]]
         predict(result["folder"], labels[:right] + [1 - label for label in labels[right:]], labels)
     first = summary(store)
-    assert all("over the examples" in sentence for sentence in first.findings())
-    assert first.findings() == summary(store).findings()
+    assert all("over the examples" in sentence for sentence in first.findings)
+    assert first.findings == summary(store).findings
     predict(store.results()[0]["folder"], [1], [1])
-    assert any("none over the examples" in sentence for sentence in summary(store).findings())
+    assert any("none over the examples" in sentence for sentence in summary(store).findings)
 
 
 def test_the_bootstrap_draws_scores_of_examples_where_there_are_such(store: Store) -> None:
@@ -126,7 +130,7 @@ def test_the_bootstrap_draws_scores_of_examples_where_there_are_such(store: Stor
     for result in store.results():
         worth = {"lora": 0.5, "simplex-lora": 0.5, "head": 0.25}[result["method"]]
         predict(result["folder"], [0] * 40, [-1] * 40, scores=[worth] * 40)
-    examples = {each.ours["name"]: each.found.examples for each in summary(store).contrasts}
+    examples = {each.ours.name: each.found.examples for each in summary(store).contrasts}
     assert examples == {"simplex-lora": (0.0, 0.0), "head": (-0.25, -0.25)}
 
 
@@ -145,7 +149,7 @@ def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_example
             predict(folder, [0] * 3, [-1] * 3, statistics=found)
 
     def examples() -> dict[str, Interval | None]:
-        return {each.ours["name"]: each.found.examples for each in Summary.of(store.results()).contrasts}
+        return {each.ours.name: each.found.examples for each in Summary.of(store.results()).contrasts}
 
     before = examples()
     assert before["simplex-lora"] == (0.0, 0.0)
@@ -153,7 +157,7 @@ def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_example
     by_hand = bootstrap.by_hand(lambda right, _: 2 * right.sum() / (right.sum() + 24), [head], [lora], np.arange(3))
     assert before["head"] == pytest.approx(by_hand)
     with monkeypatch.context() as without:
-        without.setattr("rankwise.results.summary.METRICS", {})
+        without.setattr("rankwise.results.contrasts.METRICS", {})
         assert examples() == {"simplex-lora": None, "head": None}
     folder = next(result["folder"] for result in store.results() if result["method"] == "head")
     for columns in ({"idx": [1, 0, 2]}, {"statistics": [[0] * 8] * 3}, {"score": [0.5] * 3}):
@@ -169,17 +173,17 @@ def test_another_method_may_be_the_one_to_measure_against(store: Store) -> None:
         for rank in (4, 16):
             finish(store, config(method={"name": "lora-fa", "init": init, "rank": rank}), score)
     assert not summary(store).contrasts
-    assert any("nothing is compared, for no lora stands beside these" in note for note in summary(store).notes())
+    assert any("nothing is compared, for no lora stands beside these" in note for note in summary(store).notes)
     contrasts = summary(store, name="lora-fa", init="kaiming").contrasts
-    pairs = {(each.ours["method"], each.theirs["method"]) for each in contrasts}
+    pairs = {(each.ours.method, each.theirs.method) for each in contrasts}
     assert pairs == {(f"lora-fa init=svd rank={rank}", f"lora-fa init=kaiming rank={rank}") for rank in (4, 16)}
-    note = summary(store, name="lora-fa", init="none").notes()[-1]
+    note = summary(store, name="lora-fa", init="none").notes[-1]
     assert "no lora-fa init=none stands beside these" in note
 
 
 def test_a_single_method_has_nothing_to_be_compared_with_and_nothing_is_said(store: Store) -> None:
     finish(store, config(method=SIMPLEX), 0.5)
-    assert not any("nothing is compared" in note for note in summary(store).notes())
+    assert not any("nothing is compared" in note for note in summary(store).notes)
 
 
 def test_a_method_is_measured_against_lora_at_the_nearest_budget(store: Store) -> None:
@@ -187,7 +191,7 @@ def test_a_method_is_measured_against_lora_at_the_nearest_budget(store: Store) -
         finish(store, config(method={"name": "lora", "rank": rank}), score)
     finish(store, config(method=SIMPLEX), 0.6)
     finish(store, config(method=HEAD), 0.4)
-    against = {each.ours["name"]: each.theirs["method"] for each in summary(store).contrasts}
+    against = {each.ours.name: each.theirs.method for each in summary(store).contrasts}
     assert against == {"simplex-lora": "lora rank=4", "head": "lora rank=16"}
 
 
@@ -197,8 +201,8 @@ def test_a_method_without_ranks_is_measured_against_lora_at_the_nearest_size(sto
     parameters = {"trainable": 4_200, "final": 4_200, "budget": 0, "head": 770}
     finish(store, config(method={"name": "adapter-h", "size": 4}), 0.7, parameters=parameters)
     [contrast] = summary(store).contrasts
-    assert contrast.theirs["method"] == "lora rank=4"
-    assert contrast.ours["budget"] == 4_200  # it may spend what it trains
+    assert contrast.theirs.method == "lora rank=4"
+    assert contrast.ours.budget == 4_200  # it may spend what it trains
 
 
 def test_the_text_holds_all_that_a_row_has_to_carry(store: Store) -> None:
@@ -270,7 +274,7 @@ def test_a_note_says_what_the_searches_of_a_method_have_come_to(store: Store) ->
         finish(store, config(seed=seed, method=SIMPLEX), 0.8, search=asdict(search))
         finish(store, config(seed=seed), 0.8)
     found = summary(store)
-    [note] = [note for note in found.notes() if "sites" in note]
+    [note] = [note for note in found.notes if "sites" in note]
     assert note == (
         "cola, simplex-lora rank=4: ranks changed at 9, 0 of 36 sites (seeds 0, 1), and ω moved by up to 1.80, 0.00 "
         "ranks: the result is that of plain LoRA at seed 1; raise T."
@@ -287,7 +291,7 @@ def test_one_answer_to_all_rows_is_said_with_its_runs_and_beside_what_it_always_
         finish(store, config(seed=seed), 0.5, answers=[one_answer() if seed else more, one_answer("no", split="other")])
     finish(store, config(method={"name": "head"}), 0.5)  # of before
     found = Summary.of(store.results())
-    notes = [note for note in found.notes() if "nothing was learnt" in note]
+    notes = [note for note in found.notes if "nothing was learnt" in note]
     assert notes == [
         f"cola: lora rank=4, {where}: nothing was learnt."
         for where in (
@@ -295,8 +299,8 @@ def test_one_answer_to_all_rows_is_said_with_its_runs_and_beside_what_it_always_
             "seeds 1, 2, on validation: all 50 answers are 'yes', the commonest class",
         )
     ]
-    (lora,) = (row for row in found.best if row["name"] == "lora")
-    assert lora["always"] == {"class": "yes", "score": 0.5} and lora["share"] == pytest.approx((0.6 + 1 + 1) / 3)
+    (lora,) = (row for row in found.best if row.name == "lora")
+    assert lora.always == Always("yes", 0.5) and lora.share == pytest.approx((0.6 + 1 + 1) / 3)
     assert "cola: accuracy on 50 rows of validation; answering 'yes' always scores 0.500" in found.text()
     assert json.dumps(found.as_json())
 
@@ -311,7 +315,7 @@ def test_classes_that_are_equally_common_are_named_together(store: Store) -> Non
     found = summary(store)
     assert "answering any of the commonest classes, 'yes', 'no' and 2 more, always scores 0.500" in found.text()
     assert found.as_json()["rows"][0]["always"] == {"class": "yes", "score": 0.5, "tied": ["no", "maybe", "?"]}
-    notes = " ".join(found.notes())
+    notes = " ".join(found.notes)
     assert "all 50 answers are 'yes', one of the commonest classes, 'yes', 'no' and 2 more: nothing was learnt" in notes
     assert "all 50 answers are 'x', and the commonest classes are 'yes' and 'no': nothing was learnt" in notes
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from rankwise.errors import InputError
+from rankwise.results.rows import best, summarise
 from rankwise.results.stats import mean
-from rankwise.results.tables import best, summarise
 from rankwise.runs.store import Store
 from rankwise.settings import Contest, Span, Tune
 from rankwise.sweep.tune import Rounds, Search, rounds
@@ -59,7 +59,7 @@ def test_each_method_is_reported_at_its_own_best_rate(tmp_path: Path) -> None:
     }
     assert (len(done), failed, len(shown)) == (8, [], 9)  # what diverged is out of the contest and no failure
     assert "cola lora: learning rate 0.001 of 2 tried, accuracy 0.500 on 50 rows" in log
-    found = {row["name"]: row["tuned"]["learning_rate"] for row in best(summarise(Store(tmp_path).results()))}
+    found = {row.name: row.tuned.learning_rate for row in best(summarise(Store(tmp_path).results()))}
     assert found == {"lora": 1e-3, "head": 1e-2}
 
     again, failed, _, log = carry_out(settings(tmp_path, {"learning_rate": [1e-4, 1e-3, 5.0], "seeds": [7]}, head))
@@ -79,7 +79,7 @@ def test_a_single_rate_is_not_tried_but_reported_at_once(tmp_path: Path) -> None
     assert rates(tmp_path) == {True: set(), False: {(n, 1e-3, seed) for n in ("lora", "head") for seed in (0, 1)}}
     assert (len(done), failed) == (4, []) and "trying" not in log
     assert "cola lora: learning rate 0.001, the only one given" in log
-    assert [row["tuned"] for row in best(summarise(Store(tmp_path).results()))] == [None, None]
+    assert [row.tuned for row in best(summarise(Store(tmp_path).results()))] == [None, None]
 
 
 def test_a_rate_counts_only_if_it_trains_to_its_end_at_every_seed(tmp_path: Path) -> None:

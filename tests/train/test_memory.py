@@ -17,7 +17,7 @@ import short_of_memory
 from launched import assert_equal
 from rankwise.processes.stop import Stop
 from rankwise.processes.together import out_of_memory
-from rankwise.results.tables import summarise
+from rankwise.results.rows import summarise
 from rankwise.runs.store import MEMORY, Store
 from rankwise.train.run import run
 from rankwise.train.trainer import RunTrainer
@@ -58,7 +58,7 @@ def test_a_run_that_runs_out_of_memory_takes_half_as_many_rows_at_once(alone: Pa
     assert {path.name for path in folder.iterdir()} == {path.name for path in alone.iterdir()}
     [whole], [row] = (summarise(Store(each.parent).results([each])) for each in (alone, folder))
     said = "seed 0 of simplex-lora rank=4 ran out of memory and took 4 rows at once, 16 a step"
-    assert row["remarks"] == [*whole["remarks"], said]
+    assert row.remarks == [*whole.remarks, said]
 
 
 def test_in_two_processes_both_take_fewer_where_one_is_short(base: str, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rankwise.errors import InputError, need
 from rankwise.files import check_regular, read_bytes
-from rankwise.results.tables import Row
+from rankwise.results.rows import Row
 
 SHOWN = 4
 LONGEST = 800
@@ -34,7 +34,7 @@ def examples(best: Sequence[Row]) -> list[Example]:
 
     Empty where the runs wrote no texts. A method that has not written for one of the rows is left out of that.
     """
-    return _side_by_side({row["method"]: _written(_first(row)) for row in best}, SHOWN, LONGEST)
+    return _side_by_side({row.method: _written(row.first) for row in best}, SHOWN, LONGEST)
 
 
 def of_run(folder: Path) -> list[Example]:
@@ -59,12 +59,8 @@ def pictures(best: Sequence[Row]) -> list[tuple[str, bytes]]:
     found = []
     for row in best:
         with suppress(OSError, InputError):
-            found.append((row["method"], read_bytes(_first(row) / PICTURE)))
+            found.append((row.method, read_bytes(row.first / PICTURE)))
     return found
-
-
-def _first(row: Row) -> Path:
-    return Path(row["folders"][min(row["folders"])])
 
 
 def _side_by_side(written: dict[str, dict[int, dict[str, Any]]], count: int, longest: int) -> list[Example]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rankwise.report import heat, plots
-from rankwise.results.summary import duration, plus_minus, size
-from rankwise.results.tables import Row
+from rankwise.report import curves, heat, plots, style
+from rankwise.results.formats import duration, plus_minus, size
+from rankwise.results.rows import Row
 from rankwise.runs import record
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Picture:
 
     @classmethod
     def of(cls, figure: "Figure", alt: str) -> "Picture":
-        return cls._of(plots.svg(figure).encode(), "svg+xml", alt, figure.get_figwidth() > 1.2 * plots.WIDTH)
+        return cls._of(style.svg(figure).encode(), "svg+xml", alt, figure.get_figwidth() > 1.2 * style.WIDTH)
 
     @classmethod
     def png(cls, content: bytes, alt: str) -> "Picture":
@@ -45,7 +45,7 @@ class Picture:
 
 def of_task(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture]:
     """All pictures of one task but those of ranks: `best` has a row per method, `rows` one per learning rate too."""
-    looks = {row["method"]: place for place, row in enumerate(best)}
+    looks = {row.method: place for place, row in enumerate(best)}
     return [
         *_sizes(best, looks, title),
         *_rates(best, rows, title),
@@ -83,22 +83,22 @@ def of_rates(
 
 def of_ranks(row: Row) -> dict[str, Any] | None:
     """Words and pictures of where the rank went; None for a method without sites or whose ranks cannot move."""
-    histories = {seed: history(folder) for seed, folder in _folders(row).items()}
+    histories = {seed: history(folder) for seed, folder in row.folders.items()}
     seed = min((seed for seed, lines in histories.items() if lines), default=None)
     if seed is None or not any(len(changes(lines)) > 1 or _searched(lines) for lines in histories.values()):
         return None
     course = changes(histories[seed])
-    steps = max((line["step"] for line in record.course(_folders(row)[seed])), default=course[-1][0])
+    steps = max((line["step"] for line in record.course(row.folders[seed])), default=course[-1][0])
     final = course[-1][1]
-    words = f"Seed {seed}, learning rate {row['learning_rate']:g}. {in_words(course)}"
+    words = f"Seed {seed}, learning rate {row.learning_rate:g}. {in_words(course)}"
     if len(course) == 1:
-        return {"label": row["method"], "text": words, "figures": []}
+        return {"label": row.method, "text": words, "figures": []}
     ends = [changes(each)[-1][1] for each in histories.values() if each]
     if len(ends) > 1:
         moved = [site for site, rank in course[0][1].items() if any(end.get(site) != rank for end in ends)]
         same = sum(len({end.get(site) for end in ends}) == 1 for site in moved)
         words += f" {_agreement(len(ends), len(final), len(moved), same)}"
-    label = f"{row['method']}, seed {seed}"
+    label = f"{row.method}, seed {seed}"
     top = max(rank for _, ranks in course for rank in ranks.values())
     listed = ", ".join(f"{site} {rank}" for site, rank in final.items())
     over_time = heat.ranks_over_time(course, steps, f"Ranks over time: {label}")
@@ -108,7 +108,7 @@ def of_ranks(row: Row) -> dict[str, Any] | None:
         figures.append(Picture.of(frames, f"Ranks by projection and layer at some steps. {words}"))
     end = heat.rank_picture(final, title=f"Final ranks: {label}", top=top)
     figures.append(Picture.of(end, f"Final ranks: {listed}"))
-    return {"label": row["method"], "text": words, "figures": figures}
+    return {"label": row.method, "text": words, "figures": figures}
 
 
 def _agreement(seeds: int, layers: int, moved: int, same: int) -> str:
@@ -149,7 +149,7 @@ def in_words(course: Sequence[tuple[int, Mapping[str, int]]]) -> str:
 def curve(
     lines: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any]
 ) -> tuple[list[float], list[float]]:
-    """Steps and finite values, drawn together where there are so many that noise would hide the course."""
+    """Steps and finite values, averaged where there are so many that noise would hide the course."""
     found = [(line["step"], each) for line in lines if (each := value(line)) is not None and math.isfinite(each)]
     many = -(-len(found) // POINTS) or 1
     groups = [found[start : start + many] for start in range(0, len(found), many)]
@@ -166,9 +166,9 @@ def evaluated(name: str) -> Callable[[Mapping[str, Any]], Any]:
     return lambda line: line.get("eval", {}).get(name)
 
 
-def families(rows: Sequence[Row]) -> dict[str, str]:
+def families(methods: Sequence[str]) -> dict[str, str]:
     """Method -> what to call it together with its other sizes; the method itself where it has one size only."""
-    labels = list(dict.fromkeys(row["method"] for row in rows))
+    labels = list(dict.fromkeys(methods))
     words = {label: [word for word in label.split(" ") if word.partition("=")[0] not in SIZES] for label in labels}
     # alpha often goes with the rank: it is dropped too, where each size has one
     bare = {label: " ".join(word for word in words[label] if not word.startswith("alpha=")) for label in labels}
@@ -188,14 +188,13 @@ def _sizes(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Pi
     scored = _scored(best)
     if not scored:
         return []
-    named = families(scored)
-    first = {named[row["method"]]: looks[row["method"]] for row in reversed(scored)}
+    named = families([row.method for row in scored])
+    first = {named[row.method]: looks[row.method] for row in reversed(scored)}
     points = [
-        plots.Point(name := named[row["method"]], first[name], row["final"], row["mean"], row["interval"])
-        for row in scored
+        plots.Point(name := named[row.method], first[name], row.final, _mean(row), row.interval) for row in scored
     ]
-    figure = plots.score_by_parameters(points, scored[0]["score"], _bars(scored), f"{title}: score against size")
-    words = "; ".join(f"{row['method']}: {plus_minus(row['mean'], row['sd'])}" for row in scored)
+    figure = plots.score_by_parameters(points, scored[0].score, _bars(scored), f"{title}: score against size")
+    words = "; ".join(f"{row.method}: {plus_minus(row.mean, row.sd)}" for row in scored)
     return [Picture.of(figure, f"Score against the parameters kept. {words}")]
 
 
@@ -204,54 +203,59 @@ def _costs(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Pi
     if len(scored) < 2:
         return []
     seconds, memory = (
-        [plots.Point(row["method"], looks[row["method"]], row[key], row["mean"], row["interval"]) for row in scored]
+        [plots.Point(row.method, looks[row.method], getattr(row, key), _mean(row), row.interval) for row in scored]
         for key in ("seconds", "peak_memory")
     )
-    figure = plots.score_by_cost(seconds, memory, scored[0]["score"], _bars(scored), f"{title}: score against cost")
+    figure = plots.score_by_cost(seconds, memory, scored[0].score, _bars(scored), f"{title}: score against cost")
     words = "; ".join(
-        f"{row['method']}: {plus_minus(row['mean'], row['sd'])}, {duration(row['seconds'])}, {size(row['peak_memory'])}"
+        f"{row.method}: {plus_minus(row.mean, row.sd)}, {duration(row.seconds)}, {size(row.peak_memory)}"
         for row in scored
     )
     return [Picture.of(figure, f"Score against the time of a run and its peak memory. {words}")]
 
 
 def _scored(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["mean"] is not None and math.isfinite(row["mean"])]
+    return [row for row in rows if row.mean is not None and math.isfinite(row.mean)]
+
+
+def _mean(row: Row) -> float:
+    assert row.mean is not None, "only rows with a score are drawn"
+    return row.mean
 
 
 def _bars(rows: Sequence[Row]) -> str:
-    if any(row["interval"] for row in rows):
+    if any(row.interval for row in rows):
         return "bars: 95 % t-interval of the mean over seeds"
-    return "one seed: no bars" if all(row["n"] == 1 for row in rows) else "seeds equal: no bars"
+    return "one seed: no bars" if all(row.n == 1 for row in rows) else "seeds equal: no bars"
 
 
 def _rates(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture]:
     """Score by rate, a picture for each set of rows: the ones reported, and those that rates were chosen by."""
     tried: dict[str, dict[str, list[plots.Rate]]] = {}
-    reported = _by_rate([row for row in rows if row["tuned"] is None])
+    reported = _by_rate([row for row in rows if row.tuned is None])
     for row in best:
-        if (found := row["tuned"]) is None:
-            tried.setdefault("", {})[row["method"]] = reported.get(row["method"], [])
+        if (found := row.tuned) is None:
+            tried.setdefault("", {})[row.method] = reported.get(row.method, [])
             continue
-        points = [plots.Rate(each["learning_rate"], each["mean"], each["sd"], each["n"]) for each in found["rates"]]
-        tried.setdefault(f" on {found['split']}", {})[row["method"]] = points
-    chosen = {row["method"]: row["tuned"]["learning_rate"] if row["tuned"] else row["learning_rate"] for row in best}
+        points = [plots.Rate(each.learning_rate, each.mean, each.sd, each.n) for each in found.rates]
+        tried.setdefault(f" on {found.split.name}", {})[row.method] = points
+    chosen = {row.method: row.tuned.learning_rate if row.tuned else row.learning_rate for row in best}
     return [
         picture
         for where, by_method in tried.items()
-        for picture in of_rates(by_method, chosen, f"{best[0]['score']}{where}", title)
+        for picture in of_rates(by_method, chosen, f"{best[0].score}{where}", title)
     ]
 
 
 def _by_rate(rows: Sequence[Row]) -> dict[str, list[plots.Rate]]:
     found: dict[str, list[plots.Rate]] = {}
     for row in _scored(rows):
-        found.setdefault(row["method"], []).append(plots.Rate(row["learning_rate"], row["mean"], row["sd"], row["n"]))
+        found.setdefault(row.method, []).append(plots.Rate(row.learning_rate, _mean(row), row.sd, row.n))
     return found
 
 
 def _curves(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:
-    runs = {row["method"]: _runs(row) for row in best}
+    runs = {row.method: _runs(row) for row in best}
     evaluations = [line["eval"] for each in runs.values() for run in each for line in run if "eval" in line]
     wanted: list[tuple[str, str, Callable[[Mapping[str, Any]], Any]]] = [("training loss", "training loss", loss)]
     for name in dict.fromkeys(name for scores in evaluations for name in scores):
@@ -259,51 +263,47 @@ def _curves(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[P
         wanted.append((f"{shown} during training", shown, evaluated(name)))
     found = []
     for what, label, value in wanted:
-        lines = [plots.Line(name, looks[name], [curve(run, value) for run in each]) for name, each in runs.items()]
+        lines = [curves.Line(name, looks[name], [curve(run, value) for run in each]) for name, each in runs.items()]
         if any(len(steps) > 1 for line in lines for steps, _ in line.curves):  # a point is no course
-            figure = plots.curves(lines, label, f"{title}: {what}")
+            figure = curves.curves(lines, label, f"{title}: {what}")
             found.append(Picture.of(figure, f"{what} by optimizer step, a line per method at its best learning rate"))
     return found
 
 
 def _panels(rows: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:
     """Loss and main metric by rank and learning rate, of the methods that were run at several of both."""
-    ranked = [row for row in rows if row["options"].get("rank") is not None]
-    named = families(ranked)
+    ranked = [row for row in rows if row.options.get("rank") is not None]
+    named = families([row.method for row in ranked])
 
     def several(row: Row) -> bool:
-        like = [other for other in ranked if named[other["method"]] == named[row["method"]]]
+        like = [other for other in ranked if named[other.method] == named[row.method]]
         return all(len(set(each)) > 1 for each in zip(*(_place(other) for other in like), strict=True))
 
     ranked = [row for row in ranked if several(row)]
     if not ranked:
         return []
-    first = {named[row["method"]]: looks[row["method"]] for row in reversed(ranked)}
-    metric = ranked[0]["score"]
+    first = {named[row.method]: looks[row.method] for row in reversed(ranked)}
+    metric = ranked[0].score
     found = []
     for label, value in (("training loss", loss), (metric, evaluated(metric))):
-        cells: dict[tuple[int, float], list[plots.Line]] = {}
+        cells: dict[tuple[int, float], list[curves.Line]] = {}
         for row in ranked:
-            name = named[row["method"]]
+            name = named[row.method]
             drawn = [curve(run, value) for run in _runs(row)]
             if any(len(steps) > 1 for steps, _ in drawn):
-                cells.setdefault(_place(row), []).append(plots.Line(name, first[name], drawn))
+                cells.setdefault(_place(row), []).append(curves.Line(name, first[name], drawn))
         if cells:
-            figure = plots.panels(cells, label, f"{title}: {label} by rank and learning rate")
+            figure = curves.panels(cells, label, f"{title}: {label} by rank and learning rate")
             found.append(Picture.of(figure, f"{label} during training, a panel for each rank and learning rate"))
     return found
 
 
 def _place(row: Row) -> tuple[int, float]:
-    return row["options"]["rank"], row["learning_rate"]
-
-
-def _folders(row: Row) -> dict[int, Path]:
-    return {seed: Path(folder) for seed, folder in row["folders"].items()}
+    return row.options["rank"], row.learning_rate
 
 
 def _runs(row: Row) -> list[list[dict[str, Any]]]:
-    return [record.course(folder) for folder in _folders(row).values()]
+    return [record.course(folder) for folder in row.folders.values()]
 
 
 def _searched(lines: Sequence[Mapping[str, Any]]) -> bool:

@@ -16,13 +16,16 @@ from typing import Any
 import rankwise
 from rankwise.errors import InputError, need
 from rankwise.files import read_json, write_whole
-from rankwise.report import examples, figures, published, text
+from rankwise.report import examples, figures
 from rankwise.report.answers import answered
 from rankwise.report.pages import Page, anchor, pages
-from rankwise.results.beside import beside
+from rankwise.results import columns, published
+from rankwise.results.columns import Column, Head
+from rankwise.results.formats import plus_minus, word
+from rankwise.results.notes import always, scored_on
+from rankwise.results.rows import Average, Row
 from rankwise.results.stats import mean, sd
-from rankwise.results.summary import Summary, always, plus_minus, scored_on, tried
-from rankwise.results.tables import Average, Row, averages
+from rankwise.results.summary import Summary
 from rankwise.runs.answers import WRONG
 from rankwise.runs.store import Store
 
@@ -43,27 +46,26 @@ class Cell:
 class Grid:
     """A table: heads and the cells below them."""
 
-    heads: Sequence[text.Head]
+    heads: Sequence[Head]
     rows: list[list[Cell]]
     caption: str = ""
     sortable: bool = True
 
 
-def write(folder: Path | str, out: Path | str | None = None) -> Path:
+def write(folder: Path | str, out: Path | str | None = None, summary: Summary | None = None) -> Path:
     """Write the report of the runs in `folder` to `out`, by default `folder/report.html`, and return where it is.
 
-    Raises InputError for a folder without runs, and where a package of the extra `bench` is missing.
+    `summary` is that of all finished runs, for whoever has it already. Raises InputError for a folder without runs, and
+    where a package of the extra `bench` is missing.
     """
     jinja2 = need("jinja2", "bench")
     store = Store(folder)
     folders = store.folders()
     if not folders:
         raise InputError(f"{folder}: holds no run; start some with rankwise compare EXPERIMENT.yaml runs={folder}")
-    results = store.results(folders)
-    experiment, damage = store.described()
-    about = experiment.get("report") or {}
-    summary = Summary.of(results, about.get("reference"), store.left_out(folders))
-    runs = pages(store, folders, results, summary.rows)
+    summary = summary or Summary.of_store(store, folders)
+    about = summary.experiment.get("report") or {}
+    runs = pages(store, folders, summary.results, summary.rows)
     script = SCRIPT.read_text(encoding="utf-8")
     page = {
         "title": about.get("title") or f"Runs in {Path(folder).resolve().name}",
@@ -71,14 +73,14 @@ def write(folder: Path | str, out: Path | str | None = None) -> Path:
         "counts": _counts(runs),
         "failed": [run for run in runs if run.state == "failed"],
         "unfinished": [run for run in runs if run.state not in ("done", "failed")],
-        "findings": summary.findings(),
-        "notes": [*([damage] if damage else []), *summary.notes()],
-        "published": _published(summary, experiment),
-        "overview": _overview(summary.best),
-        "tasks": [_task(name, summary) for name in dict.fromkeys(row["task"] for row in summary.best)],
-        "columns": text.columns(summary.rows) if summary.rows else [],
-        "settings": _settings(results, summary.rows),
-        "environment": _environment([path for row in summary.rows for path in row["folders"].values()]),
+        "findings": summary.findings,
+        "notes": summary.notes,
+        "published": _published(summary),
+        "overview": _overview(summary),
+        "tasks": [_task(name, summary) for name in dict.fromkeys(row.task for row in summary.best)],
+        "columns": columns.columns(summary.rows) if summary.rows else [],
+        "settings": _settings(summary.results, summary.rows),
+        "environment": _environment([path for row in summary.rows for path in row.folders.values()]),
         "runs": runs,
         "version": rankwise.__version__,
         "script": script,
@@ -97,12 +99,12 @@ def write(folder: Path | str, out: Path | str | None = None) -> Path:
     return out
 
 
-def _published(summary: Summary, experiment: Mapping[str, Any]) -> list[tuple[Grid, list[str]]]:
+def _published(summary: Summary) -> list[tuple[Grid, list[str]]]:
     """A table for each published one that the experiment names, and the notes below it."""
-    heads = [text.Head(name, number=name not in ("printed row", "column", "ours", "note")) for name in published.HEADER]
+    heads = [Head(name, number=name not in ("printed row", "column", "ours", "note")) for name in published.HEADER]
     return [
         (Grid(heads, [[Cell(cell) for cell in row] for row in table.rows], table.title), table.notes)
-        for table in published.compared(beside(summary, experiment))
+        for table in published.compared(summary.beside)
     ]
 
 
@@ -114,95 +116,85 @@ def _counts(runs: Sequence[Page]) -> str:
     return f"{done} of {len(runs)} runs finished{f'; {rest}' if rest else ''}."
 
 
-def _overview(best: Sequence[Row]) -> Grid | None:
+def _overview(summary: Summary) -> Grid | None:
     """Methods down, tasks across; only where there is more than one task."""
-    tasks = list(dict.fromkeys(row["task"] for row in best))
+    best = summary.best
+    tasks = list(dict.fromkeys(row.task for row in best))
     if len(tasks) < 2:
         return None
-    by_place = {(row["method"], row["task"]): row for row in best}
-    firsts = [next(row for row in best if row["task"] == task) for task in tasks]
-    heads = [text.Head("method", number=False)]
-    heads += [text.Head(text.task_name(row), f"{row['score']}, mean ± sd") for row in firsts]
+    by_place = {(row.method, row.task): row for row in best}
+    firsts = [next(row for row in best if row.task == task) for task in tasks]
+    heads = [Head("method", number=False)]
+    heads += [Head(columns.task_name(row), f"{row.score}, {columns.MEAN_SD}") for row in firsts]
     rows = []
-    for method in dict.fromkeys(row["method"] for row in best):
+    for method in dict.fromkeys(row.method for row in best):
         cells = [by_place.get((method, task)) for task in tasks]
-        scores = [Cell(plus_minus(row["mean"], row["sd"]), row["mean"]) if row else Cell("") for row in cells]
+        scores = [Cell(plus_minus(row.mean, row.sd), row.mean) if row else Cell("") for row in cells]
         rows.append([Cell(method), *scores])
-    for benchmark, own in _averages(best).items():
-        unit = f"mean of {len(own[0].tasks)} tasks, metrics of a task drawn together"
+    benchmarks: dict[str, list[Average]] = {}
+    for average in summary.averages:
+        benchmarks.setdefault(average.benchmark, []).append(average)
+    for benchmark, own in benchmarks.items():
+        unit = f"mean of {len(own[0].tasks)} tasks, metrics of a task averaged first"
         if own[0].always is not None:
             unit = f"{unit}; {own[0].always:.3f} by the commonest class of each"
-        heads.append(text.Head(f"{benchmark} average", unit))
-        by_method = {each.method: list(each.scores.values()) for each in own}
-        for row in rows:
-            values = by_method.get(row[0].text, [])
-            row.append(Cell(plus_minus(mean(values), sd(values)), mean(values)) if values else Cell(""))
+        heads.append(Head(f"{benchmark} average", unit))
+        by_method = {each.method: each.values for each in own}
+        for line in rows:
+            values = by_method.get(line[0].text, [])
+            line.append(Cell(plus_minus(mean(values), sd(values)), mean(values)) if values else Cell(""))
     return Grid(heads, rows, "All tasks, each method at its best learning rate")
 
 
-def _averages(best: Sequence[Row]) -> dict[str, list[Average]]:
-    found: dict[str, list[Average]] = {}
-    for each in averages(best):
-        found.setdefault(each.benchmark, []).append(each)
-    return found
+def _grid(rows: Sequence[Any], shown: Sequence[Column[Any]], caption: str) -> Grid:
+    return Grid(shown, [[_cell(column, row) for column in shown] for row in rows], caption)
 
 
-def _grid(rows: Sequence[Row], columns: Sequence[text.Column], caption: str) -> Grid:
-    return Grid(columns, [[_cell(column, row) for column in columns] for row in rows], caption)
-
-
-def _cell(column: text.Column, row: Row) -> Cell:
-    number = next(iter(column.values.values()))(row) if column.number else None
-    links = [(str(seed), anchor(Path(folder))) for seed, folder in row["folders"].items()]
-    return Cell(column.cell(row), number, links if column is text.SEEDS else ())
+def _cell(column: Column[Any], row: Any) -> Cell:
+    links = [(str(seed), anchor(path)) for seed, path in row.folders.items()] if column is columns.SEEDS else ()
+    return Cell(column.cell(row), column.number_of(row), links)
 
 
 def _task(name: str, summary: Summary) -> dict[str, Any]:
-    best = [row for row in summary.best if row["task"] == name]
-    rows = [row for row in summary.rows if row["task"] == name]
-    title = text.task_name(best[0])
-    scored = [*text.who(rows), *text.scores(rows), *text.sizes(rows)]
-    shown = examples.pictures(best)
-    firsts = [(row["method"], Path(row["folders"][min(row["folders"])]), row["split"]) for row in best]
+    best = [row for row in summary.best if row.task == name]
+    rows = [row for row in summary.rows if row.task == name]
+    title = columns.task_name(best[0])
+    scored = [*columns.who(rows), *columns.scores(rows), *columns.sizes(rows)]
+    answers = [(row.method, answered(row.first, row.evaluated.name, WRONG)) for row in best]
+    ranks = [figures.of_ranks(row) for row in best]
     return {
         "name": title,
         "split": "; ".join(filter(None, [scored_on(best[0]), always(best)])),
         "best": _grid(best, scored, f"{title}: each method at its best learning rate"),
-        "cost": _grid(best, [*text.who(best), *text.COSTS], f"{title}: what a run of it costs"),
+        "cost": _grid(best, [*columns.who(best), *columns.COSTS], f"{title}: what a run of it costs"),
         "every": _grid(rows, scored, f"{title}: every learning rate") if len(rows) > len(best) else None,
         "tried": [
-            _tried(table, f"{title}: learning rates tried, on rows that are not reported") for table in tried(best)
+            _grid(lines, shown, f"{title}: learning rates tried, on rows that are not reported")
+            for shown, lines in columns.tried(best)
         ],
         "figures": figures.of_task(best, rows, title),
         "examples": examples.examples(best),
-        "answered": [(m, said) for m, folder, split in firsts if (said := answered(folder, split, WRONG))],
+        "answered": [(method, said) for method, said in answers if said],
         "pictures": [
-            (method, figures.Picture.png(png, f"what {method} makes of some images")) for method, png in shown
+            (method, figures.Picture.png(png, f"what {method} makes of some images"))
+            for method, png in examples.pictures(best)
         ],
-        "ranks": [found for row in best if (found := figures.of_ranks(row)) is not None],
+        "ranks": [each for each in ranks if each is not None],
     }
-
-
-def _tried(table: tuple[list[str], list[list[str]]], caption: str) -> Grid:
-    header, lines = table
-    heads = [text.Head(name or "outcome", number=place in (1, 2, 3)) for place, name in enumerate(header)]
-    numbers = [[None, float(line[1]), float(line[2]), float(line[3].split()[0]), None] for line in lines]
-    rows = [list(map(Cell, line, values)) for line, values in zip(lines, numbers, strict=True)]
-    return Grid(heads, rows, caption)
 
 
 def _settings(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> Grid:
     """Every setting with its value, or its values where runs differ; then the options of each method."""
-    aside = ("method", "after", "followed")
-    keys = list(dict.fromkeys(key for result in results for key in result["config"] if key not in aside))
+    elsewhere = ("method", "after", "followed")
+    keys = list(dict.fromkeys(key for result in results for key in result["config"] if key not in elsewhere))
     lines = []
     for key in keys:
         # a model that is not set has a name all the same: that of the embedded one
         place = [result if key == "model" else result["config"] for result in results]
         lines.append((key, _values(each.get(key) for each in place)))
-    for row in {row["method"]: row for row in rows}.values():
-        options = ", ".join(f"{key}={text.word(value)}" for key, value in row["options"].items())
-        lines.append((f"options of {row['method']}", options or "none"))
+    for row in {row.method: row for row in rows}.values():
+        options = ", ".join(f"{key}={word(value)}" for key, value in row.options.items())
+        lines.append((f"options of {row.method}", options or "none"))
     return _pairs("setting", "value", lines)
 
 
@@ -219,7 +211,7 @@ def _environment(folders: Sequence[Path]) -> Grid:
 
 
 def _pairs(left: str, right: str, lines: Sequence[tuple[str, str]]) -> Grid:
-    heads = [text.Head(left, number=False), text.Head(right, number=False)]
+    heads = [Head(left, number=False), Head(right, number=False)]
     return Grid(heads, [[Cell(key), Cell(value)] for key, value in lines], sortable=False)
 
 
@@ -236,4 +228,4 @@ def _values(values: Iterable[Any]) -> str:
     distinct = list({json.dumps(value): value for value in values}.values())
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in distinct):
         distinct.sort()
-    return " | ".join(text.word(value) for value in distinct)
+    return " | ".join(word(value) for value in distinct)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from rankwise.errors import InputError
-from rankwise.report import examples, figures, heat, text
+from rankwise.report import examples, figures, heat
 from rankwise.report.answers import Answered, answered
-from rankwise.results.summary import duration, size
-from rankwise.results.tables import Row
+from rankwise.results.formats import duration, size, word
+from rankwise.results.rows import Row
 from rankwise.runs import record
 from rankwise.runs.answers import nothing_learnt, spreads
 from rankwise.runs.search import Search
@@ -78,10 +78,10 @@ def pages(store: Store, folders: Sequence[Path], results: Sequence[dict[str, Any
 
     Args:
         results: of the finished runs, as `Store.results` gives them.
-        rows: the same drawn together, as `summarise` gives them.
+        rows: the same averaged over seeds, as `summarise` gives them.
     """
     by_folder = {Path(result["folder"]): result for result in results}
-    finished = {Path(folder): row["method"] for row in rows for folder in row["folders"].values()}
+    finished = {folder: row.method for row in rows for folder in row.folders.values()}
     tries = {folder: each["method"] for folder, each in by_folder.items() if folder not in finished}
     found = [_finished(folder, by_folder[folder], method) for folder, method in (finished | tries).items()]
     return [*found, *(_unfinished(store, folder) for folder in folders if folder not in by_folder)]
@@ -177,7 +177,7 @@ def _ranks(folder: Path) -> Ranks | None:
 
 def _settings(config: Mapping[str, Any]) -> str:
     """What is set, in one line: most of it is the same for all runs, and stands in the table of the configuration."""
-    return " · ".join(f"{key}: {text.word(value)}" for key, value in config.items() if value is not None)
+    return " · ".join(f"{key}: {word(value)}" for key, value in config.items() if value is not None)
 
 
 def _split(split: Mapping[str, Any]) -> str:

@@ -1,54 +1,38 @@
-"""The pictures of a report, drawn with matplotlib and without a display.
+"""Scores against size, cost and learning rate. Every function returns a `matplotlib.figure.Figure`.
 
-Every function returns a `matplotlib.figure.Figure`; `svg` writes it. Figures are five inches wide, so that their text
-is still ten pixels tall on a phone; only `panels` grows with its columns. Methods are told apart by colour (those of
-Okabe and Ito, which colour-blind readers can separate), marker and dash at once, chosen by their `look`: one method
-has one look in all pictures of a task.
+Bars are intervals or deviations over the seeds, and what they are is said in the legend.
 """
 
 from __future__ import annotations
 
-import functools
-import io
 import itertools
 import math
-import textwrap
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankwise.errors import need
-from rankwise.results.summary import duration, size
+from rankwise.report.style import (
+    COLOURS,
+    DASHES,
+    MARKERS,
+    bare_figure,
+    legend,
+    look_of,
+    new_figure,
+    set_title,
+    short,
+    styled,
+)
+from rankwise.results.formats import duration, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)))
-WIDTH = 5.0  # inches
 TIMES = [1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 900, 1800, *(3600 * 2**power for power in range(20))]
 """Seconds between the ticks of an axis of time."""
-LONGEST = 44  # characters of a name in a legend
-STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.titlesize": 10.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "rankwise",  # the same data give the same bytes
-    "text.parse_math": False,  # a name may hold dollar signs
-}
 
 
 @dataclass(frozen=True)
@@ -83,29 +67,6 @@ class Tried:
     look: int
     rates: Sequence[Rate]
     chosen: float | None = None
-
-
-@dataclass(frozen=True)
-class Line:
-    """One curve per seed: `curves` is a list of (steps, values), each pair of equal length."""
-
-    label: str
-    look: int
-    curves: Sequence[tuple[Sequence[float], Sequence[float]]]
-
-
-P = ParamSpec("P")
-
-
-def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Run `draw` with this page's style: matplotlib reads it whenever an artist is made."""
-
-    @functools.wraps(draw)
-    def inside(*args: P.args, **kwargs: P.kwargs) -> Figure:
-        with need("matplotlib", "bench").rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return inside
 
 
 @styled
@@ -144,7 +105,7 @@ def score_by_parameters(
     axes.xaxis.set_major_formatter(lambda value, _: "" if value < 0 else short_count(value))
     axes.set(xlabel="parameters kept at the end, head not counted", ylabel=short(metric))
     set_title(axes, title)
-    _legend(figure, axes, note=f"{error}; equal sizes stand side by side" if moved else error)
+    legend(figure, axes, note=f"{error}; equal sizes stand side by side" if moved else error)
     return figure
 
 
@@ -173,7 +134,7 @@ def score_by_cost(
     _room(left, seconds)
     left.set_ylabel(short(metric))
     set_title(left, title)
-    _legend(figure, left, note=error)
+    legend(figure, left, note=error)
     return figure
 
 
@@ -198,9 +159,9 @@ def score_by_rate(methods: Sequence[Tried], metric: str, title: str = "Score by 
             [each.rate for each in tried],
             [each.mean for each in tried],
             yerr=[math.nan if each.sd is None else each.sd for each in tried],
-            marker=_of(MARKERS, method.look),
+            marker=look_of(MARKERS, method.look),
             color=colour,
-            linestyle=_of(DASHES, method.look),
+            linestyle=look_of(DASHES, method.look),
             markersize=5,
             linewidth=1.4,
             capsize=3,
@@ -232,69 +193,8 @@ def score_by_rate(methods: Sequence[Tried], metric: str, title: str = "Score by 
     set_title(axes, title)
     several = any(each.sd is not None for method in methods for each in method.rates)
     bars = "; bars: one sample standard deviation over seeds" if several else ""
-    _legend(figure, axes, note=f"ring: the rate chosen{bars}")
+    legend(figure, axes, note=f"ring: the rate chosen{bars}")
     return figure
-
-
-@styled
-def curves(lines: Sequence[Line], ylabel: str, title: str) -> Figure:
-    """Mean over seeds with a band of one sample standard deviation, at the steps that every seed has.
-
-    A line of a single seed has no band. Lines without a common step are left out of the picture.
-    """
-    figure, axes = new_figure(3.6)
-    banded = _lines(axes, lines)
-    axes.set(xlabel="optimizer step", ylabel=short(ylabel))
-    set_title(axes, title)
-    _legend(figure, axes, note=BAND if banded else "")
-    return figure
-
-
-@styled
-def panels(cells: Mapping[tuple[int, float], Sequence[Line]], ylabel: str, title: str) -> Figure:
-    """`curves` for every (rank, learning rate): ranks down, rates across, all with the same axes.
-
-    A combination without a run leaves its place empty. Raises ValueError for no cells.
-    """
-    if not cells:
-        raise ValueError("no curves to draw: there is no combination of rank and rate")
-    ranks, rates = sorted({rank for rank, _ in cells}), sorted({rate for _, rate in cells})
-    figure = bare_figure(1.1 + 1.25 * len(ranks), max(WIDTH, 0.9 + 1.55 * len(rates)))
-    grid = figure.subplots(len(ranks), len(rates), sharex=True, sharey=True, squeeze=False)
-    banded = False
-    for (row, rank), (column, rate) in itertools.product(enumerate(ranks), enumerate(rates)):
-        axes = grid[row, column]
-        axes.tick_params(labelsize=8)
-        axes.locator_params(nbins=4)
-        if (rank, rate) in cells:
-            banded |= _lines(axes, cells[rank, rate], thin=True)
-        else:
-            axes.text(0.5, 0.5, "no run", transform=axes.transAxes, ha="center", va="center", color="#666666")
-        if row == 0:
-            axes.set_title(f"rate {rate:g}", fontsize=9, loc="center")
-        if row == len(ranks) - 1:
-            axes.set_xlabel("optimizer step", fontsize=8)
-        if column == 0:
-            axes.set_ylabel(f"rank {rank}", fontsize=9)
-    figure.supylabel(short(ylabel), fontsize=9)
-    figure.suptitle(wrapped(title, 14 * figure.get_figwidth()), fontsize=10.5, x=0.01, ha="left")
-    drawn = [axes for axes in grid.flat if axes.get_legend_handles_labels()[0]]
-    labels = {label: handle for axes in drawn for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    _legend(figure, drawn[0], note=BAND if banded else "", found=labels)
-    return figure
-
-
-def mean_and_spread(
-    curves: Sequence[tuple[Sequence[float], Sequence[float]]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Steps that all curves share (n,), the mean there (n,), the sample deviation (n,) or None for one curve."""
-    tables = [dict(zip(steps, values, strict=True)) for steps, values in curves if len(steps)]
-    if not tables:
-        return np.array([]), np.array([]), None
-    shared = sorted(set(tables[0]).intersection(*tables[1:]))
-    values = np.array([[table[step] for step in shared] for table in tables], dtype=float)  # (seeds, n)
-    spread = values.std(axis=0, ddof=1) if len(tables) > 1 else None
-    return np.array(shared), values.mean(axis=0), spread
 
 
 def short_count(value: float) -> str:
@@ -303,42 +203,6 @@ def short_count(value: float) -> str:
         if abs(value) >= unit:
             return f"{value / unit:.3g}{letter}"
     return f"{value:.3g}"
-
-
-def svg(figure: Figure) -> str:
-    """The figure as the text of an SVG file; the same figure gives the same text."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # A name in a script that the font has not is drawn as boxes; the page has it as text all the same.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
-    return buffer.getvalue()
-
-
-def new_figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:
-    """A figure of so many inches, and the axes in it."""
-    figure = bare_figure(height, width)
-    return figure, figure.add_subplot()
-
-
-def bare_figure(height: float, width: float = WIDTH) -> Figure:
-    """A figure of so many inches, without axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-BAND = "band: one sample standard deviation over seeds"
-
-
-def _of(kinds: Sequence[Any], look: int) -> Any:
-    """A marker or a dash; where the colours begin anew, they meet other ones."""
-    return kinds[(look + look // len(COLOURS)) % len(kinds)]
 
 
 def _marks(
@@ -362,11 +226,11 @@ def _marks(
             [point.x for point in own],
             [point.score for point in own],
             yerr=np.transpose([_lengths(point) for point in own]) if any(point.bar for point in own) else None,
-            marker=_of(MARKERS, look),
+            marker=look_of(MARKERS, look),
             color=COLOURS[look % len(COLOURS)],
             markersize=6.5,
             capsize=3,
-            linestyle=_of(DASHES, look) if len(own) > 1 else "none",
+            linestyle=look_of(DASHES, look) if len(own) > 1 else "none",
             linewidth=1.4,
             label=short(label),
             transform=axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),
@@ -398,67 +262,3 @@ def _few_ticks(axes: Axes, low: float, high: float) -> None:
 def _cost(shown: Callable[[float], str], value: float) -> str:
     """A round time or size without its zeros: `5 min`, `1 GiB`."""
     return shown(value).replace(".0 ", " ").removesuffix(" 0 s").removesuffix(" 0 min")
-
-
-def _lines(axes: Axes, lines: Sequence[Line], thin: bool = False) -> bool:
-    """Draw the means, and bands where there are several seeds; whether there was one."""
-    banded = False
-    for line in lines:
-        steps, mean, spread = mean_and_spread(line.curves)
-        if not len(steps):
-            continue
-        colour = COLOURS[line.look % len(COLOURS)]
-        axes.plot(
-            steps,
-            mean,
-            color=colour,
-            linestyle=_of(DASHES, line.look),
-            linewidth=1.1 if thin else 1.6,
-            marker=_of(MARKERS, line.look) if len(steps) <= 25 else None,
-            markersize=2.5 if thin else 4,
-            label=short(line.label),
-        )
-        if spread is not None:
-            banded = True
-            axes.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.16, linewidth=0)
-    axes.locator_params(axis="x", integer=True)
-    return banded
-
-
-def short(name: str, longest: int = LONGEST) -> str:
-    """A name that fits into a picture: one line, printable, not too long."""
-    name = "".join(letter for letter in " ".join(name.split()) if letter.isprintable())
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
-
-
-def wrapped(title: str, characters: float) -> str:
-    """The title in lines of so many characters, three at most; only what can be printed."""
-    plain = "".join(letter for letter in " ".join(title.split()) if letter.isprintable())
-    return textwrap.fill(plain, int(characters), max_lines=3, placeholder=" …")
-
-
-def set_title(axes: Axes, title: str) -> None:
-    """A title that stays within the picture: what sticks out would make all the rest smaller."""
-    axes.set_title(wrapped(title, 52))
-
-
-def _legend(figure: Figure, axes: Axes, note: str = "", found: Mapping[str, Any] | None = None) -> None:
-    found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) if found is None else found
-    if found:
-        # of a mark with a bar only the mark: in so small a place the bar would hide it
-        handles = [handle[0] if isinstance(handle, tuple) else handle for handle in found.values()]
-        longest = max(map(len, found))
-        width = figure.get_figwidth()
-        columns = max(1, int(width / (0.55 + 0.085 * longest)))  # inches: a handle, and a letter
-        rows = -(-len(found) // columns)
-        figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 3))  # inches: the axes keep their size
-        figure.legend(
-            handles,
-            list(found),
-            loc="outside lower left",
-            ncols=columns,
-            title=note or None,
-            fontsize=8.5,
-            title_fontsize=8,
-            alignment="left",
-        )

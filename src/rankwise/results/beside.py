@@ -7,9 +7,8 @@ from typing import Any
 
 from rankwise.published import Column, Table, find, same
 from rankwise.published import Row as Printed
+from rankwise.results.rows import Row, averages, unofficial
 from rankwise.results.stats import mean, sd
-from rankwise.results.summary import Summary
-from rankwise.results.tables import Row, averages, unofficial
 
 SAID = ("targets", "every")
 """Options that may be otherwise in ours, for another model or a short run; it is then said."""
@@ -54,7 +53,7 @@ class Beside:
     differs: tuple[str, ...] = ()
 
 
-def beside(summary: Summary, experiment: Mapping[str, Any]) -> list[Beside]:
+def beside(rows: Sequence[Row], best: Sequence[Row], experiment: Mapping[str, Any]) -> list[Beside]:
     """Every cell of the tables that `experiment` names in its `published:`, in the order of the papers; [] for none.
 
     A row of ours stands beside a printed one by the name of its method and by the options that make the printed row,
@@ -62,13 +61,14 @@ def beside(summary: Summary, experiment: Mapping[str, Any]) -> list[Beside]:
     the best learning rate, but for rows that are printed for one rate.
 
     Args:
+        rows, best: what `summarise` and `best` give.
         experiment: what `Store.experiment()` gives.
 
     Raises:
         InputError: for a table that there is not.
     """
     about = experiment.get("published") or {}
-    return [cell for name in about.get("tables", ()) for cell in _Side(find(name), summary, about).cells()]
+    return [cell for name in about.get("tables", ()) for cell in _Side(find(name), rows, best, about).cells()]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class _Side:
     """One table on its way beside our rows."""
 
     table: Table
-    summary: Summary
+    rows: Sequence[Row]
+    best: Sequence[Row]
     about: Mapping[str, Any]
 
     def cells(self) -> Iterator[Beside]:
@@ -91,12 +92,12 @@ class _Side:
 
     def _cell(self, row: Printed, column: Column, printed: str) -> list[Beside]:
         wanted = {**(row.method or row.nearest or {}), **column.options}
-        rows = self.summary.best if row.learning_rate is None else self.summary.rows
+        rows = self.best if row.learning_rate is None else self.rows
         ours = [
             each
             for each in _like(rows, wanted)
-            if row.learning_rate in (None, each["learning_rate"])
-            and (not column.task or json.loads(each["task_options"])["name"] == column.task)
+            if row.learning_rate in (None, each.learning_rate)
+            and (not column.task or json.loads(each.task_options)["name"] == column.task)
         ]
         blank = Beside(
             table=self.table.id,
@@ -118,41 +119,39 @@ class _Side:
         self, blank: Beside, column: Column, ours: Sequence[Row], wanted: Mapping[str, Any]
     ) -> Iterator[Beside]:
         for row in ours:
-            if values := row["metrics"].get(column.metric):
+            if score := row.metrics.get(column.metric):
                 differs = self._differs(row, wanted, [f"{split}: {why}" for split, why in unofficial(row).items()])
-                yield _filled(
-                    blank, row, column.factor, values["mean"], values["sd"], metric=column.metric, differs=differs
-                )
+                yield _filled(blank, row, column.factor, score.mean, score.sd, metric=column.metric, differs=differs)
 
     def _averages(
         self, blank: Beside, column: Column, ours: Sequence[Row], wanted: Mapping[str, Any]
     ) -> Iterator[Beside]:
-        members = [row for row in ours if row["benchmark"] == column.average]
-        known = {row["method"]: row for row in members}
-        for found in averages(self.summary.best):
+        members = [row for row in ours if row.benchmark == column.average]
+        known = {row.method: row for row in members}
+        for found in averages(self.best):
             if found.benchmark == column.average and found.method in known:
-                row, scores = known[found.method], list(found.scores.values())
+                row, scores = known[found.method], found.values
                 over = f"the average of {len(found.tasks)} tasks: {', '.join(found.tasks)}"
                 splits = [
-                    f"{each['task']}, {split}: {why}"
+                    f"{each.task}, {split}: {why}"
                     for each in members
-                    if each["method"] == found.method
+                    if each.method == found.method
                     for split, why in unofficial(each).items()
                 ]
-                changes = {"metric": "average", "differs": self._differs(row, wanted, [over, *splits])}
-                row = {**row, "task": column.average, "learning_rate": None, "n": len(scores)}
+                changes: dict[str, Any] = {"metric": "average", "differs": self._differs(row, wanted, [over, *splits])}
+                changes |= {"task": column.average, "learning_rate": None, "n": len(scores)}
                 yield _filled(blank, row, column.factor, mean(scores), sd(scores), **changes)
 
     def _sizes(self, blank: Beside, column: Column, ours: Sequence[Row], wanted: Mapping[str, Any]) -> Iterator[Beside]:
-        for row in {row["method"]: row for row in ours}.values():
+        for row in {row.method: row for row in ours}.values():
             yield _filled(blank, row, column.factor, None, None, differs=self._differs(row, wanted, []))
 
     def _differs(self, row: Row, wanted: Mapping[str, Any], splits: Sequence[str]) -> tuple[str, ...]:
-        found = [f"scale {row['scale']}"] if row["scale"] != "full" else []
-        if self.table.arch and row["model"].rpartition("/")[2].lower() != self.table.arch:
-            found.append(f"model {row['model']} instead of {self.table.arch}")
+        found = [f"scale {row.scale}"] if row.scale != "full" else []
+        if self.table.arch and row.model.rpartition("/")[2].lower() != self.table.arch:
+            found.append(f"model {row.model} instead of {self.table.arch}")
         for option in _otherwise(row, wanted):
-            found.append(f"{option} {_words(row['options'].get(option))} instead of {_words(wanted[option])}")
+            found.append(f"{option} {_words(row.options.get(option))} instead of {_words(wanted[option])}")
         changed = [f"set on the command line: {setting}" for setting in self.about.get("changed", ())]
         return tuple(filter(None, [*found, *splits, *changed, self.about.get("differs", "")]))
 
@@ -162,8 +161,8 @@ def _filled(
 ) -> Beside:
     for name, value in (("mean", middle), ("sd", spread)):
         changes[name] = None if value is None else factor * value
-    ours = {key: row[key] for key in ("task", "method", "learning_rate", "n", "budget", "final")}
-    return replace(blank, **ours, **changes)
+    ours = {key: getattr(row, key) for key in ("task", "method", "learning_rate", "n", "budget", "final")}
+    return replace(blank, **{**ours, **changes})
 
 
 def _like(rows: Sequence[Row], wanted: Mapping[str, Any]) -> list[Row]:
@@ -172,15 +171,14 @@ def _like(rows: Sequence[Row], wanted: Mapping[str, Any]) -> list[Row]:
     like = [
         row
         for row in rows
-        if row["name"] == wanted.get("name")
-        and all(same(row["options"].get(key), value) for key, value in options.items())
+        if row.name == wanted.get("name") and all(same(row.options.get(key), value) for key, value in options.items())
     ]
     return [row for row in like if not _otherwise(row, wanted)] or like
 
 
 def _otherwise(row: Row, wanted: Mapping[str, Any]) -> list[str]:
     """Which options of SAID are not as in the printed row."""
-    return [option for option in SAID if option in wanted and not same(row["options"].get(option), wanted[option])]
+    return [option for option in SAID if option in wanted and not same(row.options.get(option), wanted[option])]
 
 
 def _words(value: Any) -> str:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from rankwise.errors import shown, shown_line
-from rankwise.results.summary import duration
+from rankwise.results.formats import duration
 from rankwise.runs.record import progress as steps_of
 
 SHOWN = 20

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from rankwise.errors import need, shown
-from rankwise.results.tables import Tuned, tuned
+from rankwise.results.tuning import Tuned, tuned
 from rankwise.runs.store import Store
 from rankwise.settings import Contest, RunConfig, Span
 from rankwise.sweep.compare import Outcome, carry_out
@@ -46,7 +46,7 @@ class Search:
             scores = {rate: self._found(folders) for rate, folders in self._now.items()}
             try:
                 self._ask(
-                    self._rounds.send({rate: found["rates"][0]["mean"] for rate, found in scores.items() if found})
+                    self._rounds.send({rate: found.rates[0].mean for rate, found in scores.items() if found})
                 )
             except StopIteration:
                 self._now = {}
@@ -65,7 +65,7 @@ class Search:
         """The rate to report at, once the search is over; None before, and where no rate trained to its end."""
         if self.contest.settled:
             return self.contest.lowest
-        return how["learning_rate"] if (how := self.chosen) else None
+        return how.learning_rate if (how := self.chosen) else None
 
     @property
     def chosen(self) -> Tuned | None:
@@ -84,7 +84,7 @@ class Search:
         # a rate counts only if it trained to its end at every seed
         whole = len(self.contest.tune.seeds)
         found = tuned(self._store.results(done)) if done else None
-        return found if found and any(each["n"] == whole for each in found["rates"]) else None
+        return found if found and any(rate.n == whole for rate in found.rates) else None
 
 
 def rounds(contest: Contest) -> Rounds:
@@ -167,9 +167,9 @@ def tune_and_carry_out(
         elif how is None:
             say(f"{_called(search)}: not tuned yet")
         else:
-            worth = next(each["mean"] for each in how["rates"] if each["learning_rate"] == how["learning_rate"])
-            where = f"{how['score']} {worth:.3f} on {how['rows']} rows of {how['split']}"
-            say(f"{_called(search)}: learning rate {how['learning_rate']:g} of {len(how['rates'])} tried, {where}")
+            worth = next(rate.mean for rate in how.rates if rate.learning_rate == how.learning_rate)
+            where = f"{how.score} {worth:.3f} on {how.split.rows} rows of {how.split.name}"
+            say(f"{_called(search)}: learning rate {how.learning_rate:g} of {len(how.rates)} tried, {where}")
     total.done += [folder for search in found for folder in search.configs if store.state(folder) == "done"]
     final = list(dict.fromkeys(map(place, reported(found))))
     outcome = carry_out(store, final, runner, console)

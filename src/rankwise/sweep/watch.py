@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.errors import shown_line
-from rankwise.results.summary import duration
+from rankwise.results.formats import duration
 from rankwise.runs.standing import Standing, State
 from rankwise.runs.store import Store
 from rankwise.sweep.progress import counted

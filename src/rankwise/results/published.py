@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rankwise.results.beside import Beside
-from rankwise.results.tables import plain
+from rankwise.results.formats import plain
 
 HEADER = ["printed row", "column", "ours", "mean ± sd", "seeds", "budget", "final", "published", "parameters", "note"]
 

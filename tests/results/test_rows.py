@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from rankwise.results.formats import plain
+from rankwise.results.rows import Row, Score, averages, best, summarise
 from rankwise.results.summary import Summary
-from rankwise.results.tables import Row, averages, best, plain, summarise
 from rankwise.runs.store import Store
 from runs_made_up import config, finish, tune
 
@@ -26,14 +27,14 @@ def test_seeds_are_drawn_together_and_rates_kept_apart(store: Store) -> None:
         finish(store, config(seed=seed, learning_rate=1e-3), score)
     finish(store, config(seed=0, learning_rate=3e-3), 0.5)
     three, one = rows(store)
-    assert (three["method"], three["learning_rate"], three["seeds"], three["n"]) == ("lora rank=4", 1e-3, [0, 1, 2], 3)
-    assert (three["mean"], three["sd"]) == (pytest.approx(0.8), pytest.approx(0.1))
-    assert three["scores"] == {0: 0.7, 1: 0.8, 2: 0.9}
-    assert three["metrics"]["f1"] == {"mean": pytest.approx(0.4), "sd": pytest.approx(0.05)}
-    assert (three["budget"], three["trainable"], three["final"], three["head"]) == (4000, 4036, 3992, 770)
-    assert (three["seconds"], three["examples_per_second"], three["adapter_bytes"]) == (91.0, 40.0, 2048)
-    assert three["folders"][2] == store.place(config(seed=2, learning_rate=1e-3))
-    assert (one["n"], one["sd"], one["interval"]) == (1, None, None)
+    assert (three.method, three.learning_rate, three.seeds, three.n) == ("lora rank=4", 1e-3, [0, 1, 2], 3)
+    assert (three.mean, three.sd) == (pytest.approx(0.8), pytest.approx(0.1))
+    assert three.scores == {0: 0.7, 1: 0.8, 2: 0.9}
+    assert three.metrics["f1"] == Score(pytest.approx(0.4), pytest.approx(0.05))
+    assert (three.budget, three.trainable, three.final, three.head) == (4000, 4036, 3992, 770)
+    assert (three.seconds, three.examples_per_second, three.adapter_bytes) == (91.0, 40.0, 2048)
+    assert three.folders[2] == store.place(config(seed=2, learning_rate=1e-3))
+    assert (one.n, one.sd, one.interval) == (1, None, None)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_a_label_tells_a_method_from_its_like(
     for method in methods:
         for each in settings:
             finish(store, config(method=method, **each), 0.5)
-    assert [row["method"] for row in rows(store)] == labels
+    assert [row.method for row in rows(store)] == labels
 
 
 def test_the_best_rate_has_the_best_mean_among_those_with_the_most_seeds(store: Store) -> None:
@@ -69,7 +70,7 @@ def test_the_best_rate_has_the_best_mean_among_those_with_the_most_seeds(store: 
             finish(store, config(seed=seed, learning_rate=rate), score)
     finish(store, config(method=HEAD), 0.1)
     finish(store, config(task="mrpc", learning_rate=1e-3), 0.2)
-    chosen = {(row["task"], row["method"]): row["learning_rate"] for row in best(rows(store))}
+    chosen = {(row.task, row.method): row.learning_rate for row in best(rows(store))}
     assert chosen == {("cola", "lora rank=4"): 3e-3, ("cola", "head"): 1e-3, ("mrpc", "lora rank=4"): 1e-3}
 
 
@@ -97,17 +98,17 @@ def test_stages_of_chains_never_share_a_row(store: Store) -> None:
                 finish(store, link, epochs / 4 + seed / 8)
                 before = link
     found = rows(store)
-    assert len(found) == 8 and all(row["seeds"] == [0, 1] for row in found)
-    assert {row["mean"] for row in found} == {0.3125, 0.5625}
-    assert len({row["method"] for row in found}) == 8
-    assert [sum(f"stage={n}" in row["method"] for row in found) for n in (1, 2, 3, 4)] == [2, 2, 2, 2]
+    assert len(found) == 8 and all(row.seeds == [0, 1] for row in found)
+    assert {row.mean for row in found} == {0.3125, 0.5625}
+    assert len({row.method for row in found}) == 8
+    assert [sum(f"stage={n}" in row.method for row in found) for n in (1, 2, 3, 4)] == [2, 2, 2, 2]
     assert len(best(found)) == 8  # a stage's rate is no rate among which the best is chosen
 
 
 def test_a_task_without_labels_has_rows_without_scores(store: Store) -> None:
     finish(store, config(task="ax"), 0.0, score="", metrics={})
     (row,) = rows(store)
-    assert (row["mean"], row["sd"], row["interval"], row["metrics"]) == (None, None, None, {})
+    assert (row.mean, row.sd, row.interval, row.metrics) == (None, None, None, {})
     assert best([row]) == [row]
 
 
@@ -116,8 +117,9 @@ def test_rows_are_json_and_say_what_is_not_official(store: Store) -> None:
     splits = {"train": {"name": "train", "rows": 100, "official": True, "note": ""}, "evaluation": [part]}
     finish(store, config(), 0.5, splits=splits)
     (row,) = rows(store)
-    assert (row["split"], row["rows"], row["official"], row["note"]) == ("part", 9, False, "9 of 10 rows")
-    json.dumps({key: value for key, value in row.items() if key != "folders"}, allow_nan=False)
+    assert (row.evaluated.name, row.evaluated.rows, row.evaluated.official) == ("part", 9, False)
+    assert row.evaluated.note == "9 of 10 rows"
+    json.dumps(row.as_json(), allow_nan=False)
 
 
 def test_no_results_make_no_rows() -> None:
@@ -137,10 +139,10 @@ def test_a_plain_table_ranges_numbers_right() -> None:
 def test_runs_that_try_a_rate_make_no_row_and_say_how_it_was_chosen(store: Store) -> None:
     tune(store, {1e-4: 0.6, 1e-3: 0.8, 1e-2: 0.7}, 1e-3)
     (row,) = rows(store)
-    assert (row["n"], row["mean"], row["method"]) == (2, 0.55, "lora rank=4")
-    found = row["tuned"]
-    assert (found["learning_rate"], found["edge"], found["split"], found["rows"]) == (1e-3, "", "train_held_out", 9)
-    assert [(each["learning_rate"], each["mean"], each["n"]) for each in found["rates"]] == [
+    assert (row.n, row.mean, row.method) == (2, 0.55, "lora rank=4")
+    found = row.tuned
+    assert (found.learning_rate, found.edge, found.split.name, found.split.rows) == (1e-3, "", "train_held_out", 9)
+    assert [(rate.learning_rate, rate.mean, rate.n) for rate in found.rates] == [
         *((1e-4, 0.6, 1), (1e-3, 0.8, 1), (1e-2, 0.7, 1)),
     ]
     text = Summary.of(store.results()).text()
@@ -156,30 +158,30 @@ def test_runs_that_try_a_rate_make_no_row_and_say_how_it_was_chosen(store: Store
 def test_a_rate_at_the_edge_is_said(scores: dict[float, float], chosen: float, edge: str, store: Store) -> None:
     tune(store, scores, chosen)
     (row,) = rows(store)
-    assert row["tuned"]["edge"] == edge
+    assert row.tuned.edge == edge
     assert ("might do better" in Summary.of(store.results()).text()) == bool(edge)
 
 
 def test_equal_rates_give_the_lowest_and_more_seeds_win(store: Store) -> None:
     tune(store, {1e-4: 0.8, 1e-3: 0.8}, 1e-4)
-    assert rows(store)[0]["tuned"]["learning_rate"] == 1e-4
+    assert rows(store)[0].tuned.learning_rate == 1e-4
     finish(store, config(learning_rate=1e-3, tuning=0.1, seed=8), 0.1)
-    assert rows(store)[0]["tuned"]["learning_rate"] == 1e-3
+    assert rows(store)[0].tuned.learning_rate == 1e-3
 
 
 def test_the_row_that_tuning_chose_wins_whatever_the_others_score(store: Store) -> None:
     """Tuned anew with another rate in it, the old choice must not win by what it scores on the reported rows."""
     tune(store, {1e-4: 0.8}, 1e-4, seeds=3)
     tune(store, {1e-3: 0.9}, 1e-3, seeds=1)
-    assert {row["learning_rate"]: row["mean"] for row in rows(store)}[1e-4] > 0.5
-    assert [row["learning_rate"] for row in best(rows(store))] == [1e-3]
+    assert {row.learning_rate: row.mean for row in rows(store)}[1e-4] > 0.5
+    assert [row.learning_rate for row in best(rows(store))] == [1e-3]
 
 
 def test_tuning_of_another_method_or_by_another_way_is_not_taken_for_it(store: Store) -> None:
     tune(store, {1e-4: 0.8}, 1e-4)
     tune(store, {1e-2: 0.8}, 1e-2, method={"name": "lora", "rank": 8, "alpha": 16.0})
     finish(store, config(seed=3), 0.9)  # of an experiment without tuning
-    found = {row["method"]: row["tuned"] and row["tuned"]["learning_rate"] for row in rows(store)}
+    found = {row.method: row.tuned and row.tuned.learning_rate for row in rows(store)}
     assert sorted(found.values(), key=str) == [0.0001, 0.01, None]
 
 
@@ -189,7 +191,7 @@ def test_a_budget_is_shown_with_what_of_it_is_used(store: Store) -> None:
         finish(store, config(method=lora, budget=4100, seed=seed), 0.8)
         finish(store, config(method={**lora, "alpha": 8.0}, budget=8200, seed=seed), 0.8)
         finish(store, config(method={"name": "head"}, seed=seed), 0.4)
-    found = {row["method"]: (row["asked"], row["used"]) for row in rows(store)}
+    found = {row.method: (row.asked, row.used) for row in rows(store)}
     assert found == {
         "lora rank=4 alpha=16.0 budget=4100": (4100, 4036 / 4100),
         "lora rank=4 alpha=8.0 budget=8200": (8200, 4036 / 8200),
@@ -212,8 +214,8 @@ def test_equal_seeds_have_no_interval_and_an_interval_stays_within_the_metric(st
         finish(store, config(seed=seed), same)
         finish(store, config(seed=seed, method=HEAD), apart)
     head, lora = rows(store)
-    assert head["interval"] == (pytest.approx(0.52, abs=0.01), 1.0)
-    assert lora["interval"] is None and lora["sd"] == 0.0
+    assert head.interval == (pytest.approx(0.52, abs=0.01), 1.0)
+    assert lora.interval is None and lora.sd == 0.0
     text = Summary.of(store.results()).text()
     assert "equal at both seeds" in text and "0.984 … 0.984" not in text
 
@@ -233,6 +235,6 @@ def test_a_rate_at_the_edge_is_called_so_where_it_alone_is_best(
 ) -> None:
     tune(store, scores, max(scores, key=scores.__getitem__))
     (row,) = rows(store)
-    assert (row["tuned"]["edge"], row["tuned"]["tied"]) == (edge, tied)
-    notes = " ".join(Summary.of(store.results()).notes())
+    assert (row.tuned.edge, row.tuned.tied) == (edge, tied)
+    notes = " ".join(Summary.of(store.results()).notes)
     assert ("one might do better" in notes) == bool(edge) and ("scored the same" in notes) == bool(tied)

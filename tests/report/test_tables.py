@@ -3,12 +3,14 @@ import io
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rankwise.report import text
-from rankwise.results.tables import Row, best, summarise
+from rankwise.report import tables
+from rankwise.results.columns import columns
+from rankwise.results.rows import Row, Score, best, summarise
 from rankwise.runs.store import Store
 from runs_made_up import tune
 
@@ -19,7 +21,7 @@ def rows(runs: Path) -> list[Row]:
 
 
 def test_markdown_has_a_line_per_row_and_the_note(rows: list[Row]) -> None:
-    lines = text.markdown(rows).splitlines()
+    lines = tables.markdown(rows).splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert lines[0].startswith("| method | accuracy (mean ± sd) | 95 % interval | learning rate | seeds |")
     assert lines[4].startswith("| simplex-lora rank=4 | 0.7")
@@ -28,42 +30,42 @@ def test_markdown_has_a_line_per_row_and_the_note(rows: list[Row]) -> None:
 
 
 def test_csv_can_be_read_back_in_full_precision(rows: list[Row]) -> None:
-    found = list(csv.DictReader(io.StringIO(text.csv(rows))))
-    assert [float(line["mean"]) for line in found] == [row["mean"] for row in rows]
-    assert [float(line["f1_sd"]) for line in found] == [row["metrics"]["f1"]["sd"] for row in rows]
+    found = list(csv.DictReader(io.StringIO(tables.csv(rows))))
+    assert [float(line["mean"]) for line in found] == [row.mean for row in rows]
+    assert [float(line["f1_sd"]) for line in found] == [row.metrics["f1"].sd for row in rows]
     assert found[1]["trainable"] == "331776" and found[1]["official"] == "False"
     assert found[1]["train_note"] == "4,800 of 5,000 rows"
     assert float(found[0]["interval_low"]) < float(found[0]["mean"]) < float(found[0]["interval_high"])
 
 
 def test_latex_escapes_and_closes(rows: list[Row]) -> None:
-    rows[0]["method"] = "a_b & 50%"
-    lines = text.latex(rows).splitlines()
+    rows[0] = replace(rows[0], method="a_b & 50%")
+    lines = tables.latex(rows).splitlines()
     assert lines[0].startswith("\\begin{tabular}{lr") and "\\end{tabular}" in lines
     assert lines[4].startswith("a\\_b \\& 50\\% & 0.") and "$\\pm$" in lines[4] and lines[4].endswith("\\\\")
     assert lines[-1].startswith("% * stdlib-module")
 
 
 def test_one_seed_has_neither_spread_nor_interval(rows: list[Row]) -> None:
-    row = {**rows[0], "sd": None, "interval": None, "n": 1}
-    cells = {column.heading: column.cell(row) for column in text.columns([row])}
+    row = replace(rows[0], scores={0: 0.5}, folders={0: rows[0].first})
+    cells = {column.heading: column.cell(row) for column in columns([row])}
     assert "±" not in cells["accuracy"] and cells["95 % interval"] == ""
 
 
 def test_tasks_of_different_metrics_share_one_table(rows: list[Row]) -> None:
-    other = {**rows[0], "task": "cola", "score": "matthews", "metrics": {"matthews": {"mean": 0.5, "sd": None}}}
-    found = [column.heading for column in text.columns([*rows, other])]
+    other = replace(rows[0], task="cola", score="matthews", metrics={"matthews": Score(0.5, None)})
+    found = [column.heading for column in columns([*rows, other])]
     assert found[:4] == ["task", "method", "metric", "score"]
-    assert text.markdown([other]).splitlines()[0].count("accuracy") == 0
+    assert tables.markdown([other]).splitlines()[0].count("accuracy") == 0
 
 
 def test_every_format_holds_the_same_columns(rows: list[Row]) -> None:
-    shown = text.columns(rows)
+    shown = columns(rows)
     heads = [f"{column.heading} ({column.unit})" if column.unit else column.heading for column in shown]
-    assert text.markdown(rows).splitlines()[0] == f"| {' | '.join(heads)} |"
-    in_latex = text.latex(rows).splitlines()[2].removesuffix(" \\\\").replace("$\\pm$", "±").replace("\\%", "%")
+    assert tables.markdown(rows).splitlines()[0] == f"| {' | '.join(heads)} |"
+    in_latex = tables.latex(rows).splitlines()[2].removesuffix(" \\\\").replace("$\\pm$", "±").replace("\\%", "%")
     assert in_latex.split(" & ") == heads
-    found = next(csv.DictReader(io.StringIO(text.csv(rows))))
+    found = next(csv.DictReader(io.StringIO(tables.csv(rows))))
     for column in shown:
         for key, value in column.values.items():
             assert found[key] == ("" if value(rows[0]) is None else str(value(rows[0])))
@@ -98,28 +100,34 @@ def latex_cells(line: str) -> list[str]:
     return cells
 
 
+def called(row: Row, name: str, train_note: str | None = None) -> Row:
+    """A row in which whatever a user may name is called so."""
+    splits = {"evaluated": replace(row.evaluated, note=name)}
+    splits |= {} if train_note is None else {"trained": replace(row.trained, note=train_note)}
+    return replace(row, method=name, task=name, searches={}, **splits)
+
+
 HOSTILE = ["a_b & 50%", "\\input{x}", "{", "}}", "$x^2$ ~#", "a\nb\r\nc", "<i> | \\\\", "|", "λ=0.1 …", "%", "\\"]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_no_name_breaks_a_table(rows: list[Row], name: str) -> None:
-    for row in rows:
-        row |= {"method": name, "task": name, "note": name, "train_note": f"{name}\n% end"}
-    shown = text.columns(rows)
-    lines = text.latex(rows).splitlines()
+    rows = [called(row, name, f"{name}\n% end") for row in rows]
+    shown = columns(rows)
+    lines = tables.latex(rows).splitlines()
     assert [len(latex_cells(line)) for line in [lines[2], *lines[4:-4]]] == [len(shown)] * (1 + len(rows))
     assert lines[-4:-2] == ["\\bottomrule", "\\end{tabular}"] and all(line.startswith("% *") for line in lines[-2:])
-    table = text.markdown(rows).splitlines()[: 2 + len(rows)]
+    table = tables.markdown(rows).splitlines()[: 2 + len(rows)]
     assert {len(re.findall(r"(?<!\\)\|", line.replace("\\\\", ""))) for line in table} == {len(shown) + 1}
-    assert [line["method"] for line in csv.DictReader(io.StringIO(text.csv(rows), newline=""))] == [name] * len(rows)
+    assert [line["method"] for line in csv.DictReader(io.StringIO(tables.csv(rows), newline=""))] == [name] * len(rows)
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on the PATH")
 def test_latex_takes_every_name(rows: list[Row], tmp_path: Path) -> None:
     """Letters that are not Latin, such as λ, need LuaLaTeX or XeLaTeX."""
-    named = [{**rows[0], "method": name, "task": name, "note": name} for name in HOSTILE if "λ" not in name]
+    named = [called(rows[0], name) for name in HOSTILE if "λ" not in name]
     head, end = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}", "\\end{document}"
-    page = f"{head}\n{text.latex(named)}\n{end}\n"
+    page = f"{head}\n{tables.latex(named)}\n{end}\n"
     (tmp_path / "page.tex").write_text(page, encoding="utf-8")
     command = ["pdflatex", "-halt-on-error", "-interaction=nonstopmode", "page.tex"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=120)
@@ -133,29 +141,26 @@ def test_how_a_rate_was_chosen_and_the_share_of_a_budget_are_in_every_format(tmp
     tune(store, {1e-3: 0.4, 1e-2: 0.3}, 1e-3, method={"name": "head"})
     tuned = best(summarise(store.results()))
     chosen = "cola: learning rates were chosen on 9 rows of train_held_out (9 of 100 rows, held out); "
-    for form in (text.markdown, text.latex):
+    for form in (tables.markdown, tables.latex):
         assert form(tuned).count(chosen) == 1
         assert "of budget" in form(tuned) and "50.0" in form(tuned)
-    head, lora = csv.DictReader(io.StringIO(text.csv(tuned)))
+    head, lora = csv.DictReader(io.StringIO(tables.csv(tuned)))
     assert (lora["asked"], lora["used"], head["asked"], head["used"]) == ("8072", "0.5", "", "")
     assert (lora["tuned_split"], lora["tuned_rows"], lora["tuned_rates"]) == ("train_held_out", "9", "0.0001 0.001")
 
 
 def test_without_a_budget_and_without_tuning_nothing_is_said_of_them(rows: list[Row]) -> None:
-    assert "of budget" not in text.markdown(rows) and "chosen" not in text.latex(rows)
-    assert {line["tuned_split"] for line in csv.DictReader(io.StringIO(text.csv(rows)))} == {""}
+    assert "of budget" not in tables.markdown(rows) and "chosen" not in tables.latex(rows)
+    assert {line["tuned_split"] for line in csv.DictReader(io.StringIO(tables.csv(rows)))} == {""}
 
 
 @pytest.mark.parametrize(
     "name", ["=1+1", "+x", "-x", "@x", "\tx", "\x1b[31mred", "<script>x</script>", "[a](http://x.y)"]
 )
 def test_no_name_is_a_formula_a_script_a_link_or_a_command_to_a_terminal(rows: list[Row], name: str) -> None:
-    for row in rows:
-        row |= {"method": name, "task": name, "note": name}
-    [line, *_] = csv.DictReader(io.StringIO(text.csv(rows), newline=""))
-    assert (
-        line["method"] == (name if name[0] not in "=+-@\t" else f"'{name}") and float(line["mean"]) == rows[0]["mean"]
-    )
-    for form in (text.markdown, text.latex):
+    rows = [called(row, name) for row in rows]
+    [line, *_] = csv.DictReader(io.StringIO(tables.csv(rows), newline=""))
+    assert line["method"] == (name if name[0] not in "=+-@\t" else f"'{name}") and float(line["mean"]) == rows[0].mean
+    for form in (tables.markdown, tables.latex):
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", form(rows))
-    assert not re.search(r"<script|(?<!\\)\]\(|https?:", text.markdown(rows))
+    assert not re.search(r"<script|(?<!\\)\]\(|https?:", tables.markdown(rows))

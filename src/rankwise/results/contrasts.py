@@ -1,0 +1,137 @@
+"""One method against another, and what may be said of the difference."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rankwise.metrics import METRICS, Metric
+from rankwise.metrics.metric import Interval, mean_of_sums
+from rankwise.results.formats import span
+from rankwise.results.predictions import predictions
+from rankwise.results.rows import Row
+from rankwise.results.stats import Difference, corrected, difference, paired_bootstrap
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One method against another on one task, each at its best learning rate."""
+
+    ours: Row
+    theirs: Row
+    found: Difference
+
+    def sentence(self) -> str:
+        """The contrast in words: the size of the difference, its intervals, and whether it counts."""
+        ours, theirs, found = self.ours.method, self.theirs.method, self.found
+        where = f"{self.ours.task}, {self.ours.score}"
+        if ours == "head":
+            way = "behind" if found.mean <= 0 else "ahead of"
+            text = f"{where}: training the head only is {abs(found.mean):.3f} {way} {theirs}"
+        else:
+            text = f"{where}: {ours} against {theirs}: {found.mean:+.3f}"
+        if found.seeds is None:
+            return f"{text}. One seed shows nothing; use three at least."
+        examples = span(found.examples) if found.examples is not None else "none"
+        low, high = found.seeds
+        over = (
+            f"{span(found.seeds)} over {found.n} seeds"
+            if high > low
+            else f"none over {found.n} seeds with the same gap"
+        )
+        return f"{text} (95 % intervals: {over}, {examples} over the examples): {verdict(found)}."
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        found = self.found
+        return {
+            "task": self.ours.task,
+            "method": self.ours.method,
+            "reference": self.theirs.method,
+            **asdict(found),
+            "alone": found.alone,
+            "shown": found.shown,
+            "verdict": "one seed shows nothing" if found.seeds is None else verdict(found),
+        }
+
+
+def contrasts(best: Sequence[Row], reference: Mapping[str, Any]) -> list[Contrast]:
+    """Each row against `reference` under the same settings, with Holm's correction over all of them.
+
+    Args:
+        best: what `rows.best` gives.
+        reference: name and options of the method to measure against.
+    """
+    found = []
+    for row in best:
+        other = _other(row, [other for other in best if other.setting == row.setting], reference)
+        gap = difference(row.scores, other.scores) if other else None
+        if other and gap:
+            found.append(Contrast(row, other, replace(gap, examples=_bootstrap(row, other))))
+    after = corrected([each.found for each in found])
+    return [replace(each, found=new) for each, new in zip(found, after, strict=True)]
+
+
+def verdict(found: Difference) -> str:
+    """What may be said of a difference, in words."""
+    if not found.alone:
+        words = f"{found.n} seeds cannot tell these two apart; that does not mean they are equal"
+        return f"{words}: a gap that is the same at so few seeds has no spread to judge by" if found.clear else words
+    if found.comparisons == 1:
+        return f"a difference at n = {found.n}"
+    if not found.shown:
+        return (
+            f"with {found.n} seeds this gap would count if it were the only comparison; there are {found.comparisons}, "
+            "so it is not certain: add seeds"
+        )
+    return f"a difference at n = {found.n}, also after Holm's correction over {found.comparisons} comparisons"
+
+
+def spelled(reference: Mapping[str, Any]) -> str:
+    """A method with its options, as in `lora-fa init=svd`."""
+    return " ".join([str(reference["name"]), *(f"{key}={reference[key]}" for key in reference if key != "name")])
+
+
+def _other(row: Row, rows: Sequence[Row], reference: Mapping[str, Any]) -> Row | None:
+    """What to measure `row` against: the reference at the nearest size (the best one for a head alone).
+
+    Where warm-ups are compared too, and are no method's own, it is one of the same.
+    """
+    found = [other for other in rows if _is(reference, other)]
+    found = [other for other in found if other.warmup == row.warmup] or found
+    if _is(reference, row) or not found:
+        return None
+    if row.name == "head":
+        return max(found, key=lambda other: other.mean if other.mean is not None else float("-inf"))
+    return min(found, key=lambda other: abs(other.budget - row.budget))
+
+
+def _is(reference: Mapping[str, Any], row: Row) -> bool:
+    return all(({**row.options, "name": row.name}).get(key) == value for key, value in reference.items())
+
+
+def _bootstrap(ours: Row, theirs: Row) -> Interval | None:
+    """The interval over examples; None where a prediction is missing or other rows were scored."""
+    seeds = sorted(ours.scores.keys() & theirs.scores.keys())
+    found = [predictions(row.folders[seed]) for row in (ours, theirs) for seed in seeds]
+    given = [each for each in found if each is not None]
+    if len(given) < len(found) or not given:
+        return None
+    kind, guess, labels = given[0]
+    if not all(
+        each.kind == kind and each.values.shape == guess.shape and np.array_equal(labels, each.labels) for each in given
+    ):
+        return None
+    metric = METRICS.get(ours.score, Metric())
+    score, statistics = metric.value if metric.of_any_sum else None, metric.statistics
+    if kind == "score":  # whose mean is the metric
+        counted = [np.stack([each.values, np.ones(len(labels))], axis=1) for each in given]
+        score = mean_of_sums
+    elif kind == "statistics":
+        counted = [each.values for each in given]
+    elif statistics is not None:
+        counted = [statistics(each.values, labels) for each in given]
+    else:
+        return None
+    return score and paired_bootstrap(score, counted[: len(seeds)], counted[len(seeds) :])

@@ -1,0 +1,135 @@
+"""What a reader has to know before quoting a number, in sentences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rankwise.results.contrasts import Contrast, spelled
+from rankwise.results.rows import Row, unofficial
+from rankwise.runs.answers import listed, shown
+from rankwise.runs.search import in_words
+
+TOO_HIGH = "Rates were chosen on the rows reported, so scores are slightly too high; use `tune:` to avoid this"
+WELL_USED = 0.9
+"""A share of the budget below which a method may be behind for being smaller."""
+
+
+def notes(
+    rows: Sequence[Row], best: Sequence[Row], contrasts: Sequence[Contrast], reference: Mapping[str, Any]
+) -> list[str]:
+    """Of all rows: the rates, what could not be compared, budgets, and what each of the best rows has to carry."""
+    found = []
+    if len([row for row in rows if row.tuned is None]) > len([row for row in best if row.tuned is None]):
+        found.append(TOO_HIGH)
+    for task in dict.fromkeys(row.task for row in best):
+        several = len({row.method for row in best if row.task == task}) > 1
+        if several and not any(each.ours.task == task for each in contrasts):
+            found.append(
+                f"{task}: nothing is compared, for no {spelled(reference)} stands beside these under the "
+                "same settings; report.reference of an experiment names another method"
+            )
+    for row in best:
+        found += [*_of_tuning(row), *_of_budget(row), *_of_search(row)]
+    unsized = [row.method for row in best if row.asked is None]
+    if unsized and len(unsized) < len(best):
+        names = ", ".join(dict.fromkeys(unsized))
+        found.append(f"Outside of the budget, for no budget was set or there is no size to choose: {names}")
+    for row in best:
+        found += [f"{row.task} *: {split} is not the official split: {why}" for split, why in unofficial(row).items()]
+        found += [*_of_own_rows(row), *_of_runs(row)]
+    return list(dict.fromkeys(map(_ended, found)))
+
+
+def footnotes(rows: Sequence[Row]) -> list[str]:
+    """What a table alone has to say below it: where its rows come from, how rates were chosen, what was not learnt."""
+    found = [f"{row.task}: {scored_on(row)}" for row in rows if row.evaluated.own]
+    for row in rows:
+        found += [*_of_own_rows(row), *([chosen_on(row)] if row.tuned else []), *_of_search(row), *_of_runs(row)]
+    found += [f"* {row.task}, {split}: {why}" for row in rows for split, why in unofficial(row).items()]
+    return list(dict.fromkeys(found))
+
+
+def remarks(row: Row) -> list[str]:
+    """What the search and the runs of a row have to say of themselves."""
+    return [_ended(note) for note in (*_of_search(row), *_of_runs(row))]
+
+
+def always(rows: Sequence[Row]) -> str:
+    """`answering 'function' always scores 0.610`, of one task; "" where there is no class to answer."""
+    found = next((row.always for row in rows if row.always), None)
+    if not found:
+        return ""
+    names = f"any of the commonest classes, {listed([found.answer, *found.tied])}," if found.tied else None
+    return f"answering {names or shown(found.answer)} always scores {found.score:.3f}"
+
+
+def scored_on(row: Row) -> str:
+    """Which metric, on which rows: `accuracy on 480 rows of validation`."""
+    split = row.evaluated
+    if not split.own:
+        return f"{row.score or 'not scored'} on {split.rows:,} rows of {split.name}"
+    note = f" ({split.note})" if split.note else ""
+    score = f"{row.score}, scored" if row.score else "answered, not scored,"
+    return f"{score} on {split.rows:,} rows of {split.own}{note}"
+
+
+def chosen_on(row: Row) -> str:
+    """On what the learning rate of a tuned row was chosen, in a sentence."""
+    assert row.tuned is not None
+    split = row.tuned.split
+    note = f" ({split.note})" if split.note else ""
+    return (
+        f"{row.task}: learning rates were chosen on {split.rows} rows of {split.name}{note}; the "
+        f"{row.evaluated.rows} rows of {row.evaluated.name} were scored once, at the end."
+    )
+
+
+def _of_tuning(row: Row) -> list[str]:
+    """On what the rate of a row was chosen, and whether it lies at the edge of what was tried."""
+    found = row.tuned
+    if found is None:
+        return []
+    if found.learning_rate != row.learning_rate:
+        return [
+            f"{row.task}, {row.method}: the rate shown, {row.learning_rate:g}, is not the one that tuning "
+            f"chose, {found.learning_rate:g}: carry out the experiment to its end, in another folder if `tune` has "
+            "changed"
+        ]
+    what = f"{row.task}, {row.method}: the rate chosen, {found.learning_rate:g}, is the"
+    if found.tied:
+        others = " and ".join(f"{rate:g}" for rate in found.tied)
+        return [chosen_on(row), f"{what} lowest of equals: {others} scored the same"]
+    if not found.edge:
+        return [chosen_on(row)]
+    beyond = "lower" if found.edge == "lowest" else "higher"
+    return [
+        chosen_on(row),
+        f"{what} {found.edge} of those that trained to their end; unless {beyond} ones diverged, one might do better",
+    ]
+
+
+def _of_budget(row: Row) -> list[str]:
+    if row.used is None or WELL_USED <= row.used <= 1:
+        return []
+    what = f"{row.task}, {row.method}: {row.used:.0%} of the budget of {row.asked:,} parameters"
+    if row.used > 1:
+        return [f"{what}, for its ranks grew beyond those it began with"]
+    return [f"{what} are used: it is compared with less than it was allowed"]
+
+
+def _of_search(row: Row) -> list[str]:
+    """What the searches for ranks have come to."""
+    return [f"{row.task}, {row.method}: {in_words(row.searches)}"] if row.searches else []
+
+
+def _of_own_rows(row: Row) -> list[str]:
+    """What there is to know of the user's own training rows."""
+    trained = row.trained
+    return [f"{row.task}: trained on rows of {trained.own} ({trained.note})"] if trained.own and trained.note else []
+
+
+def _of_runs(row: Row) -> list[str]:
+    return [f"{row.task}: {remark}" for remark in row.remarks]
+
+
+def _ended(note: str) -> str:
+    return note if note.endswith(".") else f"{note}."

@@ -1,0 +1,135 @@
+"""How learning rates were chosen, by the runs that only try one."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rankwise.results.labels import CHAIN
+from rankwise.results.splits import Split
+from rankwise.results.stats import mean, sd
+
+_PHASE = {"tuning", "eval_every"}
+"""Settings in which a run that tries a rate differs from one that is reported, besides rate and seed."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate that was tried and trained to its end. `scores`: by seed."""
+
+    learning_rate: float
+    scores: Mapping[int, float]
+
+    @property
+    def n(self) -> int:
+        """How many seeds it was tried at."""
+        return len(self.scores)
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return mean(list(self.scores.values()))
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation over the seeds; None for one."""
+        return sd(list(self.scores.values()))
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain data."""
+        named = {"learning_rate": self.learning_rate, "scores": dict(self.scores)}
+        return {**named, "n": self.n, "mean": self.mean, "sd": self.sd}
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """How a learning rate was chosen.
+
+    Attributes:
+        split: the rows it was chosen on.
+        score: name of the metric.
+        seeds: those at which rates were tried.
+        rates: those that trained to their end, the lowest first.
+        learning_rate: the one that was chosen.
+        tied: other rates that scored the same at as many seeds.
+        edge: where the best rate is alone the best and is the lowest or the highest of those tried, which.
+    """
+
+    split: Split
+    score: str
+    seeds: Sequence[int]
+    rates: Sequence[Rate]
+    learning_rate: float
+    tied: Sequence[float] = ()
+    edge: Literal["lowest", "highest", ""] = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "split": self.split.name,
+            "rows": self.split.rows,
+            "note": self.split.note,
+            "score": self.score,
+            "seeds": list(self.seeds),
+            "rates": [rate.as_json() for rate in self.rates],
+            "learning_rate": self.learning_rate,
+            "tied": list(self.tied),
+            "edge": self.edge,
+        }
+
+
+def tuned(results: Sequence[dict[str, Any]]) -> Tuned | None:
+    """What runs say that differ in rate and seed alone; None where none of them has a score.
+
+    Of the rates with the most seeds the one with the best mean is chosen, and the lowest of equals.
+    """
+    by_rate: dict[float, dict[int, float]] = {}
+    for result in sorted(results, key=lambda result: (result["learning_rate"], result["seed"])):
+        if result["score"] in result["metrics"]:
+            by_rate.setdefault(result["learning_rate"], {})[result["seed"]] = result["metrics"][result["score"]]
+    if not by_rate:
+        return None
+    rates = [Rate(rate, scores) for rate, scores in by_rate.items()]
+    best = max((rate.n, rate.mean) for rate in rates)
+    chosen, *tied = [rate for rate in rates if (rate.n, rate.mean) == best]
+    edge: Literal["lowest", "highest", ""] = ""
+    if not tied and len(rates) > 1:
+        edge = "lowest" if chosen is rates[0] else "highest" if chosen is rates[-1] else ""
+    return Tuned(
+        Split.of(results[0]["splits"]["evaluation"][0]),
+        results[0]["score"],
+        sorted({seed for scores in by_rate.values() for seed in scores}),
+        rates,
+        chosen.learning_rate,
+        [rate.learning_rate for rate in tied],
+        edge,
+    )
+
+
+class Contests:
+    """What tuning found for each combination of an experiment, of the runs that only try a rate."""
+
+    def __init__(self, tries: Sequence[dict[str, Any]]) -> None:
+        groups: dict[str, dict[float, list[dict[str, Any]]]] = {}
+        for result in tries:
+            groups.setdefault(_combination(result), {}).setdefault(result["config"]["tuning"], []).append(result)
+        # once, or once per share of the rows that was held out
+        self._found = {
+            key: [found for members in by_share.values() if (found := tuned(members))]
+            for key, by_share in groups.items()
+        }
+
+    def of(self, reported: dict[str, Any]) -> Tuned | None:
+        """How the rate of a reported run was chosen: by the tuning that chose it, if one did."""
+        if not reported["tuned"]:
+            return None
+        found = self._found.get(_combination(reported), [])
+        chosen = (each for each in found if each.learning_rate == reported["learning_rate"])
+        return next(chosen, next(iter(found), None))
+
+
+def _combination(result: dict[str, Any]) -> str:
+    """What the tuning runs of a combination and those reported have in common."""
+    differing = {"seed", "learning_rate", "method", *_PHASE, *CHAIN}
+    settings = {key: value for key, value in result["config"].items() if key not in differing}
+    return json.dumps([result["method"], result["options"], settings], sort_keys=True)
