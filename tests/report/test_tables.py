@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.errors import InputError
 from rankwise.report import tables
-from rankwise.results.columns import columns
+from rankwise.results.columns import chosen, columns
 from rankwise.results.rows import Row, Score, best, summarise
+from rankwise.results.splits import Split
 from rankwise.runs.store import Store
 from runs_made_up import tune
 
@@ -164,3 +166,61 @@ def test_no_name_is_a_formula_a_script_a_link_or_a_command_to_a_terminal(rows: l
     for form in (tables.markdown, tables.latex):
         assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", form(rows))
     assert not re.search(r"<script|(?<!\\)\]\(|https?:", tables.markdown(rows))
+
+
+def test_a_table_has_the_columns_that_are_asked_for_in_their_order(rows: list[Row]) -> None:
+    shown = chosen(rows, ["seeds", "method", "f1", "peak", "seconds"])
+    assert [column.heading for column in shown] == ["seeds", "method", "f1", "peak", "time of a run"]
+    assert (
+        tables.latex(rows, shown).splitlines()[2].startswith("seeds & method & f1 (mean $\\pm$ sd) & peak (parameters)")
+    )
+    assert tables.markdown(rows, shown).startswith("| seeds | method | f1 (mean ± sd) | ")
+    assert tables.csv(rows, shown).splitlines()[0] == "n,method,f1,f1_sd,trainable,seconds"
+    with pytest.raises(
+        InputError, match=r"no column is called 'methid' \(did you mean \"method\"\?\); there are task, me"
+    ):
+        chosen(rows, ["seeds", "methid"])
+
+
+def test_the_best_score_of_each_task_stands_out(rows: list[Row]) -> None:
+    worse = [replace(row, task="cola", task_options="{}", scores={0: 0.1 * place}) for place, row in enumerate(rows)]
+    tied = replace(worse[-1], method="tied", metrics={})
+    shown = chosen([*rows, tied], ["method", "mean", "f1", "seeds"])
+    for form, mark in ((tables.latex, "\\textbf{"), (tables.markdown, "**")):
+        lines = [line for line in form([*rows, *worse, tied], shown, bold=True).splitlines() if " seeds " not in line]
+        best = [line.replace("|", "&").split("&")[int(form is tables.markdown)] for line in lines if mark in line]
+        methods = [max(rows, key=lambda row: row.mean or 0).method, worse[-1].method, "tied"]
+        assert {each.strip() for each in best} >= set(methods)
+        assert mark not in form([*rows, *worse], shown)
+        marks = [line.count(mark) for line in lines if "tied" in line and "0." in line]
+        assert marks == [1 if form is tables.latex else 2]
+
+
+def test_a_caption_makes_a_floating_table(rows: list[Row]) -> None:
+    lines = tables.latex(rows, caption="50 % of a_b").splitlines()
+    assert lines[:4] == ["\\begin{table}", "\\centering", "\\caption{50 \\% of a\\_b}", lines[3]]
+    assert lines[3].startswith("\\begin{tabular}") and "\\end{tabular}" in lines
+    assert lines.index("\\end{table}") == lines.index("\\end{tabular}") + 1
+    assert tables.markdown(rows, caption="A & B").splitlines()[:2] == ["A & B", ""]
+
+
+def test_every_table_carries_what_was_learnt_and_what_was_not(rows: list[Row]) -> None:
+    rows = [
+        replace(row, remarks=["head, seed 0, on v: all 9 answers are 'x'"]) if row.name == "head" else row
+        for row in rows
+    ]
+    searched = "stdlib-module, simplex-lora rank=4: ranks changed at 17, 17, 17 of 36 sites"
+    for form in (tables.markdown, tables.latex):
+        assert searched in form(rows) and "stdlib-module: head, seed 0, on v: all 9 answers are 'x'" in form(rows)
+    head, lora, simplex = csv.DictReader(io.StringIO(tables.csv(rows)))
+    assert head["notes"] == "stdlib-module: head, seed 0, on v: all 9 answers are 'x'." and lora["notes"] == ""
+    assert simplex["notes"].startswith(searched)
+
+
+def test_the_users_own_rows_are_said_to_be_theirs(rows: list[Row]) -> None:
+    own = Split("validation", 61, False, own="your file that were held out of training")
+    rows = [replace(row, task="tickets", evaluated=own, trained=replace(own, name="train")) for row in rows]
+    assert "\ntickets: accuracy, scored on 61 rows of your file that were held out of training\n" in tables.markdown(
+        rows
+    )
+    assert {line["own"] for line in csv.DictReader(io.StringIO(tables.csv(rows)))} == {own.own}

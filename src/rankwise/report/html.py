@@ -52,27 +52,27 @@ class Grid:
     sortable: bool = True
 
 
-def write(folder: Path | str, out: Path | str | None = None, summary: Summary | None = None) -> Path:
-    """Write the report of the runs in `folder` to `out`, by default `folder/report.html`, and return where it is.
+def write(runs: Path | str | Store, out: Path | str | None = None, summary: Summary | None = None) -> Path:
+    """Write the report of a folder of `runs` to `out`, by default `report.html` in it, and return where it is.
 
     `summary` is that of all finished runs, for whoever has it already. Raises InputError for a folder without runs, and
     where a package of the extra `bench` is missing.
     """
     jinja2 = need("jinja2", "bench")
-    store = Store(folder)
-    folders = store.folders()
+    store = runs if isinstance(runs, Store) else Store(runs)
+    folder, folders = store.folder, store.folders()
     if not folders:
         raise InputError(f"{folder}: holds no run; start some with rankwise compare EXPERIMENT.yaml runs={folder}")
     summary = summary or Summary.of_store(store, folders)
     about = summary.experiment.get("report") or {}
-    runs = pages(store, folders, summary.results, summary.rows)
+    sections = pages(store, folders, summary.results, summary.rows)
     script = SCRIPT.read_text(encoding="utf-8")
     page = {
-        "title": about.get("title") or f"Runs in {Path(folder).resolve().name}",
+        "title": about.get("title") or f"Runs in {store.name}",
         "text": [paragraph for paragraph in (about.get("text") or "").split("\n\n") if paragraph.strip()],
-        "counts": _counts(runs),
-        "failed": [run for run in runs if run.state == "failed"],
-        "unfinished": [run for run in runs if run.state not in ("done", "failed")],
+        "counts": _counts(sections),
+        "failed": [run for run in sections if run.state == "failed"],
+        "unfinished": [run for run in sections if run.state not in ("done", "failed")],
         "findings": summary.findings,
         "notes": summary.notes,
         "published": _published(summary),
@@ -81,7 +81,7 @@ def write(folder: Path | str, out: Path | str | None = None, summary: Summary | 
         "columns": columns.columns(summary.rows) if summary.rows else [],
         "settings": _settings(summary.results, summary.rows),
         "environment": _environment([path for row in summary.rows for path in row.folders.values()]),
-        "runs": runs,
+        "runs": sections,
         "version": rankwise.__version__,
         "script": script,
         "digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -89,7 +89,7 @@ def write(folder: Path | str, out: Path | str | None = None, summary: Summary | 
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    out = Path(folder) / "report.html" if out is None else Path(out)
+    out = folder / "report.html" if out is None else Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # a name may hold what is no character of UTF-8, when a file's name on the disk does

@@ -66,6 +66,11 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
+    @property
+    def name(self) -> str:
+        """What people call the folder."""
+        return self.folder.resolve().name
+
     def place(self, config: RunConfig) -> Path:
         """Where this run is or would be."""
         folder = self.folder / f"{config.task['name']}-{config.method['name']}-{config.seed}-{config.id}"
