@@ -6,6 +6,7 @@ import yaml
 
 from rankwise.errors import InputError
 from rankwise.settings import Experiment, RunConfig, json_schema, load
+from rankwise.settings.run import put
 from small_schema import SCHEMA, SWEEP, one, sweep
 
 
@@ -195,3 +196,18 @@ def test_a_wrong_smoke_or_published_is_named(content: dict[str, Any], message: s
     with pytest.raises(InputError) as caught:
         load({**SMALL, **content}, [], SCHEMA)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_keys_below_keys_reach_what_lies_below() -> None:
+    """Whoever varies or overrides one of several columns leaves the others as they are."""
+    base = {"task": {"name": "t", "columns": {"text": "body", "label": "kind"}}, "tune": {"learning_rate": [1e-3]}}
+    put(base, "task.columns.label", "mood")
+    put(base, "task.columns.more.deep", 1)
+    put(base, "tune.learning_rate.low", 1e-5)
+    assert base["task"] == {"name": "t", "columns": {"text": "body", "label": "mood", "more": {"deep": 1}}}
+    assert base["tune"] == {"learning_rate": {"low": 1e-5}}
+    axes = {"vary": {"seed": [0]}}
+    put(axes, "vary.task.columns.label", ["kind", "mood"])
+    assert axes["vary"] == {"seed": [0], "task.columns.label": ["kind", "mood"]}
+    with pytest.raises(InputError, match="only method, task, vary, tune and report have keys below them"):
+        put(base, "epochs.more", 1)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rankwise.errors import InputError, nearest
 from rankwise.named import options_of
 from rankwise.settings.experiment import MOST_RUNS, OWN, Experiment, Published, Span, Tune
-from rankwise.settings.run import NAMED, SECTIONS, WRITTEN, RunConfig, explain, named, put, run_config
+from rankwise.settings.run import NAMED, SECTIONS, WRITTEN, RunConfig, explain, named, put, run_config, with_nested
 from rankwise.settings.schema import Schema, check_options
 from rankwise.settings.yaml_files import parse_yaml, plain_data, quoted, read_yaml
 
@@ -67,15 +67,16 @@ def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[di
 
     Raises InputError for an unknown method or option, and for a value out of range.
     """
-    options = dict(_override(text) for text in overrides)
+    options = _nested(overrides)
     if "name" in options:
         raise InputError("name: is no option; the method is named once")
     head = options.pop("head", [])
     head = [head] if isinstance(head, str) else head
     if not isinstance(head, list) or not all(isinstance(part, str) for part in head):
         raise InputError(f"head = {quoted(head)}: expected names of modules, as in head=[classifier]")
-    given = {key.removeprefix("method."): value for key, value in options.items()}
-    return check_options("method", schema.methods, {**given, "name": name}), head
+    if isinstance(below := options.get("method"), dict):  # typed as in a configuration, `method.rank=4`
+        options = {**{key: value for key, value in options.items() if key != "method"}, **below}
+    return check_options("method", schema.methods, {**options, "name": name}), head
 
 
 def load_options(key: str, name: str, overrides: Sequence[str], known: Mapping[str, type]) -> dict[str, Any]:
@@ -83,11 +84,19 @@ def load_options(key: str, name: str, overrides: Sequence[str], known: Mapping[s
 
     Raises InputError for an unknown name or option, and for a value out of range.
     """
-    options = dict(_override(text) for text in overrides)
+    options = _nested(overrides)
     if "name" in options:
         raise InputError(f"name: is no option; the {key} is named once")
     checked = check_options(key, known, {**options, "name": name})
     return {option: value for option, value in checked.items() if option != "name"}
+
+
+def _nested(overrides: Sequence[str]) -> dict[str, Any]:
+    """Options as they were typed, dotted keys as mappings."""
+    options: dict[str, Any] = {}
+    for text in overrides:
+        options = with_nested(options, *_override(text))
+    return options
 
 
 def _override(text: str) -> tuple[str, Any]:
@@ -334,7 +343,7 @@ def _override_experiment(
             names = {field.name for kind in known.values() for field in options_of(kind)}
             raise InputError(f"{key}: none of the varied {part}s has this option{nearest(option, names)}")
         for entry in having:
-            entry[option] = value
+            entry |= with_nested(entry, option, value)
     else:
         put(data, key, value)
     for part, own in OWN.items():
@@ -343,5 +352,5 @@ def _override_experiment(
 
 
 def _has(known: Mapping[str, type], entry: Mapping[str, Any], option: str) -> bool:
-    kind = known.get(str(entry.get("name")))
+    kind, option = known.get(str(entry.get("name"))), option.partition(".")[0]
     return kind is not None and option in {field.name for field in options_of(kind)}

@@ -170,12 +170,21 @@ def put(data: dict[str, Any], key: str, value: Any) -> None:
         data[head] = value
     elif head in NAMED:
         part = named(head, data.get(head, {"name": "lora"} if head == "method" else {}))
-        data[head] = {**part, "name" if (head, rest) == ("task", "type") else rest: value}
-    elif head in ("vary", "tune", "report"):
+        data[head] = with_nested(part, "name" if (head, rest) == ("task", "type") else rest, value)
+    elif head == "vary":  # whose own keys are dotted
         below = data.get(head)
         data[head] = {**(below if isinstance(below, dict) else {}), rest: value}
+    elif head in ("tune", "report"):
+        data[head] = with_nested(data.get(head), rest, value)
     else:
         raise InputError(f"{key}: only {', '.join(NAMED)}, vary, tune and report have keys below them")
+
+
+def with_nested(data: Any, key: str, value: Any) -> dict[str, Any]:
+    """A copy of `data`, {} where it is no mapping, with a dotted key set: `columns.label` is `label` of `columns`."""
+    head, dot, rest = key.partition(".")
+    below = dict(data) if isinstance(data, Mapping) else {}
+    return {**below, head: with_nested(below.get(head), rest, value) if dot else value}
 
 
 def run_config(data: Mapping[str, Any]) -> RunConfig:
