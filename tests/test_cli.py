@@ -277,6 +277,7 @@ def test_status_shows_each_run_and_the_error_of_a_failed_one(cli: Cli, tmp_path:
         "seconds_left": None,
         "tries": False,
         "planned": True,
+        "settings": {"seed": 1},
         "error": "no space left on device",
     }
 

@@ -5,53 +5,21 @@
 >>> model = method.attach(model, head=["classifier"])
 >>> rw.RankTrainer(method=method, model=model, args=args, train_dataset=data).train()
 >>> rw.save(model, "adapter")  # stock PEFT loads it
+>>> rw.compare("experiment.yaml").verdicts  # what `rankwise compare experiment.yaml` does
 """
 
+import ast
 from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Public name -> where it lives. Looked up on first use, so that `rankwise --help` need not wait for torch.
-_PUBLIC = {
-    "AdaLoRA": "rankwise.methods.adalora",
-    "AdapterH": "rankwise.methods.adapter",
-    "AdapterL": "rankwise.methods.adapter",
-    "BitFit": "rankwise.methods.subset",
-    "DoRA": "rankwise.methods.dora",
-    "FatLoRA": "rankwise.methods.fat_lora",
-    "Full": "rankwise.methods.subset",
-    "FullTop": "rankwise.methods.subset",
-    "Head": "rankwise.methods.subset",
-    "LoRA": "rankwise.methods.lora",
-    "LoRAFA": "rankwise.methods.lora_fa",
-    "PiSSA": "rankwise.methods.pissa",
-    "PreEmbed": "rankwise.methods.prefix",
-    "PreLayer": "rankwise.methods.prefix",
-    "RandomLoRA": "rankwise.methods.random_lora",
-    "SimplexLoRA": "rankwise.methods.simplex_lora",
-    "SoRA": "rankwise.methods.sora",
-    "WeightLoRA": "rankwise.methods.weight_lora",
-    "SimplexAdam": "rankwise.optim",
-    "average_gradients": "rankwise.processes.together",
-    "Gated": "rankwise.nets.gated",
-    "RankCallback": "rankwise.train.callback",
-    "RankTrainer": "rankwise.train.trainer",
-    "load_checkpoint": "rankwise.train.bare_loop",
-    "save_checkpoint": "rankwise.train.bare_loop",
-    "RankPlan": "rankwise.ranks",
-    "rank_report": "rankwise.ranks",
-    "resize": "rankwise.ranks",
-    "sites": "rankwise.ranks",
-    "load": "rankwise.adapters",
-    "save": "rankwise.adapters",
-    "InputError": "rankwise.errors",
-}
-
-__all__ = [*_PUBLIC, "__version__"]
-
+# The public names, looked up on first use: `rankwise --help` need not wait for torch.
 if TYPE_CHECKING:
     from rankwise.adapters import load, save
+    from rankwise.api import compare, report, retry, train
     from rankwise.errors import InputError
     from rankwise.methods.adalora import AdaLoRA
     from rankwise.methods.adapter import AdapterH, AdapterL
@@ -73,6 +41,26 @@ if TYPE_CHECKING:
     from rankwise.train.bare_loop import load_checkpoint, save_checkpoint
     from rankwise.train.callback import RankCallback
     from rankwise.train.trainer import RankTrainer
+
+
+def _public() -> dict[str, str]:
+    """Public name -> the module that has it, as the imports above say."""
+    source = ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+    imports = [each for block in source if isinstance(block, ast.If) for each in block.body]
+    return {
+        alias.name: str(each.module) for each in imports if isinstance(each, ast.ImportFrom) for alias in each.names
+    }
+
+
+_PUBLIC = _public()
+__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+
+
+class Room(ModuleType):
+    """A package that is called as a function is: `rw.train(config)` trains one run by the code in `rankwise.train`."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return getattr(import_module("rankwise.api"), self.__name__.rpartition(".")[2])(*args, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,8 @@ import rankwise
 from rankwise.files import read_json
 
 ASIDE = {
-    *("adapters", "archs", "cli", "errors", "files", "named", "published", "report", "results", "runs", "settings"),
+    *("about", "adapters", "api", "archs", "cli", "errors", "files", "named", "published", "report", "results", "runs"),
+    "settings",
     "sweep",
 }
 """Rooms that decide no result."""

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rankwise import methods, published, tasks
-from rankwise.errors import InputError
+from rankwise.errors import InputError, shown
+from rankwise.processes.launched import is_main, launched
 from rankwise.runs import grid
 from rankwise.runs.maker import Maker, said
+from rankwise.runs.run_file import maker_of
 from rankwise.runs.store import Store
 from rankwise.settings import Experiment, RunConfig, Schema, Span, load
 from rankwise.sweep.compare import Outcome, carry_out
@@ -24,8 +26,10 @@ from rankwise.sweep.runners import Runner
 from rankwise.sweep.tune import Search, reported, searches, tune_and_carry_out
 from rankwise.tasks.base import subset
 from rankwise.train import budget, model
-from rankwise.train.run import code_for
+from rankwise.train.run import code_for, run
 
+Source = str | Path | Mapping[str, Any]
+"""A YAML file, or its content as a mapping."""
 HEADER = ("run", "method", "learning rate", "seed", "state")
 
 
@@ -34,21 +38,27 @@ def schema() -> Schema:
     return Schema(methods.registry(), tasks.registry())
 
 
-def load_run(source: Path | None, settings: Sequence[str]) -> RunConfig:
+def load_run(source: Source | None, settings: Sequence[str]) -> RunConfig:
     """The settings of one run. Raises InputError for an experiment, and for everything that is wrong with them."""
     config = load(source, settings, schema())
     if not isinstance(config, RunConfig):
-        raise InputError(f"{source}: has `vary:`, so it is an experiment: rankwise compare {source}")
+        name = _named(source)
+        raise InputError(f"{name}: has `vary:`, so it is an experiment: rankwise compare {name}")
     return config
 
 
-def load_experiment(source: Path, settings: Sequence[str]) -> Experiment:
+def load_experiment(source: Source, settings: Sequence[str]) -> Experiment:
     """An experiment. Raises InputError for the settings of one run, and for everything that is wrong with them."""
     config = load(source, settings, schema())
     if isinstance(config, RunConfig):
-        raise InputError(f"{source}: has no `vary:`, so it is one run: rankwise train {source}")
+        name = _named(source)
+        raise InputError(f"{name}: has no `vary:`, so it is one run: rankwise train {name}")
     check_tables(config)
     return config
+
+
+def _named(source: Source | None) -> str:
+    return str(source) if isinstance(source, str | Path) else "these settings"
 
 
 def check_tables(experiment: Experiment) -> None:
@@ -162,6 +172,72 @@ def made_by_others(store: Store, others: Mapping[Path, list[str]]) -> str:
     counts = [f"{count} {what}" for count, what in ((done, "finished"), (len(others) - done, "begun")) if count]
     runs = "run was" if len(others) == 1 else "runs were"
     return f"{' and '.join(counts)} {runs} made with {said(each for found in others.values() for each in found)}"
+
+
+@dataclass(frozen=True)
+class One:
+    """One run that is to be carried out, with nothing written yet."""
+
+    store: Store
+    folder: Path
+    given: RunConfig | None = None
+    """Its settings; None for the folder of a run, whose `run.yaml` has them."""
+    made: Maker | None = None
+    """What would make it now; None for the folder of a run."""
+    differs: str = ""
+    """How that differs from what made the run whose `run.yaml` was given, in words."""
+
+    @classmethod
+    def of(cls, source: Source | None, settings: Sequence[str], shipped: bool) -> "One":
+        """From a file, its content or the folder of a run. InputError for all that the run would refuse.
+
+        `shipped`: see `check_models`.
+        """
+        launched()  # says what is wrong with the environment before a folder is made
+        if isinstance(source, str | Path) and Path(source).is_dir():
+            if settings:
+                raise InputError(f"{settings[0]}: the settings of a run are in its run.yaml and stay as they are")
+            folder = Path(source)
+            return cls(Store(folder.parent), folder)
+        noted = maker_of(Path(source)) if isinstance(source, str | Path) else None
+        config = alone(load_run(source, settings), tries=noted is not None)
+        check_models([config], shipped)
+        store, differs = Store(config.runs), ""
+        made = makers(store, [config])(config) if is_main() else None
+        if made is not None and noted is not None:
+            words = said(differences) if (differences := made.differs(noted)) else "the code and data that are here"
+            differs = f"{source}: was made with {words}"
+        return cls(store, store.place(config), config, made, differs)
+
+    @property
+    def config(self) -> RunConfig:
+        """Its settings. Raises InputError where the `run.yaml` of a folder is not what was written."""
+        return self.given or self.store.config(self.folder)
+
+    def carry_out(self, reuse: bool, repeat: bool) -> dict[str, Any]:
+        """Settle, make the folder and train; what `result.json` then holds."""
+        if is_main():
+            if self.given is None or self.made is None:
+                settle_begun(self.store, [self.folder], reuse, repeat)
+            else:
+                self.store.check_before(self.given, self.made)
+                settle(self.store, {self.folder: self.made}, reuse, repeat)
+                self.store.create(self.given, self.made)
+        with redirect_stdout(sys.stderr):
+            return run(self.folder)
+
+
+def retry(store: Store, runner: Runner, reuse: bool, repeat: bool) -> Outcome:
+    """Carry out the failed runs of a folder again, but for rates at which training diverged: it would again."""
+    failed = [
+        folder
+        for folder in store.folders()
+        if store.state(folder) == "failed" and not (store.tries(folder) and store.failure(folder).diverged)
+    ]
+    if not failed:
+        print(shown(f"{store.folder}: no run has failed"), file=sys.stderr)
+    settle_begun(store, failed, reuse, repeat)
+    return carry_out(store, failed, runner)
 
 
 @dataclass(frozen=True)

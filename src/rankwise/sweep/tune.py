@@ -45,9 +45,7 @@ class Search:
         while self._now and not self.left():
             scores = {rate: self._found(folders) for rate, folders in self._now.items()}
             try:
-                self._ask(
-                    self._rounds.send({rate: found.rates[0].mean for rate, found in scores.items() if found})
-                )
+                self._ask(self._rounds.send({rate: found.rates[0].mean for rate, found in scores.items() if found}))
             except StopIteration:
                 self._now = {}
 

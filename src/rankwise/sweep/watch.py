@@ -1,9 +1,10 @@
 """How the runs of a folder stand, and how long they will still take."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,10 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.errors import shown_line
-from rankwise.results.formats import duration
+from rankwise.results.formats import duration, plain
+from rankwise.runs import run_file
 from rankwise.runs.standing import Standing, State
 from rankwise.runs.store import Store
+from rankwise.settings import RunConfig
 from rankwise.sweep.progress import counted
+from rankwise.sweep.runners import typed
 
 STATES: tuple[State, ...] = ("running", "pending", "stopped", "failed", "damaged", "done")
 OVER = ("done", "failed", "damaged")
@@ -24,6 +28,7 @@ EVERY = 1.0
 LEFT = "not asked for by the experiment that is here now"
 """What is said of a run that nobody is going to carry out."""
 HEADER = ("run", "learning rate", "state", "steps", "left", "error")
+"""The columns of every table; those of `Look.differing` stand before the last."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,17 @@ class Look:
     standings: Sequence[Standing]
     left: dict[Path, float]
     """Seconds that a run still takes once it is at work; without an entry, nobody can say yet."""
+    settings: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
+    """Of each run whose `run.yaml` can be read, by their dotted keys."""
+
+    @property
+    def differing(self) -> list[str]:
+        """The settings, but for the learning rate, that are not the same in all runs that have them."""
+        values: dict[str, set[str]] = {}
+        for settings in self.settings.values():
+            for key, value in settings.items():
+                values.setdefault(key, set()).add(repr(value))
+        return [key for key, found in values.items() if len(found) > 1]
 
     @property
     def over(self) -> bool:
@@ -62,8 +78,37 @@ class Look:
         line = counted(len(self.standings)) + "".join(f", {n} {state}" for state, n in counts.items() if n)
         return line if self.total is None else f"{line}, about {duration(self.total)} left"
 
+    def as_json(self) -> list[dict[str, Any]]:
+        """What `rankwise status --json` prints."""
+        return [
+            {
+                "run": each.folder.name,
+                "learning_rate": each.learning_rate,
+                "tries": each.tries,
+                "planned": each.planned,
+                "state": each.state,
+                "step": each.step,
+                "steps": each.steps,
+                "seconds_left": round(self.left[each.folder]) if each.folder in self.left else None,
+                "settings": {
+                    key: value for key, value in self.settings.get(each.folder, {}).items() if key in self.differing
+                },
+                **({"error": each.error} if each.error else {}),
+            }
+            for each in self.standings
+        ]
+
+    def table(self) -> str:
+        """All runs as plain text."""
+        return plain(self.header(), self.rows())
+
+    def header(self) -> list[str]:
+        """What stands above the columns of `rows`."""
+        return [*HEADER[:-1], *self.differing, HEADER[-1]]
+
     def rows(self) -> list[list[str]]:
-        """A row for each run, under `HEADER`."""
+        """A row for each run."""
+        differing = self.differing
         return [
             [
                 each.folder.name,
@@ -71,9 +116,11 @@ class Look:
                 each.state,
                 f"{each.step}/{each.steps}" if each.steps else "",
                 duration(self.left[each.folder]) if each.folder in self.left else "",
+                *(typed(settings[key]) if key in settings else "" for key in differing),
                 each.error or ("" if _awaited(each) or each.state == "done" else LEFT),
             ]
             for each in sorted(self.standings, key=lambda each: STATES.index(each.state))
+            for settings in [self.settings.get(each.folder, {})]
         ]
 
 
@@ -106,7 +153,8 @@ class Watch:
             pace = paces.get(each.folder, usual)
             if each.state not in OVER and _awaited(each) and pace is not None and steps is not None:
                 left[each.folder] = max(0.0, pace * (steps - each.step))
-        return Look(standings, left)
+        kept = {each.folder: run_file.read(each.folder) for each in standings}
+        return Look(standings, left, {folder: _dotted(found.config) for folder, found in kept.items() if found})
 
     def _pace_of(self, standing: Standing) -> float | None:
         """Seconds per step: as seen here since the run was first seen at work, else as the run itself has noted."""
@@ -120,20 +168,34 @@ class Watch:
         return self._pace.get(folder, standing.pace)
 
 
+def _dotted(config: RunConfig) -> dict[str, Any]:
+    """What was asked for, but the learning rate and what `tune:` and `chain:` set: `{"seed": 0, "method.rank": 4}`."""
+    own = {"runs", "learning_rate", "tuning", "tuned", "after", "followed"}
+    found: dict[str, Any] = {}
+    left = list(config.model_dump(mode="json", exclude=own).items())
+    while left:
+        key, value = left.pop(0)
+        if isinstance(value, dict):
+            left[:0] = [(key if below == "name" else f"{key}.{below}", each) for below, each in value.items()]
+        else:
+            found[key] = value
+    return found
+
+
 def watch(store: Store, console: Console) -> None:
     """Keep a table on the terminal until every run is done or has failed."""
     looking = Watch(store)
     with Live(console=console, auto_refresh=False) as live:
         while True:
             look = looking.look()
-            live.update(_page(f"{store.folder}: {look.head()}", look.rows()), refresh=True)
+            live.update(_page(f"{store.folder}: {look.head()}", look.header(), look.rows()), refresh=True)
             if look.over:
                 return
             time.sleep(EVERY)
 
 
-def _page(head: str, rows: Sequence[Sequence[str]]) -> Group:
-    table = Table(*HEADER, box=None)
+def _page(head: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:
+    table = Table(*header, box=None)
     for row in rows:
         table.add_row(*(Text(shown_line(cell)) for cell in row))
     return Group(Text(shown_line(head)), table)  # a title of the table would be no wider than that

@@ -1,0 +1,255 @@
+"""What the command line does, one call each: `rw.compare("experiment.yaml")`, `rw.train(config)`, `rw.report(runs)`.
+
+Whatever is wrong with what is given is an InputError, one line. At SIGTERM or Ctrl-C the runs write a checkpoint, then
+SystemExit is raised; the same call goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankwise.errors import SOME_FAILED, STOPPED, InputError
+from rankwise.results.rows import Row
+from rankwise.results.summary import Summary
+from rankwise.runs.store import Store
+from rankwise.settings import read_yaml
+from rankwise.sweep.compare import Outcome
+from rankwise.sweep.progress import counted
+
+if TYPE_CHECKING:
+    from rankwise.sweep.plan import One, Plan, Source
+    from rankwise.sweep.runners import Runner
+
+Settings = Mapping[str, Any] | Sequence[str]
+"""Settings that win over the source's: `{"seed": [0, 1], "method.rank": 4}`, or as typed, `["seed=[0,1]"]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What the finished runs of a folder say.
+
+    Attributes:
+        folder: of the runs.
+        summary: all of it; `rows`, `verdicts` and `notes` are parts of it.
+        whole: whether that is of all runs in the folder.
+    """
+
+    folder: Path
+    summary: Summary
+    whole: bool = True
+
+    @property
+    def rows(self) -> Sequence[Row]:
+        """One row for each task, method and learning rate: mean, spread and interval of its score, parameters, cost."""
+        return self.summary.rows
+
+    @property
+    def best(self) -> Sequence[Row]:
+        """Of `rows` the one to report for each task and method."""
+        return self.summary.best
+
+    @property
+    def verdicts(self) -> list[str]:
+        """What may be said of the differences between the methods, a sentence each."""
+        return self.summary.findings
+
+    @property
+    def notes(self) -> list[str]:
+        """What to know before quoting a number, a sentence each."""
+        return self.summary.notes
+
+    @property
+    def left_out(self) -> str:
+        """Which finished runs are not in it and why, in a sentence; empty for none."""
+        return Store(self.folder).left_out()
+
+    def text(self) -> str:
+        """Tables, verdicts and notes, as the terminal shows them."""
+        return self.summary.text()
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return self.summary.as_json()
+
+    def write_page(self, out: Path | str | None = None) -> Path:
+        """Write the page of the whole folder, by default `report.html` beside the runs, and return where it is."""
+        from rankwise.report.html import write
+
+        return write(self.folder, out, self.summary if self.whole else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(Report):
+    """What an experiment's runs say, and what became of each run."""
+
+    outcome: Outcome
+
+    @classmethod
+    def of(cls, store: Store, outcome: Outcome, folders: Sequence[Path]) -> Comparison:
+        """Of the runs in `folders`."""
+        summary, whole = Summary.of_store(store, folders), sorted(folders) == store.folders()
+        return cls(folder=store.folder, summary=summary, whole=whole, outcome=outcome)
+
+    @property
+    def code(self) -> int:
+        """The exit code of the command: 0 all done, 3 some failed, 75 some stopped."""
+        return SOME_FAILED if self.outcome.failed else STOPPED if self.outcome.stopped else 0
+
+    def left(self) -> list[str]:
+        """What is not done and what to do about it, a sentence each."""
+        store, failed, stopped = Store(self.folder), self.outcome.failed, len(self.outcome.stopped)
+        lasting, lines = sum(store.failure(folder).lasting for folder in failed), []
+        if again := len(failed) - lasting:
+            it = "it" if again == 1 else "them"
+            lines.append(f"{counted(again)} failed; `rankwise retry {self.folder}` carries {it} out again")
+        if lasting:
+            errors, them = ("its error names", "it") if lasting == 1 else ("their errors name", "them")
+            lines.append(
+                f"{counted(lasting)} failed and would again until what {errors} is changed; "
+                f"`rankwise status {self.folder}` shows {them}"
+            )
+        if stopped and not failed:
+            were, them = ("was", "it") if stopped == 1 else ("were", "them")
+            lines.append(f"{counted(stopped)} {were} stopped; the same command goes on with {them}")
+        return lines
+
+    def as_json(self) -> dict[str, Any]:
+        states = ("done", "failed", "stopped")
+        runs = {state: [path.name for path in getattr(self.outcome, state)] for state in states}
+        return {"runs": str(self.folder), **runs, **super().as_json()}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run that is done: its folder, and what its `result.json` holds."""
+
+    folder: Path
+    result: Mapping[str, Any]
+
+    @property
+    def adapter(self) -> Path:
+        """Folder of the trained adapter."""
+        return self.folder / "adapter"
+
+    def text(self) -> str:
+        """Tables and notes of this run alone, as the terminal shows them."""
+        summary = Summary.of(Store(self.folder.parent).results([self.folder])).text()
+        result, split = self.result, self.result["splits"]["evaluation"][0]
+        tried = f"{result['score']} {result['metrics'].get(result['score'])} on {split['rows']} rows of {split['name']}"
+        return summary or f"learning rate {result['learning_rate']:g}, tried for its experiment: {tried}"
+
+
+def report(runs: Path | str) -> Report:
+    """What the finished runs in the folder `runs` say. Raises InputError where none has finished."""
+    store = Store(runs)
+    if not store.results():
+        if not store.folders():
+            raise InputError(f"{runs}: there is no run in it")
+        raise InputError(f"{runs}: no run in it has finished; `rankwise status {runs}` says how they stand")
+    return Report(folder=store.folder, summary=Summary.of_store(store))
+
+
+def compare(
+    experiment: Source,
+    settings: Settings = (),
+    *,
+    runs: Path | str | None = None,
+    jobs: int | None = None,
+    runner: str = "local",
+    options: Sequence[str] = (),
+    reuse: bool = False,
+    repeat: bool = False,
+) -> Comparison:
+    """Carry out an experiment, or what is left of it, and compare its methods.
+
+    Args:
+        experiment: a file, or its content, with `vary:`.
+        settings: win over the experiment's.
+        runs: folder of the runs; the experiment's own when absent.
+        jobs: runs at once; as many as there is room for when absent.
+        runner: where they are carried out, one of `local`, `ray`, `slurm`.
+        options: of the runner, as `["cpus=4"]`.
+        reuse: keep and go on with what other code or data has made.
+        repeat: carry that out again.
+    """
+    sweep = runner_of(runner, options, jobs)
+    planned = plan(experiment, overrides(settings, runs))
+    return Comparison.of(planned.store, *planned.carry_out(sweep, reuse, repeat))
+
+
+def retry(
+    runs: Path | str,
+    *,
+    jobs: int | None = None,
+    runner: str = "local",
+    options: Sequence[str] = (),
+    reuse: bool = False,
+    repeat: bool = False,
+) -> Comparison:
+    """Carry out the failed runs of a folder again, and no others; arguments as for `compare`."""
+    sweep = runner_of(runner, options, jobs)
+    store = Store(runs)
+    store.folders()  # what is wrong with the folder is said before torch is loaded
+    from rankwise.sweep.plan import retry as carry_out
+
+    outcome = carry_out(store, sweep, reuse, repeat)
+    return Comparison.of(store, outcome, store.folders())
+
+
+def train(
+    config: Source | None = None,
+    settings: Settings = (),
+    *,
+    runs: Path | str | None = None,
+    reuse: bool = False,
+    repeat: bool = False,
+) -> Trained:
+    """Carry out one run, from the start or from where it was stopped.
+
+    Args:
+        config: a file, its content, or the folder of a run; settings alone when absent.
+        settings, runs, reuse, repeat: as for `compare`.
+    """
+    planned = one(config, overrides(settings, runs))
+    return Trained(planned.folder, planned.carry_out(reuse, repeat))
+
+
+def plan(experiment: Source, settings: Sequence[str], dry: bool = False) -> Plan:
+    """What `compare` would carry out; `dry` does not ask the hub about models that `rankwise archs` lists."""
+    _check_readable(experiment)
+    from rankwise.sweep.plan import Plan, load_experiment
+
+    return Plan.of(load_experiment(experiment, settings), dry)
+
+
+def one(config: Source | None, settings: Sequence[str], dry: bool = False) -> One:
+    """What `train` would carry out; `dry` as for `plan`."""
+    _check_readable(config)
+    from rankwise.sweep.plan import One
+
+    return One.of(config, settings, dry)
+
+
+def runner_of(name: str, options: Sequence[str], jobs: int | None) -> Runner:
+    """The runner called `name`; arguments as for `compare`."""
+    from rankwise.sweep.runners import runner
+
+    return runner(name, [*options, *([f"jobs={jobs}"] if jobs else [])])
+
+
+def overrides(settings: Settings, runs: Path | str | None) -> list[str]:
+    """Settings as they are typed, the folder of runs among them."""
+    given = {"runs": str(runs)} if runs is not None else {}
+    if not isinstance(settings, Mapping):
+        return [*settings, *(f"{key}={json.dumps(value)}" for key, value in given.items())]
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in {**settings, **given}.items()]
+
+
+def _check_readable(source: Source | None) -> None:
+    """Say what is wrong with a file before the seconds that it takes to load torch."""
+    if isinstance(source, str | Path) and not Path(source).is_dir():
+        read_yaml(Path(source))
