@@ -108,7 +108,11 @@ def test_to_move_a_definition_changes_nothing(copy: Copy) -> None:
 
 def test_a_change_is_one_of_the_runs_that_use_it(copy: Copy) -> None:
     package = copy()
-    edit(package / "methods" / "simplex_lora.py", "every: int = ", "every: int = 1")
+    edit(
+        package / "methods" / "simplex_lora.py",
+        "every: Annotated[int, Field(ge=1)] = ",
+        "every: Annotated[int, Field(ge=1)] = 1",
+    )
     assert differing(made_by(package), made_by(SOURCE)) == ["methods/simplex_lora.py"]
     assert made_by(package, BITFIT) == made_by(SOURCE, BITFIT)
     assert differing(made_by(package), made_by(SOURCE, BITFIT), shared=True) == []

@@ -7,6 +7,7 @@ settings mean. What the others say is believed; the id is not worked out again.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rankwise.errors import InputError
-from rankwise.files import read_bytes, remembered
+from rankwise.files import opened, read_bytes, remembered
 from rankwise.runs.maker import BEFORE, CODE, Maker
 from rankwise.settings import FORMAT, WRITTEN, Kind, RunConfig, as_yaml, parse_yaml, read_yaml, run_config
 
@@ -133,6 +134,14 @@ def _is_older_id(name: Any, settings: Mapping[str, Any], made_with: Mapping[str,
 
 def _digest(settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def at_home(folder: Path) -> bool:
+    """Whether a folder is called by the id in its `run.yaml`, and that is of this format. Nothing is parsed."""
+    start = f"id: {folder.name.rpartition('-')[2]}\nformat: {FORMAT}\n".encode()
+    with suppress(OSError, InputError), opened(folder / NAME) as file:
+        return file.read(len(start)) == start
+    return False
 
 
 def maker_of(file: Path) -> Maker | None:

@@ -26,10 +26,11 @@ from rankwise.files import (
 from rankwise.runs import record, run_file
 from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Maker, said
+from rankwise.runs.noted import Noted
 from rankwise.runs.record import Failure
 from rankwise.runs.run_file import RunFile, apart
 from rankwise.runs.standing import Standing, State, held, pace
-from rankwise.settings import FORMAT, Experiment, RunConfig, as_yaml
+from rankwise.settings import FORMAT, RunConfig
 
 MEMORY = "memory.json"
 """In a run folder: how many rows go through the model at once, once memory has run out."""
@@ -56,15 +57,10 @@ BEGUN = (
     *("predictions.parquet", "answers.json", "weights.pt"),
 )
 """Files of a run, beside checkpoints and result, that are in the way of its beginning anew."""
-PLAN = "plan.json"
-"""Beside the runs of an experiment: the names of their folders, tuning's among them as they come up."""
 
 
-class Store:
+class Store(Noted):
     """The runs below one folder, each in a folder of its own that is called `<task>-<method>-<seed>-<id>`."""
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
 
     @property
     def name(self) -> str:
@@ -79,8 +75,13 @@ class Store:
     @cached_property
     def _elsewhere(self) -> dict[str, Path]:
         """By the ids that they would have now, the runs in folders of other names, as of ids of an older format."""
-        files = sorted(self.folder.glob("*/run.yaml"), key=lambda file: _age(file.parent), reverse=True)
-        found = {each.parent: kept for each in files if (kept := run_file.read(each.parent)) and kept.made}
+        places = [file.parent for file in self.folder.glob(f"*/{run_file.NAME}") if not run_file.at_home(file.parent)]
+        # of several the newest
+        found = {
+            each: kept
+            for each in sorted(places, key=_age, reverse=True)
+            if (kept := run_file.read(each)) is not None and kept.made is not None
+        }
         named = {name: kept for kept in found.values() for name in kept.names}
 
         def now(kept: RunFile) -> str:
@@ -90,12 +91,7 @@ class Store:
             after = kept.config.after if before is None else now(before)
             return kept.config.model_copy(update={"after": after}).id
 
-        elsewhere = {
-            folder: kept
-            for folder, kept in found.items()
-            if kept.format != FORMAT or folder.name.rpartition("-")[2] != kept.id
-        }
-        return {now(kept): folder for folder, kept in elsewhere.items()}
+        return {now(kept): folder for folder, kept in found.items()}
 
     def create(self, config: RunConfig, made: Maker | str) -> Path:
         """The folder of this run, made with its `run.yaml` where it was not there yet.
@@ -228,59 +224,6 @@ class Store:
                 (folder / name).unlink(missing_ok=True)
         except OSError as error:
             raise unwritable(folder, error) from None
-
-    def note(self, experiment: Experiment) -> None:
-        """Write the experiment beside its runs, for the report and for whoever looks later.
-
-        Raises InputError where nothing can be written.
-        """
-        content = experiment.model_dump(
-            mode="json", include={"vary", "chain", "tune", "report", "published"}, exclude_defaults=True
-        )
-        content = {"name": experiment.name, **experiment.base, **content}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / "experiment.yaml", as_yaml(content))
-        except OSError as error:
-            raise unwritable(self.folder, error) from None
-        self._write_plan(set())
-
-    def plan(self, folders: Sequence[Path]) -> None:
-        """Add `folders` to the runs that the experiment asks for, where one is noted. Raises as `note` does."""
-        names = self.planned()
-        if names is not None:
-            self._write_plan(names | {folder.name for folder in folders})
-
-    def planned(self) -> set[str] | None:
-        """The names of the folders that the present experiment asks for; None where that is not noted."""
-        try:
-            return set(map(str, read_json(self.folder / PLAN)))
-        except (OSError, ValueError, TypeError):
-            return None
-
-    def _write_plan(self, names: set[str]) -> None:
-        try:
-            write_whole(self.folder / PLAN, json.dumps(sorted(names), indent=1) + "\n")
-        except OSError as error:
-            raise unwritable(self.folder, error) from None
-
-    def experiment(self) -> dict[str, Any]:
-        """What `note` wrote (name, vary, tune, report, and the settings all runs share); {} where it is not there.
-
-        Raises InputError where it is damaged.
-        """
-        file = self.folder / "experiment.yaml"
-        try:
-            return record.experiment(file)
-        except InputError as error:
-            raise InputError(f"{file} is damaged ({error}); the same rankwise compare writes it again") from None
-
-    def described(self) -> tuple[dict[str, Any], str]:
-        """What `experiment` gives and "", or {} and how it is damaged: its runs can be shown without it."""
-        try:
-            return self.experiment(), ""
-        except InputError as error:
-            return {}, str(error)
 
     def tidy(self, folders: Sequence[Path] = ()) -> None:
         """Do once more what comes after a run's result, and is left undone where that moment was its last.

@@ -1,0 +1,74 @@
+"""The experiment whose runs lie in a folder, noted beside them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import InputError
+from rankwise.files import read_json, unwritable, write_whole
+from rankwise.runs import record
+from rankwise.settings import Experiment, as_yaml
+
+PLAN = "plan.json"
+"""Beside the runs of an experiment: the names of their folders, tuning's among them as they come up."""
+
+
+class Noted:
+    """A folder of runs with its `experiment.yaml`, and with `PLAN`."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def note(self, experiment: Experiment) -> None:
+        """Write the experiment beside its runs, for the report and for whoever looks later.
+
+        Raises InputError where nothing can be written.
+        """
+        content = experiment.model_dump(
+            mode="json", include={"vary", "chain", "tune", "report", "published"}, exclude_defaults=True
+        )
+        content = {"name": experiment.name, **experiment.base, **content}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / "experiment.yaml", as_yaml(content))
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
+        self._write_plan(set())
+
+    def plan(self, folders: Sequence[Path]) -> None:
+        """Add `folders` to the runs that the experiment asks for, where one is noted. Raises as `note` does."""
+        names = self.planned()
+        if names is not None:
+            self._write_plan(names | {folder.name for folder in folders})
+
+    def planned(self) -> set[str] | None:
+        """The names of the folders that the present experiment asks for; None where that is not noted."""
+        try:
+            return set(map(str, read_json(self.folder / PLAN)))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def _write_plan(self, names: set[str]) -> None:
+        try:
+            write_whole(self.folder / PLAN, json.dumps(sorted(names), indent=1) + "\n")
+        except OSError as error:
+            raise unwritable(self.folder, error) from None
+
+    def experiment(self) -> dict[str, Any]:
+        """What `note` wrote (name, vary, tune, report, and the settings all runs share); {} where it is not there.
+
+        Raises InputError where it is damaged.
+        """
+        file = self.folder / "experiment.yaml"
+        try:
+            return record.experiment(file)
+        except InputError as error:
+            raise InputError(f"{file} is damaged ({error}); the same rankwise compare writes it again") from None
+
+    def described(self) -> tuple[dict[str, Any], str]:
+        """What `experiment` gives and "", or {} and how it is damaged: its runs can be shown without it."""
+        try:
+            return self.experiment(), ""
+        except InputError as error:
+            return {}, str(error)
