@@ -52,7 +52,7 @@ def test_what_the_experiments_say_of_reports_is_put_together(two: list[Path]) ->
         "sora/glue",
     }
     (two[0] / "experiment.yaml").write_text("report: 3")
-    assert any("experiment.yaml is damaged" in note for note in Summary.of_store(Several(two)).notes)
+    assert "experiment.yaml is damaged" in Summary.of_store(Several(two)).damage
 
 
 def test_runs_of_a_chain_find_what_they_begin_with_in_their_own_folder(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def write(runs: Path | str | Store, out: Path | str | None = None, summary: Summ
         "failed": [run for run in sections if run.state == "failed"],
         "unfinished": [run for run in sections if run.state not in ("done", "failed")],
         "findings": summary.findings,
-        "notes": summary.notes,
+        "notes": [*([summary.damage] if summary.damage else []), *summary.notes],
         "published": _published(summary),
         "overview": _overview(summary),
         "tasks": [_task(name, summary) for name in dict.fromkeys(row.task for row in summary.best)],

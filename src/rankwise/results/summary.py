@@ -26,7 +26,8 @@ class Summary:
         results: what it is of, as `Store.results` gives it.
         experiment: what the experiment says of itself, as `Store.experiment` gives it.
         reference: the method that others are measured against: its name, and the options that tell it from others.
-        before: notes on the runs as a whole: what is left out, and what is damaged.
+        left_out: which finished runs are not in here, and why; "" for none.
+        damage: why nothing is known of the experiment; "" where it is known, or there is none.
     """
 
     results: Sequence[dict[str, Any]]
@@ -36,11 +37,16 @@ class Summary:
     averages: Sequence[Average]
     experiment: Mapping[str, Any]
     reference: Mapping[str, Any]
-    before: Sequence[str]
+    left_out: str
+    damage: str
 
     @classmethod
     def of(
-        cls, results: Sequence[dict[str, Any]], experiment: Mapping[str, Any] | None = None, before: Sequence[str] = ()
+        cls,
+        results: Sequence[dict[str, Any]],
+        experiment: Mapping[str, Any] | None = None,
+        left_out: str = "",
+        damage: str = "",
     ) -> "Summary":
         """Of what `Store.results` gives. Methods are measured against plain LoRA or what the experiment names."""
         experiment = experiment or {}
@@ -48,13 +54,13 @@ class Summary:
         rows = summarise(results)
         chosen = best(rows)
         found = contrasts(chosen, reference)
-        return cls(results, rows, chosen, found, averages(chosen), experiment, reference, list(filter(None, before)))
+        return cls(results, rows, chosen, found, averages(chosen), experiment, reference, left_out, damage)
 
     @classmethod
     def of_store(cls, store: Store, folders: Sequence[Path] | None = None) -> "Summary":
         """Of the finished runs of a folder, of those in `folders` alone where these are given."""
         experiment, damage = store.described()
-        return cls.of(store.results(folders), experiment, [damage, store.left_out(folders)])
+        return cls.of(store.results(folders), experiment, store.left_out(folders), damage)
 
     @cached_property
     def beside(self) -> list[Beside]:
@@ -64,7 +70,8 @@ class Summary:
     @cached_property
     def notes(self) -> list[str]:
         """What a reader has to know before quoting a number."""
-        return [*self.before, *notes(self.rows, self.best, self.contrasts, self.reference)]
+        before = [self.left_out] if self.left_out else []
+        return [*before, *notes(self.rows, self.best, self.contrasts, self.reference)]
 
     @property
     def findings(self) -> list[str]:
