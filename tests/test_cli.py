@@ -282,6 +282,33 @@ def test_status_shows_each_run_and_the_error_of_a_failed_one(cli: Cli, tmp_path:
     }
 
 
+def test_report_of_several_folders_with_chosen_columns_for_a_paper(cli: Cli, tmp_path: Path) -> None:
+    for name, method, score in (("a", config().method, 0.8), ("b", {"name": "head"}, 0.6)):
+        for seed in (0, 1, 2):
+            finish(Store(tmp_path / name), config(seed=seed, method=method), score + seed / 100)
+    both = ("report", tmp_path / "a", tmp_path / "b")
+    assert "training the head only is 0.200 behind lora rank=4" in cli(*both)[1]
+    chosen = ("--columns", "method,accuracy, seeds", "--caption", "Ours", "--bold")
+    assert cli(*both, "--latex", *chosen)[1].splitlines() == [
+        *("\\begin{table}", "\\centering", "\\caption{Ours}", "\\begin{tabular}{lrr}", "\\toprule"),
+        "method & accuracy (mean $\\pm$ sd) & seeds \\\\",
+        *("\\midrule", "head & 0.610 $\\pm$ 0.010 & 3 \\\\"),
+        "lora rank=4 & \\textbf{0.810 $\\pm$ 0.010} & 3 \\\\",
+        *("\\bottomrule", "\\end{tabular}", "\\end{table}", ""),
+    ]
+    assert "| head | 0.610 ± 0.010 | 3 |\n| lora rank=4 | **0.810 ± 0.010** | 3 |" in cli(*both, "--md", *chosen)[1]
+    assert cli(*both, "--csv", "--columns", "method,n")[1] == "method,n\nhead,3\nlora rank=4,3\n\n"
+    code, out, err = cli(*both, "--html", tmp_path / "page.html")
+    assert (code, out) == (0, "") and "Runs in a, b" in (tmp_path / "page.html").read_text()
+    for wrong, said in (
+        (("--columns", "method"), "--columns is for --md, --csv and --latex"),
+        (("--csv", "--bold"), "--caption and --bold are for --md and --latex"),
+        (("--md", "--columns", "rate"), "no column is called 'rate'"),
+    ):
+        code, _, err = cli(*both, *wrong)
+        assert code == 2 and said in err and err.count("\n") == 1
+
+
 def test_report_prints_one_table_or_writes_a_page(cli: Cli, tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     for seed in (0, 1, 2):

@@ -10,11 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.errors import SOME_FAILED, STOPPED, InputError
 from rankwise.results.rows import Row
 from rankwise.results.summary import Summary
+from rankwise.runs.several import Several
 from rankwise.runs.store import Store
 from rankwise.settings import read_yaml
 from rankwise.sweep.compare import Outcome
@@ -24,23 +25,29 @@ if TYPE_CHECKING:
     from rankwise.sweep.plan import One, Plan, Source
     from rankwise.sweep.runners import Runner
 
+Form = Literal["md", "csv", "latex"]
 Settings = Mapping[str, Any] | Sequence[str]
 """Settings that win over the source's: `{"seed": [0, 1], "method.rank": 4}`, or as typed, `["seed=[0,1]"]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the finished runs of a folder say.
+    """What the finished runs of a folder say, or of several.
 
     Attributes:
-        folder: of the runs.
+        store: the runs.
         summary: all of it; `rows`, `verdicts` and `notes` are parts of it.
         whole: whether that is of all runs in the folder.
     """
 
-    folder: Path
+    store: Store
     summary: Summary
     whole: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the runs, or the first of several."""
+        return self.store.folder
 
     @property
     def rows(self) -> Sequence[Row]:
@@ -65,7 +72,12 @@ class Report:
     @property
     def left_out(self) -> str:
         """Which finished runs are not in it and why, in a sentence; empty for none."""
-        return Store(self.folder).left_out()
+        return self.summary.left_out
+
+    @property
+    def damage(self) -> str:
+        """Why nothing is known of the experiment; empty where it is known, or there is none."""
+        return self.summary.damage
 
     def text(self) -> str:
         """Tables, verdicts and notes, as the terminal shows them."""
@@ -75,11 +87,33 @@ class Report:
         """The same as plain data."""
         return self.summary.as_json()
 
+    def table(self, form: Form, columns: Sequence[str] = (), caption: str = "", bold: bool = False) -> str:
+        """The best rows as one table in another format.
+
+        Args:
+            form: `md`, `csv` or `latex`.
+            columns: which and in what order, by their headings or by what the CSV calls them; all when absent.
+            caption: of a Markdown or LaTeX table.
+            bold: whether the best score of each task stands out in such a table.
+        """
+        from rankwise.report import tables
+        from rankwise.results.columns import chosen
+
+        shown = chosen(self.best, columns)
+        if form == "csv":
+            return tables.csv(self.best, shown)
+        return (tables.markdown if form == "md" else tables.latex)(self.best, shown, caption, bold)
+
     def write_page(self, out: Path | str | None = None) -> Path:
-        """Write the page of the whole folder, by default `report.html` beside the runs, and return where it is."""
+        """Write the page of the whole folder, by default `report.html` beside the runs, and return where it is.
+
+        Raises InputError where the page of several folders is given no place.
+        """
         from rankwise.report.html import write
 
-        return write(self.folder, out, self.summary if self.whole else None)
+        if out is None and isinstance(self.store, Several):
+            raise InputError("a page of several folders belongs to none of them: say where to write it")
+        return write(self.store, out, self.summary if self.whole else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +126,7 @@ class Comparison(Report):
     def of(cls, store: Store, outcome: Outcome, folders: Sequence[Path]) -> Comparison:
         """Of the runs in `folders`."""
         summary, whole = Summary.of_store(store, folders), sorted(folders) == store.folders()
-        return cls(folder=store.folder, summary=summary, whole=whole, outcome=outcome)
+        return cls(store=store, summary=summary, whole=whole, outcome=outcome)
 
     @property
     def code(self) -> int:
@@ -143,14 +177,20 @@ class Trained:
         return summary or f"learning rate {result['learning_rate']:g}, tried for its experiment: {tried}"
 
 
-def report(runs: Path | str) -> Report:
-    """What the finished runs in the folder `runs` say. Raises InputError where none has finished."""
-    store = Store(runs)
-    if not store.results():
+def report(*runs: Path | str) -> Report:
+    """What the finished runs in one folder or several say, several read as one.
+
+    Raises InputError for a folder without a run, and where none has finished.
+    """
+    if not runs:
+        raise InputError("a report is of a folder of runs, or of several: give one")
+    store = Store(runs[0]) if len(runs) == 1 else Several(runs)
+    summary = Summary.of_store(store)
+    if not summary.results:
         if not store.folders():
-            raise InputError(f"{runs}: there is no run in it")
-        raise InputError(f"{runs}: no run in it has finished; `rankwise status {runs}` says how they stand")
-    return Report(folder=store.folder, summary=Summary.of_store(store))
+            raise InputError(f"{runs[0]}: there is no run in it")
+        raise InputError(f"{runs[0]}: no run in it has finished; `rankwise status {runs[0]}` says how they stand")
+    return Report(store=store, summary=summary)
 
 
 def compare(

@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -24,7 +23,7 @@ from rankwise.errors import FAILED, INPUT, INTERRUPTED, InputError, shown
 
 if TYPE_CHECKING:
     from rankwise.about import Listing
-    from rankwise.api import Comparison
+    from rankwise.api import Comparison, Report
     from rankwise.settings import RunConfig
     from rankwise.sweep.plan import Plan
 
@@ -186,29 +185,36 @@ def retry(
 
 @app.command()
 def report(
-    runs: Runs,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUNS...", help="folders of runs, several read as one")],
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="write one offline page")] = None,
     md: Annotated[bool, typer.Option("--md", help="print the table as Markdown")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="print the table as CSV")] = False,
     latex: Annotated[bool, typer.Option("--latex", help="print the table as LaTeX")] = False,
+    columns: Annotated[
+        str, typer.Option("--columns", metavar="NAME,NAME…", help="of that table, by heading or by name in the CSV")
+    ] = "",
+    caption: Annotated[str, typer.Option("--caption", metavar="TEXT", help="of the Markdown or LaTeX table")] = "",
+    bold: Annotated[bool, typer.Option("--bold", help="the best score of each task in bold, in such a table")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what the finished runs of a folder say: a table on stdout, or a page."""
+    """Show what the finished runs of one folder or several say: a table on stdout, or a page."""
     from rankwise import api
 
     if sum((md, csv, latex, as_json)) > 1:
         raise InputError("--md, --csv, --latex and --json: choose one; stdout holds one table")
-    found = api.report(runs)
+    form: api.Form | None = "md" if md else "csv" if csv else "latex" if latex else None
+    if (columns and form is None) or ((caption or bold) and form in (None, "csv")):
+        raise InputError("--columns is for --md, --csv and --latex, --caption and --bold are for --md and --latex")
+    found = api.report(*runs)
+    _say_damage(found)
     if html:
         _print(f"report: {found.write_page(html)}", file=sys.stderr)
-    if md or csv or latex:
-        from rankwise.report import tables
-
+    if form:
         if found.left_out:
             _print(found.left_out, file=sys.stderr)
-        form: Callable[..., str] = tables.markdown if md else tables.csv if csv else tables.latex
-        _print(form(found.best))
+        names = [name.strip() for name in columns.split(",") if name.strip()]
+        _print(found.table(form, names, caption, bold))
     elif as_json or not html:
         _print(_json(found.as_json()) if as_json else found.text())
 
@@ -401,8 +407,14 @@ def _refuse_usage(error: Any) -> NoReturn:
     sys.exit(INPUT)
 
 
+def _say_damage(found: Report) -> None:
+    if found.damage:
+        _print(f"rankwise: {found.damage}; without it nothing is told of the experiment", file=sys.stderr)
+
+
 def _conclude(found: Comparison, as_json: bool) -> None:
     """Print what the runs say, write the page, and leave with the exit code."""
+    _say_damage(found)
     if not as_json:
         _print(found.text())
     page = _page(found)
