@@ -313,6 +313,38 @@ def methods(as_json: Json = False, debug: Debug = False) -> None:
     _print_listing(about.methods(), as_json)
 
 
+@app.command("check-method")
+def check_method(
+    file: Annotated[Path, typer.Argument(metavar="FILE.py", help="Python file that holds the method")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options by which the method is checked")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check that a method of your own keeps what every method promises; exit code 1 where it does not."""
+    with contextlib.redirect_stdout(sys.stderr):
+        from rankwise import conformance
+        from rankwise.methods import build, registry
+        from rankwise.settings import Schema, load_method
+
+        names = conformance.load_plugin(file)
+        methods = [build(load_method(name, settings or [], Schema(registry(), {}))[0]) for name in names]
+    findings: dict[str, list[Any]] = {}
+    for method in methods:
+        for each in conformance.check_method(method):
+            findings.setdefault(method.name, []).append(vars(each))
+            if not as_json:
+                result = f"BROKEN: {each.broken}" if each.broken else "kept"
+                _print(f"{method.name:<14}  {each.check:<58}  {each.shape:<10}  {result}")
+        if late := conformance.too_late(method):
+            print(f"rankwise: {late}", file=sys.stderr)
+    if as_json:
+        _print_json(findings)
+    if any(each["broken"] for found in findings.values() for each in found):
+        raise typer.Exit(FAILED)
+
+
 @app.command()
 def tasks(as_json: Json = False, debug: Debug = False) -> None:
     """List the tasks."""

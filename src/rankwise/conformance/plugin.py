@@ -1,0 +1,72 @@
+"""A method in a file of its own, outside the package: loaded, and checked as ours are."""
+
+import contextlib
+import importlib.util
+import io
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rankwise.conformance.checks import CHECKS, STEPS, Case
+from rankwise.errors import InputError
+from rankwise.methods import Method
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check has found on one architecture; `broken` says how the promise is broken, empty where it is kept."""
+
+    check: str
+    shape: str
+    broken: str = ""
+
+
+def load_plugin(file: Path) -> list[str]:
+    """Run a Python file, and return the names of the methods in it.
+
+    Raises:
+        InputError: no such file, an error in it, or no method.
+    """
+    if not file.is_file():
+        raise InputError(f"{file} is no file: name the Python file that holds the method")
+    before = set(Method.registry())
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise InputError(f"{file} is no Python file: its name must end in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where pickle and dataclasses look for it
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
+    names = [name for name in Method.registry() if name not in before]
+    if not names:
+        raise InputError(f'{file} holds no method: write class X(Method, name="x")')
+    return names
+
+
+def check_method(method: Method) -> Iterator[Finding]:
+    """Run every check on every architecture that it is meant for, and give what each finds as soon as it is done."""
+    for check, shapes in CHECKS.items():
+        for shape in shapes:
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    with contextlib.redirect_stdout(io.StringIO()):  # a Trainer prints its log
+                        check(Case(method, Path(folder), shape))
+                    broken = ""
+                except Exception as error:  # a method of someone else's may fail in any way
+                    kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+                    broken = kind + " ".join(str(error).split())
+            yield Finding(check.__name__.replace("_", " "), shape, broken)
+
+
+def too_late(method: Method) -> str:
+    """What to do where the checks end before the method first looks at ranks; empty where they do not."""
+    if method.check_every <= STEPS:
+        return ""
+    return (
+        f"{method.name} first looks at its ranks after step {method.check_every}, and the checks train {STEPS} steps: "
+        "give it options by which it does so sooner, such as every=2"
+    )
