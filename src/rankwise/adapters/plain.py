@@ -12,7 +12,7 @@ from rankwise.nets.fused import PARTS, Part
 from rankwise.ranks.fold import kept_units
 from rankwise.ranks.kept import start_of
 from rankwise.ranks.layers import shaped
-from rankwise.ranks.sites import OMEGA, Site, sites
+from rankwise.ranks.sites import OMEGA_NAME, Site, sites
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def state_of(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> dic
     here = {site.name: site for site in sites(model)}
     names = "|".join(map(re.escape, factors)) or r"(?!)"
     theirs = re.compile(
-        rf"base_model\.(?:{OMEGA}\.|model\.(?:.+\.lora_start\.|(?:{names})\.(?:lora_A\.|lora_B\.[^.]+\.weight$)))"
+        rf"base_model\.(?:{OMEGA_NAME}\.|model\.(?:.+\.lora_start\.|(?:{names})\.(?:lora_A\.|lora_B\.[^.]+\.weight$)))"
     )
     state = {name: value for name, value in model.state_dict().items() if not theirs.match(name)}
     for name, (A, B) in factors.items():

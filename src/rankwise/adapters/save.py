@@ -30,7 +30,7 @@ from rankwise.methods.targets import check_bare
 from rankwise.nets.drawn import buffers, drawn
 from rankwise.ranks.kept import adapters_subtracted, merged_sites, peft_residual_start
 from rankwise.ranks.peft_records import alpha, write_ranks
-from rankwise.ranks.sites import adapted, sites
+from rankwise.ranks.sites import peft_model, sites
 from rankwise.ranks.triplets import to_lora, triplets
 
 CONFIG = "adapter_config.json"
@@ -62,7 +62,7 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
     folder = Path(folder)
     check_replaceable(folder, OURS, "an adapter")
     with suppress(TypeError):
-        model = adapted(model)  # out of its wrappers
+        model = peft_model(model)  # out of its wrappers
     folder.parent.mkdir(parents=True, exist_ok=True)
     with unfinished(folder, folder=True) as around:
         made = around / "adapter"

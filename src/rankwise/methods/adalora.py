@@ -138,10 +138,10 @@ class AdaLoRA(Method, name="adalora"):
         return (super().final(model) or 0) + largest(model)
 
     def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
-        found = self._changed(live_ranks(model)) if triplets(model) else super().search(model)
-        if found is None or found.changed:
-            return found
-        return replace(found, advice="no unit of rank has been cut: lower start or rank, or train longer")
+        result = self._changed(live_ranks(model)) if triplets(model) else super().search(model)
+        if result is None or result.changed:
+            return result
+        return replace(result, advice="no unit of rank has been cut: lower start or rank, or train longer")
 
     @property
     def check_every(self) -> int:

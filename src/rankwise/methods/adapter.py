@@ -1,16 +1,16 @@
-"""Adapters: a small trainable MLP with a skip connection of its own behind sublayers of every frozen block.
+"""Adapters: a small trainable MLP with a skip connection of its own after sublayers of every frozen block.
 
     f(x) = x + U σ(D n(x) + d) + u        D: (size, width), U: (width, size), started at U = 0, u = 0
 
 adapter-h is Houlsby et al. 2019 (arXiv 1902.00751, section 2.1 and figure 2): n is the identity, σ is GELU, and one f
-stands behind the output projection of every attention and one behind the feed-forward part's, before the residual
+stands after the output projection of every attention and one after the feed-forward part's, before the residual
 addition: 2·width·size + size + width parameters each. Their released code differs: both layers start from a normal of
-deviation 1e-3 instead of U = 0, f stands behind the sublayer's dropout, GELU is the tanh form, and the model's own
+deviation 1e-3 instead of U = 0, f stands after the sublayer's dropout, GELU is the tanh form, and the model's own
 layer norms train too. The counts in Hu et al. 2021 (arXiv 2106.09685) are without these norms, and so are ours.
 
 adapter-l is Lin et al. 2020 (arXiv 2004.03829) as Hu et al. (section 5.1) count it: n is a layer norm that trains,
-σ is ReLU, one f per block behind the feed-forward part; 2·width more for the norm. Their released code applies f to the
-sum behind the residual addition; ours stands before it, as all adapters here do.
+σ is ReLU, one f per block after the feed-forward part; 2·width more for the norm. Their released code applies f to the
+sum after the residual addition; ours stands before it, as all adapters here do.
 """
 
 from abc import abstractmethod
@@ -49,14 +49,14 @@ class Bottleneck(nn.Module):
         return x + self.up(self.activation(inner)).to(x.dtype)
 
 
-def adapted(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+def apply_adapter(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Forward hook of a layer with an adapter, which is reached through the layer, so that a copy uses its own."""
     return module.adapter(output)
 
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """What both placements share: the options, and how a bottleneck is put behind a layer."""
+    """What both placements share: the options, and how a bottleneck is put after a layer."""
 
     sizes = ("size",)
     norm: ClassVar[bool]
@@ -65,7 +65,7 @@ class Adapter(Method):
 
     @abstractmethod
     def places(self, block: Outputs) -> list[nn.Module]:
-        """The layers of a block that an adapter stands behind."""
+        """The layers of a block that an adapter stands after."""
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         held = any(isinstance(part, Bottleneck) for part in model.modules())
@@ -78,14 +78,14 @@ class Adapter(Method):
             kind = torch.float32 if holds_codes(weight) else torch.promote_types(weight.dtype, torch.float32)
             width, like = features(layer)[1], {"device": weight.device, "dtype": kind}
             layer.add_module("adapter", Bottleneck(width, self.size, self.activation, self.norm, **like))
-            layer.register_forward_hook(adapted)
+            layer.register_forward_hook(apply_adapter)
         let_compile_see_hooks()
         return model
 
 
 @dataclass(frozen=True)
 class AdapterH(Adapter, name="adapter-h"):
-    """Houlsby's adapters: a bottleneck MLP behind every attention and behind the feed-forward part.
+    """Houlsby's adapters: a bottleneck MLP after every attention and after the feed-forward part.
 
     Attributes:
         size: features of the bottleneck.
@@ -100,7 +100,7 @@ class AdapterH(Adapter, name="adapter-h"):
 
 @dataclass(frozen=True)
 class AdapterL(Adapter, name="adapter-l"):
-    """Lin's adapters: a layer norm and a bottleneck MLP behind the feed-forward part alone.
+    """Lin's adapters: a layer norm and a bottleneck MLP after the feed-forward part alone.
 
     Attributes:
         size: features of the bottleneck.

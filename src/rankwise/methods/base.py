@@ -55,7 +55,7 @@ class Method(Named, ABC, kind="method"):
         return None
 
     def beside(self, model: nn.Module) -> list[nn.Parameter]:
-        """What trains beside the factors of the sites, their scales and the head: DoRA's magnitudes, for instance."""
+        """What trains besides the factors of the sites, their scales and the head: DoRA's magnitudes, for instance."""
         return []
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -166,7 +166,7 @@ class Method(Named, ABC, kind="method"):
 
     @property
     def restart_step(self) -> int | None:
-        """The step at which the learning-rate schedule begins anew, None for never."""
+        """The step at which the learning-rate schedule starts again, None for never."""
         return None
 
 
@@ -181,12 +181,12 @@ def _exact(attach: Attach) -> Attach:
 
     @wraps(attach)
     def checked(self: Method, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
-        made = attach(self, model, head)
+        attached = attach(self, model, head)
         if type(self).attach is checked:  # and not one that a subclass goes on from
-            if (plan := self.first_plan(made)) is not None:
-                resize(made, plan)
-            _check_budget(self, made, head)
-        return made
+            if (plan := self.first_plan(attached)) is not None:
+                resize(attached, plan)
+            _check_budget(self, attached, head)
+        return attached
 
     return checked
 
@@ -196,23 +196,23 @@ def _check_budget(method: Method, model: nn.Module, head: Sequence[str]) -> None
 
     Where A is frozen a site costs r·out. Models without sites are left alone.
     """
-    here = [site for site in sites(model) if site.present]
-    if not here:
+    present = [site for site in sites(model) if site.present]
+    if not present:
         return
-    known = {id(p) for p in (omega(model), *method.beside(model), *(site.gates for site in here))}
+    known = {id(p) for p in (omega(model), *method.beside(model), *(site.gates for site in present))}
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and any(f".{name}".endswith(f".{part}") for part in head):
             known.update(id(p) for p in module.parameters())
     costs = {
         id(getattr(site, factor)): site.rank * (site.in_features if factor == "A" else site.out_features)
-        for site in here
+        for site in present
         for factor in method.factors
     }
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in known}
     if strange := [name.rpartition(".")[0] for name, p in trained.items() if id(p) not in costs]:
         raise InputError(f"{strange[0]} trains and is no site ({len(strange)} such parameters): name other targets")
     counted, due = sum(p.numel() for p in trained.values()), sum(costs.values())
-    if counted != due or len(costs) != len(here) * len(method.factors):
+    if counted != due or len(costs) != len(present) * len(method.factors):
         raise InputError(f"the sites train {counted:,} parameters where their ranks cost {due:,}: name other targets")
 
 

@@ -15,7 +15,7 @@ from rankwise.methods.lora import LoRA
 
 @dataclass(frozen=True)
 class DoRA(LoRA, name="dora"):
-    """LoRA on the direction of each weight, beside a trained magnitude per output (by PEFT)."""
+    """LoRA on the direction of each weight, with a trained magnitude per output (by PEFT)."""
 
     peft_options: ClassVar[dict[str, Any]] = {"use_dora": True}
 

@@ -17,13 +17,13 @@ from rankwise.errors import NotFiniteError
 from rankwise.methods.lora import LoRA
 from rankwise.ranks import RankPlan, Site, ranks, sites
 from rankwise.ranks.scales import Omega
-from rankwise.ranks.sites import adapted, omega
+from rankwise.ranks.sites import omega, peft_model
 from rankwise.runs.search import Search
 
 CLOCK = 1.5
 """How far an entry of ω, which begins at 1, can move over a search on its own clock."""
 EPS = 1e-16
-"""Adam's ε for ω: small beside any gradient, so that a loss of another size moves ω alike."""
+"""Adam's ε for ω: small next to any gradient, so that a loss of another size moves ω alike."""
 
 
 @dataclass(frozen=True)
@@ -76,29 +76,29 @@ class OmegaLoRA(LoRA):
         values = omega(model)
         if values is None:
             return None
-        return dict(zip([s.name for s in sites(adapted(model))], values.tolist(), strict=True))
+        return dict(zip([s.name for s in sites(peft_model(model))], values.tolist(), strict=True))
 
     def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
         weights = self.weights(model) or {}
         # a fold takes the sites whose ω is 0
-        found = self._changed(ranks(model) | {name: 0 for name, value in weights.items() if value == 0})
-        if found is None:
+        result = self._changed(ranks(model) | {name: 0 for name, value in weights.items() if value == 0})
+        if result is None:
             return None
-        found = replace(found, weights=self.moving[0], unit=self.moving[1])
+        result = replace(result, weights=self.moving[0], unit=self.moving[1])
         if not weights or (moved is not None and self.check_every == self.search_steps):  # it is over
-            found = replace(found, moved=moved)
-            return replace(found, advice=self._advice(model, found))
+            result = replace(result, moved=moved)
+            return replace(result, advice=self._advice(model, result))
         due = f"first change is due after step {self.check_every}"
         if moved is not None:
             due = f"last change is due after step {self.search_steps}"
-        advice = "" if found.changed else f"the {due}: train longer"
-        return replace(found, moved=self._moved(list(weights.values())), advice=advice)
+        advice = "" if result.changed else f"the {due}: train longer"
+        return replace(result, moved=self._moved(list(weights.values())), advice=advice)
 
     def _moved(self, weights: Sequence[float]) -> float:
         """How far ω is from where it began, in the unit of `moving`."""
         raise NotImplementedError
 
-    def _advice(self, model: nn.Module, found: Search) -> str:
+    def _advice(self, model: nn.Module, search: Search) -> str:
         """What to do where the search has found nothing, else an empty string."""
         raise NotImplementedError
 
@@ -116,8 +116,8 @@ def check_finite(weights: nn.Parameter, step: int) -> None:
         )
 
 
-def without_dead(weights: Sequence[float], here: Sequence[Site]) -> list[float]:
+def without_dead(weights: Sequence[float], all_sites: Sequence[Site]) -> list[float]:
     """ω of the sites `here`, 0 for those that take no part in the loss: unlearnt, it would go on holding rank there."""
-    if all(site.dead or not w for site, w in zip(here, weights, strict=True)):  # some rank must stay somewhere
+    if all(site.dead or not w for site, w in zip(all_sites, weights, strict=True)):  # some rank must stay somewhere
         return list(weights)
-    return [0.0 if site.dead else w for site, w in zip(here, weights, strict=True)]
+    return [0.0 if site.dead else w for site, w in zip(all_sites, weights, strict=True)]

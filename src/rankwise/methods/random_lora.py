@@ -29,12 +29,12 @@ class RandomLoRA(LoRA, name="random-lora"):
 
     def first_plan(self, model: nn.Module) -> RankPlan:
         check_keep(self.keep, model)
-        here = sites(model)
-        left_out = torch.randperm(len(here), device="cpu")[self.keep :].tolist()
-        return RankPlan({here[index].name: 0 for index in left_out})
+        all_sites = sites(model)
+        left_out = torch.randperm(len(all_sites), device="cpu")[self.keep :].tolist()
+        return RankPlan({all_sites[index].name: 0 for index in left_out})
 
     def peak(self, model: nn.Module) -> int:
         """That of the k most expensive sites: which are drawn depends on the seed, and no draw must cost more."""
-        here = sites(model)
-        most = self.rank * sum(sorted((site.cost for site in here), reverse=True)[: self.keep])
-        return super().peak(model) - sum(site.parameters for site in here) + most
+        all_sites = sites(model)
+        most = self.rank * sum(sorted((site.cost for site in all_sites), reverse=True)[: self.keep])
+        return super().peak(model) - sum(site.parameters for site in all_sites) + most

@@ -28,7 +28,7 @@ from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
 from rankwise.ranks.layers import check_own_weight
-from rankwise.ranks.sites import adapted, omega
+from rankwise.ranks.sites import omega, peft_model
 from rankwise.runs.search import Search
 
 
@@ -43,7 +43,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         change: `svd` keeps the best approximation of BA at the new rank, `reinit` starts the changed sites afresh.
         empty: the product of a site whose rank becomes 0 is `drop`ped or `merge`d into W.
         finish: `continue` with the factors found, or `restart` with fresh ones at the found ranks; RankTrainer then
-            begins the schedule anew too, elsewhere the schedule is the caller's.
+            starts the schedule again too, elsewhere the schedule is the caller's.
         moments: Adam's moments of changed sites: `reset`, or `keep` (carried along with the factors).
         rewarm: steps of linear warm-up of all rates after each rank change.
         projection: `simplex` (Euclidean), `softmax` or `rank-softmax` (softmax weighted by the current ranks). The last
@@ -69,7 +69,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)
         for site in sites(model) if self.empty == "merge" else ():
-            check_own_weight(adapted(model).get_base_model(), f"{site.name}.base_layer")
+            check_own_weight(peft_model(model).get_base_model(), f"{site.name}.base_layer")
         return model
 
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
@@ -83,17 +83,17 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
                 weights.copy_(self._project(weights, model))
         if step % self.every:
             return None
-        here = sites(model)
+        all_sites = sites(model)
         new = allocate(
-            without_dead(weights.tolist(), here),
-            [s.cost for s in here],
-            [s.limit for s in here],
+            without_dead(weights.tolist(), all_sites),
+            [s.cost for s in all_sites],
+            [s.limit for s in all_sites],
             rank=self.rank,
             rounding=self.rounding,
         )
         last = step >= self.search_steps
         return RankPlan(
-            dict(zip([s.name for s in here], new, strict=True)),
+            dict(zip([s.name for s in all_sites], new, strict=True)),
             change=self.change,
             empty=self.empty,
             moments=self.moments,
@@ -119,11 +119,11 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     def _moved(self, weights: Sequence[float]) -> float:
         return self.rank * max(abs(value - 1) for value in weights)
 
-    def _advice(self, model: nn.Module, found: Search) -> str:
-        if found.changed or found.moved is None:
+    def _advice(self, model: nn.Module, search: Search) -> str:
+        if search.changed or search.moved is None:
             return ""
         # With quotas ω_i r0 within half a rank of r0 the largest remainders are those of the sites that fell below it.
-        if self.rounding == "budget" and len({site.cost for site in sites(model)}) == 1 and found.moved < 0.5:
+        if self.rounding == "budget" and len({site.cost for site in sites(model)}) == 1 and search.moved < 0.5:
             return f"a rank changes only where ω moves by half a rank or more: {self._farther}"
         return self._farther
 

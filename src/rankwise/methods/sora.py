@@ -76,15 +76,15 @@ class SoRA(LoRA, name="sora"):
         return (super().final(model) or 0) - sum(g.numel() for g in _gates(model))
 
     def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
-        found = super().search(model)
-        if found is None:
+        result = super().search(model)
+        if result is None:
             return None
-        if not found.changed:
-            found = replace(found, advice="no gate has closed: raise sparsity or gate_rate, or train longer")
+        if not result.changed:
+            result = replace(result, advice="no gate has closed: raise sparsity or gate_rate, or train longer")
         gates = _gates(model)
         if self.gates != "ones" or not gates:  # of gates that were drawn it is not known where they began
-            return found
-        return replace(found, moved=max(float((g.detach() - 1).abs().max()) for g in gates), weights="gates")
+            return result
+        return replace(result, moved=max(float((g.detach() - 1).abs().max()) for g in gates), weights="gates")
 
     @property
     def check_every(self) -> int:

@@ -3,7 +3,7 @@
 FT and FT-Top2 are baselines of Hu et al. 2021 (arXiv 2106.09685, section 5.1 and table 3). BitFit is Ben Zaken et al.
 2022 (arXiv 2106.10199). Its released code also trains the classifier and the pooler's bias; here the head says so.
 
-PEFT's `bias="all"` comes only with an adapter beside it and BeftConfig adds a second bias to layers that have one;
+PEFT's `bias="all"` comes only with an adapter and BeftConfig adds a second bias to layers that have one;
 here nothing needs adding or merging, so `requires_grad` alone says all, and `rankwise.save` writes what it marks.
 """
 

@@ -34,9 +34,9 @@ def target_names(model: nn.Module, targets: str | Sequence[str], head: Sequence[
     """
     join(model)  # what an earlier adapter, now gone, had split
     output = getattr(model, "get_output_embeddings", lambda: None)()
-    aside = [*head, *SEQ_CLS_HEAD_NAMES]
+    left_out = [*head, *SEQ_CLS_HEAD_NAMES]
     weights = {name: layer for name, module in model.named_modules() if (layer := weight_layer(module))}
-    layers = [name for name in weights if not any(_inside(part, name) for part in aside)]
+    layers = [name for name in weights if not any(_inside(part, name) for part in left_out)]
     inner = [name for name in layers if weights[name].layer is not output]
     require(bool(inner), f"{type(model).__name__} has no linear layer outside its head, so nothing can be adapted")
     wanted = targets.split("+") if isinstance(targets, str) else list(targets)
@@ -116,7 +116,7 @@ def adapt(model: nn.Module, config: Any) -> PeftModel:
     try:
         convert_peft_config_for_transformers(trial, model, None)
         missing = asked - set(trial.target_modules)
-        made = model if missing else get_peft_model(model, config)
+        model_with_adapter = model if missing else get_peft_model(model, config)
     except ValueError as error:
         ends = ", ".join(sorted({name.split(".")[-1] for name in asked}))
         raise InputError(f"PEFT refuses these targets ({ends}): {' '.join(str(error).split())}") from error
@@ -127,20 +127,20 @@ def adapt(model: nn.Module, config: Any) -> PeftModel:
             f"PEFT has no adapter for {min(missing)} of {type(model).__name__} ({len(missing)} such layers): it takes "
             f"{', '.join(sorted(lost))} for parts of the experts; use targets: [{', '.join(left)}]"
         )
-    assert isinstance(made, PeftModel)
-    found = {
+    assert isinstance(model_with_adapter, PeftModel)
+    adapted = {
         name
-        for name, layer in made.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer) and made.active_adapter in layer.lora_A
+        for name, layer in model_with_adapter.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer) and model_with_adapter.active_adapter in layer.lora_A
     }
-    if found != asked:
-        made.unload()
+    if adapted != asked:
+        model_with_adapter.unload()
         raise InputError(
-            f"PEFT looks at the ends of names, so {min(found ^ asked)} would be adapted too: let targets mean both"
-            if found > asked
-            else f"PEFT puts no adapter on {min(asked - found)}: name other targets"
+            f"PEFT looks at the ends of names, so {min(adapted ^ asked)} would be adapted too: let targets mean both"
+            if adapted > asked
+            else f"PEFT puts no adapter on {min(asked - adapted)}: name other targets"
         )
-    return made
+    return model_with_adapter
 
 
 def _tell_out_of_reach(model: nn.Module) -> None:

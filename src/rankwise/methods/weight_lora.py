@@ -65,9 +65,9 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
             weights.copy_(project.top_k(weights, self.keep))
         if step != self.every:
             return None
-        here, values = sites(model), weights.tolist()
-        left = without_dead(values, here)
-        gone = {site.name: 0 for site, value in zip(here, left, strict=True) if value == 0}
+        all_sites, values = sites(model), weights.tolist()
+        left = without_dead(values, all_sites)
+        gone = {site.name: 0 for site, value in zip(all_sites, left, strict=True) if value == 0}
         return RankPlan(gone, fold=self.omega_rate is None, moved=self._moved(values))
 
     def budget(self, model: nn.Module) -> int:
@@ -80,9 +80,9 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
     def _moved(self, weights: Sequence[float]) -> float:
         return max((abs(value - 1) for value in weights if value), default=0.0)
 
-    def _advice(self, model: nn.Module, found: Search) -> str:
-        if not found.changed:
-            return f"keep fewer than {found.sites} sites" if self.keep >= found.sites else self._farther
+    def _advice(self, model: nn.Module, search: Search) -> str:
+        if not search.changed:
+            return f"keep fewer than {search.sites} sites" if self.keep >= search.sites else self._farther
         values = list((self.weights(model) or ranks(model)).values())
         if any(values[: self.keep]) and not any(values[self.keep :]):
             return "those that stayed come first in the model, as ties are decided while B is 0: raise start"
@@ -98,6 +98,6 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
 
 
 def check_keep(keep: int, model: nn.Module) -> None:
-    """Raise InputError where more sites shall stay than there are."""
+    """Raise InputError where more sites are to stay than there are."""
     count = len(sites(model))
     require(keep <= count, f"keep {keep} is more than the {count} sites there are: keep fewer, or name more targets")

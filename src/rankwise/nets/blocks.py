@@ -31,15 +31,15 @@ def stacks(model: nn.Module) -> list[nn.ModuleList]:
     Raises:
         InputError: if there is none.
     """
-    found: dict[str, nn.ModuleList] = {}
+    lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len({type(block) for block in module}) == 1:
-            nested = any(name.startswith(f"{outer}.") for outer in found)
+            nested = any(name.startswith(f"{outer}.") for outer in lists)
             if not nested and all(any(_attentions(block)) for block in module):
-                found[name] = module
-    if not found:
+                lists[name] = module
+    if not lists:
         raise InputError(f"{type(model).__name__} has no list of blocks with attention, as transformers have")
-    return list(found.values())
+    return list(lists.values())
 
 
 def outputs(model: nn.Module) -> list[Outputs]:
@@ -59,14 +59,14 @@ def outputs(model: nn.Module) -> list[Outputs]:
 def _outputs(block: nn.Module) -> Outputs:
     kind = type(block).__name__
     if any(word in f"{name}.{type(part).__name__}".lower() for name, part in block.named_modules() for word in _ROUTED):
-        raise InputError(f"{kind} is a mixture of experts: it has no single output projection to put an adapter behind")
+        raise InputError(f"{kind} is a mixture of experts: it has no single output projection to put an adapter after")
     attentions = list(_attentions(block))
     inside = {part for attention in attentions for part in attention.modules()}
     linear = [(name, part) for name, part in _linear(block) if part not in inside]
     widths = [(_width(part, "in"), _width(part, "out")) for _, part in linear]
     if len(linear) not in (2, 3) or _reads(linear[-1][0]) or any(wide != widths[-1][1] for wide, _ in widths[:-1]):
         raise InputError(f"{kind} has no feed-forward part of two linear layers, or three with a gate: unknown block")
-    found = []
+    ends_of_attentions = []
     for attention in attentions:
         # torch's own attention uses its output projection's weight without calling the module: no hook would run.
         if any(isinstance(part, nn.MultiheadAttention) for part in attention.modules()):
@@ -74,8 +74,8 @@ def _outputs(block: nn.Module) -> Outputs:
         ends = [part for name, part in _linear(attention) if _width(part, "out") == widths[-1][1] and not _reads(name)]
         if not ends:
             raise InputError(f"{type(attention).__name__} of {kind} has no linear layer to end in: unknown block")
-        found.append(ends[-1])
-    return Outputs(found, linear[-1][1])
+        ends_of_attentions.append(ends[-1])
+    return Outputs(ends_of_attentions, linear[-1][1])
 
 
 def _attentions(block: nn.Module) -> Iterator[nn.Module]:

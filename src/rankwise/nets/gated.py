@@ -33,7 +33,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import InputError, nearest
+from rankwise.errors import InputError, nearest, require
 from rankwise.optim.project import prox_l1
 from rankwise.ranks.layers import ConvolutionLayer, LinearLayer, weight_layer
 
@@ -96,14 +96,14 @@ class Gated(nn.Module):
         Raises:
             InputError: it is active already, or an argument is out of range.
         """
-        _require(not self.active, "this layer is active already: deactivate it first")
+        require(not self.active, "this layer is active already: deactivate it first")
         groups, limit = self._groups, self.limit
         whole = isinstance(max_rank, int) and 1 <= max_rank <= limit
-        _require(whole, f"max_rank must be a whole number from 1 to {limit} for this layer, not {max_rank}")
-        _require(max_rank % groups == 0, f"max_rank must be a multiple of the layer's {groups} groups, not {max_rank}")
-        _require(alpha > 0 and isfinite(alpha), f"alpha must be above 0 and finite, not {alpha}")
-        _require(init in get_args(Init), f"init must be one of {', '.join(get_args(Init))}, not {init!r}")
-        _require(gates in get_args(Start), f"gates must be one of {', '.join(get_args(Start))}, not {gates!r}")
+        require(whole, f"max_rank must be a whole number from 1 to {limit} for this layer, not {max_rank}")
+        require(max_rank % groups == 0, f"max_rank must be a multiple of the layer's {groups} groups, not {max_rank}")
+        require(alpha > 0 and isfinite(alpha), f"alpha must be above 0 and finite, not {alpha}")
+        require(init in get_args(Init), f"init must be one of {', '.join(get_args(Init))}, not {init!r}")
+        require(gates in get_args(Start), f"gates must be one of {', '.join(get_args(Start))}, not {gates!r}")
         self._add(max_rank)
         self.scaling.fill_(alpha / max_rank)
         if init == "normal":
@@ -111,10 +111,7 @@ class Gated(nn.Module):
         else:
             self.A.reset_parameters()  # torch draws all its layers Kaiming uniform with a = √5
         self.B.weight.zero_()
-        if gates == "normal":
-            self.gates.normal_()
-        else:
-            self.gates.fill_(1.0)
+        self.gates.normal_() if gates == "normal" else self.gates.fill_(1.0)
 
     @torch.no_grad()
     def deactivate(self) -> nn.Module:
@@ -142,7 +139,7 @@ class Gated(nn.Module):
             InputError: it is not active, or the threshold is negative.
         """
         self._require_active()
-        _require(threshold >= 0, f"the threshold must not be negative, not {threshold}")
+        require(threshold >= 0, f"the threshold must not be negative, not {threshold}")
         self.gates.copy_(prox_l1(self.gates, threshold))
 
     # --- what can be asked, and cut -----------------------------------------------------------------------------
@@ -233,12 +230,9 @@ class Gated(nn.Module):
                 shares (merging would alter that one too). The model is then as it was.
         """
         wanted = [targets] if isinstance(targets, (str, type)) else list(targets)
-        inside = [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Gated)]
-        free = {
-            name: module
-            for name, module in model.named_modules(remove_duplicate=False)
-            if not any(f"{name}.".startswith(f"{outer}.") for outer in inside)
-        }
+        modules = dict(model.named_modules(remove_duplicate=False))
+        wrapped = tuple(f"{name}." for name, module in modules.items() if isinstance(module, Gated))
+        free = {name: module for name, module in modules.items() if not f"{name}.".startswith(wrapped)}
         chosen: dict[str, nn.Module] = {}
         for target in wanted:
             matches = {name: module for name, module in free.items() if _matches(target, name, module)}
@@ -247,31 +241,31 @@ class Gated(nn.Module):
                 names = {name.rpartition(".")[2] for name, module in free.items() if isinstance(module, _KINDS)}
                 raise InputError(f"{word} matches no layer of {type(model).__name__}{nearest(word, names)}")
             chosen |= matches
-        _require(bool(chosen), "no targets are given: name layers, or types of layers such as nn.Linear")
-        _require("" not in chosen, f"the model itself is a {type(model).__name__}: wrap it with Gated(model)")
-        made: dict[nn.Module, Gated] = {}
+        require(bool(chosen), "no targets are given: name layers, or types of layers such as nn.Linear")
+        require("" not in chosen, f"the model itself is a {type(model).__name__}: wrap it with Gated(model)")
+        wrappers: dict[nn.Module, Gated] = {}
         for name, layer in chosen.items():
             try:
-                made.setdefault(layer, cls(layer))
+                wrappers.setdefault(layer, cls(layer))
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
             for other, module in model.named_modules():
                 if module is not layer and any(p is layer.weight for p in module._parameters.values()):
                     raise InputError(f"{name} shares its weight with {other}: untie them, or leave it out")
         for name in chosen:
-            model.set_submodule(name, made[chosen[name]])
-        return {name: made[layer] for name, layer in chosen.items()}
+            model.set_submodule(name, wrappers[chosen[name]])
+        return {name: wrappers[layer] for name, layer in chosen.items()}
 
     @staticmethod
     def unwrap(model: nn.Module) -> dict[str, nn.Module]:
         """Put the bare layers back, the active ones merged, and return them by name; outputs stay as they are."""
-        found = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Gated)}
-        _require("" not in found, "the model itself is the wrapper: its deactivate() returns the layer")
-        for name, gated in found.items():
+        wrappers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Gated)}
+        require("" not in wrappers, "the model itself is the wrapper: its deactivate() returns the layer")
+        for name, gated in wrappers.items():
             if gated.active:
                 gated.deactivate()
             model.set_submodule(name, gated.layer)
-        return {name: gated.layer for name, gated in found.items()}
+        return {name: gated.layer for name, gated in wrappers.items()}
 
     # --- inside -------------------------------------------------------------------------------------------------
 
@@ -284,7 +278,7 @@ class Gated(nn.Module):
         return getattr(self.layer, "groups", 1)
 
     def _require_active(self) -> None:
-        _require(self.active, "this layer is not active: activate it first")
+        require(self.active, "this layer is not active: activate it first")
 
     def _effective(self, dtype: torch.dtype) -> Tensor:
         """W + s B diag(g) A, of W's shape."""
@@ -293,7 +287,7 @@ class Gated(nn.Module):
         return W.to(dtype) + self._kind.product(gates[:, None] * A, B).view(W.shape)
 
     def _add(self, rank: int) -> None:
-        """Factors of `rank` beside a frozen layer, in its dtype and on its device; the caller fills in every value."""
+        """Factors of `rank` for a frozen layer, in its dtype and on its device; the caller fills in every value."""
         layer = self.layer
         if not self.active:
             self._trained = {name: p.requires_grad for name, p in layer.named_parameters()}
@@ -320,8 +314,3 @@ def _matches(target: str | type, name: str, module: nn.Module) -> bool:
     if isinstance(target, type):
         return isinstance(module, target)
     return name == target or name.endswith(f".{target}")
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise InputError(message)

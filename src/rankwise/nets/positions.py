@@ -17,7 +17,7 @@ ASKED = 7
 def positions(model: PreTrainedModel, decoder: bool = False) -> int | None:
     """Tokens that `model` can read in one row; None where it sets no limit.
 
-    With a table of positions these are its rows from the first that a token uses: RoBERTa's begins behind its padding
+    With a table of positions these are its rows from the first that a token uses: RoBERTa's begins after its padding
     index. A model without such a table, whose positions are relative or rotary, has the length that its configuration
     says it was made for.
 
@@ -101,7 +101,7 @@ def _lookups(
         asked |= {"encoder_hidden_states": torch.zeros(1, ASKED, width, device=device)}
     training, lookups = part.training, _Lookups()
     part.eval()
-    # behind the tables anything may fail: weights without values, shapes that are only pretended
+    # after the tables anything may fail: weights without values, shapes that are only pretended
     with _buffers(model, part), torch.device(device), torch.no_grad(), lookups, suppress(Exception):
         part(**asked)
     part.train(training)

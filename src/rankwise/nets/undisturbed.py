@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Around a forward that shall leave no trace: no gradients; random streams, mode and buffers are put back."""
+    """Around a forward pass that must leave no trace: no gradients; random streams, mode and buffers are put back."""
     devices = {p.device.type for p in model.parameters()} - {"cpu", "meta"}
     device = devices.pop() if devices else "cuda"
     streams = random.getstate(), np.random.get_state()

@@ -34,7 +34,7 @@ class Layout:
             own, or for a virtual token the first token of the row (prefix) or the one before it (infix).
         virtual: (rows, l), the columns of the virtual tokens, prefix first.
         read: (rows, T), the column whose output stands for the caller's column: its own, or in a causal model the last
-            one before the caller's next column, since an infix is what predicts the token behind it.
+            one before the caller's next column, since an infix is what predicts the token after it.
     """
 
     copies: Tensor
@@ -54,7 +54,7 @@ class Layout:
     ) -> "Layout":
         """The layout for rows whose real tokens are True in `real` (rows, T), padded on either side.
 
-        The prefix comes before the first real token, or right behind it with `after_first`. The infix comes behind the
+        The prefix comes before the first real token, or right after it with `after_first`. The infix comes after the
         last real token; where `prompt` (rows,) is below T, it comes before that column.
         """
         rows, width = real.shape
@@ -301,8 +301,8 @@ class VirtualTokens(nn.Module):
 def add_virtual_tokens(model: nn.Module, prefix: int, infix: int, layers: bool = False) -> VirtualTokens:
     """Put `prefix` + `infix` virtual tokens into every input of `model`, in place; all that is new trains.
 
-    The prefix opens the row, behind the first token where an encoder has its [CLS] there; the infix follows the prompt:
-    it stands before the first label of a causal language model, else behind the last real token. Padding may be on
+    The prefix opens the row, after the first token where an encoder has its [CLS] there; the infix follows the prompt:
+    it stands before the first label of a causal language model, else after the last real token. Padding may be on
     either side. `generate` works with its default cache, on prompts whose attention mask has no gap between real tokens
     and that are read whole (no `prefill_chunk_size`): of later steps nothing tells where the infix stands.
 

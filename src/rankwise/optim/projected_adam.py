@@ -13,7 +13,7 @@ from rankwise.ranks import sites
 from rankwise.ranks.replace import follow
 from rankwise.ranks.restore import Structure
 from rankwise.ranks.silence import Silence
-from rankwise.ranks.sites import adapted
+from rankwise.ranks.sites import peft_model
 
 MARKS = ("names", "scaling_factors")  # what PEFT's optimizer wants to know of each parameter of a group
 
@@ -44,8 +44,10 @@ class ProjectedAdam(LoraFAOptimizer):
         self.method, self.model = method, model
         self.steps, self.changed = 0, 0  # as SimplexAdam counts; `changed` stays, since no rank does
         # Its own groups put all parameters under one weight decay. The r and alpha given here it does not use.
-        made = create_lorafa_optimizer(adapted(model), r=1, lora_alpha=1, lr=lr).param_groups[0]
-        marks = {id(p): found for p, *found in zip(made["params"], *(made[key] for key in MARKS), strict=True)}
+        peft_group = create_lorafa_optimizer(peft_model(model), r=1, lora_alpha=1, lr=lr).param_groups[0]
+        marks = {
+            id(p): mark for p, *mark in zip(peft_group["params"], *(peft_group[key] for key in MARKS), strict=True)
+        }
         frozen = {id(site.B): site.A for site in sites(model) if site.present}
         groups = method.param_groups(model)
         for group in groups:  # each A right before its B

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rankwise.ranks.peft_records import record
 from rankwise.ranks.replace import replace, set_rank, sort_groups, take_factors
-from rankwise.ranks.sites import OMEGA, Site, adapted, omega, sites
+from rankwise.ranks.sites import OMEGA_NAME, Site, omega, peft_model, sites
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,27 +26,27 @@ def fold(model: nn.Module, reset_scales: bool = False) -> None:
     Args:
         reset_scales: set every ω to 1 first, so that outputs may change.
     """
-    peft = adapted(model)
-    here = [site for site in sites(peft) if site.scale is not None]
+    peft = peft_model(model)
+    scaled = [site for site in sites(peft) if site.scale is not None]
     if (weights := omega(peft)) is not None and reset_scales:
         weights.fill_(1.0)
-    kept = kept_units(here)
-    for site in here:
+    kept = kept_units(scaled)
+    for site in scaled:
         _fold_one(peft, site, kept[site.name])
     if weights is not None:
-        omegas = getattr(peft.base_model, OMEGA)
+        omegas = getattr(peft.base_model, OMEGA_NAME)
         replace(peft, omegas, peft.active_adapter, None)
         del omegas[peft.active_adapter]
-    if here:
+    if scaled:
         sort_groups(peft)
         record(peft)
 
 
-def kept_units(here: Iterable[Site]) -> dict[str, Tensor]:
+def kept_units(chosen: Iterable[Site]) -> dict[str, Tensor]:
     """By site with rank the indices of the units that a fold keeps."""
     kept = {
         site.name: torch.arange(site.rank, device=site.B.device) if site.scale is None else site.scale.units(site)
-        for site in here
+        for site in chosen
         if site.present
     }
     if kept and not any(map(len, kept.values())):

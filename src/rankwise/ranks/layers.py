@@ -115,7 +115,7 @@ class GPT2Layer(WeightLayer):
 
 
 class ConvolutionLayer(WeightLayer):
-    """A convolution; transposed ones, which PEFT does not adapt, are none."""
+    """A convolution, but not a transposed one, which PEFT does not adapt."""
 
     linear = False
 

@@ -1,6 +1,6 @@
 """What an attached model does when PEFT's own methods are called on it, as PEFT, a Trainer and TRL do.
 
-What these write in the middle of a search, or after a residual start, has the files of an adapter and is none: its
+What these write in the middle of a search, or after a residual start, looks like an adapter and is not one: its
 configuration says so where PEFT must look, and PEFT refuses it. In memory the configuration stays as it is. An adapter
 that they add by the configuration of one that is there gets the same scales.
 """

@@ -60,6 +60,6 @@ def _why_no_site(layer: Any, adapter: str, inside: bool, tied: bool) -> str:
         return f"is PEFT's {type(variant).__name__.removesuffix('Variant')}, which is no plain LoRA"
     if getattr(layer, "lora_arrow", {}):
         return "is read by PEFT's Arrow router, which needs equal ranks"
-    if inside:  # PEFT makes it anew with the rank of the layer around it
+    if inside:  # PEFT makes it again with the rank of the layer around it
         return "lies in a layer that is adapted too"
     return "has the factors of the embedding (ensure_weight_tying)" if tied else ""

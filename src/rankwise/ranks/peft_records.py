@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 def record(model: PeftModel) -> None:
     """Write the ranks into PEFT's own configuration."""
-    found = {s.name: (s.rank, alpha(s, s.rank)) for s in sites(model)}
-    write_ranks(model.peft_config[model.active_adapter], found, model)
+    records = {s.name: (s.rank, alpha(s, s.rank)) for s in sites(model)}
+    write_ranks(model.peft_config[model.active_adapter], records, model)
 
 
 def alpha(site: Site, rank: int) -> float:
@@ -25,7 +25,7 @@ def alpha(site: Site, rank: int) -> float:
     return site.scaling * (sqrt(rank) if rslora else rank)
 
 
-def write_ranks(config: Any, found: Mapping[str, tuple[int, float]], model: PeftModel) -> None:
+def write_ranks(config: Any, records: Mapping[str, tuple[int, float]], model: PeftModel) -> None:
     """Write (rank, alpha) by site of `model` into a PEFT configuration, so that stock PEFT builds the same adapter.
 
     What the configuration says otherwise stays as far as it is still true: what others have written of these sites, and
@@ -40,21 +40,21 @@ def write_ranks(config: Any, found: Mapping[str, tuple[int, float]], model: Peft
     others = [
         _called(name, layer) for name, layer in layers.items() if isinstance(layer, LoraLayer) and adapter in layer.r
     ]
-    others = [name for name in others if name not in {*found, *(site.name for site in sites(model))}]
-    here = {name: values for name, values in found.items() if values[0]}
-    ranks, alphas = ({name: values[part] for name, values in here.items()} for part in (0, 1))
+    others = [name for name in others if name not in {*records, *(site.name for site in sites(model))}]
+    present = {name: values for name, values in records.items() if values[0]}
+    ranks, alphas = ({name: values[part] for name, values in present.items()} for part in (0, 1))
     parts = {
-        f"^{re.escape(site.name)}" for site in sites(model) if site.name not in found
+        f"^{re.escape(site.name)}" for site in sites(model) if site.name not in records
     }  # what is saved is the whole
     patterns = [
         {key: value for key, value in (pattern or {}).items() if key not in parts}
         for pattern in (config.rank_pattern, config.alpha_pattern)
     ]
-    config.rank_pattern = _pattern(patterns[0], config.r, ranks, found, others)
-    config.alpha_pattern = _pattern(patterns[1], config.lora_alpha, alphas, found, others)
-    if all(bool(check_target_module_exists(config, name)) == (name in here) for name in found):
+    config.rank_pattern = _pattern(patterns[0], config.r, ranks, records, others)
+    config.alpha_pattern = _pattern(patterns[1], config.lora_alpha, alphas, records, others)
+    if all(bool(check_target_module_exists(config, name)) == (name in present) for name in records):
         return
-    names = [*here, *(name for name in others if check_target_module_exists(config, name))]
+    names = [*present, *(name for name in others if check_target_module_exists(config, name))]
     also = any(other.endswith(f".{name}") for name in names for other in layers.keys() - {*names})
     # PEFT looks for a name of a list at the ends of names, and for a pattern in the whole of one.
     config.target_modules = "|".join(map(re.escape, names)) if also else names
@@ -73,7 +73,7 @@ def _pattern(
     pattern: Mapping[str, float],
     default: float,
     values: Mapping[str, float],
-    found: Collection[str],
+    site_names: Collection[str],
     others: Sequence[str],
 ) -> dict[str, Any]:
     """`pattern`, changed so that PEFT reads the `values` of sites in it, and of all else what it has read before.
@@ -83,7 +83,7 @@ def _pattern(
     and wrongly for each, or would come before ours.
 
     Args:
-        values: by site with rank. found: all sites.
+        values: by site with rank. site_names: all sites.
         others: names of adapted layers that are no sites.
     """
     from peft.utils.other import get_pattern_key
@@ -94,12 +94,12 @@ def _pattern(
     def right(name: str) -> bool:
         return isclose(kept.get(key(name), default), true[name])
 
-    own = {name: f"^{re.escape(name)}" for name in (*found, *others)}
-    kept = {key: value for key, value in pattern.items() if key not in [own[name] for name in found]}
+    own = {name: f"^{re.escape(name)}" for name in (*site_names, *others)}
+    kept = {key: value for key, value in pattern.items() if key not in [own[name] for name in site_names]}
     true = {name: pattern.get(get_pattern_key([*pattern], name), default) for name in others} | dict(values)
     while True:  # without a key another one may decide
         needed = {key(name) for name in true if right(name)}
-        idle = {key(name) for name in found} & kept.keys() - needed - {key(name) for name in others}
+        idle = {key(name) for name in site_names} & kept.keys() - needed - {key(name) for name in others}
         idle |= {key(name) for name in true if not right(name) and key(name) in kept and key(name) < own[name]}
         if not idle:
             break

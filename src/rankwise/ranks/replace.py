@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from rankwise.ranks.layers import shaped
 from rankwise.ranks.peft_records import alpha
-from rankwise.ranks.sites import Site, adapted, sites
+from rankwise.ranks.sites import Site, peft_model, sites
 
 Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter
 
@@ -21,12 +21,12 @@ _optimizers: weakref.WeakKeyDictionary[nn.Module, "weakref.WeakSet[Optimizer]"] 
 
 def follow(model: nn.Module, optimizer: Optimizer) -> None:
     """From now on `optimizer` goes along with every rank change of `model`. The optimizer is held weakly."""
-    _optimizers.setdefault(adapted(model), weakref.WeakSet()).add(optimizer)
+    _optimizers.setdefault(peft_model(model), weakref.WeakSet()).add(optimizer)
 
 
 def followers(model: nn.Module) -> list[Optimizer]:
     """The optimizers that go along with `model`."""
-    return list(_optimizers.get(adapted(model), ()))
+    return list(_optimizers.get(peft_model(model), ()))
 
 
 def replace(
@@ -78,7 +78,7 @@ def _home(optimizer: Optimizer, model: nn.Module, scale: bool) -> dict[str, Any]
 
 def sort_groups(model: nn.Module) -> None:
     """Put the optimizers' groups in model order: checkpoints know parameters by position, new ones come at the end."""
-    peft = adapted(model)
+    peft = peft_model(model)
     order = {id(p): i for i, p in enumerate(peft.parameters())}
     for optimizer in followers(peft):
         for entry in optimizer.param_groups:

@@ -22,7 +22,7 @@ from rankwise.ranks.peft_records import record
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.replace import Carry, follow, replace, set_rank, sort_groups, take_factors
 from rankwise.ranks.scales import Omega
-from rankwise.ranks.sites import Site, adapted, sites, why_no_site
+from rankwise.ranks.sites import Site, peft_model, sites, why_no_site
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,18 +87,18 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
             or with a residual start of PEFT's, a layer that is no plain LoRA, or one that cannot be emptied as the plan
             says. The model is then as it was.
     """
-    peft = adapted(model)
+    peft = peft_model(model)
     if optimizer is not None:
         follow(peft, optimizer)
     plan = plan if isinstance(plan, RankPlan) else RankPlan(plan)
-    here = {site.name: site for site in sites(peft)}
-    before = {name: site.rank for name, site in here.items()}
-    _check(peft, here, plan)
+    by_name = {site.name: site for site in sites(peft)}
+    before = {name: site.rank for name, site in by_name.items()}
+    _check(peft, by_name, plan)
     if plan.fold:
         fold(peft, plan.reset_scales)
-    changed = {name: r for name, r in plan.items() if r != here[name].rank or (plan.restart and r > 0)}
+    changed = {name: r for name, r in plan.items() if r != by_name[name].rank or (plan.restart and r > 0)}
     for name, rank in sorted(changed.items(), key=lambda change: change[1] == 0):  # a returning site looks at others
-        site = here[name]
+        site = by_name[name]
         if rank == 0:
             if plan.empty == "merge":
                 A, B = site.layer.lora_A[site.adapter].weight, site.B  # A with its scale
@@ -111,20 +111,20 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
     if changed:
         sort_groups(peft)
         record(peft)
-    return changed | {name: site.rank for name, site in here.items() if site.rank != before[name]}
+    return changed | {name: site.rank for name, site in by_name.items() if site.rank != before[name]}
 
 
-def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
+def _check(model: PeftModel, by_name: dict[str, Site], plan: RankPlan) -> None:
     begun = peft_residual_start(model, model.active_adapter)
-    left = {name: site.rank for name, site in here.items()}
+    left = {name: site.rank for name, site in by_name.items()}
     if plan.fold:
-        left |= {name: len(units) for name, units in kept_units(here.values()).items()}
+        left |= {name: len(units) for name, units in kept_units(by_name.values()).items()}
     for name, rank in plan.items():
-        if name not in here:
+        if name not in by_name:
             if why := why_no_site(model, name):
                 raise InputError(f"{name} {why}, so its rank cannot change: leave it out of the plan")
             raise InputError(f"the plan names {name!r}, which is no site of this model")
-        site = here[name]
+        site = by_name[name]
         limit = max(site.limit, site.rank)  # an adapter from elsewhere may be larger than it need be
         if not 0 <= rank <= limit:
             raise InputError(f"rank {rank} does not fit {name}: it must be 0 to {limit}")
@@ -140,7 +140,7 @@ def _check(model: PeftModel, here: dict[str, Site], plan: RankPlan) -> None:
                 raise InputError(f"{name} is merged into its base weight: call unmerge_adapter() before a rank change")
             if rank == 0 and site.present:
                 _check_emptying(model, site, plan.empty)
-    if here and not any({**left, **plan}.values()):
+    if by_name and not any({**left, **plan}.values()):
         raise InputError("the plan leaves no site with any rank; PEFT can neither train nor save such an adapter")
 
 

@@ -13,7 +13,7 @@ from rankwise.ranks.kept import MergedProduct, restore_products, restore_start
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.resize import resize
 from rankwise.ranks.scales import KINDS
-from rankwise.ranks.sites import Site, adapted, sites
+from rankwise.ranks.sites import Site, peft_model, sites
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -31,13 +31,13 @@ def follow_state_dict(model: PeftModel) -> None:
 
 def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Give `model` the ranks, the ω and the merged products that `state` was saved with. Values follow from loading."""
-    peft = adapted(model)
+    peft = peft_model(model)
     adapter = peft.active_adapter
     # PEFT writes keys without the adapter's name, and on loading names those it finds in the model as it is now.
     names = "|".join(map(re.escape, peft.peft_config))
     nameless = re.compile(rf"\.lora_(?:A|B|omega|merged|start)(?=\.|$)(?!\.(?:{names})(?:\.|$))")
     for old in [key for key in state if nameless.search(key)]:
-        state[nameless.sub(lambda found: f"{found[0]}.{adapter}", old)] = state.pop(old)
+        state[nameless.sub(lambda match: f"{match[0]}.{adapter}", old)] = state.pop(old)
 
     def key(site: Site, part: str) -> str:
         return f"{prefix}base_model.model.{site.name}.{part}"
@@ -72,5 +72,5 @@ class Structure:
 
     @classmethod
     def of(cls, model: nn.Module) -> Structure:
-        here = sites(model)
-        return cls({site.name: site.rank for site in here}, any(site.scale is not None for site in here))
+        all_sites = sites(model)
+        return cls({site.name: site.rank for site in all_sites}, any(site.scale is not None for site in all_sites))

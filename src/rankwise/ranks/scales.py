@@ -1,7 +1,7 @@
 """What multiplies A during a search: SimplexLoRA's ω, SoRA's gates g. The next scale is another class here.
 
 A scale is a parametrization of A: every reader of `lora_A.weight` sees ω·A or diag(g) A, PEFT's forward, merge and
-disable among them, without knowing. All ω of a model are one (n,) parameter beside the sites, so an emptied site keeps
+disable among them, without knowing. All ω of a model are one (n,) parameter of the model, so an emptied site keeps
 its ω; gates belong to their site. `fold` takes scales off again.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rankwise.ranks.replace import followers, replace, sort_groups
-from rankwise.ranks.sites import OMEGA, Site, adapted, sites
+from rankwise.ranks.sites import OMEGA_NAME, Site, peft_model, sites
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -87,28 +87,28 @@ class Omega(Scale):
     @classmethod
     def put_on(cls, model: nn.Module) -> None:
         """Entries of one (n,) fp32 parameter that the model owns."""
-        peft = adapted(model)
-        here = sites(peft)
-        if not hasattr(peft.base_model, OMEGA):
-            setattr(peft.base_model, OMEGA, nn.ParameterDict())
-        omegas = getattr(peft.base_model, OMEGA)
-        device = next(site.B.device for site in here if site.present)
-        replace(peft, omegas, peft.active_adapter, torch.ones(len(here), device=device), scale=True)
+        peft = peft_model(model)
+        all_sites = sites(peft)
+        if not hasattr(peft.base_model, OMEGA_NAME):
+            setattr(peft.base_model, OMEGA_NAME, nn.ParameterDict())
+        omegas = getattr(peft.base_model, OMEGA_NAME)
+        device = next(site.B.device for site in all_sites if site.present)
+        replace(peft, omegas, peft.active_adapter, torch.ones(len(all_sites), device=device), scale=True)
         omegas._keys[peft.active_adapter] = None
-        for site in here:
+        for site in all_sites:
             if site.present:
                 cls.put_back(peft, site)
 
     @classmethod
     def put_back(cls, model: PeftModel, site: Site) -> None:
         """Give a site its own entry of ω; nothing where the model has none."""
-        omegas: Any = getattr(model.base_model, OMEGA, {})
+        omegas: Any = getattr(model.base_model, OMEGA_NAME, {})
         if site.adapter in omegas:
             put_scale(site, cls(omegas, site.adapter, [each.name for each in sites(model)].index(site.name)))
 
     @classmethod
     def stored(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
-        return f"{prefix}base_model.{OMEGA}.{model.active_adapter}" in state
+        return f"{prefix}base_model.{OMEGA_NAME}.{model.active_adapter}" in state
 
 
 class Gates(Scale):

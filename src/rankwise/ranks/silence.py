@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from rankwise.ranks.sites import adapted, sites
+from rankwise.ranks.sites import peft_model, sites
 
 PATIENCE = 10
 """Steps after which it is told in a run whose ranks stay."""
@@ -80,7 +80,7 @@ class Silence:
 
 def _dead(model: nn.Module, silent: set[str]) -> list[str]:
     """Those of the `silent` sites, in model order, that lie in no expert waiting for its first token."""
-    base = adapted(model).get_base_model() if silent else model
+    base = peft_model(model).get_base_model() if silent else model
     heard = [site.name for site in sites(model) if site.present and site.name not in silent]
 
     def waits(name: str) -> bool:

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from rankwise.ranks.scales import Scale
 
-OMEGA = "lora_omega"  # on the tuner itself, whose own parameters PEFT saves and loads: a checkpoint keeps ω unasked
+OMEGA_NAME = (
+    "lora_omega"  # on the tuner itself, whose own parameters PEFT saves and loads: a checkpoint keeps ω unasked
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ class Site:
         base = self.layer.get_base_layer()
         held = base.weight
         if getattr(getattr(held, "quant_state", None), "packing_format_for_cpu", False):
-            base.state_dict()  # bitsandbytes lays 4-bit codes out anew to run on a CPU, and back again for this
+            base.state_dict()  # bitsandbytes lays 4-bit codes out differently to run on a CPU, and back for this
         weight = dequantize_module_weight(base)
         if base.weight is not held:  # of 8-bit codes on a CPU PEFT leaves a copy, which does not run if they have run
             base._parameters["weight"] = held
@@ -136,11 +138,11 @@ class Site:
 
     @property
     def parameters(self) -> int:
-        """What the live units cost, the gates themselves aside."""
+        """What the live units cost, not counting the gates."""
         return self.live * self.cost
 
 
-def adapted(model: nn.Module) -> PeftModel:
+def peft_model(model: nn.Module) -> PeftModel:
     """The PEFT model inside wrappers such as DistributedDataParallel or a compiled module.
 
     Raises:
@@ -169,7 +171,7 @@ def sites(model: nn.Module) -> list[Site]:
     from rankwise.ranks.peft_layers import lora_layers
 
     try:
-        peft = adapted(model)
+        peft = peft_model(model)
     except TypeError:
         return []
     return [Site(name, layer, peft.active_adapter) for name, layer, why in lora_layers(peft) if not why]
@@ -179,7 +181,7 @@ def why_no_site(model: nn.Module, name: str) -> str:
     """Why the adapted layer `name` is no site; an empty string where it is one, or not adapted at all."""
     from rankwise.ranks.peft_layers import lora_layers
 
-    return next((why for other, _, why in lora_layers(adapted(model)) if other == name), "")
+    return next((why for other, _, why in lora_layers(peft_model(model)) if other == name), "")
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
@@ -189,5 +191,5 @@ def ranks(model: nn.Module) -> dict[str, int]:
 
 def omega(model: nn.Module) -> nn.Parameter | None:
     """The (n,) parameter of ω in the order of `sites`, or None when no search is on."""
-    peft = adapted(model)
-    return getattr(peft.base_model, OMEGA, {}).get(peft.active_adapter)
+    peft = peft_model(model)
+    return getattr(peft.base_model, OMEGA_NAME, {}).get(peft.active_adapter)

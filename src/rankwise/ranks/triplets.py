@@ -20,7 +20,7 @@ from rankwise.errors import InputError
 from rankwise.ranks.peft_calls import allow_peft_calls
 from rankwise.ranks.peft_records import write_ranks
 from rankwise.ranks.resize import resize
-from rankwise.ranks.sites import adapted
+from rankwise.ranks.sites import peft_model
 
 PARTS = ("A", "E", "B")
 KEPT = (
@@ -46,20 +46,20 @@ class Scores(nn.Module):
 
 def triplets(model: nn.Module) -> dict[str, Any]:
     """AdaLoRA's layers of the active adapter by their names in the base model; none on any other model."""
-    peft = adapted(model)
+    peft = peft_model(model)
     named = peft.get_base_model().named_modules()
     return {n: layer for n, layer in named if isinstance(layer, AdaLoraLayer) and peft.active_adapter in layer.lora_E}
 
 
 def live_ranks(model: nn.Module) -> dict[str, int]:
     """How many triplets of each layer are not 0."""
-    adapter = adapted(model).active_adapter
+    adapter = peft_model(model).active_adapter
     return {name: int(layer.lora_E[adapter].count_nonzero()) for name, layer in triplets(model).items()}
 
 
 def settings(model: nn.Module) -> Any:
     """PEFT's configuration of the active adapter."""
-    peft = adapted(model)
+    peft = peft_model(model)
     return peft.peft_config[peft.active_adapter]
 
 
@@ -98,7 +98,7 @@ def add_orthogonality(model: nn.Module, weight: float) -> None:
     ∂‖M‖_F/∂P = 2 M P / ‖M‖_F with M = P Pᵀ - I. A parameter that had no part in the loss gets a gradient here, which
     PEFT's allocator needs.
     """
-    peft = adapted(model)
+    peft = peft_model(model)
     layers, adapter = _scored(peft), peft.active_adapter
     for layer in layers.values():
         A, E, B = (getattr(layer, f"lora_{part}")[adapter] for part in PARTS)
@@ -113,7 +113,7 @@ def add_orthogonality(model: nn.Module, weight: float) -> None:
 @torch.no_grad()
 def choose(model: nn.Module, step: int) -> None:
     """PEFT's update_and_allocate after step `step`, with the scores and the choice in tensors before and after it."""
-    peft = adapted(model)
+    peft = peft_model(model)
     tuner: Any = peft.base_model
     adapter, config = peft.active_adapter, settings(peft)
     layers, allocator = _scored(peft), tuner.rankallocator
@@ -128,8 +128,8 @@ def choose(model: nn.Module, step: int) -> None:
     )
     allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc = dict(mean), dict(mean), dict(spread)
     tuner.update_and_allocate(step)
-    for kept, found in ((mean, allocator.exp_avg_ipt), (spread, allocator.exp_avg_unc)):
-        for name, value in found.items():
+    for kept, values in ((mean, allocator.exp_avg_ipt), (spread, allocator.exp_avg_unc)):
+        for name, value in values.items():
             kept[name].copy_(value)
     for name, chosen in (config.rank_pattern or {}).items():
         scores[name.removesuffix(f".lora_E.{adapter}")].chosen.copy_(torch.tensor(chosen)[:, None])
@@ -148,18 +148,18 @@ def to_lora(model: nn.Module) -> PeftModel:
     A' = diag(E) A and B' = B without the triplets whose E is 0. Sites without any other are emptied; where no site has
     a live one, the first keeps one whose product is 0, since PEFT knows no adapter without sites.
     """
-    peft = adapted(model)
-    here, adapter = triplets(peft), peft.active_adapter
+    peft = peft_model(model)
+    layers, adapter = triplets(peft), peft.active_adapter
     old = settings(peft)
-    live = {name: layer.lora_E[adapter].flatten().nonzero().flatten() for name, layer in here.items()}
+    live = {name: layer.lora_E[adapter].flatten().nonzero().flatten() for name, layer in layers.items()}
     ranks = {name: max(1, len(units)) for name, units in live.items()}
-    scales = {name: layer.scaling[adapter] / (layer.ranknum[adapter].item() + 1e-5) for name, layer in here.items()}
+    scales = {name: layer.scaling[adapter] / (layer.ranknum[adapter].item() + 1e-5) for name, layer in layers.items()}
     if others := [name for name, part in peft.get_base_model().named_modules() if _beside(part)]:
         raise InputError(
             f"{others[0]} trains tokens beside AdaLoRA's triplets, which plain LoRA cannot take over from them"
         )
-    config = LoraConfig(r=old.target_r, target_modules=list(here), **{name: getattr(old, name) for name in KEPT})
-    write_ranks(config, {name: (ranks[name], scales[name] * ranks[name]) for name in here}, peft)
+    config = LoraConfig(r=old.target_r, target_modules=list(layers), **{name: getattr(old, name) for name in KEPT})
+    write_ranks(config, {name: (ranks[name], scales[name] * ranks[name]) for name in layers}, peft)
     # A second body around the same tensors.
     base = deepcopy(peft.get_base_model(), {id(t): t for t in (*peft.parameters(), *peft.buffers())})
     heads = {}
@@ -171,17 +171,17 @@ def to_lora(model: nn.Module) -> PeftModel:
             base.set_submodule(name, part.original_module)
     del base.peft_config
     with torch.random.fork_rng(devices=[]):  # nothing that is drawn here stays
-        made = get_peft_model(base, config, adapter)
+        lora = get_peft_model(base, config, adapter)
     for name, state in heads.items():
         wrapper: Any = base.get_submodule(name)
         wrapper.modules_to_save[adapter].load_state_dict(state)
     for name, units in live.items():
         layer: Any = base.get_submodule(name)
-        A, E, B = (getattr(here[name], f"lora_{part}")[adapter] for part in PARTS)
+        A, E, B = (getattr(layers[name], f"lora_{part}")[adapter] for part in PARTS)
         units = units if len(units) else units.new_zeros(1)
         layer.lora_A[adapter].weight.copy_((A * E)[units])
         layer.lora_B[adapter].weight.copy_(B[:, units])
-    allow_peft_calls(made)
+    allow_peft_calls(lora)
     empty = [name for name, units in live.items() if not len(units)]
-    resize(made, dict.fromkeys(empty[len(empty) == len(live) :], 0))
-    return made.train(peft.training)
+    resize(lora, dict.fromkeys(empty[len(empty) == len(live) :], 0))
+    return lora.train(peft.training)
