@@ -323,25 +323,16 @@ def check_method(
     debug: Debug = False,
 ) -> None:
     """Check that a method of your own keeps what every method promises; exit code 1 where it does not."""
-    with contextlib.redirect_stdout(sys.stderr):
-        from rankwise import conformance
-        from rankwise.methods import build, registry
-        from rankwise.settings import Schema, load_method
+    from rankwise.conformance import check_file
 
-        names = conformance.load_plugin(file)
-        methods = [build(load_method(name, settings or [], Schema(registry(), {}))[0]) for name in names]
-    findings: dict[str, list[Any]] = {}
-    for method in methods:
-        for each in conformance.check_method(method):
-            findings.setdefault(method.name, []).append(vars(each))
-            if not as_json:
-                result = f"BROKEN: {each.broken}" if each.broken else "kept"
-                _print(f"{method.name:<14}  {each.check:<58}  {each.shape:<10}  {result}")
-        if late := conformance.too_late(method):
-            print(f"rankwise: {late}", file=sys.stderr)
+    findings = []
+    for finding in check_file(file, settings or []):
+        findings.append(finding)
+        if not as_json:
+            _print(finding)
     if as_json:
-        _print_json(findings)
-    if any(each["broken"] for found in findings.values() for each in found):
+        _print_json([vars(finding) for finding in findings])
+    if any(finding.broken for finding in findings):
         raise typer.Exit(FAILED)
 
 

@@ -1,6 +1,6 @@
 """What every method promises, as checks that the tests and `rankwise check-method` run alike."""
 
 from rankwise.conformance.checks import CHECKS, Case
-from rankwise.conformance.plugin import check_method, load_plugin, too_late
+from rankwise.conformance.plugin import check_file, check_method
 
-__all__ = ["CHECKS", "Case", "check_method", "load_plugin", "too_late"]
+__all__ = ["CHECKS", "Case", "check_file", "check_method"]

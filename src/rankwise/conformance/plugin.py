@@ -5,22 +5,49 @@ import importlib.util
 import io
 import sys
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.conformance.checks import CHECKS, STEPS, Case
 from rankwise.errors import InputError
 from rankwise.methods import Method
+from rankwise.settings import Schema, load_method
 
 
 @dataclass(frozen=True)
 class Finding:
     """What one check has found on one architecture; `broken` says how the promise is broken, empty where it is kept."""
 
+    method: str
     check: str
     shape: str
     broken: str = ""
+
+    def __str__(self) -> str:
+        result = f"BROKEN: {self.broken}" if self.broken else "kept"
+        return f"{self.method:<14}  {self.check:<57}  {self.shape:<10}  {result}"
+
+
+def check_file(file: Path, options: Sequence[str] = ()) -> Iterator[Finding]:
+    """Check the methods in a Python file, with `key=value` options.
+
+    Raises:
+        InputError: a file without a method, or an option that it does not have.
+    Warns:
+        UserWarning: the checks end before the method first looks at its ranks.
+    """
+    names = load_plugin(file)
+    schema = Schema(Method.registry(), {})
+    for method in [Method.build(load_method(name, options, schema)[0]) for name in names]:
+        yield from check_method(method)
+        if method.check_every > STEPS:
+            warnings.warn(
+                f"{method.name} first looks at its ranks after step {method.check_every}, and the checks train {STEPS} "
+                "steps: give it options by which it does so sooner, such as every=2",
+                stacklevel=2,
+            )
 
 
 def load_plugin(file: Path) -> list[str]:
@@ -59,14 +86,4 @@ def check_method(method: Method) -> Iterator[Finding]:
                 except Exception as error:  # a method of someone else's may fail in any way
                     kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
                     broken = kind + " ".join(str(error).split())
-            yield Finding(check.__name__.replace("_", " "), shape, broken)
-
-
-def too_late(method: Method) -> str:
-    """What to do where the checks end before the method first looks at ranks; empty where they do not."""
-    if method.check_every <= STEPS:
-        return ""
-    return (
-        f"{method.name} first looks at its ranks after step {method.check_every}, and the checks train {STEPS} steps: "
-        "give it options by which it does so sooner, such as every=2"
-    )
+            yield Finding(method.name, check.__name__.replace("_", " "), shape, broken)
