@@ -24,7 +24,6 @@ from rankwise.errors import FAILED, INPUT, INTERRUPTED, InputError, shown
 if TYPE_CHECKING:
     from rankwise.about import Listing
     from rankwise.api import Comparison, Report
-    from rankwise.settings import RunConfig
     from rankwise.sweep.plan import Plan
 
 TELL_AFTER = 20.0
@@ -46,6 +45,7 @@ Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done and do nothing")]
 Reuse = Annotated[bool, typer.Option("--reuse", help="keep and go on with what other code or data has made")]
 Repeat = Annotated[bool, typer.Option("--repeat", help="carry out again what other code or data has made")]
+All = Annotated[bool, typer.Option("--all", help="print all settings, those that differ from the defaults first")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 Jobs = Annotated[
     int | None,
@@ -77,18 +77,21 @@ def train(
     repeat: Repeat = False,
     as_json: Json = False,
     dry_run: DryRun = False,
+    everything: All = False,
     debug: Debug = False,
 ) -> None:
     """Carry out one run, from the start or from where it was stopped."""
     from rankwise import api
     from rankwise.processes.launched import is_main
+    from rankwise.sweep.changed import as_text
 
     source, settings = (None, what) if _is_setting(what[0]) else (Path(what[0]), what[1:])
     one = api.one(source, settings, dry_run)
     if one.differs:
         _print(one.differs, file=sys.stderr)
     if dry_run:
-        _print_settings(one.config, one.folder, as_json)
+        _print(_json(one.config.model_dump(mode="json")) if as_json else as_text(one.config, everything))
+        _print(f"dry run: would be carried out in {one.folder}", file=sys.stderr)
         return
     trained = api.Trained(one.folder, one.carry_out(reuse, repeat))
     if not is_main():
@@ -119,6 +122,7 @@ def compare(
     repeat: Repeat = False,
     as_json: Json = False,
     dry_run: DryRun = False,
+    everything: All = False,
     debug: Debug = False,
 ) -> None:
     """Carry out an experiment, or what is left of it, and compare its methods."""
@@ -127,7 +131,7 @@ def compare(
     sweep = api.runner_of(runner, runner_options or [], jobs)
     plan = api.plan(source, settings or [], dry_run)
     if dry_run:
-        _print_plan(plan, as_json)
+        _print_plan(plan, as_json, everything)
     else:
         _conclude(api.Comparison.of(plan.store, *plan.carry_out(sweep, reuse, repeat)), as_json)
 
@@ -265,35 +269,18 @@ def _agreed(question: str) -> bool:
 def validate(
     source: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a run or an experiment")],
     settings: Settings = None,
+    everything: All = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check a configuration and print it with all defaults filled in."""
-    import yaml
+    """Check a configuration and print what differs from the defaults."""
+    from rankwise.sweep.changed import as_text
+    from rankwise.sweep.plan import Checked
 
-    from rankwise.settings import RunConfig, load
-    from rankwise.sweep import plan
-    from rankwise.sweep.progress import counted
-
-    config = load(source, settings or [], plan.schema())
-    if isinstance(config, RunConfig):
-        config = plan.alone(config)
-        runs = [config]
-    else:
-        plan.check_tables(config)
-        runs = plan.expand(config)
-    plan.check_models(runs, shipped=True)
-    content = config.model_dump(mode="json")
-    if as_json:
-        _print_json(content)
-        return
-    _print(yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
-    if isinstance(config, RunConfig):
-        count = "one run"
-    else:
-        tuned = ", behind those that choose their learning rates" if config.tune else ""
-        count = f"an experiment of {counted(len(runs))}{tuned}"
-    _print(f"{source} is valid: {count}", file=sys.stderr)
+    checked = Checked.of(source, settings or [])
+    _print(_json(checked.config.model_dump(mode="json")) if as_json else as_text(checked.config, everything))
+    if not as_json:
+        _print(f"{source} is valid: {checked}", file=sys.stderr)
 
 
 @app.command()
@@ -466,16 +453,9 @@ def _print_listing(listing: Listing, as_json: bool) -> None:
     _print(_json(listing.content) if as_json else listing.text)
 
 
-def _print_settings(config: RunConfig, folder: Path, as_json: bool) -> None:
-    import yaml
-
-    content = config.model_dump(mode="json")
-    _print(_json(content) if as_json else yaml.safe_dump(content, sort_keys=False, allow_unicode=True).rstrip())
-    _print(f"dry run: would be carried out in {folder}", file=sys.stderr)
-
-
-def _print_plan(plan: Plan, as_json: bool) -> None:
+def _print_plan(plan: Plan, as_json: bool, everything: bool) -> None:
     from rankwise.results.formats import plain
+    from rankwise.sweep.changed import as_text
     from rankwise.sweep.plan import made_by_others
     from rankwise.sweep.progress import counted
 
@@ -486,6 +466,8 @@ def _print_plan(plan: Plan, as_json: bool) -> None:
     else:
         header, rows = plan.table()
         _print(plain(header, rows))
+        if everything:
+            _print(f"\n{as_text(plan.experiment, everything)}")
         left = sum(row[-1] != "done" for row in rows)
         _print(f"{counted(len(plan.runs))} in {plan.store.folder}, {left} to carry out", file=sys.stderr)
     for line in plan.following():

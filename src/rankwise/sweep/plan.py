@@ -20,9 +20,10 @@ from rankwise.runs.maker import Maker, said
 from rankwise.runs.run_file import maker_of
 from rankwise.runs.store import Store
 from rankwise.settings import Experiment, RunConfig, Schema, Span, load
+from rankwise.sweep.changed import differing, dotted
 from rankwise.sweep.compare import Outcome, carry_out
 from rankwise.sweep.progress import counted
-from rankwise.sweep.runners import Runner
+from rankwise.sweep.runners import Runner, typed
 from rankwise.sweep.tune import Search, reported, searches, tune_and_carry_out
 from rankwise.tasks.base import subset
 from rankwise.train import budget, model
@@ -30,7 +31,6 @@ from rankwise.train.run import code_for, run
 
 Source = str | Path | Mapping[str, Any]
 """A YAML file, or its content as a mapping."""
-HEADER = ("run", "method", "learning rate", "seed", "state")
 
 
 def schema() -> Schema:
@@ -172,6 +172,33 @@ def made_by_others(store: Store, others: Mapping[Path, list[str]]) -> str:
     counts = [f"{count} {what}" for count, what in ((done, "finished"), (len(others) - done, "begun")) if count]
     runs = "run was" if len(others) == 1 else "runs were"
     return f"{' and '.join(counts)} {runs} made with {said(each for found in others.values() for each in found)}"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Settings in which nothing is wrong, and the runs that they mean."""
+
+    config: RunConfig | Experiment
+    runs: Sequence[RunConfig]
+
+    @classmethod
+    def of(cls, source: Source, settings: Sequence[str]) -> "Checked":
+        """Raises InputError for all that a run would refuse before it reads weights."""
+        config = load(source, settings, schema())
+        if isinstance(config, RunConfig):
+            config = alone(config)
+            runs = [config]
+        else:
+            check_tables(config)
+            runs = expand(config)
+        check_models(runs, shipped=True)
+        return cls(config, runs)
+
+    def __str__(self) -> str:
+        if isinstance(self.config, RunConfig):
+            return "one run"
+        tuned = ", after those that choose their learning rates" if self.config.tune else ""
+        return f"an experiment of {counted(len(self.runs))}{tuned}"
 
 
 @dataclass(frozen=True)
@@ -322,20 +349,20 @@ class Plan:
         ]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """A head and a row for each run."""
-        header = list(HEADER)
+        """A head and a row for each run, with a column for each setting that differs and, last, how the run stands."""
+        settings = [dotted(config) for config in self.runs.values()]
+        more = [key for key in differing(settings) if key not in ("method", "seed")]
+        chosen = any(config.tuning is not None for config in self.runs.values())
         rows = [
             [
                 folder.name,
                 config.method["name"],
                 f"{config.learning_rate:g}",
                 str(config.seed),
+                *(typed(own[key]) if key in own else "" for key in more),
+                *(["reporting" if config.tuning is None else "choosing"] if chosen else []),
                 self.store.state(folder),
             ]
-            for folder, config in self.runs.items()
+            for (folder, config), own in zip(self.runs.items(), settings, strict=True)
         ]
-        if any(config.tuning is not None for config in self.runs.values()):
-            header.insert(4, "for")
-            for row, config in zip(rows, self.runs.values(), strict=True):
-                row.insert(4, "reporting" if config.tuning is None else "choosing")
-        return header, rows
+        return ["run", "method", "learning rate", "seed", *more, *(["for"] if chosen else []), "state"], rows

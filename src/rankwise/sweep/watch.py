@@ -16,7 +16,7 @@ from rankwise.results.formats import duration, plain
 from rankwise.runs import run_file
 from rankwise.runs.standing import Standing, State
 from rankwise.runs.store import Store
-from rankwise.settings import RunConfig
+from rankwise.sweep.changed import differing, dotted
 from rankwise.sweep.progress import counted
 from rankwise.sweep.runners import typed
 
@@ -44,11 +44,7 @@ class Look:
     @property
     def differing(self) -> list[str]:
         """The settings, but for the learning rate, that are not the same in all runs that have them."""
-        values: dict[str, set[str]] = {}
-        for settings in self.settings.values():
-            for key, value in settings.items():
-                values.setdefault(key, set()).add(repr(value))
-        return [key for key, found in values.items() if len(found) > 1]
+        return differing(self.settings.values())
 
     @property
     def over(self) -> bool:
@@ -108,7 +104,7 @@ class Look:
 
     def rows(self) -> list[list[str]]:
         """A row for each run."""
-        differing = self.differing
+        columns = self.differing
         return [
             [
                 each.folder.name,
@@ -116,7 +112,7 @@ class Look:
                 each.state,
                 f"{each.step}/{each.steps}" if each.steps else "",
                 duration(self.left[each.folder]) if each.folder in self.left else "",
-                *(typed(settings[key]) if key in settings else "" for key in differing),
+                *(typed(settings[key]) if key in settings else "" for key in columns),
                 each.error or ("" if _awaited(each) or each.state == "done" else LEFT),
             ]
             for each in sorted(self.standings, key=lambda each: STATES.index(each.state))
@@ -154,7 +150,7 @@ class Watch:
             if each.state not in OVER and _awaited(each) and pace is not None and steps is not None:
                 left[each.folder] = max(0.0, pace * (steps - each.step))
         kept = {each.folder: run_file.read(each.folder) for each in standings}
-        return Look(standings, left, {folder: _dotted(found.config) for folder, found in kept.items() if found})
+        return Look(standings, left, {folder: dotted(found.config) for folder, found in kept.items() if found})
 
     def _pace_of(self, standing: Standing) -> float | None:
         """Seconds per step: as seen here since the run was first seen at work, else as the run itself has noted."""
@@ -166,20 +162,6 @@ class Watch:
         elif standing.step > step and now > since:
             self._pace[folder] = (now - since) / (standing.step - step)
         return self._pace.get(folder, standing.pace)
-
-
-def _dotted(config: RunConfig) -> dict[str, Any]:
-    """What was asked for, but the learning rate and what `tune:` and `chain:` set: `{"seed": 0, "method.rank": 4}`."""
-    own = {"runs", "learning_rate", "tuning", "tuned", "after", "followed"}
-    found: dict[str, Any] = {}
-    left = list(config.model_dump(mode="json", exclude=own).items())
-    while left:
-        key, value = left.pop(0)
-        if isinstance(value, dict):
-            left[:0] = [(key if below == "name" else f"{key}.{below}", each) for below, each in value.items()]
-        else:
-            found[key] = value
-    return found
 
 
 def watch(store: Store, console: Console) -> None:
