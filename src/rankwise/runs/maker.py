@@ -1,11 +1,11 @@
 """What made a run: the version, the revision of the data, and the code that decides its result.
 
-Of the code counts what can be reached from the function that carries out a run and from the run's method and task:
-functions, classes and constants of ours, each by the text of its syntax tree. Comments, docstrings, the words of errors
-and the file that a definition stands in do not count. So to move or reword code is to change
-nothing, and to change a method touches its own runs alone. What only keeps, shows or asks (ASIDE) is left out.
+The code that counts is what can be reached from the function that carries out a run and from the run's method and task:
+functions, classes and constants of rankwise or of a plugin, each by the text of its syntax tree. Comments, docstrings,
+the text of errors and the file of a definition do not count. So moving or rewording code changes nothing, and a change
+to a method affects only its own runs. Code that only stores, shows or asks is left out (ASIDE).
 
-Files are read, and nothing is imported.
+Files are read; nothing is imported.
 """
 
 import ast
@@ -28,7 +28,7 @@ ASIDE = {
     "settings",
     "sweep",
 }
-"""Rooms that decide no result."""
+"""Rooms that do not decide a result."""
 
 Code = dict[str, dict[str, str]]
 """File, as shown to people -> public function or class in it -> digest of it and of its details.
@@ -41,7 +41,7 @@ _Place = tuple[str, str]
 
 
 def code_of(*roots: Callable[..., Any]) -> Code:
-    """The code that functions and classes need, they themselves and bases included, of what is ours or a plugin's."""
+    """The code that functions and classes need, including themselves and their bases: rankwise's or a plugin's."""
     places = []
     for root in roots:
         own = root.__module__.partition(".")[0]
@@ -52,9 +52,9 @@ def code_of(*roots: Callable[..., Any]) -> Code:
 
 
 FILE = "maker.json"
-"""Beside `run.yaml`: what stands there as `made_with`, and the code a definition at a time."""
+"""Next to `run.yaml`: its `made_with`, and a digest of each definition of the code."""
 _noted: dict[str, Code] = {}
-"""By their digest the codes that folders have noted, and this one."""
+"""The codes that folders record, and the one of this process, by digest."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Maker:
     data: str
     """Revision of the task's data."""
     code: str = ""
-    """Digest of the code; empty where it was not noted."""
+    """Digest of the code; empty if it was not recorded."""
     before: str = ""
-    """Of a run in a chain, the `name` of what made the run that it begins with."""
+    """For a run in a chain, the `name` of the maker of the run it begins with."""
     folder: Path | None = field(default=None, compare=False)
-    """Where the code is noted definition by definition."""
+    """The run folder whose `maker.json` has the digest of each definition."""
 
     @classmethod
     def now(cls, revision: str, code: Code, before: str = "") -> "Maker":
@@ -81,18 +81,18 @@ class Maker:
 
     @classmethod
     def of(cls, made_with: Mapping[str, Any], folder: Path) -> "Maker":
-        """What stands in a `run.yaml` as `made_with`. Raises KeyError for what does not say it."""
+        """From `made_with` of a `run.yaml`. Raises KeyError if it lacks a part."""
         code, before = (str(made_with.get(key, "")) for key in ("code", "before"))
         return cls(str(made_with["rankwise"]), str(made_with["data"]), code, before, folder)
 
     def made_with(self) -> dict[str, str]:
-        """As it is noted in a `run.yaml`."""
+        """As a `run.yaml` records it."""
         noted = {"rankwise": self.version, "data": self.data, "code": self.code, "before": self.before}
         return {key: value for key, value in noted.items() if value}
 
     @property
     def name(self) -> str:
-        """12 hex digits for all of it."""
+        """12 hex digits that stand for all of it."""
         return _short(sorted(self.made_with().items()))
 
     def text(self) -> str:
@@ -100,7 +100,7 @@ class Maker:
         return json.dumps({"made_with": self.made_with(), "code": self.parts()}, indent=1) + "\n"
 
     def parts(self) -> Code:
-        """The code a definition at a time; {} where nobody knows it any more."""
+        """The digest of each definition of the code; {} if it is not known any more."""
         if self.code not in _noted and self.folder is not None:
             with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                 found = read_json(self.folder / FILE)["code"]
@@ -109,14 +109,17 @@ class Maker:
         return _noted.get(self.code, {})
 
     def differs(self, other: "Maker") -> list[str]:
-        """What is not as in another maker of the same run, for `said`: files of the code and more; [] for nothing."""
+        """What differs from another maker of the same run, for `in_words`; [] if nothing does."""
         found = self._code(other, shared=False)
         return found + [
             what for what in (DATA, VERSION, BEFORE) if getattr(self, _SLOTS[what]) != getattr(other, _SLOTS[what])
         ]
 
     def apart(self, other: "Maker", same_data: bool) -> list[str]:
-        """Why two runs cannot be compared: what differs of the code they share, of version and, if the same, data."""
+        """Why runs of two makers cannot be compared: what differs in the code both use, the version or the data.
+
+        The data counts only if it should be the same.
+        """
         found = self._code(other, shared=True)
         if same_data and self.data != other.data:
             found.append(DATA)
@@ -133,8 +136,8 @@ CODE, DATA, VERSION, BEFORE = "other code", "other data", "another version of ra
 _SLOTS = {DATA: "data", VERSION: "version", BEFORE: "before"}
 
 
-def said(differences: Iterable[str]) -> str:
-    """What differs, in words: `other code and other data: methods/lora.py differs`."""
+def in_words(differences: Iterable[str]) -> str:
+    """The differences in words: `other code and other data: methods/lora.py differs`."""
     found = list(dict.fromkeys(differences))
     files = [each for each in found if each != CODE and each not in _SLOTS]
     words = [*([CODE] if files or CODE in found else []), *(each for each in found if each in _SLOTS)]

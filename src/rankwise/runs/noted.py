@@ -1,4 +1,4 @@
-"""The experiment whose runs lie in a folder, noted beside them."""
+"""The experiment of a folder of runs, recorded next to them."""
 
 import json
 from collections.abc import Sequence
@@ -11,19 +11,19 @@ from rankwise.runs import record
 from rankwise.settings import Experiment, as_yaml
 
 PLAN = "plan.json"
-"""Beside the runs of an experiment: the names of their folders, tuning's among them as they come up."""
+"""The names of the folders that the experiment asks for; tuning adds its trials as they come up."""
 
 
 class Noted:
-    """A folder of runs with its `experiment.yaml`, and with `PLAN`."""
+    """A folder of runs with its `experiment.yaml` and `PLAN`."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def note(self, experiment: Experiment) -> None:
-        """Write the experiment beside its runs, for the report and for whoever looks later.
+        """Write the experiment next to its runs, for the report and for later readers.
 
-        Raises InputError where nothing can be written.
+        Raises InputError if nothing can be written.
         """
         content = experiment.model_dump(
             mode="json", include={"vary", "chain", "tune", "report", "published"}, exclude_defaults=True
@@ -37,13 +37,13 @@ class Noted:
         self._write_plan(set())
 
     def plan(self, folders: Sequence[Path]) -> None:
-        """Add `folders` to the runs that the experiment asks for, where one is noted. Raises as `note` does."""
+        """Add `folders` to the runs that the recorded experiment asks for, if there is one. Raises as `note` does."""
         names = self.planned()
         if names is not None:
             self._write_plan(names | {folder.name for folder in folders})
 
     def planned(self) -> set[str] | None:
-        """The names of the folders that the present experiment asks for; None where that is not noted."""
+        """The names of the folders that the experiment asks for; None if that is not recorded."""
         try:
             return set(map(str, read_json(self.folder / PLAN)))
         except (OSError, ValueError, TypeError):
@@ -56,9 +56,9 @@ class Noted:
             raise unwritable(self.folder, error) from None
 
     def experiment(self) -> dict[str, Any]:
-        """What `note` wrote (name, vary, tune, report, and the settings all runs share); {} where it is not there.
+        """What `note` wrote (name, vary, tune, report, and the settings all runs share); {} if there is none.
 
-        Raises InputError where it is damaged.
+        Raises InputError if it is damaged.
         """
         file = self.folder / "experiment.yaml"
         try:

@@ -1,4 +1,4 @@
-"""What a run has written of itself, checked before anybody counts on it: anything may have happened to its files."""
+"""The files that a run writes about itself, checked before anyone relies on them."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from rankwise.files import MOST_LINES, read_json, read_text, remembered
 from rankwise.settings import Published, read_yaml
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
-"""Not above what a float holds exactly: counts are drawn together, and drawn."""
+"""At most what a float holds exactly: counts are averaged and plotted."""
 Amount = Annotated[float, Field(ge=0, le=1e18)]
 
 
 class _Part(BaseModel):
-    """A part of a file; what else stands in it is nobody's concern."""
+    """A part of a file; other keys in it are ignored."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 

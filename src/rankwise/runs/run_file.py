@@ -1,7 +1,7 @@
-"""The `run.yaml` of a run, which says which run it is, what made it and its settings. Read and written here alone.
+"""The `run.yaml` of a run: its id, what made it, and its settings. Read and written only here.
 
-Its last line is a digest of all lines above, so a file that was cut off or changed is known without asking what its
-settings mean. What the others say is believed; the id is not worked out again.
+Its last line is a digest of all lines above, so a file that was cut off or changed is noticed without interpreting its
+settings. The id is read, not computed again: that would need the defaults, and so torch.
 """
 
 import hashlib
@@ -31,18 +31,18 @@ class RunFile:
     id: str
     config: RunConfig
     made: Maker | None
-    """None for a file that was written by hand."""
+    """None for a file written by hand."""
     kind: Kind
     format: int = FORMAT
-    """Of its id; 0 where that is a hash of all settings, or the file was written by hand."""
+    """Of its id; 0 if that is a hash of all settings, or if the file was written by hand."""
     begun_with: Mapping[str, str] | None = None
-    """What another maker has noted, who began the run that `made` goes on with."""
+    """The maker that started the run, if `made` resumed it with --reuse."""
     digest: str = ""
-    """At format 0, of the settings as they stand there, by which the next stage of its chain calls it."""
+    """At format 0, of all settings: the name by which the next stage of its chain knows it."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a run that begins with this one may call it."""
+        """The names that a run that begins with this one may use for it."""
         if self.made is None:
             return (self.config.id,)
         return (self.id, self.digest) if self.digest else (self.id,)
@@ -61,12 +61,12 @@ class RunFile:
 
 
 def signed(text: str) -> str:
-    """The lines of a `run.yaml` with their digest below."""
+    """`text` with its digest as the last line."""
     return f"{text}{_DIGEST}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def read(folder: Path) -> RunFile | None:
-    """What the `run.yaml` of a run holds; None where it is missing, or not what was written."""
+    """What the `run.yaml` of a run holds; None if it is missing or damaged."""
     try:
         return load(folder)
     except InputError:
@@ -74,7 +74,7 @@ def read(folder: Path) -> RunFile | None:
 
 
 def load(folder: Path) -> RunFile:
-    """The same. Raises InputError, one line, where it is missing, or not what was written."""
+    """What the `run.yaml` of a run holds. Raises InputError, one line, if it is missing or damaged."""
     try:
         return remembered(_load, folder / NAME)
     except FileNotFoundError:
@@ -105,7 +105,7 @@ def _load(file: Path) -> RunFile:
             found = _older(content["id"], settings, made)
     except (KeyError, TypeError, AttributeError, ValidationError):
         whole = False
-    if not whole:  # it would go on as another run than the one that is named
+    if not whole:  # else it would resume as a run with other settings than its id stands for
         raise InputError(f"{file.parent}: {DAMAGED}")
     return found
 
@@ -120,8 +120,8 @@ def _by_hand(file: Path, name: Any, settings: Mapping[str, Any]) -> RunFile:
 
 
 def _older(name: Any, settings: Mapping[str, Any], made: Maker) -> RunFile:
-    """Of a file from before there was a digest in it."""
-    # only runs whose rate was tuned were never looked at on the way
+    """A file from before it held a digest."""
+    # at that time only runs with a tuned rate were evaluated just once, at the end
     config = RunConfig.model_validate({"tuned": settings.get("eval_every") == 0, **settings})
     return RunFile(str(name), config, made, config.kind, format=0, digest=_digest(settings))
 
@@ -137,7 +137,7 @@ def _digest(settings: Any) -> str:
 
 
 def at_home(folder: Path) -> bool:
-    """Whether a folder is called by the id in its `run.yaml`, and that is of this format. Nothing is parsed."""
+    """Whether a folder is named after the id in its `run.yaml`, of this format. Reads the first lines only."""
     start = f"id: {folder.name.rpartition('-')[2]}\nformat: {FORMAT}\n".encode()
     with suppress(OSError, InputError), opened(folder / NAME) as file:
         return file.read(len(start)) == start
@@ -154,7 +154,7 @@ def maker_of(file: Path) -> Maker | None:
 
 
 def unreadable(folder: Path) -> str:
-    """Why nobody can say what a run is; "" where its settings can be read."""
+    """Why a `run.yaml` cannot be read; "" if it can."""
     try:
         read_bytes(folder / NAME)
     except FileNotFoundError:
@@ -165,7 +165,7 @@ def unreadable(folder: Path) -> str:
 
 
 def apart(one: RunFile, other: RunFile) -> list[str]:
-    """Why two runs are not compared with each other, for `said`; [] where they may be."""
+    """Why two runs are not compared with each other, for `in_words`; [] where they may be."""
     if one.made is None or other.made is None:
         return [] if one.made is other.made else [CODE]
     for first, later in ((one, other), (other, one)):

@@ -1,4 +1,4 @@
-"""How a run stands: its state, how far it has come, and what went wrong with it."""
+"""How a run stands: its state, its progress, and what went wrong."""
 
 import fcntl
 import math
@@ -23,17 +23,17 @@ class Standing:
     tries: bool
     """Whether it only tries this rate."""
     planned: bool
-    """Whether the experiment in the folder asks for it; True where none is noted."""
+    """Whether the folder's experiment asks for it; True if the folder records no experiment."""
     state: State
-    """`damaged`, where no process is at work, for a `run.yaml` or `result.json` that is not what was written."""
+    """`damaged` if no process is running and `run.yaml` or `result.json` is not what was written."""
     step: int
     """Optimizer steps done."""
     steps: int | None
-    """Steps of the whole run, where it has come far enough to know."""
+    """Steps of the whole run; None before it knows."""
     pace: float | None
     """Seconds per step, as the run measured them up to its end or its newest checkpoint; None before that."""
     error: str
-    """First line of its error, when it failed, or what is damaged; of a run that is done, too."""
+    """First line of its error, if it failed; or what is damaged, also in a finished run."""
 
 
 def pace(folder: Path, result: Mapping[str, Any] | None, steps: int | None) -> float | None:
@@ -44,12 +44,12 @@ def pace(folder: Path, result: Mapping[str, Any] | None, steps: int | None) -> f
         newest = next(each / MARKER for each in checkpoints(folder) if (each / MARKER).is_file())
         pace = float(read_json(newest)["carried"]["seconds"]) / int(newest.parent.name.rpartition("-")[2])
         return pace if 0 <= pace < math.inf else None
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, StopIteration):  # there is none any more
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, StopIteration):  # it was deleted in the meantime
         return None
 
 
 def held(path: Path) -> bool:
-    """Whether a live process holds the lock; the file itself stays behind when one is gone."""
+    """Whether a live process holds the lock; the file itself stays when the process is gone."""
     try:
         with opened(path) as file:
             # Shared, for the moment of the look: two that look at once do not take each other for the run.
@@ -58,4 +58,4 @@ def held(path: Path) -> bool:
     except BlockingIOError:
         return True
     except (OSError, InputError):
-        return False  # no such file: nobody has begun
+        return False  # no such file: the run has not started

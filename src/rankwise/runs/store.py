@@ -1,4 +1,4 @@
-"""A folder of runs. What lies in it is all there is to know about them: no database, no server."""
+"""A folder of runs. Its files are all there is to know about them: no database, no server."""
 
 import fcntl
 import json
@@ -25,7 +25,7 @@ from rankwise.files import (
 )
 from rankwise.runs import record, run_file
 from rankwise.runs.maker import FILE as MAKER
-from rankwise.runs.maker import Maker, said
+from rankwise.runs.maker import Maker, in_words
 from rankwise.runs.noted import Noted
 from rankwise.runs.record import Failure
 from rankwise.runs.run_file import RunFile, apart
@@ -35,12 +35,12 @@ from rankwise.settings import FORMAT, RunConfig
 MEMORY = "memory.json"
 """In a run folder: how many rows go through the model at once, once memory has run out."""
 ERROR = ("error.txt", "error.json")
-"""In the folder of a run that has failed: why, for people and for programs; the first makes it count as failed."""
+"""In the folder of a failed run: why, for people and for programs. A run with the first of them counts as failed."""
 LEFT = {
     *("run.yaml", "run.lock", "env.json", "metrics.jsonl", "ranks.jsonl", "predictions.parquet"),
     *("result.json", *ERROR, "log.txt"),
 }
-"""Names of files by which a folder without `run.yaml` is known to have been a run's."""
+"""Files that show that a folder without `run.yaml` belonged to a run."""
 
 
 class _Finished(NamedTuple):
@@ -49,18 +49,18 @@ class _Finished(NamedTuple):
     result: dict[str, Any]
     kept: RunFile
     apart: list[str]
-    """Why it is not compared with the newest ones, for `said`; [] where it is."""
+    """Why it is not compared with the newest runs, for `in_words`; [] if it is."""
 
 
 BEGUN = (
     *("metrics.jsonl", "ranks.jsonl", *ERROR),
     *("predictions.parquet", "answers.json", "weights.pt"),
 )
-"""Files of a run, beside checkpoints and result, that are in the way of its beginning anew."""
+"""Files, apart from checkpoints and the result, to delete before a run starts again from its beginning."""
 
 
 class Store(Noted):
-    """The runs below one folder, each in a folder of its own that is called `<task>-<method>-<seed>-<id>`."""
+    """The runs in one folder, each in a folder of its own, `<task>-<method>-<seed>-<id>`."""
 
     @property
     def name(self) -> str:
@@ -68,13 +68,13 @@ class Store(Noted):
         return self.folder.resolve().name
 
     def place(self, config: RunConfig) -> Path:
-        """Where this run is or would be."""
+        """The folder of this run, whether or not it exists yet."""
         folder = self.folder / f"{config.task['name']}-{config.method['name']}-{config.seed}-{config.id}"
         return folder if os.path.lexists(folder) else self._elsewhere.get(config.id, folder)
 
     @cached_property
     def _elsewhere(self) -> dict[str, Path]:
-        """By the ids that they would have now, the runs in folders of other names, as of ids of an older format."""
+        """Runs whose folder is not named after their id of today, such as those with an older id, by that id."""
         places = [file.parent for file in self.folder.glob(f"*/{run_file.NAME}") if not run_file.at_home(file.parent)]
         # of several the newest
         found = {
@@ -94,21 +94,21 @@ class Store(Noted):
         return {now(kept): folder for folder, kept in found.items()}
 
     def create(self, config: RunConfig, made: Maker | str) -> Path:
-        """The folder of this run, made with its `run.yaml` where it was not there yet.
+        """The folder of this run, created with its `run.yaml` if there is none yet.
 
-        `made` is what would carry it out now (the revision of its data alone, where the code is not to be noted). It
-        is noted, also in a folder of a run that nobody has begun; what was begun has been made already.
-        Raises InputError where nothing can be written.
+        `made` is what would train it now, or only the revision of its data, if the code is not to be recorded. It is
+        also recorded for a run that exists but has not started; a run that has started keeps the maker it has.
+        Raises InputError if nothing can be written.
         """
         made = Maker(rankwise.__version__, made) if isinstance(made, str) else made
         folder = self.place(config)
         kept, noted = run_file.read(folder), self.maker(folder)
         if kept and (noted == made or self.begun(folder)):
-            if kept.made and config.tuned and not kept.config.tuned:  # it was carried out before rates were tried
+            if kept.made and config.tuned and not kept.config.tuned:  # it was trained before rates were tried
                 self._write(folder, replace(kept, config=config), kept.made)
             return folder
         if not kept and self.begun(folder):
-            made = noted or Maker("unknown", "unknown")  # its run.yaml is mended; that it was made here nobody knows
+            made = noted or Maker("unknown", "unknown")  # its run.yaml is repaired; what made the run is not known
         self._write(folder, RunFile(config.id, config, made, config.kind), made)
         return folder
 
@@ -121,7 +121,7 @@ class Store(Noted):
             raise unwritable(self.folder, error) from None
 
     def maker(self, folder: Path) -> Maker | None:
-        """What made a run, or is noted as what will; None where nothing is noted."""
+        """What made a run, or is recorded as what will; None if nothing is recorded."""
         found = run_file.read(folder)
         if found is not None:
             return found.made
@@ -131,15 +131,15 @@ class Store(Noted):
             return None
 
     def begun(self, folder: Path) -> bool:
-        """Whether a run is done, at work, or has a checkpoint to go on from."""
+        """Whether a run is done, running, or has a checkpoint to resume from."""
         if _checkpoints(folder):
             return True
-        if run_file.read(folder) is None:  # nobody can say whose result it is
+        if run_file.read(folder) is None:  # whose result this is cannot be known
             return os.path.lexists(folder / "result.json")
         return self.state(folder) in ("running", "done")
 
     def others(self, wanted: Mapping[Path, Maker]) -> dict[Path, list[str]]:
-        """Of the runs that are begun or done those that others have made than are `wanted`, and what differs."""
+        """The started or finished runs that another maker made than the `wanted` one, and what differs."""
         found = {}
         for folder, made in wanted.items():
             noted = self.maker(folder) if self.begun(folder) else None
@@ -148,12 +148,12 @@ class Store(Noted):
         return found
 
     def named(self, run: str) -> str:
-        """The `name` of what made a run that another one begins with; "" where there is none or nothing is noted."""
+        """The `name` of the maker of a run that another one begins with; "" if the run or its maker is not known."""
         made = next((kept.made for _, kept in self._called(run)), None)
         return made.name if made else ""
 
     def _called(self, run: str) -> Iterator[tuple[Path, RunFile]]:
-        """The runs that may be meant where a stage of a chain says what it begins with."""
+        """The runs that a stage of a chain may mean when it names the run it begins with."""
         for folder in self.folders():
             if (kept := run_file.read(folder)) and run in kept.names:
                 yield folder, kept
@@ -161,7 +161,10 @@ class Store(Noted):
             yield elsewhere, kept
 
     def claim(self, folder: Path, made: Maker) -> None:
-        """Note what is about to train a run, unless it was made by hand. InputError for one that others have begun."""
+        """Record what is about to train a run, unless its file was written by hand.
+
+        Raises InputError for a run that another maker has started.
+        """
         found = run_file.read(folder)
         if found is None or found.made is None:
             return
@@ -172,19 +175,19 @@ class Store(Noted):
             return
         if _checkpoints(folder):
             raise InputError(
-                f"{folder.name} was begun with {said(made.differs(found.made))}; `rankwise train {folder}` goes on all "
-                "the same with --reuse, and begins anew with --repeat"
+                f"{folder.name} was begun with {in_words(made.differs(found.made))}; `rankwise train {folder}` resumes "
+                "it all the same with --reuse, and starts again with --repeat"
             )
         self._write(folder, replace(found, begun_with=None), made)
 
     def take_over(self, folder: Path, made: Maker) -> None:
-        """Let `made` go on with what another maker has begun; that is noted. Raises InputError as `create`."""
+        """Let `made` resume what another maker started, and record that. Raises InputError as `create` does."""
         found = run_file.read(folder)
         if found is not None and found.made is not None:
             self._write(folder, replace(found, begun_with=found.made.made_with()), made)
 
     def clear(self, folder: Path) -> None:
-        """Let a run be carried out from its beginning: what it has found is lost. InputError where it is at work."""
+        """Delete what a run has produced, so that it starts from its beginning. InputError while it is running."""
         if self.state(folder) == "running":
             raise InputError(f"{folder}: another process is at work on this run; wait for it or end it")
         try:
@@ -196,16 +199,16 @@ class Store(Noted):
             raise unwritable(folder, error) from None
 
     def failure(self, folder: Path) -> Failure:
-        """Why a run has failed; nothing for one that has not."""
+        """Why a run failed; an empty `Failure` for a run that did not."""
         return record.failure(folder) if self.state(folder) == "failed" else Failure()
 
     def tries(self, folder: Path) -> bool:
-        """Whether a run only tries a learning rate, and is in no table."""
+        """Whether a run only tries a learning rate, and appears in no table."""
         found = run_file.read(folder)
         return found is not None and found.kind == "trial"
 
     def note_error(self, folder: Path, text: str, diverged: bool = False, refused: bool = False) -> None:
-        """Write why a run failed, or at least that it did: a full disk often has room for an empty file.
+        """Record why a run failed, or at least that it did: a full disk often has room for an empty file.
 
         `diverged` and `refused`: see `Failure`.
         """
@@ -218,7 +221,7 @@ class Store(Noted):
                 (folder / "error.txt").touch()
 
     def forget_error(self, folder: Path) -> None:
-        """Let a failed run be begun again. Raises InputError where nothing can be written."""
+        """Let a failed run start again. Raises InputError if nothing can be written."""
         try:
             for name in ERROR:
                 (folder / name).unlink(missing_ok=True)
@@ -226,10 +229,10 @@ class Store(Noted):
             raise unwritable(folder, error) from None
 
     def tidy(self, folders: Sequence[Path] = ()) -> None:
-        """Do once more what comes after a run's result, and is left undone where that moment was its last.
+        """Clean up after runs that were killed just after their result, or while they wrote a file.
 
-        Of a finished run checkpoints go, and what served going on; and everywhere what killed processes were writing.
-        What a live process is at work on stays as it is, and so does what cannot be written to.
+        A finished run loses its checkpoints and what it resumes by; half-written files are deleted everywhere. What a
+        live process works on stays, and so does what cannot be written to.
         """
         for folder in folders:
             if (checkpoints(folder) or os.path.isfile(folder / MEMORY)) and self.result(folder) is not None:  # noqa: PTH113
@@ -240,10 +243,10 @@ class Store(Noted):
         tidy(self.folder)
 
     def folders(self) -> list[Path]:
-        """The folders that hold a run, or have held one, or cannot be looked into, by name.
+        """The folders that hold or held a run, and those that cannot be read, sorted by name.
 
-        Raises InputError where the folder of runs is not there, or is the one above such folders, or below, or cannot
-        be read.
+        Raises InputError if there is no such folder of runs, if it cannot be read, or if the runs are one level higher
+        or lower.
         """
         try:
             inside = sorted(path for path in self.folder.iterdir() if not path.name.startswith("."))
@@ -262,17 +265,17 @@ class Store(Noted):
         return found
 
     def config(self, folder: Path) -> RunConfig:
-        """The settings of a run. Raises InputError where its `run.yaml` is missing, or not what was written."""
+        """The settings of a run. Raises InputError if its `run.yaml` is missing or damaged."""
         found = run_file.read(folder)
         if found is None:
             raise InputError(f"{folder}: {run_file.unreadable(folder) or run_file.DAMAGED}")
         return found.config
 
     def before(self, folder: Path) -> Path | None:
-        """The folder of the run whose trained weights this run begins with; None for a run that begins afresh.
+        """The folder of the run whose trained weights this run begins with; None if it begins with none.
 
-        Raises InputError where there should be one, of this version of rankwise, of the same code and, if it has the
-        same task, of the same data, and is none.
+        Raises InputError if that run is not there, or was made by another version or other code of rankwise or, for the
+        same task, with other data.
         """
         own = run_file.read(folder)
         if own is None or own.config.after is None:
@@ -280,7 +283,7 @@ class Store(Noted):
         return self._before(folder, own)[0]
 
     def check_before(self, config: RunConfig, made: Maker) -> None:
-        """Raise InputError where a run that is yet to be created says that it begins with one that is not here."""
+        """Raise InputError if a run yet to be created begins with a run that is not there; see `before`."""
         if config.after is not None:
             self._before(self.place(config), RunFile(config.id, config, made, config.kind))
 
@@ -291,8 +294,8 @@ class Store(Noted):
                 return other, kept
         if why:
             raise InputError(
-                f"{folder}: the run that it begins with was made with {said(why)}; carry out the whole chain again, "
-                "with --repeat"
+                f"{folder}: the run that it begins with was made with {in_words(why)}; carry out the whole chain "
+                "again, with --repeat"
             )
         raise InputError(f"{folder}: the run that it begins with is not in {self.folder}; run the whole chain there")
 
@@ -331,7 +334,7 @@ class Store(Noted):
         )
 
     def result(self, folder: Path) -> dict[str, Any] | None:
-        """The result of a finished run; None where it is not there, half written, or of some other run."""
+        """The result of a finished run; None if it is missing, damaged, or of another run."""
         try:
             result = record.result(folder)
         except (OSError, InputError):
@@ -348,8 +351,8 @@ class Store(Noted):
         """The results of finished runs (of those in `folders`), each with its `folder`, `kind`, `config` and `lineage`,
         and whether its rate was `tuned`.
 
-        They may be compared with each other, for what they share of their makers is alike; the newest such runs count.
-        The lineage of a run in a chain is the settings, without the seed, of the runs it goes back to, the first first.
+        Only runs that may be compared: the newest ones, and those whose makers agree with theirs in what they share.
+        The lineage of a run in a chain is the settings, without the seed, of the runs before it, the first one first.
         """
         return [
             {
@@ -365,12 +368,12 @@ class Store(Noted):
         ]
 
     def left_out(self, folders: Sequence[Path] | None = None) -> str:
-        """What of the finished runs is not in `results`, and why, in a sentence; "" for nothing."""
+        """How many finished runs are not in `results` and why, in a sentence; "" if all are."""
         found = [each.apart for each in self._finished(folders).values() if each.apart]
         if not found:
             return ""
         count = "1 finished run is" if len(found) == 1 else f"{len(found)} finished runs are"
-        why = said(each for apart in found for each in apart)
+        why = in_words(each for apart in found for each in apart)
         return f"{count} left out, for others that are newer were made with {why}."
 
     def _finished(self, folders: Sequence[Path] | None) -> "dict[Path, _Finished]":
@@ -405,7 +408,7 @@ class Store(Noted):
 
 
 def clear(folder: Path) -> None:
-    """Delete what a run has written to go on by. Whoever calls it holds its lock, and its result is written."""
+    """Delete what a run resumes by. The caller holds its lock, and its result is written."""
     for checkpoint in checkpoints(folder):
         remove_checkpoint(checkpoint)
     (folder / MEMORY).unlink(missing_ok=True)
@@ -415,11 +418,11 @@ def _of_run(folder: Path) -> bool:
     try:
         return folder.is_dir() and not LEFT.isdisjoint(entry.name for entry in folder.iterdir())
     except OSError:
-        return True  # nobody can tell, so it is not left out
+        return True  # it may hold a run
 
 
 def _age(folder: Path) -> int:
-    """A number that is the smaller the later a run was finished."""
+    """A number that is smaller the later a run finished."""
     try:
         return -(folder / "result.json").stat().st_mtime_ns
     except OSError:
@@ -427,5 +430,5 @@ def _age(folder: Path) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Its checkpoints that were complete once."""
+    """The checkpoints of a run that are complete."""
     return [each for each in checkpoints(folder) if (each / MARKER).is_file()]

@@ -16,7 +16,7 @@ from rankwise import methods, published, tasks
 from rankwise.errors import InputError, shown
 from rankwise.processes.launched import is_main, launched
 from rankwise.runs import grid
-from rankwise.runs.maker import Maker, said
+from rankwise.runs.maker import Maker, in_words
 from rankwise.runs.run_file import maker_of
 from rankwise.runs.store import Store
 from rankwise.settings import Experiment, RunConfig, Schema, Span, load
@@ -171,7 +171,7 @@ def made_by_others(store: Store, others: Mapping[Path, list[str]]) -> str:
     done = sum(store.result(folder) is not None for folder in others)
     counts = [f"{count} {what}" for count, what in ((done, "finished"), (len(others) - done, "begun")) if count]
     runs = "run was" if len(others) == 1 else "runs were"
-    return f"{' and '.join(counts)} {runs} made with {said(each for found in others.values() for each in found)}"
+    return f"{' and '.join(counts)} {runs} made with {in_words(each for found in others.values() for each in found)}"
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class One:
         store, differs = Store(config.runs), ""
         made = makers(store, [config])(config) if is_main() else None
         if made is not None and noted is not None:
-            words = said(differences) if (differences := made.differs(noted)) else "the code and data that are here"
+            words = in_words(differences) if (differences := made.differs(noted)) else "the code and data that are here"
             differs = f"{source}: was made with {words}"
         return cls(store, store.place(config), config, made, differs)
 
