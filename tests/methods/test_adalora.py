@@ -381,3 +381,17 @@ def test_a_checkpoint_in_mid_search_is_not_cut_by_peft(tmp_path):
         assert json.loads((checkpoint / "adapter_config.json").read_text())["rank_pattern"] is None
         state = load_file(checkpoint / "adapter_model.safetensors")
         assert {value.shape[0] for key, value in state.items() if key.endswith(".lora_A")} == {4}
+
+
+def test_the_term_of_each_step_walks_no_modules(monkeypatch):
+    model = made().attach(tiny.model(), head=["classifier"])
+    model(**tiny.batch()).loss.backward()
+
+    def walk(*_, **__):
+        raise AssertionError("a walk over all modules")
+
+    before = {name: layer.lora_A["default"].grad.clone() for name, layer in triplets(model).items()}
+    layers = triplets(model)
+    monkeypatch.setattr(torch.nn.Module, "named_modules", walk)
+    made().before_step(model)
+    assert not any(torch.equal(layer.lora_A["default"].grad, before[name]) for name, layer in layers.items())

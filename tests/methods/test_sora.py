@@ -88,6 +88,34 @@ def test_gates_have_a_group_of_their_own_without_decay():
     assert sum(p.numel() for p in group["params"]) == 2 * len(sites(model))
 
 
+def test_no_step_walks_the_modules_in_search_of_gates(monkeypatch):
+    method = rw.SoRA(rank=2)
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1e-2)
+    tiny.train(model, optimizer, 1)
+    model(**tiny.batch()).loss.backward()
+
+    def walk(*_, **__):
+        raise AssertionError("a walk over all modules")
+
+    monkeypatch.setattr(torch.nn.Module, "named_modules", walk)
+    before = [site.clone() for site in optimizer.param_groups[-1]["params"]]
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, optimizer.param_groups[-1]["params"], strict=True))
+
+
+def test_gates_that_a_state_brings_back_are_stepped_by_the_optimizer():
+    method = rw.SoRA(rank=2, gates="normal")
+    model = attached(method)
+    optimizer = rw.SimplexAdam(method, model, lr=1e-2)
+    state = copy.deepcopy(model.state_dict())
+    method.fold(model)
+    assert not optimizer.param_groups[-1]["params"]
+    model.load_state_dict(state)
+    group = optimizer.param_groups[-1]["params"]
+    assert [id(p) for p in group] == [id(site.gates) for site in sites(model)]
+
+
 def test_a_larger_lambda_leaves_fewer_ranks():
     left = []
     for sparsity in (0.0, 1.0, 4.0, 400.0):

@@ -14,7 +14,7 @@ from rankwise.named import Named
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan, rank_report, ranks, sites
 from rankwise.ranks.resize import resize
-from rankwise.ranks.sites import omega
+from rankwise.ranks.scales import trained_scales
 from rankwise.runs.search import Search
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _check_budget(method: Method, model: nn.Module, head: Sequence[str]) -> None
     present = [site for site in sites(model) if site.present]
     if not present:
         return
-    known = {id(p) for p in (omega(model), *method.beside(model), *(site.gates for site in present))}
+    known = {id(p) for p in (*trained_scales(model), *method.beside(model))}
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper) and any(f".{name}".endswith(f".{part}") for part in head):
             known.update(id(p) for p in module.parameters())

@@ -19,12 +19,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from rankwise.errors import NotFiniteError
 from rankwise.methods.lora import LoRA
 from rankwise.optim import project
-from rankwise.ranks import RankPlan, sites
+from rankwise.ranks import RankPlan
 from rankwise.ranks.scales import Gates, trained_scales
 from rankwise.runs.search import Search
 
@@ -53,7 +53,7 @@ class SoRA(LoRA, name="sora"):
         return model
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        gates = _gates(model)
+        gates = trained_scales(model)
         mine = {id(g) for g in gates}
         groups = super().param_groups(model)
         for group in groups:
@@ -73,7 +73,7 @@ class SoRA(LoRA, name="sora"):
         return None
 
     def final(self, model: nn.Module) -> int | None:
-        return (super().final(model) or 0) - sum(g.numel() for g in _gates(model))
+        return (super().final(model) or 0) - sum(g.numel() for g in trained_scales(model))
 
     def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
         result = super().search(model)
@@ -81,7 +81,7 @@ class SoRA(LoRA, name="sora"):
             return None
         if not result.changed:
             result = replace(result, advice="no gate has closed: raise sparsity or gate_rate, or train longer")
-        gates = _gates(model)
+        gates = trained_scales(model)
         if self.gates != "ones" or not gates:  # of gates that were drawn it is not known where they began
             return result
         return replace(result, moved=max(float((g.detach() - 1).abs().max()) for g in gates), weights="gates")
@@ -89,7 +89,3 @@ class SoRA(LoRA, name="sora"):
     @property
     def check_every(self) -> int:
         return 20
-
-
-def _gates(model: nn.Module) -> list[Tensor]:
-    return [site.gates for site in sites(model) if site.present and site.gates is not None]

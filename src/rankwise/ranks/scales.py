@@ -34,6 +34,11 @@ class Scale(nn.Module):
     def forward(self, A: Tensor) -> Tensor:
         return A * self.value.to(A.dtype).reshape(-1, *[1] * (A.dim() - 1))
 
+    @property
+    @abstractmethod
+    def parameter(self) -> nn.Parameter:
+        """What trains: the scale's own, or the one that all sites share."""
+
     def units(self, site: Site) -> Tensor:
         """Indices of the units of rank that a fold keeps; all, unless the scale says otherwise."""
         return torch.arange(site.rank, device=site.B.device)
@@ -71,8 +76,13 @@ class Omega(Scale):
     @property
     def value(self) -> Tensor:  # type: ignore[override]
         """ω of this site, shape ()."""
-        omegas, adapter, index = self.source
-        return omegas[adapter][index]
+        return self.parameter[self.source[2]]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """All ω, shape (n,)."""
+        omegas, adapter, _ = self.source
+        return omegas[adapter]
 
     def idle(self) -> bool:
         return not self.value.any()
@@ -122,6 +132,10 @@ class Gates(Scale):
 
     @property
     def value(self) -> Tensor:  # type: ignore[override]
+        return self.gates
+
+    @property
+    def parameter(self) -> nn.Parameter:
         return self.gates
 
     def units(self, site: Site) -> Tensor:
@@ -175,4 +189,4 @@ def trained_scales(model: nn.Module) -> list[nn.Parameter]:
     for optimizer in followers(model):
         if own := [group["params"] for group in optimizer.param_groups if group.get("scale")]:
             return list(chain.from_iterable(own))
-    return [p for site in sites(model) if site.scale is not None for p in site.scale.parameters()]
+    return list(dict.fromkeys(site.scale.parameter for site in sites(model) if site.scale is not None))
