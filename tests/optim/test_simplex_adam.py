@@ -141,6 +141,16 @@ def test_state_of_other_ranks_is_refused():
         optimizer.load_state_dict(torch.optim.AdamW(fresh.parameters()).state_dict())
 
 
+def test_a_checkpoint_from_before_groups_of_scales_were_marked_is_read_too():
+    model = attached(SEARCH)
+    optimizer = rw.SimplexAdam(SEARCH, model, lr=1e-2)
+    tiny.train(model, optimizer, 1)
+    state = optimizer.state_dict()
+    assert [group.pop("scale", False) for group in state["param_groups"]] == [False, False, False, True]
+    optimizer.load_state_dict(state)
+    assert [group.get("scale", False) for group in optimizer.param_groups] == [False, False, False, True]
+
+
 def test_a_step_that_a_gradient_scaler_skips_changes_nothing():
     method = rw.SimplexLoRA(rank=4, every=1, times=3)
     model = attached(method)

@@ -210,7 +210,10 @@ class SimplexAdam(torch.optim.AdamW):
                 "the optimizer's checkpoint has other ranks than the model: load the model's weights from the same "
                 "checkpoint first (rankwise.load_checkpoint, or model.load_state_dict), they bring their ranks along"
             )
+        marks = [group.get("scale", False) for group in self.param_groups]  # which older checkpoints do not have
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "rankwise"})
+        for group, mark in zip(self.param_groups, marks, strict=True):
+            group |= {"scale": True} if mark else {}
         self.steps, self.changed, self.moved = own["steps"], own["changed"], own.get("moved")
         self.silence.load(own["silence"])
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from rankwise.ranks.peft_records import record
 from rankwise.ranks.replace import replace, set_rank, sort_groups, take_factors
-from rankwise.ranks.sites import OMEGA_NAME, Site, omega, peft_model, sites
+from rankwise.ranks.scales import trained_scales
+from rankwise.ranks.sites import Site, peft_model, sites
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,19 +25,17 @@ def fold(model: nn.Module, reset_scales: bool = False) -> None:
     first one keeps a unit whose product is 0, since PEFT knows no adapter without sites.
 
     Args:
-        reset_scales: set every ω to 1 first, so that outputs may change.
+        reset_scales: set every scale to 1 first, so that outputs may change.
     """
     peft = peft_model(model)
-    scaled = [site for site in sites(peft) if site.scale is not None]
-    if (weights := omega(peft)) is not None and reset_scales:
-        weights.fill_(1.0)
+    scaled = {site: scale for site in sites(peft) if (scale := site.scale) is not None}
+    for parameter in trained_scales(peft) if reset_scales else ():
+        parameter.fill_(1.0)
     kept = kept_units(scaled)
     for site in scaled:
         _fold_one(peft, site, kept[site.name])
-    if weights is not None:
-        omegas = getattr(peft.base_model, OMEGA_NAME)
-        replace(peft, omegas, peft.active_adapter, None)
-        del omegas[peft.active_adapter]
+    for scale in scaled.values():
+        scale.leave(peft)
     if scaled:
         sort_groups(peft)
         record(peft)
@@ -64,7 +63,6 @@ def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
     def carry(moment: Tensor, second: bool) -> Tensor:
         return moment[:, units] / (values.square() if second else values)
 
-    scale.leave(model)
     _bare(linear, A)
     if not len(units):
         take_factors(model, site)

@@ -16,7 +16,7 @@ class RankPlan(Mapping[str, int]):
         moments: Adam's moments of a changed site are `reset`, or `keep`: carried along with the factors.
         restart: draw fresh factors for every site, also where the rank stays.
         fold: first move every scale into its factors and take it away, which changes no output.
-        reset_scales: set every ω to 1 before the fold, which does change outputs.
+        reset_scales: set every scale to 1 before the fold, which does change outputs.
         moved: how far the weights that the ranks follow have moved, in the method's own measure.
     """
 

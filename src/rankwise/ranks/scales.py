@@ -56,8 +56,9 @@ class Scale(nn.Module):
     def put_on(cls, model: nn.Module) -> None:
         """Give every site of `model` such a scale, of value 1."""
 
-    def leave(self, model: nn.Module) -> None:  # noqa: B027 - nothing, where the site owns no parameter of it
-        """Take the parameter that belongs to one site out of `model` and of the optimizers."""
+    @abstractmethod
+    def leave(self, model: nn.Module) -> None:
+        """Take what trains out of `model` and of the optimizers, when no site has the scale any more."""
 
     @classmethod
     @abstractmethod
@@ -115,6 +116,12 @@ class Omega(Scale):
         omegas: Any = getattr(model.base_model, OMEGA_NAME, {})
         if site.adapter in omegas:
             put_scale(site, cls(omegas, site.adapter, [each.name for each in sites(model)].index(site.name)))
+
+    def leave(self, model: nn.Module) -> None:
+        omegas, adapter, _ = self.source
+        if adapter in omegas:
+            replace(model, omegas, adapter, None)
+            del omegas[adapter]
 
     @classmethod
     def stored(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
