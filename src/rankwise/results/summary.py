@@ -1,11 +1,12 @@
 """What a set of runs says: computed once, and read by terminal, JSON and page alike."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rankwise.errors import InputError
 from rankwise.results import columns, published
 from rankwise.results.beside import Beside, beside
 from rankwise.results.contrasts import Contrast, contrasts
@@ -58,9 +59,18 @@ class Summary:
 
     @classmethod
     def of_store(cls, store: Store, folders: Sequence[Path] | None = None) -> "Summary":
-        """Of the finished runs of a folder, of those in `folders` alone where these are given."""
+        """Of the finished runs of a folder, of those in `folders` alone where these are given.
+
+        An experiment that names a table that there is not is damaged: its runs are shown without printed numbers.
+        """
         experiment, damage = store.described()
-        return cls.of(store.results(folders), experiment, store.left_out(folders), damage)
+        summary = cls.of(store.results(folders), experiment, store.left_out(folders), damage)
+        try:
+            summary.beside  # noqa: B018  # computed here, and kept
+        except InputError as error:
+            rest = {key: value for key, value in experiment.items() if key != "published"}
+            return replace(summary, experiment=rest, damage=str(error))
+        return summary
 
     @cached_property
     def beside(self) -> list[Beside]:
