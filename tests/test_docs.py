@@ -163,3 +163,16 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         exec(compile(shorter, "readme.py", "exec"), found)
     assert found["rw"].rank_report(found["model"]).total <= 36_864
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_every_file_that_contributing_names_is_there() -> None:
+    named = set(re.findall(r"`((?:\w+/)+\w+\.py|\w+\.py|(?:\w+/)+)`", page("CONTRIBUTING.md")))
+    places = [ROOT, ROOT / "src" / "rankwise", ROOT / "tests"]
+    assert len(named) > 30
+    assert [name for name in sorted(named) if not any((place / name).exists() for place in places)] == []
+
+
+def test_every_room_is_in_the_tour() -> None:
+    tour = page("CONTRIBUTING.md").split("## A tour of the house", 1)[1].split("\n\n## ", 1)[0]
+    rooms = {path.name for path in (ROOT / "src" / "rankwise").iterdir() if not path.name.startswith("_")}
+    assert [room for room in sorted(rooms) if f"`{room}`" not in tour and f"`{room}/`" not in tour] == []
