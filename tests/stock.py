@@ -1,4 +1,4 @@
-"""What stock PEFT makes of saved adapters, in a fresh process that cannot import rankwise."""
+"""What stock PEFT makes of saved adapters, in a process that cannot import rankwise."""
 
 import subprocess
 import sys
@@ -8,8 +8,11 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from support import warm
+
 SCRIPT = """
 import sys
+assert "rankwise" not in sys.modules
 sys.modules["rankwise"] = None  # any import of it fails
 import torch
 import transformers
@@ -27,17 +30,23 @@ save_file(found, out)
 """
 
 
-def agrees(base: nn.Module, inputs: Mapping[str, Tensor], expected: Mapping[Path, Tensor], folder: Path) -> None:
+def agrees(
+    base: nn.Module, inputs: Mapping[str, Tensor], expected: Mapping[Path, Tensor], folder: Path, fresh: bool = False
+) -> None:
     """Assert that each adapter of `expected` gives its logits on `base` to 1e-5, as it is and merged.
 
     Args:
         base: the pretrained model, untouched; `folder` takes it and what passes between the processes.
+        fresh: start the process anew instead of forking it.
     """
     base.save_pretrained(folder / "base")
     save_file({name: values for name, values in inputs.items() if name != "labels"}, folder / "in")
     paths = [str(folder / part) for part in ("base", "in", "out")]
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, type(base).__name__, *paths, *map(str, expected)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", SCRIPT, type(base).__name__, *paths, *map(str, expected)]
+    if fresh:
+        done = subprocess.run(command, capture_output=True, text=True)
+    else:
+        done = warm.run(command, kind="stock", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = load_file(folder / "out")
     assert found.keys() >= {str(adapter) for adapter in expected}

@@ -1,4 +1,4 @@
-"""Sweeps in processes of their own, and the stand-in workers that they start; see sweep/worker.py."""
+"""Sweeps in processes of their own, and the stand-in workers that they start; see sweep/worker.py. All are forked."""
 
 import json
 import subprocess
@@ -9,6 +9,7 @@ from typing import Any
 
 from rankwise.runs.store import Store
 from runs_made_up import REVISION, config
+from support import warm
 
 HERE = Path(__file__).parent
 WORKER = [sys.executable, str(HERE / "sweep" / "worker.py")]
@@ -40,7 +41,7 @@ def tuned(experiment: Mapping[str, Any], runner: str, *options: str) -> subproce
 
 
 def _start(program: str, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, str(HERE / "sweep" / program), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

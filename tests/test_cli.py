@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rankwise.sweep.compare import Outcome
 from rankwise.train.model import build, quiet
 from runs_made_up import REVISION, config, finish, result, tune
 from small_run import PATIENCE, wait_for
+from support import warm
 
 TINY = {
     "task": "stdlib-kind",
@@ -52,15 +54,14 @@ def write(file: Path, content: dict[str, Any]) -> Path:
     return file
 
 
-def rankwise(*arguments: object, **popen: Any) -> subprocess.Popen[str]:
-    """The command line in a process of its own."""
-    return subprocess.Popen(
+def rankwise(*arguments: object, fresh: bool = False) -> subprocess.Popen[str]:
+    """The command line in a process of its own, forked unless `fresh`."""
+    return (subprocess.Popen if fresh else warm.Popen)(
         [sys.executable, "-m", "rankwise", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **popen,
     )
 
 
@@ -82,7 +83,7 @@ def test_help_loads_nothing_heavy() -> None:
 def test_no_library_advises_on_stderr_before_a_run() -> None:
     """bitsandbytes, which PEFT imports where it is there, would: what a faster path on CPUs needs."""
     given = ["model=random-bert", "task=stdlib-kind", "method=head", "max_steps=1", "max_length=8"]
-    process = rankwise("train", *given, "--dry-run")
+    process = rankwise("train", *given, "--dry-run", fresh=True)
     _, err = process.communicate()
     assert process.returncode == 0 and err.startswith("dry run: ") and err.count("\n") == 1
 
@@ -440,16 +441,13 @@ def test_a_page_that_cannot_be_made_takes_no_result_with_it(
     assert "no report.html: division by zero" in err
 
 
-def workers(parent: int) -> list[int]:
-    """Processes that a sweep launched and that still run."""
+def workers(runs: Path) -> list[int]:
+    """Processes that still run and write to the log of one of these runs."""
     found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = (folder / "environ").read_bytes()
-        except OSError:
-            continue
-        if f"RANKWISE_PARENT={parent}:".encode() in environment:
-            found.append(int(folder.name))
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        with suppress(OSError):  # it has ended
+            if output.readlink().is_relative_to(runs):
+                found.append(int(output.parts[2]))
     return found
 
 
@@ -475,7 +473,7 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     out, log = first.communicate(timeout=PATIENCE)
     assert (first.returncode, out) == (130, ""), log
     assert "Traceback" not in log
-    assert not workers(first.pid)
+    assert not workers(runs)
     good = good_one()
     assert good is not None and Store(runs).state(good) == "stopped"
     assert list(good.glob("checkpoint-*"))
@@ -483,10 +481,10 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     stopped_at = Store(runs).standing(good).step
     second = rankwise(*command)
     wait_for(lambda: Store(runs).standing(good).step > stopped_at)
-    assert workers(second.pid)
+    assert workers(runs)
     second.kill()
     second.communicate()
-    wait_for(lambda: not workers(second.pid))
+    wait_for(lambda: not workers(runs))
     assert Store(runs).state(good) == "stopped"
 
     third = rankwise(*command)

@@ -23,13 +23,14 @@ import filelock
 
 from rankwise.runs.store import Store
 from runs_made_up import result
+from small_run import alive
 
 folder = Path(sys.argv[1])
 config = Store(folder.parent).config(folder)
 
 
 def follow_parent() -> None:
-    while os.getppid() == int(os.environ["RANKWISE_PARENT"].partition(":")[0]):
+    while alive(int(os.environ["RANKWISE_PARENT"].partition(":")[0])):
         time.sleep(0.05)
     os._exit(75)
 

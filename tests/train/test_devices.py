@@ -50,7 +50,7 @@ def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_that_two_processes_share_ends_as_that_of_one(alone: Path, base: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "run", base)
-    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder), out=subprocess.PIPE)
+    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder), out=subprocess.PIPE, fresh=True)
     printed = launcher.communicate(timeout=PATIENCE)[0].decode()
     assert launcher.returncode == 0, (tmp_path / "log").read_text()
     assert_equal(folder, alone)
@@ -66,7 +66,7 @@ def test_it_goes_on_after_a_kill_and_a_stop_also_in_one_process(base: str, tmp_p
     """One of the two is killed by -9; started again, the launcher is told to stop; one process alone ends the run."""
     steps = 90
     alone, folder = (make(tmp_path / name, base, max_steps=steps) for name in ("alone", "run"))
-    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder))
+    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder), fresh=True)
     wait_for(lambda: reached(folder, 4) or launcher.poll() is not None)
     launched.workers(launcher)[1].send_signal(signal.SIGKILL)
     assert launcher.wait(PATIENCE) != 0

@@ -1,4 +1,7 @@
-"""Runs that are cut off, for real, and what becomes of them. Each is compared with the same run left alone."""
+"""Runs that are cut off, for real, and what becomes of them. Each is compared with the same run left alone.
+
+Where it matters at which step, the model is MiniLM, whose steps take long enough to be met.
+"""
 
 import json
 import os
@@ -19,11 +22,12 @@ from rankwise.processes.stop import this_process
 from rankwise.runs.store import Store
 from rankwise.train.checkpoint_files import last_complete
 from small_run import LORA, PATIENCE, SIMPLEX, alive, make, reached, start, wait_for
+from support import warm
 
 
-def cut(folder: Path, step: int, how: signal.Signals) -> int:
+def cut(folder: Path, step: int, how: signal.Signals, fresh: bool = False) -> int:
     """Start the run, send it a signal once it has done `step`, and return its exit status."""
-    process = start(folder)
+    process = start(folder, fresh)
     wait_for(lambda: reached(folder, step) or process.poll() is not None)
     process.send_signal(how)
     return process.wait(PATIENCE)
@@ -56,7 +60,7 @@ def assert_same(folder: Path, other: Path) -> None:
 
 def test_a_run_killed_and_stopped_within_epochs_ends_as_the_uncut_one(tmp_path: Path) -> None:
     """Killed by -9 within the search, told to stop by SIGTERM near the end of it; both in the middle of an epoch."""
-    alone, folder = make(tmp_path / "alone", method=SIMPLEX), make(tmp_path / "run", method=SIMPLEX)
+    alone, folder = (make(tmp_path / name, model=None, method=SIMPLEX) for name in ("alone", "run"))
     undisturbed = start(alone)
     assert cut(folder, 5, signal.SIGKILL) == -signal.SIGKILL
     assert newest(folder) == 3
@@ -79,18 +83,19 @@ def test_a_run_killed_and_stopped_within_epochs_ends_as_the_uncut_one(tmp_path: 
 
 
 def test_a_run_of_plain_lora_killed_ends_as_the_uncut_one(tmp_path: Path) -> None:
-    alone, folder = make(tmp_path / "alone", method=LORA), make(tmp_path / "run", method=LORA)
+    """In interpreters that are started for it; elsewhere they are forked."""
+    alone, folder = (make(tmp_path / name, model=None, method=LORA) for name in ("alone", "run"))
     undisturbed = start(alone)
-    assert cut(folder, 8, signal.SIGKILL) == -signal.SIGKILL
+    assert cut(folder, 8, signal.SIGKILL, fresh=True) == -signal.SIGKILL
     assert newest(folder) == 6
-    assert start(folder).wait(PATIENCE) == 0, log(folder)
+    assert start(folder, fresh=True).wait(PATIENCE) == 0, log(folder)
     assert undisturbed.wait(PATIENCE) == 0, log(alone)
     assert_same(folder, alone)
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint_and_a_line(tmp_path: Path) -> None:
     """The limit on the size of a file fails writes as a full disk does: with an OSError, in the midst of a file."""
-    folder = make(tmp_path / "run", max_steps=40)
+    folder = make(tmp_path / "run", model=None, max_steps=40)
     process = start(folder)
     wait_for(lambda: (folder / "checkpoint-3" / MARKER).exists() or process.poll() is not None)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -115,10 +120,10 @@ time.sleep(3600)
 @pytest.mark.parametrize("through", [[], ["sh", "-c", '"$@"; exit $?', "sh"]], ids=["", "a shell"])
 def test_a_worker_ends_with_its_parent_and_leaves_a_checkpoint(through: list[str], tmp_path: Path) -> None:
     """The parent is killed by -9, so it cannot tell its worker anything, nor what it has started in between."""
-    folder = make(tmp_path / "run", max_steps=200, checkpoint_every=200)
+    folder = make(tmp_path / "run", max_steps=2_000, checkpoint_every=2_000)
     with (folder / "log.txt").open("wb") as log:
         command = [sys.executable, "-c", PARENT, str(folder), *through]
-        parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        parent = warm.Popen(command, stdout=subprocess.PIPE, stderr=log)
     try:
         worker = int(parent.stdout.readline())
         wait_for(lambda: reached(folder, 2) or not alive(worker))
@@ -126,7 +131,7 @@ def test_a_worker_ends_with_its_parent_and_leaves_a_checkpoint(through: list[str
         parent.kill()
         parent.communicate()
     wait_for(lambda: not alive(worker))
-    assert 2 <= newest(folder) < 200, (folder / "log.txt").read_text()
+    assert 2 <= newest(folder) < 2_000, (folder / "log.txt").read_text()
 
 
 def test_a_worker_that_cannot_see_its_parent_goes_on(tmp_path: Path) -> None:
@@ -150,15 +155,15 @@ def test_a_worker_on_another_machine_goes_on(elsewhere: bool, tmp_path: Path) ->
     gone.wait()
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     parent = this_process().replace(f"{os.getpid()}:", f"{gone.pid}:").replace(boot, boot[::-1] if elsewhere else boot)
-    folder = make(tmp_path / "run", max_steps=200 if not elsewhere else 2)
+    folder = make(tmp_path / "run", max_steps=2 if elsewhere else 2_000)
     environment = {**os.environ, "RANKWISE_PARENT": parent, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "rankwise", "train", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    done = warm.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert done.returncode == (0 if elsewhere else 75), done.stderr
 
 
 def test_an_interrupt_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    folder = make(tmp_path / "run", max_steps=200)
+    folder = make(tmp_path / "run", max_steps=2_000)
     assert cut(folder, 4, signal.SIGINT) == 130
     assert newest(folder) >= 3
     assert not (folder / "error.txt").exists()
@@ -166,7 +171,7 @@ def test_an_interrupt_leaves_the_last_checkpoint(tmp_path: Path) -> None:
 
 def test_a_run_killed_while_it_finishes_ends_as_the_uncut_one(tmp_path: Path) -> None:
     """Killed by -9 as each file of its end appears. Nothing but result.json says that it is done."""
-    alone, folder = make(tmp_path / "alone", method=SIMPLEX), make(tmp_path / "run", method=SIMPLEX)
+    alone, folder = (make(tmp_path / name, model=None, method=SIMPLEX) for name in ("alone", "run"))
     undisturbed = start(alone)
     for name in ("predictions.parquet", "adapter"):
         process = start(folder)
@@ -195,7 +200,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_is_full_loses_nothing_and_room_lets_the_run_go_on(small_disk: Path, tmp_path: Path) -> None:
     """The disk is filled to the last byte in the midst of the training, and emptied again."""
-    alone, folder = make(tmp_path / "alone"), make(small_disk / "run")
+    alone, folder = (make(place / name, model=None) for place, name in ((tmp_path, "alone"), (small_disk, "run")))
     undisturbed = start(alone)
     process = start(folder)
     wait_for(lambda: (folder / "checkpoint-3" / MARKER).exists() or process.poll() is not None)

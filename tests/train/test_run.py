@@ -44,7 +44,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make(tmp_path_factory.mktemp("runs") / "run", method=SIMPLEX)
+    folder = make(tmp_path_factory.mktemp("runs") / "run", model=None, method=SIMPLEX)
     (folder / "error.txt").write_text("of an earlier try")
     run(folder)
     return folder
@@ -86,6 +86,7 @@ def test_by_default_a_search_changes_ranks_and_says_at_how_many_sites(
     chosen = {"name": "simplex-lora", "rank": 4}  # T = 10, K = 3
     folder = make(
         tmp_path / "run",
+        model=None,
         method=chosen,
         seed=seed,
         max_steps=32,
@@ -163,7 +164,7 @@ def test_half_a_result_or_a_foreign_one_does_not_count(text: str, tmp_path: Path
 
 
 def test_head_trains_the_head_alone(tmp_path: Path) -> None:
-    folder = make(tmp_path / "run", method=HEAD, eval_every=6)
+    folder = make(tmp_path / "run", model=None, method=HEAD, eval_every=6)
     result = run(folder)
     assert result["parameters"] == {"trainable": 0, "final": 0, "budget": 0, "head": 1155}
     assert [line["ranks"] for line in lines(folder / "ranks.jsonl")] == [{}]
@@ -175,7 +176,7 @@ def test_head_trains_the_head_alone(tmp_path: Path) -> None:
 
 
 def test_all_weights_are_saved_as_a_model_that_others_load_and_runs_begin_with(tmp_path: Path) -> None:
-    folder = make(tmp_path / "run", method={"name": "full"}, max_steps=2, learning_rate=1e-4)
+    folder = make(tmp_path / "run", model=None, method={"name": "full"}, max_steps=2, learning_rate=1e-4)
     result = run(folder)
     assert not (folder / "adapter").exists() and result["cost"]["adapter_bytes"] > 2**26  # bytes
     task = tasks.build("stdlib-kind")
@@ -233,7 +234,7 @@ def test_lines_that_were_lost_or_changed_between_two_starts_change_no_result(
     name: str, finished: Path, terminate: Terminate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """First all are gone, and it begins anew; then the newest is another, and it goes on from an earlier checkpoint."""
-    folder = make(tmp_path / "run", method=SIMPLEX)
+    folder = make(tmp_path / "run", model=None, method=SIMPLEX)
     for step, damage, onwards in (
         (4, lambda text: "", "beginning anew"),
         (8, lambda text: text[:-3] + "0}\n" if name == "metrics.jsonl" else text.replace("1", "2"), ""),

@@ -211,6 +211,7 @@ class _Reader:
 
     def __init__(self, package: Path, ours: frozenset[str], beside: frozenset[Path]) -> None:
         self._package, self._ours, self._beside = package, ours, beside
+        self._files: dict[str, Path | None] = {}
         self._modules: dict[str, _Module | None] = {}
         self._bare: dict[_Place, tuple[str, set[_Place]]] = {}
 
@@ -260,8 +261,11 @@ class _Reader:
         """The file of a module that is ours; None for others."""
         top, *parts = name.split(".")
         if top == "rankwise":
-            base = self._package.joinpath(*parts)
-            return next((file for file in (base / "__init__.py", base.with_suffix(".py")) if file.is_file()), None)
+            if name not in self._files:
+                base = self._package.joinpath(*parts)
+                both = (base / "__init__.py", base.with_suffix(".py"))
+                self._files[name] = next((file for file in both if file.is_file()), None)
+            return self._files[name]
         file = _loaded(name)
         return file if file and (top in self._ours or file.parent in self._beside) else None
 
@@ -368,12 +372,13 @@ class _Bare(ast.NodeTransformer):
 
 _reader = functools.cache(_Reader)
 _ROOT = Path(rankwise.__file__).parent
+_STANDARD = sysconfig.get_path("stdlib")
 
 
 def _loaded(name: str) -> Path | None:
     """The source of a module that is loaded, and is none of Python's own."""
     file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None or not file.endswith(".py") or Path(file).is_relative_to(sysconfig.get_path("stdlib")):
+    if file is None or not file.endswith(".py") or Path(file).is_relative_to(_STANDARD):
         return None
     return Path(file)
 

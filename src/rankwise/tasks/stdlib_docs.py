@@ -142,6 +142,7 @@ class StdlibMatch(StdlibTask, name="stdlib-match"):
         return examples
 
 
+@cache
 def _draw(line: str) -> str:
     """A number drawn for a line: the same in every process, whatever other lines there are."""
     return hashlib.sha256(f"rankwise:{_key(line)}".encode()).hexdigest()

