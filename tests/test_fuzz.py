@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -139,7 +140,10 @@ overrides = st.one_of(
     st.builds("{}={}".format, st.sampled_from(KEYS), values.map(repr)),
     st.text(max_size=8),
 )
-quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+INPUTS = int(os.environ.get("RANKWISE_FUZZ", 500))
+"""How many inputs all tests of this file together try."""
+some = settings(max_examples=INPUTS * 6 // 25, deadline=None, suppress_health_check=list(HealthCheck))
+pytestmark = pytest.mark.fuzz
 
 
 def taken_or_refused(call: Any) -> Any:
@@ -159,13 +163,13 @@ def check(source: Any, given_settings: list[str]) -> None:
         assert again == found
 
 
-@quick
+@some
 @given(mappings, st.lists(overrides, max_size=2))
 def test_a_mapping(settings: dict[Any, Any], changes: list[str]) -> None:
     check(settings, changes)
 
 
-@quick
+@some
 @given(
     st.lists(overrides, min_size=1, max_size=3),
     st.sampled_from([{"task": "cola"}, {"task": "cola", "vary": {"seed": [0]}}]),
@@ -174,7 +178,7 @@ def test_settings_of_the_command_line(changes: list[str], settings: dict[str, An
     check(settings, changes)
 
 
-@quick
+@some
 @given(
     st.one_of(
         yamls.map(lambda text: text.encode(errors="replace")),
@@ -189,7 +193,7 @@ def test_a_file(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> Non
     check(file, [])
 
 
-@quick
+@some
 @given(
     st.sampled_from(sorted(runners.registry())),
     st.lists(st.one_of(overrides, st.builds("jobs={}".format, yamls)), max_size=2),
@@ -198,7 +202,7 @@ def test_options_of_a_runner(name: str, changes: list[str]) -> None:
     taken_or_refused(lambda: load_options("runner", name, changes, runners.registry()))
 
 
-@settings(quick, max_examples=15)
+@settings(some, max_examples=INPUTS // 25)
 @given(st.lists(overrides, min_size=1, max_size=2), st.sampled_from(["validate", "train", "compare"]))
 def test_the_command_line(tmp_path_factory: pytest.TempPathFactory, changes: list[str], command: str) -> None:
     """Exit code 0 or 2, and with 2 one line."""

@@ -15,6 +15,7 @@ from rankwise.optim import SimplexAdam
 from rankwise.ranks import sites
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.large
 
 
 def blocks() -> list[str]:

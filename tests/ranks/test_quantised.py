@@ -12,7 +12,7 @@ from every import goes_on_bit_identically
 from rankwise.ranks import sites
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e '.[dev]'")
-pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+pytestmark = [pytest.mark.large, pytest.mark.filterwarnings("ignore:MatMul8bitLt")]
 KINDS = {
     "8 bits": (bitsandbytes.nn.Linear8bitLt, {"has_fp16_weights": False}),
     "4 bits": (bitsandbytes.nn.Linear4bit, {"quant_type": "nf4"}),

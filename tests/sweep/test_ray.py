@@ -93,7 +93,7 @@ def said(folder: Path) -> dict[str, Any]:
 def test_the_runs_of_a_node_that_dies_go_on_elsewhere(cluster: Cluster, second: Node, tmp_path: Path) -> None:
     """Real runs. All processes of one node are killed by -9 while a run there is in the midst of its training."""
     for seed in (0, 1):
-        make(tmp_path / "ray" / f"run-{seed}", seed=seed, max_steps=20)
+        make(tmp_path / "ray" / f"run-{seed}", model=None, seed=seed, max_steps=20)
     train = f"command=[{sys.executable},-m,rankwise,train]"
     sweep = start(Store(tmp_path / "ray"), "ray", f"address={cluster.address}", train)
 
@@ -110,7 +110,8 @@ def test_the_runs_of_a_node_that_dies_go_on_elsewhere(cluster: Cluster, second: 
     assert out.split() == ["2", "0", "0"], log
     assert "its node or its worker there died" in log and "begun again" in log
 
-    alone = make(tmp_path / "local" / "run", seed=int(cut.name.removeprefix("run-")), max_steps=20)
+    seed = int(cut.name.removeprefix("run-"))
+    alone = make(tmp_path / "local" / "run", model=None, seed=seed, max_steps=20)
     out, log = start(Store(alone.parent), "local", "jobs=1", train).communicate(timeout=PATIENCE)
     assert out.split() == ["1", "0", "0"], log
     assert said(cut) == said(alone)

@@ -22,6 +22,7 @@ from rankwise.runs.store import MEMORY, Store
 from rankwise.train.run import run
 from rankwise.train.trainer import RunTrainer
 from small_run import PATIENCE, SIMPLEX, make
+from support import warm
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def hungry(folder: Path, gib: int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, short_of_memory.__file__, str(folder), str(gib)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return warm.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 def test_a_run_that_runs_out_of_memory_takes_half_as_many_rows_at_once(alone: Path, base: str, tmp_path: Path) -> None:

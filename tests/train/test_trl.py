@@ -15,7 +15,7 @@ import rankwise as rw
 from rankwise.ranks import ranks
 
 trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[dev]'")
-pytestmark = pytest.mark.filterwarnings("ignore")  # theirs
+pytestmark = [pytest.mark.large, pytest.mark.filterwarnings("ignore")]  # the warnings are theirs
 STEPS = 6
 TEXTS = {
     "DPOTrainer": [{"prompt": "a b", "chosen": f" {x} d", "rejected": f" {x} e"} for x in "abcdefgh"],
