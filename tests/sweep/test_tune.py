@@ -20,6 +20,7 @@ from rankwise.runs.store import Store
 from rankwise.settings import Contest, Span, Tune
 from rankwise.sweep.tune import Rounds, Search, rounds
 from small_run import PATIENCE, wait_for
+from support import warm
 from sweep_runs import tuned
 
 
@@ -192,7 +193,7 @@ def test_a_real_comparison_that_is_killed_ends_tuned_and_within_its_budget(tmp_p
     command = [sys.executable, "-m", "rankwise", "compare", str(file), "--jobs", "1"]
 
     def compare(*more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return warm.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     first = compare()
     wait_for(lambda: len(list(runs.glob("*/result.json"))) == 1 and len(list(runs.glob("*/checkpoint-*"))) >= 1)

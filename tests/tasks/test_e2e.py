@@ -191,7 +191,9 @@ def test_the_real_files():
 @pytest.mark.parametrize(
     ("method", "model"), [("lora", "random-gpt2"), ("simplex-lora", "random-llama"), ("sora", "random-gpt2")]
 )
-def test_a_run_on_real_rows(tmp_path, method, model):
+def test_a_run_on_real_rows(tmp_path, monkeypatch, method, model):
+    if method != "lora":
+        monkeypatch.setenv("PATH", str(tmp_path))  # no Java, which takes long
     settings = {
         "task": {"name": "e2e", "beams": 2, "target_length": 12, "split": "test"},
         "method": {"name": method, "rank": 2},

@@ -28,6 +28,7 @@ from rankwise.ranks import ranks
 from rankwise.train.checkpoint_files import cut_back
 from rankwise.train.run import run
 from small_run import LORA, PATIENCE, SIMPLEX, alive, reached, wait_for
+from support import warm
 
 
 @pytest.fixture(scope="module")
@@ -269,11 +270,11 @@ def test_a_sweep_of_launched_runs_that_is_killed_leaves_none_and_goes_on(base: s
     command = [sys.executable, "-m", "rankwise", "compare", str(file), f"runs={runs}", "--jobs", "1"]
     command += ["--runner-option", f"command={json.dumps(train)}"]
 
-    def sweep() -> subprocess.Popen[bytes]:
+    def sweep(start: type[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
         with (tmp_path / "log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            return start(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    first = sweep()
+    first = sweep(subprocess.Popen)
     wait_for(lambda: any(reached(folder, 2) for folder in runs.glob("*/")) or first.poll() is not None)
     [folder] = (path.parent for path in runs.glob("*/run.yaml"))
     started = psutil.Process(first.pid).children(recursive=True)
@@ -283,7 +284,7 @@ def test_a_sweep_of_launched_runs_that_is_killed_leaves_none_and_goes_on(base: s
     wait_for(lambda: not any(alive(each.pid) for each in started))
     assert 2 <= newest(folder) < 40, (folder / "log.txt").read_text()
 
-    assert sweep().wait(PATIENCE) == 0, (tmp_path / "log").read_text()
+    assert sweep(warm.Popen).wait(PATIENCE) == 0, (tmp_path / "log").read_text()
     alone = tmp_path / "alone" / folder.name
     alone.mkdir(parents=True)
     (alone / "run.yaml").write_bytes((folder / "run.yaml").read_bytes())
