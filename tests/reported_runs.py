@@ -7,6 +7,7 @@ from typing import Any
 
 from rankwise.runs.store import Store
 from rankwise.settings import Experiment, RunConfig
+from runs_made_up import REVISION, result
 
 PROJECTIONS = (
     "attention.self.query",
@@ -55,7 +56,7 @@ def write_runs(
 
 def finish(store: Store, config: RunConfig, level: float, moving: bool = True, parameters: int = 331_776) -> Path:
     """Write what a finished run writes."""
-    folder = store.create(config, "0123456789ab")
+    folder = store.create(config, REVISION)
     draw = random.Random(str(folder.name))
     score = level + draw.uniform(-0.012, 0.012)
     name = config.method["name"]
@@ -70,32 +71,26 @@ def finish(store: Store, config: RunConfig, level: float, moving: bool = True, p
     write_lines(folder / "ranks.jsonl", [] if name == "head" else rank_lines(draw, name == "simplex-lora", moving))
     (folder / "env.json").write_text(json.dumps({"python": "3.11.2", "torch": "2.13.0", "cpus": 2, "gpu": None}))
     size = 0 if name == "head" else parameters
-    result = {
-        "run": folder.name.rpartition("-")[2],
-        "task": config.task["name"],
-        "method": name,
-        "options": {key: value for key, value in config.method.items() if key != "name"},
-        "model": "minilm-l6",
-        "seed": config.seed,
-        "learning_rate": config.learning_rate,
-        "score": "accuracy",
-        "metrics": {"accuracy": score, "f1": score - 0.03},
-        "splits": {
+    validation = {"name": "validation", "rows": 1234, "official": False, "note": "split by rankwise from docstrings"}
+    found = result(
+        folder,
+        config,
+        score,
+        metrics={"accuracy": score, "f1": score - 0.03},
+        splits={
             "train": {"name": "train", "rows": 4800, "official": False, "note": "4,800 of 5,000 rows"},
-            "evaluation": [
-                {"name": "validation", "rows": 1234, "official": False, "note": "split by rankwise from docstrings"}
-            ],
+            "evaluation": [validation],
         },
-        "parameters": {"trainable": size, "final": size, "budget": size, "head": 157_080},
-        **({"search": SEARCH} if name == "simplex-lora" else {}),
-        "cost": {
+        parameters={"trainable": size, "final": size, "budget": size, "head": 157_080},
+        cost={
             "seconds": 92.5,
             "peak_memory_bytes": 812_345_678,
             "examples_per_second": 103.7,
             "adapter_bytes": 1_345_678,
         },
-    }
-    (folder / "result.json").write_text(json.dumps(result))
+        **({"search": SEARCH} if name == "simplex-lora" else {}),
+    )
+    (folder / "result.json").write_text(json.dumps(found))
     return folder
 
 
