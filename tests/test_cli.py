@@ -18,6 +18,7 @@ import transformers
 import yaml
 
 import architectures
+import warm
 from rankwise import tasks
 from rankwise.cli import main
 from rankwise.runs import run_file
@@ -27,7 +28,6 @@ from rankwise.sweep.compare import Outcome
 from rankwise.train.model import build, quiet
 from runs_made_up import REVISION, config, finish, result, tune
 from small_run import PATIENCE, wait_for
-from support import warm
 
 TINY = {
     "task": "stdlib-kind",

@@ -16,7 +16,7 @@ import pytest
 
 from rankwise.runs.store import Store
 from small_run import PATIENCE, alive, make, reached, wait_for
-from sweep_runs import HERE, chain, check_told, runs, start, started, tuned
+from sweep_runs import SCRIPTS, SUPPORT, chain, check_told, runs, start, started, tuned
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'rankwise[ray]'")
 
@@ -25,8 +25,8 @@ class Cluster:
     """One node, to which others can be added."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-        command = [sys.executable, str(HERE / "sweep" / "cluster.py")]
+        environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+        command = [sys.executable, str(SCRIPTS / "cluster.py")]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -16,12 +16,12 @@ from rankwise.sweep.compare import carry_out
 from rankwise.sweep.runners import runner
 from rankwise.sweep.runners.process import Order, send, sent
 from small_run import PATIENCE, alive, make, reached, wait_for
-from sweep_runs import HERE, check_told, runs, start, started
+from sweep_runs import SCRIPTS, check_told, runs, start, started
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'rankwise[slurm]'")
 
 TRAIN = f"command=[{sys.executable},-m,rankwise,train]"
-STAND_IN = HERE / "sweep" / "slurm_stand_in.py"
+STAND_IN = SCRIPTS / "slurm_stand_in.py"
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+import warm
 from rankwise.errors import InputError
 from rankwise.results.rows import best, summarise
 from rankwise.results.stats import mean
@@ -20,7 +21,6 @@ from rankwise.runs.store import Store
 from rankwise.settings import Contest, Span, Tune
 from rankwise.sweep.tune import Rounds, Search, rounds
 from small_run import PATIENCE, wait_for
-from support import warm
 from sweep_runs import tuned
 
 

@@ -20,6 +20,7 @@ import launched
 import sharded_trainer
 import side_by_side
 import small_run
+import warm
 from launched import assert_equal, lines
 from rankwise.errors import InputError
 from rankwise.methods import registry
@@ -28,7 +29,6 @@ from rankwise.ranks import ranks
 from rankwise.train.checkpoint_files import cut_back
 from rankwise.train.run import run
 from small_run import LORA, PATIENCE, SIMPLEX, alive, reached, wait_for
-from support import warm
 
 
 @pytest.fixture(scope="module")

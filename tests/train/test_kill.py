@@ -17,12 +17,12 @@ from typing import Any
 import pyarrow.parquet
 import pytest
 
+import warm
 from rankwise.files import MARKER
 from rankwise.processes.stop import this_process
 from rankwise.runs.store import Store
 from rankwise.train.checkpoint_files import last_complete
 from small_run import LORA, PATIENCE, SIMPLEX, alive, make, reached, start, wait_for
-from support import warm
 
 
 def cut(folder: Path, step: int, how: signal.Signals, fresh: bool = False) -> int:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 import launched
 import rankwise as rw
 import short_of_memory
+import warm
 from launched import assert_equal
 from rankwise.processes.stop import Stop
 from rankwise.processes.together import out_of_memory
@@ -22,7 +23,6 @@ from rankwise.runs.store import MEMORY, Store
 from rankwise.train.run import run
 from rankwise.train.trainer import RunTrainer
 from small_run import PATIENCE, SIMPLEX, make
-from support import warm
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import small_run
-from support import warm
+import warm
 
 
 def launcher(*how: str) -> list[str]:

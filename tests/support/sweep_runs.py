@@ -1,4 +1,4 @@
-"""Sweeps in processes of their own, and the stand-in workers that they start; see sweep/worker.py. All are forked."""
+"""Sweeps in processes of their own, and the stand-in workers that they start; see scripts/worker.py. All are forked."""
 
 import json
 import subprocess
@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import warm
 from rankwise.runs.store import Store
 from runs_made_up import REVISION, config
-from support import warm
 
-HERE = Path(__file__).parent
-WORKER = [sys.executable, str(HERE / "sweep" / "worker.py")]
+SUPPORT = Path(__file__).parent
+SCRIPTS = SUPPORT.with_name("scripts")
+WORKER = [sys.executable, str(SCRIPTS / "worker.py")]
 
 
 def runs(store: Store, *kinds: int | None) -> list[Path]:
-    """One run for each entry, which says what becomes of it; see worker.py."""
+    """One run for each entry, which says what becomes of it; see scripts/worker.py."""
     return [store.create(config(seed=seed, max_steps=5, train_rows=kind), REVISION) for seed, kind in enumerate(kinds)]
 
 
@@ -31,18 +32,18 @@ def chain(store: Store, *kinds: int | None) -> list[Path]:
 
 
 def start(store: Store, runner: str = "local", *options: str) -> subprocess.Popen[str]:
-    """A sweep over the runs of the store in a process of its own; see sweep.py."""
+    """A sweep over the runs of the store in a process of its own; see scripts/sweep.py."""
     return _start("sweep.py", str(store.folder), runner, *options)
 
 
 def tuned(experiment: Mapping[str, Any], runner: str, *options: str) -> subprocess.Popen[str]:
-    """A tuned experiment in a process of its own; see tuning.py."""
+    """A tuned experiment in a process of its own; see scripts/tuning.py."""
     return _start("tuning.py", json.dumps(experiment), runner, *options)
 
 
 def _start(program: str, *arguments: str) -> subprocess.Popen[str]:
     return warm.Popen(
-        [sys.executable, str(HERE / "sweep" / program), *arguments],
+        [sys.executable, str(SCRIPTS / program), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

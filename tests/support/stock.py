@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from support import warm
+import warm
 
 SCRIPT = """
 import sys

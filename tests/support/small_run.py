@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from support import warm
+import warm
 
 LORA = {"name": "lora", "rank": 2}
 # Large rates, so that the ranks do move within the nine steps of the search.
