@@ -110,7 +110,7 @@ def test_a_checkpoint_that_others_have_written_is_refused_in_one_line_and_nothin
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_folder_deleted_in_mid_run_is_not_made_anew(again: bool, tmp_path: Path) -> None:
-    folder = make(tmp_path / "run", max_steps=2_000)
+    folder = make(tmp_path / "run", max_steps=200)
     command = [sys.executable, "-m", "rankwise", "train", str(folder)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         wait_for(lambda: reached(folder, 4) or process.poll() is not None)

@@ -120,7 +120,7 @@ time.sleep(3600)
 @pytest.mark.parametrize("through", [[], ["sh", "-c", '"$@"; exit $?', "sh"]], ids=["", "a shell"])
 def test_a_worker_ends_with_its_parent_and_leaves_a_checkpoint(through: list[str], tmp_path: Path) -> None:
     """The parent is killed by -9, so it cannot tell its worker anything, nor what it has started in between."""
-    folder = make(tmp_path / "run", max_steps=2_000, checkpoint_every=2_000)
+    folder = make(tmp_path / "run", max_steps=200, checkpoint_every=200)
     with (folder / "log.txt").open("wb") as log:
         command = [sys.executable, "-c", PARENT, str(folder), *through]
         parent = warm.Popen(command, stdout=subprocess.PIPE, stderr=log)
@@ -131,7 +131,7 @@ def test_a_worker_ends_with_its_parent_and_leaves_a_checkpoint(through: list[str
         parent.kill()
         parent.communicate()
     wait_for(lambda: not alive(worker))
-    assert 2 <= newest(folder) < 2_000, (folder / "log.txt").read_text()
+    assert 2 <= newest(folder) < 200, (folder / "log.txt").read_text()
 
 
 def test_a_worker_that_cannot_see_its_parent_goes_on(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_worker_on_another_machine_goes_on(elsewhere: bool, tmp_path: Path) ->
 
 
 def test_an_interrupt_leaves_the_last_checkpoint(tmp_path: Path) -> None:
-    folder = make(tmp_path / "run", max_steps=2_000)
+    folder = make(tmp_path / "run", max_steps=200)
     assert cut(folder, 4, signal.SIGINT) == 130
     assert newest(folder) >= 3
     assert not (folder / "error.txt").exists()
