@@ -230,7 +230,7 @@ def test_an_environment_that_is_half_a_launch_is_told_in_one_line(
     assert done.stderr.startswith("rankwise: WORLD_SIZE=2 in the environment says") and "MASTER_ADDR" in done.stderr
     assert [path.name for path in folder.iterdir()] == ["run.yaml"]
     command = [*command[:-1], "task=stdlib-kind", f"runs={tmp_path / 'made'}"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    done = warm.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and not (tmp_path / "made").exists()
 
 
