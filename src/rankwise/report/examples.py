@@ -1,4 +1,4 @@
-"""What the methods said of the same few examples: texts side by side, and the pictures that runs left."""
+"""The outputs of all methods for the same few examples: texts side by side, and the pictures that runs left."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,7 +12,7 @@ from rankwise.results.rows import Row
 
 SHOWN = 4
 LONGEST = 800
-"""Characters of a text; the rest is left out, and said to be."""
+"""Characters of a text; the rest is left out, with a note of its length."""
 OF_ONE_RUN = 2
 """Examples in the section of one run, and MISSED rows that it got wrong."""
 MISSED = 10

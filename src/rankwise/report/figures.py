@@ -1,4 +1,4 @@
-"""From rows of results to the pictures of a page, each with words for whoever cannot see it."""
+"""From rows of results to the pictures of a page, each with words for those who cannot see it."""
 
 import base64
 import math
@@ -23,7 +23,7 @@ SIZES = {"rank", "size", "prefix", "infix", "blocks", "keep", "budget"}
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as the address of an image that holds all its data, and the words for whoever cannot see it."""
+    """A figure as the address of an image that holds all its data, and words for those who cannot see it."""
 
     source: str
     alt: str
@@ -81,7 +81,16 @@ def of_rates(
     return [Picture.of(figure, f"Score by learning rate. {metric}: {words}")]
 
 
-def of_ranks(row: Row) -> dict[str, Any] | None:
+@dataclass(frozen=True)
+class RankCourse:
+    """Where the rank of a method went: its label, a sentence or two, and pictures."""
+
+    label: str
+    text: str
+    figures: Sequence[Picture] = ()
+
+
+def of_ranks(row: Row) -> RankCourse | None:
     """Words and pictures of where the rank went; None for a method without sites or whose ranks cannot move."""
     histories = {seed: history(folder) for seed, folder in row.folders.items()}
     seed = min((seed for seed, lines in histories.items() if lines), default=None)
@@ -92,7 +101,7 @@ def of_ranks(row: Row) -> dict[str, Any] | None:
     final = course[-1][1]
     words = f"Seed {seed}, learning rate {row.learning_rate:g}. {in_words(course)}"
     if len(course) == 1:
-        return {"label": row.method, "text": words, "figures": []}
+        return RankCourse(row.method, words)
     ends = [changes(each)[-1][1] for each in histories.values() if each]
     if len(ends) > 1:
         moved = [site for site, rank in course[0][1].items() if any(end.get(site) != rank for end in ends)]
@@ -108,7 +117,7 @@ def of_ranks(row: Row) -> dict[str, Any] | None:
         figures.append(Picture.of(frames, f"Ranks by projection and layer at some steps. {words}"))
     end = heat.rank_picture(final, title=f"Final ranks: {label}", top=top)
     figures.append(Picture.of(end, f"Final ranks: {listed}"))
-    return {"label": row.method, "text": words, "figures": figures}
+    return RankCourse(row.method, words, figures)
 
 
 def _agreement(seeds: int, layers: int, moved: int, same: int) -> str:

@@ -17,7 +17,9 @@ import rankwise
 from rankwise.errors import InputError, need
 from rankwise.files import read_json, write_whole
 from rankwise.report import examples, figures
-from rankwise.report.answers import answered
+from rankwise.report.answers import Answered, answered
+from rankwise.report.examples import Example
+from rankwise.report.figures import Picture, RankCourse
 from rankwise.report.pages import Page, anchor, pages
 from rankwise.results import columns, published
 from rankwise.results.columns import Column, Head
@@ -35,7 +37,7 @@ SCRIPT = Path(__file__).with_name("page.js")
 
 @dataclass(frozen=True)
 class Cell:
-    """What a cell shows, the number it is sorted by (None: by its text), and links behind the text: (words, anchor)."""
+    """What a cell shows, the number it is sorted by (None: by its text), and links after the text: (words, anchor)."""
 
     text: str
     number: float | None = None
@@ -52,11 +54,36 @@ class Grid:
     sortable: bool = True
 
 
+@dataclass(frozen=True)
+class TaskPart:
+    """What the page has of one task.
+
+    Attributes:
+        name, split: its heading, and which rows were scored.
+        best, cost, every, tried: tables: each method at its best rate, what that costs, all rates, and the rates tried.
+        figures, pictures: pictures of all methods, and one that a method's runs left, with its label.
+        examples, answered: what the methods wrote for the same rows, and which class they gave, by label.
+        ranks: of methods whose ranks can move, where the rank went.
+    """
+
+    name: str
+    split: str
+    best: Grid
+    cost: Grid
+    every: Grid | None
+    tried: Sequence[Grid]
+    figures: Sequence[Picture]
+    examples: Sequence[Example]
+    answered: Sequence[tuple[str, Answered]]
+    pictures: Sequence[tuple[str, Picture]]
+    ranks: Sequence[RankCourse]
+
+
 def write(runs: Path | str | Store, out: Path | str | None = None, summary: Summary | None = None) -> Path:
     """Write the report of a folder of `runs` to `out`, by default `report.html` in it, and return where it is.
 
-    `summary` is that of all finished runs, for whoever has it already. Raises InputError for a folder without runs, and
-    where a package of the extra `bench` is missing.
+    `summary` is that of all finished runs, where it has been computed already. Raises InputError for a folder without
+    runs, and where a package of the extra `bench` is missing.
     """
     jinja2 = need("jinja2", "bench")
     store = runs if isinstance(runs, Store) else Store(runs)
@@ -67,33 +94,33 @@ def write(runs: Path | str | Store, out: Path | str | None = None, summary: Summ
     about = summary.experiment.get("report") or {}
     sections = pages(store, folders, summary.results, summary.rows)
     script = SCRIPT.read_text(encoding="utf-8")
-    page = {
-        "title": about.get("title") or f"Runs in {store.name}",
-        "text": [paragraph for paragraph in (about.get("text") or "").split("\n\n") if paragraph.strip()],
-        "counts": _counts(sections),
-        "failed": [run for run in sections if run.state == "failed"],
-        "unfinished": [run for run in sections if run.state not in ("done", "failed")],
-        "findings": summary.findings,
-        "notes": [*([summary.damage] if summary.damage else []), *summary.notes],
-        "published": _published(summary),
-        "overview": _overview(summary),
-        "tasks": [_task(name, summary) for name in dict.fromkeys(row.task for row in summary.best)],
-        "columns": columns.columns(summary.rows) if summary.rows else [],
-        "settings": _settings(summary.results, summary.rows),
-        "environment": _environment([path for row in summary.rows for path in row.folders.values()]),
-        "runs": sections,
-        "version": rankwise.__version__,
-        "script": script,
-        "digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-    }
     template = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    page = template.render(
+        title=about.get("title") or f"Runs in {store.name}",
+        text=[paragraph for paragraph in (about.get("text") or "").split("\n\n") if paragraph.strip()],
+        counts=_counts(sections),
+        failed=[run for run in sections if run.state == "failed"],
+        unfinished=[run for run in sections if run.state not in ("done", "failed")],
+        findings=summary.findings,
+        notes=[*([summary.damage] if summary.damage else []), *summary.notes],
+        published=_published(summary),
+        overview=_overview(summary),
+        tasks=[_task(name, summary) for name in dict.fromkeys(row.task for row in summary.best)],
+        columns=columns.columns(summary.rows) if summary.rows else [],
+        settings=_settings(summary.results, summary.rows),
+        environment=_environment([path for row in summary.rows for path in row.folders.values()]),
+        runs=sections,
+        version=rankwise.__version__,
+        script=script,
+        digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )
     out = folder / "report.html" if out is None else Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # a name may hold what is no character of UTF-8, when a file's name on the disk does
-        write_whole(out, template.render(page).encode("utf-8", errors="replace"))
+        write_whole(out, page.encode("utf-8", errors="replace"))
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {(error.strerror or str(error)).lower()}") from None
     return out
@@ -155,32 +182,31 @@ def _cell(column: Column[Any], row: Any) -> Cell:
     return Cell(column.cell(row), column.number_of(row), links)
 
 
-def _task(name: str, summary: Summary) -> dict[str, Any]:
+def _task(name: str, summary: Summary) -> TaskPart:
     best = [row for row in summary.best if row.task == name]
     rows = [row for row in summary.rows if row.task == name]
     title = columns.task_name(best[0])
     scored = [*columns.who(rows), *columns.scores(rows), *columns.sizes(rows)]
     answers = [(row.method, answered(row.first, row.evaluated.name, WRONG)) for row in best]
     ranks = [figures.of_ranks(row) for row in best]
-    return {
-        "name": title,
-        "split": "; ".join(filter(None, [scored_on(best[0]), always(best)])),
-        "best": _grid(best, scored, f"{title}: each method at its best learning rate"),
-        "cost": _grid(best, [*columns.who(best), *columns.COSTS], f"{title}: what a run of it costs"),
-        "every": _grid(rows, scored, f"{title}: every learning rate") if len(rows) > len(best) else None,
-        "tried": [
+    return TaskPart(
+        name=title,
+        split="; ".join(filter(None, [scored_on(best[0]), always(best)])),
+        best=_grid(best, scored, f"{title}: each method at its best learning rate"),
+        cost=_grid(best, [*columns.who(best), *columns.COSTS], f"{title}: what a run of it costs"),
+        every=_grid(rows, scored, f"{title}: every learning rate") if len(rows) > len(best) else None,
+        tried=[
             _grid(lines, shown, f"{title}: learning rates tried, on rows that are not reported")
             for shown, lines in columns.tried(best)
         ],
-        "figures": figures.of_task(best, rows, title),
-        "examples": examples.examples(best),
-        "answered": [(method, said) for method, said in answers if said],
-        "pictures": [
-            (method, figures.Picture.png(png, f"what {method} makes of some images"))
-            for method, png in examples.pictures(best)
+        figures=figures.of_task(best, rows, title),
+        examples=examples.examples(best),
+        answered=[(method, each) for method, each in answers if each],
+        pictures=[
+            (method, Picture.png(png, f"what {method} makes of some images")) for method, png in examples.pictures(best)
         ],
-        "ranks": [each for each in ranks if each is not None],
-    }
+        ranks=[each for each in ranks if each is not None],
+    )
 
 
 def _settings(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> Grid:

@@ -50,7 +50,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Page:
-    """What is said of one run. `anchor` is its address within the page."""
+    """What the page has of one run. `anchor` is its address within the page."""
 
     anchor: str
     label: str
@@ -123,7 +123,7 @@ def _finished(folder: Path, result: Mapping[str, Any], method: str) -> Page:
         examples.missed(folder),
         examples.of_run(folder),
         answered=answered(folder, result["splits"]["evaluation"][0]["name"]),
-        nothing="; ".join(f"{each['split']}: {said}" for each in spreads(result) if (said := nothing_learnt(each))),
+        nothing="; ".join(f"{each['split']}: {words}" for each in spreads(result) if (words := nothing_learnt(each))),
     )
 
 

@@ -1,6 +1,6 @@
 """Scores against size, cost and learning rate. Every function returns a `matplotlib.figure.Figure`.
 
-Bars are intervals or deviations over the seeds, and what they are is said in the legend.
+Bars are intervals or deviations over the seeds; the legend says which.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How all pictures of a report look: matplotlib without a display, figures, titles, legends and SVG.
 
-Figures are five inches wide, so that their text is still ten pixels tall on a phone. Methods are told apart by colour
+Figures are five inches wide, so that their text is still ten pixels tall on a phone. Methods differ by colour
 (those of Okabe and Ito, which colour-blind readers can separate), marker and dash at once, chosen by their `look`: one
 method has one look in all pictures of a task.
 """
@@ -62,7 +62,7 @@ def svg(figure: Figure) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # A name in a script that the font has not is drawn as boxes; the page has it as text all the same.
+        # A name in a script that the font lacks is drawn as boxes; the page has it as text too.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     return buffer.getvalue()
@@ -85,7 +85,7 @@ def bare_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def look_of(kinds: Sequence[Any], look: int) -> Any:
-    """A marker or a dash; where the colours begin anew, they meet other ones."""
+    """A marker or a dash; where the colours start again, they meet other ones."""
     return kinds[(look + look // len(COLOURS)) % len(kinds)]
 
 

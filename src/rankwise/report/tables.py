@@ -41,7 +41,7 @@ def markdown(rows: Sequence[Row], shown: Columns = (), caption: str = "", bold: 
 def csv(rows: Sequence[Row], shown: Columns = ()) -> str:
     """Comma-separated values in full precision, one line per row, metrics as `accuracy` and `accuracy_sd`.
 
-    All there is of a row, or what is behind the columns `shown`.
+    All there is of a row, or the values of the columns `shown`.
     """
     found = {key: value for column in shown for key, value in column.values.items()} or values(rows)
     text = io.StringIO()

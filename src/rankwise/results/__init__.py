@@ -1,1 +1,1 @@
-"""What finished runs say: rows, statistics over seeds, sentences, ours beside the printed. No torch in here."""
+"""What finished runs say: rows, statistics over seeds, sentences, and ours next to the printed. No torch in here."""

@@ -1,4 +1,4 @@
-"""Ours beside what the papers print, cell by cell."""
+"""Ours next to what the papers print, cell by cell."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,13 +10,13 @@ from rankwise.published import Row as Printed
 from rankwise.results.rows import Row, averages, unofficial
 from rankwise.results.stats import mean, sd
 
-SAID = ("targets", "every")
-"""Options that may be otherwise in ours, for another model or a short run; it is then said."""
+MAY_DIFFER = ("targets", "every")
+"""Options in which ours may differ, for another model or a short run; `differs` then names them."""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """A printed cell and what of ours stands beside it. Of one that we have no run for, `n` is 0 and ours is None.
+    """A printed cell and ours next to it. Of a cell without a run of ours, `n` is 0 and what is ours is None.
 
     Attributes:
         table: as in `rankwise papers`; source, number: paper, and the table's number there.
@@ -25,7 +25,7 @@ class Beside:
         task, metric: ours, as our tables call them; the metric with the suffix of its split.
         published: as printed, ± included; "" where the paper leaves the cell empty.
         published_parameters: the label as printed; "" for none.
-        reading: what has to be known of the printed number.
+        reading: what a reader has to know of the printed number.
         method, learning_rate: of our row; the rate is None for an average.
         mean, sd: of our seeds, in `unit`; sd is None for one seed. n: how many seeds.
         budget, final: our adapter parameters, allowed and kept.
@@ -56,9 +56,9 @@ class Beside:
 def beside(rows: Sequence[Row], best: Sequence[Row], experiment: Mapping[str, Any]) -> list[Beside]:
     """Every cell of the tables that `experiment` names in its `published:`, in the order of the papers; [] for none.
 
-    A row of ours stands beside a printed one by the name of its method and by the options that make the printed row,
-    never by a label; where it is otherwise in SAID alone it stands there too, and `differs` says so. It is the one at
-    the best learning rate, but for rows that are printed for one rate.
+    A row of ours stands next to a printed one by the name of its method and by the options that make the printed row,
+    never by a label; where only options in MAY_DIFFER are different it stands there too, and `differs` says so. It is
+    the one at the best learning rate, except for rows that are printed for one rate.
 
     Args:
         rows, best: what `summarise` and `best` give.
@@ -73,7 +73,7 @@ def beside(rows: Sequence[Row], best: Sequence[Row], experiment: Mapping[str, An
 
 @dataclass(frozen=True)
 class _Side:
-    """One table on its way beside our rows."""
+    """One table, and the rows to put next to it."""
 
     table: Table
     rows: Sequence[Row]
@@ -166,8 +166,8 @@ def _filled(
 
 
 def _like(rows: Sequence[Row], wanted: Mapping[str, Any]) -> list[Row]:
-    """Those of this method and these options; where none has them all, those that are otherwise in SAID alone."""
-    options = {key: value for key, value in wanted.items() if key not in ("name", *SAID)}
+    """Those of this method and these options; where none has them all, those that differ in MAY_DIFFER alone."""
+    options = {key: value for key, value in wanted.items() if key not in ("name", *MAY_DIFFER)}
     like = [
         row
         for row in rows
@@ -177,8 +177,8 @@ def _like(rows: Sequence[Row], wanted: Mapping[str, Any]) -> list[Row]:
 
 
 def _otherwise(row: Row, wanted: Mapping[str, Any]) -> list[str]:
-    """Which options of SAID are not as in the printed row."""
-    return [option for option in SAID if option in wanted and not same(row.options.get(option), wanted[option])]
+    """Which options of MAY_DIFFER are not as in the printed row."""
+    return [option for option in MAY_DIFFER if option in wanted and not same(row.options.get(option), wanted[option])]
 
 
 def _words(value: Any) -> str:

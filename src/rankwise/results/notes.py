@@ -10,7 +10,7 @@ from rankwise.runs.search import in_words
 
 TOO_HIGH = "Rates were chosen on the rows reported, so scores are slightly too high; use `tune:` to avoid this"
 WELL_USED = 0.9
-"""A share of the budget below which a method may be behind for being smaller."""
+"""A share of the budget below which a method may score less because it is smaller."""
 
 
 def notes(

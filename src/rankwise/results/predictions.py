@@ -1,4 +1,4 @@
-"""What a run answered to each example of its main evaluation split, for the bootstrap over the examples."""
+"""The answers of a run to each example of its main evaluation split, for the bootstrap over the examples."""
 
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ Kind = Literal["prediction", "score", "statistics"]
 
 
 class Predictions(NamedTuple):
-    """What a run said of the examples of its main evaluation split."""
+    """The answers of a run to the examples of its main evaluation split."""
 
     kind: Kind
     values: np.ndarray
@@ -29,7 +29,7 @@ def predictions(folder: Path) -> Predictions | None:
         file = need("pyarrow.parquet", "bench").ParquetFile(check_regular(folder / "predictions.parquet"))
         kind: Kind = next((each for each in computed if each in file.schema_arrow.names), "prediction")
         table = file.read(columns=["split", kind, "label" if kind == "prediction" else "idx"])
-        table = table.rename_columns(["split", "values", "labels"])  # an error where one is not there
+        table = table.rename_columns(["split", "values", "labels"])  # an error where one is missing
         columns = {name: table.column(name).to_pylist() for name in table.column_names}
         main = [place for place, split in enumerate(columns["split"]) if split == columns["split"][0]]
         values, labels = (np.asarray([columns[name][place] for place in main]) for name in ("values", "labels"))

@@ -1,4 +1,4 @@
-"""Ours beside what the papers print, as tables."""
+"""Ours next to what the papers print, as tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ HEADER = ["printed row", "column", "ours", "mean ± sd", "seeds", "budget", "fin
 
 @dataclass(frozen=True)
 class Compared:
-    """One published table with ours in it: rows below HEADER, of the cells that we have runs for.
+    """One published table with ours in it: rows below HEADER, of the cells with runs of ours.
 
     Means are in the unit that is printed. The notes say how ours differs from the paper's run, and how the printed
     number is to be read; the last column of a row has their numbers.
@@ -37,7 +37,7 @@ def text(cells: Sequence[Beside]) -> str:
 
 
 def mean_sd(cell: Beside) -> str:
-    """`70.40 ± 0.12` in the unit that is printed; "" where we have none."""
+    """`70.40 ± 0.12` in the unit that is printed; "" for none."""
     if cell.mean is None:
         return ""
     digits = {"percent": 2, "fraction": 4, "number": 3}[cell.unit]
@@ -47,15 +47,16 @@ def mean_sd(cell: Beside) -> str:
 
 def _compared(cells: Sequence[Beside]) -> Compared:
     ours = [cell for cell in cells if cell.n]
-    said = [_clauses(cell) for cell in ours]
-    common = [clause for clause in (said[0] if said else []) if len(said) > 1 and all(clause in each for each in said)]
-    notes = list(dict.fromkeys(clause for each in said for clause in each if clause not in common))
+    clauses = [_clauses(cell) for cell in ours]
+    shared = clauses[0] if len(clauses) > 1 else []
+    common = [clause for clause in shared if all(clause in each for each in clauses)]
+    notes = list(dict.fromkeys(clause for each in clauses for clause in each if clause not in common))
     rows = []
-    for cell, clauses in zip(ours, said, strict=True):
+    for cell, own in zip(ours, clauses, strict=True):
         sizes = ["" if size is None else f"{size:,}" for size in (cell.budget, cell.final)]
         names = [cell.row, cell.column or "parameters", cell.method]
         printed = [cell.published or "-", cell.published_parameters or "-"]
-        numbers = ", ".join(str(notes.index(clause) + 1) for clause in clauses if clause in notes)
+        numbers = ", ".join(str(notes.index(clause) + 1) for clause in own if clause in notes)
         rows.append([*names, mean_sd(cell), str(cell.n), *sizes, *printed, numbers])
     lines = [*(f"All rows: {clause}" for clause in common), *(f"{n}: {clause}" for n, clause in enumerate(notes, 1))]
     if missing := len(cells) - len(ours):

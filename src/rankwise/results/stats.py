@@ -63,8 +63,8 @@ def paired_p(gaps: Sequence[float]) -> float | None:
 def holm(values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (1979, Scand. J. Statist. 6, 65-70), in the order of `values`.
 
-    Of m sorted values p_(i) becomes max_{j ≤ i} min(1, (m - j + 1) p_(j)). Whoever calls those up to 0.05 a difference
-    makes even one false claim in 5 % of all reports at most.
+    Of m sorted values p_(i) becomes max_{j ≤ i} min(1, (m - j + 1) p_(j)). Calling those up to 0.05 a difference
+    makes a false claim in 5 % of all reports at most.
     """
     found, least = [0.0] * len(values), 0.0
     for place, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
@@ -132,10 +132,10 @@ def corrected(found: Sequence[Difference]) -> list[Difference]:
 def paired_bootstrap(
     score: Callable[[np.ndarray], np.ndarray], ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
 ) -> Interval | None:
-    """Percentile interval of our score minus theirs, the examples drawn anew with replacement, the same for both.
+    """Percentile interval of our score minus theirs, the examples resampled with replacement, the same ones for both.
 
     A draw of nothing but examples that do not count, such as images without a labelled pixel, has no score. It is left
-    out, for a set like it would never be scored; None where no draw has one.
+    out, for such a set would never be scored; None where no draw has one.
 
     Args:
         score: summed statistics (…, k), as floats, -> scores (…); NaN for none.
