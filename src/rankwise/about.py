@@ -109,7 +109,7 @@ def params(arch: str, method: str, settings: Sequence[str]) -> Listing:
     return Listing(content, "\n".join(f"{key:<9}  {value}" for key, value in lines.items()))
 
 
-def environment() -> Listing:
+def env() -> Listing:
     """Versions, device, and the environment variables that count."""
     import torch
 
@@ -127,19 +127,24 @@ def environment() -> Listing:
     return Listing(found, "\n".join(f"{key}: {'-' if value is None else value}" for key, value in found.items()))
 
 
+def schema() -> dict[str, Any]:
+    """The JSON schema of configuration files."""
+    from rankwise.settings import json_schema
+    from rankwise.sweep import plan
+
+    return json_schema(plan.schema())
+
+
 def _first_line(kind: type) -> str:
     return (kind.__doc__ or "").strip().partition("\n")[0]
 
 
 def _options(key: str) -> Mapping[str, Mapping[str, Any]]:
     """The options of every method or task, by its name, with their defaults."""
-    from rankwise.settings import json_schema
-    from rankwise.sweep import plan
-
     return {
         entry["properties"]["name"]["const"]: {
             option: value.get("default") for option, value in entry["properties"].items() if "const" not in value
         }
-        for entry in json_schema(plan.schema())["properties"][key]["oneOf"]
+        for entry in schema()["properties"][key]["oneOf"]
         if "properties" in entry
     }

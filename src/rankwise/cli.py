@@ -1,17 +1,14 @@
 """The command line. stdout carries the result, stderr the log.
 
-Exit codes: 0 done, 1 failed, 2 something wrong with what the user gave, 3 some runs of a sweep failed, 75 stopped but
-resumable, 130 interrupted. Everything heavy is imported inside the commands, so that `--help` is there at once.
+Everything heavy is imported inside the commands, so that `--help` is there at once. `errors` has the exit codes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -19,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from rankwise.errors import FAILED, INPUT, INTERRUPTED, InputError, shown
+from rankwise.errors import FAILED, INPUT, INTERRUPTED, InputError
+from rankwise.terminal import agreed, ask, log, show, show_json
 
 if TYPE_CHECKING:
     from rankwise.about import Listing
@@ -88,19 +86,19 @@ def train(
     source, settings = (None, what) if _is_setting(what[0]) else (Path(what[0]), what[1:])
     one = api.one(source, settings, dry_run)
     if one.differs:
-        _print(one.differs, file=sys.stderr)
+        log(one.differs)
     if dry_run:
-        _print(_json(one.config.model_dump(mode="json")) if as_json else as_text(one.config, everything))
-        _print(f"dry run: would be carried out in {one.folder}", file=sys.stderr)
+        show_json(one.config.model_dump(mode="json")) if as_json else show(as_text(one.config, everything))
+        log(f"dry run: would be carried out in {one.folder}")
         return
     trained = api.Trained(one.folder, one.carry_out(reuse, repeat))
     if not is_main():
         return
     if as_json:
-        _print_json(trained.result)
+        show_json(trained.result)
     else:
-        _print(trained.text())
-        _print(f"\nrun: {trained.folder}")
+        show(trained.text())
+        show(f"\nrun: {trained.folder}")
 
 
 def _is_setting(word: str) -> bool:
@@ -109,6 +107,28 @@ def _is_setting(word: str) -> bool:
         return "=" in word and not Path(word).exists()
     except OSError:  # too long for a name
         return True
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="the file to write")] = Path("experiment.yaml"),
+    data: Annotated[
+        str | None, typer.Option("--data", help="a .csv, .jsonl or .parquet file, a folder, a name")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--type", help="classification, pair, regression, seq2seq, causal")
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="column to read; two for a pair, a comma between")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="column to learn")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="folder or hub name of the base model")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a commented experiment for data of your own, after four questions or from flags."""
+    from rankwise import starter
+
+    given = {"data": data, "type": kind, "text": text, "label": label, "model": model}
+    starter.asked(given, ask if sys.stdin.isatty() else None).write(file)
+    log(f"wrote {file}; next: rankwise validate {file}")
 
 
 @app.command(cls=_Sweeping)
@@ -151,22 +171,17 @@ def status(
 
     store, console = Store(runs), Console()
     if watching and not as_json and console.is_terminal:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # so that the terminal is left as it was
-        try:
-            watch(store, console)
-        except KeyboardInterrupt:
-            sys.exit(INTERRUPTED)
-        return
+        sys.exit(0 if watch(store, console) else INTERRUPTED)
     store.tidy(store.folders())
     look = Watch(store).look()
     if as_json:
-        _print_json(look.as_json())
+        show_json(look.as_json())
         return
-    _print(f"{runs}: {look.head()}")
+    show(f"{runs}: {look.head()}")
     if look.standings:
-        _print(look.table())
+        show(look.table())
     if note := store.left_out():
-        _print(f"\nIn a report {note}")
+        show(f"\nIn a report {note}")
 
 
 @app.command(cls=_Sweeping)
@@ -213,14 +228,14 @@ def report(
     found = api.report(*runs)
     _say_damage(found)
     if html:
-        _print(f"report: {found.write_page(html)}", file=sys.stderr)
+        log(f"report: {found.write_page(html)}")
     if form:
         if found.left_out:
-            _print(found.left_out, file=sys.stderr)
+            log(found.left_out)
         names = [name.strip() for name in columns.split(",") if name.strip()]
-        _print(found.table(form, names, caption, bold))
+        show(found.table(form, names, caption, bold))
     elif as_json or not html:
-        _print(_json(found.as_json()) if as_json else found.text())
+        show_json(found.as_json()) if as_json else show(found.text())
 
 
 @app.command()
@@ -242,27 +257,19 @@ def clean(
 
     found = unneeded(Store(runs), only or [])
     if found and not as_json:
-        _print(plain(["run", "state", "why"], [each.row() for each in found]))
+        show(plain(["run", "state", "why"], [each.row() for each in found]))
     if not found:
-        _print(f"{runs}: nothing to delete", file=sys.stderr)
-    elif not yes and not _agreed(f"delete {counted(len(found))}?"):
+        log(f"{runs}: nothing to delete")
+    elif not yes and not agreed(f"delete {counted(len(found))}?"):
         found = []
     kept = {each.folder.name: remove(each.folder) for each in found}
     for name, others in kept.items():
         if others:
-            _print(f"{name}: {', '.join(others)} stays there, for no run has written it", file=sys.stderr)
+            log(f"{name}: {', '.join(others)} stays there, for no run has written it")
     if as_json:
-        _print_json({"deleted": [*kept]})
+        show_json({"deleted": [*kept]})
     elif found:
-        _print(f"deleted {counted(len(found))}", file=sys.stderr)
-
-
-def _agreed(question: str) -> bool:
-    """Whether who sits at the terminal says yes. Raises InputError where nobody does."""
-    if not sys.stdin.isatty():
-        raise InputError(f"{question} Nobody can be asked where there is no terminal: --yes")
-    _print(f"{question} [y/N] ", file=sys.stderr)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+        log(f"deleted {counted(len(found))}")
 
 
 @app.command()
@@ -278,73 +285,34 @@ def validate(
     from rankwise.sweep.plan import Checked
 
     checked = Checked.of(source, settings or [])
-    _print(_json(checked.config.model_dump(mode="json")) if as_json else as_text(checked.config, everything))
+    show_json(checked.config.model_dump(mode="json")) if as_json else show(as_text(checked.config, everything))
     if not as_json:
-        _print(f"{source} is valid: {checked}", file=sys.stderr)
+        log(f"{source} is valid: {checked}")
 
 
 @app.command()
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of configuration files, for editors."""
-    from rankwise.settings import json_schema
-    from rankwise.sweep import plan
-
-    _print_json(json_schema(plan.schema()))
-
-
-@app.command()
-def methods(as_json: Json = False, debug: Debug = False) -> None:
-    """List the methods and their options."""
     from rankwise import about
 
-    _print_listing(about.methods(), as_json)
+    show_json(about.schema())
 
 
-@app.command("check-method")
-def check_method(
-    file: Annotated[Path, typer.Argument(metavar="FILE.py", help="Python file that holds the method")],
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options by which the method is checked")
-    ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Check that a method of your own keeps what every method promises; exit code 1 where it does not."""
-    from rankwise.conformance import check_file
+def _list_command(name: str, summary: str) -> None:
+    """A command that prints what `rankwise.about` has under its name."""
 
-    findings = []
-    for finding in check_file(file, settings or []):
-        findings.append(finding)
-        if not as_json:
-            _print(finding)
-    if as_json:
-        _print_json([vars(finding) for finding in findings])
-    if any(finding.broken for finding in findings):
-        raise typer.Exit(FAILED)
+    @app.command(name, help=summary)
+    def command(as_json: Json = False, debug: Debug = False) -> None:
+        from rankwise import about
+
+        _print_listing(getattr(about, name)(), as_json)
 
 
-@app.command()
-def tasks(as_json: Json = False, debug: Debug = False) -> None:
-    """List the tasks."""
-    from rankwise import about
-
-    _print_listing(about.tasks(), as_json)
-
-
-@app.command()
-def papers(as_json: Json = False, debug: Debug = False) -> None:
-    """List the papers' tables and figures, and the experiment that is for each."""
-    from rankwise import about
-
-    _print_listing(about.papers(), as_json)
-
-
-@app.command()
-def archs(as_json: Json = False, debug: Debug = False) -> None:
-    """List the architectures that parameters can be counted for."""
-    from rankwise import about
-
-    _print_listing(about.archs(), as_json)
+_list_command("methods", "List the methods and their options.")
+_list_command("tasks", "List the tasks.")
+_list_command("papers", "List the papers' tables and figures, and the experiment that is for each.")
+_list_command("archs", "List the architectures that parameters can be counted for.")
+_list_command("env", "Print versions, device and the environment variables that count.")
 
 
 @app.command()
@@ -365,16 +333,8 @@ def params(
     _print_listing(listing, as_json)
 
 
-@app.command()
-def env(as_json: Json = False, debug: Debug = False) -> None:
-    """Print versions, device and the environment variables that count."""
-    from rankwise import about
-
-    _print_listing(about.environment(), as_json)
-
-
 def main() -> None:
-    """Run the command line and leave with one of the exit codes above."""
+    """Run the command line and leave with one of the exit codes in `rankwise.errors`."""
     # A result in UTF-8 whatever the terminal says, so that no ± stops a finished sweep.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -401,9 +361,9 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whoever opens it, the user gave it
             error, line = InputError(line), f"{line[:120]}… is no name of a file: give a shorter one"
         if isinstance(error, InputError):
-            _print(f"rankwise: {line}", file=sys.stderr)
+            log(f"rankwise: {line}")
             sys.exit(INPUT)
-        _print(f"rankwise: {type(error).__name__}: {line} (--debug shows where)", file=sys.stderr)
+        log(f"rankwise: {type(error).__name__}: {line} (--debug shows where)")
         sys.exit(FAILED)
 
 
@@ -411,29 +371,29 @@ def _refuse_usage(error: Any) -> NoReturn:
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "rankwise"
     if len(sys.argv) == 1:  # rankwise alone: its help is what was wanted
-        _print(context.get_help() if context else error.format_message())
+        show(context.get_help() if context else error.format_message())
     else:
-        _print(f"rankwise: {' '.join(error.format_message().split())} (see {command} --help)", file=sys.stderr)
+        log(f"rankwise: {' '.join(error.format_message().split())} (see {command} --help)")
     sys.exit(INPUT)
 
 
 def _say_damage(found: Report) -> None:
     if found.damage:
-        _print(f"rankwise: {found.damage}; without it nothing is told of the experiment", file=sys.stderr)
+        log(f"rankwise: {found.damage}; without it nothing is told of the experiment")
 
 
 def _conclude(found: Comparison, as_json: bool) -> None:
     """Print what the runs say, write the page, and leave with the exit code."""
     _say_damage(found)
     if not as_json:
-        _print(found.text())
+        show(found.text())
     page = _page(found)
     if as_json:
-        _print_json({**found.as_json(), "report": str(page) if page else None})
+        show_json({**found.as_json(), "report": str(page) if page else None})
     elif page:
-        _print(f"\nreport: {page}")
+        show(f"\nreport: {page}")
     for line in found.left():
-        _print(line, file=sys.stderr)
+        log(line)
     if found.code:
         sys.exit(found.code)
 
@@ -445,45 +405,17 @@ def _page(found: Comparison) -> Path | None:
     try:
         return found.write_page()
     except Exception as error:
-        _print(f"no report.html: {' '.join(str(error).split())}", file=sys.stderr)
+        log(f"no report.html: {' '.join(str(error).split())}")
         return None
 
 
 def _print_listing(listing: Listing, as_json: bool) -> None:
-    _print(_json(listing.content) if as_json else listing.text)
+    show_json(listing.content) if as_json else show(listing.text)
 
 
 def _print_plan(plan: Plan, as_json: bool, everything: bool) -> None:
-    from rankwise.results.formats import plain
-    from rankwise.sweep.changed import as_text
-    from rankwise.sweep.plan import made_by_others
-    from rankwise.sweep.progress import counted
-
-    if others := plan.store.others(plan.wanted):
-        _print(f"{made_by_others(plan.store, others)}; wants --reuse or --repeat", file=sys.stderr)
-    if as_json:
-        _print_json(plan.as_json())
-    else:
-        header, rows = plan.table()
-        _print(plain(header, rows))
-        if everything:
-            _print(f"\n{as_text(plan.experiment, everything)}")
-        left = sum(row[-1] != "done" for row in rows)
-        _print(f"{counted(len(plan.runs))} in {plan.store.folder}, {left} to carry out", file=sys.stderr)
-    for line in plan.following():
-        _print(line, file=sys.stderr)
-
-
-def _json(content: Any) -> str:
-    text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
-    # what a terminal would act upon, as JSON spells it
-    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
-
-
-def _print(text: object, file: Any = None) -> None:
-    """Every text that is printed comes through here, since any of it may hold a name that others have given."""
-    print(shown(str(text)), file=file)
-
-
-def _print_json(content: Any) -> None:
-    _print(_json(content))
+    if others := plan.made_by_others():
+        log(f"{others}; wants --reuse or --repeat")
+    show_json(plan.as_json()) if as_json else show(plan.text(everything))
+    for line in plan.following(as_json):
+        log(line)

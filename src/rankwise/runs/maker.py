@@ -25,8 +25,7 @@ from rankwise.files import read_json
 
 ASIDE = {
     *("about", "adapters", "api", "archs", "cli", "errors", "files", "named", "published", "report", "results", "runs"),
-    "settings",
-    "sweep",
+    *("settings", "starter", "sweep", "terminal"),
 }
 """Rooms that do not decide a result."""
 

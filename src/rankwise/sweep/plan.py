@@ -15,12 +15,13 @@ from typing import Any
 from rankwise import methods, published, tasks
 from rankwise.errors import InputError, shown
 from rankwise.processes.launched import is_main, launched
+from rankwise.results.formats import plain
 from rankwise.runs import grid
 from rankwise.runs.maker import Maker, in_words
 from rankwise.runs.run_file import maker_of
 from rankwise.runs.store import Store
 from rankwise.settings import Experiment, RunConfig, Schema, Span, load
-from rankwise.sweep.changed import differing, dotted
+from rankwise.sweep.changed import as_text, differing, dotted
 from rankwise.sweep.compare import Outcome, carry_out
 from rankwise.sweep.progress import counted
 from rankwise.sweep.runners import Runner, typed
@@ -327,15 +328,27 @@ class Plan:
         store.note(self.experiment)
         return tune_and_carry_out(store, list(self.experiment.contests()), create, runner)
 
-    def following(self) -> list[str]:
-        """What else will follow from what these runs find, in words."""
+    def made_by_others(self) -> str:
+        """How many of these runs other code or data has made, and what differs; empty for none."""
+        others = self.store.others(self.wanted)
+        return made_by_others(self.store, others) if others else ""
+
+    def following(self, as_json: bool) -> list[str]:
+        """How many runs there are, unless that is in the JSON, and what will follow from what they find, in words."""
+        left = sum(self.store.state(folder) != "done" for folder in self.runs)
+        lines = [] if as_json else [f"{counted(len(self.runs))} in {self.store.folder}, {left} to carry out"]
         if self.experiment.tune is None:
-            return []
+            return lines
         waiting = [search.contest for search in self.searches if search.rate is None]
         further = any(isinstance(contest.rates, Span) for contest in waiting)
         runs = sum(len(contest.seeds) for contest in waiting)
         last = f"then {counted(runs)}, each at the learning rate chosen for it"
-        return ["further rates follow from what these score", last] if further else [last]
+        return [*lines, *(["further rates follow from what these score"] if further else []), last]
+
+    def text(self, everything: bool) -> str:
+        """A row for each run, and with `everything` the settings of the experiment."""
+        table = plain(*self.table())
+        return f"{table}\n\n{as_text(self.experiment, everything)}" if everything else table
 
     def as_json(self) -> list[dict[str, Any]]:
         """What `rankwise compare --dry-run --json` prints."""

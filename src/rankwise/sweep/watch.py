@@ -1,7 +1,9 @@
 """How the runs of a folder stand, and how long they will still take."""
 
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,16 +166,18 @@ class Watch:
         return self._pace.get(folder, standing.pace)
 
 
-def watch(store: Store, console: Console) -> None:
-    """Keep a table on the terminal until every run is done or has failed."""
+def watch(store: Store, console: Console) -> bool:
+    """Keep a table on the terminal until every run is done or has failed (True), or until Ctrl-C (False)."""
     looking = Watch(store)
-    with Live(console=console, auto_refresh=False) as live:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # so that the terminal is left as it was
+    with suppress(KeyboardInterrupt), Live(console=console, auto_refresh=False) as live:
         while True:
             look = looking.look()
             live.update(_page(f"{store.folder}: {look.head()}", look.header(), look.rows()), refresh=True)
             if look.over:
-                return
+                return True
             time.sleep(EVERY)
+    return False
 
 
 def _page(head: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Group:

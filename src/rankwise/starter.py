@@ -1,0 +1,150 @@
+"""The commented file that someone's own experiment starts from."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rankwise.errors import InputError, nearest
+from rankwise.files import unwritable, write_whole
+
+TYPES = {"classification": "label", "pair": "label", "regression": "label", "seq2seq": "target", "causal": "target"}
+"""Type of a task -> the role of the column that is learnt."""
+MODELS = {"seq2seq": "t5-small", "causal": "gpt2-medium"}
+"""What a file starts with where the packaged model cannot do the task."""
+
+Ask = Callable[[str], str]
+"""Puts a question and gives the answer, empty for none."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the file is about.
+
+    Attributes:
+        data: a file, a folder with a file for each split, or a name on the hub.
+        type: of the task, one of `TYPES`.
+        read: the columns that the model reads: two for a pair, else one.
+        answer: the column that it learns.
+        model: folder or hub name; empty for the packaged one.
+    """
+
+    data: str
+    type: str
+    read: Sequence[str]
+    answer: str
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        if self.type not in TYPES:
+            raise InputError(f"--type {self.type}: no such type{nearest(self.type, TYPES)}; known: {', '.join(TYPES)}")
+        wanted = 2 if self.type == "pair" else 1
+        if len(self.read) != wanted:
+            columns = "two columns, as in --text question,answer" if wanted == 2 else "one column"
+            raise InputError(f"--text {','.join(self.read)}: {self.type} reads {columns}")
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Role of each column -> its name."""
+        return dict(zip(("text", "text_pair"), self.read, strict=False)) | {TYPES[self.type]: self.answer}
+
+    def text(self, file: Path) -> str:
+        """The file's content."""
+        scored = self.type in ("classification", "pair", "regression")
+        head = "    - {name: head, learning_rate: [3e-3, 1e-2, 3e-2]}  # the head alone: what no adapter at all gives\n"
+        model = self.model or MODELS.get(self.type, "")
+        return f"""\
+# Which method is worth it on this data? Check the file, see what it means, then run it:
+#   rankwise validate {file}
+#   rankwise compare {file} --dry-run
+#   rankwise compare {file}
+
+task:
+  type: {self.type}
+  # a .csv, .jsonl or .parquet file, of which a tenth is held out to score, or a folder with train and validation
+  dataset: {_flow(self.data)}
+  columns: {_flow(self.columns)}
+
+# a folder or a hub name{"; without it the small MiniLM of rankwise[demo]" if scored else ""}
+{"model: " + _flow(model) if model else "# model: roberta-base"}
+max_length: 128  # tokens; longer texts are cut
+batch_size: 32  # rows in one optimizer step
+epochs: 3  # passes over the training rows
+# train_rows: 1000  # fewer rows, to try things out
+
+vary:
+  seed: [0, 1, 2]  # fewer than three seeds tell hardly anything apart
+  method:
+{head if scored else ""}\
+    - {{name: lora, rank: 8}}  # the same rank on every layer: what the others are measured against
+    - {{name: simplex-lora, rank: 8}}  # as many parameters, on the layers that a search finds worth it
+
+# The learning rate of each method is chosen on training rows that are held out, before anything is reported.
+tune:
+  learning_rate: [3e-4, 1e-3, 3e-3]
+
+report:
+  title: {_flow(f"{Path(self.data).stem}: {', '.join(self.read)} to {self.answer}")}
+"""
+
+    def write(self, file: Path) -> None:
+        """Write the file. Raises InputError where there is one already, or none can be."""
+        if file.exists() or file.is_symlink():
+            raise InputError(f"{file}: is there already; give another name, rankwise init FILE")
+        try:
+            write_whole(file, self.text(file))
+        except OSError as error:
+            raise unwritable(file.parent, error) from None
+
+
+def asked(given: dict[str, str | None], ask: Ask | None) -> Start:
+    """The start that flags describe; what they leave out is asked.
+
+    Args:
+        given: `data`, `type`, `text`, `label` and `model`, None or empty for what was not given.
+        ask: None where nobody can be asked.
+
+    Raises:
+        InputError: data without such a column, or a flag that is missing where nobody can be asked.
+    """
+
+    def answer(key: str, question: str, usual: str = "") -> str:
+        if found := given.get(key):
+            return found
+        if ask is None:
+            raise InputError(f"--{key}: is missing, and nobody can be asked where there is no terminal")
+        found = ask(f"{question}{f' [{usual}]' if usual else ''} ").strip() or usual
+        if not found:
+            raise InputError(f"--{key}: is needed; nothing was answered")
+        return found
+
+    data = answer("data", "Your data, a .csv, .jsonl or .parquet file, or a folder with train and validation:")
+    columns = _columns(data)
+    kind = answer("type", f"What is to be learnt, {', '.join(TYPES)}?", "classification")
+    usual = ",".join(columns[: 2 if kind == "pair" else 1])
+    read = [each.strip() for each in answer("text", f"Read which column of {', '.join(columns)}?", usual).split(",")]
+    left = [column for column in columns if column not in read]
+    learnt = answer("label", f"Learn which column of {', '.join(left)}?", next(iter(left), ""))
+    for key, column in [*(("text", each) for each in read), ("label", learnt)]:
+        if column not in columns:
+            raise InputError(
+                f"--{key} {column}: no such column in {data}{nearest(column, columns)}; it has {', '.join(columns)}"
+            )
+    if learnt in read:
+        raise InputError(f"--label {learnt}: is read already; the answer needs a column of its own")
+    return Start(data, kind, read, learnt, given.get("model") or "")
+
+
+def _columns(data: str) -> list[str]:
+    """The columns of the training rows. Raises InputError where they cannot be read."""
+    from rankwise.tasks.source import read
+
+    return list(read(data, "train").table.column_names)
+
+
+def _flow(value: Any) -> str:
+    """A value in YAML on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
+    return text.removesuffix("...\n").strip()
