@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers.utils import logging
+
 from rankwise.conformance.checks import CHECKS, STEPS, Case
 from rankwise.errors import InputError
 from rankwise.methods import Method
@@ -80,10 +82,23 @@ def check_method(method: Method) -> Iterator[Finding]:
         for shape in shapes:
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    with contextlib.redirect_stdout(io.StringIO()):  # a Trainer prints its log
+                    with contextlib.redirect_stdout(io.StringIO()), _only_own_warnings():  # a Trainer prints its log
                         check(Case(method, Path(folder), shape))
                     broken = ""
                 except Exception as error:  # a method of someone else's may fail in any way
                     kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
                     broken = kind + " ".join(str(error).split())
             yield Finding(method.name, check.__name__.replace("_", " "), shape, broken)
+
+
+@contextlib.contextmanager
+def _only_own_warnings() -> Iterator[None]:
+    """Around a check: what transformers says of the small models is nothing that the method's author can change."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT's call
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
