@@ -76,7 +76,7 @@ class ProjectedAdam(LoraFAOptimizer):
         if len(now) != len(self._begun_with) or any(p is not q for p, q in zip(now, self._begun_with, strict=True)):
             raise RuntimeError("ranks have changed, which ProjectedAdam cannot follow: make a new one")
         self.steps += 1
-        self.silence.look(self.model, self.steps)
+        self.silence.check_gradients(self.model, self.steps)
         for p, name in ((p, name) for g in self.param_groups for p, name in zip(g["params"], g["names"], strict=True)):
             if p.grad is None and "lora_B" in name:  # PEFT takes for granted that each B had a part in the loss
                 p.grad = torch.zeros_like(p)

@@ -96,7 +96,7 @@ class SimplexAdam(torch.optim.AdamW):
         if self.changed and self.changed == self.steps:
             self._check_averaged()
         self.steps += 1
-        self.silence.look(self.model, self.steps)
+        self.silence.check_gradients(self.model, self.steps)
         with self._rewarmed():
             lr = next((_step_size(g) for g in self.param_groups if g.get("scale")), self.param_groups[0]["lr"])
             self.method.before_step(self.model)
@@ -116,7 +116,7 @@ class SimplexAdam(torch.optim.AdamW):
 
     def _change(self, plan: RankPlan) -> None:
         """Carry out a rank change, the same one in all processes."""
-        self.silence.tell(self.model)
+        self.silence.warn(self.model)
         if not together.agree(str(sorted(plan.items())), self._device):
             raise RuntimeError(
                 f"the processes found different ranks at step {self.steps}: they did not take the same steps; average "

@@ -1,11 +1,11 @@
 """Sites that take no part in the loss: being a linear layer is no proof that a layer's own forward ever runs.
 
 Attention that reads the weights of its projections instead of calling them (WavLM, SigLIP, torch's MultiheadAttention,
-Jamba's `dt_proj`) leaves their adapters without a gradient. Such a site is told by B, whose gradient is not 0 from the
-first batch on wherever the site is used; that of A is 0 while B is. Gradients are read before each step, so one micro-
-batch is enough to clear a site.
+Jamba's `dt_proj`) leaves their adapters without a gradient. B shows which these are: its gradient is not 0 from the
+first batch on wherever the site is used, while that of A is 0 as long as B is. Gradients are read before each step, so
+one micro-batch is enough to clear a site.
 
-An expert that no token was routed to yet has no gradient either, and is not dead: all its sites are without, while
+An expert that no token was routed to yet has no gradient either, and is not dead: none of its sites has one, while
 other experts of the same list have had theirs.
 """
 
@@ -20,35 +20,35 @@ from torch import nn
 from rankwise.ranks.sites import peft_model, sites
 
 PATIENCE = 10
-"""Steps after which it is told in a run whose ranks stay."""
+"""Steps after which a run whose ranks stay warns of them."""
 
 
 class Silence:
-    """The sites of a model that have had no gradient yet, told once at step `due`.
+    """The sites of a model that have had no gradient yet, with one warning at step `due`.
 
     Args:
         model: a model; without sites nothing happens.
-        due: the step before whose rank change it is told, 0 for none.
+        due: the step before whose rank change the warning comes; 0 where ranks stay.
     """
 
     def __init__(self, model: nn.Module, due: int = 0):
-        self.due, self.told = due or PATIENCE, False
+        self.due, self.warned = due or PATIENCE, False
         # a shard's gradient is no proof of anything, and ranks stay there
         self.waiting = [site for site in sites(model) if site.present and not hasattr(site.B, "device_mesh")]
 
-    def look(self, model: nn.Module, step: int) -> None:
+    def check_gradients(self, model: nn.Module, step: int) -> None:
         """Before step `step` (from 1), with all gradients there and no term in them that no loss function has."""
-        if self.told:
+        if self.warned:
             return
         self.waiting = [s for s in self.waiting if not s.present or s.B.grad is None or not s.B.grad.any()]
         if step >= self.due:
-            self.tell(model)
+            self.warn(model)
 
-    def tell(self, model: nn.Module) -> None:
+    def warn(self, model: nn.Module) -> None:
         """Warn of the sites that are dead, the first time; from then on `Site.dead` says so."""
-        if self.told:
+        if self.warned:
             return
-        self.told = True
+        self.warned = True
         names = _dead(model, {site.name for site in self.waiting if site.present})
         self._mark(names)
         if names:
@@ -67,14 +67,14 @@ class Silence:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        waiting = [site.name for site in self.waiting if not self.told or site.dead]
-        return {"told": self.told, "waiting": waiting}
+        waiting = [site.name for site in self.waiting if not self.warned or site.dead]
+        return {"told": self.warned, "waiting": waiting}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; what was told is not told again."""
+        """Go on from `state`; a warning that was given is not given again."""
         self.waiting = [site for site in self.waiting if site.name in state["waiting"]]
         if state["told"]:
-            self.told = True
+            self.warned = True
             self._mark(state["waiting"])
 
 
