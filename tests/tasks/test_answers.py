@@ -1,5 +1,6 @@
 """How the answers are spread, and what is said where all of them are the same."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from rankwise import tasks
-from rankwise.runs.answers import LONGEST, WRONG, nothing_learnt, spreads
+from rankwise.runs.answers import LONGEST, WRONG, Answers, of_result
 from rankwise.tasks.base import Split
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.custom import Custom
@@ -20,11 +21,12 @@ def split(task: Any, labels: list[Any]) -> Split:
     return Split("validation", Dataset.from_dict({**texts, "label": labels, "idx": list(range(len(labels)))}), True)
 
 
-def spread(name: str, outputs: Any, labels: list[Any]) -> dict[str, Any]:
+def spread(name: str, outputs: Any, labels: list[Any]) -> Answers:
     task, outputs = tasks.build(name), np.asarray(outputs, dtype=np.float32)
-    found = task.answers(split(task, labels), outputs, task.decode(outputs)).spread()
-    assert spreads({"answers": [found]}) == [found]
-    return found
+    found = task.answers(split(task, labels), outputs, task.decode(outputs))
+    kept = json.loads(json.dumps([found.in_result()]))
+    assert [each.in_result() for each in of_result({"answers": kept})] == kept
+    return of_result({"answers": kept})[0]
 
 
 CLASSIFIERS = sorted(
@@ -43,45 +45,45 @@ def test_one_answer_to_all_rows_is_said_whatever_the_task(name: str) -> None:
     labels = [0.0, 1.0, 5.0, 1.0] if not task.labels else [-1] * 4 if not task.main else [0, 1, 1, 1]
     outputs = [[0.3]] * 4 if not task.labels else [[0.0] + [1.0] + [0.0] * (len(task.labels) - 2)] * 4
     found = spread(name, outputs, labels)
-    assert (found["total"], found["count"], found["share"]) == (4, 4, 1.0)
+    assert (found.total, found.count, found.share) == (4, 4, 1.0)
     if not task.labels:
-        assert nothing_learnt(found) == "all 4 answers are '0.3': nothing was learnt"
-        assert set(found["metrics"].values()) == {0.0} and found["majority"] == ""
+        assert found.nothing_learnt == "all 4 answers are '0.3': nothing was learnt"
+        assert set(found.metrics.values()) == {0.0} and found.majority == ""
     elif not task.main:
-        assert nothing_learnt(found) == f"all 4 answers are {task.labels[1]!r}: nothing was learnt"
+        assert found.nothing_learnt == f"all 4 answers are {task.labels[1]!r}: nothing was learnt"
     else:
-        assert nothing_learnt(found) == f"all 4 answers are {task.labels[1]!r}, the commonest class: nothing was learnt"
-        assert found["majority"] == task.labels[1] and found["metrics"][task.main] == (0 if name == "cola" else 0.75)
-    assert set(task.averaged) <= {name + suffix for name in found["metrics"] for suffix in ("", "_mismatched")}
+        assert found.nothing_learnt == f"all 4 answers are {task.labels[1]!r}, the commonest class: nothing was learnt"
+        assert found.majority == task.labels[1] and found.metrics[task.main] == (0 if name == "cola" else 0.75)
+    assert set(task.averaged) <= {name + suffix for name in found.metrics for suffix in ("", "_mismatched")}
 
 
 def test_other_answers_are_not_said_to_be_the_same() -> None:
     outputs = [[0, 1.0], [0, 1], [0, 1], [1, 0]]
     found = spread("rte", outputs, [0, 1, 1, 1])
-    assert nothing_learnt(found) == "" and (found["commonest"], found["share"]) == ("not_entailment", 0.75)
+    assert found.nothing_learnt == "" and (found.commonest, found.share) == ("not_entailment", 0.75)
     # the other class, rows that cannot show it, and one row alone
-    assert nothing_learnt(spread("rte", [[1.0, 0]] * 4, [0, 1, 1, 1])) == (
+    assert spread("rte", [[1.0, 0]] * 4, [0, 1, 1, 1]).nothing_learnt == (
         "all 4 answers are 'entailment', and the commonest class is 'not_entailment': nothing was learnt"
     )
-    assert nothing_learnt(spread("rte", [[0, 1.0]] * 4, [1] * 4)).endswith(
+    assert spread("rte", [[0, 1.0]] * 4, [1] * 4).nothing_learnt.endswith(
         "and all labels are the same: these rows show nothing"
     )
-    assert nothing_learnt(spread("rte", [[0, 1.0]], [1])) == ""
-    assert nothing_learnt(spread("stsb", [[0.1], [0.2]], [1.0, 2.0])) == ""
-    assert nothing_learnt(spread("stsb", [[0.1], [0.1000001]], [1.0, 2.0])).startswith("all 2 answers are '0.1'")
+    assert spread("rte", [[0, 1.0]], [1]).nothing_learnt == ""
+    assert spread("stsb", [[0.1], [0.2]], [1.0, 2.0]).nothing_learnt == ""
+    assert spread("stsb", [[0.1], [0.1000001]], [1.0, 2.0]).nothing_learnt.startswith("all 2 answers are '0.1'")
 
 
 def test_classes_taken_for_others_are_counted_and_the_surest_mistakes_kept() -> None:
     task = tasks.build("mnli")
     labels = [0, 0, 1, 2, -1]
     outputs = np.log(np.array([[0.6, 0.2, 0.2], [0.1, 0.8, 0.1], [0.3, 0.4, 0.3], [0.9, 0.05, 0.05], [1, 1, 1]]))
-    found = task.answers(split(task, labels), outputs, task.decode(outputs)).detail()
-    assert found["confusion"] == [(0, 0, 1), (0, 1, 1), (1, 1, 1), (2, 0, 1)]
-    assert [(w["idx"], w["true"], w["given"], w["confidence"]) for w in found["wrong"]] == [
+    found = task.answers(split(task, labels), outputs, task.decode(outputs)).in_detail()
+    assert found.confusion == [(0, 0, 1), (0, 1, 1), (1, 1, 1), (2, 0, 1)]
+    assert [(w["idx"], w["true"], w["given"], w["confidence"]) for w in found.wrong] == [
         (3, 2, 0, 0.9),
         (1, 0, 1, 0.8),
     ]
-    assert found["wrong"][0]["texts"] == ["premise 3", "hypothesis 3"]
+    assert found.wrong[0]["texts"] == ["premise 3", "hypothesis 3"]
 
 
 def test_what_is_kept_of_mistakes_is_small() -> None:
@@ -97,7 +99,7 @@ def test_what_is_kept_of_mistakes_is_small() -> None:
 def test_one_text_for_all_inputs_is_said() -> None:
     def written(texts: list[str], targets: list[Any]) -> str:
         column = "target" if isinstance(targets[0], str) else "references"
-        return nothing_learnt(_answers(Split("test", Dataset.from_dict({column: targets}), True), texts).spread())
+        return _answers(Split("test", Dataset.from_dict({column: targets}), True), texts).nothing_learnt
 
     assert issubclass(tasks.registry()["e2e"], Generation)
     assert written(["a", "a"], ["x", "y"]) == "all 2 answers are 'a': nothing was learnt"
@@ -109,11 +111,11 @@ def test_one_class_for_all_pixels_is_said() -> None:
     task = tasks.build({"name": "segmentation", "dataset": "x"})
     assert isinstance(task, Segmentation)
     rows = Split("validation", Dataset.from_dict({}), True)
-    found = task._answers(rows, np.array([[90, 0], [80, 10]])).spread()
-    assert nothing_learnt(found) == "all 90 pixels are 'background', the commonest class: nothing was learnt"
-    assert nothing_learnt(task._answers(rows, np.array([[89, 1], [80, 10]])).spread()) == ""
+    found = task._answers(rows, np.array([[90, 0], [80, 10]]))
+    assert found.nothing_learnt == "all 90 pixels are 'background', the commonest class: nothing was learnt"
+    assert task._answers(rows, np.array([[89, 1], [80, 10]])).nothing_learnt == ""
 
 
 @pytest.mark.parametrize("damaged", [None, 3, [3], [{}], [{"split": "x", "total": "y"}]])
 def test_a_result_of_before_or_a_damaged_one_says_nothing(damaged: Any) -> None:
-    assert spreads({}) == spreads({"answers": damaged}) == []
+    assert of_result({}) == of_result({"answers": damaged}) == []

@@ -17,8 +17,7 @@ from rankwise.report import examples, figures, heat
 from rankwise.report.answers import Answered, answered
 from rankwise.results.formats import duration, size, word
 from rankwise.results.rows import Row
-from rankwise.runs import record
-from rankwise.runs.answers import nothing_learnt, spreads
+from rankwise.runs import answers, record
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store
 
@@ -123,7 +122,9 @@ def _finished(folder: Path, result: Mapping[str, Any], method: str) -> Page:
         examples.missed(folder),
         examples.of_run(folder),
         answered=answered(folder, result["splits"]["evaluation"][0]["name"]),
-        nothing="; ".join(f"{each['split']}: {words}" for each in spreads(result) if (words := nothing_learnt(each))),
+        nothing="; ".join(
+            f"{each.split}: {each.nothing_learnt}" for each in answers.of_result(result) if each.nothing_learnt
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from rankwise.results.labels import CHAIN, labels, natural
 from rankwise.results.splits import Split
 from rankwise.results.stats import equal, mean, sd, t_interval
 from rankwise.results.tuning import Contests, Tuned
-from rankwise.runs.answers import nothing_learnt, spreads
+from rankwise.runs import answers
 from rankwise.runs.search import Search
 from rankwise.settings import OWN
 
@@ -259,7 +259,7 @@ def _row(members: list[dict[str, Any]], label: str, contests: Contests) -> Row:
         return mean([result[part][key] for result in by_seed.values()])
 
     trainable = average("parameters", "trainable")
-    spread = [found[0] for found in map(spreads, by_seed.values()) if found]
+    main = [found[0] for found in map(answers.of_result, by_seed.values()) if found]
     searches = {seed: Search.of(result) for seed, result in by_seed.items()}
     remarks = list(dict.fromkeys(note for result in by_seed.values() for note in result.get("notes", [])))
     return Row(
@@ -281,8 +281,8 @@ def _row(members: list[dict[str, Any]], label: str, contests: Contests) -> Row:
         benchmark=first.get("benchmark", {}).get("name", ""),
         counted={seed: found["score"] for seed, result in by_seed.items() if (found := result.get("benchmark"))},
         counted_always=first.get("benchmark", {}).get("majority"),
-        always=_always(spread[0], first["score"]) if spread else None,
-        share=mean([each["share"] for each in spread]) if spread else None,
+        always=_always(main[0], first["score"]) if main else None,
+        share=mean([each.share for each in main]) if main else None,
         budget=round(average("parameters", "budget") or trainable),  # what has no ranks may spend what it trains
         trainable=round(trainable),
         final=round(average("parameters", "final")),
@@ -305,20 +305,20 @@ def _row(members: list[dict[str, Any]], label: str, contests: Contests) -> Row:
     )
 
 
-def _always(spread: dict[str, Any], score: str) -> Always | None:
-    """Of what a result knows of its answers; None where no class is the commonest or its score is not known."""
-    if not spread["majority"] or score not in spread["metrics"]:
+def _always(found: answers.Answers, score: str) -> Always | None:
+    """None where no class is the commonest or its score is not known."""
+    if not found.majority or score not in found.metrics:
         return None
-    return Always(spread["majority"], spread["metrics"][score], spread.get("tied", ()))
+    return Always(found.majority, found.metrics[score], found.tied)
 
 
 def _nothing_learnt(by_seed: dict[int, dict[str, Any]], label: str) -> list[str]:
     """The runs that gave one answer to all rows of a split, the seeds of one sentence together."""
     seeds: dict[tuple[str, str], list[int]] = {}
     for seed, result in by_seed.items():
-        for spread in spreads(result):
-            if sentence := nothing_learnt(spread):
-                seeds.setdefault((spread["split"], sentence), []).append(seed)
+        for each in answers.of_result(result):
+            if each.nothing_learnt:
+                seeds.setdefault((each.split, each.nothing_learnt), []).append(seed)
     return [
         f"{label}, {'seed' if len(own) == 1 else 'seeds'} {', '.join(map(str, own))}, on {split}: {sentence}"
         for (split, sentence), own in seeds.items()

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 FILE = "answers.json"
 """Of a run: by split, which class was taken for which, and the wrong answers that the model was surest of."""
 WRONG = 20
@@ -65,43 +67,48 @@ class Answers:
     confusion: Sequence[tuple[int, int, int]] = ()
     wrong: Sequence[Wrong] = ()
 
-    def spread(self) -> dict[str, Any]:
+    @property
+    def share(self) -> float:
+        """The commonest answer's share of all; 0 for none."""
+        return self.count / self.total if self.total else 0.0
+
+    @property
+    def nothing_learnt(self) -> str:
+        """Where all answers are the same, a sentence that says so; else ""."""
+        if self.count < self.total or self.total < 2:
+            return ""
+        same = f"all {self.total:,} {self.what} are {shown(self.commonest)}"
+        if self.majority_count == self.total:
+            return f"{same}, and all labels are the same: these rows show nothing"
+        if not self.majority:
+            return f"{same}: nothing was learnt"
+        first = [self.majority, *self.tied]
+        if self.commonest not in first:
+            classes = "classes are" if self.tied else "class is"
+            return f"{same}, and the commonest {classes} {listed(first)}: nothing was learnt"
+        which = f"one of the commonest classes, {listed(first)}" if self.tied else "the commonest class"
+        return f"{same}, {which}: nothing was learnt"
+
+    def in_result(self) -> dict[str, Any]:
         """What a result carries of it."""
-        aside = ("classes", "confusion", "wrong")
-        found = {key: value for key, value in asdict(self).items() if key not in aside}
-        return {**found, "share": self.count / self.total if self.total else 0.0}
+        kept = {key: value for key, value in asdict(self).items() if key not in _DETAILS}
+        return {**kept, "share": self.share}
 
-    def detail(self) -> dict[str, Any]:
+    def in_detail(self) -> dict[str, Any]:
         """What FILE holds of it."""
-        return {key: value for key, value in asdict(self).items() if key in ("split", "classes", "confusion", "wrong")}
+        return {key: value for key, value in asdict(self).items() if key in ("split", *_DETAILS)}
 
 
-def spreads(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a result carries of its answers, the main split first; [] for a result of before, or what is damaged."""
-    found = result.get("answers")
-    kinds = {"split": str, "total": int, "commonest": str, "count": int, "share": float, "majority": str}
-    kinds |= {"majority_count": int, "metrics": dict, "what": str}
-    whole = isinstance(found, list) and all(
-        isinstance(each, dict) and all(isinstance(each.get(key), kind) for key, kind in kinds.items()) for each in found
-    )
-    return found if whole and isinstance(found, list) else []
+_DETAILS = ("classes", "confusion", "wrong")
+_KEPT = TypeAdapter(list[Answers])
 
 
-def nothing_learnt(spread: Mapping[str, Any]) -> str:
-    """Where all answers are the same, a sentence that says so; else "". Takes what `Answers.spread` gives."""
-    if spread["count"] < spread["total"] or spread["total"] < 2:
-        return ""
-    said = f"all {spread['total']:,} {spread['what']} are {shown(spread['commonest'])}"
-    if spread["majority_count"] == spread["total"]:
-        return f"{said}, and all labels are the same: these rows show nothing"
-    if not spread["majority"]:
-        return f"{said}: nothing was learnt"
-    first, tied = spread["majority"], spread.get("tied", [])  # results of before name no ties
-    if spread["commonest"] not in (first, *tied):
-        classes = "classes are" if tied else "class is"
-        return f"{said}, and the commonest {classes} {listed([first, *tied])}: nothing was learnt"
-    which = f"one of the commonest classes, {listed([first, *tied])}" if tied else "the commonest class"
-    return f"{said}, {which}: nothing was learnt"
+def of_result(result: Mapping[str, Any]) -> list[Answers]:
+    """What a result carries of its answers, the main split first; [] where it carries none, or what is damaged."""
+    try:
+        return _KEPT.validate_python(result["answers"])
+    except (KeyError, ValidationError):
+        return []
 
 
 def listed(answers: Sequence[str]) -> str:

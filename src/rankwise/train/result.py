@@ -57,7 +57,7 @@ def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Se
         "parameters": parameters,
         **({} if search is None else {"search": asdict(search)}),
         "notes": list(dict.fromkeys(note for each in scored for note in each.notes)),
-        "answers": [each.answers.spread() for each in scored if each.answers],
+        "answers": [each.answers.in_result() for each in scored if each.answers],
         **({"weights": file_digest(folder / WEIGHTS)} if parts.config.followed else {}),
         "cost": cost,
     }
@@ -89,7 +89,7 @@ def _write_predictions(folder: Path, scored: list[Scored]) -> None:
         made.replace(folder / "predictions.parquet")
     for name, content in (item for each in scored for item in each.files.items()):
         write_whole(folder / name, content)
-    if details := [each.answers.detail() for each in scored if each.answers and each.answers.confusion]:
+    if details := [each.answers.in_detail() for each in scored if each.answers and each.answers.confusion]:
         write_whole(folder / answers.FILE, json.dumps(details, ensure_ascii=False) + "\n")
 
 
