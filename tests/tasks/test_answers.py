@@ -78,12 +78,12 @@ def test_classes_taken_for_others_are_counted_and_the_surest_mistakes_kept() -> 
     labels = [0, 0, 1, 2, -1]
     outputs = np.log(np.array([[0.6, 0.2, 0.2], [0.1, 0.8, 0.1], [0.3, 0.4, 0.3], [0.9, 0.05, 0.05], [1, 1, 1]]))
     found = task.answers(split(task, labels), outputs, task.decode(outputs)).in_detail()
-    assert found.confusion == [(0, 0, 1), (0, 1, 1), (1, 1, 1), (2, 0, 1)]
-    assert [(w["idx"], w["true"], w["given"], w["confidence"]) for w in found.wrong] == [
+    assert found["confusion"] == [(0, 0, 1), (0, 1, 1), (1, 1, 1), (2, 0, 1)]
+    assert [(w["idx"], w["true"], w["given"], w["confidence"]) for w in found["wrong"]] == [
         (3, 2, 0, 0.9),
         (1, 0, 1, 0.8),
     ]
-    assert found.wrong[0]["texts"] == ["premise 3", "hypothesis 3"]
+    assert found["wrong"][0]["texts"] == ["premise 3", "hypothesis 3"]
 
 
 def test_what_is_kept_of_mistakes_is_small() -> None:
