@@ -13,8 +13,8 @@ from hypothesis.extra.numpy import arrays
 
 import bootstrap
 from rankwise.metrics.segmentation import (
+    CORPUS,
     IGNORE,
-    METRICS,
     PER_IMAGE,
     counts,
     dice,
@@ -197,7 +197,7 @@ def test_images_without_a_pixel_that_counts_are_no_trouble_beside_others_but_hav
     assert dice(found) == pytest.approx((2 / 3 + 0) / 2)
     for score in PER_IMAGE.values():
         assert np.isnan(score(found)).tolist() == [False, True]
-    for score in METRICS.values():
+    for score in CORPUS.values():
         with pytest.raises(ValueError, match="all images: no pixel counts"):
             score(found[1:])
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from rankwise.errors import InputError, need
+from rankwise.metrics.metric import FROM_ZERO, Metric
 
 _EXTRA = "nlg"
 _NIST_ORDER = 5
@@ -90,6 +91,13 @@ def bleu_of(sums: np.ndarray) -> np.ndarray:
     scores = [compute(row[:4], row[4:8], *row[8:], smooth_method="exp").score for row in rows]
     # the exponential of mean logarithms passes 100 by rounding
     return np.minimum(scores, 100.0).reshape(sums.shape[:-1])
+
+
+METRICS = {
+    "bleu": Metric((0.0, 100.0), bleu_of),
+    **dict.fromkeys(("meteor", "rouge_l"), Metric()),
+    **dict.fromkeys(("nist", "cider"), Metric(FROM_ZERO)),
+}
 
 
 def nist(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float:

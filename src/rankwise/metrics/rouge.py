@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from rankwise.errors import InputError, need
+from rankwise.metrics.metric import Metric
 
 NAMES = {"rouge_1": "rouge1", "rouge_2": "rouge2", "rouge_l": "rougeL"}
 """The metrics' names here, and those of rouge-score."""
+METRICS = dict.fromkeys(NAMES, Metric())
 
 
 def per_example(hypotheses: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, np.ndarray]:

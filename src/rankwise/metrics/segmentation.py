@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rankwise.errors import need
+from rankwise.metrics.metric import Metric
 
 IGNORE = -100
 
@@ -97,7 +98,8 @@ def iou_of(sums: np.ndarray) -> np.ndarray:
     return iou_per_image(_unflattened(sums))
 
 
-METRICS: dict[str, Callable[[np.ndarray], float]] = {"dice": dice, "iou": iou}
+METRICS = {"dice": Metric(value=dice_of), "iou": Metric(value=iou_of)}
+CORPUS: dict[str, Callable[[np.ndarray], float]] = {"dice": dice, "iou": iou}
 PER_IMAGE: dict[str, Callable[[np.ndarray], np.ndarray]] = {"dice": dice_per_image, "iou": iou_per_image}
 
 

@@ -27,9 +27,11 @@ from typing import NamedTuple
 import numpy as np
 
 from rankwise.errors import InputError
+from rankwise.metrics.metric import Metric
 
 AGGREGATIONS = ("MAX", "MIN", "COUNT", "SUM", "AVG")
 OPERATORS = ("=", ">", "<")
+METRICS = dict.fromkeys(("logical_form", "execution"), Metric())
 
 _LONGEST = 10_000
 """Characters of a text that is still read; the longest query of the data has a few hundred."""

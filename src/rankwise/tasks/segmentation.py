@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import nn
 
 from rankwise.errors import InputError, NotFiniteError, need
-from rankwise.metrics.segmentation import METRICS, PER_IMAGE, counts
+from rankwise.metrics.segmentation import CORPUS, PER_IMAGE, counts
 from rankwise.nets.unet import IGNORE, masks
 from rankwise.runs.answers import Answers
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
@@ -101,7 +101,7 @@ class Segmentation(Task):
         model.train(training)
         counted, given = np.concatenate(found), np.concatenate(pixels)
         metrics = {"loss": sum(loss * size for loss, size in losses) / sum(size for _, size in losses)}
-        metrics |= {name: METRICS[name](counted) for name in self.metrics}
+        metrics |= {name: CORPUS[name](counted) for name in self.metrics}
         columns: dict[str, Any] = {
             "split": [split.name] * len(given),
             "idx": split.data["idx"][:],
