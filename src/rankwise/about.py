@@ -1,11 +1,13 @@
 """What there is: methods, tasks, papers, architectures, this environment; each for people and as plain data."""
 
+import ast
 import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import rankwise
@@ -24,18 +26,52 @@ class Listing:
 
 
 def methods() -> Listing:
-    """Every method with its options."""
-    from rankwise.methods import registry
+    """Every method with its options.
 
-    options = _options("method")
-    found: dict[str, dict[str, Any]] = {
-        name: {"summary": _first_line(method), "options": options[name]} for name, method in sorted(registry().items())
-    }
+    The files are read and not imported: torch, transformers and PEFT take seconds, and nothing here needs them.
+    """
+    classes: dict[str, ast.ClassDef] = {}
+    constants: dict[str, Any] = {}
+    for file in sorted((Path(__file__).parent / "methods").glob("*.py")):
+        for each in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(each, ast.ClassDef):
+                classes[each.name] = each
+            elif isinstance(each, ast.Assign) and isinstance(each.value, ast.Constant):
+                constants |= {name.id: each.value.value for name in each.targets if isinstance(name, ast.Name)}
+    made: dict[str, type] = {}
+
+    def kind(name: str) -> type:
+        """A class with the bases that `name` has, for Python to put them in order, and its own options."""
+        if name not in made:
+            bases = tuple(kind(base.id) for base in classes[name].bases if getattr(base, "id", "") in classes)  # type: ignore[attr-defined]
+            made[name] = type(name, bases, {"own": _options_in(classes[name], constants)})
+        return made[name]
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, read in classes.items():
+        for word in (each.value for each in read.keywords if each.arg == "name"):
+            options: dict[str, Any] = {}
+            for base in reversed(kind(name).__mro__):
+                options |= vars(base).get("own", {})
+            summary = (ast.get_docstring(read) or "").partition("\n")[0]
+            found[ast.literal_eval(word)] = {"summary": summary, "options": options}
+    found = dict(sorted(found.items()))
     lines = []
     for name, about in found.items():
         lines.append(f"{name}: {about['summary']}")
         lines += [f"  {option} = {json.dumps(default)}" for option, default in about["options"].items()]
     return Listing(found, "\n".join(lines))
+
+
+def _options_in(read: ast.ClassDef, constants: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a dataclass adds to those of its bases, with their defaults as JSON has them."""
+    found = {}
+    for field in read.body:
+        if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation) and field.value:
+            value = field.value
+            default = constants[value.id] if isinstance(value, ast.Name) else ast.literal_eval(value)
+            found[ast.unparse(field.target)] = json.loads(json.dumps(default))
+    return found
 
 
 def tasks() -> Listing:
