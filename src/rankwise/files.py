@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gc
 import io
 import json
 import os
@@ -96,6 +97,18 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Around the parsing of many sources, whose trees the garbage collector walks again and again for nothing."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

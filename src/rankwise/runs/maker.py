@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import rankwise
-from rankwise.files import read_json
+from rankwise.files import read_json, uncollected
 
 ASIDE = {
     *("about", "adapters", "api", "archs", "cli", "errors", "files", "named", "published", "report", "results", "runs"),
@@ -149,6 +149,7 @@ def in_words(differences: Iterable[str]) -> str:
 
 
 @functools.cache
+@uncollected()
 def code_at(package: Path, *roots: _Place) -> Code:
     """The same, with the package's source in any folder; `roots` are modules and names in them."""
     plugins = {module for module, _ in roots if module.partition(".")[0] != "rankwise"}

@@ -14,6 +14,7 @@ from typing import Any
 
 from rankwise import methods, published, tasks
 from rankwise.errors import InputError, shown
+from rankwise.methods import Method
 from rankwise.processes.launched import is_main, launched
 from rankwise.results.formats import plain
 from rankwise.runs import grid
@@ -73,12 +74,18 @@ def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
 
     `shipped` does not ask the hub for what `rankwise archs` lists: nothing is to be trained.
     """
-    settings = ("model", "task", "method", "max_length", "label_smoothing", "trust_remote_code")
-    wanted = {json.dumps({key: getattr(config, key) for key in settings}, sort_keys=True) for config in configs}
+    settings = ("model", "task", "max_length", "label_smoothing", "trust_remote_code")
+    wanted: dict[str, dict[str, Method]] = {}
+    for config in configs:
+        given = json.dumps({key: getattr(config, key) for key in settings}, sort_keys=True)
+        option = json.dumps(config.method, sort_keys=True)
+        if option not in (known := wanted.setdefault(given, {})):
+            known[option] = methods.build(config.method)
     with redirect_stdout(sys.stderr):
-        for given in map(json.loads, sorted(wanted)):
-            task, method = tasks.build(given.pop("task")), methods.build(given.pop("method"))
-            model.check(given.pop("model"), task, method, shipped=shipped, **given)
+        for given, known in sorted(wanted.items()):
+            own = json.loads(given)
+            task = tasks.build(own.pop("task"))
+            model.check(own.pop("model"), task, [*known.values()], shipped=shipped, **own)
 
 
 def fit(config: RunConfig) -> RunConfig:

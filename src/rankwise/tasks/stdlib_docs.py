@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rankwise.errors import InputError, need
+from rankwise.files import uncollected
 from rankwise.tasks.base import Split
 from rankwise.tasks.classification import Classification
 
@@ -172,6 +173,7 @@ def _folder() -> Path:
 
 
 @cache
+@uncollected()
 def _docstrings() -> tuple[Docstring, ...]:
     """The docstrings of the library with a summary line of three words or more, by file name and line."""
     found = []

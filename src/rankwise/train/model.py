@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def build(
 def check(
     name: str | None,
     task: Task,
-    method: Method,
+    methods: Sequence[Method],
     max_length: int,
     label_smoothing: float = 0.0,
     shipped: bool = False,
@@ -102,8 +102,8 @@ def check(
 ) -> None:
     """Raise InputError for all that a run would refuse before it reads weights: none are read here.
 
-    That is a method that cannot be attached to the model `name` for `task`, a tokenizer that does not go with that
-    model, rows that are longer than what it reads, and a `label_smoothing` of labels that cannot be smoothed. With
+    That is one of `methods` that cannot be attached to the model `name` for `task`, a tokenizer that does not go with
+    that model, rows that are longer than what it reads, and a `label_smoothing` of labels that cannot be smoothed. With
     `shipped` neither the hub nor a tokenizer is asked about a model that `rankwise.archs` knows.
     """
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
@@ -123,7 +123,10 @@ def check(
                     raise InputError(f"model: {name} has no weights: there is no file *.safetensors in it")
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
             agree(task, model, tokenizer, max_length)
-    _attached(model, head, task, method, max_length)
+    for place, method in enumerate(methods):
+        if place:  # the one before has changed it
+            model, head = _skeleton(name, task, shipped, trust_remote_code)
+        _attached(model, head, task, method, max_length)
 
 
 def peak(
