@@ -312,7 +312,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_checkpoint(tmp_pa
 
 def test_gates_that_are_not_finite_have_diverged_like_a_loss(tmp_path: Path) -> None:
     """So that a rate which breaks them is out of the contest, and not begun again."""
-    folder = make(tmp_path / "run", method={"name": "sora", "rank": 2, "gate_rate": 1e38}, max_steps=4)
+    folder = make(tmp_path / "run", model=None, method={"name": "sora", "rank": 2, "gate_rate": 1e38}, max_steps=4)
     with pytest.raises(DivergedError, match="gates are not finite after step"):
         run(folder)
     assert Store(tmp_path).failure(folder).diverged
