@@ -87,7 +87,7 @@ def test_every_method_of_a_papers_experiment_fits_its_model_without_the_hub(
         task = tasks.build(config.task)
         key = json.dumps([config.model, task.family, len(task.labels), config.method], sort_keys=True)
         if key not in seen and not seen.add(key):  # type: ignore[func-returns-value]
-            check(config.model, task, methods.build(config.method), config.max_length, shipped=True)
+            check(config.model, task, [methods.build(config.method)], config.max_length, shipped=True)
 
 
 @pytest.mark.parametrize("file", OF_PAPERS, ids=lambda file: file.stem)

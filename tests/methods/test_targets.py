@@ -44,6 +44,6 @@ def test_what_peft_refuses_is_not_called_a_model_that_cannot_be_loaded(tmp_path:
     with pytest.raises(
         rw.InputError, match=r"^PEFT refuses these targets \(.*out_proj, x_proj\): .*incompatible with Mamba"
     ) as caught:
-        check(folder, writing, build({"name": "lora", "rank": 2}), 16)
+        check(folder, writing, [build({"name": "lora", "rank": 2})], 16)
     assert "cannot load" not in str(caught.value) and "OFFLINE" not in str(caught.value)
-    check(folder, writing, build({"name": "lora", "rank": 2, "targets": ["in_proj", "x_proj"]}), 16)
+    check(folder, writing, [build({"name": "lora", "rank": 2, "targets": ["in_proj", "x_proj"]})], 16)
