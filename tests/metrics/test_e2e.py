@@ -105,7 +105,14 @@ def test_all_five_of_small_sets_are_the_official_ones(name):
 @java
 @pytest.mark.skipif(oracle() is None, reason="RANKWISE_DATA has no e2e/test.parquet with ../oracles/e2e.json beside it")
 @pytest.mark.parametrize(
-    "name", ["first_reference", "template", "dropped_words", "swapped_words", "lower_no_punct", "shuffled_other"]
+    "name",
+    [
+        *("first_reference", "shuffled_other"),
+        *(
+            pytest.param(name, marks=pytest.mark.large)  # Java takes long for each
+            for name in ("template", "dropped_words", "swapped_words", "lower_no_punct")
+        ),
+    ],
 )
 def test_all_five_of_630_outputs_are_the_official_ones(name):
     parquet = pytest.importorskip("pyarrow.parquet", reason="needs the extra [bench]")
