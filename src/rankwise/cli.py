@@ -315,6 +315,29 @@ _list_command("archs", "List the architectures that parameters can be counted fo
 _list_command("env", "Print versions, device and the environment variables that count.")
 
 
+@app.command("check-method")
+def check_method(
+    file: Annotated[Path, typer.Argument(metavar="FILE.py", help="Python file that holds the method")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options by which the method is checked")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check that a method of your own keeps what every method promises; exit code 1 where it does not."""
+    from rankwise.conformance import check_file
+
+    findings = []
+    for finding in check_file(file, settings or []):
+        findings.append(finding)
+        if not as_json:
+            show(finding)
+    if as_json:
+        show_json([vars(finding) for finding in findings])
+    if any(finding.broken for finding in findings):
+        raise typer.Exit(FAILED)
+
+
 @app.command()
 def params(
     arch: Annotated[str, typer.Option("--arch", metavar="NAME", help="one of `rankwise archs`")],
