@@ -1,10 +1,12 @@
 import copy
+import inspect
 import json
+import re
 
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -221,3 +223,49 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     with pytest.raises(rw.InputError, match="does not fit this model") as caught:
         rw.load(tiny.model("gpt2"), tmp_path / "adapter")
     assert "\n" not in str(caught.value)
+
+
+def combinations():
+    """Every way in which PEFT's `add_weighted_adapter` puts adapters together, as its source has them."""
+    source = inspect.getsource(LoraModel)
+    found = set(re.findall(r'combination_type == "(\w+)"', source))
+    assert {"linear", "cat", "svd", "ties", "dare_linear_svd"} <= found
+    return sorted(found)
+
+
+@pytest.mark.parametrize("kind", combinations())
+def test_a_combination_of_adapters_with_uneven_ranks_is_saved_as_it_is(kind, tmp_path):
+    """Stock `save_pretrained` of the elementwise ones writes no ranks, and its files do not load."""
+    shape = "llama"
+    model = get_peft_model(tiny.model(shape), uneven())
+    model.add_adapter("other", uneven())
+    options = {} if kind in ("linear", "cat", "svd") else {"density": 0.7}
+    model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type=kind, **options)
+    model.set_adapter("both")
+    expected = tiny.logits(model.eval())
+    rw.save(model, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(tiny.model(shape), tmp_path / "adapter").eval()
+    assert torch.allclose(tiny.logits(again), expected, atol=1e-5)
+
+
+def uneven():
+    return LoraConfig(
+        target_modules=["q_proj", "v_proj"],
+        r=4,
+        rank_pattern={"layers.0.self_attn.q_proj": 2, "v_proj": 3},
+        alpha_pattern={"v_proj": 3},
+        init_lora_weights=False,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match")  # PEFT's
+@pytest.mark.parametrize("pattern", ["^q_proj", "model.layers.0.self_attn.q_proj", r"layers\.0\..*q_proj", "q_proj$"])
+def test_patterns_that_match_nothing_or_in_another_way_than_meant_keep_what_is_there(pattern, tmp_path):
+    config = uneven()
+    config.rank_pattern, config.alpha_pattern = {pattern: 2}, {pattern: 100}
+    model = get_peft_model(tiny.model("llama"), config).eval()
+    for folder in ("as it is", "resized"):
+        rw.save(model, tmp_path / folder)
+        again = PeftModel.from_pretrained(tiny.model("llama"), tmp_path / folder).eval()
+        assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-5)
+        rw.resize(model, {sites(model)[0].name: 1})
