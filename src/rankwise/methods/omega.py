@@ -5,6 +5,7 @@ another rank at every site or at none. By default ω has a clock of its own inst
 of ∂L/∂ω, a step of at most CLOCK / (steps of the search), and no schedule, so that over a search it can move by CLOCK.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
@@ -94,13 +95,13 @@ class OmegaLoRA(LoRA):
         advice = "" if result.changed else f"the {due}: train longer"
         return replace(result, moved=self._moved(list(weights.values())), advice=advice)
 
+    @abstractmethod
     def _moved(self, weights: Sequence[float]) -> float:
         """How far ω is from where it began, in the unit of `moving`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _advice(self, model: nn.Module, search: Search) -> str:
-        """What to do where the search has found nothing, else an empty string."""
-        raise NotImplementedError
+        """What to do if the search has found nothing, else an empty string."""
 
     @property
     def _farther(self) -> str:
