@@ -243,33 +243,35 @@ def clean(
     runs: Runs,
     only: Annotated[
         list[str] | None,
-        typer.Option("--only", metavar="KIND", help="failed, stopped or foreign; may be given again"),
+        typer.Option("--only", metavar="KIND", help="failed, stopped or foreign; repeat for several; all if not given"),
     ] = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="delete without asking")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="delete without asking, finished runs too")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Delete the runs that failed, were stopped, or are foreign: not asked for by the experiment that is here now."""
+    """Delete runs that failed, were stopped, or are foreign: not part of the folder's current experiment.
+
+    Foreign runs are deleted with their results and adapters even if they are finished.
+    """
     from rankwise.results.formats import plain
     from rankwise.runs.store import Store
-    from rankwise.sweep.clean import remove, unneeded
-    from rankwise.sweep.progress import counted
+    from rankwise.sweep.clean import remove, summary, unneeded
 
     found = unneeded(Store(runs), only or [])
     if found and not as_json:
         show(plain(["run", "state", "why"], [each.row() for each in found]))
     if not found:
         log(f"{runs}: nothing to delete")
-    elif not yes and not agreed(f"delete {counted(len(found))}?"):
+    elif not yes and not agreed(f"delete {summary(found)}?"):
         found = []
     kept = {each.folder.name: remove(each.folder) for each in found}
     for name, others in kept.items():
         if others:
-            log(f"{name}: {', '.join(others)} stays there, for no run has written it")
+            log(f"{name}: kept {', '.join(others)}, not written by rankwise")
     if as_json:
         show_json({"deleted": [*kept]})
     elif found:
-        log(f"deleted {counted(len(found))}")
+        log(f"deleted {summary(found)}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What is said on the terminal: results on stdout, the log on stderr. Any of it may hold names that others gave."""
+"""Output on the terminal: results on stdout, the log on stderr. Text may hold control characters, which are escaped."""
 
 import json
 import sys
@@ -18,20 +18,20 @@ def log(text: object) -> None:
 
 
 def show_json(content: Any) -> None:
-    """A result as JSON, in which what a terminal would act upon is spelt out."""
+    """A result as JSON, with characters that a terminal would act on escaped."""
     text = json.dumps(content, indent=1, ensure_ascii=False, default=str)
     show("".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text))
 
 
 def ask(question: str) -> str:
-    """What is typed in answer to a question; empty for nothing."""
+    """The line typed in answer to a question."""
     sys.stderr.write(shown(question))
     sys.stderr.flush()
     return sys.stdin.readline()
 
 
 def agreed(question: str) -> bool:
-    """Whether the answer is yes. Raises InputError where there is no terminal to ask on."""
+    """Whether the answer is yes. Raises InputError if there is no terminal to ask on."""
     if not sys.stdin.isatty():
-        raise InputError(f"{question} Nobody can be asked where there is no terminal: --yes")
+        raise InputError(f"{question} No terminal to answer on: give --yes to go ahead")
     return ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")

@@ -44,7 +44,7 @@ def kinds(store: Store, *only: str) -> dict[int, str]:
 def test_runs_that_failed_were_stopped_or_are_foreign_need_not_be_kept(store: Store) -> None:
     assert kinds(store) == {1: "foreign", 2: "failed", 3: "stopped"}
     assert kinds(store, "failed", "stopped") == {2: "failed", 3: "stopped"}
-    with pytest.raises(InputError, match=r'--only fail: there is no such kind \(did you mean "failed"\?\); known:'):
+    with pytest.raises(InputError, match=r'--only fail: no such kind \(did you mean "failed"\?\); known:'):
         unneeded(store, ["fail"])
 
 
@@ -57,9 +57,9 @@ def test_a_rate_that_diverged_was_found_out_and_stays(store: Store) -> None:
 
 def test_cleaning_lists_what_it_deletes_and_leaves_the_rest(store: Store, cli: Cli) -> None:
     code, out, err = cli("clean", store.folder, "--yes")
-    assert (code, err) == (0, "deleted 3 runs\n")
+    assert (code, err) == (0, "deleted 2 unfinished runs and 1 finished run\n")
     assert [line.split()[0].rsplit("-", 2)[1] for line in out.splitlines()[2:]] == ["1", "2", "3"]
-    assert "no space left on device" in out and "not asked for by the experiment" in out
+    assert "no space left on device" in out and "not part of the folder's current experiment" in out
     assert sorted(store.config(folder).seed for folder in store.folders()) == [0, 4]
     assert len([path for path in store.folder.iterdir() if path.is_dir()]) == 2
     assert cli("clean", store.folder, "--yes", "--json") == (
@@ -75,14 +75,16 @@ def test_it_asks_on_a_terminal(answer: str, left: int, store: Store, cli: Cli, m
     typed.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stdin", typed)
     code, _, err = cli("clean", store.folder)
-    assert code == 0 and err.startswith("delete 3 runs? [y/N]")
+    assert code == 0 and err.startswith("delete 2 unfinished runs and 1 finished run? [y/N]")
     assert len(store.folders()) == left
 
 
 def test_without_a_terminal_nothing_is_deleted_unasked(store: Store, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     code, _, err = cli("clean", store.folder)
-    assert code == 2 and err == "rankwise: delete 3 runs? Nobody can be asked where there is no terminal: --yes\n"
+    assert code == 2 and err == (
+        "rankwise: delete 2 unfinished runs and 1 finished run? No terminal to answer on: give --yes to go ahead\n"
+    )
     assert len(store.folders()) == 5
     assert cli("clean", store.folder / "missing", "--yes")[0] == 2
     assert cli("clean", store.folder, "--only", "done", "--yes")[0] == 2
@@ -94,7 +96,7 @@ def test_what_no_run_has_written_stays(store: Store, cli: Cli) -> None:
     (failed / "notes.txt").write_text("mine")
     (failed / "checkpoint-7").mkdir()
     code, _, err = cli("clean", store.folder, "--only", "failed", "--yes")
-    assert code == 0 and f"{failed.name}: checkpoint-7, notes.txt stays there, for no run has written it\n" in err
+    assert code == 0 and f"{failed.name}: kept checkpoint-7, notes.txt, not written by rankwise\n" in err
     assert sorted(path.name for path in failed.iterdir()) == ["checkpoint-7", "notes.txt"]
     assert failed not in store.folders()
 

@@ -13,9 +13,10 @@ import filelock
 import pytest
 
 from rankwise.files import MARKER, claim
+from rankwise.runs.standing import FOREIGN
 from rankwise.runs.store import Store
 from rankwise.settings import Experiment
-from rankwise.sweep.watch import LEFT, Watch
+from rankwise.sweep.watch import Watch
 from runs_made_up import config, finish, tune
 from small_run import PATIENCE, wait_for
 from sweep_runs import runs
@@ -181,7 +182,7 @@ def test_runs_that_the_present_experiment_does_not_ask_for_are_not_waited_for(st
     store.plan([done, asked])
     look = Watch(store).look()
     assert set(look.left) == {asked} and not look.over
-    assert LEFT in look.rows()[0] + look.rows()[1]
+    assert FOREIGN in look.rows()[0] + look.rows()[1]
     finish(store, store.config(asked), 0.5)
     look = Watch(store).look()
     assert look.over and look.total is None and "left" not in look.head()

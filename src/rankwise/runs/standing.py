@@ -11,6 +11,8 @@ from rankwise.errors import InputError
 from rankwise.files import MARKER, checkpoints, opened, read_json
 
 State = Literal["pending", "running", "stopped", "failed", "done", "damaged"]
+FOREIGN = "not part of the folder's current experiment"
+"""What is said of a run that is not `planned`."""
 
 
 @dataclass(frozen=True)

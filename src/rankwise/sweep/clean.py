@@ -1,4 +1,7 @@
-"""What a folder of runs need not keep: runs that failed, that were stopped, or that its experiment does not ask for."""
+"""What a folder of runs need not keep: runs that failed, were stopped, or are not part of its current experiment.
+
+The latter may be finished, as after a change to the experiment or after another one in the same folder.
+"""
 
 import fcntl
 import shutil
@@ -9,14 +12,10 @@ from pathlib import Path
 
 from rankwise.errors import InputError, nearest
 from rankwise.files import checkpoints, opened, remove_checkpoint, tidy, unwritable, written
-from rankwise.runs.standing import Standing
+from rankwise.runs.standing import FOREIGN, Standing
 from rankwise.runs.store import BEGUN, LEFT, MEMORY, Store
 
-KINDS = {
-    "failed": "it failed",
-    "stopped": "it was stopped",
-    "foreign": "not asked for by the experiment that is here now",
-}
+KINDS = {"failed": "it failed", "stopped": "it was stopped", "foreign": FOREIGN}
 """Kind of a run that need not be kept -> why, in words."""
 FILES = {*LEFT, *BEGUN, MEMORY, "maker.json", "masks.png", "sent.json", "written.json"}
 PATTERNS = (".sent-*", "*.tsv")
@@ -45,14 +44,14 @@ class Unneeded:
 
 
 def unneeded(store: Store, kinds: Sequence[str] = ()) -> list[Unneeded]:
-    """The runs of these kinds, of all when none is given. One that is at work is none of them.
+    """The runs of these kinds, or of all kinds if none is given, except runs in progress.
 
-    Neither is one whose rate made the training diverge: `tune:` has found that out, and would try it again.
-    Raises InputError for another word than `failed`, `stopped` or `foreign`.
+    Trials that diverged are left out too: without them, `tune:` would try the same rates again.
+    Raises InputError for a kind that is not in `KINDS`.
     """
     for kind in kinds:
         if kind not in KINDS:
-            raise InputError(f"--only {kind}: there is no such kind{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
+            raise InputError(f"--only {kind}: no such kind{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
     found = []
     for folder in store.folders():
         standing = store.standing(folder)
@@ -64,10 +63,17 @@ def unneeded(store: Store, kinds: Sequence[str] = ()) -> list[Unneeded]:
     return found
 
 
-def remove(folder: Path) -> list[str]:
-    """Delete what a run has written into its folder, and the folder where nothing else is in it; the names of what is.
+def summary(runs: Sequence[Unneeded]) -> str:
+    """How many runs these are, such as `2 unfinished runs and 1 finished run`."""
+    finished = sum(each.standing.state == "done" for each in runs)
+    counts = {"unfinished": len(runs) - finished, "finished": finished}
+    return " and ".join(f"{n} {kind} run{'' if n == 1 else 's'}" for kind, n in counts.items() if n)
 
-    Raises InputError where the run is at work, and where nothing can be deleted.
+
+def remove(folder: Path) -> list[str]:
+    """Delete the files that a run wrote, then its folder if it is empty. Returns the names of what is left in it.
+
+    Raises InputError if the run is in progress, or if its files cannot be deleted.
     """
     try:
         with suppress(FileNotFoundError), opened(folder / "run.lock") as lock:

@@ -16,7 +16,7 @@ from rich.text import Text
 from rankwise.errors import shown_line
 from rankwise.results.formats import duration, plain
 from rankwise.runs import run_file
-from rankwise.runs.standing import Standing, State
+from rankwise.runs.standing import FOREIGN, Standing, State
 from rankwise.runs.store import Store
 from rankwise.sweep.changed import differing, dotted
 from rankwise.sweep.progress import counted
@@ -27,8 +27,6 @@ OVER = ("done", "failed", "damaged")
 """States in which nothing is left to wait for."""
 EVERY = 1.0
 """Seconds between two looks."""
-LEFT = "not asked for by the experiment that is here now"
-"""What is said of a run that nobody is going to carry out."""
 HEADER = ("run", "learning rate", "state", "steps", "left", "error")
 """The columns of every table; those of `Look.differing` stand before the last."""
 
@@ -115,7 +113,7 @@ class Look:
                 f"{each.step}/{each.steps}" if each.steps else "",
                 duration(self.left[each.folder]) if each.folder in self.left else "",
                 *(typed(settings[key]) if key in settings else "" for key in columns),
-                each.error or ("" if _awaited(each) or each.state == "done" else LEFT),
+                each.error or ("" if _awaited(each) or each.state == "done" else FOREIGN),
             ]
             for each in sorted(self.standings, key=lambda each: STATES.index(each.state))
             for settings in [self.settings.get(each.folder, {})]
