@@ -19,10 +19,9 @@ from odd_files import ODD, a_pipe
 from rankwise.report import figures, tables
 from rankwise.report.pages import pages
 from rankwise.results.summary import Summary
-from rankwise.runs.store import Store
+from rankwise.runs.store import FILES, Store
 from rankwise.settings import Experiment, Published
 from rankwise.sweep.watch import Watch
-from rankwise.train.run import FILES
 from reported_runs import finish
 from runs_made_up import config, predict
 

@@ -35,6 +35,8 @@ KINDS = {
 }
 WRITTEN = "written.json"
 """In a run folder: the names of what the run has made there and may delete, a checkpoint or a model."""
+ADAPTER = ("adapter_config.json", "rankwise.json", "adapter_model.safetensors", "README.md")
+"""Files of a saved adapter: PEFT's configuration, our description of the method, the weights, and PEFT's card."""
 CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,15}")
 """Names of checkpoints."""
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.rankwise", re.DOTALL)

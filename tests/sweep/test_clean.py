@@ -94,10 +94,12 @@ def test_without_a_terminal_nothing_is_deleted_unasked(store: Store, cli: Cli, m
 def test_what_no_run_has_written_stays(store: Store, cli: Cli) -> None:
     failed = next(each.folder for each in unneeded(store, ["failed"]))
     (failed / "notes.txt").write_text("mine")
+    (failed / "notes.tsv").write_text("mine\talone\n")
+    (failed / "CoLA.tsv").write_text("index\tprediction\n0\t1\n")
     (failed / "checkpoint-7").mkdir()
     code, _, err = cli("clean", store.folder, "--only", "failed", "--yes")
-    assert code == 0 and f"{failed.name}: kept checkpoint-7, notes.txt, not written by rankwise\n" in err
-    assert sorted(path.name for path in failed.iterdir()) == ["checkpoint-7", "notes.txt"]
+    assert code == 0 and f"{failed.name}: kept checkpoint-7, notes.tsv, notes.txt, not written by rankwise\n" in err
+    assert sorted(path.name for path in failed.iterdir()) == ["checkpoint-7", "notes.tsv", "notes.txt"]
     assert failed not in store.folders()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from rankwise.adapters.auto import task
 from rankwise.adapters.plain import beside, folded, joined, modules, state_of
 from rankwise.errors import InputError
-from rankwise.files import as_new, check_files, check_replaceable, read_json, unfinished
+from rankwise.files import ADAPTER, as_new, check_files, check_replaceable, read_json, unfinished
 from rankwise.methods import Method, build
 from rankwise.methods.targets import check_bare
 from rankwise.nets.drawn import buffers, drawn
@@ -33,11 +33,7 @@ from rankwise.ranks.peft_records import alpha, write_ranks
 from rankwise.ranks.sites import peft_model, sites
 from rankwise.ranks.triplets import to_lora, triplets
 
-CONFIG = "adapter_config.json"
-DESCRIPTION = "rankwise.json"
-WEIGHTS = "adapter_model.safetensors"
-OURS = {CONFIG, DESCRIPTION, WEIGHTS, "README.md"}
-"""All that a saved adapter consists of."""
+CONFIG, DESCRIPTION, WEIGHTS, _ = ADAPTER
 LIVE = re.compile(r"\.(?:lora_start|lora_omega|lora_merged|parametrizations)\b")
 """Names of tensors that a training needs and plain LoRA does not have."""
 FOUND_AGAIN = ("pissa", "olora")
@@ -60,7 +56,7 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
             another adapter's, or if `folder` is a file or holds other things than an adapter, which would be lost.
     """
     folder = Path(folder)
-    check_replaceable(folder, OURS, "an adapter")
+    check_replaceable(folder, {*ADAPTER}, "an adapter")
     with suppress(TypeError):
         model = peft_model(model)  # out of its wrappers
     folder.parent.mkdir(parents=True, exist_ok=True)

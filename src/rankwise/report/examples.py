@@ -9,6 +9,7 @@ from typing import Any
 from rankwise.errors import InputError, need
 from rankwise.files import check_regular, read_bytes
 from rankwise.results.rows import Row
+from rankwise.runs.store import PICTURE
 
 SHOWN = 4
 LONGEST = 800
@@ -16,8 +17,6 @@ LONGEST = 800
 OF_ONE_RUN = 2
 """Examples in the section of one run, and MISSED rows that it got wrong."""
 MISSED = 10
-PICTURE = "masks.png"
-"""The file of a run that shows some of its outputs."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from rankwise.files import (
     write_whole,
 )
 from rankwise.runs import record, run_file
+from rankwise.runs.answers import FILE as ANSWERS
 from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Maker, in_words
 from rankwise.runs.noted import Noted
@@ -34,6 +35,10 @@ from rankwise.settings import FORMAT, RunConfig
 
 MEMORY = "memory.json"
 """In a run folder: how many rows go through the model at once, once memory has run out."""
+WEIGHTS = "weights.pt"
+"""In a run folder: everything that was learnt, unfolded, for a run that begins with it."""
+PICTURE = "masks.png"
+"""In a run folder: some images, their masks and the predicted masks, side by side."""
 ERROR = ("error.txt", "error.json")
 """In the folder of a failed run: why, for people and for programs. A run with the first of them counts as failed."""
 LEFT = {
@@ -52,11 +57,10 @@ class _Finished(NamedTuple):
     """Why it is not compared with the newest runs, for `in_words`; [] if it is."""
 
 
-BEGUN = (
-    *("metrics.jsonl", "ranks.jsonl", *ERROR),
-    *("predictions.parquet", "answers.json", "weights.pt"),
-)
+BEGUN = ("metrics.jsonl", "ranks.jsonl", *ERROR, "predictions.parquet", ANSWERS, WEIGHTS)
 """Files, apart from checkpoints and the result, to delete before a run starts again from its beginning."""
+FILES = (*BEGUN, "env.json", PICTURE, "result.json", "run.lock", MEMORY, MAKER)
+"""Files that a run writes into its folder."""
 
 
 class Store(Noted):

@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.errors import InputError, nearest
-from rankwise.files import checkpoints, opened, remove_checkpoint, tidy, unwritable, written
+from rankwise.files import ADAPTER, WRITTEN, checkpoints, opened, remove_checkpoint, tidy, unwritable, written
 from rankwise.runs.standing import FOREIGN, Standing
-from rankwise.runs.store import BEGUN, LEFT, MEMORY, Store
+from rankwise.runs.store import FILES, LEFT, Store
+from rankwise.sweep.runners.process import SENT, TOKEN
 
 KINDS = {"failed": "it failed", "stopped": "it was stopped", "foreign": FOREIGN}
 """Kind of a run that need not be kept -> why, in words."""
-FILES = {*LEFT, *BEGUN, MEMORY, "maker.json", "masks.png", "sent.json", "written.json"}
-PATTERNS = (".sent-*", "*.tsv")
-"""Files of a run, `PATTERNS` those of a cluster's orders and of what leaderboards take."""
-ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "rankwise.json", "README.md"}
-"""Files of a saved adapter."""
+SUBMISSION = b"index\tprediction\n"
+"""First line of the .tsv files that `submission: true` of a GLUE task writes for the leaderboard."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,8 @@ def _remove(folder: Path) -> list[str]:
     tidy(folder)
     if model and not (folder / "model").is_symlink():
         shutil.rmtree(folder / "model", ignore_errors=True)
-    ours = [folder / name for name in FILES] + [path for pattern in PATTERNS for path in folder.glob(pattern)]
+    ours = [folder / name for name in (*LEFT, *FILES, SENT, WRITTEN)] + [*folder.glob(f"{TOKEN}*")]
+    ours += [path for path in folder.glob("*.tsv") if _submission(path)]
     for path in [*ours, *(folder / "adapter" / name for name in ADAPTER)]:
         if path.is_symlink() or path.is_file():
             path.unlink(missing_ok=True)
@@ -101,3 +100,9 @@ def _remove(folder: Path) -> list[str]:
         with suppress(OSError):  # something else is in it
             place.rmdir()
     return sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+
+
+def _submission(path: Path) -> bool:
+    with suppress(OSError, InputError), opened(path) as file:
+        return file.read(len(SUBMISSION)) == SUBMISSION
+    return False

@@ -20,6 +20,7 @@ from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.metrics.segmentation import CORPUS, PER_IMAGE, counts
 from rankwise.nets.unet import IGNORE, masks
 from rankwise.runs.answers import Answers
+from rankwise.runs.store import PICTURE
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 SHOWN = 4
 """Images in the picture of a run."""
-FILE = "masks.png"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Segmentation(Task):
         return Scored(
             {name + split.suffix: value for name, value in metrics.items()},
             pa.table(columns),
-            files={FILE: self._picture(split, given)} if final else {},
+            files={PICTURE: self._picture(split, given)} if final else {},
             answers=self._answers(split, np.sum(spread, axis=0)) if final else None,
         )
 

@@ -8,12 +8,9 @@ from torch import nn
 
 from rankwise.errors import InputError
 from rankwise.files import disk_errors, unfinished
-from rankwise.runs.store import Store
+from rankwise.runs.store import WEIGHTS, Store
 from rankwise.train.bare_loop import learnt_state, load_learnt
 from rankwise.train.checkpoint_files import file_digest
-
-WEIGHTS = "weights.pt"
-"""All that was learnt, unfolded, where another run begins with it."""
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from rankwise.processes import together
 from rankwise.ranks.kept import merged_sites
 from rankwise.runs import answers
 from rankwise.runs.search import Search
-from rankwise.runs.store import clear
+from rankwise.runs.store import WEIGHTS, clear
 from rankwise.tasks import Scored, Split, Task
 from rankwise.train import model as models
-from rankwise.train.chain import WEIGHTS, keep_weights
+from rankwise.train.chain import keep_weights
 from rankwise.train.checkpoint_files import file_digest
 from rankwise.train.parts import Parts, all_metrics
 from rankwise.train.progress import Progress

@@ -30,9 +30,9 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import rankwise
 from rankwise import methods, tasks
-from rankwise.adapters.save import OURS as ADAPTER
 from rankwise.errors import InputError, NotFiniteError
 from rankwise.files import (
+    ADAPTER,
     CHECKPOINT,
     check_regular,
     check_replaceable,
@@ -46,36 +46,21 @@ from rankwise.processes import together
 from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
 from rankwise.runs import run_file
-from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Code, Maker, code_of
 from rankwise.runs.search import Search
-from rankwise.runs.store import ERROR, MEMORY, Store
+from rankwise.runs.store import FILES, Store
 from rankwise.settings import RunConfig, Schema, complete
 from rankwise.tasks import Evaluation, subset
 from rankwise.train import chain
 from rankwise.train import model as models
 from rankwise.train.callback import unwrapped
-from rankwise.train.chain import WEIGHTS, begin_with
+from rankwise.train.chain import begin_with
 from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.memory import halve, rows_at_once
 from rankwise.train.parts import Parts
 from rankwise.train.progress import Carried, DivergedError, Plan, Progress
 from rankwise.train.result import finish
 from rankwise.train.trainer import RunTrainer
-
-FILES = (
-    *(
-        "env.json",
-        "metrics.jsonl",
-        "ranks.jsonl",
-        "predictions.parquet",
-        "answers.json",
-        "masks.png",
-        "result.json",
-    ),
-    *(*ERROR, "run.lock", WEIGHTS, MEMORY, MAKER),
-)
-"""Files that a run writes into its folder."""
 
 
 def run(folder: Path) -> dict[str, Any]:
@@ -152,7 +137,7 @@ def _check_places(folder: Path) -> None:
     for name in FILES:
         with suppress(FileNotFoundError):
             check_regular(folder / name)
-    check_replaceable(folder / "adapter", ADAPTER, "an adapter")
+    check_replaceable(folder / "adapter", {*ADAPTER}, "an adapter")
     for path in sorted(folder.iterdir()):
         if (path.name == "model" or CHECKPOINT.fullmatch(path.name)) and path.name not in written(folder):
             raise InputError(f"{path}: is not what this run has written, and it may have to; move it away")

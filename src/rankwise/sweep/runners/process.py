@@ -23,6 +23,8 @@ from rankwise.processes.stop import answering, this_process
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 SENT = "sent.json"
 """In a run folder: which order it was sent away with last."""
+TOKEN = ".sent-"
+"""How the names of the files begin that `Order.token` means."""
 PASSED = ("RANKWISE_", "HF_")
 """How the environment variables begin that a run finds on a node as they are where the sweep is."""
 PATIENCE = 60.0
@@ -109,7 +111,7 @@ class Order:
     @property
     def token(self) -> Path:
         """A file of this order alone: a node that finds it sees the same folder, whoever else sends it somewhere."""
-        return self.folder / f".sent-{self.mark}"
+        return self.folder / f"{TOKEN}{self.mark}"
 
 
 @dataclass(frozen=True)
