@@ -30,6 +30,7 @@ from rankwise.results.formats import duration, size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 TIMES = [1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 900, 1800, *(3600 * 2**power for power in range(20))]
 """Seconds between the ticks of an axis of time."""
@@ -144,44 +145,29 @@ def score_by_rate(methods: Sequence[Tried], metric: str, title: str = "Score by 
 
     A ring marks the rate that was chosen.
     """
-    from matplotlib.transforms import ScaledTranslation
-
     figure, axes = new_figure(3.6)
     rates = sorted({each.rate for method in methods for each in method.rates})
     axes.set_xscale("log")
     apart = min(3.0, 12.0 / max(1, len(methods)))
+    drawn = []
     for place, method in enumerate(methods):
-        tried = sorted(method.rates, key=lambda each: each.rate)
-        colour = COLOURS[method.look % len(COLOURS)]
-        shift = apart * (place - (len(methods) - 1) / 2)  # points of 1/72 inch
-        moved = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
-        axes.errorbar(
-            [each.rate for each in tried],
-            [each.mean for each in tried],
-            yerr=[math.nan if each.sd is None else each.sd for each in tried],
-            marker=look_of(MARKERS, method.look),
-            color=colour,
-            linestyle=look_of(DASHES, method.look),
-            markersize=5,
-            linewidth=1.4,
-            capsize=3,
-            label=short(method.label),
-            transform=moved,
-        )
-        ring = [each for each in tried if each.rate == method.chosen]
+        points = [
+            Point(method.label, method.look, each.rate, each.mean, _around(each.mean, each.sd)) for each in method.rates
+        ]
+        line = _line(figure, axes, points, apart * (place - (len(methods) - 1) / 2), marker=5)
+        ring = [point for point in points if point.x == method.chosen]
         axes.plot(
-            [each.rate for each in ring],
-            [each.mean for each in ring],
+            [point.x for point in ring],
+            [point.score for point in ring],
             "o",
             markersize=12,
             markerfacecolor="none",
-            markeredgecolor=colour,
+            markeredgecolor=line.get_color(),
             markeredgewidth=1.4,
-            transform=moved,
+            transform=line.get_transform(),
         )
-    ends = [each.mean + side * (each.sd or 0) for method in methods for each in method.rates for side in (-1, 1)]
-    pad = 0.12 * (max(ends) - min(ends)) or 0.05
-    axes.set_ylim(min(ends) - pad, max(ends) + pad)
+        drawn += points
+    _room(axes, drawn)
     axes.set_xlim(rates[0] / 1.6, rates[-1] * 1.6)
     kept: list[float] = []  # a tick at each rate, unless two would stand too close
     for rate in rates:
@@ -209,8 +195,6 @@ def _marks(
     figure: Figure, axes: Axes, points: Sequence[Point], near: Callable[[float, float], bool] | None = None
 ) -> bool:
     """Draw the points with their bars; labels at places that are `near` each other are moved apart: whether any was."""
-    from matplotlib.transforms import ScaledTranslation
-
     labels = list(dict.fromkeys(point.label for point in points))
     beside = {label: {label} for label in labels}
     for one, other in itertools.combinations(points, 2):
@@ -218,24 +202,36 @@ def _marks(
             joined = beside[one.label] | beside[other.label]
             beside |= dict.fromkeys(joined, joined)
     for label in labels:
-        own = sorted((point for point in points if point.label == label), key=lambda point: point.x)
         group = [each for each in labels if each in beside[label]]
-        shift = min(8.0, 64.0 / len(group)) * (group.index(label) - (len(group) - 1) / 2)  # points of 1/72 inch
-        look = own[0].look
-        axes.errorbar(
-            [point.x for point in own],
-            [point.score for point in own],
-            yerr=np.transpose([_lengths(point) for point in own]) if any(point.bar for point in own) else None,
-            marker=look_of(MARKERS, look),
-            color=COLOURS[look % len(COLOURS)],
-            markersize=6.5,
-            capsize=3,
-            linestyle=look_of(DASHES, look) if len(own) > 1 else "none",
-            linewidth=1.4,
-            label=short(label),
-            transform=axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),
-        )
+        shift = min(8.0, 64.0 / len(group)) * (group.index(label) - (len(group) - 1) / 2)
+        _line(figure, axes, [point for point in points if point.label == label], shift, marker=6.5)
     return any(len(group) > 1 for group in beside.values())
+
+
+def _line(figure: Figure, axes: Axes, points: Sequence[Point], shift: float, marker: float) -> Line2D:
+    """Draw the points of one label with their bars, joined by a line and all moved right by `shift` points on paper."""
+    from matplotlib.transforms import ScaledTranslation
+
+    points = sorted(points, key=lambda point: point.x)
+    look = points[0].look
+    line: Line2D = axes.errorbar(
+        [point.x for point in points],
+        [point.score for point in points],
+        yerr=np.transpose([_lengths(point) for point in points]) if any(point.bar for point in points) else None,
+        marker=look_of(MARKERS, look),
+        color=COLOURS[look % len(COLOURS)],
+        markersize=marker,
+        capsize=3,
+        linestyle=look_of(DASHES, look) if len(points) > 1 else "none",
+        linewidth=1.4,
+        label=short(points[0].label),
+        transform=axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans),  # 72 points an inch
+    )[0]
+    return line
+
+
+def _around(mean: float, sd: float | None) -> tuple[float, float] | None:
+    return None if sd is None else (mean - sd, mean + sd)
 
 
 def _lengths(point: Point) -> tuple[float, float]:
