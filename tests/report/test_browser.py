@@ -194,6 +194,23 @@ def test_nothing_sticks_out_of_the_screen(
         assert tables, "a wide table scrolls inside its box"
 
 
+def test_no_word_of_a_heading_is_broken_on_a_phone(browser: Any, report: Path) -> None:
+    """A column as narrow as its numbers would have its heading in single letters."""
+    with Watched(browser, report, viewport=PHONE) as tab:
+        broken = tab.evaluate(
+            """() => [...document.querySelectorAll("thead th")].filter(th => {
+                const range = document.createRange(), walk = document.createTreeWalker(th, NodeFilter.SHOW_TEXT)
+                for (let text; (text = walk.nextNode()); )
+                    for (const word of text.data.matchAll(/\\S+/g)) {
+                        range.setStart(text, word.index)
+                        range.setEnd(text, word.index + word[0].length)
+                        if (new Set([...range.getClientRects()].map(each => each.top)).size > 1) return true
+                    }
+            }).map(th => th.textContent)"""
+        )
+    assert broken == []
+
+
 def test_no_name_becomes_markup_or_a_script(browser: Any, hostile: Path) -> None:
     with Watched(browser, hostile) as tab:
         assert tab.title().startswith("<script>alert(1)</script>")
