@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import InputError, need
-from rankwise.files import check_regular, read_bytes
+from rankwise.errors import InputError
+from rankwise.files import read_bytes
+from rankwise.results.predictions import main_split
 from rankwise.results.rows import Row
 from rankwise.runs.store import PICTURE
 
@@ -43,7 +44,7 @@ def of_run(folder: Path) -> list[Example]:
 
 def missed(folder: Path) -> str:
     """How many rows of the main split a classifier got wrong, and the first of them; "" where there are no classes."""
-    rows = _rows(folder, ["split", "idx", "label", "prediction"])
+    rows = _rows(folder, ["idx", "label", "prediction"])
     classes = [row for row in rows if isinstance(row["label"], int) and isinstance(row["prediction"], int)]
     if not rows or len(classes) < len(rows) or any(row["label"] < 0 for row in rows):
         return ""
@@ -82,19 +83,13 @@ def _side_by_side(written: dict[str, dict[int, dict[str, Any]]], count: int, lon
 
 def _written(folder: Path) -> dict[int, dict[str, Any]]:
     """The rows of the main split by their number; {} where there are none, or they are no texts."""
-    return {row["idx"]: row for row in _rows(folder, ["split", "idx", "source", "references", "prediction"])}
+    return {row["idx"]: row for row in _rows(folder, ["idx", "source", "references", "prediction"])}
 
 
 def _rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """The answers to the main split; [] where there are none, or a column is not there."""
-    try:
-        file = need("pyarrow.parquet", "bench").ParquetFile(check_regular(folder / "predictions.parquet"))
-        if not set(columns) <= set(file.schema_arrow.names):
-            return []
-        rows = file.read(columns=columns).to_pylist()
-    except (OSError, ValueError):  # pyarrow's errors are of these kinds
-        return []
-    return [row for row in rows if row["split"] == rows[0]["split"]]
+    """The answers to the main split; [] where they cannot be read or a column is missing."""
+    found = main_split(folder, columns) or {}
+    return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
 
 def _cut(text: str, longest: int) -> str:

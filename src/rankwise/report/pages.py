@@ -99,6 +99,7 @@ def _finished(folder: Path, result: Mapping[str, Any], method: str) -> Page:
         ("evaluation loss", figures.evaluated("loss")),
         (result["score"], figures.evaluated(result["score"])),
     ]
+    shown = answered(folder, result["splits"]["evaluation"][0]["name"])
     parameters, cost, search = result["parameters"], result["cost"], Search.of(result)
     facts = [
         *((name, _number(value)) for name, value in result["metrics"].items()),
@@ -119,9 +120,9 @@ def _finished(folder: Path, result: Mapping[str, Any], method: str) -> Page:
         _settings(result["config"]),
         [found for name, value in wanted if (found := _curve(name, *figures.curve(lines, value)))],
         _ranks(folder),
-        examples.missed(folder),
+        "" if shown else examples.missed(folder),
         examples.of_run(folder),
-        answered=answered(folder, result["splits"]["evaluation"][0]["name"]),
+        answered=shown,
         nothing="; ".join(
             f"{each.split}: {each.nothing_learnt}" for each in answers.of_result(result) if each.nothing_learnt
         ),

@@ -1,7 +1,8 @@
 """The answers of a run to each example of its main evaluation split, for the bootstrap over the examples."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,16 +24,27 @@ class Predictions(NamedTuple):
 
 
 def predictions(folder: Path) -> Predictions | None:
-    """The answers of a finished run; None where there are none to be read, or no labels to compare them with."""
-    computed: tuple[Kind, ...] = ("score", "statistics")
+    """The answers of a finished run; None where they cannot be read or there are no labels to compare them with."""
+    kinds: tuple[Kind, ...] = ("score", "statistics", "prediction")
+    for kind in kinds:
+        found = main_split(folder, [kind, "label" if kind == "prediction" else "idx"])
+        if found is not None:
+            try:
+                values, labels = map(np.asarray, found.values())
+            except ValueError:  # of numpy, for statistics of uneven length
+                return None
+            return None if (labels == -1).all() else Predictions(kind, values, labels)
+    return None
+
+
+def main_split(folder: Path, columns: Sequence[str]) -> dict[str, list[Any]] | None:
+    """`columns` of a run's predictions for the main split; None where they cannot be read or a column is missing."""
     try:
         file = need("pyarrow.parquet", "bench").ParquetFile(check_regular(folder / "predictions.parquet"))
-        kind: Kind = next((each for each in computed if each in file.schema_arrow.names), "prediction")
-        table = file.read(columns=["split", kind, "label" if kind == "prediction" else "idx"])
-        table = table.rename_columns(["split", "values", "labels"])  # an error where one is missing
-        columns = {name: table.column(name).to_pylist() for name in table.column_names}
-        main = [place for place, split in enumerate(columns["split"]) if split == columns["split"][0]]
-        values, labels = (np.asarray([columns[name][place] for place in main]) for name in ("values", "labels"))
-    except (OSError, ValueError, KeyError):  # pyarrow's errors are of these kinds, and numpy's for uneven statistics
+        found = file.read(columns=["split", *columns]).to_pydict()
+    except (OSError, ValueError):  # pyarrow's errors are of these kinds
         return None
-    return None if (labels == -1).all() else Predictions(kind, values, labels)
+    if not {"split", *columns} <= found.keys():
+        return None
+    main = [place for place, split in enumerate(found["split"]) if split == found["split"][0]]
+    return {name: [found[name][place] for place in main] for name in columns}
