@@ -221,6 +221,19 @@ def test_a_wrong_usage_exits_with_2(cli: Cli) -> None:
     assert cli("nothing")[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "full", "code"),
+    [("methods", "stdout", 1), ("methods", "stderr", 0), ("train missing.yaml", "stderr", 2), ("typo", "stderr", 2)],
+)
+def test_output_that_cannot_be_written_changes_no_other_exit_code(command: str, full: str, code: int) -> None:
+    with Path("/dev/full").open("wb") as disk:
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, full: disk}
+        done = warm.run([sys.executable, "-m", "rankwise", *command.split()], text=True, **streams)
+    assert done.returncode == code, done.stderr
+    if full == "stdout":
+        assert done.stderr == "rankwise: OSError: [Errno 28] No space left on device (--debug shows where)\n"
+
+
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
     file = write(tmp_path / "sweep.yaml", {**TINY, "vary": {"method": ["lora", "head"], "seed": [0, 1]}})
     runs = tmp_path / "runs"

@@ -371,7 +371,6 @@ def main() -> None:
         sys.stdout.flush()
         sys.exit(code)
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except Exception as error:
         from rankwise.processes.launched import LostError, is_main
@@ -390,6 +389,17 @@ def main() -> None:
             sys.exit(INPUT)
         log(f"rankwise: {type(error).__name__}: {line} (--debug shows where)")
         sys.exit(FAILED)
+    finally:
+        _drop_unwritten()
+
+
+def _drop_unwritten() -> None:
+    """Drop output that cannot be written, or Python would try once more as it ends, fail, and exit with 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _refuse_usage(error: Any) -> NoReturn:

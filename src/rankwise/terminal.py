@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import suppress
 from typing import Any
 
 from rankwise.errors import InputError, shown
@@ -13,8 +14,9 @@ def show(text: object) -> None:
 
 
 def log(text: object) -> None:
-    """A line of the log, on stderr."""
-    print(shown(str(text)), file=sys.stderr)
+    """A line of the log, on stderr. Where it cannot be written, as on a full disk, the command goes on without it."""
+    with suppress(OSError):
+        print(shown(str(text)), file=sys.stderr)
 
 
 def show_json(content: Any) -> None:

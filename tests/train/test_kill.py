@@ -202,7 +202,7 @@ def test_a_disk_that_is_full_loses_nothing_and_room_lets_the_run_go_on(small_dis
     """The disk is filled to the last byte in the midst of the training, and emptied again."""
     alone, folder = (make(place / name, model=None) for place, name in ((tmp_path, "alone"), (small_disk, "run")))
     undisturbed = start(alone)
-    process = start(folder, fresh=True)
+    process = start(folder)
     wait_for(lambda: (folder / "checkpoint-3" / MARKER).exists() or process.poll() is not None)
     with suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as filler:
         while True:
