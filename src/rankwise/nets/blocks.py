@@ -1,6 +1,6 @@
 """Where the blocks of a transformer are, and where a block writes to its residual stream.
 
-There is no table of architectures here: blocks are found by their form, and a block of another form is refused.
+There is no table of architectures: blocks are found by their structure, and a block of another structure is refused.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""Weights of a model that its checkpoint does not give, so that whoever loads the checkpoint again has others.
+"""Weights of a model that are not in its checkpoint: loading the checkpoint again gives other values for them.
 
-transformers marks each tensor that it loads, and draws those that a checkpoint lacks, such as a new classifier's,
-without a mark. Rows that `resize_token_embeddings` adds are in a tensor that keeps its mark: there the size tells.
+transformers marks each tensor that it loads. Tensors that the checkpoint lacks, such as a new classifier's, are drawn
+at random and get no mark. Rows that `resize_token_embeddings` adds are in a marked tensor: there the size is compared.
 """
 
 from typing import Any
@@ -15,10 +15,10 @@ MARK = "_is_hf_initialized"
 
 
 def drawn(model: nn.Module) -> list[str]:
-    """Names of the parameters of `model` that its checkpoint does not give, whether or not PEFT has put layers in it.
+    """Names of the parameters of `model` that are not in its checkpoint, whether or not PEFT has put layers in it.
 
-    None of a model that comes from no checkpoint. Of one that has lost its marks, as a deep copy does, all that may be
-    new: what lies outside the body, and a pooler in it.
+    Empty for a model that was not loaded from a checkpoint. If it has lost its marks, as a deep copy does, these are
+    all that may be new: the parameters outside the body, and those of a pooler inside it.
     """
     if not isinstance(model, PreTrainedModel) or not model.name_or_path:
         return []
@@ -37,7 +37,7 @@ def drawn(model: nn.Module) -> list[str]:
 def buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers in the model's state dict, under all their names.
 
-    What else is there and no parameter is the state of a quantised weight, such as bitsandbytes' `absmax`.
+    Whatever else is in it besides parameters is the state of a quantised weight, such as bitsandbytes' `absmax`.
     """
     names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
@@ -57,7 +57,7 @@ def own(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _added(module: nn.Module) -> list[str]:
-    """Names of the children and parameters of a layer of PEFT's that are not the model's own, or have no part in it."""
+    """Names of the children and parameters of a PEFT layer that are not the model's own, or are not in use."""
     if isinstance(module, ModulesToSaveWrapper):
         return ["original_module", "modules_to_save"]
     if isinstance(module, BaseTunerLayer):
@@ -66,12 +66,12 @@ def _added(module: nn.Module) -> list[str]:
 
 
 def _resized(model: Any) -> bool:
-    """Whether the embeddings have other rows than the checkpoint's; also where that cannot be looked up any more."""
+    """Whether the vocabulary size differs from the checkpoint's; also True if that can no longer be looked up."""
     kind = type(model.config)
     try:
         values, _ = kind.get_config_dict(model.name_or_path, local_files_only=True)
         return kind.from_dict(values).get_text_config().vocab_size != model.config.get_text_config().vocab_size
     except (OSError, ValueError):
         return True
-    except AttributeError:  # it has no words
+    except AttributeError:  # it has no vocabulary
         return False

@@ -4,7 +4,7 @@ SoRA (Ding et al. 2023, arXiv 2311.11696, section 3): W + s B diag(g) A with gat
 proximal step g ← T_{ηλ}(g) sets to exactly 0 where rank is not worth its parameters. The course report on it (MIPT NLA
 2023) packs this into a wrapper with three verbs: it works as the layer, `activate` adds the factors and freezes the
 layer, `deactivate` adds their product to W and drops them. Layers, factors and the proximal step are those of the rank
-engine; what is its own is a wrapper without PEFT or transformers, and factors of convolutions in groups.
+engine; this module adds a wrapper without PEFT or transformers, and factors for convolutions with groups.
 
 >>> import torch
 >>> from torch import nn

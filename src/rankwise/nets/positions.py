@@ -1,4 +1,4 @@
-"""How many tokens a model has positions for and which it skips when it counts them, found by running it on a row."""
+"""How many positions a model has, and which tokens it skips when counting them, measured by running it on one row."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,35 +11,35 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 ASKED = 7
-"""Tokens in the row that a model is run on."""
+"""How many tokens are in the row that a model is run on."""
 
 
 def positions(model: PreTrainedModel, decoder: bool = False) -> int | None:
-    """Tokens that `model` can read in one row; None where it sets no limit.
+    """Tokens that `model` can read in one row; None if it sets no limit.
 
-    With a table of positions these are its rows from the first that a token uses: RoBERTa's begins after its padding
-    index. A model without such a table, whose positions are relative or rotary, has the length that its configuration
-    says it was made for.
+    With a table of positions, this is the number of its rows from the first one in use: RoBERTa starts after its
+    padding index. For a model without such a table, whose positions are relative or rotary, it is the length that its
+    configuration gives.
 
     Args:
-        model: its weights may be on the meta device. Of an encoder-decoder the encoder is asked.
-        decoder: ask the decoder of an encoder-decoder instead.
+        model: its weights may be on the meta device. Of an encoder-decoder, the encoder is measured.
+        decoder: measure the decoder of an encoder-decoder instead.
     """
     config = model.config.get_text_config(decoder=True) if decoder else model.config.get_text_config()
     return table(model, decoder) or _made_for(config)
 
 
 def table(model: PreTrainedModel, decoder: bool = False) -> int | None:
-    """Tokens that the model's table of positions is for; None where it has none. Arguments as for `positions`."""
+    """Tokens that fit the model's table of positions; None if it has no such table. Arguments as for `positions`."""
     found = _lookups(model, decoder)
     return min((rows - row[0] for rows, row in found if rows is not None and _counts(row)), default=None)
 
 
 def skipped(model: PreTrainedModel) -> set[int]:
-    """The tokens that `model` skips when it counts positions; empty where a token's position is its place in the row.
+    """The tokens that `model` skips when it counts positions; empty if a token's position is its index in the row.
 
-    RoBERTa skips the token that its configuration called padding when the model was built. The encoder of an
-    encoder-decoder is asked.
+    RoBERTa skips the token that was the padding token in its configuration when the model was built. Of an
+    encoder-decoder, the encoder is measured.
     """
     plain = [row for _, row in _lookups(model)]
     found = set()
@@ -56,10 +56,10 @@ def reading(model: PreTrainedModel) -> Any:
 
 
 def words(model: PreTrainedModel) -> nn.Embedding | None:
-    """The table of the model's tokens, a row for each; None where it has no such table."""
+    """The model's table of token embeddings, one row per token; None if it has no such table."""
     try:
         table = model.get_input_embeddings()
-    except NotImplementedError:  # transformers', of a model without such a table: CANINE hashes its characters
+    except NotImplementedError:  # how transformers says that there is none: CANINE hashes characters
         return None
     return table if isinstance(table, nn.Embedding) else None
 
@@ -70,12 +70,12 @@ def _made_for(config: Any) -> int | None:
 
 
 def _counts(row: list[int]) -> bool:
-    """Whether the rows looked up follow one another, as positions do."""
+    """Whether the rows looked up are consecutive, as positions are."""
     return bool(row) and row[:ASKED] == list(range(row[0], row[0] + ASKED))
 
 
 def _paddings(part: nn.Module) -> set[int]:
-    """The tokens that modules of a model name as padding."""
+    """The padding tokens that the modules of a model name."""
     named = [getattr(module, "padding_idx", None) for module in part.modules()]
     return {number for number in named if isinstance(number, int)}
 
@@ -83,10 +83,10 @@ def _paddings(part: nn.Module) -> set[int]:
 def _lookups(
     model: PreTrainedModel, decoder: bool = False, among: int | None = None
 ) -> list[tuple[int | None, list[int]]]:
-    """What a model looks up in tables for a row of one token: how many rows each table has, and those looked up.
+    """The lookups of a model in its tables for a row of one repeated token: rows of the table, and the rows looked up.
 
     Args:
-        among: a token that stands in the middle of the row.
+        among: another token to put in the middle of the row.
     """
     part = model.get_decoder() if decoder else reading(model)
     device = next(part.parameters()).device
@@ -101,7 +101,7 @@ def _lookups(
         asked |= {"encoder_hidden_states": torch.zeros(1, ASKED, width, device=device)}
     training, lookups = part.training, _Lookups()
     part.eval()
-    # after the tables anything may fail: weights without values, shapes that are only pretended
+    # what follows the lookups may fail in any way: weights have no values, and the shapes are stand-ins
     with _buffers(model, part), torch.device(device), torch.no_grad(), lookups, suppress(Exception):
         part(**asked)
     part.train(training)
@@ -109,7 +109,7 @@ def _lookups(
 
 
 class _Lookups(TorchFunctionMode):
-    """Notes what is looked up in tables, and gives nothing but zeros."""
+    """Records lookups in tables, and returns zeros for them and for linear layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,22 +119,22 @@ class _Lookups(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is functional.embedding:
             index, weight = (kwargs.get(name, each) for name, each in zip(("input", "weight"), args, strict=False))
-            # a lookup of all rows, however few tokens there are, is of tokens that the model adds for itself
+            # a lookup of every row, whatever the input, is of tokens that the model adds by itself
             if index.device.type != "meta" and index.numel() != len(weight):
                 self.found.append((len(weight), index.flatten().tolist()))
             return torch.zeros(*index.shape, weight.shape[1], device=index.device)
         if func is Tensor.index_select and args[2].numel() >= ASKED and args[2].device.type != "meta":
-            self.found.append((None, args[2].tolist()))  # M2M100's positions, which are computed: it adds rows at need
+            self.found.append((None, args[2].tolist()))  # M2M100 computes its positions, and adds rows as needed
         if func is functional.linear:
             return torch.zeros(*args[0].shape[:-1], len(args[1]), device=args[0].device)
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
-            kwargs["device"] = "cpu"  # positions counted where the weights are
+            kwargs["device"] = "cpu"  # positions that are created on the weights' device
         return func(*args, **kwargs)
 
 
 @contextmanager
 def _buffers(model: PreTrainedModel, part: nn.Module) -> Iterator[None]:
-    """With whole numbers in the buffers that are on the meta device, as `from_pretrained` fills them."""
+    """Fill the integer buffers that are on the meta device, as `from_pretrained` does."""
     kept: list[tuple[nn.Module, str, Tensor]] = []
     for module in part.modules():
         for name, buffer in module.named_buffers(recurse=False):

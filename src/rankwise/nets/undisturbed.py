@@ -1,4 +1,4 @@
-"""A forward that leaves the model, and chance, as they were."""
+"""A forward pass that leaves the model and the random streams as they were."""
 
 import random
 import warnings
@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Around a forward pass that must leave no trace: no gradients; random streams, mode and buffers are put back."""
+    """Around a forward pass without side effects: no gradients; random streams, modes and buffers are restored."""
     devices = {p.device.type for p in model.parameters()} - {"cpu", "meta"}
     device = devices.pop() if devices else "cuda"
     streams = random.getstate(), np.random.get_state()
@@ -28,7 +28,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     mac = torch.mps.get_rng_state() if device == "mps" else None
     try:
         with torch.no_grad(), torch.random.fork_rng(everywhere, device_type=device), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what there is to say, the training says
+            warnings.simplefilter("ignore")  # the training gives the same warnings
             yield
     finally:
         random.setstate(streams[0])

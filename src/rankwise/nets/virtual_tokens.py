@@ -325,7 +325,7 @@ def add_virtual_tokens(model: nn.Module, prefix: int, infix: int, layers: bool =
 
 
 def _taken(reader: nn.Module) -> int:
-    """Positions that a reader keeps free where it counts them over what is no padding, as RoBERTa does; else 0."""
+    """Positions that a reader leaves free because it counts tokens that are not padding, as RoBERTa does; else 0."""
     for name, module in reader.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
             return 0 if module.padding_idx is None else module.padding_idx + 1
