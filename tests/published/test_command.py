@@ -1,4 +1,4 @@
-"""`rankwise papers`, and ours beside the printed numbers in `rankwise report`."""
+"""`rankwise papers`, and ours next to the printed numbers in `rankwise report`."""
 
 import json
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def test_report_shows_them_where_the_experiment_names_a_table(named: bool, cli: 
     content = {"task": "cola", "vary": {"seed": [0]}} | ({"published": {"tables": ["sora/glue"]}} if named else {})
     store.note(load(content, [], Schema(methods.registry(), tasks.registry())))  # type: ignore[arg-type]
     shown, found = cli("report", tmp_path), json.loads(cli("report", tmp_path, "--json"))
-    assert ("sora/glue: ours beside Ding et al. 2023" in shown) == ("published" in found) == named
+    assert ("sora/glue: ours next to Ding et al. 2023" in shown) == ("published" in found) == named
     if named:
         [average] = [c for c in found["published"] if (c["row"], c["column"]) == ("BitFit", "Average")]
         assert (average["mean"], average["published"]) == (pytest.approx(60.0), "85.18")

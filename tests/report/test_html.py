@@ -199,7 +199,7 @@ def test_unfinished_runs_are_listed_and_leave_no_number(tmp_path: Path) -> None:
     assert "0 of 2 runs finished" in found.text
     assert "cola, lora, rate 0.001, seed 1: pending" in found.text
     assert "seed 2: stopped, step 10 of 300" in found.text
-    assert "Beside the paper" not in found.text and not found.images
+    assert "Our numbers next to the published ones" not in found.text and not found.images
 
 
 def test_a_finished_run_with_missing_curves_still_has_its_row(tmp_path: Path, make: Callable[..., Path]) -> None:

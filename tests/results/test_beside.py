@@ -176,11 +176,11 @@ def test_the_text_has_ours_the_printed_numbers_and_the_notes(store: Store) -> No
         e2e(store, bleu, seed=seed, model="random-gpt2")
     shown = text(cells(store, "lora/e2e_gpt2_medium"))
     head, table, notes = shown.split("\n\n")
-    assert head == "lora/e2e_gpt2_medium: ours beside Hu et al. 2021, LoRA, arXiv 2106.09685, table 3"
+    assert head == "lora/e2e_gpt2_medium: ours next to Hu et al. 2021, LoRA, arXiv 2106.09685, table 3"
     [line] = [line for line in table.splitlines() if " BLEU " in line]
     assert line.split("  ")[0] == "GPT-2 M LoRA" and "69.00 ± 1.00" in line and "70.4 ± .1" in line and "0.35M" in line
     missing, common, reruns = notes.splitlines()
-    assert missing == f"No run of ours stands beside {35 - 3} of the cells there."
+    assert missing == f"No run of ours for {35 - 3} of the printed cells."
     assert common == "All rows: ours: model random-gpt2 instead of gpt2-medium"
     assert reruns.startswith("All rows: printed: independent reruns of the public recipe give BLEU 68.65")
     e2e(store, 60.0, model="random-gpt2", method={"name": "adapter-h", "size": 112})

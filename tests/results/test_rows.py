@@ -199,14 +199,14 @@ def test_a_budget_is_shown_with_what_of_it_is_used(store: Store) -> None:
     }
     text = Summary.of(store.results()).text()
     assert "49% of the budget of 8,200 parameters are used" in text and "of the budget of 4,100" not in text
-    assert "Outside of the budget, for no budget was set or there is no size to choose: head." in text
+    assert "Outside the budget, because none was set or the method has no size to choose: head." in text
     (line, _) = (line for line in text.splitlines() if line.startswith("head "))
     assert line.split()[-1] == "outside"
 
 
 def test_a_budget_that_was_overspent_is_said(store: Store) -> None:
     finish(store, config(budget=4000), 0.8)
-    assert "101% of the budget of 4,000 parameters, for its ranks grew" in Summary.of(store.results()).text()
+    assert "101% of the budget of 4,000 parameters, because its ranks grew" in Summary.of(store.results()).text()
 
 
 def test_equal_seeds_have_no_interval_and_an_interval_stays_within_the_metric(store: Store) -> None:

@@ -1,7 +1,7 @@
 """What a reader gets from a folder of runs: pictures, one offline HTML page, and the same table as text.
 
-Nothing in this room imports torch, so that a report of a hundred runs opens in the time matplotlib needs.
-`rankwise.report(runs)` gives what their finished runs say.
+Nothing here imports torch, so a report of a hundred runs takes no longer than matplotlib needs.
+`rankwise.report(runs)` returns the results of the finished runs.
 """
 
 import sys

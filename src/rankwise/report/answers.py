@@ -1,4 +1,4 @@
-"""Which class was taken for which, and the wrong answers that a model was surest of."""
+"""Confusion between classes, and the wrong answers with the greatest probability."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Answered:
         classes: the heads of the matrix's columns; empty where there are too many classes for one.
         matrix: for each true class its name and, for each class given, how often, and a shade from 0 to 8.
         mistakes: where there is no matrix: "given for true: how often", the commonest first.
-        wrong: the wrong answers, the surest first.
+        wrong: the wrong answers, the most probable first.
     """
 
     words: str
@@ -48,7 +48,7 @@ class Answered:
 
 
 def answered(folder: Path, split: str, most: int = MISTAKES) -> Answered | None:
-    """What a run answered to `split`, with `most` wrong rows; None where it does not say, or that is damaged."""
+    """The answers of a run to `split`, with `most` wrong rows; None where there are none or the file is damaged."""
     try:
         found = next(each for each in read_json(folder / FILE) if each["split"] == split)
         return _answered(found, most)

@@ -164,7 +164,7 @@ def _overview(summary: Summary) -> Grid | None:
     for benchmark, own in benchmarks.items():
         unit = f"mean of {len(own[0].tasks)} tasks, metrics of a task averaged first"
         if own[0].always is not None:
-            unit = f"{unit}; {own[0].always:.3f} by the commonest class of each"
+            unit = f"{unit}; {own[0].always:.3f} by the most frequent class of each"
         heads.append(Head(f"{benchmark} average", unit))
         by_method = {each.method: each.values for each in own}
         for line in rows:

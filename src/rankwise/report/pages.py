@@ -64,7 +64,7 @@ class Page:
     error: str = ""
     answered: Answered | None = None
     nothing: str = ""
-    """That one answer was given to all rows, where it was."""
+    """A sentence where all rows got the same answer; else ""."""
 
 
 def anchor(folder: Path) -> str:

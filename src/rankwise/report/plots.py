@@ -126,7 +126,7 @@ def score_by_cost(
         pad = 0.2 * (high - low or high or 1.0)
         low, high = max(0.0, low - pad), high + pad
         step = next((each for each in steps if each > (high - low) / 4), steps[-1])
-        if math.ceil(low / step) >= math.floor(high / step):  # fewer than two ticks tell no scale
+        if math.ceil(low / step) >= math.floor(high / step):  # fewer than two ticks show no scale
             low, high = math.floor(low / step) * step, (math.floor(high / step) + 1) * step
         ticks = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
         axes.set_xlim(low, high)

@@ -1,1 +1,1 @@
-"""What finished runs say: rows, statistics over seeds, sentences, and ours next to the printed. No torch in here."""
+"""The results of finished runs: rows, statistics, notes, and ours next to the published ones. Does not import torch."""

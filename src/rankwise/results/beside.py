@@ -1,4 +1,4 @@
-"""Ours next to what the papers print, cell by cell."""
+"""Our results next to the published ones, cell by cell."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,11 +25,11 @@ class Beside:
         task, metric: ours, as our tables call them; the metric with the suffix of its split.
         published: as printed, ± included; "" where the paper leaves the cell empty.
         published_parameters: the label as printed; "" for none.
-        reading: what a reader has to know of the printed number.
+        reading: how to read the printed number, a clause each.
         method, learning_rate: of our row; the rate is None for an average.
         mean, sd: of our seeds, in `unit`; sd is None for one seed. n: how many seeds.
         budget, final: our adapter parameters, allowed and kept.
-        differs: how ours is known not to be the paper's run, a clause each.
+        differs: known differences between our run and the paper's, a clause each.
     """
 
     table: str
@@ -65,7 +65,7 @@ def beside(rows: Sequence[Row], best: Sequence[Row], experiment: Mapping[str, An
         experiment: what `Store.experiment()` gives.
 
     Raises:
-        InputError: for a table that there is not.
+        InputError: for an unknown table.
     """
     about = experiment.get("published") or {}
     return [cell for name in about.get("tables", ()) for cell in _Side(find(name), rows, best, about).cells()]

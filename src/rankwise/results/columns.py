@@ -158,7 +158,7 @@ def on_terminal(shown: Sequence[Column[T]], rows: Sequence[T]) -> str:
 
 
 def scores_on_terminal(rows: Sequence[Row]) -> str:
-    """The table of scores and sizes of one task, in which the rate stands beside the method."""
+    """The table of scores and sizes of one task, with the rate next to the method."""
     main, interval, rate, seeds, *others = scores(rows)
     return on_terminal([METHOD, rate, seeds, main, interval, *others, *sizes(rows)], rows)
 
@@ -247,7 +247,7 @@ INTERVAL: Column[Row] = Column(
     "95 % interval",
     cell=lambda row: span_over(row.interval, row.n),
     values={"interval_low": _end(0), "interval_high": _end(1)},
-    meaning="Student's t-interval of the mean over the seeds, within what the metric can be",
+    meaning="Student's t-interval of the mean over the seeds, within the metric's range",
 )
 RATE: Column[Row] = Column(
     "learning rate",

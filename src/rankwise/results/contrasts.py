@@ -1,4 +1,4 @@
-"""One method against another, and what may be said of the difference."""
+"""One method against another, and what the difference shows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +32,7 @@ class Contrast:
         else:
             text = f"{where}: {ours} against {theirs}: {found.mean:+.3f}"
         if found.seeds is None:
-            return f"{text}. One seed shows nothing; use three at least."
+            return f"{text}. One seed shows nothing; use at least three."
         examples = span(found.examples) if found.examples is not None else "none"
         low, high = found.seeds
         over = (
@@ -74,7 +74,7 @@ def contrasts(best: Sequence[Row], reference: Mapping[str, Any]) -> list[Contras
 
 
 def verdict(found: Difference) -> str:
-    """What may be said of a difference, in words."""
+    """What a difference shows, in words."""
     if not found.alone:
         words = f"{found.n} seeds cannot tell these two apart; that does not mean they are equal"
         return f"{words}: a gap that is the same at so few seeds has no spread to judge by" if found.clear else words
@@ -96,7 +96,7 @@ def spelled(reference: Mapping[str, Any]) -> str:
 def _other(row: Row, rows: Sequence[Row], reference: Mapping[str, Any]) -> Row | None:
     """What to measure `row` against: the reference at the nearest size (the best one for a head alone).
 
-    Where warm-ups are compared too, and are no method's own, it is one of the same.
+    Where runs differ in warm-up too, one with the same warm-up is preferred.
     """
     found = [other for other in rows if _is(reference, other)]
     found = [other for other in found if other.warmup == row.warmup] or found

@@ -10,13 +10,13 @@ from rankwise.runs.search import in_words
 
 TOO_HIGH = "Rates were chosen on the rows reported, so scores are slightly too high; use `tune:` to avoid this"
 WELL_USED = 0.9
-"""A share of the budget below which a method may score less because it is smaller."""
+"""The share of the budget below which a note says that a method may score lower because it is smaller."""
 
 
 def notes(
     rows: Sequence[Row], best: Sequence[Row], contrasts: Sequence[Contrast], reference: Mapping[str, Any]
 ) -> list[str]:
-    """Of all rows: the rates, what could not be compared, budgets, and what each of the best rows has to carry."""
+    """Notes on rates, on methods that could not be compared, on budgets, and on each of the best rows."""
     found = []
     if len([row for row in rows if row.tuned is None]) > len([row for row in best if row.tuned is None]):
         found.append(TOO_HIGH)
@@ -24,15 +24,15 @@ def notes(
         several = len({row.method for row in best if row.task == task}) > 1
         if several and not any(each.ours.task == task for each in contrasts):
             found.append(
-                f"{task}: nothing is compared, for no {spelled(reference)} stands beside these under the "
-                "same settings; report.reference of an experiment names another method"
+                f"{task}: nothing is compared, because no {spelled(reference)} ran with the same "
+                "settings; report.reference in an experiment names another method"
             )
     for row in best:
         found += [*_of_tuning(row), *_of_budget(row), *_of_search(row)]
     unsized = [row.method for row in best if row.asked is None]
     if unsized and len(unsized) < len(best):
         names = ", ".join(dict.fromkeys(unsized))
-        found.append(f"Outside of the budget, for no budget was set or there is no size to choose: {names}")
+        found.append(f"Outside the budget, because none was set or the method has no size to choose: {names}")
     for row in best:
         found += [f"{row.task} *: {split} is not the official split: {why}" for split, why in unofficial(row).items()]
         found += [*_of_own_rows(row), *_of_runs(row)]
@@ -40,7 +40,7 @@ def notes(
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
-    """What a table alone has to say below it: where its rows come from, how rates were chosen, what was not learnt."""
+    """The notes below a table on its own: where its rows come from, how rates were chosen, what was not learnt."""
     found = [f"{row.task}: {scored_on(row)}" for row in rows if row.evaluated.own]
     for row in rows:
         found += [*_of_own_rows(row), *([chosen_on(row)] if row.tuned else []), *_of_search(row), *_of_runs(row)]
@@ -49,17 +49,17 @@ def footnotes(rows: Sequence[Row]) -> list[str]:
 
 
 def remarks(row: Row) -> list[str]:
-    """What the search and the runs of a row have to say of themselves."""
+    """The notes on the search and the runs of a row."""
     return [_ended(note) for note in (*_of_search(row), *_of_runs(row))]
 
 
 def always(rows: Sequence[Row]) -> str:
-    """`answering 'function' always scores 0.610`, of one task; "" where there is no class to answer."""
+    """`always answering 'function' scores 0.610`, of one task; "" where there are no classes."""
     found = next((row.always for row in rows if row.always), None)
     if not found:
         return ""
-    names = f"any of the commonest classes, {listed([found.answer, *found.tied])}," if found.tied else None
-    return f"answering {names or shown(found.answer)} always scores {found.score:.3f}"
+    names = f"one of the most frequent classes ({listed([found.answer, *found.tied])})" if found.tied else None
+    return f"always answering {names or shown(found.answer)} scores {found.score:.3f}"
 
 
 def scored_on(row: Row) -> str:
@@ -91,7 +91,7 @@ def _of_tuning(row: Row) -> list[str]:
     if found.learning_rate != row.learning_rate:
         return [
             f"{row.task}, {row.method}: the rate shown, {row.learning_rate:g}, is not the one that tuning "
-            f"chose, {found.learning_rate:g}: carry out the experiment to its end, in another folder if `tune` has "
+            f"chose, {found.learning_rate:g}: run the experiment to its end, in another folder if `tune` has "
             "changed"
         ]
     what = f"{row.task}, {row.method}: the rate chosen, {found.learning_rate:g}, is the"
@@ -112,12 +112,12 @@ def _of_budget(row: Row) -> list[str]:
         return []
     what = f"{row.task}, {row.method}: {row.used:.0%} of the budget of {row.asked:,} parameters"
     if row.used > 1:
-        return [f"{what}, for its ranks grew beyond those it began with"]
-    return [f"{what} are used: it is compared with less than it was allowed"]
+        return [f"{what}, because its ranks grew beyond those it started with"]
+    return [f"{what} are used: a lower score may come from its smaller size"]
 
 
 def _of_search(row: Row) -> list[str]:
-    """What the searches for ranks have come to."""
+    """The outcome of the searches for ranks."""
     return [f"{row.task}, {row.method}: {in_words(row.searches)}"] if row.searches else []
 
 

@@ -1,4 +1,4 @@
-"""Ours next to what the papers print, as tables."""
+"""Our results next to the published ones, as tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,8 +60,8 @@ def _compared(cells: Sequence[Beside]) -> Compared:
         rows.append([*names, mean_sd(cell), str(cell.n), *sizes, *printed, numbers])
     lines = [*(f"All rows: {clause}" for clause in common), *(f"{n}: {clause}" for n, clause in enumerate(notes, 1))]
     if missing := len(cells) - len(ours):
-        lines.insert(0, f"No run of ours stands beside {missing} of the cells there.")
-    title = f"{cells[0].table}: ours beside {cells[0].source}, table {cells[0].number}"
+        lines.insert(0, f"No run of ours for {missing} of the printed cells.")
+    title = f"{cells[0].table}: ours next to {cells[0].source}, table {cells[0].number}"
     return Compared(title, rows, lines)
 
 

@@ -32,7 +32,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Always:
-    """What it scores to answer the commonest class always. `tied`: other classes that are as common."""
+    """The score of always answering the most frequent class. `tied`: other classes that are as frequent."""
 
     answer: str
     score: float
@@ -46,7 +46,7 @@ class Always:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """What the runs of one task, method and learning rate say, averaged over their seeds.
+    """The results of one task, method and learning rate, averaged over their seeds.
 
     Attributes:
         task, task_options: the task's label, and its settings as JSON.
@@ -56,8 +56,8 @@ class Row:
         warmup, learning_rate: as set.
         score, scores: name of the main metric, "" without labels, and its value by seed.
         metrics: all metrics by name.
-        benchmark, counted: whose part the task is, or "", and by seed what counts in its average.
-        counted_always: what would count there if the answer were the commonest class always, or None.
+        benchmark, counted: the benchmark that the task belongs to, or "", and by seed what counts in its average.
+        counted_always: what would count there if the answer were always the most frequent class, or None.
         always: what that scores on the main split, or None.
         share: of the most frequent answer to the main split, mean over the seeds, or None.
         budget, trainable, final, head: parameters of the size given, at the peak, at the end; the head's are in none of
@@ -65,8 +65,8 @@ class Row:
         asked: the parameters that `budget:` allows, None without one or where the method has no size to choose.
         seconds, examples_per_second, peak_memory, adapter_bytes: means over the seeds; memory in bytes.
         evaluated, trained: the rows of the main evaluation split and of training.
-        searches: by seed, what the search of a method that learns ranks has come to.
-        remarks: what the runs themselves say that a reader has to know.
+        searches: by seed, the outcome of the search of a method that learns ranks.
+        remarks: notes of the runs themselves.
         tuned: how the learning rate was chosen, None where it was not.
         folders: the folder of each seed's run.
     """
@@ -127,7 +127,7 @@ class Row:
 
     @cached_property
     def interval(self) -> Interval | None:
-        """95 % t-interval of the mean, within what the metric can be; None for one seed and where all are equal."""
+        """95 % t-interval of the mean, within the metric's range; None for one seed and where all are equal."""
         values = list(self.scores.values())
         limits = [METRICS[self.score].limits] if self.score in METRICS else []
         return None if equal(values) else t_interval(values, *limits)
@@ -197,7 +197,7 @@ class Average:
 
     Attributes:
         scores: by seed, of the seeds that all tasks have.
-        always: the same mean where each task is answered by its commonest class always; None where that is not known.
+        always: the same mean if the answer were always the most frequent class of each task; None where not known.
     """
 
     benchmark: str
@@ -239,7 +239,7 @@ def averages(chosen: Sequence[Row]) -> list[Average]:
 
 
 def unofficial(row: Row) -> dict[str, str]:
-    """The splits behind a row that are not the official ones, those it was trained on included: name -> why."""
+    """Why splits of a row are not the official ones, by name; the training split is one of them."""
     return {split.name: split.note for split in (row.evaluated, row.trained) if split.unofficial}
 
 
@@ -306,7 +306,7 @@ def _row(members: list[dict[str, Any]], label: str, contests: Contests) -> Row:
 
 
 def _always(found: answers.Answers, score: str) -> Always | None:
-    """None where no class is the commonest or its score is not known."""
+    """None where there are no classes or the score is not known."""
     if not found.majority or score not in found.metrics:
         return None
     return Always(found.majority, found.metrics[score], found.tied)

@@ -13,8 +13,8 @@ class Split:
         name: as the task calls it.
         rows: how many.
         official: whether published numbers are computed on these rows.
-        note: why not, or what else there is to know of them.
-        own: what a sentence calls them where the user has brought them: "your own data"; "" for others.
+        note: why not, or anything else worth knowing about them.
+        own: what to call rows of the user's own, such as "your own data"; "" for others.
     """
 
     name: str
@@ -30,5 +30,5 @@ class Split:
 
     @property
     def unofficial(self) -> bool:
-        """Whether numbers on these rows look like published ones and are not: nobody publishes on the user's own."""
+        """Whether numbers on these rows could be mistaken for published ones; the user's own data has none."""
         return not self.official and not self.own

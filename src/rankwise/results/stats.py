@@ -1,4 +1,4 @@
-"""What a few seeds allow to say: mean, sample standard deviation, Student's t."""
+"""Statistics over a few seeds: mean, standard deviation, Student's t, Holm's correction, the paired bootstrap."""
 
 import math
 import statistics
@@ -135,7 +135,7 @@ def paired_bootstrap(
     """Percentile interval of our score minus theirs, the examples resampled with replacement, the same ones for both.
 
     A draw of nothing but examples that do not count, such as images without a labelled pixel, has no score. It is left
-    out, for such a set would never be scored; None where no draw has one.
+    out, because such a set would never be scored; None where no draw has one.
 
     Args:
         score: summed statistics (…, k), as floats, -> scores (…); NaN for none.

@@ -1,4 +1,4 @@
-"""What a set of runs says: computed once, and read by terminal, JSON and page alike."""
+"""The results of a set of runs, computed once for terminal, JSON and page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,14 +21,14 @@ LORA = {"name": "lora"}
 
 @dataclass(frozen=True)
 class Summary:
-    """All rows, the best of each task and method, the contrasts between the methods, and ours beside printed numbers.
+    """All rows, the best of each task and method, contrasts between methods, and our results next to published ones.
 
     Attributes:
-        results: what it is of, as `Store.results` gives it.
-        experiment: what the experiment says of itself, as `Store.experiment` gives it.
+        results: the finished runs, as `Store.results` gives them.
+        experiment: the description of the experiment, as `Store.experiment` gives it.
         reference: the method that others are measured against: its name, and the options that tell it from others.
         left_out: which finished runs are not in here, and why; "" for none.
-        damage: why nothing is known of the experiment; "" where it is known, or there is none.
+        damage: why the description cannot be read; "" where it can, or there is none.
     """
 
     results: Sequence[dict[str, Any]]
@@ -61,7 +61,7 @@ class Summary:
     def of_store(cls, store: Store, folders: Sequence[Path] | None = None) -> "Summary":
         """Of the finished runs of a folder, of those in `folders` alone where these are given.
 
-        An experiment that names a table that there is not is damaged: its runs are shown without printed numbers.
+        An experiment that names an unknown table counts as damaged: its runs are shown without published numbers.
         """
         experiment, damage = store.described()
         summary = cls.of(store.results(folders), experiment, store.left_out(folders), damage)
@@ -74,7 +74,7 @@ class Summary:
 
     @cached_property
     def beside(self) -> list[Beside]:
-        """What stands beside the tables that the experiment names. Raises InputError for one that there is not."""
+        """Our results next to the tables that the experiment names. Raises InputError for an unknown table."""
         return beside(self.rows, self.best, self.experiment)
 
     @cached_property
@@ -118,13 +118,13 @@ class Summary:
 
 
 def _averages(found: Sequence[Average]) -> list[str]:
-    """For each benchmark what its average is over, for it may be a part of it, and a line per method."""
+    """For each benchmark the tasks that its average covers, which may not be all of them, and a line per method."""
     parts = []
     for benchmark in dict.fromkeys(each.benchmark for each in found):
         own = [each for each in found if each.benchmark == benchmark]
         head = f"{benchmark}, average over {len(own[0].tasks)} tasks ({', '.join(own[0].tasks)})"
         if own[0].always is not None:
-            head = f"{head}; answering the commonest class of each always scores {own[0].always:.3f}"
+            head = f"{head}; always answering the most frequent class of each scores {own[0].always:.3f}"
         lines = [
             [
                 each.method,

@@ -79,7 +79,7 @@ class Tuned:
 
 
 def tuned(results: Sequence[dict[str, Any]]) -> Tuned | None:
-    """What runs say that differ in rate and seed alone; None where none of them has a score.
+    """The rate chosen from runs that differ only in rate and seed; None where none of them has a score.
 
     Of the rates with the most seeds the one with the best mean is chosen, and the lowest of equals.
     """
