@@ -103,6 +103,14 @@ def test_what_no_run_has_written_stays(store: Store, cli: Cli) -> None:
     assert failed not in store.folders()
 
 
+def test_runs_that_are_linked_or_of_a_damaged_plan_stay(store: Store, tmp_path: Path) -> None:
+    other = finish(Store(tmp_path / "others"), config(seed=8), 0.5)
+    (store.folder / other.name).symlink_to(other)
+    assert 8 not in kinds(store)
+    (store.folder / "plan.json").write_text("{}")
+    assert kinds(store) == {2: "failed", 3: "stopped"}
+
+
 def test_a_run_that_is_at_work_is_left_alone(store: Store) -> None:
     stopped = next(each.folder for each in unneeded(store, ["stopped"]))
     with (stopped / "run.lock").open("w") as lock:

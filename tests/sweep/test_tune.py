@@ -19,6 +19,7 @@ from rankwise.results.rows import best, summarise
 from rankwise.results.stats import mean
 from rankwise.runs.store import Store
 from rankwise.settings import Contest, Span, Tune
+from rankwise.sweep.clean import unneeded
 from rankwise.sweep.tune import Rounds, Search, rounds
 from small_run import PATIENCE, wait_for
 from sweep_runs import tuned
@@ -212,6 +213,7 @@ def test_a_real_comparison_that_is_killed_ends_tuned_and_within_its_budget(tmp_p
     assert 0.8 < row["used"] <= 1
     assert (how["split"], how["rows"], how["seeds"]) == ("train_held_out", 12, [0])
     assert row["learning_rate"] == how["learning_rate"]
+    assert unneeded(Store(runs)) == []  # trials that were done before the second command are part of it
     assert how["learning_rate"] == max(how["rates"], key=lambda each: each["mean"])["learning_rate"]
 
     store = Store(runs)

@@ -1,7 +1,7 @@
 """The experiment of a folder of runs, recorded next to them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from rankwise.runs import record
 from rankwise.settings import Experiment, as_yaml
 
 PLAN = "plan.json"
-"""The names of the folders that the experiment asks for; tuning adds its trials as they come up."""
+"""The names of the folders that the experiment asks for; those that follow from tuning are added as they come up."""
 
 
 class Noted:
@@ -20,8 +20,8 @@ class Noted:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def note(self, experiment: Experiment) -> None:
-        """Write the experiment next to its runs, for the report and for later readers.
+    def note(self, experiment: Experiment, folders: Iterable[Path] = ()) -> None:
+        """Write the experiment next to its runs, with the folders of all runs of it that are known by now.
 
         Raises InputError if nothing can be written.
         """
@@ -34,9 +34,9 @@ class Noted:
             write_whole(self.folder / "experiment.yaml", as_yaml(content))
         except OSError as error:
             raise unwritable(self.folder, error) from None
-        self._write_plan(set())
+        self._write_plan({folder.name for folder in folders})
 
-    def plan(self, folders: Sequence[Path]) -> None:
+    def plan(self, folders: Iterable[Path]) -> None:
         """Add `folders` to the runs that the recorded experiment asks for, if there is one. Raises as `note` does."""
         names = self.planned()
         if names is not None:
@@ -45,9 +45,10 @@ class Noted:
     def planned(self) -> set[str] | None:
         """The names of the folders that the experiment asks for; None if that is not recorded."""
         try:
-            return set(map(str, read_json(self.folder / PLAN)))
-        except (OSError, ValueError, TypeError):
+            found = read_json(self.folder / PLAN)
+        except (OSError, ValueError):  # InputError is a ValueError
             return None
+        return set(map(str, found)) if isinstance(found, list) else None
 
     def _write_plan(self, names: set[str]) -> None:
         try:

@@ -42,7 +42,7 @@ class Unneeded:
 
 
 def unneeded(store: Store, kinds: Sequence[str] = ()) -> list[Unneeded]:
-    """The runs of these kinds, or of all kinds if none is given, except runs in progress.
+    """The runs of these kinds, or of all kinds if none is given, except runs in progress and links to other folders.
 
     Trials that diverged are left out too: without them, `tune:` would try the same rates again.
     Raises InputError for a kind that is not in `KINDS`.
@@ -53,7 +53,8 @@ def unneeded(store: Store, kinds: Sequence[str] = ()) -> list[Unneeded]:
     found = []
     for folder in store.folders():
         standing = store.standing(folder)
-        if standing.state == "running" or (standing.planned and standing.tries and store.failure(folder).diverged):
+        diverged = standing.planned and standing.tries and store.failure(folder).diverged
+        if folder.is_symlink() or standing.state == "running" or diverged:
             continue
         kind = "foreign" if not standing.planned else standing.state
         if kind in (kinds or KINDS):

@@ -324,7 +324,7 @@ class Plan:
             settle(store, wanted, reuse, repeat)
         if self.experiment.tune is None:
             folders = [store.create(config, wanted[folder]) for folder, config in self.runs.items()]
-            store.note(self.experiment)
+            store.note(self.experiment, folders)
             return carry_out(store, folders, runner), folders
 
         def create(config: RunConfig) -> Path:
@@ -332,7 +332,7 @@ class Plan:
             settle(store, {store.place(config): self.maker(config)}, reuse, repeat)
             return store.create(config, self.maker(config))
 
-        store.note(self.experiment)
+        store.note(self.experiment, self.runs)
         return tune_and_carry_out(store, list(self.experiment.contests()), create, runner)
 
     def made_by_others(self) -> str:

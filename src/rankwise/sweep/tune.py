@@ -156,6 +156,7 @@ def tune_and_carry_out(
         total.failed += [folder for folder in outcome.failed if not store.failure(folder).diverged]
         for search in found:
             search.go_on()
+        store.plan(folder for search in found for folder in search.configs)  # finished ones of a later round, too
     for search in found:
         if search.contest.settled:
             say(f"{_called(search)}: learning rate {search.rate:g}, the only one given")
