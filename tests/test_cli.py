@@ -598,8 +598,8 @@ def test_what_is_refused_before_weights_are_read_is_refused_by_every_command(cli
     config.save_pretrained(bare)
     architectures.words("<pad>", pad_token="<pad>").save_pretrained(bare)
     refused = {
-        "max_length 500 + end mark 1 + target_length 64 = 565: more than the 512": [task, "random-gpt2", 500, "lora"],
-        "max_length 440 + prefix 8 + end mark 1 + target_length 64 = 513: more than the 512": [
+        "max_length 500 + end token 1 + target_length 64 = 565: more than the 512": [task, "random-gpt2", 500, "lora"],
+        "max_length 440 + prefix 8 + end token 1 + target_length 64 = 513: more than the 512": [
             task, "random-gpt2", 440, "{name: pre-embed, prefix: 8, infix: 0}",
         ],
         "max_length 39: more than the 38 tokens that Roberta": ["stdlib-kind", short, 39, "{name: lora, rank: 2}"],

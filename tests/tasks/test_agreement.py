@@ -56,7 +56,7 @@ def test_what_pads_is_what_the_model_looks_for(said: int | None, side: str) -> N
 
 
 def test_the_padding_hides_no_last_token() -> None:
-    """An end mark behind every row pads only where there is nothing else; words that spell the padding are letters."""
+    """An end token after every row pads only where there is nothing else; words that spell the padding are letters."""
     model, tokenizer = llama(pad_token_id=None), architectures.words("<s>", bos_token="<s>")
     agree(task(), model, tokenizer)
     assert tokenizer.pad_token == "<s>"
@@ -91,7 +91,7 @@ def test_a_word_that_positions_are_counted_without_is_refused() -> None:
             built[number] = auto.from_config(config)
             assert skipped(built[number]) == {number}
         with pytest.raises(
-            InputError, match=r"skips token 3 \('w3'\) .*its tokenizer pads with '<pad>': take the tokenizer that"
+            InputError, match=r"skips token 3 \('w3'\) .*its tokenizer pads with '<pad>': use the tokenizer that"
         ) as caught:
             agree(asked, built[3], tokenizer)
         assert "\n" not in str(caught.value)
@@ -164,7 +164,7 @@ def test_an_end_mark_in_a_text_is_refused_where_it_is_looked_for() -> None:
     examples = task().encode(split("w1 w2", "w1 </s> w2"), tokenizer, 32)
     with pytest.raises(InputError, match="row 1 of train holds '</s>', token 54, by which Bart"):
         task().check(bart, tokenizer, examples, "train")
-    with pytest.raises(InputError, match="cannot read what its tokenizer makes of a text"):
+    with pytest.raises(InputError, match="cannot read what its tokenizer returns for a text"):
         task().collate(bart, architectures.words("<pad>", pad_token="<pad>", ended=False), 0)
 
 
@@ -195,7 +195,7 @@ def test_positions_are_counted_with_all_that_stands_in_a_row() -> None:
     gpt2 = transformers.AutoModelForCausalLM.from_config(architectures.small("gpt2"))
     agree(writing, gpt2, tokenizer, 19)
     with pytest.raises(
-        InputError, match=r"max_length 20 \+ end mark 1 \+ target_length 20 = 41: more than the 40 tokens"
+        InputError, match=r"max_length 20 \+ end token 1 \+ target_length 20 = 41: more than the 40 tokens"
     ):
         agree(writing, gpt2, tokenizer, 20)
     bart = transformers.AutoModelForSeq2SeqLM.from_config(architectures.small("bart"))

@@ -127,7 +127,7 @@ def test_encode_refuses_what_leaves_no_room_no_rows_and_no_end():
     with pytest.raises(InputError, match="has no rows"):
         encoded(task, tokenizer, Split("train", task.train().data.select([]), True))
     tokenizer.eos_token = None
-    with pytest.raises(InputError, match="no end mark"):
+    with pytest.raises(InputError, match="no end token"):
         encoded(task, tokenizer)
 
 
@@ -401,7 +401,7 @@ def next_logs(model, row, written):
 
 @contextmanager
 def end_as_likely(model, by):
-    """The end mark's logit at every step, `by` above that of the likeliest token."""
+    """The end token's logit at every step, `by` above that of the likeliest token."""
 
     def raised(_, args, out):
         return torch.cat([out[..., :1], out.amax(-1, keepdim=True) + by, out[..., 2:]], -1)

@@ -81,7 +81,7 @@ def test_a_model_that_cannot_write_is_refused() -> None:
     with pytest.raises(InputError, match="model: is missing, and minilm-l6 cannot write text"):
         build(None, task("words"), 16)
     with pytest.raises(
-        InputError, match=r"max_length 600 \+ end mark 1 \+ target_length 8 = 609: more than the 512 tokens"
+        InputError, match=r"max_length 600 \+ end token 1 \+ target_length 8 = 609: more than the 512 tokens"
     ):
         build("random-gpt2", task("words"), 600)
 

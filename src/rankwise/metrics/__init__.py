@@ -1,6 +1,6 @@
-"""Metrics, one file per family, whose own `METRICS` names what it has; here they are together.
+"""All metrics. Each family is one file, whose `METRICS` lists what it has.
 
-`rankwise.metrics.e2e` is the function; what else its file has is imported from `rankwise.metrics.e2e` as usual.
+`rankwise.metrics.e2e` is the function; `from rankwise.metrics.e2e import …` still reads from the file of that name.
 """
 
 from rankwise.metrics import classification, rouge, segmentation, wikisql

@@ -47,7 +47,7 @@ def right(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
 
 
 def _of_class_1(predictions: ArrayLike, labels: ArrayLike) -> np.ndarray:
-    """(n, 2): whether class 1 is both given and true, and in how many of the two it is."""
+    """(n, 2): whether class 1 is both predicted and true, and in how many of the two it occurs."""
     predicted, wanted = (values == 1 for values in _classes(predictions, labels))
     return np.stack([predicted & wanted, predicted.astype(int) + wanted], axis=1).astype(np.float64)
 
@@ -71,7 +71,7 @@ def _matthews(sums: np.ndarray) -> np.ndarray:
     """Matthews correlation of K classes (Gorodkin 2004) from the sums (…, 2 + 2 K) of `_by_class`.
 
     (n c - Σ p_k t_k) / √((n² - Σ p_k²) (n² - Σ t_k²)), c the number of right ones, p_k and t_k how often class k was
-    given and is true; 0 where one class is all that is given, or all that is true.
+    given and is true; 0 where only one class is predicted, or only one is true.
     """
     n, c = sums[..., 0], sums[..., 1]
     given, true = np.split(sums[..., 2:], 2, axis=-1)
@@ -100,13 +100,13 @@ def _pearson(sums: np.ndarray) -> np.ndarray:
 
 
 def _spread(n: np.ndarray, total: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """n² times the variance; 0 where nothing but rounding is left of it."""
+    """n² times the variance; 0 where it is no more than rounding error."""
     found = n * squares - total * total
     return np.where(found > 1e-12 * n * squares, found, 0.0)
 
 
 def _over_root(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / √below, 0 for 0 below, which is that of a constant input."""
+    """above / √below, 0 where `below` is 0, as for a constant input."""
     return np.divide(above, np.sqrt(below), out=np.zeros_like(above), where=below > 0)
 
 

@@ -1,4 +1,4 @@
-"""A metric, written once: what each example adds up to, and the score of such sums."""
+"""A metric: statistics of each example, and the score that their sums give."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ FROM_ZERO: Interval = (0.0, math.inf)
 
 @dataclass(frozen=True)
 class Metric:
-    """The score of a set of examples as a function of sums over them, so that sets drawn anew are scored at once.
+    """The score of a set of examples as a function of sums over them, so that bootstrap samples are scored together.
 
     Attributes:
         limits: the least and the most that it can be.

@@ -1,7 +1,7 @@
-"""What a tokenizer, a configuration, weights and settings say of the same thing, compared before anything is trained.
+"""Checks, before training, that tokenizer, configuration, weights and settings agree with each other.
 
-`agree` is the one check. `train.model` calls it for runs, with and without weights, and `Task.collate` for whoever
-brings a model and a tokenizer of their own.
+`agree` is the one check. `train.model` calls it for runs, with and without weights, and `Task.collate` for code that
+passes its own model and tokenizer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from rankwise.tasks.base import Task
 
 STRANGE = "\U000e0001 \u0378\u0ff5 \U0001fffd"
-"""Characters that no vocabulary has."""
+"""Characters that are in no vocabulary."""
 PADDING = "<|padding|>"
-"""The padding token of a tokenizer that has no mark to pad with."""
+"""The padding token given to a tokenizer without a special token to pad with."""
 TEXTS = tuple(" ".join(["one", "two", "three"] * times) for times in (1, 2, 3))
 """Texts of unlike length to try a model with, cut to MOST tokens."""
 MOST = 24
 
 
 def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
-    """Compare all that is said twice; set the padding, and refuse what does not go together.
+    """Set the padding token, and refuse a model, tokenizer and task that do not fit together.
 
     What is padded with becomes what the model takes for padding: `tokenizer.pad_token` and `config.pad_token_id` are
     set to one token, which no text can hold where the model finds the last token of a row by it. A classifier that has
@@ -43,9 +43,9 @@ def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, ma
             meta device.
         max_length: compared with the model's positions where given.
     Raises:
-        InputError: more tokens than rows of the embedding, no padding or end mark that can be used, positions counted
-            without a token that a text can hold, another number of labels than outputs, too few positions, or logits
-            that depend on the other rows of a batch.
+        InputError: more tokens than rows of the embedding, no usable padding or end token, positions that skip a token
+            which a text can hold, a wrong number of outputs, too few positions, or logits that depend on the other
+            rows of a batch.
     """
     inner = _bare(model)
     if not isinstance(inner, PreTrainedModel):
@@ -54,11 +54,11 @@ def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, ma
     _set_padding(inner, tokenizer)
     _check_skipped(task, inner, tokenizer)
     if task.family == "generation" and not isinstance(tokenizer.eos_token_id, int):
-        raise InputError("model: its tokenizer has no end mark (eos_token), which tells where a text ends")
+        raise InputError("model: its tokenizer has no end token (eos_token) to end a text with")
     if max_length is not None:
         marks = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
         if max_length <= marks:
-            raise InputError(f"max_length = {max_length}: leaves no room for text beside the tokenizer's {marks} marks")
+            raise InputError(f"max_length = {max_length}: leaves no room for text next to {marks} special tokens")
         check_room(task, inner, max_length, tokenizer.model_max_length)
     if task.family == "classification":
         _check_outputs(task, inner)
@@ -77,7 +77,7 @@ def check_room(task: Any, model: nn.Module, max_length: int, most: int | None = 
     if (tokens := _virtual(model)) is not None:
         read |= {"prefix": tokens.prefix, "infix": tokens.infix}
     if writes and not two:
-        read |= {"end mark": 1, "target_length": task.target_length}
+        read |= {"end token": 1, "target_length": task.target_length}
     _compare(read, [most, context(model)], f"that {name} reads")
     if two:
         written = {"target_length": task.target_length} if writes else {"max_length": max_length}
@@ -87,7 +87,7 @@ def check_room(task: Any, model: nn.Module, max_length: int, most: int | None = 
 def context(model: nn.Module, decoder: bool = False) -> int | None:
     """Tokens that `model`, bare or with a method attached, reads in one row, virtual ones among them.
 
-    None where it sets no limit. Of an encoder-decoder its encoder is meant, or its `decoder`.
+    None where it sets no limit. Of an encoder-decoder, what its encoder reads, or its `decoder`.
     """
     tokens = _virtual(model)
     if tokens is not None and not decoder:
@@ -109,7 +109,7 @@ def _compare(parts: dict[str, int], limits: Sequence[int | None], what: str) -> 
     most = min((limit for limit in limits if limit is not None), default=total)
     if total > most:
         added = " + ".join(f"{name} {number}" for name, number in parts.items())
-        settings = " or ".join(name for name in parts if name != "end mark")
+        settings = " or ".join(name for name in parts if name != "end token")
         equals = f" = {total}" if len(parts) > 1 else ""
         raise InputError(f"{added}{equals}: more than the {most} tokens {what}; lower {settings}")
 
@@ -117,10 +117,11 @@ def _compare(parts: dict[str, int], limits: Sequence[int | None], what: str) -> 
 def check_rows(
     task: "Task", model: nn.Module, rows: Iterable[Sequence[int]], tokenizer: Any, name: str = "a batch"
 ) -> None:
-    """InputError for a token number that the model has no row for, or an end mark in the midst of a text.
+    """InputError for a token number that the model has no row for, or an end token inside a text.
 
     Args:
-        rows: token numbers of the split, or whatever else, that is called `name`.
+        rows: token numbers, of a split or a batch.
+        name: what messages call it.
     """
     inner = _bare(model)
     if not isinstance(inner, PreTrainedModel):
@@ -129,17 +130,17 @@ def check_rows(
     ends = task.family == "classification" and inner.config.is_encoder_decoder and inner.config.eos_token_id
     for place, row in enumerate(rows):
         if table is not None and max(row) >= table.num_embeddings:
-            token, what = max(row), f"and {type(inner).__name__} has {table.num_embeddings}"
+            token, what = max(row), f"and {type(inner).__name__} has rows for {table.num_embeddings}"
         elif isinstance(ends, int) and row.count(ends) > 1:
-            token, what = ends, f"by which {type(inner).__name__} finds where a text ends"
+            token, what = ends, f"by which {type(inner).__name__} finds the end of a text"
         else:
             continue
         word = tokenizer.convert_ids_to_tokens(token)
-        raise InputError(f"row {place} of {name} holds {word!r}, token {token}, {what}: take it out of the text")
+        raise InputError(f"row {place} of {name} holds {word!r}, token {token}, {what}: remove it from the text")
 
 
 def _check_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """InputError for tokens beyond the embedding, but for marks that only a text that spells them can hold."""
+    """InputError for tokens beyond the embedding, except special ones that only a text that spells them can hold."""
     table = words(model)
     if table is None:
         return
@@ -150,13 +151,13 @@ def _check_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     if beyond:
         raise InputError(
             f"model: its tokenizer has {len(beyond)} tokens ({beyond[min(beyond)]!r} is the first) for which "
-            f"{type(model).__name__}, with {rows}, has no row: take the tokenizer that came with it, or save the model "
-            "anew after resize_token_embeddings(len(tokenizer))"
+            f"{type(model).__name__}, with {rows}, has no row: use the tokenizer that came with it, or save the model "
+            "again after resize_token_embeddings(len(tokenizer))"
         )
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make one token the padding of both: the tokenizer's own, else a mark of it, or a row that no word has."""
+    """Pad both with one token: the tokenizer's own, else another special token, else an unused row of the embedding."""
     config = model.config.get_text_config()
     special, own = tokenizer.all_special_ids, tokenizer.pad_token_id
     said = [each for each in (getattr(config, "pad_token_id", None), tokenizer.eos_token_id) if each in special]
@@ -173,7 +174,7 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     if chosen is None:
         raise InputError(
             f"model: {type(model).__name__} needs padding that no text can hold, and its tokenizer has none; give the "
-            "tokenizer a pad_token, and the model a row for it with resize_token_embeddings"
+            "tokenizer a pad_token, and the model a row for it (resize_token_embeddings)"
         )
     if chosen != own:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
@@ -182,7 +183,7 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _check_skipped(task: "Task", model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """InputError where positions are counted without a token that is no padding, so that others stand at wrong ones."""
+    """InputError where the model, counting positions, skips a token that is not the padding, so that others are off."""
     for number in sorted(skipped(model) - {tokenizer.pad_token_id}):
         known = number in tokenizer.get_vocab().values()
         read = known and (number in tokenizer("")["input_ids"] or _in_texts(tokenizer, number))
@@ -190,13 +191,13 @@ def _check_skipped(task: "Task", model: PreTrainedModel, tokenizer: PreTrainedTo
             word = f" ({tokenizer.convert_ids_to_tokens(number)!r})" if known else ""
             raise InputError(
                 f"model: {type(model).__name__} skips token {number}{word} when it counts positions, as its padding, "
-                f"and its tokenizer pads with {tokenizer.pad_token!r}: take the tokenizer that came with it, or the "
+                f"and its tokenizer pads with {tokenizer.pad_token!r}: use the tokenizer that came with it, or the "
                 "pad_token_id that it was trained with"
             )
 
 
 def _in_texts(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
-    """Whether token `number` can come from a text, be it for what the tokenizer does not know or by its own letters."""
+    """Whether a text can hold token `number`, for unknown characters or because its spelling is read as that token."""
     text = f"{STRANGE} {tokenizer.convert_ids_to_tokens(number)}"
     read = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return number not in tokenizer.all_special_ids or number in read
@@ -211,7 +212,7 @@ def _searches(model: PreTrainedModel) -> bool:
         _forward(model, {"input_ids": torch.ones(2, 8, dtype=torch.long, device=device)})
     except ValueError:
         return True
-    except Exception:  # of the meta device, for one; the model's weights are asked once more
+    except Exception:  # of the meta device, for example; asked again once there are weights
         return False
     finally:
         config.pad_token_id = kept
@@ -243,7 +244,7 @@ def _check_padding(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenize
             alone = torch.cat([_logits(model, tokenizer, [row]) for row in encoded])
             padded = _logits(model, tokenizer, encoded)
         except Exception as error:
-            if together.out_of_memory(error):  # the training says so, and takes fewer rows
+            if together.out_of_memory(error):  # training reports that, and takes fewer rows at once
                 tokenizer.padding_side = given
                 return
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -255,10 +256,10 @@ def _check_padding(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenize
     tokenizer.padding_side = given
     name = type(_bare(model)).__name__
     if reason:
-        raise InputError(f"model: {name} cannot read what its tokenizer makes of a text ({reason})")
+        raise InputError(f"model: {name} cannot read what its tokenizer returns for a text ({reason})")
     raise InputError(
-        f"model: what {name} makes of a text depends on the padding behind it, and so on the other texts of a batch; "
-        "take another model"
+        f"model: the output of {name} for a text depends on the padding, and so on the other texts in the batch; "
+        "use another model"
     )
 
 

@@ -34,8 +34,8 @@ class Split:
     """Rows of one task, in columns that its family names; `idx` numbers them.
 
     `official` is True only for the rows that published numbers are computed on; `note` says why it is not. `own` is
-    what a sentence calls rows that the user has brought, for which nobody has published numbers: "your own data".
-    `suffix` is put behind the metric names, so that two evaluation splits can stand in one table.
+    what messages call rows of the user's own, which have no published numbers, such as "your own data".
+    `suffix` is appended to the metric names, so that two evaluation splits can stand in one table.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scored:
-    """What an evaluation found: loss and metrics by name, and a table of what was said of each example.
+    """What an evaluation found: loss and metrics by name, and a table with the prediction for each example.
 
     The table has the columns `split`, `idx`, `label` and `prediction`, whatever else the family adds, and one of these:
     `score`, the worth of each example, where the main metric is the mean of that; `statistics`, k numbers for each
@@ -75,7 +75,7 @@ class Scored:
     files: Mapping[str, str | bytes] = field(default_factory=dict)
     """What to write beside the predictions, by file name: what a leaderboard takes, pictures."""
     answers: Answers | None = None
-    """How the answers are spread, at the end of a run; None where there are none."""
+    """How often each answer was given, at the end of a run; None where there are none."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Task(Named, ABC, kind="task"):
         """From encoded training rows to the batch that `model` computes its loss from.
 
         What is drawn at random for a batch depends on `seed` and on the rows in it alone, so that it can be repeated.
-        InputError for a model and a processor that do not go together, or not with this task.
+        InputError for a model, a processor and a task that do not fit together.
         """
 
     @abstractmethod
@@ -195,7 +195,7 @@ class Task(Named, ABC, kind="task"):
     def revision(self, splits: Sequence[Split] | None = None, tuning: bool = False) -> str:
         """12 hex digits that change with any text, label or order of the data; the same wherever the data is stored.
 
-        `splits` are the whole training and evaluation splits, for whoever has read them already. With `tuning` the rows
+        `splits` are the whole training and evaluation splits, if they have been read already. With `tuning` the rows
         that a learning rate is chosen by count too.
         """
         chosen_by = self.apart() if tuning else None

@@ -37,7 +37,9 @@ class Classification(Task):
         datasets = need("datasets", "bench")
         pa = need("pyarrow", "bench")
         if max_length <= processor.num_special_tokens_to_add(pair=len(self.text) == 2):
-            raise InputError(f"max_length={max_length} leaves no room for text: the tokenizer's own marks take it all")
+            raise InputError(
+                f"max_length={max_length} leaves no room for text: the tokenizer's special tokens take it all"
+            )
         kinds = {
             "labels": pa.int64() if self.labels else pa.float32(),
             "length": pa.int32(),
@@ -61,9 +63,9 @@ class Classification(Task):
         return datasets.Dataset(pa.concat_tables(tables))
 
     def _read(self, processor: PreTrainedTokenizerBase, texts: list[list[str]], max_length: int) -> dict[str, Any]:
-        """Texts as token numbers. What spells the padding token in a text is read as the letters that it is made of.
+        """Texts as token numbers. Where a text spells the padding token, it is read as ordinary characters.
 
-        A classifier may take it for padding otherwise, and the text for ended there.
+        Otherwise a classifier could take it for padding, and so for the end of the text.
         """
         read = dict(processor(*texts, truncation=True, max_length=max_length))
         pads = [processor.pad_token_id] if processor.pad_token_id is not None else processor.all_special_ids
@@ -110,9 +112,9 @@ class Classification(Task):
         return Scored(self.scores(evaluation.split, outputs, predicted), rows, files=files, answers=answers)
 
     def answers(self, split: Split, outputs: np.ndarray, predicted: np.ndarray) -> Answers:
-        """How logits (n, outputs), of which came `predicted` (n,), are spread over the classes.
+        """How often each class is predicted, from logits (n, outputs) and `predicted` (n,).
 
-        Values of a regression are one answer where they differ by rounding alone, and one value for all scores as any.
+        Values of a regression that differ only by rounding are one answer; any constant has the same correlation.
         """
         labels = np.asarray(split.data["label"][:]) if split.labelled else None
         if not self.labels:
@@ -144,7 +146,7 @@ class Classification(Task):
         )
 
     def _wrong(self, split: Split, outputs: np.ndarray, predicted: np.ndarray, labels: np.ndarray) -> list[Wrong]:
-        """The wrong answers that the model was surest of, the surest first, and then in the order of the rows."""
+        """The wrong answers with the greatest probability, in that order; equal ones in the order of the rows."""
         logits = np.asarray(outputs, dtype=np.float64)
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         confidence = shares[np.arange(len(predicted)), predicted] / shares.sum(axis=1)

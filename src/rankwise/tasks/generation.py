@@ -2,12 +2,12 @@
 
 One task serves both kinds of models, by what their configuration says (`is_encoder_decoder`):
 
-    encoder-decoder   the encoder reads the source; the decoder writes the target and an end mark
-    decoder           one row: source, end mark, target, end mark; the loss counts what follows the first end mark
+    encoder-decoder   the encoder reads the source; the decoder writes the target and an end token
+    decoder           one row: source, end token, target, end token; the loss counts what follows the first one
 
 The second is how the released code of LoRA (Hu et al. 2021, arXiv 2106.09685) joins context and completion for GPT-2.
-In both the loss is the mean over target tokens, the end mark among them, and nothing of the target is in what the model
-reads before it writes: not in the encoder, and not in the prompt that an output is generated from.
+In both the loss is the mean over target tokens, the end token among them, and the model reads nothing of the target
+before it writes: neither in the encoder nor in the prompt that an output is generated from.
 """
 
 import itertools
@@ -68,7 +68,7 @@ class Generation(Task):
 
     Attributes:
         prefix: text put before each source.
-        target_length: longest target in tokens, its end mark included; longer ones are cut. Outputs are no longer.
+        target_length: longest target in tokens, its end token included; longer ones are cut. Outputs are no longer.
         beams: width of the beam search; 1 takes the likeliest token at each step.
         length_penalty: p; a beam of n tokens is worth its log-probability / n^p, so that more makes outputs longer.
         no_repeat: n; no n tokens come twice in one output. 0 allows it.
@@ -102,13 +102,15 @@ class Generation(Task):
     def encode(self, split: Split, processor: PreTrainedTokenizerBase, max_length: int) -> "Dataset":
         """`split` as token numbers: `input_ids` of prefix and source, and `targets`, one or several for each row.
 
-        Sources are cut to `max_length` tokens with the tokenizer's own marks, targets to `target_length` with the end
-        mark; `length` is that of a source and its longest target. Not padded, in memory only.
+        Sources are cut to `max_length` tokens, special ones included, targets to `target_length` with the end token;
+        `length` is that of a source and its longest target. Not padded, in memory only.
         """
         datasets = need("datasets", "bench")
         pa = need("pyarrow", "bench")
         if max_length <= processor.num_special_tokens_to_add():
-            raise InputError(f"max_length={max_length} leaves no room for text: the tokenizer's own marks take it all")
+            raise InputError(
+                f"max_length={max_length} leaves no room for text: the tokenizer's special tokens take it all"
+            )
         end = _end(processor)
         tables = []
         for block in split.data.iter(batch_size=10_000):  # in blocks: Python's lists take ten times the room of arrow's
@@ -291,7 +293,7 @@ def _inner(model: nn.Module) -> Any:
 
 def _end(processor: PreTrainedTokenizerBase) -> int:
     if not isinstance(processor.eos_token_id, int):
-        raise InputError("the model's tokenizer has no end mark (eos_token), which tells where a text ends")
+        raise InputError("the model's tokenizer has no end token (eos_token) to end a text with")
     return processor.eos_token_id
 
 
@@ -341,7 +343,7 @@ def _check_direction(model: nn.Module) -> None:
 
 
 def _answers(split: Split, hypotheses: list[str]) -> Answers:
-    """How often the same was written; the labels are the targets, or the first of each row's."""
+    """The most frequent output; labels are the targets, or the first of each row's references."""
     commonest, count = Counter(hypotheses).most_common(1)[0]
     targets = split.data["references"][:] if "references" in split.data.column_names else split.data["target"][:]
     firsts = Counter(text if isinstance(text, str) else text[0] for text in targets)

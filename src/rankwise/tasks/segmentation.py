@@ -118,7 +118,7 @@ class Segmentation(Task):
         )
 
     def _answers(self, split: Split, spread: np.ndarray) -> Answers:
-        """How often the pixels that count are of the same class: `spread` (2, classes), given and true."""
+        """The most frequent class of the pixels that count, from `spread` (2, classes): predicted and true counts."""
         (given, most), (true, majority) = ((int(each.max()), self.labels[int(each.argmax())]) for each in spread)
         return Answers(split.name, int(spread[0].sum()), most, given, majority, true, what="pixels")
 
