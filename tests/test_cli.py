@@ -394,7 +394,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made_by_others(store: Store, method: str, file: str) -> int:
-    """Let the runs of a method have been made before a file of theirs was changed; how many there are."""
+    """Make it look as if a file of a method had changed after its runs; returns how many runs it has."""
     folders = [folder for folder in store.folders() if store.config(folder).method["name"] == method]
     for folder in folders:
         made = store.maker(folder)
@@ -583,7 +583,7 @@ def test_too_few_rows_to_choose_a_rate_by_are_refused_before_a_folder_is_made(
 
 
 def test_what_is_refused_before_weights_are_read_is_refused_by_every_command(cli: Cli, tmp_path: Path) -> None:
-    """With one line that names the settings and their sum, and no folder of a run left behind."""
+    """In one line with the settings and their sum, before the run has a folder."""
     (tmp_path / "data").mkdir()
     for name in ("train", "validation"):
         (tmp_path / "data" / f"{name}.csv").write_text("text,target\none,two\nthree,four\n")

@@ -141,7 +141,7 @@ overrides = st.one_of(
     st.text(max_size=8),
 )
 INPUTS = int(os.environ.get("RANKWISE_FUZZ", 500))
-"""How many inputs all tests of this file together try."""
+"""How many inputs the tests of this file try in all."""
 some = settings(max_examples=INPUTS * 6 // 25, deadline=None, suppress_health_check=list(HealthCheck))
 pytestmark = pytest.mark.fuzz
 

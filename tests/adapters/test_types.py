@@ -1,4 +1,4 @@
-"""Every type of adapter that PEFT has, and every start of its LoRA, found by introspection."""
+"""Every type of adapter in PEFT, and every initialization of its LoRA, listed by introspection."""
 
 import dataclasses
 import typing

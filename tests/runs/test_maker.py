@@ -132,7 +132,7 @@ def test_a_change_is_one_of_the_runs_that_use_it(copy: Copy) -> None:
 def test_a_change_in_what_runs_share_is_one_of_them_all(file: str, old: str, new: str, copy: Copy) -> None:
     package = copy()
     edit(package / file, old, new)
-    unused = file.startswith("tasks")  # nobody reads the new constant
+    unused = file.startswith("tasks")  # no code reads the new constant
     for method in (SIMPLEX_LORA, BITFIT):
         if file.startswith(("ranks/allocate", "optim/project")) and method is BITFIT:
             continue

@@ -213,7 +213,7 @@ def test_runs_of_older_versions_are_runs(store: Store) -> None:
 
 
 def test_runs_of_different_makers_are_in_no_comparison(store: Store) -> None:
-    """The newest run counts and what agrees with it; a method's own file is none that others have."""
+    """The newest run and those that agree with it count; other methods do not have a method's own file to agree on."""
     head = Maker.now(REVISION, {"methods/head.py": {"Head": "1"}, "train/run.py": SHARED_FILE})
     kept = [
         done(store, config(seed=1), made()),

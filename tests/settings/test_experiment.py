@@ -178,7 +178,7 @@ def test_what_does_not_go_with_a_tuning_is_refused(settings: dict[str, Any], mes
 
 
 def test_without_its_tuning_an_experiment_needs_rates() -> None:
-    """The default rate, which nobody chose, would be a poor one for most methods."""
+    """The default rate would be a poor one for most methods."""
     plain = {**TUNED, "vary": {"seed": [0], "method": [{"name": "lora"}, {"name": "head"}]}}
     with pytest.raises(InputError, match="tune = null: give a rate instead, learning_rate=1e-3 or vary"):
         load(plain, ["tune=null"], SCHEMA)

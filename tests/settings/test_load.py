@@ -199,7 +199,7 @@ def test_a_wrong_smoke_or_published_is_named(content: dict[str, Any], message: s
 
 
 def test_keys_below_keys_reach_what_lies_below() -> None:
-    """Whoever varies or overrides one of several columns leaves the others as they are."""
+    """Varying or overriding one of several columns leaves the others as they are."""
     base = {"task": {"name": "t", "columns": {"text": "body", "label": "kind"}}, "tune": {"learning_rate": [1e-3]}}
     put(base, "task.columns.label", "mood")
     put(base, "task.columns.more.deep", 1)

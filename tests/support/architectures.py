@@ -1,4 +1,4 @@
-"""Every family of models that transformers has, as small as its configuration lets it be, and a tokenizer for all."""
+"""Every family of models in transformers, as small as its configuration allows, and one tokenizer for all of them."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -44,7 +44,7 @@ def built(auto: Any, kinds: Mapping[str, Any], **more: Any) -> Iterator[tuple[st
                 continue
             torch.manual_seed(0)
             model = auto.from_config(config)
-        except Exception:  # what is not made to be small, or needs a package that is not here
+        except Exception:  # cannot be so small, or needs a package that is not installed
             continue
         with torch.no_grad():
             for p in model.parameters():
@@ -59,12 +59,12 @@ TRANSLATORS = transformers.models.auto.modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL
 
 
 def words(*marks: str, ended: bool = True, **named: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of the words w0, w1, …, with `marks` behind them; `</s>` and `?` are marks of every tokenizer.
+    """A tokenizer of the words w0, w1, … followed by `marks`; `</s>` and `?` are marks of every tokenizer.
 
-    It reads what it does not know as `?`, and letters and punctuation as words of their own.
+    Unknown words are read as `?`, and each punctuation mark as a word of its own.
 
     Args:
-        ended: put `</s>` behind every row.
+        ended: put `</s>` at the end of every row.
         named: marks by their role, as in pad_token="<pad>".
     """
     listed = [*(f"w{number}" for number in range(VOCABULARY - 10)), "</s>", "?", *marks]

@@ -10,7 +10,7 @@ IDS = torch.randint(0, 64, (2, 8), generator=torch.Generator().manual_seed(0))
 
 
 def write(folder: Path) -> Path:
-    """Draw its weights and save them in `folder`."""
+    """Save one with random weights in `folder`."""
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=32,

@@ -1,4 +1,4 @@
-"""Model classes of transformers, built tiny from their own configurations: what holds for models is asked of all."""
+"""Tiny models of the classes in transformers, built from their own configurations, for checks of every model."""
 
 import inspect
 import warnings
@@ -16,8 +16,8 @@ TASKS = {
     "text": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
 VOCABULARY = 64
-LARGEST = 100_000  # parameters; those that are larger all the same are left out
-# What numbers of a configuration mean, by parts of their names; the first that fits.
+LARGEST = 100_000  # parameters; models that are larger even so are left out
+# The value for a number in a configuration, by a part of its name; the first match counts.
 SIZES = (
     (("chunk",), None),
     (("vocab_size",), VOCABULARY),
@@ -31,7 +31,7 @@ SIZES = (
 
 
 def names(task: str) -> list[str]:
-    """The classes of a task that take **kwargs, and so leave the scaling of their loss to nobody knows whom."""
+    """The classes of a task that take **kwargs, so that the Trainer expects them to scale their loss themselves."""
     found = []
     for name in getattr(modeling_auto, TASKS[task]).values():
         for each in [name] if isinstance(name, str) else name:

@@ -38,12 +38,12 @@ def start(
 
 
 def workers(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The processes that it has started."""
+    """The processes that the launcher has started."""
     return psutil.Process(parent.pid).children()
 
 
 def bert(folder: Path) -> str:
-    """A small BERT without dropout, whose masks no two processes could draw as one does."""
+    """A small BERT without dropout, whose random masks would differ between two processes and one."""
     return small_run.bert(folder, dropout=0.0)
 
 

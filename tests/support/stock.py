@@ -37,7 +37,7 @@ def agrees(
 
     Args:
         base: the pretrained model, untouched; `folder` takes it and what passes between the processes.
-        fresh: start the process anew instead of forking it.
+        fresh: start a new interpreter instead of forking one.
     """
     base.save_pretrained(folder / "base")
     save_file({name: values for name, values in inputs.items() if name != "labels"}, folder / "in")

@@ -37,9 +37,9 @@ stdlib_docs._docstrings()
 """,
     "stock": "import peft, safetensors.torch, torch, transformers.trainer",
 }
-"""What is done before anything is forked: for commands of rankwise, and for scripts that must do without it."""
+"""Imports and preparations before the fork: for commands of rankwise, and for scripts that must not import it."""
 _servers: dict[str, str] = {}
-"""The addresses of the processes that fork themselves."""
+"""The addresses of the processes that are forked from."""
 
 
 class Popen(subprocess.Popen):
@@ -127,10 +127,10 @@ def run(
 
 
 def _connected(kind: str) -> socket.socket:
-    """A connection to the process that forks itself on demand; it is started when it is first asked for."""
+    """A connection to the process that forks itself on demand, which is started at the first call."""
     if kind not in _servers:
         address = f"\0rankwise-tests-{kind}-{os.getpid()}"
-        ours, theirs = os.pipe()  # closed at our end, by whatever that is, it tells the server to end
+        ours, theirs = os.pipe()  # the server ends when our end is closed, however this process ends
         environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         command = [sys.executable, __file__, kind, address[1:]]
         process = subprocess.Popen(command, stdin=ours, stdout=subprocess.PIPE, env=environment)
@@ -147,7 +147,7 @@ def _connected(kind: str) -> socket.socket:
 
 
 def _serve(listening: socket.socket) -> dict[str, Any]:
-    """Fork for each order; returns, in the forked process, what it is ordered to do."""
+    """Fork for each order; returns, in the forked process, its order."""
     running: dict[int, tuple[int, int]] = {}
     ready = selectors.DefaultSelector()
     ready.register(listening, selectors.EVENT_READ)
@@ -160,7 +160,7 @@ def _serve(listening: socket.socket) -> dict[str, Any]:
                 pid, status = running.pop(key.fd)
                 ready.unregister(key.fd)
                 os.close(key.fd)
-                with suppress(BrokenPipeError):  # nobody has waited for it
+                with suppress(BrokenPipeError):  # no one has waited for it
                     os.write(status, str(os.waitpid(pid, 0)[1]).encode())
                 os.close(status)
                 continue
@@ -191,7 +191,7 @@ def _serve(listening: socket.socket) -> dict[str, Any]:
 
 
 def _become(order: dict[str, Any], path: list[str]) -> None:
-    """Be the interpreter of the command."""
+    """Run the command of the order, as an interpreter started for it would."""
     if order["session"]:
         os.setsid()
     os.chdir(order["cwd"])

@@ -19,7 +19,7 @@ Cli = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """One run of each kind, with what each leaves behind."""
+    """One run of each kind, with the files that it leaves."""
     store = Store(tmp_path / "runs")
     done = finish(store, config(), 0.5)
     foreign = finish(store, config(seed=1), 0.5)

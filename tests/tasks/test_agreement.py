@@ -56,7 +56,7 @@ def test_what_pads_is_what_the_model_looks_for(said: int | None, side: str) -> N
 
 
 def test_the_padding_hides_no_last_token() -> None:
-    """An end token after every row pads only where there is nothing else; words that spell the padding are letters."""
+    """An end token pads only where there is no other token for it; padding spelled out in a text is text."""
     model, tokenizer = llama(pad_token_id=None), architectures.words("<s>", bos_token="<s>")
     agree(task(), model, tokenizer)
     assert tokenizer.pad_token == "<s>"

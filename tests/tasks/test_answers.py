@@ -40,7 +40,7 @@ CLASSIFIERS = sorted(
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_one_answer_to_all_rows_is_said_whatever_the_task(name: str) -> None:
-    """Beside what the commonest class scores: by definition the same."""
+    """Equal by definition to the score of always answering the most common class."""
     task = tasks.build(name)
     labels = [0.0, 1.0, 5.0, 1.0] if not task.labels else [-1] * 4 if not task.main else [0, 1, 1, 1]
     outputs = [[0.3]] * 4 if not task.labels else [[0.0] + [1.0] + [0.0] * (len(task.labels) - 2)] * 4

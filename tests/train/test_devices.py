@@ -242,7 +242,7 @@ def test_an_error_of_torchs_own_exchange_with_one_that_is_gone_is_known(monkeypa
     assert together.lost(RuntimeError(gone)) and together.lost(torch.distributed.DistBackendError("NCCL error"))
     assert not together.lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     monkeypatch.undo()
-    assert not together.lost(RuntimeError(gone))  # alone there is nobody to lose
+    assert not together.lost(RuntimeError(gone))  # a single process has no other to lose
 
 
 def test_a_process_that_waits_for_others_says_so(base: str, tmp_path: Path) -> None:

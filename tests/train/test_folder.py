@@ -1,4 +1,4 @@
-"""What a run does with its folder: what of it is the run's own, what it leaves behind, and what becomes of it."""
+"""What a run does with its folder: which files are its own, which it leaves, and which it removes."""
 
 import fcntl
 import os

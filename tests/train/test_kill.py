@@ -83,7 +83,7 @@ def test_a_run_killed_and_stopped_within_epochs_ends_as_the_uncut_one(tmp_path: 
 
 
 def test_a_run_of_plain_lora_killed_ends_as_the_uncut_one(tmp_path: Path) -> None:
-    """In interpreters that are started for it; elsewhere they are forked."""
+    """In interpreters of its own; most other tests fork theirs."""
     alone, folder = (make(tmp_path / name, model=None, method=LORA) for name in ("alone", "run"))
     undisturbed = start(alone)
     assert cut(folder, 8, signal.SIGKILL, fresh=True) == -signal.SIGKILL

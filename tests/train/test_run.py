@@ -445,7 +445,7 @@ def test_the_ranks_of_gates_are_in_the_lines_and_what_is_left_in_the_result(tmp_
 
 
 def test_a_run_is_noted_as_made_by_the_code_that_trained_it(tmp_path: Path) -> None:
-    """Whatever made its folder; but what other code has begun is left alone."""
+    """Whatever made its folder, except where other code has begun the run."""
     store = Store(tmp_path / "runs")
     config = load(
         {**SETTINGS, "method": HEAD, "max_steps": 1, "id": "", "made_with": {}},

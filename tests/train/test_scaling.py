@@ -55,7 +55,7 @@ def test_what_a_loss_answers_makes_accumulated_gradients_those_of_the_whole_batc
     [
         (lambda n: 8 / n, True),
         (lambda n: 2.0, False),
-        (lambda n: 8 / n + 0.01, False),  # with a term of the router beside it
+        (lambda n: 8 / n + 0.01, False),  # plus the loss of a router
         (lambda n: float("nan"), None),
         (lambda n: 0.0, None),
     ],

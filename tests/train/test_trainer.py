@@ -244,7 +244,7 @@ def test_checkpoints_of_a_search_are_loud_in_stock_peft(tmp_path):
 
 
 def test_a_user_of_rank_trainer_gets_a_finished_adapter_at_any_step(tmp_path):
-    """Beside its checkpoints too, which stay what they are."""
+    """Next to its checkpoints too, which stay as they are."""
     for stop in (1, 3, STEPS):
         trainer = trained("rank", METHODS["simplex"], tmp_path / str(stop), stop=stop)
         for folder in (None, str(tmp_path / str(stop) / "elsewhere")):
@@ -483,7 +483,7 @@ def test_a_schedule_that_restarts_keeps_its_options(tmp_path):
         trained("rank", METHODS["restart"], tmp_path, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch")
 
 
-# --- what is told of the ranks ---------------------------------------------------------------------------------------
+# --- what is reported about ranks -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["rank", "plain"])
