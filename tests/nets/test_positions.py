@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import architectures
-from rankwise.nets.positions import positions, table, words
+from rankwise.nets.positions import positions, table, token_table
 
 
 def runs(model: transformers.PreTrainedModel, width: int) -> bool:
@@ -47,7 +47,7 @@ def test_a_model_without_a_table_of_tokens_has_none(kind: str) -> None:
     config = architectures.small(kind)
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(config)
-    assert words(model) is None
+    assert token_table(model) is None
 
 
 def test_what_is_said_of_lengths_is_the_configurations_where_there_is_no_table() -> None:

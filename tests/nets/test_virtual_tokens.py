@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import architectures
 import rankwise as rw
 import tiny
 from rankwise.nets.virtual_tokens import Layout, add_virtual_tokens
@@ -581,6 +582,14 @@ def test_inputs_that_do_not_fit_get_one_clear_line():
     refuses("must be alike", model, ids, attention_mask=torch.ones(1, 6))
     refuses("virtual tokens already", add_virtual_tokens, model, 1, 1)
     refuses("transformers model", add_virtual_tokens, nn.Linear(2, 2), 1, 1)
+
+
+@pytest.mark.parametrize("kind", ["canine", "perceiver"])
+def test_a_model_without_a_table_of_tokens_is_refused(kind):
+    config = architectures.small(kind)
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+    refuses("token embeddings, of which .* has no table", add_virtual_tokens, model, 1, 1)
 
 
 def test_training_a_language_model_with_an_infix_needs_labels():

@@ -55,7 +55,7 @@ def reading(model: PreTrainedModel) -> Any:
     return model.get_encoder() if model.config.is_encoder_decoder else model.base_model
 
 
-def words(model: PreTrainedModel) -> nn.Embedding | None:
+def token_table(model: PreTrainedModel) -> nn.Embedding | None:
     """The model's table of token embeddings, one row per token; None if it has no such table."""
     try:
         table = model.get_input_embeddings()

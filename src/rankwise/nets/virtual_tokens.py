@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from rankwise.errors import InputError
 from rankwise.nets.blocks import stacks
 from rankwise.nets.hooks import let_compile_see_hooks
-from rankwise.nets.positions import positions, reading, table
+from rankwise.nets.positions import positions, reading, table, token_table
 
 NAME = "virtual_tokens"  # of the module on the model
 _LAYOUT = "_rankwise_layout"
@@ -117,8 +117,12 @@ class VirtualTokens(nn.Module):
         # Encoders with a [CLS] read it at position 0, where it has to stay.
         self.after_first = not two and not self.causal
         self.positions, self.taken = table(model), _taken(reader)
-        embed = reader.get_input_embeddings()
-        words: Tensor = embed.weight.detach()
+        embed = token_table(reader)
+        if embed is None:
+            raise InputError(
+                f"virtual tokens are rows of token embeddings, of which {type(model).__name__} has no table"
+            )
+        words = embed.weight.detach()
         self.context = positions(model)
         if self.context is not None and len(self) >= self.context:
             raise InputError(

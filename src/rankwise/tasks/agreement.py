@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rankwise.errors import InputError
-from rankwise.nets.positions import positions, skipped, words
+from rankwise.nets.positions import positions, skipped, token_table
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.processes import together
@@ -126,7 +126,7 @@ def check_rows(
     inner = _bare(model)
     if not isinstance(inner, PreTrainedModel):
         return
-    table = words(inner)
+    table = token_table(inner)
     ends = task.family == "classification" and inner.config.is_encoder_decoder and inner.config.eos_token_id
     for place, row in enumerate(rows):
         if table is not None and max(row) >= table.num_embeddings:
@@ -141,7 +141,7 @@ def check_rows(
 
 def _check_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """InputError for tokens beyond the embedding, except special ones that only a text that spells them can hold."""
-    table = words(model)
+    table = token_table(model)
     if table is None:
         return
     rows, put = table.num_embeddings, {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id}
@@ -167,7 +167,7 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     chosen = next(iter(candidates), None)
     if chosen is None or (_in_texts(tokenizer, chosen) and _searches(model)):
         chosen = next((each for each in candidates if not _in_texts(tokenizer, each)), None)
-    table = words(model)
+    table = token_table(model)
     if chosen is None and table is not None and max(tokenizer.get_vocab().values()) + 1 < table.num_embeddings:
         tokenizer.add_special_tokens({"pad_token": PADDING})
         chosen = tokenizer.pad_token_id
