@@ -166,9 +166,9 @@ def env() -> Listing:
 def schema() -> dict[str, Any]:
     """The JSON schema of configuration files."""
     from rankwise.settings import json_schema
-    from rankwise.sweep import plan
+    from rankwise.sweep import check
 
-    return json_schema(plan.schema())
+    return json_schema(check.schema())
 
 
 def _first_line(kind: type) -> str:

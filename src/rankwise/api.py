@@ -22,7 +22,8 @@ from rankwise.sweep.compare import Outcome
 from rankwise.sweep.progress import counted
 
 if TYPE_CHECKING:
-    from rankwise.sweep.plan import One, Plan, Source
+    from rankwise.sweep.check import Source
+    from rankwise.sweep.plan import One, Plan
     from rankwise.sweep.runners import Runner
 
 Form = Literal["md", "csv", "latex"]
@@ -261,7 +262,8 @@ def train(
 def plan(experiment: Source, settings: Sequence[str], dry: bool = False) -> Plan:
     """What `compare` would carry out; `dry` does not ask the hub about models that `rankwise archs` lists."""
     _check_readable(experiment)
-    from rankwise.sweep.plan import Plan, load_experiment
+    from rankwise.sweep.check import load_experiment
+    from rankwise.sweep.plan import Plan
 
     return Plan.of(load_experiment(experiment, settings), dry)
 

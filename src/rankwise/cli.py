@@ -284,7 +284,7 @@ def validate(
 ) -> None:
     """Check a configuration and print what differs from the defaults."""
     from rankwise.sweep.changed import as_text
-    from rankwise.sweep.plan import Checked
+    from rankwise.sweep.check import Checked
 
     checked = Checked.of(source, settings or [])
     show_json(checked.config.model_dump(mode="json")) if as_json else show(as_text(checked.config, everything))

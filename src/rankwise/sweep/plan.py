@@ -1,10 +1,8 @@
-"""From a command to the runs that it is to carry out, with all that can be refused before a folder is made.
+"""What is to be carried out, one run (`One`), an experiment (`Plan`) or what has failed (`retry`), and carrying it out.
 
-The settings are read and expanded, methods get the sizes that their budgets allow, and models and data are checked.
-What would make each run now, its code and its data, is compared with what has made the runs that are there.
+Until then nothing is written.
 """
 
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -12,201 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rankwise import methods, published, tasks
+from rankwise import tasks
 from rankwise.errors import InputError, shown
-from rankwise.methods import Method
 from rankwise.processes.launched import is_main, launched
 from rankwise.results.formats import plain
-from rankwise.runs import grid
 from rankwise.runs.maker import Maker, in_words
 from rankwise.runs.run_file import maker_of
 from rankwise.runs.store import Store
-from rankwise.settings import Experiment, RunConfig, Schema, Span, load
+from rankwise.settings import Experiment, RunConfig, Span
 from rankwise.sweep.changed import as_text, differing, dotted
+from rankwise.sweep.check import Source, alone, check_models, expand, fit, load_run
 from rankwise.sweep.compare import Outcome, carry_out
+from rankwise.sweep.makers import made_by_others, makers, settle, settle_begun
 from rankwise.sweep.progress import counted
 from rankwise.sweep.runners import Runner, typed
 from rankwise.sweep.tune import Search, reported, searches, tune_and_carry_out
-from rankwise.tasks.base import subset
-from rankwise.train import budget, model
-from rankwise.train.run import code_for, run
-
-Source = str | Path | Mapping[str, Any]
-"""A YAML file, or its content as a mapping."""
-
-
-def schema() -> Schema:
-    """All methods and tasks that there are."""
-    return Schema(methods.registry(), tasks.registry())
-
-
-def load_run(source: Source | None, settings: Sequence[str]) -> RunConfig:
-    """The settings of one run. Raises InputError for an experiment, and for everything that is wrong with them."""
-    config = load(source, settings, schema())
-    if not isinstance(config, RunConfig):
-        name = _named(source)
-        raise InputError(f"{name}: has `vary:`, so it is an experiment: rankwise compare {name}")
-    return config
-
-
-def load_experiment(source: Source, settings: Sequence[str]) -> Experiment:
-    """An experiment. Raises InputError for the settings of one run, and for everything that is wrong with them."""
-    config = load(source, settings, schema())
-    if isinstance(config, RunConfig):
-        name = _named(source)
-        raise InputError(f"{name}: has no `vary:`, so it is one run: rankwise train {name}")
-    check_tables(config)
-    return config
-
-
-def _named(source: Source | None) -> str:
-    return str(source) if isinstance(source, str | Path) else "these settings"
-
-
-def check_tables(experiment: Experiment) -> None:
-    """Refuse the name of a table that no paper has, before hours of training."""
-    for table in experiment.published.tables if experiment.published else ():
-        published.find(table)
-
-
-def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
-    """Refuse what does not fit its model, a rank, a target or a prefix, before anything is written.
-
-    `shipped` does not ask the hub for what `rankwise archs` lists: nothing is to be trained.
-    """
-    settings = ("model", "task", "max_length", "label_smoothing", "trust_remote_code")
-    wanted: dict[str, dict[str, Method]] = {}
-    for config in configs:
-        given = json.dumps({key: getattr(config, key) for key in settings}, sort_keys=True)
-        option = json.dumps(config.method, sort_keys=True)
-        if option not in (known := wanted.setdefault(given, {})):
-            known[option] = methods.build(config.method)
-    with redirect_stdout(sys.stderr):
-        for given, known in sorted(wanted.items()):
-            own = json.loads(given)
-            task = tasks.build(own.pop("task"))
-            model.check(own.pop("model"), task, [*known.values()], shipped=shipped, **own)
-
-
-def fit(config: RunConfig) -> RunConfig:
-    """With the size that its budget allows."""
-    with redirect_stdout(sys.stderr):
-        return budget.fit(config)
-
-
-def alone(config: RunConfig, tries: bool = False) -> RunConfig:
-    """A run without an experiment around it, at the size that its budget allows; `tries` if it may try a rate."""
-    if config.tuning is not None and not tries:
-        raise InputError("tuning: only the runs of an experiment with `tune:` hold rows out; leave it out")
-    fitted = fit(config)
-    if fitted.budget != config.budget:
-        raise InputError(f"budget: {config.method['name']} has no size to choose; leave it out")
-    return fitted
-
-
-def expand(experiment: Experiment) -> list[RunConfig]:
-    """The runs of an experiment, at the sizes that their budgets allow."""
-    configs = grid.expand(experiment, fit)
-    asked = experiment.base.get("budget") or "budget" in experiment.vary
-    if asked and all(config.budget is None for config in configs):
-        raise InputError("budget: none of the methods has a size to choose; leave it out")
-    return configs
-
-
-def _data(config: RunConfig) -> tuple[str, bool]:
-    """What tells apart the data of runs: the task, and whether rows to choose a rate by are read."""
-    return json.dumps(config.task, sort_keys=True), config.tuning is not None
-
-
-def _revisions(configs: Sequence[RunConfig]) -> dict[tuple[str, bool], str]:
-    """The revisions of the data of `configs`, by `_data`; each task is read once.
-
-    Raises InputError where there are too few rows to train on and to choose a rate by.
-    """
-    groups: dict[str, list[RunConfig]] = {}
-    for config in configs:
-        groups.setdefault(_data(config)[0], []).append(config)
-    found = {}
-    for name, group in groups.items():
-        task = tasks.build(group[0].task)
-        splits = [task.train(), *task.evaluation()]
-        for rows, share in {(each.train_rows, each.tuning) for each in group}:
-            if share is not None:
-                task.tuning(subset(splits[0], rows), share)
-        for tuning in {each.tuning is not None for each in group}:
-            found[name, tuning] = task.revision(splits, tuning=tuning)
-    return found
-
-
-def makers(store: Store, configs: Sequence[RunConfig]) -> Callable[[RunConfig], Maker]:
-    """What would make each of `configs` now, or another run of their tasks. Raises InputError as `_revisions` does."""
-    revisions = _revisions(configs)
-    known = {config.id: config for config in configs}
-
-    def maker(config: RunConfig) -> Maker:
-        before = ""
-        if config.after is not None:
-            first = known.get(config.after)
-            before = maker(first).name if first else store.named(config.after)
-        return Maker.now(revisions[_data(config)], code_for(config), before)
-
-    return maker
-
-
-def settle(store: Store, wanted: Mapping[Path, Maker], reuse: bool, repeat: bool) -> None:
-    """Refuse runs that others have begun or done than are `wanted`, unless the user says what is to become of them."""
-    if reuse and repeat:
-        raise InputError("--reuse and --repeat: choose one")
-    others = store.others(wanted)
-    if others and not (reuse or repeat):
-        raise InputError(f"{made_by_others(store, others)}; --reuse keeps them, --repeat carries them out again")
-    for folder in others:
-        if repeat:
-            store.clear(folder)
-        elif store.result(folder) is None:
-            store.take_over(folder, wanted[folder])
-
-
-def settle_begun(store: Store, folders: Sequence[Path], reuse: bool, repeat: bool) -> None:
-    """`settle` for what has been begun of the runs in `folders`, which are to go on."""
-    begun = {folder: store.config(folder) for folder in folders if store.begun(folder) and store.maker(folder)}
-    maker = makers(store, list(begun.values()))
-    settle(store, {folder: maker(config) for folder, config in begun.items()}, reuse, repeat)
-
-
-def made_by_others(store: Store, others: Mapping[Path, list[str]]) -> str:
-    """How many runs other code or data has made, and what differs."""
-    done = sum(store.result(folder) is not None for folder in others)
-    counts = [f"{count} {what}" for count, what in ((done, "finished"), (len(others) - done, "begun")) if count]
-    runs = "run was" if len(others) == 1 else "runs were"
-    return f"{' and '.join(counts)} {runs} made with {in_words(each for found in others.values() for each in found)}"
-
-
-@dataclass(frozen=True)
-class Checked:
-    """Settings in which nothing is wrong, and the runs that they mean."""
-
-    config: RunConfig | Experiment
-    runs: Sequence[RunConfig]
-
-    @classmethod
-    def of(cls, source: Source, settings: Sequence[str]) -> "Checked":
-        """Raises InputError for all that a run would refuse before it reads weights."""
-        config = load(source, settings, schema())
-        if isinstance(config, RunConfig):
-            config = alone(config)
-            runs = [config]
-        else:
-            check_tables(config)
-            runs = expand(config)
-        check_models(runs, shipped=True)
-        return cls(config, runs)
-
-    def __str__(self) -> str:
-        if isinstance(self.config, RunConfig):
-            return "one run"
-        tuned = ", after those that choose their learning rates" if self.config.tune else ""
-        return f"an experiment of {counted(len(self.runs))}{tuned}"
+from rankwise.train.run import run
 
 
 @dataclass(frozen=True)
