@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.errors import SOME_FAILED, STOPPED, InputError
-from rankwise.results.rows import Row
 from rankwise.results.summary import Summary
 from rankwise.runs.several import Several
 from rankwise.runs.store import Store
@@ -32,61 +31,21 @@ Settings = Mapping[str, Any] | Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What the finished runs of a folder say, or of several.
+class Report(Summary):
+    """What the finished runs of a folder say, or of several: `rows`, `best`, `verdicts`, `notes`, and more.
 
     Attributes:
         store: the runs.
-        summary: all of it; `rows`, `verdicts` and `notes` are parts of it.
-        whole: whether that is of all runs in the folder.
+        whole: whether it is of all runs in the folder.
     """
 
     store: Store
-    summary: Summary
     whole: bool = True
 
     @property
     def folder(self) -> Path:
         """The folder of the runs, or the first of several."""
         return self.store.folder
-
-    @property
-    def rows(self) -> Sequence[Row]:
-        """One row for each task, method and learning rate: mean, spread and interval of its score, parameters, cost."""
-        return self.summary.rows
-
-    @property
-    def best(self) -> Sequence[Row]:
-        """Of `rows` the one to report for each task and method."""
-        return self.summary.best
-
-    @property
-    def verdicts(self) -> list[str]:
-        """What may be said of the differences between the methods, a sentence each."""
-        return self.summary.findings
-
-    @property
-    def notes(self) -> list[str]:
-        """What to know before quoting a number, a sentence each."""
-        return self.summary.notes
-
-    @property
-    def left_out(self) -> str:
-        """Which finished runs are not in it and why, in a sentence; empty for none."""
-        return self.summary.left_out
-
-    @property
-    def damage(self) -> str:
-        """Why nothing is known of the experiment; empty where it is known, or there is none."""
-        return self.summary.damage
-
-    def text(self) -> str:
-        """Tables, verdicts and notes, as the terminal shows them."""
-        return self.summary.text()
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain data."""
-        return self.summary.as_json()
 
     def table(self, form: Form, columns: Sequence[str] = (), caption: str = "", bold: bool = False) -> str:
         """The best rows as one table in another format.
@@ -114,7 +73,7 @@ class Report:
 
         if out is None and isinstance(self.store, Several):
             raise InputError("a page of several folders belongs to none of them: say where to write it")
-        return write(self.store, out, self.summary if self.whole else None)
+        return write(self.store, out, self if self.whole else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +85,8 @@ class Comparison(Report):
     @classmethod
     def of(cls, store: Store, outcome: Outcome, folders: Sequence[Path]) -> Comparison:
         """Of the runs in `folders`."""
-        summary, whole = Summary.of_store(store, folders), sorted(folders) == store.folders()
-        return cls(store=store, summary=summary, whole=whole, outcome=outcome)
+        whole = sorted(folders) == store.folders()
+        return cls.of_store(store, folders, store=store, whole=whole, outcome=outcome)
 
     @property
     def code(self) -> int:
@@ -172,7 +131,7 @@ class Trained:
 
     def text(self) -> str:
         """Tables and notes of this run alone, as the terminal shows them."""
-        summary = Summary.of(Store(self.folder.parent).results([self.folder])).text()
+        summary = Summary(Store(self.folder.parent).results([self.folder])).text()
         result, split = self.result, self.result["splits"]["evaluation"][0]
         tried = f"{result['score']} {result['metrics'].get(result['score'])} on {split['rows']} rows of {split['name']}"
         return summary or f"learning rate {result['learning_rate']:g}, tried for its experiment: {tried}"
@@ -186,12 +145,12 @@ def report(*runs: Path | str) -> Report:
     if not runs:
         raise InputError("a report is of a folder of runs, or of several: give one")
     store = Store(runs[0]) if len(runs) == 1 else Several(runs)
-    summary = Summary.of_store(store)
-    if not summary.results:
+    found = Report.of_store(store, store=store)
+    if not found.results:
         if not store.folders():
             raise InputError(f"{runs[0]}: there is no run in it")
         raise InputError(f"{runs[0]}: no run in it has finished; `rankwise status {runs[0]}` says how they stand")
-    return Report(store=store, summary=summary)
+    return found
 
 
 def compare(

@@ -32,7 +32,7 @@ def e2e(store: Store, bleu: float, model: str = MEDIUM, **settings: Any) -> None
 
 
 def cells(store: Store, *tables: str, **about: Any) -> list[Beside]:
-    return Summary.of(store.results(), {"published": {"tables": list(tables), **about}}).beside
+    return Summary(store.results(), {"published": {"tables": list(tables), **about}}).beside
 
 
 def of(found: list[Beside], row: str, column: str) -> Beside:
@@ -67,7 +67,7 @@ def test_every_printed_cell_is_there_once_whatever_of_ours_there_is(store: Store
         for row in table.rows
         for column, cell in zip(table.columns, row.cells, strict=True)
     ]
-    assert cells(store) == [] == Summary.of(store.results()).beside
+    assert cells(store) == [] == Summary(store.results()).beside
 
 
 @pytest.mark.parametrize(

@@ -83,8 +83,8 @@ def test_a_benchmark_is_averaged_over_its_tasks_for_the_methods_that_have_all_of
     (found,) = averages(best(rows(store)))
     assert (found.benchmark, found.tasks, found.method) == ("GLUE", ("cola", "mrpc"), "lora rank=4")
     assert found.scores == {0: 0.625, 1: 0.5}
-    assert "GLUE, average over 2 tasks (cola, mrpc)" in Summary.of(store.results()).text()
-    assert Summary.of(store.results()).as_json()["averages"][0]["scores"] == {0: 0.625, 1: 0.5}
+    assert "GLUE, average over 2 tasks (cola, mrpc)" in Summary(store.results()).text()
+    assert Summary(store.results()).as_json()["averages"][0]["scores"] == {0: 0.625, 1: 0.5}
 
 
 def test_stages_of_chains_never_share_a_row(store: Store) -> None:
@@ -145,7 +145,7 @@ def test_runs_that_try_a_rate_make_no_row_and_say_how_it_was_chosen(store: Store
     assert [(rate.learning_rate, rate.mean, rate.n) for rate in found.rates] == [
         *((1e-4, 0.6, 1), (1e-3, 0.8, 1), (1e-2, 0.7, 1)),
     ]
-    text = Summary.of(store.results()).text()
+    text = Summary(store.results()).text()
     assert "chosen on 9 rows of train_held_out" in text and "were scored once, at the end" in text
     assert "slightly too high" not in text and "might do better" not in text
     assert any(line.split()[2:] == ["0.001", "1", "0.800", "chosen"] for line in text.splitlines())
@@ -159,7 +159,7 @@ def test_a_rate_at_the_edge_is_said(scores: dict[float, float], chosen: float, e
     tune(store, scores, chosen)
     (row,) = rows(store)
     assert row.tuned.edge == edge
-    assert ("might do better" in Summary.of(store.results()).text()) == bool(edge)
+    assert ("might do better" in Summary(store.results()).text()) == bool(edge)
 
 
 def test_equal_rates_give_the_lowest_and_more_seeds_win(store: Store) -> None:
@@ -197,7 +197,7 @@ def test_a_budget_is_shown_with_what_of_it_is_used(store: Store) -> None:
         "lora rank=4 alpha=8.0 budget=8200": (8200, 4036 / 8200),
         "head": (None, None),
     }
-    text = Summary.of(store.results()).text()
+    text = Summary(store.results()).text()
     assert "49% of the budget of 8,200 parameters are used" in text and "of the budget of 4,100" not in text
     assert "Outside the budget, because none was set or the method has no size to choose: head." in text
     (line, _) = (line for line in text.splitlines() if line.startswith("head "))
@@ -206,7 +206,7 @@ def test_a_budget_is_shown_with_what_of_it_is_used(store: Store) -> None:
 
 def test_a_budget_that_was_overspent_is_said(store: Store) -> None:
     finish(store, config(budget=4000), 0.8)
-    assert "101% of the budget of 4,000 parameters, because its ranks grew" in Summary.of(store.results()).text()
+    assert "101% of the budget of 4,000 parameters, because its ranks grew" in Summary(store.results()).text()
 
 
 def test_equal_seeds_have_no_interval_and_an_interval_stays_within_the_metric(store: Store) -> None:
@@ -216,7 +216,7 @@ def test_equal_seeds_have_no_interval_and_an_interval_stays_within_the_metric(st
     head, lora = rows(store)
     assert head.interval == (pytest.approx(0.52, abs=0.01), 1.0)
     assert lora.interval is None and lora.sd == 0.0
-    text = Summary.of(store.results()).text()
+    text = Summary(store.results()).text()
     assert "equal at both seeds" in text and "0.984 … 0.984" not in text
 
 
@@ -236,5 +236,5 @@ def test_a_rate_at_the_edge_is_called_so_where_it_alone_is_best(
     tune(store, scores, max(scores, key=scores.__getitem__))
     (row,) = rows(store)
     assert (row.tuned.edge, row.tuned.tied) == (edge, tied)
-    notes = " ".join(Summary.of(store.results()).notes)
+    notes = " ".join(Summary(store.results()).notes)
     assert ("one might do better" in notes) == bool(edge) and ("scored the same" in notes) == bool(tied)

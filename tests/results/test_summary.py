@@ -27,7 +27,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def summary(store: Store, **reference: Any) -> Summary:
-    return Summary.of(store.results(), {"report": {"reference": reference}})
+    return Summary(store.results(), {"report": {"reference": reference}})
 
 
 def three_methods(store: Store) -> None:
@@ -39,7 +39,7 @@ def three_methods(store: Store) -> None:
 
 def test_findings_say_how_far_the_head_is_behind_and_whether_methods_differ(store: Store) -> None:
     three_methods(store)
-    head, simplex = summary(store).findings
+    head, simplex = summary(store).verdicts
     assert head.startswith("cola, accuracy: training the head only is 0.199 behind lora rank=4 (95 % intervals: -0.20")
     assert head.endswith(
         "over 3 seeds, none over the examples): a difference at n = 3, also after Holm's correction over 2 comparisons."
@@ -108,7 +108,7 @@ def test_the_users_own_rows_are_named_once_and_not_as_a_warning(store: Store) ->
 def test_one_seed_shows_nothing(store: Store) -> None:
     finish(store, config(), 0.9)
     finish(store, config(method=HEAD), 0.1)
-    (sentence,) = summary(store).findings
+    (sentence,) = summary(store).verdicts
     assert sentence.endswith("0.800 behind lora rank=4. One seed shows nothing; use at least three.")
 
 
@@ -119,10 +119,10 @@ def test_the_bootstrap_joins_in_where_predictions_of_the_same_rows_are_there(sto
         right = {"lora": 32, "simplex-lora": 32, "head": 24}[result["method"]]
         predict(result["folder"], labels[:right] + [1 - label for label in labels[right:]], labels)
     first = summary(store)
-    assert all("over the examples" in sentence for sentence in first.findings)
-    assert first.findings == summary(store).findings
+    assert all("over the examples" in sentence for sentence in first.verdicts)
+    assert first.verdicts == summary(store).verdicts
     predict(store.results()[0]["folder"], [1], [1])
-    assert any("none over the examples" in sentence for sentence in summary(store).findings)
+    assert any("none over the examples" in sentence for sentence in summary(store).verdicts)
 
 
 def test_the_bootstrap_draws_scores_of_examples_where_there_are_such(store: Store) -> None:
@@ -149,7 +149,7 @@ def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_example
             predict(folder, [0] * 3, [-1] * 3, statistics=found)
 
     def examples() -> dict[str, Interval | None]:
-        return {each.ours.name: each.found.examples for each in Summary.of(store.results()).contrasts}
+        return {each.ours.name: each.found.examples for each in Summary(store.results()).contrasts}
 
     before = examples()
     assert before["simplex-lora"] == (0.0, 0.0)
@@ -254,7 +254,7 @@ def test_the_json_is_plain_and_holds_no_path(store: Store) -> None:
 
 
 def test_nothing_finished_makes_an_empty_text() -> None:
-    assert Summary.of([]).text() == ""
+    assert Summary([]).text() == ""
 
 
 def test_sizes_and_times_for_people() -> None:
@@ -292,7 +292,7 @@ def test_one_answer_to_all_rows_is_said_with_its_runs_and_beside_what_it_always_
     for seed in (0, 1, 2):
         finish(store, config(seed=seed), 0.5, answers=[one_answer() if seed else more, one_answer("no", split="other")])
     finish(store, config(method={"name": "head"}), 0.5)  # of before
-    found = Summary.of(store.results())
+    found = Summary(store.results())
     notes = [note for note in found.notes if "nothing was learnt" in note]
     assert notes == [
         f"cola: lora rank=4, {where}: nothing was learnt."
@@ -326,5 +326,5 @@ def test_an_average_says_what_the_commonest_classes_would_score(store: Store) ->
     for task, score in (("cola", 0.0), ("rte", 0.52)):
         benchmark = {"name": "GLUE", "score": 0.6, "majority": score}
         finish(store, config(task=task), 0.6, benchmark=benchmark)
-    text = Summary.of(store.results()).text()
+    text = Summary(store.results()).text()
     assert "average over 2 tasks (cola, rte); always answering the most frequent class of each scores 0.260" in text

@@ -158,7 +158,7 @@ def test_a_summary_has_an_interval_over_the_images(tmp_path: Path) -> None:
     truth = np.stack([np.asarray(Image.open(io.BytesIO(each))) for each in stored])
     with bootstrap.few():
         by_hand = bootstrap.by_hand(lambda masks, labels: dice(counts(masks, labels, 1)), given[:1], given[1:], truth)
-        (contrast,) = Summary.of(results).contrasts
+        (contrast,) = Summary(results).contrasts
     assert contrast.ours.method == "full" and contrast.found.examples == pytest.approx(by_hand)
     assert by_hand[0] < by_hand[1]
 

@@ -103,7 +103,7 @@ def write(runs: Path | str | Store, out: Path | str | None = None, summary: Summ
         counts=_counts(sections),
         failed=[run for run in sections if run.state == "failed"],
         unfinished=[run for run in sections if run.state not in ("done", "failed")],
-        findings=summary.findings,
+        verdicts=summary.verdicts,
         notes=[*([summary.damage] if summary.damage else []), *summary.notes],
         published=_published(summary),
         overview=_overview(summary),

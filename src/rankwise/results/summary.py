@@ -1,10 +1,10 @@
 """The results of a set of runs, computed once for terminal, JSON and page."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rankwise.errors import InputError
 from rankwise.results import columns, published
@@ -21,50 +21,29 @@ LORA = {"name": "lora"}
 
 @dataclass(frozen=True)
 class Summary:
-    """All rows, the best of each task and method, contrasts between methods, and our results next to published ones.
+    """What a set of runs says, each part computed when it is first asked for, and once.
 
     Attributes:
         results: the finished runs, as `Store.results` gives them.
         experiment: the description of the experiment, as `Store.experiment` gives it.
-        reference: the method that others are measured against: its name, and the options that tell it from others.
-        left_out: which finished runs are not in here, and why; "" for none.
-        damage: why the description cannot be read; "" where it can, or there is none.
+        left_out: which finished runs are not in here and why, in a sentence; "" for none.
+        damage: why nothing is known of the experiment; "" where it is known, or there is none.
     """
 
     results: Sequence[dict[str, Any]]
-    rows: Sequence[Row]
-    best: Sequence[Row]
-    contrasts: Sequence[Contrast]
-    averages: Sequence[Average]
-    experiment: Mapping[str, Any]
-    reference: Mapping[str, Any]
-    left_out: str
-    damage: str
+    experiment: Mapping[str, Any] = field(default_factory=dict)
+    left_out: str = ""
+    damage: str = ""
 
     @classmethod
-    def of(
-        cls,
-        results: Sequence[dict[str, Any]],
-        experiment: Mapping[str, Any] | None = None,
-        left_out: str = "",
-        damage: str = "",
-    ) -> "Summary":
-        """Of what `Store.results` gives. Methods are measured against plain LoRA or what the experiment names."""
-        experiment = experiment or {}
-        reference = (experiment.get("report") or {}).get("reference") or LORA
-        rows = summarise(results)
-        chosen = best(rows)
-        found = contrasts(chosen, reference)
-        return cls(results, rows, chosen, found, averages(chosen), experiment, reference, left_out, damage)
-
-    @classmethod
-    def of_store(cls, store: Store, folders: Sequence[Path] | None = None) -> "Summary":
+    def of_store(cls, store: Store, folders: Sequence[Path] | None = None, /, **more: Any) -> Self:
         """Of the finished runs of a folder, of those in `folders` alone where these are given.
 
         An experiment that names an unknown table counts as damaged: its runs are shown without published numbers.
+        `more`: what a subclass has besides.
         """
         experiment, damage = store.described()
-        summary = cls.of(store.results(folders), experiment, store.left_out(folders), damage)
+        summary = cls(store.results(folders), experiment, store.left_out(folders), damage, **more)
         try:
             summary.beside  # noqa: B018  # computed here, and kept
         except InputError as error:
@@ -73,23 +52,48 @@ class Summary:
         return summary
 
     @cached_property
+    def rows(self) -> list[Row]:
+        """One row for each task, method and learning rate: mean, spread and interval of its score, parameters, cost."""
+        return summarise(self.results)
+
+    @cached_property
+    def best(self) -> list[Row]:
+        """Of `rows` the one to report for each task and method."""
+        return best(self.rows)
+
+    @property
+    def reference(self) -> Mapping[str, Any]:
+        """What methods are measured against, by its name and some options: what the experiment names, or plain LoRA."""
+        return (self.experiment.get("report") or {}).get("reference") or LORA
+
+    @cached_property
+    def contrasts(self) -> list[Contrast]:
+        """Each of the best rows against the reference."""
+        return contrasts(self.best, self.reference)
+
+    @cached_property
+    def averages(self) -> list[Average]:
+        """Of each benchmark, over its tasks."""
+        return averages(self.best)
+
+    @cached_property
     def beside(self) -> list[Beside]:
         """Our results next to the tables that the experiment names. Raises InputError for an unknown table."""
         return beside(self.rows, self.best, self.experiment)
 
     @cached_property
     def notes(self) -> list[str]:
-        """What a reader has to know before quoting a number."""
+        """What to know before quoting a number, a sentence each."""
         before = [self.left_out] if self.left_out else []
         return [*before, *notes(self.rows, self.best, self.contrasts, self.reference)]
 
     @property
-    def findings(self) -> list[str]:
-        """How the methods differ, a sentence each."""
+    def verdicts(self) -> list[str]:
+        """What may be said of the differences between the methods, a sentence each."""
         return [contrast.sentence() for contrast in self.contrasts]
 
     def text(self) -> str:
-        """Tables of scores and of costs, the findings and the notes, for a terminal."""
+        """Tables of scores and of costs, verdicts and notes, as the terminal shows them."""
         parts = []
         for task in dict.fromkeys(row.task for row in self.best):
             rows = [row for row in self.best if row.task == task]
@@ -101,7 +105,7 @@ class Summary:
         parts += _averages(self.averages)
         if self.best:
             parts.append(columns.legend(self.best))
-        parts += ["\n".join(sentences) for sentences in (self.findings, self.notes) if sentences]
+        parts += ["\n".join(sentences) for sentences in (self.verdicts, self.notes) if sentences]
         return "\n\n".join(filter(None, [*parts, published.text(self.beside)]))
 
     def as_json(self) -> dict[str, Any]:
@@ -111,7 +115,7 @@ class Summary:
             "best": [row.as_json() for row in self.best],
             "averages": [asdict(each) for each in self.averages],
             "differences": [each.as_json() for each in self.contrasts],
-            "findings": self.findings,
+            "findings": self.verdicts,
             "notes": self.notes,
             **({"published": [asdict(cell) for cell in self.beside]} if self.beside else {}),
         }
