@@ -128,6 +128,16 @@ def test_what_comes_from_a_run_is_escaped(tmp_path: Path, make: Callable[..., Pa
     assert "failed, <img src=x onerror=alert(2)> & co" in Page(text).text
 
 
+def test_what_stands_between_backticks_is_code(tmp_path: Path, make: Callable[..., Path]) -> None:
+    folder = make(tmp_path / "runs", seeds=(0,))
+    for seed, error in ((8, "`<b>` or `x`"), (9, "one ` alone <b>")):
+        failed = Store(folder).create(RunConfig(task="stdlib-module", seed=seed), "x")
+        (failed / "error.txt").write_text(error)
+    text = html.write(folder).read_text(encoding="utf-8")
+    assert "so scores are slightly too high; use <code>tune:</code> to avoid this." in text
+    assert "<code>&lt;b&gt;</code> or <code>x</code>" in text and "one ` alone &lt;b&gt;" in text
+
+
 def test_a_search_that_moved_nothing_is_said_to_have_moved_nothing(tmp_path: Path, make: Callable[..., Path]) -> None:
     found = page(make(tmp_path / "runs", seeds=(0,), moving=False))
     assert "all ranks stayed as they were (4)" in found.text
