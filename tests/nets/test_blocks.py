@@ -155,7 +155,10 @@ def test_queries_keys_values_and_gates_are_no_end_wherever_they_stand():
     ("model", "message"),
     [
         (lambda: made("MixtralModel", {**GROUPED, "num_local_experts": 2}), "mixture of experts"),
-        (lambda: made("XLNetModel", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 40}), "no linear layer"),
+        (
+            lambda: made("XLNetModel", {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 40}),
+            "no linear layer as output projection",
+        ),
         (lambda: made("MobileBertModel", {"num_hidden_layers": 2}), "unknown block"),
         (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2), 2, enable_nested_tensor=False), "fused"),
         (lambda: blocks(), "unknown block"),

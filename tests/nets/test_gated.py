@@ -284,9 +284,9 @@ def test_the_verbs_are_refused_out_of_turn() -> None:
         with pytest.raises(InputError, match="not active: activate it first"):
             verb()
     gated.activate(2)
-    with pytest.raises(InputError, match="active already: deactivate it first"):
+    with pytest.raises(InputError, match="already active: deactivate it first"):
         gated.activate(2)
-    with pytest.raises(InputError, match="must not be negative"):
+    with pytest.raises(InputError, match="the threshold must be 0 or more, not -0.1"):
         gated.prox(-0.1)
     gated.deactivate()
     gated.activate(3)
@@ -386,7 +386,7 @@ def test_wrong_targets_are_refused() -> None:
         Gated.wrap(model, [])
     with pytest.raises(InputError, match=r"the model itself is a Linear: wrap it with Gated\(model\)"):
         Gated.wrap(nn.Linear(3, 3), nn.Linear)
-    with pytest.raises(InputError, match="the model itself is the wrapper"):
+    with pytest.raises(InputError, match="the model itself is the wrapper: call its deactivate"):
         Gated.unwrap(Gated(nn.Linear(3, 3)))
 
 

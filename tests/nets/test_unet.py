@@ -158,7 +158,7 @@ def test_the_refined_network_takes_any_size_that_its_halvings_divide():
 
 
 def test_the_reports_network_takes_the_size_it_is_made_for():
-    with pytest.raises(rw.InputError, match="made for images of 16×24 .*, not 24×16"):
+    with pytest.raises(rw.InputError, match="takes images of 16×24 .*, not 24×16: resize them"):
         small(UNet)(torch.rand(1, 3, 24, 16))
 
 
@@ -169,7 +169,7 @@ def test_the_reports_network_takes_the_size_it_is_made_for():
         ({"size": 100}, "images of 100×100 .* multiples of"),
         ({"size": (256, 200)}, "images of 256×200 .* multiples of"),
         ({"size": 0}, "images of 0×0"),
-        ({"widths": ()}, "one width at least"),
+        ({"widths": ()}, "with at least one width"),
         ({"widths": (4, 0)}, "numbers above 0"),
         ({"classes": 0}, "numbers above 0"),
     ],

@@ -458,7 +458,7 @@ def test_a_cache_that_does_not_fit_is_refused():
     model = attached(base("gpt2", "CausalLM"), False)
     prompt, options = words(6), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     made = model.generate(prompt, **options, return_dict_in_generate=True)
-    with pytest.raises(rw.InputError, match="no cache that it returned"):
+    with pytest.raises(rw.InputError, match="do not pass generate a cache that it returned"):
         longer = torch.cat([made.sequences, words(12)], 1)
         model.generate(longer, **options, past_key_values=made.past_key_values)
     with pytest.raises(rw.InputError, match="static cache"):
@@ -577,11 +577,11 @@ def refuses(message, call, *args, **kwargs):
 def test_inputs_that_do_not_fit_get_one_clear_line():
     model = attached(base("bert"), False)
     ids = words(5)
-    refuses("give input_ids", model, inputs_embeds=torch.zeros(1, 5, 16))
+    refuses("pass input_ids and not inputs_embeds", model, inputs_embeds=torch.zeros(1, 5, 16))
     refuses("one row of 0 and 1", model, ids, attention_mask=torch.ones(1, 1, 5, 5))
-    refuses("must be alike", model, ids, attention_mask=torch.ones(1, 6))
-    refuses("virtual tokens already", add_virtual_tokens, model, 1, 1)
-    refuses("transformers model", add_virtual_tokens, nn.Linear(2, 2), 1, 1)
+    refuses("shapes must be equal", model, ids, attention_mask=torch.ones(1, 6))
+    refuses("already has virtual tokens", add_virtual_tokens, model, 1, 1)
+    refuses("transformers model, not a Linear", add_virtual_tokens, nn.Linear(2, 2), 1, 1)
 
 
 @pytest.mark.parametrize("kind", ["canine", "perceiver"])
@@ -589,7 +589,7 @@ def test_a_model_without_a_table_of_tokens_is_refused(kind):
     config = architectures.small(kind)
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(config)
-    refuses("token embeddings, of which .* has no table", add_virtual_tokens, model, 1, 1)
+    refuses("token embeddings, but .* has no table of them", add_virtual_tokens, model, 1, 1)
 
 
 def test_training_a_language_model_with_an_infix_needs_labels():
@@ -606,7 +606,7 @@ def test_a_row_may_fill_the_models_positions_and_no_more(shape):
     model = attached(base(shape), True)
     most = 32 - PREFIX - INFIX
     assert model(words(most)).logits.shape == (1, 3)
-    refuses(f"row of {most + 1} tokens and 5 .* 32 positions: cut rows to {most} tokens", model, words(most + 1))
+    refuses(f"row of {most + 1} tokens and 5 .* 32 positions: truncate rows to {most} tokens", model, words(most + 1))
     refuses("32 virtual tokens leave no room in the 32 positions", add_virtual_tokens, base(shape), 30, 2)
     add_virtual_tokens(base(shape), 29, 2)
 

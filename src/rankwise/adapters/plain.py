@@ -7,8 +7,8 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from rankwise.nets.drawn import drawn, own
 from rankwise.nets.fused import PARTS, Part
+from rankwise.nets.new_weights import new_weights, own_tensors
 from rankwise.ranks.fold import kept_units
 from rankwise.ranks.kept import start_of
 from rankwise.ranks.layers import shaped
@@ -78,7 +78,7 @@ def joined(modules: dict[str, list[Site]], stored: dict[str, Tensor]) -> dict[st
                 scale = site.scaling / here[0].scaling  # the whole has one, that of the first
                 Bs.append(scale * part.widened(stored.pop(f"{prefix}.lora_B.weight")))
             if f"{prefix}.lora_magnitude_vector" in stored:
-                magnitudes[part.place] = stored.pop(f"{prefix}.lora_magnitude_vector")
+                magnitudes[part.index] = stored.pop(f"{prefix}.lora_magnitude_vector")
         if As:
             stored[f"base_model.model.{name}.lora_A.weight"] = torch.cat(As)
             stored[f"base_model.model.{name}.lora_B.weight"] = torch.cat(Bs, dim=1)
@@ -97,10 +97,10 @@ def beside(model: PeftModel) -> dict[str, Tensor]:
     """
     base = model.get_base_model()
     prefix = next(name for name, module in model.named_modules() if module is base)
-    new = set(drawn(base))
+    new = set(new_weights(base))
     kept = {
         name
-        for name, tensor in own(base).items()
+        for name, tensor in own_tensors(base).items()
         if name in new or tensor.requires_grad or isinstance(base.get_submodule(name.rpartition(".")[0]), _NormBase)
     }
     return {f"{prefix}.{name}": value.clone() for name, value in base.state_dict().items() if name in kept}

@@ -27,7 +27,7 @@ from rankwise.errors import InputError
 from rankwise.files import ADAPTER, as_new, check_files, check_replaceable, read_json, unfinished
 from rankwise.methods import Method, build
 from rankwise.methods.targets import check_bare
-from rankwise.nets.drawn import buffers, drawn
+from rankwise.nets.new_weights import buffers, new_weights
 from rankwise.ranks.kept import adapters_subtracted, merged_sites, peft_residual_start
 from rankwise.ranks.peft_records import alpha, write_ranks
 from rankwise.ranks.sites import peft_model, sites
@@ -46,9 +46,9 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
     Of a PEFT model this is what PEFT itself would write, with changes where that would not give the same outputs in
     stock PEFT without rankwise: ω is folded into what is written (the model itself stays as it is), sites of rank 0 are
     left out, those on parts of a fused projection become one adapter on the whole of it, and weights of the model that
-    its checkpoint does not give come along (`drawn`). For methods that are no adapter (`head`), `method` and `head` say
-    what to rebuild, and `rankwise.load` reads it; what trains is written then, such weights, and buffers, such as the
-    statistics of a normalisation.
+    its checkpoint does not give come along (`new_weights`). For methods that are no adapter (`head`), `method` and
+    `head` say what to rebuild, and `rankwise.load` reads it; what trains is written then, such weights, and buffers,
+    such as the statistics of a normalisation.
 
     Raises:
         InputError: if products were merged into the base weights (`empty: merge`), if a model without adapter comes
@@ -68,7 +68,7 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
                 model = to_lora(model)
             made = _save_adapter(model, made)
         elif method is not None:
-            also = drawn(model)
+            also = new_weights(model)
             description = {"method": {"name": method.name, **asdict(method)}, "head": list(head), "also": also}
             save_file(_learnt(model, also), made / WEIGHTS)
             (made / DESCRIPTION).write_text(json.dumps(description, indent=2))

@@ -1,6 +1,6 @@
-"""Where the blocks of a transformer are, and where a block writes to its residual stream.
+"""The blocks of a transformer, and the layers of a block that write to its residual stream.
 
-There is no table of architectures: blocks are found by their structure, and a block of another structure is refused.
+They are recognised by their structure, not by a table of architectures. A block of any other structure is refused.
 """
 
 import re
@@ -12,8 +12,8 @@ from torch import nn
 from rankwise.errors import InputError
 from rankwise.ranks.layers import features, weight_layer
 
-_ROUTED = ("expert", "router", "moe")  # what mixtures of experts call their parts
-_READS = re.compile(r"(q|k|v|query|key|value|gate)(_\w+)?")  # layers that no attention ends in, wherever they stand
+_ROUTED = ("expert", "router", "moe")  # in the names of parts of a mixture of experts
+_READS = re.compile(r"(q|k|v|query|key|value|gate)(_\w+)?")  # names of layers that read the stream, wherever they are
 
 
 class Outputs(NamedTuple):
@@ -26,10 +26,10 @@ class Outputs(NamedTuple):
 def stacks(model: nn.Module) -> list[nn.ModuleList]:
     """The stacks of blocks of a transformer in model order: one, or encoder and decoder.
 
-    A stack is a list of like modules with an attention in each, and lies in no other such list.
+    A stack is a list of modules of one class, each with an attention, that is not inside another such list.
 
     Raises:
-        InputError: if there is none.
+        InputError: the model has no such list.
     """
     lists: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -38,7 +38,9 @@ def stacks(model: nn.Module) -> list[nn.ModuleList]:
             if not nested and all(any(_attentions(block)) for block in module):
                 lists[name] = module
     if not lists:
-        raise InputError(f"{type(model).__name__} has no list of blocks with attention, as transformers have")
+        raise InputError(
+            f"{type(model).__name__} has no list of blocks with attention: this method needs a transformer"
+        )
     return list(lists.values())
 
 
@@ -46,12 +48,12 @@ def outputs(model: nn.Module) -> list[Outputs]:
     """The output projections of every block, in model order.
 
     The feed-forward part of a block is its linear layers outside the attentions: one or two (with a gate) that read the
-    stream, then one that maps back to its width. An attention ends in the last of its layers that maps to that width
-    and is not called a query, key, value or gate.
+    stream, then one that maps back to its width. The output projection of an attention is its last layer of that output
+    width that is not called a query, key, value or gate.
 
     Raises:
-        InputError: for a block of any other form: mixtures of experts, several feed-forward parts, attention that
-            calls no linear layer. A wrong guess would adapt the wrong place without a word.
+        InputError: a block of any other form, such as a mixture of experts, several feed-forward parts, or an attention
+            without linear layers. A guess could silently adapt the wrong layer.
     """
     return [_outputs(block) for stack in stacks(model) for block in stack]
 
@@ -65,21 +67,23 @@ def _outputs(block: nn.Module) -> Outputs:
     linear = [(name, part) for name, part in _linear(block) if part not in inside]
     widths = [(_width(part, "in"), _width(part, "out")) for _, part in linear]
     if len(linear) not in (2, 3) or _reads(linear[-1][0]) or any(wide != widths[-1][1] for wide, _ in widths[:-1]):
-        raise InputError(f"{kind} has no feed-forward part of two linear layers, or three with a gate: unknown block")
-    ends_of_attentions = []
+        raise InputError(
+            f"{kind} is an unknown block: it needs one feed-forward part of two linear layers, or of three with a gate"
+        )
+    projections = []
     for attention in attentions:
         # torch's own attention uses its output projection's weight without calling the module: no hook would run.
         if any(isinstance(part, nn.MultiheadAttention) for part in attention.modules()):
             raise InputError(f"{kind} uses torch's fused MultiheadAttention, which bypasses its output projection")
-        ends = [part for name, part in _linear(attention) if _width(part, "out") == widths[-1][1] and not _reads(name)]
-        if not ends:
-            raise InputError(f"{type(attention).__name__} of {kind} has no linear layer to end in: unknown block")
-        ends_of_attentions.append(ends[-1])
-    return Outputs(ends_of_attentions, linear[-1][1])
+        to_width = [p for name, p in _linear(attention) if _width(p, "out") == widths[-1][1] and not _reads(name)]
+        if not to_width:
+            raise InputError(f"{type(attention).__name__} of {kind} has no linear layer as output projection")
+        projections.append(to_width[-1])
+    return Outputs(projections, linear[-1][1])
 
 
 def _attentions(block: nn.Module) -> Iterator[nn.Module]:
-    """The attentions of a block, each with all that belongs to it (BERT's holds another one and its projection)."""
+    """The outermost attention modules of a block: BERT's contains another attention and the projection."""
     for part in block.children():
         if "attention" in type(part).__name__.lower():
             yield part

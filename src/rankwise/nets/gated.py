@@ -2,9 +2,9 @@
 
 SoRA (Ding et al. 2023, arXiv 2311.11696, section 3): W + s B diag(g) A with gates g, one per unit of rank, which a
 proximal step g ← T_{ηλ}(g) sets to exactly 0 where rank is not worth its parameters. The course report on it (MIPT NLA
-2023) packs this into a wrapper with three verbs: it works as the layer, `activate` adds the factors and freezes the
-layer, `deactivate` adds their product to W and drops them. Layers, factors and the proximal step are those of the rank
-engine; this module adds a wrapper without PEFT or transformers, and factors for convolutions with groups.
+2023) packs this into a wrapper that acts as the layer: `activate` adds the factors and freezes the layer, `deactivate`
+adds their product to W and removes them. Layers, factors and the proximal step are those of the rank engine; this
+module adds a wrapper without PEFT or transformers, and factors for convolutions with groups.
 
 >>> import torch
 >>> from torch import nn
@@ -44,28 +44,27 @@ _KINDS = (*LinearLayer.classes(), *ConvolutionLayer.classes())
 
 
 class Gated(nn.Module):
-    """Works as `layer`; between `activate` and `deactivate` it is layer(x) + s B(g · A(x)), and only A, g, B train.
+    """Acts as `layer`; between `activate` and `deactivate` it is layer(x) + s B(g · A(x)), and only A, g, B train.
 
-    On a convolution A is one with r output channels and the layer's kernel, stride, padding and dilation, and B is a
-    1×1 convolution, so that the product is again a kernel of the layer's shape and the merge is exact. In a layer with
-    `groups` > 1 both factors keep the groups: the rank is divided evenly among them.
+    For a convolution A has r output channels and the layer's kernel, stride, padding and dilation, and B is a 1×1
+    convolution, so that their product has the shape of the layer's kernel and the merge is exact. In a layer with
+    `groups` > 1 both factors keep the groups, and the rank is divided evenly among them.
 
     While active, `weight` is the effective weight W + s B diag(g) A, so that modules that read a layer's weight instead
-    of calling it (nn.MultiheadAttention) see the factors. All else is asked of `layer`.
+    of calling it (nn.MultiheadAttention) see the factors. All other attributes are those of `layer`.
 
-    A state dict brings its structure: loading one with factors activates the wrapper at the rank stored, loading one
-    of an inactive wrapper drops the factors. The Parameters are new ones where the rank changes: load, activate,
-    deactivate and prune before the optimizer is built, or build it again.
+    Loading a state dict with factors activates the wrapper at their rank; loading one of an inactive wrapper removes
+    the factors. A change of rank makes new Parameters: load, activate, deactivate and prune before the optimizer is
+    built, or build it again.
 
     Attributes:
         layer: the wrapped layer, frozen while active.
-        A: the factor into the rank, weight (r, in) or (r, in / groups, *kernel); None while inactive.
-        gates: g, shape (r,); None while inactive.
-        B: the factor out of the rank, weight (out, r) or (out, r / groups, 1, …); None while inactive.
-        scaling: s = alpha / max_rank, a tensor () that is saved along; None while inactive.
+        A, B: the factors, weights (r, in) and (out, r), or (r, in / groups, *kernel) and (out, r / groups, 1, …).
+        gates: g, shape (r,).
+        scaling: s = alpha / max_rank, a tensor () that is saved. All four are None while inactive.
 
     Raises:
-        InputError: `layer` is neither nn.Linear nor nn.Conv1d, 2d or 3d, or its weight is computed from others.
+        InputError: `layer` is not nn.Linear, nn.Conv1d, 2d or 3d, or its weight is computed from other tensors.
     """
 
     def __init__(self, layer: nn.Module):
@@ -80,26 +79,23 @@ class Gated(nn.Module):
         self.train(layer.training)
         self._drop()
 
-    # --- the three verbs ----------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def activate(self, max_rank: int, alpha: float = 16.0, init: Init = "normal", gates: Start = "ones") -> None:
-        """Freeze the layer and add trainable factors with B = 0: the outputs stay what they are, bit for bit.
+        """Freeze the layer and add trainable factors with B = 0, so that outputs stay the same, bit for bit.
 
         Args:
-            max_rank: r, at most the rank of the weight as a matrix: min(out, in), `in` times the kernel's size for a
-                convolution; a multiple of the layer's groups.
-            alpha: α of s = α / r, r being `max_rank` for ever.
+            max_rank: r, at most `limit` and a multiple of the layer's groups.
+            alpha: α in s = α / r, which pruning leaves as it is.
             init: A from N(0, 1/in) (`normal`, the report) or Kaiming uniform with a = √5 (`kaiming`, SoRA's code).
             gates: g starts at 1 (`ones`, the report) or from N(0, 1) (`normal`, SoRA's code).
 
         Raises:
-            InputError: it is active already, or an argument is out of range.
+            InputError: the layer is already active, or an argument is out of range.
         """
-        require(not self.active, "this layer is active already: deactivate it first")
+        require(not self.active, "this layer is already active: deactivate it first")
         groups, limit = self._groups, self.limit
-        whole = isinstance(max_rank, int) and 1 <= max_rank <= limit
-        require(whole, f"max_rank must be a whole number from 1 to {limit} for this layer, not {max_rank}")
+        in_range = isinstance(max_rank, int) and 1 <= max_rank <= limit
+        require(in_range, f"max_rank must be a whole number from 1 to {limit} for this layer, not {max_rank}")
         require(max_rank % groups == 0, f"max_rank must be a multiple of the layer's {groups} groups, not {max_rank}")
         require(alpha > 0 and isfinite(alpha), f"alpha must be above 0 and finite, not {alpha}")
         require(init in get_args(Init), f"init must be one of {', '.join(get_args(Init))}, not {init!r}")
@@ -109,18 +105,18 @@ class Gated(nn.Module):
         if init == "normal":
             self.A.weight.normal_(std=self.layer.weight[0].numel() ** -0.5)
         else:
-            self.A.reset_parameters()  # torch draws all its layers Kaiming uniform with a = √5
+            self.A.reset_parameters()  # torch initialises its layers Kaiming uniform with a = √5
         self.B.weight.zero_()
         self.gates.normal_() if gates == "normal" else self.gates.fill_(1.0)
 
     @torch.no_grad()
     def deactivate(self) -> nn.Module:
-        """Add s B diag(g) A to W, drop the factors, let train again what trained before, and return the bare layer.
+        """Add s B diag(g) A to W, remove the factors, unfreeze the layer as it was before, and return it.
 
-        The sum is formed in fp32 at least, whatever the layer's dtype.
+        The sum is computed in fp32 or better, whatever the layer's dtype.
 
         Raises:
-            InputError: it is not active.
+            InputError: the layer is not active.
         """
         self._require_active()
         weight = self.layer.weight
@@ -136,17 +132,15 @@ class Gated(nn.Module):
             threshold: ξ = η λ, the learning rate of the step just taken times the weight of the ℓ1 norm.
 
         Raises:
-            InputError: it is not active, or the threshold is negative.
+            InputError: the layer is not active, or the threshold is negative.
         """
         self._require_active()
-        require(threshold >= 0, f"the threshold must not be negative, not {threshold}")
+        require(threshold >= 0, f"the threshold must be 0 or more, not {threshold}")
         self.gates.copy_(prox_l1(self.gates, threshold))
-
-    # --- what can be asked, and cut -----------------------------------------------------------------------------
 
     @property
     def active(self) -> bool:
-        """Whether the factors are there."""
+        """Whether the layer has factors."""
         return self.gates is not None
 
     @property
@@ -156,7 +150,7 @@ class Gated(nn.Module):
 
     @property
     def limit(self) -> int:
-        """The largest rank that adds anything."""
+        """The largest useful rank, min(in, out) of W as a matrix: `in` counts a kernel's entries as inputs."""
         return min(self._kind.features)
 
     @property
@@ -166,30 +160,28 @@ class Gated(nn.Module):
 
     @torch.no_grad()
     def prune(self) -> int:
-        """Cut what belongs to gates at 0 out of the factors, which changes no output, and return the live ranks.
+        """Cut the ranks whose gate is 0 out of the factors, which changes no output, and return the live rank.
 
-        Groups stay of one size, that of the group with most live ranks, and at least one rank stays in each.
+        All groups keep as many ranks as the one with most live ranks, and at least one.
 
         Raises:
-            InputError: it is not active.
+            InputError: the layer is not active.
         """
         self._require_active()
         groups = self._groups
         dead = (self.gates == 0).view(groups, -1)
         size = dead.shape[1]
         keep = max(int((~dead).sum(1).max()), 1)
-        places = dead.int().argsort(dim=1, stable=True)[:, :keep].sort(dim=1).values  # live ones first, in order
-        rows = (places + size * torch.arange(groups, device=places.device)[:, None]).flatten()
+        kept = dead.int().argsort(dim=1, stable=True)[:, :keep].sort(dim=1).values  # live ones first, in order
+        rows = (kept + size * torch.arange(groups, device=kept.device)[:, None]).flatten()
         A, B, gates = self.A.weight[rows], self.B.weight, self.gates[rows]
-        columns = places.repeat_interleave(len(B) // groups, dim=0).view(len(B), keep, *[1] * (B.dim() - 2))
+        columns = kept.repeat_interleave(len(B) // groups, dim=0).view(len(B), keep, *[1] * (B.dim() - 2))
         B = B.gather(1, columns)
         scaling = self.scaling
         self._add(groups * keep)
         for new, old in ((self.A.weight, A), (self.B.weight, B), (self.gates, gates), (self.scaling, scaling)):
             new.copy_(old)
         return self.rank
-
-    # --- as a module --------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.layer(x)
@@ -215,27 +207,27 @@ class Gated(nn.Module):
             self._add(len(gates))
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    # --- many layers of a model ---------------------------------------------------------------------------------
-
     @classmethod
     def wrap(cls, model: nn.Module, targets: str | type | Sequence[str | type]) -> dict[str, "Gated"]:
-        """Put a wrapper around layers of `model`, in place, and return the wrappers by the layers' names.
+        """Put wrappers around layers of `model`, in place, and return them by the layers' names.
 
         Args:
             targets: names of layers, matched by their last components, or types such as nn.Linear. Layers that are
-                wrapped already are passed over.
+                already wrapped are skipped.
 
         Raises:
-            InputError: a target that matches no layer, one that cannot be wrapped, or whose weight another module
-                shares (merging would alter that one too). The model is then as it was.
+            InputError: a target that matches no layer, cannot be wrapped, or shares its weight with another module
+                (merging would change that one too). The model is then unchanged.
         """
-        wanted = [targets] if isinstance(targets, (str, type)) else list(targets)
         modules = dict(model.named_modules(remove_duplicate=False))
         wrapped = tuple(f"{name}." for name, module in modules.items() if isinstance(module, Gated))
         free = {name: module for name, module in modules.items() if not f"{name}.".startswith(wrapped)}
         chosen: dict[str, nn.Module] = {}
-        for target in wanted:
-            matches = {name: module for name, module in free.items() if _matches(target, name, module)}
+        for target in [targets] if isinstance(targets, (str, type)) else targets:
+            if isinstance(target, type):
+                matches = {name: module for name, module in free.items() if isinstance(module, target)}
+            else:
+                matches = {name: module for name, module in free.items() if f".{name}".endswith(f".{target}")}
             if not matches:
                 word = target if isinstance(target, str) else target.__name__
                 names = {name.rpartition(".")[2] for name, module in free.items() if isinstance(module, _KINDS)}
@@ -251,23 +243,23 @@ class Gated(nn.Module):
                 raise InputError(f"{name}: {error}") from None
             for other, module in model.named_modules():
                 if module is not layer and any(p is layer.weight for p in module._parameters.values()):
-                    raise InputError(f"{name} shares its weight with {other}: untie them, or leave it out")
+                    raise InputError(
+                        f"{name} shares its weight with {other}: untie them, or leave {name} out of targets"
+                    )
         for name in chosen:
             model.set_submodule(name, wrappers[chosen[name]])
         return {name: wrappers[layer] for name, layer in chosen.items()}
 
     @staticmethod
     def unwrap(model: nn.Module) -> dict[str, nn.Module]:
-        """Put the bare layers back, the active ones merged, and return them by name; outputs stay as they are."""
+        """Merge the active layers, put all bare layers back and return them by name; outputs do not change."""
         wrappers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, Gated)}
-        require("" not in wrappers, "the model itself is the wrapper: its deactivate() returns the layer")
+        require("" not in wrappers, "the model itself is the wrapper: call its deactivate(), which returns the layer")
         for name, gated in wrappers.items():
             if gated.active:
                 gated.deactivate()
             model.set_submodule(name, gated.layer)
         return {name: gated.layer for name, gated in wrappers.items()}
-
-    # --- inside -------------------------------------------------------------------------------------------------
 
     @property
     def _kind(self) -> Any:
@@ -287,20 +279,21 @@ class Gated(nn.Module):
         return W.to(dtype) + self._kind.product(gates[:, None] * A, B).view(W.shape)
 
     def _add(self, rank: int) -> None:
-        """Factors of `rank` for a frozen layer, in its dtype and on its device; the caller fills in every value."""
+        """Freeze the layer and add factors of `rank` in its dtype and on its device; the caller sets every value."""
         layer = self.layer
         if not self.active:
             self._trained = {name: p.requires_grad for name, p in layer.named_parameters()}
         layer.requires_grad_(False)
         like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        factors = self._kind.factors(rank, exact=True, device="meta", dtype=layer.weight.dtype)  # draws nothing
+        # on "meta" no random number is drawn
+        factors = self._kind.factors(rank, exact=True, device="meta", dtype=layer.weight.dtype)
         self.A, self.B = (factor.to_empty(device=layer.weight.device) for factor in factors)
         self.gates = nn.Parameter(torch.empty(rank, **like))
         self.scaling = torch.empty((), **like)
         self.train(self.training)
 
     def _drop(self) -> None:
-        """No factors, and the layer trains as it did before it was frozen."""
+        """Remove the factors, and unfreeze the parameters that trained before."""
         self.register_module("A", None)
         self.register_module("B", None)
         self.register_parameter("gates", None)
@@ -308,9 +301,3 @@ class Gated(nn.Module):
         for name, parameter in self.layer.named_parameters():
             parameter.requires_grad_(self._trained.get(name, parameter.requires_grad))
         self._trained = {}
-
-
-def _matches(target: str | type, name: str, module: nn.Module) -> bool:
-    if isinstance(target, type):
-        return isinstance(module, target)
-    return name == target or name.endswith(f".{target}")

@@ -4,10 +4,10 @@ import torch._dynamo
 
 
 def let_compile_see_hooks() -> None:
-    """Make torch.compile tell modules with hooks from those without.
+    """Make torch.compile distinguish modules with hooks from modules without.
 
-    By default it runs on a model what it compiled for another one of the same class, and so without the hooks of this
-    one if that one had none. What was compiled until now is compiled again when it is needed.
+    By default it reuses code compiled for another model of the same class, and so skips this model's hooks if that one
+    had none. Code compiled so far is discarded, and compiled again when needed.
     """
     if torch._dynamo.config.skip_nnmodule_hook_guards:
         torch._dynamo.config.skip_nnmodule_hook_guards = False

@@ -12,7 +12,7 @@ from torch import nn
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Around a forward pass without side effects: no gradients; random streams, modes and buffers are restored."""
+    """Context for a forward pass without side effects: no gradients; random streams, modes and buffers are restored."""
     devices = {p.device.type for p in model.parameters()} - {"cpu", "meta"}
     device = devices.pop() if devices else "cuda"
     streams = random.getstate(), np.random.get_state()
@@ -23,19 +23,19 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for name, b in part._buffers.items()
         if b is not None
     ]
-    # torch forks the streams of devices that it can number
-    everywhere = range(0 if device == "mps" else torch.get_device_module(device).device_count())
-    mac = torch.mps.get_rng_state() if device == "mps" else None
+    # fork_rng needs numbered devices; Apple has none
+    numbers = range(0 if device == "mps" else torch.get_device_module(device).device_count())
+    mps_state = torch.mps.get_rng_state() if device == "mps" else None
     try:
-        with torch.no_grad(), torch.random.fork_rng(everywhere, device_type=device), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the training gives the same warnings
+        with torch.no_grad(), torch.random.fork_rng(numbers, device_type=device), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # training gives the same warnings
             yield
     finally:
         random.setstate(streams[0])
         np.random.set_state(streams[1])
-        if mac is not None:
-            torch.mps.set_rng_state(mac)
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)
         for part, mode in modes:
             part.training = mode
-        for part, name, buffer, version, kept in buffers:
-            part._buffers[name] = buffer if buffer._version == version else buffer.copy_(kept)
+        for part, name, buffer, version, copy in buffers:
+            part._buffers[name] = buffer if buffer._version == version else buffer.copy_(copy)

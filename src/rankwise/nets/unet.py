@@ -1,10 +1,10 @@
 """U-Nets (Ronneberger et al. 2015, arXiv 1505.04597): the one of a course report on SoRA (MIPT NLA 2023), and a refined
 one that learns more in the same time.
 
-Both take `pixel_values` (n, 3, H, W), floats from 0 to 1, and hand out logits (n, classes, H, W). For one class the
+Both take `pixel_values` (n, 3, H, W), floats from 0 to 1, and return logits (n, classes, H, W). For one class the
 probability of the foreground is `logits.sigmoid()`, which in the report's network is the last layer; for several it is
-`logits.softmax(dim=1)`. With `labels` (n, H, W), whole numbers, -100 where a pixel does not count, they hand out the
-Dice loss too, so that a Trainer can train them.
+`logits.softmax(dim=1)`. With `labels` (n, H, W), integers with -100 for pixels to ignore, they also return the Dice
+loss, so that a Trainer can train them.
 
 >>> import torch
 >>> from rankwise.nets.unet import UNet
@@ -17,9 +17,8 @@ Dice loss too, so that a Trainer can train them.
 >>> out.logits.shape
 torch.Size([2, 1, 256, 256])
 
-Names for targets and heads: the linear layer in the middle is `bottleneck`, the convolutions on the way down and up are
-`down.N.conv1`, `down.N.conv2`, `up.N.block.conv1`, `up.N.block.conv2` with N counted along the way, and last comes the
-`classifier`, the head.
+Names for targets and heads: the linear layer in the middle is `bottleneck`; the convolutions on the way down and up are
+`down.N.conv1`, `down.N.conv2`, `up.N.block.conv1` and `up.N.block.conv2`; the last layer is `classifier`, the head.
 """
 
 import sys
@@ -38,7 +37,7 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from rankwise.errors import InputError
 
 IGNORE = -100
-"""The label of pixels that do not count."""
+"""The label of pixels to ignore."""
 COLOURS = 3
 
 
@@ -50,29 +49,29 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
         1 − mean_c (2 Σ p t + 1) / (Σ p + Σ t + 1)
 
-    over the pixels that count, where p is the probability of class c and t is 1 where c is the label. The mean is over
-    the classes that occur in the labels; with one channel it is the foreground alone, whether it occurs or not. A batch
-    in which no pixel counts has loss 0. Computed in fp32 at least.
+    over the pixels that are not ignored, where p is the probability of class c and t is 1 where c is the label. The
+    mean is over the classes that occur in the labels; with one channel it is the foreground, whether it occurs or not.
+    If all pixels are ignored the loss is 0. Computed in fp32 or better.
 
     Args:
         logits: (n, classes, H, W). labels: (n, H, W), -100 or 0 to classes - 1; for one channel 0 or 1.
     Raises:
-        InputError: shapes that do not belong together, or a label out of range.
+        InputError: labels whose shape does not fit the logits, or out of range.
     """
     n, classes, *image = logits.shape
     most = max(classes, 2) - 1
     if labels.shape != (n, *image):
         raise InputError(f"labels of shape {tuple(labels.shape)} do not fit logits of shape {tuple(logits.shape)}")
     counts = labels != IGNORE
-    named = labels.where(counts, 0).long()
-    low, high = (int(x) for x in named.aminmax())
+    classes_of = labels.where(counts, 0).long()
+    low, high = (int(x) for x in classes_of.aminmax())
     if low < 0 or high > most:
         raise InputError(f"labels go from {low} to {high}; they must be 0 to {most}, or {IGNORE} for pixels to ignore")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if classes == 1:
-        p, t = logits.sigmoid(), named[:, None]
+        p, t = logits.sigmoid(), classes_of[:, None]
     else:
-        p, t = logits.softmax(dim=1), functional.one_hot(named, classes).movedim(-1, 1)
+        p, t = logits.softmax(dim=1), functional.one_hot(classes_of, classes).movedim(-1, 1)
     p, t = p * counts[:, None], t * counts[:, None]
     pixels = (0, 2, 3)
     size = t.sum(pixels)
@@ -82,7 +81,7 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def masks(logits: Tensor) -> Tensor:
-    """The likeliest class of each pixel, (n, H, W) int64, from logits (n, classes, H, W); one channel: p > ½."""
+    """The most likely class of each pixel, (n, H, W) int64, from logits (n, classes, H, W); one channel: p > ½."""
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
 
 
@@ -90,7 +89,7 @@ def masks(logits: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Twice a 3×3 convolution without bias, batch norm and ReLU: (n, inputs, h, w) to (n, width, h, w).
+    """Two 3×3 convolutions without bias, each with batch norm and ReLU: (n, inputs, h, w) to (n, width, h, w).
 
     With `residual` the input is added before the last ReLU (He et al. 2015, arXiv 1512.03385), through a 1×1
     convolution and batch norm where the width changes.
@@ -102,7 +101,7 @@ class Block(nn.Module):
         self.norm1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(width)
-        self.beside: nn.Module | None = None
+        self.beside: nn.Module | None = None  # the name is part of saved weights
         if residual:
             self.beside = nn.Identity() if inputs == width else _pointwise(inputs, width)
 
@@ -130,12 +129,12 @@ class Up(nn.Module):
 
 
 class Attention(nn.Module):
-    """Weighs the positions of a skip connection by what the level below sees there (attention U-Net, Oktay et al. 2018,
-    arXiv 1804.03999, eq. 1 and 2):
+    """Weights the positions of a skip connection by the level below (attention U-Net, Oktay et al. 2018, arXiv
+    1804.03999, eq. 1 and 2):
 
         skip ∘ σ(ψ(ReLU(W_x skip + W_g below)))
 
-    W_x has stride 2, so the weights are found at the resolution of the level below and are enlarged linearly.
+    W_x has stride 2, so the weights have the resolution of the level below, and are upsampled bilinearly.
     """
 
     def __init__(self, inputs: int, width: int):
@@ -159,28 +158,28 @@ _CARD = """---
 {{ card_data }}
 ---
 
-A network for segmentation. `rankwise.nets.unet` has its class, whose `from_pretrained` reads this folder.
+A network for segmentation. Load it with `from_pretrained` of its class in `rankwise.nets.unet`.
 """
 
 
 class Segmenter(nn.Module, PyTorchModelHubMixin, ABC, model_card_template=_CARD):
-    """What both networks share: the way down, the middle, the way up, the loss, and files in the format of the hub.
+    """What both networks share: the way down, the middle, the way up, the loss, and the hub's file format.
 
     `save_pretrained(folder)` writes config.json and model.safetensors. `from_pretrained(folder)` builds the network
     from them, in evaluation mode; it raises RuntimeError for weights that do not fit.
     """
 
     step: int
-    """Sizes of images must be multiples of this."""
+    """Height and width of images must be multiples of this."""
     down: nn.ModuleList
     up: nn.ModuleList
     classifier: nn.Conv2d
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> SemanticSegmenterOutput:
-        """`logits` (n, classes, H, W) and, where there are labels, `loss` (): the Dice loss.
+        """`logits` (n, classes, H, W) and, with labels, `loss` (): the Dice loss.
 
         Raises:
-            InputError: an image that the network does not take, or labels that do not fit it.
+            InputError: images that the network cannot take, or labels that do not fit them.
         """
         if pixel_values.dim() != 4 or pixel_values.shape[1] != COLOURS:
             raise InputError(f"images must be of shape (n, {COLOURS}, H, W), not {tuple(pixel_values.shape)}")
@@ -197,9 +196,9 @@ class Segmenter(nn.Module, PyTorchModelHubMixin, ABC, model_card_template=_CARD)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
 
     def train(self, mode: bool = True) -> "Segmenter":
-        """As for any module, but batch norms with frozen weights stay in evaluation mode.
+        """As for any module, except that batch norms with frozen weights stay in evaluation mode.
 
-        Their running statistics belong to no adapter: if they moved, a saved one would not fit the pretrained network.
+        An adapter does not contain their running statistics, so it would not fit the pretrained network if they moved.
         """
         super().train(mode)
         for module in self.modules():
@@ -209,7 +208,7 @@ class Segmenter(nn.Module, PyTorchModelHubMixin, ABC, model_card_template=_CARD)
 
     @abstractmethod
     def _begin(self, images: Tensor) -> Tensor:
-        """Images (n, 3, H, W) as the first block takes them."""
+        """Input of the first block, from images (n, 3, H, W)."""
 
     @abstractmethod
     def _middle(self, x: Tensor) -> Tensor:
@@ -217,28 +216,28 @@ class Segmenter(nn.Module, PyTorchModelHubMixin, ABC, model_card_template=_CARD)
 
     @abstractmethod
     def _end(self, x: Tensor) -> Tensor:
-        """Logits (n, classes, H, W) from what the last block gives."""
+        """Logits (n, classes, H, W) from the output of the last block."""
 
     @classmethod
     def _from_pretrained(cls, *, strict: bool = True, **rest: Any) -> Any:
-        with redirect_stdout(sys.stderr):  # the hub's own class prints a line, and lets missing weights pass
+        with redirect_stdout(sys.stderr):  # the hub's class prints a line, and by default ignores missing weights
             return super()._from_pretrained(strict=strict, **rest)
 
 
 class UNet(Segmenter):
     """The network of the report: narrow convolutions, and a fully connected layer with ReLU over the whole image.
 
-    Each level of the way down is a block and a 2×2 max pooling; each of the way up a transposed 2×2 convolution with
-    bias, to the width of the level, the concatenation with the block's output there, and a block; last comes a 1×1
-    convolution with bias. At 256×256 the default has 1,500,269 parameters (1024 → 1024 in the middle), and the widths
-    of the report's last notebook, (4, 8, 16, 32, 32), have 4,309,261 (2048 → 2048).
+    Each level of the way down is a block and a 2×2 max pooling; each level of the way up is a transposed 2×2
+    convolution with bias, the concatenation with the output of the block at that level, and a block. The last layer is
+    a 1×1 convolution with bias. At 256×256 the default has 1,500,269 parameters (1024 → 1024 in the middle), and the
+    widths of the report's last notebook, (4, 8, 16, 32, 32), have 4,309,261 (2048 → 2048).
 
     Args:
-        widths: channels per level; as many poolings as widths.
+        widths: channels per level; each level halves the resolution.
         classes: channels of the logits; 1 is foreground against background.
-        size: (height, width) of the images, or one number for both. The network takes no others.
+        size: (height, width) of the images, or one number for both; no other size is accepted.
     Raises:
-        InputError: no width, a number below 1, or a size that the poolings do not divide.
+        InputError: no width, a number below 1, or a size not divisible by 2 to the number of widths.
     """
 
     def __init__(
@@ -257,8 +256,11 @@ class UNet(Segmenter):
         self.classifier = nn.Conv2d(widths[0], classes, 1)
 
     def _begin(self, images: Tensor) -> Tensor:
-        if (given := tuple(images.shape[-2:])) != self.size:
-            raise InputError(f"this U-Net is made for images of {_text(self.size)} (height×width), not {_text(given)}")
+        if (size := tuple(images.shape[-2:])) != self.size:
+            raise InputError(
+                f"this U-Net takes images of {_text(self.size)} (height×width), not {_text(size)}: resize them, or "
+                "build the network with their size"
+            )
         return images
 
     def _middle(self, x: Tensor) -> Tensor:
@@ -269,24 +271,24 @@ class UNet(Segmenter):
 
 
 class RefinedUNet(Segmenter):
-    """A U-Net that is wider, on half the resolution, with attention on its skip connections and residual blocks.
+    """A wider U-Net at half the resolution, with attention on its skip connections and residual blocks.
 
-    On a CPU a step costs about what one of the default `UNet` costs: nothing is computed at the full resolution. A
-    convolution of stride 2 comes first, and the logits are enlarged bilinearly last, which leaves no checkerboard as
-    transposed and sub-pixel convolutions do (Odena et al. 2016, doi 10.23915/distill.00003). Batch norm follows the
-    1×1 and 3×3 convolutions on the way and the bottleneck, which joins each position with the mean over the image,
+    On a CPU a step costs about as much as one of the default `UNet`, since nothing is computed at full resolution. The
+    first layer is a convolution of stride 2. The logits are upsampled bilinearly at the end, which avoids the
+    checkerboard of transposed and sub-pixel convolutions (Odena et al. 2016, doi 10.23915/distill.00003). Batch norm
+    follows all 1×1 and 3×3 convolutions except the last, and the bottleneck, which joins each position with the mean
+    over the image,
 
         x ← ReLU(x + norm(W [x, mean(x)] + b)),    W (c, 2c),
 
-    so that the whole image counts at every position, as in the report's fully connected layer, at any size.
+    so that every position depends on the whole image, as in the report's fully connected layer, but at any size.
 
     Args:
-        widths: channels per level; as many poolings as widths, after the first halving.
+        widths: channels per level; each level halves the resolution once more.
         classes: channels of the logits; 1 is foreground against background.
-        size: (height, width) of the images, or one number for both; checked here, though any other that is divisible
-            goes too.
+        size: (height, width) of the images, or one number for both. It is only checked: any other divisible size works.
     Raises:
-        InputError: no width, a number below 1, or a size that the halvings do not divide.
+        InputError: no width, a number below 1, or a size not divisible by 2 to one more than the number of widths.
     """
 
     def __init__(
@@ -312,8 +314,8 @@ class RefinedUNet(Segmenter):
         return functional.relu(self.stem_norm(self.stem(images)))
 
     def _middle(self, x: Tensor) -> Tensor:
-        here = x.movedim(1, -1)  # (n, h, w, c): a linear layer takes channels last
-        both = torch.cat([here, here.mean(dim=(1, 2), keepdim=True).expand_as(here)], dim=-1)
+        last = x.movedim(1, -1)  # (n, h, w, c): a linear layer takes channels last
+        both = torch.cat([last, last.mean(dim=(1, 2), keepdim=True).expand_as(last)], dim=-1)
         return functional.relu(x + self.bottleneck_norm(self.bottleneck(both).movedim(-1, 1)))
 
     def _end(self, x: Tensor) -> Tensor:
@@ -330,12 +332,14 @@ def _way_up(widths: Sequence[int], refined: bool = False) -> nn.ModuleList:
 
 def _checked(widths: Sequence[int], classes: int) -> Sequence[int]:
     if not widths or min(*widths, classes) < 1:
-        raise InputError(f"widths {tuple(widths)} and classes {classes} must be numbers above 0, one width at least")
+        raise InputError(
+            f"widths {tuple(widths)} and classes {classes} must be numbers above 0, with at least one width"
+        )
     return widths
 
 
 def _size(size: int | Sequence[int], step: int) -> tuple[int, int]:
-    """(height, width); InputError where `step` does not divide both."""
+    """(height, width); InputError unless both are multiples of `step`."""
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < 1 or height % step or width % step:
         raise InputError(

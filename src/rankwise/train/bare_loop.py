@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from rankwise.errors import InputError
 from rankwise.files import check_regular, check_replaceable, disk_errors, unfinished
-from rankwise.nets.drawn import buffers
+from rankwise.nets.new_weights import buffers
 from rankwise.optim import SimplexAdam
 from rankwise.optim.projected_adam import ProjectedAdam
 from rankwise.ranks import sites

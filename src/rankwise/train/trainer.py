@@ -115,8 +115,8 @@ class RankTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.label_smoother is not None:  # which keeps the labels from the model
             for module in model.modules():
-                if isinstance(module, VirtualTokens) and module.speaks:
-                    module.told = inputs.get("labels")
+                if isinstance(module, VirtualTokens) and module.generates:
+                    module.labels = inputs.get("labels")
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -13,7 +13,7 @@ import rankwise as rw
 import tiny
 from causal import base, stirred, write
 from every import every_method, method
-from rankwise.nets.drawn import drawn
+from rankwise.nets.new_weights import new_weights
 
 Classifier = transformers.AutoModelForSequenceClassification
 
@@ -36,15 +36,15 @@ def loaded(folder):
 def test_a_head_that_the_checkpoint_lacks_is_drawn_and_nothing_else_is(shape, bodies):
     net = loaded(bodies[shape])
     heads = (*tiny.head(shape), *(["pooler"] if shape == "deberta-v2" else []))  # whose pooler is no part of the body
-    assert drawn(net) and all(name.startswith(heads) for name in drawn(net))
-    copied = [name for name in drawn(copy.deepcopy(net)) if "pooler" not in name or name in drawn(net)]
-    assert copied == drawn(net)
-    assert drawn(rw.LoRA(rank=2).attach(net, head=heads).get_base_model()) == []
-    assert drawn(tiny.model(shape)) == drawn(nn.Linear(2, 2)) == []
+    assert new_weights(net) and all(name.startswith(heads) for name in new_weights(net))
+    copied = [name for name in new_weights(copy.deepcopy(net)) if "pooler" not in name or name in new_weights(net)]
+    assert copied == new_weights(net)
+    assert new_weights(rw.LoRA(rank=2).attach(net, head=heads).get_base_model()) == []
+    assert new_weights(tiny.model(shape)) == new_weights(nn.Linear(2, 2)) == []
     tiny.model(shape).save_pretrained(bodies[shape] / "whole")
-    assert drawn(loaded(bodies[shape] / "whole")) == []
+    assert new_weights(loaded(bodies[shape] / "whole")) == []
     more = Classifier.from_pretrained(bodies[shape] / "whole", num_labels=5, ignore_mismatched_sizes=True)
-    assert drawn(more) and all(name.startswith(heads) for name in drawn(more))
+    assert new_weights(more) and all(name.startswith(heads) for name in new_weights(more))
 
 
 @pytest.mark.parametrize("shape", tiny.SHAPES)
@@ -129,9 +129,9 @@ def test_rows_of_new_tokens_are_saved(targets, tied, tmp_path):
 
 def test_where_the_checkpoint_is_gone_the_embeddings_are_saved(tmp_path):
     net = base(write(tmp_path / "base"))
-    assert drawn(net) == []
+    assert new_weights(net) == []
     (tmp_path / "base").rename(tmp_path / "elsewhere")
-    assert drawn(net) == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert new_weights(net) == ["model.embed_tokens.weight", "lm_head.weight"]
 
 
 def test_what_trains_beside_an_adapter_and_statistics_are_saved(tmp_path):

@@ -1,7 +1,7 @@
-"""Weights of a model that are not in its checkpoint: loading the checkpoint again gives other values for them.
+"""Weights of a model that are not in its checkpoint: loading the checkpoint again gives them other values.
 
-transformers marks each tensor that it loads. Tensors that the checkpoint lacks, such as a new classifier's, are drawn
-at random and get no mark. Rows that `resize_token_embeddings` adds are in a marked tensor: there the size is compared.
+transformers marks each tensor that it loads. Tensors that the checkpoint lacks, such as a new classifier's, get random
+values and no mark. Rows added by `resize_token_embeddings` are in a marked tensor, so the vocabulary size is compared.
 """
 
 from typing import Any
@@ -14,15 +14,15 @@ from transformers import PreTrainedModel
 MARK = "_is_hf_initialized"
 
 
-def drawn(model: nn.Module) -> list[str]:
-    """Names of the parameters of `model` that are not in its checkpoint, whether or not PEFT has put layers in it.
+def new_weights(model: nn.Module) -> list[str]:
+    """Names of the parameters of `model` that are not in its checkpoint, with or without PEFT's layers in it.
 
-    Empty for a model that was not loaded from a checkpoint. If it has lost its marks, as a deep copy does, these are
-    all that may be new: the parameters outside the body, and those of a pooler inside it.
+    Empty for a model that was not loaded from a checkpoint. In a deep copy, which has lost the marks, these are all
+    parameters that may be new: those outside the body, and those of a pooler inside it.
     """
     if not isinstance(model, PreTrainedModel) or not model.name_or_path:
         return []
-    parameters = {name: p for name, p in own(model).items() if isinstance(p, nn.Parameter)}
+    parameters = {name: p for name, p in own_tensors(model).items() if isinstance(p, nn.Parameter)}
     if any(hasattr(p, MARK) for p in parameters.values()):
         new = {id(p) for p in parameters.values() if not hasattr(p, MARK)}
     else:
@@ -37,13 +37,13 @@ def drawn(model: nn.Module) -> list[str]:
 def buffers(model: nn.Module) -> dict[str, Tensor]:
     """The buffers in the model's state dict, under all their names.
 
-    Whatever else is in it besides parameters is the state of a quantised weight, such as bitsandbytes' `absmax`.
+    The state of quantised weights, such as bitsandbytes' `absmax`, is in the state dict too, but in no buffer.
     """
     names = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
-def own(model: nn.Module) -> dict[str, Tensor]:
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The floating-point tensors of the model's own state under all their names, without those of adapters."""
     added = tuple(f"{name}.{part}." for name, module in model.named_modules() for part in _added(module))
     known = dict(model.named_parameters(remove_duplicate=False)).keys() | buffers(model).keys()
@@ -57,7 +57,7 @@ def own(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _added(module: nn.Module) -> list[str]:
-    """Names of the children and parameters of a PEFT layer that are not the model's own, or are not in use."""
+    """Names of the children and parameters that PEFT has added to a module, or replaced by a copy."""
     if isinstance(module, ModulesToSaveWrapper):
         return ["original_module", "modules_to_save"]
     if isinstance(module, BaseTunerLayer):
@@ -66,12 +66,12 @@ def _added(module: nn.Module) -> list[str]:
 
 
 def _resized(model: Any) -> bool:
-    """Whether the vocabulary size differs from the checkpoint's; also True if that can no longer be looked up."""
+    """Whether the vocabulary size differs from the checkpoint's, or the checkpoint can no longer be read."""
     kind = type(model.config)
     try:
         values, _ = kind.get_config_dict(model.name_or_path, local_files_only=True)
         return kind.from_dict(values).get_text_config().vocab_size != model.config.get_text_config().vocab_size
     except (OSError, ValueError):
         return True
-    except AttributeError:  # it has no vocabulary
+    except AttributeError:  # no vocabulary
         return False
