@@ -241,7 +241,7 @@ def test_what_does_not_fit_the_model_gets_one_clear_line(kind):
         (kind(prefix=30, infix=2), tiny.model("gpt2"), ["score"], "32 virtual tokens leave no room in the 32 posit"),
         (kind(), tiny.model(), ["klassifier"], "classifier"),
         (kind(), rw.LoRA(rank=2).attach(tiny.model()), [], "an adapter already"),
-        (kind(), attached(kind), [], "virtual tokens already"),
+        (kind(), attached(kind), [], "already has virtual tokens"),
         (kind(), torch.nn.Linear(2, 2), [], "transformers model"),
     ):
         with pytest.raises(rw.InputError, match=message) as caught:
