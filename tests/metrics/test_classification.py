@@ -7,7 +7,12 @@ import sklearn.metrics
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rankwise.metrics.classification import METRICS, accuracy, f1, finite, matthews, pearson, spearman
+from rankwise.metrics import classification, regression
+from rankwise.metrics.classification import accuracy, f1, matthews
+from rankwise.metrics.metric import finite
+from rankwise.metrics.regression import pearson, spearman
+
+METRICS = {**classification.METRICS, **regression.METRICS}
 
 floats = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
 

@@ -10,9 +10,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from sklearn.metrics import f1_score
 
 from rankwise import tasks
 from rankwise.errors import InputError
+from rankwise.settings import RunConfig, json_schema, load
+from rankwise.sweep import plan
 from rankwise.tasks.custom import Custom
 from rankwise.train.run import run
 from refused import refused
@@ -249,6 +252,87 @@ def test_scores_of_own_data_are_those_of_its_labels(tmp_path: Path) -> None:
     task = reviews(tmp_path, split="train")
     split = task.evaluation()[0]
     assert task.score(split, np.asarray(split.data["label"][:])) == {"accuracy": 1.0, "matthews": 1.0}
+
+
+def test_own_data_is_scored_by_the_metrics_that_are_named(tmp_path: Path) -> None:
+    task = reviews(write(tmp_path / "all.csv", REVIEWS), metrics=["macro_f1", "recall", "matthews_corrcoef"])
+    assert (task.metrics, task.main) == (("f1_macro", "recall", "matthews"), "f1_macro")
+    assert task.label == "all (classification, f1_macro)"
+    split = task.evaluation()[0]
+    labels = np.asarray(split.data["label"][:])
+    assert task.score(split, labels * 0) == {
+        "f1_macro": f1_score(labels, labels * 0, average="macro"),
+        "recall": 0.0,
+        "matthews": 0.0,
+    }
+
+
+def test_metrics_left_out_are_accuracy_and_matthews_and_no_part_of_the_id(tmp_path: Path) -> None:
+    file = str(write(tmp_path / "all.csv", REVIEWS))
+    plain = {"name": "classification", "dataset": file, "columns": {"text": "body", "label": "mood"}}
+    task = tasks.build(plain)
+    assert (task.metrics, task.main, task.label) == (("accuracy", "matthews"), "accuracy", "all (classification)")
+    schema = plan.schema()
+    configs = [
+        load({"task": {**plain, **more}}, schema=schema)
+        for more in ({}, {"metrics": ["accuracy", "matthews_corrcoef"]}, {"metrics": ["f1_macro"]})
+    ]
+    assert configs[0].id == configs[1].id == RunConfig(task=plain).id != configs[2].id
+    typed = load({"task": plain}, ["task.metrics=[macro_f1]"], schema)
+    assert typed.id == configs[2].id and typed.task["metrics"] == ["f1_macro"]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ("f1_macro", "task.metrics = 'f1_macro': expected array"),
+        ([], "task classification: metrics: is empty; name one metric or more, or leave it out"),
+        (
+            ["f1_marco"],
+            "task classification: metrics: 'f1_marco' is none of classification (did you mean \"f1_macro\"?)",
+        ),
+        (["roc_auc"], "task classification: metrics: 'roc_auc' is computed from probabilities"),
+    ],
+)
+def test_metrics_that_there_are_not_are_refused_before_a_run(metrics: Any, message: str) -> None:
+    task = {"type": "classification", "dataset": "all.csv", "metrics": metrics}
+    assert refused(lambda: load({"task": task}, schema=plan.schema())).startswith(message)
+
+
+def test_a_metric_of_two_classes_names_its_class_or_is_refused(tmp_path: Path) -> None:
+    three = [{**row, "mood": "+-0"[place % 3]} for place, row in enumerate(REVIEWS)]
+    task = reviews(write(tmp_path / "three.csv", three), metrics=["accuracy", "f1"])
+    assert refused(task.train) == (
+        f"metrics: f1 is for two classes, and {tmp_path / 'three.csv'} has 3; "
+        "take one of f1_macro, f1_micro, f1_weighted"
+    )
+    own = {"name": "classification", "dataset": str(write(tmp_path / "two.csv", REVIEWS)), "metrics": ["f1"]}
+    own["columns"] = {"text": "body", "label": "mood"}
+    result = run(make(tmp_path / "run", task=own, max_steps=2, batch_size=8))
+    assert (result["score"], set(result["metrics"])) == ("f1", {"f1"})
+    assert "f1 is that of the class '-'" in result["notes"]
+
+
+def test_of_two_classes_as_common_the_one_of_the_higher_f1_is_the_constant_to_compare_with(tmp_path: Path) -> None:
+    rows = [{"body": f"text {place}", "mood": "ab"[place % 2]} for place in range(20)]
+    task = reviews(write(tmp_path / "train.csv", rows).parent, metrics=["f1"], split="train")
+    split = task.evaluation()[0]
+    outputs = np.tile([1.0, 0.0], (len(split.data), 1))
+    found = task.answers(split, outputs, task.decode(outputs))
+    assert (found.majority, found.tied, found.metrics) == ("b", ["a"], {"f1": pytest.approx(2 / 3)})
+
+
+def test_metrics_are_in_the_schema_for_editors() -> None:
+    parts = {
+        part["properties"]["name"]["const"]: part
+        for part in json_schema(plan.schema())["properties"]["task"]["oneOf"][1:]
+    }
+    for name, default in (("pair", ["accuracy", "matthews"]), ("regression", ["pearson", "spearman"])):
+        option = parts[name]["properties"]["metrics"]
+        assert option["default"] == default and {*default} < {*option["items"]["enum"]}
+    assert "macro_f1" in parts["classification"]["properties"]["metrics"]["items"]["enum"]
+    assert "neg_mean_absolute_error" in parts["regression"]["properties"]["metrics"]["items"]["enum"]
+    assert "metrics" not in parts["seq2seq"]["properties"]
 
 
 @pytest.mark.parametrize(

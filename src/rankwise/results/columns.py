@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from rankwise.errors import InputError, nearest
-from rankwise.metrics import METRICS
+from rankwise.metrics import worth
 from rankwise.results.formats import duration, plain, plus_minus, size, span_over
 from rankwise.results.notes import remarks
 from rankwise.results.rows import Row, unofficial
@@ -183,8 +183,7 @@ def best_of(column: Column[Row], rows: Sequence[Row]) -> list[Row]:
         own = [row for row in rows if row.task_options == task and column.number_of(row) is not None]
         for name in dict.fromkeys(column.metric(row) for row in own):
             same = [row for row in own if column.metric(row) == name]
-            pick = min if name in METRICS and METRICS[name].least_is_best else max
-            top = column.cell(pick(same, key=column.number_of))
+            top = column.cell(max(same, key=lambda row: worth(name, column.number_of(row))))
             found += [row for row in same if column.cell(row).split(" ")[0] == top.split(" ")[0]]
     return found
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.metrics import METRICS, Metric
+from rankwise.metrics import METRICS, Metric, with_direction, worth
 from rankwise.metrics.metric import Interval, mean_of_sums
 from rankwise.results.formats import span
 from rankwise.results.predictions import predictions
@@ -25,9 +25,9 @@ class Contrast:
     def sentence(self) -> str:
         """The contrast in words: the size of the difference, its intervals, and whether it counts."""
         ours, theirs, found = self.ours.method, self.theirs.method, self.found
-        where = f"{self.ours.task}, {self.ours.score}"
+        where = f"{self.ours.task}, {with_direction(self.ours.score)}"
         if ours == "head":
-            way = "behind" if found.mean <= 0 else "ahead of"
+            way = "behind" if worth(self.ours.score, found.mean) <= 0 else "ahead of"
             text = f"{where}: training the head only is {abs(found.mean):.3f} {way} {theirs}"
         else:
             text = f"{where}: {ours} against {theirs}: {found.mean:+.3f}"
@@ -103,7 +103,7 @@ def _other(row: Row, rows: Sequence[Row], reference: Mapping[str, Any]) -> Row |
     if _is(reference, row) or not found:
         return None
     if row.name == "head":
-        return max(found, key=lambda other: other.mean if other.mean is not None else float("-inf"))
+        return max(found, key=lambda other: worth(other.score, other.mean))
     return min(found, key=lambda other: abs(other.budget - row.budget))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rankwise.metrics import with_direction
 from rankwise.results.contrasts import Contrast, spelled
 from rankwise.results.rows import Row, unofficial
 from rankwise.runs.answers import listed, shown
@@ -66,9 +67,9 @@ def scored_on(row: Row) -> str:
     """Which metric, on which rows: `accuracy on 480 rows of validation`."""
     split = row.evaluated
     if not split.own:
-        return f"{row.score or 'not scored'} on {split.rows:,} rows of {split.name}"
+        return f"{with_direction(row.score) or 'not scored'} on {split.rows:,} rows of {split.name}"
     note = f" ({split.note})" if split.note else ""
-    score = f"{row.score}, scored" if row.score else "answered, not scored,"
+    score = f"{with_direction(row.score)}, scored" if row.score else "answered, not scored,"
     return f"{score} on {split.rows:,} rows of {split.own}{note}"
 
 
@@ -113,7 +114,7 @@ def _of_budget(row: Row) -> list[str]:
     what = f"{row.task}, {row.method}: {row.used:.0%} of the budget of {row.asked:,} parameters"
     if row.used > 1:
         return [f"{what}, because its ranks grew beyond those it started with"]
-    return [f"{what} are used: a lower score may come from its smaller size"]
+    return [f"{what} are used: a worse score may come from its smaller size"]
 
 
 def _of_search(row: Row) -> list[str]:

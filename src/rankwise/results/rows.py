@@ -1,14 +1,13 @@
 """Results as rows: averaged over seeds, one per task, method and learning rate, and the best rate of each method."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rankwise.metrics import METRICS
+from rankwise.metrics import METRICS, worth
 from rankwise.metrics.metric import CORRELATION, Interval
 from rankwise.results.labels import CHAIN, labels, natural
 from rankwise.results.splits import Split
@@ -245,7 +244,7 @@ def unofficial(row: Row) -> dict[str, str]:
 
 def _rank(row: Row) -> tuple[bool, int, float]:
     chosen = row.tuned is None or row.tuned.learning_rate == row.learning_rate
-    return chosen, row.n, -math.inf if row.mean is None else row.mean
+    return chosen, row.n, worth(row.score, row.mean)
 
 
 def _row(members: list[dict[str, Any]], label: str, contests: Contests) -> Row:

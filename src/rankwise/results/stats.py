@@ -142,7 +142,7 @@ def paired_bootstrap(
         ours, theirs: statistics of each seed's examples, (n, k) each, whose sums decide the score; the mean score over
             the seeds is compared.
     """
-    n = len(ours[0])
+    n = ours[0].shape[0]  # a sparse array has no length
     gaps = []
     for rows in drawn(n):
         places = rows + n * np.arange(len(rows))[:, None]

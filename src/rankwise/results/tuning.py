@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rankwise.metrics import worth
 from rankwise.results.labels import CHAIN
 from rankwise.results.splits import Split
 from rankwise.results.stats import mean, sd
@@ -90,14 +91,15 @@ def tuned(results: Sequence[dict[str, Any]]) -> Tuned | None:
     if not by_rate:
         return None
     rates = [Rate(rate, scores) for rate, scores in by_rate.items()]
-    best = max((rate.n, rate.mean) for rate in rates)
-    chosen, *tied = [rate for rate in rates if (rate.n, rate.mean) == best]
+    score = results[0]["score"]
+    best = max((rate.n, worth(score, rate.mean)) for rate in rates)
+    chosen, *tied = [rate for rate in rates if (rate.n, worth(score, rate.mean)) == best]
     edge: Literal["lowest", "highest", ""] = ""
     if not tied and len(rates) > 1:
         edge = "lowest" if chosen is rates[0] else "highest" if chosen is rates[-1] else ""
     return Tuned(
         Split.of(results[0]["splits"]["evaluation"][0]),
-        results[0]["score"],
+        score,
         sorted({seed for scores in by_rate.values() for seed in scores}),
         rates,
         chosen.learning_rate,

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from rankwise.errors import need, shown
+from rankwise.metrics import worth
 from rankwise.results.tuning import Tuned, tuned
 from rankwise.runs.store import Store
 from rankwise.settings import Contest, RunConfig, Span
@@ -45,7 +46,7 @@ class Search:
         while self._now and not self.left():
             scores = {rate: self._found(folders) for rate, folders in self._now.items()}
             try:
-                self._ask(self._rounds.send({rate: found.rates[0].mean for rate, found in scores.items() if found}))
+                self._ask(self._rounds.send({rate: _worth(found) for rate, found in scores.items() if found}))
             except StopIteration:
                 self._now = {}
 
@@ -181,6 +182,11 @@ def _pending(found: Sequence[Search], tried: set[Path]) -> list[Path]:
     """What is left of the rounds that are on, without what has been carried out and is not over all the same."""
     left = {folder: search.configs[folder].seed for search in found for folder in search.left()}
     return sorted((folder for folder in left if folder not in tried), key=left.__getitem__)
+
+
+def _worth(found: Tuned) -> float:
+    """Of the only rate that was tried."""
+    return worth(found.score, found.rates[0].mean)
 
 
 def _called(search: Search) -> str:

@@ -11,13 +11,16 @@ from torch.nn import functional
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from rankwise.errors import InputError, need
-from rankwise.metrics.classification import METRICS, finite
+from rankwise.metrics import classification, regression
+from rankwise.metrics.metric import finite
 from rankwise.runs.answers import LONGEST, WRONG, Answers, Wrong
 from rankwise.tasks.agreement import agree, check_rows
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+METRICS = {**classification.METRICS, **regression.METRICS}
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Classification(Task):
     def answers(self, split: Split, outputs: np.ndarray, predicted: np.ndarray) -> Answers:
         """How often each class is predicted, from logits (n, outputs) and `predicted` (n,).
 
-        Values of a regression that differ only by rounding are one answer; any constant has the same correlation.
+        Values of a regression that differ only by rounding are one answer.
         """
         labels = np.asarray(split.data["label"][:]) if split.labelled else None
         if not self.labels:
@@ -129,14 +132,17 @@ class Classification(Task):
         if labels is None:
             return found
         true = np.bincount(labels[labels >= 0], minlength=len(self.labels))
-        majority = int(true.argmax())
+        # of two classes that are as common, the one by which a metric of one class is higher
+        most = np.flatnonzero(true == true.max())
+        constant = {each: self.score(split, np.full_like(predicted, each)) for each in most[:2].tolist()}
+        majority = max(constant, key=lambda each: constant[each].get(self.main + split.suffix, 0.0))
         pairs, numbers = np.unique(np.stack([labels, predicted], axis=1), axis=0, return_counts=True)
         return replace(
             found,
             majority=self.labels[majority],
             majority_count=int(true[majority]),
-            tied=[name for name, count in zip(self.labels, true, strict=True) if count == true[majority]][1:],
-            metrics=self.score(split, np.full_like(predicted, majority)),
+            tied=[self.labels[each] for each in most if each != majority],
+            metrics=constant[majority],
             confusion=[
                 (int(label), int(guess), int(number))
                 for (label, guess), number in zip(pairs, numbers, strict=True)

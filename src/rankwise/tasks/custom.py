@@ -8,6 +8,7 @@
     causal           text, target               a text, written by a decoder
     segmentation     image, mask                an image whose pixels are class numbers
 
+`metrics` names what the first three are scored by; runs are compared, and learning rates chosen, by the first of them.
 `columns` says which column has each role; a role that it does not name is a column of that name. No column has two, and
 none that is read gives the answer away in every row. Labels that look alike are refused or, where they differ in case
 alone, told. The dataset is a
@@ -20,16 +21,19 @@ import hashlib
 import math
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from rankwise.errors import InputError, nearest, need
-from rankwise.tasks.base import Split, Task
+from rankwise.metrics import Metric, classification, regression
+from rankwise.metrics.names import chosen, spellings
+from rankwise.tasks.base import Scored, Split, Task
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.segmentation import Segmentation
 from rankwise.tasks.source import Rows, checked, folded, read
@@ -86,7 +90,8 @@ class Custom(Task):
     @property
     def label(self) -> str:
         # no path: a result says nothing about where on the disk its data lies
-        return " ".join([f"{Path(self.dataset).stem} ({self.name})", *self.given(aside=("dataset", "columns"))])
+        kind = self.name if self.main == type(self).main else f"{self.name}, {self.main}"
+        return " ".join([f"{Path(self.dataset).stem} ({kind})", *self.given(aside=("dataset", "columns", "metrics"))])
 
     def train(self) -> Split:
         return self._split("train")
@@ -185,13 +190,38 @@ def _tell(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
+OfClasses = Annotated[str, Field(json_schema_extra={"enum": [*spellings(classification.METRICS)]})]
+OfNumbers = Annotated[str, Field(json_schema_extra={"enum": [*spellings(regression.METRICS)]})]
+
+
 @dataclass(frozen=True)
-class Labelled(Custom, Classification):
+class Measured(Custom, Classification):
+    """Rows whose metrics a user names.
+
+    Attributes:
+        metrics: names of scikit-learn's scorers; runs are compared, and learning rates chosen, by the first one.
+    """
+
+    possible: ClassVar[Mapping[str, Metric]]
+
+    metrics: tuple[str, ...] = ()  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        metrics = chosen(self.metrics, self.possible, self.name)
+        object.__setattr__(self, "metrics", metrics)
+        object.__setattr__(self, "main", metrics[0])
+
+
+@dataclass(frozen=True)
+class Labelled(Measured):
     """Rows with a class each."""
 
     main = "accuracy"
-    metrics = ("accuracy", "matthews")
+    possible = classification.METRICS
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
+
+    metrics: tuple[OfClasses, ...] = ("accuracy", "matthews")  # type: ignore[misc]
 
     @property
     def text(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -211,7 +241,22 @@ class Labelled(Custom, Classification):
                 raise InputError(
                     f"{rows.where} has the labels {other!a} and {name!a}, which look alike: write one of them for both"
                 )
+        if self._of_two and len(found) > 2:
+            kinds = ", ".join(f"{self._of_two[0]}_{kind}" for kind in ("macro", "micro", "weighted"))
+            raise InputError(
+                f"metrics: {self._of_two[0]} is for two classes, and {rows.where} has {len(found)}; take one of {kinds}"
+            )
         return tuple(sorted(found, key=_place))
+
+    @property
+    def _of_two(self) -> list[str]:
+        """The metrics that are those of the second class."""
+        return [name for name in self.metrics if name in classification.OF_TWO]
+
+    def evaluate(self, *args: Any, **options: Any) -> Scored:
+        scored = super().evaluate(*args, **options)
+        of_two = tuple(f"{name} is that of the class {self.labels[1]!r}" for name in self._of_two)
+        return replace(scored, notes=(*scored.notes, *of_two))
 
     def warning(self, table: "pa.Table") -> str:
         by_word: dict[str, str] = {}
@@ -254,23 +299,25 @@ def _place(name: str) -> tuple[bool, float, str]:
 
 @dataclass(frozen=True)
 class CustomClassification(Labelled, name="classification"):
-    """Your own rows of a text and its class. Accuracy and Matthews correlation."""
+    """Your own rows of a text and its class. Accuracy and Matthews correlation, or other `metrics`."""
 
 
 @dataclass(frozen=True)
 class CustomPair(Labelled, name="pair"):
-    """Your own rows of two texts and their class. Accuracy and Matthews correlation."""
+    """Your own rows of two texts and their class. Accuracy and Matthews correlation, or other `metrics`."""
 
     roles = ("text", "text_pair", "label")
 
 
 @dataclass(frozen=True)
-class CustomRegression(Custom, Classification, name="regression"):
-    """Your own rows of a text, or two, and a number. Pearson and Spearman correlation."""
+class CustomRegression(Measured, name="regression"):
+    """Your own rows of a text, or two, and a number. Pearson and Spearman correlation, or other `metrics`."""
 
     main = "pearson"
-    metrics = ("pearson", "spearman")
+    possible = regression.METRICS
     roles = ("text", "text_pair", "label")
+
+    metrics: tuple[OfNumbers, ...] = ("pearson", "spearman")  # type: ignore[misc]
 
     @property
     def text(self) -> tuple[str, ...]:  # type: ignore[override]
