@@ -6,13 +6,14 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
 import rankwise
 from rankwise import archs as architectures
 from rankwise import published
+from rankwise.named import GROUP, defaults, load_plugin
 from rankwise.results.formats import plain
 from rankwise.sweep.runners import typed
 
@@ -28,7 +29,7 @@ class Listing:
 def methods() -> Listing:
     """Every method with its options.
 
-    The files are read and not imported: torch, transformers and PEFT take seconds, and nothing here needs them.
+    Our files are read and not imported: torch, transformers and PEFT take seconds, and nothing here needs them.
     """
     classes: dict[str, ast.ClassDef] = {}
     constants: dict[str, Any] = {}
@@ -55,6 +56,12 @@ def methods() -> Listing:
                 options |= vars(base).get("own", {})
             summary = (ast.get_docstring(read) or "").partition("\n")[0]
             found[ast.literal_eval(word)] = {"summary": summary, "options": options}
+    if entry_points(group=GROUP):  # plugins can be read only by importing them
+        from rankwise.methods import Method
+
+        for name, method in Method.registry().items():
+            if method.plugin:
+                found[name] = {"summary": _first_line(method), "options": defaults(method)}
     found = dict(sorted(found.items()))
     lines = []
     for name, about in found.items():
@@ -119,7 +126,7 @@ def archs() -> Listing:
 def params(arch: str, method: str, settings: Sequence[str]) -> Listing:
     """What a method trains on an architecture, counted without weights, and what papers print for it.
 
-    `settings` are options of the method and `head=[MODULE,…]`. Raises InputError for a name or an option nobody has.
+    `settings` are options of the method, `head=[MODULE,…]` and `plugins=[FILE.py,…]`. Raises InputError for a name or an option nobody has.
     """
     chosen = architectures.find(arch)
     import rankwise.methods
@@ -163,11 +170,13 @@ def env() -> Listing:
     return Listing(found, "\n".join(f"{key}: {'-' if value is None else value}" for key, value in found.items()))
 
 
-def schema() -> dict[str, Any]:
-    """The JSON schema of configuration files."""
+def schema(plugins: Sequence[Path] = ()) -> dict[str, Any]:
+    """The JSON schema of configuration files, with the methods and tasks of these plugins too."""
     from rankwise.settings import json_schema
     from rankwise.sweep import check
 
+    for file in plugins:
+        load_plugin(file)
     return json_schema(check.schema())
 
 

@@ -293,11 +293,16 @@ def validate(
 
 
 @app.command()
-def schema(debug: Debug = False) -> None:
+def schema(
+    plugins: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PLUGIN.py ...]", help="files with methods and tasks of your own")
+    ] = None,
+    debug: Debug = False,
+) -> None:
     """Print the JSON schema of configuration files, for editors."""
     from rankwise import about
 
-    show_json(about.schema())
+    show_json(about.schema(plugins or []))
 
 
 def _list_command(name: str, summary: str) -> None:
@@ -345,7 +350,8 @@ def params(
     arch: Annotated[str, typer.Option("--arch", metavar="NAME", help="one of `rankwise archs`")],
     method: Annotated[str, typer.Option("--method", metavar="NAME", help="one of `rankwise methods`")],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="options of the method, and head=[MODULE,…]")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="options of the method, head=[MODULE,…] and plugins=[FILE.py]"),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,

@@ -4,18 +4,27 @@
 >>> Method.build({"name": "lora", "rank": 4})
 
 Each kind has a folder. Every file in it is imported before anything is looked up, so a new file is all it takes.
+Classes from outside come from plugins: modules that installed packages name as entry points of the group `rankwise`,
+and Python files that a configuration names at `plugins:`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib
+import importlib.metadata
+import importlib.util
 import operator
 import pkgutil
+import sys
+import traceback
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, TypeAdapter
@@ -24,6 +33,8 @@ from rankwise.errors import InputError, nearest, require
 
 FOLDERS = {"method": "rankwise.methods", "task": "rankwise.tasks", "runner": "rankwise.sweep.runners"}
 """Kind -> the package whose files hold its classes."""
+GROUP = "rankwise"
+"""The group of entry points whose modules are plugins."""
 LARGEST = 2**31 - 1
 """Bound of a whole number on both sides of 0; no option counts more than that."""
 FARTHEST = 1e38
@@ -35,8 +46,10 @@ class Named:
 
     kind: ClassVar[str]
     known: ClassVar[dict[str, type[Any]]]
-    """Name -> class, of what has been imported by now."""
+    """Name -> class, of what has been imported by now, sorted by name."""
     name: ClassVar[str] = ""
+    plugin: ClassVar[str] = ""
+    """The plugin that the class comes from, a file or the name of a package; empty for all others."""
 
     def __init_subclass__(cls, name: str = "", aliases: Sequence[str] = (), kind: str = "", **rest: Any) -> None:
         super().__init_subclass__(**rest)
@@ -44,11 +57,12 @@ class Named:
             cls.kind, cls.known = kind, {}
         if not name:
             return
-        cls.name = name
+        cls.name, cls.plugin = name, _loading[-1] if _loading and not _is_ours(cls) else ""
         for word in (name, *aliases):
             if other := cls.known.get(word):
                 raise TypeError(f"two {cls.kind}s are called {word!r}: {other.__qualname__} and {cls.__qualname__}")
             cls.known[word] = cls
+        _sort(cls.known)
 
     def __post_init__(self) -> None:
         """Raise InputError for an option that is none of its choices, or beyond the bounds that its type has."""
@@ -60,11 +74,18 @@ class Named:
                 raise InputError(f"{option} must {_in_words(bounds)}, not {value}")
 
     @classmethod
-    def registry(cls) -> dict[str, type[Self]]:
-        """Every class of this kind by its name, and by its other names, sorted."""
+    def registry(cls) -> Mapping[str, type[Self]]:
+        """Every class of this kind by its name, and by its other names, sorted.
+
+        Plugins that are loaded later appear in it.
+
+        Raises:
+            InputError: a plugin of an installed package that cannot be loaded.
+        """
         for module in _files(FOLDERS[cls.kind]):
             importlib.import_module(module)
-        return dict(sorted(cls.known.items()))
+        load_installed()
+        return types.MappingProxyType(cls.known)
 
     @classmethod
     def build(cls, options: str | Mapping[str, Any]) -> Self:
@@ -74,15 +95,102 @@ class Named:
             InputError: an unknown name or option, or a value out of range.
         """
         given = {"name": options} if isinstance(options, str) else dict(options)
-        name, known = given.pop("name", None), cls.registry()
+        name, known = str(given.pop("name", None)), cls.registry()
         if name not in known:
             raise InputError(
-                f"no {cls.kind} is called {name!r}{nearest(str(name), known)}; known: {', '.join(sorted(known))}"
+                f"no {cls.kind} is called {name!r}{nearest(name, known)}; known: {', '.join(sorted(known))}"
             )
         try:
             return known[name](**given)
         except TypeError as error:
             raise InputError(f"{cls.kind} {name}: {str(error).partition('() ')[2] or error}") from error
+
+
+_loading: list[str] = []
+"""The plugins that are being loaded, the innermost last."""
+_digests: dict[Path, str] = {}
+"""The plugin files that are loaded -> digest of what was in them."""
+
+
+@functools.cache
+def load_installed() -> None:
+    """Load the plugins of installed packages, once.
+
+    Raises:
+        InputError: one that cannot be loaded.
+    """
+    for entry in importlib.metadata.entry_points(group=GROUP):
+        package = entry.dist.name if entry.dist else entry.value
+        with _plugin(package, f"{entry.value}, a plugin of the package {package},"):
+            entry.load()
+
+
+def load_plugin(path: str | Path) -> Path:
+    """Load a plugin file, once in a process, and return its absolute path. It can import the modules next to it.
+
+    Raises:
+        InputError: no Python file, one that cannot be loaded or has changed since it was, or a name that is taken.
+    """
+    file = Path(path).expanduser().absolute()
+    require(file.is_file(), f"{path} is no file: name the Python file of the plugin")
+    require(file.suffix == ".py", f"{path} is no Python file: its name must end in .py")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    require(_digests.get(file, digest) == digest, f"{path} has changed since it was loaded: start Python again")
+    if _source(sys.modules.get(file.stem)) != file:
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))
+        importlib.invalidate_caches()
+        spec = None if "." in file.stem or file.stem in sys.modules else importlib.util.find_spec(file.stem)
+        taken = spec is None or spec.origin != str(file)
+        require(not taken, f"{path} cannot be imported as {file.stem!r}, as another module is: rename the file")
+        with _plugin(str(file), str(path)), redirect_stdout(sys.stderr):
+            importlib.import_module(file.stem)
+    _digests[file] = digest
+    return file
+
+
+def _source(module: types.ModuleType | None) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return Path(file).absolute() if file else None
+
+
+@contextmanager
+def _plugin(name: str, words: str) -> Iterator[None]:
+    """Classes made in here come from the plugin `name`. If it fails, none of them stays, and an InputError says why."""
+    _loading.append(name)
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        for kind in Named.__subclasses__():
+            for word in [word for word, each in kind.known.items() if each.plugin == name]:
+                del kind.known[word]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+        where = f" in line {lines[-1]}" if lines else ""
+        what = " ".join(str(error).split()) or "no reason is given"
+        raise InputError(f"{words} cannot be loaded: {type(error).__name__}{where}: {what}") from error
+    finally:
+        _loading.pop()
+
+
+def check_reachable(named: type[Named], plugins: Sequence[str]) -> None:
+    """Raise InputError for a class that another process does not find: it loads `plugins` and what is installed."""
+    if _is_ours(named) or (named.plugin and not named.plugin.endswith(".py")):
+        return
+    if not {named.plugin, str(_source(sys.modules.get(named.__module__)))} & set(plugins):
+        raise InputError(
+            f"{named.kind} {named.name} is defined in {named.__module__}, which the processes of the runs do not load: "
+            "name its file at plugins, as in plugins=[my.py]"
+        )
+
+
+def _is_ours(named: type) -> bool:
+    return named.__module__.partition(".")[0] == "rankwise"
+
+
+def _sort(known: dict[str, Any]) -> None:
+    """Sort by name, in place: views of it stay views of it."""
+    for name in sorted(known):
+        known[name] = known.pop(name)
 
 
 @functools.cache

@@ -121,12 +121,12 @@ def test_a_method_in_a_file_of_its_own_is_checked_as_ours_are(tmp_path, cli, mon
 
 
 def test_a_file_without_a_method_is_refused_in_one_line(tmp_path, cli):
-    file = tmp_path / "empty.py"
-    for text, message in (
-        (None, "is no file"),
-        ("x = 1", "holds no method"),
-        ("1 / 0", "cannot be loaded: ZeroDivision"),
+    for name, text, message in (
+        ("missing", None, "is no file"),
+        ("empty", "x = 1", "holds no method"),
+        ("broken", "1 / 0", "cannot be loaded: ZeroDivision"),
     ):
+        file = tmp_path / f"{name}.py"
         if text:
             file.write_text(text)
         code, out, err = cli("check-method", file)

@@ -1,7 +1,6 @@
 """A method in a file of its own, outside the package: loaded, and checked as ours are."""
 
 import contextlib
-import importlib.util
 import io
 import sys
 import tempfile
@@ -13,8 +12,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 from rankwise.conformance.checks import CHECKS, STEPS, Case
-from rankwise.errors import InputError
+from rankwise.errors import require
 from rankwise.methods import Method
+from rankwise.named import load_plugin
 from rankwise.settings import Schema, load_method
 
 
@@ -40,8 +40,12 @@ def check_file(file: Path, options: Sequence[str] = ()) -> Iterator[Finding]:
     Warns:
         UserWarning: the checks end before the method first looks at its ranks.
     """
-    names = load_plugin(file)
-    schema = Schema(Method.registry(), {})
+    known, plugin = Method.registry(), str(load_plugin(file))
+    names = [
+        name for name, method in known.items() if plugin in (method.plugin, sys.modules[method.__module__].__file__)
+    ]
+    require(bool(names), f'{file} holds no method: write class X(Method, name="x")')
+    schema = Schema(known, {})
     for method in [Method.build(load_method(name, options, schema)[0]) for name in names]:
         yield from check_method(method)
         if method.check_every > STEPS:
@@ -50,30 +54,6 @@ def check_file(file: Path, options: Sequence[str] = ()) -> Iterator[Finding]:
                 "steps: give it options by which it does so sooner, such as every=2",
                 stacklevel=2,
             )
-
-
-def load_plugin(file: Path) -> list[str]:
-    """Run a Python file, and return the names of the methods in it.
-
-    Raises:
-        InputError: no such file, an error in it, or no method.
-    """
-    if not file.is_file():
-        raise InputError(f"{file} is no file: name the Python file that holds the method")
-    before = set(Method.registry())
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"{file} is no Python file: its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where pickle and dataclasses look for it
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError(f"{file} cannot be loaded: {type(error).__name__}: {error}") from error
-    names = [name for name in Method.registry() if name not in before]
-    if not names:
-        raise InputError(f'{file} holds no method: write class X(Method, name="x")')
-    return names
 
 
 def check_method(method: Method) -> Iterator[Finding]:

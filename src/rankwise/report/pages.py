@@ -20,6 +20,7 @@ from rankwise.results.rows import Row
 from rankwise.runs import answers, record
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store
+from rankwise.settings import PLACE
 
 ERROR = 3000
 """Characters of an error: its end, where the cause stands."""
@@ -133,7 +134,7 @@ def _unfinished(store: Store, folder: Path) -> Page:
     standing = store.standing(folder)
     try:
         config = store.config(folder)
-        content = config.model_dump(mode="json", exclude={"runs", "tuned"})
+        content = config.model_dump(mode="json", exclude={*PLACE, "tuned"})
         label, settings = _label(config.task["name"], config.method["name"], content), _settings(content)
     except InputError:
         label, settings = folder.name, ""

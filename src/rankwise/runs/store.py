@@ -31,7 +31,7 @@ from rankwise.runs.noted import Noted
 from rankwise.runs.record import Failure
 from rankwise.runs.run_file import RunFile, apart
 from rankwise.runs.standing import Standing, State, held, pace
-from rankwise.settings import FORMAT, RunConfig
+from rankwise.settings import FORMAT, PLACE, RunConfig
 
 MEMORY = "memory.json"
 """In a run folder: how many rows go through the model at once, once memory has run out."""
@@ -108,7 +108,9 @@ class Store(Noted):
         folder = self.place(config)
         kept, noted = run_file.read(folder), self.maker(folder)
         if kept and (noted == made or self.begun(folder)):
-            if kept.made and config.tuned and not kept.config.tuned:  # it was trained before rates were tried
+            # it was trained before rates were tried, or its plugins have moved
+            stale = (config.tuned and not kept.config.tuned) or config.plugins != kept.config.plugins
+            if kept.made and stale:
                 self._write(folder, replace(kept, config=config), kept.made)
             return folder
         if not kept and self.begun(folder):
@@ -364,7 +366,7 @@ class Store(Noted):
                 "folder": folder,
                 "kind": kept.kind,
                 "tuned": kept.config.tuned,
-                "config": kept.config.model_dump(mode="json", exclude={"runs", "tuned"}),
+                "config": kept.config.model_dump(mode="json", exclude={*PLACE, "tuned"}),
                 "lineage": self._lineage(folder),
             }
             for folder, (result, kept, apart) in self._finished(folders).items()
@@ -407,7 +409,7 @@ class Store(Noted):
             return [{"unknown": True}]  # its folder is gone
         if before is None:
             return []
-        settings = self.config(before).model_dump(mode="json", exclude={"runs", "tuned", "seed", "after", "followed"})
+        settings = self.config(before).model_dump(mode="json", exclude={*PLACE, "tuned", "seed", "after", "followed"})
         return [*self._lineage(before), settings]
 
 

@@ -7,13 +7,14 @@ Whatever is wrong comes back as one `InputError`, one line that says what is wro
 
 from rankwise.settings.experiment import OWN, Contest, Experiment, Published, Span, Tune
 from rankwise.settings.load import complete, load, load_method, load_options
-from rankwise.settings.run import FORMAT, SECTIONS, WRITTEN, Kind, RunConfig, run_config
+from rankwise.settings.run import FORMAT, PLACE, SECTIONS, WRITTEN, Kind, RunConfig, run_config
 from rankwise.settings.schema import Schema, json_schema
 from rankwise.settings.yaml_files import as_yaml, parse_yaml, read_yaml
 
 __all__ = [
     "FORMAT",
     "OWN",
+    "PLACE",
     "SECTIONS",
     "WRITTEN",
     "Contest",

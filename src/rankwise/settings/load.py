@@ -11,9 +11,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from rankwise.errors import InputError, nearest
-from rankwise.named import options_of
+from rankwise.named import load_plugin, options_of
 from rankwise.settings.experiment import MOST_RUNS, OWN, Experiment, Published, Span, Tune
-from rankwise.settings.run import NAMED, SECTIONS, WRITTEN, RunConfig, explain, named, put, run_config, with_nested
+from rankwise.settings.run import (
+    NAMED,
+    PLACE,
+    SECTIONS,
+    WRITTEN,
+    RunConfig,
+    explain,
+    named,
+    put,
+    run_config,
+    with_nested,
+)
 from rankwise.settings.schema import Schema, check_options
 from rankwise.settings.yaml_files import parse_yaml, plain_data, quoted, read_yaml
 
@@ -53,6 +64,10 @@ def load(
         if isinstance(published := data.get("published"), dict):
             data["published"] = {"changed": _changed(settings), **published}
         groups = [_smoke(data, settings), settings]
+        plugins = [value for group in (data.items(), *groups) for key, value in group if key == "plugins"]
+        if plugins:
+            data["plugins"] = _plugins(plugins[-1])
+        groups = [[(key, value) for key, value in group if key != "plugins"] for group in groups]
         if "vary" in data or any(key.startswith("vary.") for group in groups for key, _ in group):
             return _experiment(data, groups, schema, name)
         for key, value in itertools.chain(*groups):
@@ -65,11 +80,15 @@ def load(
 def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[dict[str, Any], list[str]]:
     """The method `name` with its `key=value` options checked and all defaults filled in, and what `head=[…]` names.
 
+    It may be a method of a file that `plugins=[…]` names.
+
     Raises InputError for an unknown method or option, and for a value out of range.
     """
     options = _nested(overrides)
     if "name" in options:
         raise InputError("name: is no option; the method is named once")
+    if "plugins" in options:
+        _plugins(options.pop("plugins"))
     head = options.pop("head", [])
     head = [head] if isinstance(head, str) else head
     if not isinstance(head, list) or not all(isinstance(part, str) for part in head):
@@ -129,8 +148,20 @@ def _smoke(data: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> list[tu
     return [(str(key), value) for key, value in (given or {}).items()] if scale == "smoke" else []
 
 
+def _plugins(value: Any) -> list[str]:
+    """The absolute paths of the plugins that stand at `plugins`, which are loaded."""
+    if not isinstance(value, list) or not all(isinstance(file, str) for file in value):
+        raise InputError(f"plugins = {quoted(value)}: expected a list of Python files, as in `plugins: [my.py]`")
+    try:
+        return [str(load_plugin(file)) for file in value]
+    except InputError as error:
+        raise InputError(f"plugins: {error}") from None
+
+
 def complete(config: RunConfig, schema: Schema) -> RunConfig:
-    """`config` with its task and its method checked, and their options filled in."""
+    """`config` with its plugins loaded, its task and its method checked, and their options filled in."""
+    for file in config.plugins:
+        load_plugin(file)
     task = check_options("task", schema.tasks, config.task)
     method = check_options("method", schema.methods, config.method, config.budget is not None)
     return config.model_copy(update={"task": task, "method": method})
@@ -218,7 +249,7 @@ def _axes(vary: Any, keys: Sequence[str]) -> dict[str, list[Any]]:
     if not isinstance(vary, dict) or not vary:
         raise InputError("vary: expected axes, as in `vary: {seed: [0, 1, 2]}`")
     for axis, values in vary.items():
-        if str(axis).partition(".")[0] not in keys or axis == "runs":
+        if str(axis).partition(".")[0] not in keys or axis in PLACE:
             raise InputError(f"vary.{axis}: there is no such key{nearest(axis, keys)}")
         if not isinstance(values, list) or not values:
             raise InputError(f"vary.{axis} = {quoted(values)}: expected a list of values, as in `{axis}: [..]`")
@@ -284,7 +315,7 @@ def _report(given: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
 
 def _changed(settings: Sequence[tuple[str, Any]]) -> list[str]:
     """Of what was set on the command line what may be against a paper's protocol and no table shows."""
-    aside = ("runs", "seed", "scale", "model", "report")
+    aside = (*PLACE, "seed", "scale", "model", "report")
     return [f"{key}={json.dumps(value)}" for key, value in settings if key.partition(".")[0] not in aside]
 
 
@@ -304,7 +335,7 @@ def _chain(stages: Any, keys: Sequence[str]) -> list[dict[str, Any]]:
     if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) and stage for stage in stages):
         raise InputError("chain: expected a list of settings, as in `chain: [{method.sparsity: 0.1}, {epochs: 1}]`")
     for key in (key for stage in stages for key in stage):
-        if str(key).partition(".")[0] not in keys or key in ("runs", "model"):
+        if str(key).partition(".")[0] not in keys or key in (*PLACE, "model"):
             raise InputError(f"chain: {key} cannot differ between the stages of one chain{nearest(key, keys)}")
     return stages
 

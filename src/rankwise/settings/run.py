@@ -19,6 +19,8 @@ FORMAT = 1
 SECTIONS = ("vary", "chain", "tune", "report", "smoke", "published")
 # What rankwise itself writes into a run.yaml, beside the settings.
 WRITTEN = ("id", "format", "kind", "made_with", "begun_with", "digest")
+# Settings that say where files lie, in which no runs differ.
+PLACE = ("runs", "plugins")
 # What is named and may have options below its name, each with an example.
 NAMED = {"method": "lora", "task": "mrpc"}
 # What `scale: smoke` allows at most: enough to go through every stage of a run, too little to learn anything.
@@ -103,6 +105,9 @@ class RunConfig(BaseModel):
         default="full", description="smoke: a few rows and steps, to try the whole way"
     )
     runs: str = Field(default="runs", min_length=1, description="folder in which the folder of the run is made")
+    plugins: list[str] = Field(
+        default_factory=list, description="Python files with methods, tasks or metrics of your own; their code is run"
+    )
     tuned: bool = Field(default=False, description="whether `tune:` has chosen the learning rate; `tune:` sets it")
     after: str | None = Field(
         default=None, description="id of the run whose trained weights this one begins with; `chain:` sets it"
@@ -116,9 +121,10 @@ class RunConfig(BaseModel):
         """12 hex digits that name a run by what is asked, which is what differs from the defaults.
 
         So a setting or an option that is added later, with a default, leaves the ids of all older runs as they are.
-        Where a run is stored and what makes it are not in its id, nor is whether `tune:` has chosen its rate.
+        Where a run is stored, where its plugins lie and what makes it are not in its id, nor is whether `tune:` has
+        chosen its rate.
         """
-        settings = self.model_dump(mode="json", exclude={"runs", "tuned", *NAMED}, exclude_defaults=True)
+        settings = self.model_dump(mode="json", exclude={*PLACE, "tuned", *NAMED}, exclude_defaults=True)
         settings |= {key: asked(key, getattr(self, key)) for key in NAMED}
         return hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()[:12]
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rankwise.named import asked
-from rankwise.settings import Experiment, RunConfig, as_yaml
+from rankwise.settings import PLACE, Experiment, RunConfig, as_yaml
 from rankwise.settings.run import NAMED
 
-OWN = {"runs", "learning_rate", "tuning", "tuned", "after", "followed"}
+OWN = {*PLACE, "learning_rate", "tuning", "tuned", "after", "followed"}
 """Settings that have a column anyway, or that `tune:`, `chain:` and the place of a run set."""
 
 

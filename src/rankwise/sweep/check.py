@@ -11,6 +11,7 @@ from typing import Any
 from rankwise import methods, published, tasks
 from rankwise.errors import InputError
 from rankwise.methods import Method
+from rankwise.named import check_reachable
 from rankwise.runs import grid
 from rankwise.settings import Experiment, RunConfig, Schema, load
 from rankwise.sweep.progress import counted
@@ -92,6 +93,9 @@ def alone(config: RunConfig, tries: bool = False) -> RunConfig:
 def expand(experiment: Experiment) -> list[RunConfig]:
     """The runs of an experiment, at the sizes that their budgets allow."""
     configs = grid.expand(experiment, fit)
+    for config in configs:
+        check_reachable(methods.registry()[config.method["name"]], config.plugins)
+        check_reachable(tasks.registry()[config.task["name"]], config.plugins)
     asked = experiment.base.get("budget") or "budget" in experiment.vary
     if asked and all(config.budget is None for config in configs):
         raise InputError("budget: none of the methods has a size to choose; leave it out")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rankwise import tasks
 from rankwise.errors import InputError
+from rankwise.named import load_plugin
 from rankwise.runs.maker import Maker, in_words
 from rankwise.runs.store import Store
 from rankwise.settings import RunConfig
@@ -40,6 +41,8 @@ def _revisions(configs: Sequence[RunConfig]) -> dict[tuple[str, bool], str]:
 
 def makers(store: Store, configs: Sequence[RunConfig]) -> Callable[[RunConfig], Maker]:
     """What would make each of `configs` now, or another run of their tasks. Raises InputError as `_revisions` does."""
+    for file in {file: None for config in configs for file in config.plugins}:
+        load_plugin(file)
     revisions = _revisions(configs)
     known = {config.id: config for config in configs}
 
