@@ -126,7 +126,8 @@ def archs() -> Listing:
 def params(arch: str, method: str, settings: Sequence[str]) -> Listing:
     """What a method trains on an architecture, counted without weights, and what papers print for it.
 
-    `settings` are options of the method, `head=[MODULE,…]` and `plugins=[FILE.py,…]`. Raises InputError for a name or an option nobody has.
+    `settings` are options of the method, `head=[MODULE,…]` and `plugins=[FILE.py,…]`. Raises InputError for a name or
+    an option that there is not.
     """
     chosen = architectures.find(arch)
     import rankwise.methods

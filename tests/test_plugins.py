@@ -1,0 +1,281 @@
+"""Methods and tasks from outside: files that a configuration names, and modules of installed packages."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import rankwise as rw
+import warm
+from rankwise.errors import InputError
+from rankwise.methods import Method
+from rankwise.named import load_plugin
+from rankwise.runs import run_file
+from rankwise.runs.store import Store
+from rankwise.settings import Schema, load
+from rankwise.tasks import Task
+from refused import refused
+from small_run import bert
+
+Cli = Callable[..., tuple[int, str, str]]
+
+PLUGIN = '''
+"""A method and a task."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from datasets import Dataset
+from pydantic import Field
+
+from rankwise.methods.lora import LoRA
+from rankwise.tasks.base import Split
+from rankwise.tasks.classification import Classification
+
+
+@dataclass(frozen=True)
+class Mine(LoRA, name="{name}"):
+    """LoRA of my own."""
+
+    twist: Annotated[float, Field(ge=0)] = {twist}
+
+
+class Parity(Classification, name="parity-{name}"):
+    """Is the number even?"""
+
+    text = ("line",)
+    labels = ("even", "odd")
+    main = "accuracy"
+    metrics = ("accuracy",)
+
+    def train(self) -> Split:
+        return self._split("train", range(60))
+
+    def evaluation(self) -> list[Split]:
+        return [self._split("validation", range(60, 90))]
+
+    def _split(self, name, numbers):
+        columns = {{"line": [str(n) for n in numbers], "label": [n % 2 for n in numbers], "idx": list(numbers)}}
+        return Split(name, Dataset.from_dict(columns), official=False, note="made up")
+'''
+
+
+@pytest.fixture(autouse=True)
+def guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What a test loads is gone after it."""
+    for kind in (Method, Task):
+        kind.registry()
+        monkeypatch.setattr(kind, "known", dict(kind.known))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def write(file: Path, name: str = "mine", twist: float = 0.5) -> Path:
+    file.write_text(PLUGIN.format(name=name, twist=twist))
+    return file
+
+
+def schema() -> Schema:
+    return Schema(Method.registry(), Task.registry())
+
+
+def settings(file: Path, folder: Path) -> dict[str, object]:
+    """An experiment that tunes the plugin's method, at a budget, on the plugin's task."""
+    return {
+        "task": "parity-mine",
+        "model": bert(folder / "base"),
+        "plugins": [str(file)],
+        "max_steps": 2,
+        "max_length": 8,
+        "batch_size": 4,
+        "budget": 2_000,
+        "runs": str(folder / "runs"),
+        "vary": {"seed": [0, 1], "method": [{"name": "mine", "targets": ["query", "value"]}]},
+        "tune": {"learning_rate": [1e-3, 1e-2]},
+    }
+
+
+def rankwise(folder: Path, *arguments: object, **environment: str) -> tuple[int, str, str]:
+    done = warm.run(
+        [sys.executable, "-m", "rankwise", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_plugins_method_is_tuned_and_reported_as_ours_are(tmp_path: Path) -> None:
+    """Its runs are processes of their own, in other folders; moved, it goes on with the runs that it has."""
+    file = write(tmp_path / "plug.py")
+    content = {**settings(file, tmp_path), "plugins": ["plug.py"]}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(content))
+    code, out, err = rankwise(tmp_path, "compare", "experiment.yaml", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["done"]) == 4
+    store = Store(tmp_path / "runs")
+    for folder in store.folders():
+        kept = run_file.load(folder)
+        assert kept.config.plugins == [str(file)]
+        assert kept.config.method["twist"] == 0.5 and kept.config.method["rank"] > 0
+        assert kept.made is not None and "plug.py" in kept.made.parts()
+
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    file.rename(moved / "plug.py")
+    newest = store.folders()[-1]
+    (newest / "result.json").unlink()
+    code, _, err = rankwise(tmp_path, "train", newest)
+    assert code == 2 and f"{file} is no file" in err
+    code, out, err = rankwise(moved, "compare", "../experiment.yaml", "--json")
+    assert code == 0 and len(json.loads(out)["done"]) == 4, err
+    assert run_file.load(newest).config.plugins == [str(moved / "plug.py")]
+
+
+def test_a_run_of_a_changed_plugin_is_one_of_other_code(tmp_path: Path) -> None:
+    file = write(tmp_path / "plug.py")
+    given = {**settings(file, tmp_path), "tune": None, "learning_rate": 1e-3}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump({key: each for key, each in given.items() if each}))
+    assert rankwise(tmp_path, "compare", "experiment.yaml")[0] == 0
+    write(file, twist=0.25)
+    code, _, err = rankwise(tmp_path, "compare", "experiment.yaml")
+    assert code == 2 and "2 finished runs were made with other code: plug.py differs" in err
+
+
+def test_where_a_plugin_lies_is_not_in_an_id(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    given = {"task": "parity-mine", "method": "mine"}
+    one = load({**given, "plugins": [str(write(tmp_path / "plug.py"))]}, [], schema())
+    other = one.model_copy(update={"plugins": [str(tmp_path / "there" / "plug.py")]})  # type: ignore[union-attr]
+    assert one.id == other.id  # type: ignore[union-attr]
+
+
+def test_the_settings_of_a_plugin_stand_on_the_command_line_too(tmp_path: Path, cli: Cli) -> None:
+    file = write(tmp_path / "plug.py")
+    (tmp_path / "one.yaml").write_text("task: parity-mine\nplugins: [missing.py]\n")
+    code, out, err = cli("validate", tmp_path / "one.yaml", f"plugins=[{file}]", "method=mine", "method.twist=2")
+    assert code == 0 and "twist: 2.0" in out, err
+    code, out, err = cli("validate", tmp_path / "one.yaml", f"plugins=[{file}]", "method=mine", "method.twist=-1")
+    assert code == 2 and "twist must not be negative" in err
+    code, out, _ = cli("params", "--arch", "minilm-l6", "--method", "mine", f"plugins=[{file}]", "rank=2", "--json")
+    assert code == 0 and json.loads(out)["trainable"] > 0
+    code, out, _ = cli("schema", file)
+    assert code == 0 and '"twist"' in out and '"parity-mine"' in out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"plugins: .*plug_\w+\.py is no file: name the Python file of the plugin"),
+        ("import no_such_module", r"cannot be loaded: ModuleNotFoundError in line 1: No module named 'no_such_module'"),
+        ("x = 1\nx.y", r"cannot be loaded: AttributeError in line 2"),
+        ("def", r"cannot be loaded: SyntaxError: "),
+        ("import sys; sys.exit(3)", r"cannot be loaded: SystemExit in line 1: 3"),
+        (PLUGIN.format(name="lora", twist=1), r"cannot be loaded: TypeError.*two methods are called 'lora'"),
+    ],
+)
+def test_a_plugin_that_cannot_be_loaded_is_one_line(text: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / f"plug_{abs(hash(text)):x}.py"
+    if text:
+        file.write_text(text)
+    said = refused(lambda: load({"task": "cola", "plugins": [str(file)]}, [], schema()))
+    assert re.search(message, said), said
+
+
+@pytest.mark.parametrize("value", ["plug.py", [1], {"a": 1}, None])
+def test_plugins_are_a_list_of_files(value: object) -> None:
+    said = refused(lambda: load({"task": "cola", "plugins": value}, [], schema()))
+    assert said.startswith("plugins = ") and said.endswith("as in `plugins: [my.py]`")
+
+
+def test_plugins_are_no_axis() -> None:
+    for given in ({"vary": {"plugins": [["a.py"]]}}, {"vary": {"seed": [0]}, "chain": [{"plugins": []}]}):
+        assert "plugins" in refused(lambda given=given: load({"task": "cola", **given}, [], schema()))  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["torch", "rankwise", "json", "my.method"])
+def test_a_plugin_does_not_take_the_place_of_another_module(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="as another module is: rename the file"):
+        load_plugin(write(tmp_path / f"{name}.py"))
+
+
+def test_a_plugin_that_fails_leaves_nothing_and_can_be_mended(tmp_path: Path) -> None:
+    file = write(tmp_path / "half.py", "half")
+    whole = file.read_text()
+    file.write_text(whole + "\n1 / 0\n")
+    with pytest.raises(InputError, match=r"half\.py cannot be loaded: ZeroDivisionError in line \d+"):
+        load_plugin(file)
+    assert "half" not in Method.registry() and "lora" in Method.registry()
+    file.write_text(whole)
+    load_plugin(file)
+    assert "half" in Method.registry()
+
+
+def test_a_plugin_is_loaded_once_and_its_later_edits_are_refused(tmp_path: Path) -> None:
+    """The code that made a run is read from the file, and must be that which ran."""
+    file = write(tmp_path / "once.py", "once")
+    assert load_plugin(file) == load_plugin(str(file)) == file
+    write(file, "once", twist=3)
+    with pytest.raises(InputError, match="has changed since it was loaded: start Python again"):
+        load_plugin(file)
+
+
+def test_a_plugin_imports_what_lies_next_to_it(tmp_path: Path) -> None:
+    (tmp_path / "next_to_it.py").write_text("TWIST = 7.0\n")
+    file = write(tmp_path / "importing.py", "importing")
+    file.write_text("from next_to_it import TWIST\n" + file.read_text().replace("= 0.5", "= TWIST"))
+    load_plugin(file)
+    assert Method.build("importing").twist == 7.0  # type: ignore[attr-defined]
+
+
+def test_what_a_plugin_prints_is_not_in_the_result(tmp_path: Path, cli: Cli) -> None:
+    file = write(tmp_path / "printing.py", "printing")
+    file.write_text(file.read_text() + "\nprint('loaded')\n")
+    code, out, err = cli("validate", "experiments/quickstart.yaml", f"plugins=[{file}]", "--json")
+    assert code == 0 and json.loads(out) and "loaded" in err
+
+
+def test_a_method_that_the_runs_processes_would_not_find_is_refused(tmp_path: Path) -> None:
+    """It is defined in a notebook, say, or its plugin is not named in this experiment."""
+    file = write(tmp_path / "unnamed.py", "unnamed")
+    load_plugin(file)
+    given = {"task": "stdlib-kind", "vary": {"seed": [0], "method": ["unnamed"]}, "runs": str(tmp_path / "runs")}
+    said = refused(lambda: rw.compare(given))
+    assert said.startswith("method unnamed is defined in unnamed, which the processes of the runs do not load: name")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plugins_of_installed_packages_are_there_without_being_named(tmp_path: Path) -> None:
+    """Listed, in the schema, and in the process of each run."""
+    write(tmp_path / "installed_methods.py", "installed")
+    about = tmp_path / "installed_methods-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: installed-methods\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[rankwise]\nmine = installed_methods\n")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code, out, err = rankwise(tmp_path, "methods", "--json", PYTHONPATH=path)
+    assert code == 0, err
+    assert json.loads(out)["installed"] == {
+        "summary": "LoRA of my own.",
+        "options": {**json.loads(out)["lora"]["options"], "twist": 0.5},
+    }
+    code, out, _ = rankwise(tmp_path, "tasks", "--json", PYTHONPATH=path)
+    assert code == 0 and json.loads(out)["parity-installed"]["summary"] == "Is the number even?"
+    content = {**settings(Path("none.py"), tmp_path), "task": "parity-installed"}
+    content |= {"vary": {"seed": [0], "method": ["installed"]}, "tune": None, "plugins": [], "learning_rate": 1e-3}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump({key: each for key, each in content.items() if each}))
+    code, out, err = rankwise(tmp_path, "compare", "experiment.yaml", "--json", PYTHONPATH=path)
+    assert code == 0 and len(json.loads(out)["done"]) == 1, err
+    (tmp_path / "installed_methods.py").write_text("1 / 0\n")
+    code, _, err = rankwise(tmp_path, "methods", PYTHONPATH=path)
+    assert code == 2 and err.count("\n") == 1
+    assert "installed_methods, a plugin of the package installed-methods, cannot be loaded: ZeroDivisionError" in err
