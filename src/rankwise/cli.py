@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import sys
 import time
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from rankwise.errors import FAILED, INPUT, INTERRUPTED, InputError
-from rankwise.terminal import agreed, ask, log, show, show_json
+from rankwise.terminal import agreed, ask, drop_unwritten, log, show, show_json
 
 if TYPE_CHECKING:
-    from rankwise.about import Listing
     from rankwise.api import Comparison, Report
     from rankwise.sweep.plan import Plan
 
@@ -312,7 +310,8 @@ def _list_command(name: str, summary: str) -> None:
     def command(as_json: Json = False, debug: Debug = False) -> None:
         from rankwise import about
 
-        _print_listing(getattr(about, name)(), as_json)
+        listing = getattr(about, name)()
+        show_json(listing.content) if as_json else show(listing.text)
 
 
 _list_command("methods", "List the methods and their options.")
@@ -361,7 +360,7 @@ def params(
 
     with contextlib.redirect_stdout(sys.stderr):
         listing = about.params(arch, method, settings or [])
-    _print_listing(listing, as_json)
+    show_json(listing.content) if as_json else show(listing.text)
 
 
 def main() -> None:
@@ -396,16 +395,7 @@ def main() -> None:
         log(f"rankwise: {type(error).__name__}: {line} (--debug shows where)")
         sys.exit(FAILED)
     finally:
-        _drop_unwritten()
-
-
-def _drop_unwritten() -> None:
-    """Drop output that cannot be written, or Python would try once more as it ends, fail, and exit with 120."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        drop_unwritten()
 
 
 def _refuse_usage(error: Any) -> NoReturn:
@@ -448,10 +438,6 @@ def _page(found: Comparison) -> Path | None:
     except Exception as error:
         log(f"no report.html: {' '.join(str(error).split())}")
         return None
-
-
-def _print_listing(listing: Listing, as_json: bool) -> None:
-    show_json(listing.content) if as_json else show(listing.text)
 
 
 def _print_plan(plan: Plan, as_json: bool, everything: bool) -> None:

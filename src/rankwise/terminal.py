@@ -1,6 +1,7 @@
 """Output on the terminal: results on stdout, the log on stderr. Text may hold control characters, which are escaped."""
 
 import json
+import os
 import sys
 from contextlib import suppress
 from typing import Any
@@ -37,3 +38,12 @@ def agreed(question: str) -> bool:
     if not sys.stdin.isatty():
         raise InputError(f"{question} No terminal to answer on: give --yes to go ahead")
     return ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+
+def drop_unwritten() -> None:
+    """Drop output that cannot be written, or Python would try once more as it ends, fail, and exit with 120."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
