@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankwise.errors import SOME_FAILED, STOPPED, InputError
+from rankwise.named import written
 from rankwise.results.summary import Summary
 from rankwise.runs.several import Several
 from rankwise.runs.store import Store
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rankwise.sweep.check import Source
     from rankwise.sweep.plan import One, Plan
     from rankwise.sweep.runners import Runner
+    from rankwise.tasks import Task
 
 Form = Literal["md", "csv", "latex"]
 Settings = Mapping[str, Any] | Sequence[str]
@@ -218,6 +220,17 @@ def train(
     return Trained(planned.folder, planned.carry_out(reuse, repeat))
 
 
+def task(given: str | Mapping[str, Any]) -> Task:
+    """The task that a file has at `task:`: a name, or a mapping of name (or `type`) and options.
+
+    Raises InputError as for a file, in one line.
+    """
+    from rankwise.settings import Schema, load_task
+    from rankwise.tasks import build, registry
+
+    return build(load_task(given, Schema({}, registry())))
+
+
 def plan(experiment: Source, settings: Sequence[str], dry: bool = False) -> Plan:
     """What `compare` would carry out; `dry` does not ask the hub about models that `rankwise archs` lists."""
     _check_readable(experiment)
@@ -247,7 +260,7 @@ def overrides(settings: Settings, runs: Path | str | None) -> list[str]:
     given = {"runs": str(runs)} if runs is not None else {}
     if not isinstance(settings, Mapping):
         return [*settings, *(f"{key}={json.dumps(value)}" for key, value in given.items())]
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in {**settings, **given}.items()]
+    return [f"{key}={json.dumps(value, default=written)}" for key, value in {**settings, **given}.items()]
 
 
 def _check_readable(source: Source | None) -> None:

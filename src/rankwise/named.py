@@ -199,6 +199,14 @@ def _files(package: str) -> list[str]:
     return [f"{package}.{each.name}" for each in pkgutil.iter_modules(importlib.import_module(package).__path__)]
 
 
+def written(value: Any) -> Any:
+    """A value that JSON does not have, as a file writes it: a method or a task as name and options, others as text."""
+    if not isinstance(value, Named):
+        return str(value)
+    options = (option.name for option in dataclasses.fields(value) if option.init)  # type: ignore[arg-type]
+    return {"name": value.name, **{option: getattr(value, option) for option in options}}
+
+
 def asked(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """`given`, a name and options, without the options that have their default values.
 

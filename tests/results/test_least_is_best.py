@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.api import Report
+from rankwise.api import report
 from rankwise.results.columns import best_of, scores
 from rankwise.results.contrasts import contrasts
 from rankwise.results.rows import best, summarise
@@ -53,7 +53,7 @@ def test_the_least_error_is_in_bold(store: Store) -> None:
     rows = best(summarise(store.results()))
     main = next(column for column in scores(rows) if column.metric)
     assert [row.method for row in best_of(main, rows)] == ["sora rank=4"]
-    text = Report(store=store, summary=Summary.of_store(store)).table("md", bold=True)
+    text = report(store.folder).table("md", bold=True)
     (line,) = [line for line in text.splitlines() if "**" in line]
     assert "sora" in line
 
@@ -103,3 +103,5 @@ def test_the_text_says_that_lower_is_better(store: Store, score: str) -> None:
     head = "mean_absolute_error (lower is better)" if score == "mean_absolute_error" else "r2"
     assert f"cola: {head} on 50 rows of validation" in text
     assert ("(lower is better)" in text) == (score == "mean_absolute_error")
+    page = report(store.folder).write_page().read_text()
+    assert ("mean_absolute_error (lower is better)" in page) == (score == "mean_absolute_error")

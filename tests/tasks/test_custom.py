@@ -15,7 +15,7 @@ from sklearn.metrics import f1_score
 from rankwise import tasks
 from rankwise.errors import InputError
 from rankwise.settings import RunConfig, json_schema, load
-from rankwise.sweep import plan
+from rankwise.sweep.check import schema as known
 from rankwise.tasks.custom import Custom
 from rankwise.train.run import run
 from refused import refused
@@ -272,7 +272,7 @@ def test_metrics_left_out_are_accuracy_and_matthews_and_no_part_of_the_id(tmp_pa
     plain = {"name": "classification", "dataset": file, "columns": {"text": "body", "label": "mood"}}
     task = tasks.build(plain)
     assert (task.metrics, task.main, task.label) == (("accuracy", "matthews"), "accuracy", "all (classification)")
-    schema = plan.schema()
+    schema = known()
     configs = [
         load({"task": {**plain, **more}}, schema=schema)
         for more in ({}, {"metrics": ["accuracy", "matthews_corrcoef"]}, {"metrics": ["f1_macro"]})
@@ -296,7 +296,7 @@ def test_metrics_left_out_are_accuracy_and_matthews_and_no_part_of_the_id(tmp_pa
 )
 def test_metrics_that_there_are_not_are_refused_before_a_run(metrics: Any, message: str) -> None:
     task = {"type": "classification", "dataset": "all.csv", "metrics": metrics}
-    assert refused(lambda: load({"task": task}, schema=plan.schema())).startswith(message)
+    assert refused(lambda: load({"task": task}, schema=known())).startswith(message)
 
 
 def test_a_metric_of_two_classes_names_its_class_or_is_refused(tmp_path: Path) -> None:
@@ -324,8 +324,7 @@ def test_of_two_classes_as_common_the_one_of_the_higher_f1_is_the_constant_to_co
 
 def test_metrics_are_in_the_schema_for_editors() -> None:
     parts = {
-        part["properties"]["name"]["const"]: part
-        for part in json_schema(plan.schema())["properties"]["task"]["oneOf"][1:]
+        part["properties"]["name"]["const"]: part for part in json_schema(known())["properties"]["task"]["oneOf"][1:]
     }
     for name, default in (("pair", ["accuracy", "matthews"]), ("regression", ["pearson", "spearman"])):
         option = parts[name]["properties"]["metrics"]

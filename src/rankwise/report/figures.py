@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rankwise.metrics import with_direction
 from rankwise.report import curves, heat, plots, style
 from rankwise.results.formats import duration, plus_minus, size
 from rankwise.results.rows import Row
@@ -202,7 +203,9 @@ def _sizes(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Pi
     points = [
         plots.Point(name := named[row.method], first[name], row.final, _mean(row), row.interval) for row in scored
     ]
-    figure = plots.score_by_parameters(points, scored[0].score, _bars(scored), f"{title}: score against size")
+    figure = plots.score_by_parameters(
+        points, with_direction(scored[0].score), _bars(scored), f"{title}: score against size"
+    )
     words = "; ".join(f"{row.method}: {plus_minus(row.mean, row.sd)}" for row in scored)
     return [Picture.of(figure, f"Score against the parameters kept. {words}")]
 
@@ -215,7 +218,8 @@ def _costs(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Pi
         [plots.Point(row.method, looks[row.method], getattr(row, key), _mean(row), row.interval) for row in scored]
         for key in ("seconds", "peak_memory")
     )
-    figure = plots.score_by_cost(seconds, memory, scored[0].score, _bars(scored), f"{title}: score against cost")
+    metric = with_direction(scored[0].score)
+    figure = plots.score_by_cost(seconds, memory, metric, _bars(scored), f"{title}: score against cost")
     words = "; ".join(
         f"{row.method}: {plus_minus(row.mean, row.sd)}, {duration(row.seconds)}, {size(row.peak_memory)}"
         for row in scored
@@ -252,7 +256,7 @@ def _rates(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture
     return [
         picture
         for where, by_method in tried.items()
-        for picture in of_rates(by_method, chosen, f"{best[0].score}{where}", title)
+        for picture in of_rates(by_method, chosen, f"{with_direction(best[0].score)}{where}", title)
     ]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import rankwise
 from rankwise.errors import InputError, need
 from rankwise.files import read_json, write_whole
+from rankwise.metrics import with_direction
 from rankwise.report import examples, figures
 from rankwise.report.answers import Answered, answered
 from rankwise.report.examples import Example
@@ -152,7 +153,7 @@ def _overview(summary: Summary) -> Grid | None:
     by_place = {(row.method, row.task): row for row in best}
     firsts = [next(row for row in best if row.task == task) for task in tasks]
     heads = [Head("method", number=False)]
-    heads += [Head(columns.task_name(row), f"{row.score}, {columns.MEAN_SD}") for row in firsts]
+    heads += [Head(columns.task_name(row), f"{with_direction(row.score)}, {columns.MEAN_SD}") for row in firsts]
     rows = []
     for method in dict.fromkeys(row.method for row in best):
         cells = [by_place.get((method, task)) for task in tasks]

@@ -9,7 +9,7 @@ from rankwise.results.rows import Row, unofficial
 from rankwise.runs.answers import listed, shown
 from rankwise.runs.search import in_words
 
-TOO_HIGH = "Rates were chosen on the rows reported, so scores are slightly too high; use `tune:` to avoid this"
+TOO_HIGH = "Rates were chosen on the rows reported, so scores are slightly too good; use `tune:` to avoid this"
 WELL_USED = 0.9
 """The share of the budget below which a note says that a method may score lower because it is smaller."""
 

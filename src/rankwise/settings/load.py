@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rankwise.errors import InputError, nearest
-from rankwise.named import load_plugin, options_of
+from rankwise.named import load_plugin, options_of, written
 from rankwise.settings.experiment import MOST_RUNS, OWN, Experiment, Published, Span, Tune
 from rankwise.settings.run import (
     NAMED,
@@ -98,6 +98,11 @@ def load_method(name: str, overrides: Sequence[str], schema: Schema) -> tuple[di
     return check_options("method", schema.methods, {**options, "name": name}), head
 
 
+def load_task(given: Any, schema: Schema) -> dict[str, Any]:
+    """What a file has at `task:`, a name or a mapping, checked and with all defaults filled in."""
+    return check_options("task", schema.tasks, named("task", _mapping({"task": given})["task"]))
+
+
 def load_options(key: str, name: str, overrides: Sequence[str], known: Mapping[str, type]) -> dict[str, Any]:
     """The `key=value` options of `known[name]`, checked and with all defaults filled in; `key` is for the messages.
 
@@ -131,9 +136,9 @@ def _override(text: str) -> tuple[str, Any]:
 
 
 def _mapping(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of what a caller gives in Python, in which paths and the like are text."""
+    """A copy of what a caller gives in Python, in which paths are text, and methods and tasks name and options."""
     try:
-        data: dict[str, Any] = json.loads(json.dumps(dict(source), default=str))
+        data: dict[str, Any] = json.loads(json.dumps(dict(source), default=written))
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"settings that cannot be written as YAML: {error}") from None
     return plain_data(data)

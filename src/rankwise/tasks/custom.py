@@ -204,7 +204,7 @@ class Measured(Custom, Classification):
 
     possible: ClassVar[Mapping[str, Metric]]
 
-    metrics: tuple[str, ...] = ()  # type: ignore[misc]
+    metrics: tuple[str, ...] = field(default=(), kw_only=True)  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -221,7 +221,7 @@ class Labelled(Measured):
     possible = classification.METRICS
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
 
-    metrics: tuple[OfClasses, ...] = ("accuracy", "matthews")  # type: ignore[misc]
+    metrics: tuple[OfClasses, ...] = field(default=("accuracy", "matthews"), kw_only=True)  # type: ignore[misc]
 
     @property
     def text(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -317,7 +317,7 @@ class CustomRegression(Measured, name="regression"):
     possible = regression.METRICS
     roles = ("text", "text_pair", "label")
 
-    metrics: tuple[OfNumbers, ...] = ("pearson", "spearman")  # type: ignore[misc]
+    metrics: tuple[OfNumbers, ...] = field(default=("pearson", "spearman"), kw_only=True)  # type: ignore[misc]
 
     @property
     def text(self) -> tuple[str, ...]:  # type: ignore[override]
