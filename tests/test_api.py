@@ -1,5 +1,6 @@
 """What the command line does, called from Python."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,12 @@ import yaml
 
 import rankwise as rw
 from rankwise.runs.store import Store
+from rankwise.settings import load
+from rankwise.sweep.check import schema
 from rankwise.sweep.compare import Outcome
+from rankwise.tasks import build, registry
+from rankwise.tasks.custom import Custom
+from refused import refused
 from runs_made_up import REVISION, config, finish, result
 
 TINY = {"task": "stdlib-kind", "model": "random-bert", "max_length": 8, "train_rows": 24, "eval_rows": 16}
@@ -71,8 +77,8 @@ def test_a_run_is_trained_by_one_call_and_found_again(tmp_path: Path) -> None:
 def test_what_failed_is_told_with_what_to_do_about_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store(tmp_path)
     folders = [store.create(config(seed=seed), REVISION) for seed in range(3)]
-    for folder, refused in zip(folders, (False, True, True), strict=True):
-        store.note_error(folder, "no\n\nTraceback\n", refused=refused)
+    for folder, lasting in zip(folders, (False, True, True), strict=True):
+        store.note_error(folder, "no\n\nTraceback\n", refused=lasting)
     monkeypatch.setattr("rankwise.sweep.plan.carry_out", lambda store, folders, runner: Outcome(failed=folders))
     found = rw.retry(tmp_path)
     assert found.code == 3
@@ -106,6 +112,45 @@ def test_what_is_wrong_is_an_input_error_of_one_line(tmp_path: Path) -> None:
             call()
         assert words in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", registry())
+def test_python_builds_the_task_that_a_file_asks_for(name: str, tmp_path: Path) -> None:
+    """The objects themselves may stand where a file has their names and options."""
+    own = issubclass(registry()[name], Custom)
+    given = {"name": name, "dataset": "rows.csv", "split": "test"} if own else {"name": name}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"task": given}))
+    of_file = load(file, schema=schema()).task
+    assert rw.task(given) == build(of_file)
+    assert own or rw.task(name) == rw.task(given)
+    with_path = {key: Path(value) if key == "dataset" else value for key, value in given.items() if key != "name"}
+    assert rw.task({"type": name, **with_path}) == rw.task(rw.task(given)) == rw.task(given)
+    method = rw.SoRA(rank=3, gates="normal")
+    config = load({"task": rw.task(given), "method": method}, schema=schema())
+    assert build(config.task) == build(of_file) and config.method == {"name": "sora", **dataclasses.asdict(method)}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("colla", "task = 'colla': no such task (did you mean \"cola\"?); known: "),
+        ({"type": "pair", "dataste": "x"}, 'task.dataste: pair has no such option (did you mean "dataset"?)'),
+        ({"type": "pair", "dataset": "x", "split": 3}, "task.split = 3: expected string"),
+        ({"dataset": "x"}, "task: needs a name, as in `task: {name: mrpc}`"),
+        (3, "task = 3: expected a name or a mapping, as in `task: {name: mrpc}`"),
+    ],
+)
+def test_python_refuses_a_task_as_a_file_does(given: Any, message: str) -> None:
+    assert refused(lambda: rw.task(given)).startswith(message)
+    assert refused(lambda: load({"task": given}, schema=schema())).startswith(message)
+
+
+def test_an_experiment_of_objects_is_that_of_their_names(sent: list[tuple[int, Path]], tmp_path: Path) -> None:
+    objects = {**GRID, "task": rw.task("stdlib-kind"), "vary": {"method": [rw.LoRA(), rw.Head()], "seed": [0]}}
+    names = {**GRID, "vary": {"method": ["lora", "head"], "seed": [0]}}
+    found = [rw.compare(each, runs=tmp_path / str(place)) for place, each in enumerate((objects, names))]
+    assert len({tuple(folder.name for folder in each.outcome.done) for each in found}) == 1
 
 
 def test_rooms_that_are_called_are_rooms_all_the_same() -> None:

