@@ -133,10 +133,12 @@ class Trained:
 
     def text(self) -> str:
         """Tables and notes of this run alone, as the terminal shows them."""
-        summary = Summary(Store(self.folder.parent).results([self.folder])).text()
-        result, split = self.result, self.result["splits"]["evaluation"][0]
-        tried = f"{result['score']} {result['metrics'].get(result['score'])} on {split['rows']} rows of {split['name']}"
-        return summary or f"learning rate {result['learning_rate']:g}, tried for its experiment: {tried}"
+        [found] = Store(self.folder.parent).results([self.folder])
+        if found.kind != "trial":
+            return Summary([found]).text()
+        score, split = found.metrics.get(found.score), found.splits.evaluation[0]
+        scored = f"{found.score} {score} on {split.rows} rows of {split.name}"
+        return f"learning rate {found.learning_rate:g}, tried for its experiment: {scored}"
 
 
 def report(*runs: Path | str) -> Report:

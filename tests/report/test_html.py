@@ -171,7 +171,7 @@ def test_several_tasks_get_an_overview(tmp_path: Path, make: Callable[..., Path]
 def test_texts_stand_side_by_side_escaped_and_shortened(tmp_path: Path, make: Callable[..., Path]) -> None:
     folder = make(tmp_path / "runs", seeds=(0, 1))
     for result in Store(folder).results():
-        wrote = f"<script>{result['method']}</script>" if result["seed"] == 0 else "of another seed"
+        wrote = f"<script>{result.method}</script>" if result.seed == 0 else "of another seed"
         rows = {
             "split": ["validation"] * 9 + ["test"],
             "idx": [*range(9), 0],
@@ -179,7 +179,7 @@ def test_texts_stand_side_by_side_escaped_and_shortened(tmp_path: Path, make: Ca
             "references": [["one & only"]] * 4 + [["first", "second"]] * 6,
             "prediction": [wrote] * 8 + ["", ""],
         }
-        pyarrow.parquet.write_table(pyarrow.table(rows), result["folder"] / "predictions.parquet")
+        pyarrow.parquet.write_table(pyarrow.table(rows), result.folder / "predictions.parquet")
     out = html.write(folder).read_text(encoding="utf-8")
     found = Page(out)
     shown, _, each_run = found.text.rpartition("Every run")
@@ -194,7 +194,7 @@ def test_texts_stand_side_by_side_escaped_and_shortened(tmp_path: Path, make: Ca
 def test_pictures_of_masks_are_shown_once_a_method(tmp_path: Path, make: Callable[..., Path]) -> None:
     folder = make(tmp_path / "runs", seeds=(0, 1))
     for result in Store(folder).results():
-        (result["folder"] / "masks.png").write_bytes(b"\x89PNG")
+        (result.folder / "masks.png").write_bytes(b"\x89PNG")
     found = page(folder)
     masks = [image for image in found.images if "makes of some images" in str(image["alt"])]
     assert len(masks) == 3 and {image["src"] for image in masks} == {"data:image/png;base64,iVBORw=="}
@@ -228,10 +228,10 @@ def test_every_run_has_a_section_that_its_row_links_to(runs: Path) -> None:
     sections = [anchor for anchor in found.anchors if anchor.startswith("run-")]
     assert len(sections) == len(set(sections)) == 18 and set(links) == set(sections)
     assert {address[1:] for address in found.addresses if address.startswith("#")} <= set(found.anchors)
-    result = min(Store(runs).results(), key=lambda each: each["folder"])
+    result = min(Store(runs).results(), key=lambda each: each.folder)
     said = found.text.rpartition("Every run")[2]
     assert said.count("ranks changed at 17 of 36 sites, and ω moved by up to 2.30 ranks.") == 6
-    assert f"accuracy {result['metrics']['accuracy']:.4f}" in said and "train_rows: 4800" in said
+    assert f"accuracy {result.metrics['accuracy']:.4f}" in said and "train_rows: 4800" in said
 
 
 def test_the_section_of_a_failed_run_holds_the_end_of_its_error(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_a_classifier_names_the_rows_it_got_wrong(tmp_path: Path, make: Callable
     folder = make(tmp_path / "runs", seeds=(0,))
     for result in Store(folder).results():
         rows = {"split": ["v"] * 30 + ["w"], "idx": [*range(31)], "label": [1] * 31, "prediction": [1] * 5 + [0] * 26}
-        pyarrow.parquet.write_table(pyarrow.table(rows), result["folder"] / "predictions.parquet")
+        pyarrow.parquet.write_table(pyarrow.table(rows), result.folder / "predictions.parquet")
     text = page(folder).text
     assert "25 of 30 rows answered wrong" in text
     assert "label): 5 (0 for 1), 6 (0 for 1)" in text and "14 (0 for 1)." in text and "15 (0 for 1)" not in text

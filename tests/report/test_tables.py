@@ -12,7 +12,7 @@ from rankwise.errors import InputError
 from rankwise.report import tables
 from rankwise.results.columns import chosen, columns
 from rankwise.results.rows import Row, Score, best, summarise
-from rankwise.results.splits import Split
+from rankwise.runs.result import Split
 from rankwise.runs.store import Store
 from runs_made_up import tune
 

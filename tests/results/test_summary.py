@@ -116,20 +116,20 @@ def test_the_bootstrap_joins_in_where_predictions_of_the_same_rows_are_there(sto
     three_methods(store)
     labels = [0, 1] * 20
     for result in store.results():
-        right = {"lora": 32, "simplex-lora": 32, "head": 24}[result["method"]]
-        predict(result["folder"], labels[:right] + [1 - label for label in labels[right:]], labels)
+        right = {"lora": 32, "simplex-lora": 32, "head": 24}[result.method]
+        predict(result.folder, labels[:right] + [1 - label for label in labels[right:]], labels)
     first = summary(store)
     assert all("over the examples" in sentence for sentence in first.verdicts)
     assert first.verdicts == summary(store).verdicts
-    predict(store.results()[0]["folder"], [1], [1])
+    predict(store.results()[0].folder, [1], [1])
     assert any("none over the examples" in sentence for sentence in summary(store).verdicts)
 
 
 def test_the_bootstrap_draws_scores_of_examples_where_there_are_such(store: Store) -> None:
     three_methods(store)
     for result in store.results():
-        worth = {"lora": 0.5, "simplex-lora": 0.5, "head": 0.25}[result["method"]]
-        predict(result["folder"], [0] * 40, [-1] * 40, scores=[worth] * 40)
+        worth = {"lora": 0.5, "simplex-lora": 0.5, "head": 0.25}[result.method]
+        predict(result.folder, [0] * 40, [-1] * 40, scores=[worth] * 40)
     examples = {each.ours.name: each.found.examples for each in summary(store).contrasts}
     assert examples == {"simplex-lora": (0.0, 0.0), "head": (-0.25, -0.25)}
 
@@ -159,7 +159,7 @@ def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_example
     with monkeypatch.context() as without:
         without.setattr("rankwise.results.contrasts.METRICS", {})
         assert examples() == {"simplex-lora": None, "head": None}
-    folder = next(result["folder"] for result in store.results() if result["method"] == "head")
+    folder = next(result.folder for result in store.results() if result.method == "head")
     for columns in ({"idx": [1, 0, 2]}, {"statistics": [[0] * 8] * 3}, {"score": [0.5] * 3}):
         predict(folder, [0] * 3, [-1] * 3, **{"statistics": [[8, 0, 0, 0]] * 3, **columns})
         assert examples() == {**before, "head": None}

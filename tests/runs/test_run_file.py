@@ -51,8 +51,8 @@ def test_runs_from_before_format_1_are_found_and_read(older: Store) -> None:
         assert older.create(older.config(folder), REVISION) in older.folders()
     assert all(older.tries(older.place(each)) for each in trials)
     assert [older.before(older.place(each)) for each in chain] == [None, older.place(chain[0])]
-    assert [each["folder"] for each in older.results() if each["tuned"]] == [older.place(reported[0])]
-    assert sorted(each["kind"] for each in older.results()) == ["run", "stage", "stage", "trial", "trial"]
+    assert [each.folder for each in older.results() if each.tuned] == [older.place(reported[0])]
+    assert sorted(each.kind for each in older.results()) == ["run", "stage", "stage", "trial", "trial"]
 
 
 def test_a_chain_goes_on_from_a_stage_of_before_format_1(older: Store) -> None:
@@ -79,7 +79,7 @@ def test_a_setting_added_with_a_default_orphans_no_run(tmp_path: Path, monkeypat
 
     store = Store(tmp_path / "runs")
     (kept,) = store.results()
-    assert kept["folder"] == folder and kept["config"]["patience"] == 5
+    assert kept.folder == folder and kept.config["patience"] == 5
     assert store.standing(folder).state == "done"
     asked = NewRunConfig(task="cola", seed=3, method={**lora, "warmth": 1.0})
     assert store.place(asked) == folder == store.create(asked, REVISION)

@@ -1,7 +1,5 @@
 """What is said of searches for ranks."""
 
-from dataclasses import asdict
-
 from rankwise.runs.search import Search, in_words
 
 FOUND = Search(17, 36, 2.314, "ω", "ranks")
@@ -25,9 +23,3 @@ def test_the_searches_of_several_seeds_in_one_sentence() -> None:
     assert in_words({3: IDLE, 4: IDLE}).count("plain LoRA;") == 1
     gates = Search(5, 9, 0.5, "gates")
     assert str(gates) == "ranks changed at 5 of 9 sites, and gates moved by up to 0.50."
-
-
-def test_a_result_gives_back_what_it_keeps_and_nothing_where_it_keeps_none() -> None:
-    assert Search.of({"search": asdict(IDLE)}) == IDLE
-    assert Search.of({"search": {"changed": 5, "sites": 9, "of another version": 1}}) == Search(5, 9)
-    assert Search.of({}) is Search.of({"search": None}) is None

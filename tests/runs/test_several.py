@@ -61,7 +61,7 @@ def test_runs_of_a_chain_find_what_they_begin_with_in_their_own_folder(tmp_path:
         finish(Store(tmp_path / name), first, 0.5)
         finish(Store(tmp_path / name), config(after=first.id), 0.6)
     results = Several([tmp_path / "a", tmp_path / "b"]).results()
-    assert sorted(stage["epochs"] for result in results for stage in result["lineage"]) == [1.0, 2.0]
+    assert sorted(stage["epochs"] for result in results for stage in result.lineage) == [1.0, 2.0]
 
 
 def test_a_page_of_two_folders_has_the_runs_of_both(two: list[Path], tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_runs_of_older_versions_are_runs(store: Store) -> None:
     (folder / "run.yaml").write_text(text)
     (folder / "result.json").write_text(json.dumps(result(folder, config(), 0.5)))
     assert store.state(folder) == "done" and not store.standing(folder).error
-    assert [each["folder"] for each in store.results()] == [folder] and store.left_out() == ""
+    assert [each.folder for each in store.results()] == [folder] and store.left_out() == ""
     (folder / "run.yaml").write_text(text.replace("seed: 0", "seed: 1"))
     assert store.standing(folder).error
 
@@ -220,21 +220,21 @@ def test_runs_of_different_makers_are_in_no_comparison(store: Store) -> None:
         done(store, config(method={"name": "head"}), head, age=9),
         done(store, config(task="mrpc"), made("of another task"), age=9),
     ]
-    assert {each["folder"] for each in store.results()} == set(kept) and store.left_out() == ""
+    assert {each.folder for each in store.results()} == set(kept) and store.left_out() == ""
     done(store, config(seed=2), made(LoRA="0"), age=5)
     assert store.left_out() == "1 finished run is left out, for others that are newer were made with " + (
         "other code: methods/lora.py differs."
     )
     done(store, config(seed=3), made("of other rows"), age=5)
     done(store, config(seed=4), replace(made(), version="0.0.1"), age=5)
-    assert {each["folder"] for each in store.results()} == set(kept)
+    assert {each.folder for each in store.results()} == set(kept)
     assert store.left_out() == (
         "3 finished runs are left out, for others that are newer were made with other code and other data and "
         "another version of rankwise: methods/lora.py differs."
     )
     assert store.left_out() in Summary.of_store(store).text()
     newest = done(store, config(seed=5), made(run="2"), age=-5)
-    assert [each["folder"] for each in store.results()] == [newest]
+    assert [each.folder for each in store.results()] == [newest]
     assert store.left_out(kept) == "" and len(store.results(kept)) == 3
 
 
@@ -245,7 +245,7 @@ def test_a_code_that_nobody_can_read_agrees_with_itself_alone(damage: str, store
         folder = done(store, config(seed=seed), each, age=seed)
         (folder / "maker.json").write_text(damage)
     maker._noted.clear()  # as in another process
-    assert [each["seed"] for each in store.results()] == [0]
+    assert [each.seed for each in store.results()] == [0]
     assert store.left_out().endswith("made with other code.")
 
 
@@ -331,10 +331,10 @@ def test_results_come_with_their_folder_and_settings(store: Store) -> None:
     first = finish(store, config(), 0.5)
     second = finish(store, config(seed=1), 0.6)
     store.create(config(seed=2), REVISION)
-    assert {each["folder"]: each["metrics"]["accuracy"] for each in store.results()} == {first: 0.5, second: 0.6}
+    assert {each.folder: each.metrics["accuracy"] for each in store.results()} == {first: 0.5, second: 0.6}
     (only,) = store.results([second])
-    assert only["config"]["seed"] == 1
-    assert "runs" not in only["config"]
+    assert only.config["seed"] == 1
+    assert "runs" not in only.config
 
 
 def test_what_else_lies_in_the_folder_is_no_run(store: Store) -> None:

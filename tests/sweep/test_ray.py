@@ -197,4 +197,4 @@ def test_rates_are_tried_on_a_cluster_and_the_chosen_one_is_carried_out_there(tm
     done, failed, shown = json.loads(out.splitlines()[-1])
     assert (len(done), failed, len(shown)) == (2, [], 3), log
     assert "learning rate 0.001 of 1 tried" in log
-    assert {result["seed"] for result in Store(tmp_path).results()} == {0, 7}
+    assert {result.seed for result in Store(tmp_path).results()} == {0, 7}

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from rankwise import tasks
-from rankwise.runs.answers import LONGEST, WRONG, Answers, of_result
+from rankwise.runs.answers import LONGEST, WRONG, Answers, undamaged
 from rankwise.tasks.base import Split
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.custom import Custom
@@ -25,8 +25,8 @@ def spread(name: str, outputs: Any, labels: list[Any]) -> Answers:
     task, outputs = tasks.build(name), np.asarray(outputs, dtype=np.float32)
     found = task.answers(split(task, labels), outputs, task.decode(outputs))
     kept = json.loads(json.dumps([found.in_result()]))
-    assert [each.in_result() for each in of_result({"answers": kept})] == kept
-    return of_result({"answers": kept})[0]
+    assert [each.in_result() for each in undamaged(kept)] == kept
+    return undamaged(kept)[0]
 
 
 CLASSIFIERS = sorted(
@@ -117,5 +117,5 @@ def test_one_class_for_all_pixels_is_said() -> None:
 
 
 @pytest.mark.parametrize("damaged", [None, 3, [3], [{}], [{"split": "x", "total": "y"}]])
-def test_a_result_of_before_or_a_damaged_one_says_nothing(damaged: Any) -> None:
-    assert of_result({}) == of_result({"answers": damaged}) == []
+def test_damaged_answers_say_nothing(damaged: Any) -> None:
+    assert undamaged(damaged) == []

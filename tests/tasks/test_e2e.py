@@ -230,9 +230,9 @@ def test_a_summary_has_an_interval_over_the_texts(folder, tmp_path, monkeypatch)
     for method in ({"name": "full"}, {"name": "lora", "rank": 2}):
         run(make(tmp_path / "runs" / method["name"], method=method, **settings))
     results = Store(tmp_path / "runs").results()
-    tables = [pq.read_table(result["folder"] / "predictions.parquet").to_pydict() for result in results]
+    tables = [pq.read_table(result.folder / "predictions.parquet").to_pydict() for result in results]
     for table, result in zip(tables, results, strict=True):
-        assert float(bleu_of(np.array(table["statistics"]).sum(axis=0))) == result["metrics"]["bleu"]
+        assert float(bleu_of(np.array(table["statistics"]).sum(axis=0))) == result.metrics["bleu"]
     texts = [np.array(table["prediction"]) for table in tables]
 
     def score(drawn, rows):

@@ -152,7 +152,7 @@ def test_a_summary_has_an_interval_over_the_images(tmp_path: Path) -> None:
     results = Store(tmp_path / "runs").results()
     tables = [pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict() for folder in folders]
     for table, result in zip(tables, results, strict=True):
-        assert float(dice_of(np.array(table["statistics"]).sum(axis=0))) == result["metrics"]["dice"]
+        assert float(dice_of(np.array(table["statistics"]).sum(axis=0))) == result.metrics["dice"]
     given = [np.stack([np.asarray(Image.open(io.BytesIO(each))) for each in t["prediction"]]) for t in tables]
     stored = tasks.build(task).evaluation()[0].data["mask"]
     truth = np.stack([np.asarray(Image.open(io.BytesIO(each))) for each in stored])
@@ -266,7 +266,7 @@ def test_a_chain_goes_over_two_tasks_in_one_sweep(tmp_path: Path) -> None:
     folders = [store.create(config, tasks.build(config.task).revision()) for config in (before, after)]
     assert store.before(folders[1]) == folders[0]
     assert [run(folder)["method"] for folder in folders] == ["full", "lora"]
-    assert [len(result["lineage"]) for result in store.results(folders)] == [0, 1]
+    assert [len(result.lineage) for result in store.results(folders)] == [0, 1]
 
 
 def test_data_that_changed_since_the_run_was_begun_is_noticed(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from rankwise.results.rows import Average, Row
 from rankwise.results.stats import mean, sd
 from rankwise.results.summary import Summary
 from rankwise.runs.answers import WRONG
+from rankwise.runs.result import Finished
 from rankwise.runs.store import Store
 
 TEMPLATE = Path(__file__).with_name("template.html")
@@ -210,15 +211,15 @@ def _task(name: str, summary: Summary) -> TaskPart:
     )
 
 
-def _settings(results: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> Grid:
+def _settings(results: Sequence[Finished], rows: Sequence[Row]) -> Grid:
     """Every setting with its value, or its values where runs differ; then the options of each method."""
     elsewhere = ("method", "after", "followed")
-    keys = list(dict.fromkeys(key for result in results for key in result["config"] if key not in elsewhere))
+    keys = list(dict.fromkeys(key for result in results for key in result.config if key not in elsewhere))
     lines = []
     for key in keys:
         # a model that is not set has a name all the same: that of the embedded one
-        place = [result if key == "model" else result["config"] for result in results]
-        lines.append((key, _values(each.get(key) for each in place)))
+        values = [result.model if key == "model" else result.config.get(key) for result in results]
+        lines.append((key, _values(values)))
     for row in {row.method: row for row in rows}.values():
         options = ", ".join(f"{key}={word(value)}" for key, value in row.options.items())
         lines.append((f"options of {row.method}", options or "none"))

@@ -17,8 +17,8 @@ from rankwise.report import examples, figures, heat
 from rankwise.report.answers import Answered, answered
 from rankwise.results.formats import duration, size, word
 from rankwise.results.rows import Row
-from rankwise.runs import answers, record
-from rankwise.runs.search import Search
+from rankwise.runs import record
+from rankwise.runs.result import Finished, Split
 from rankwise.runs.store import Store
 from rankwise.settings import PLACE
 
@@ -73,17 +73,17 @@ def anchor(folder: Path) -> str:
     return f"run-{hashlib.sha256(folder.name.encode(errors='replace')).hexdigest()[:10]}"
 
 
-def pages(store: Store, folders: Sequence[Path], results: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[Page]:
+def pages(store: Store, folders: Sequence[Path], results: Sequence[Finished], rows: Sequence[Row]) -> list[Page]:
     """One for each of `folders`, in the order of the tables, then those that tried rates, then those without a result.
 
     Args:
         results: of the finished runs, as `Store.results` gives them.
         rows: the same averaged over seeds, as `summarise` gives them.
     """
-    by_folder = {Path(result["folder"]): result for result in results}
+    by_folder = {result.folder: result for result in results}
     finished = {folder: row.method for row in rows for folder in row.folders.values()}
-    tries = {folder: each["method"] for folder, each in by_folder.items() if folder not in finished}
-    found = [_finished(folder, by_folder[folder], method) for folder, method in (finished | tries).items()]
+    tries = {folder: each.method for folder, each in by_folder.items() if folder not in finished}
+    found = [_finished(by_folder[folder], method) for folder, method in (finished | tries).items()]
     return [*found, *(_unfinished(store, folder) for folder in folders if folder not in by_folder)]
 
 
@@ -92,41 +92,38 @@ def _label(task: str, method: str, config: Mapping[str, Any]) -> str:
     return label if config.get("tuning") is None else f"{label}, to choose a rate"
 
 
-def _finished(folder: Path, result: Mapping[str, Any], method: str) -> Page:
-    lines = record.course(folder)
-    score = result["metrics"].get(result["score"])
+def _finished(result: Finished, method: str) -> Page:
+    folder, lines = result.folder, record.course(result.folder)
+    score = result.metrics.get(result.score)
     wanted: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = [
         ("training loss", figures.loss),
         ("evaluation loss", figures.evaluated("loss")),
-        (result["score"], figures.evaluated(result["score"])),
+        (result.score, figures.evaluated(result.score)),
     ]
-    shown = answered(folder, result["splits"]["evaluation"][0]["name"])
-    parameters, cost, search = result["parameters"], result["cost"], Search.of(result)
+    shown = answered(folder, result.splits.evaluation[0].name)
     facts = [
-        *((name, _number(value)) for name, value in result["metrics"].items()),
-        *((f"{name} parameters", _number(value)) for name, value in parameters.items()),
-        *([("search", str(search))] if search is not None else []),
-        ("time", duration(cost["seconds"])),
-        ("peak memory", size(cost["peak_memory_bytes"])),
-        ("adapter on disk", size(cost["adapter_bytes"])),
-        ("trained on", _split(result["splits"]["train"])),
-        *(("scored on", _split(split)) for split in result["splits"]["evaluation"]),
+        *((name, _number(value)) for name, value in result.metrics.items()),
+        *((f"{name} parameters", _number(value)) for name, value in vars(result.parameters).items()),
+        *([("search", str(result.search))] if result.search else []),
+        ("time", duration(result.cost.seconds)),
+        ("peak memory", size(result.cost.peak_memory_bytes)),
+        ("adapter on disk", size(result.cost.adapter_bytes)),
+        ("trained on", _split(result.splits.train)),
+        *(("scored on", _split(split)) for split in result.splits.evaluation),
     ]
     return Page(
         anchor(folder),
-        _label(result["task"], method, result["config"]),
+        _label(result.task, method, result.config),
         "done",
-        "" if score is None else f"{result['score']} {_number(score)}",
+        "" if score is None else f"{result.score} {_number(score)}",
         facts,
-        _settings(result["config"]),
+        _settings(result.config),
         [found for name, value in wanted if (found := _curve(name, *figures.curve(lines, value)))],
         _ranks(folder),
         "" if shown else examples.missed(folder),
         examples.of_run(folder),
         answered=shown,
-        nothing="; ".join(
-            f"{each.split}: {each.nothing_learnt}" for each in answers.of_result(result) if each.nothing_learnt
-        ),
+        nothing="; ".join(f"{each.split}: {each.nothing_learnt}" for each in result.answers if each.nothing_learnt),
     )
 
 
@@ -183,9 +180,9 @@ def _settings(config: Mapping[str, Any]) -> str:
     return " · ".join(f"{key}: {word(value)}" for key, value in config.items() if value is not None)
 
 
-def _split(split: Mapping[str, Any]) -> str:
-    rows = f"{split['rows']:,} rows of {split['name']}"
-    return f"{rows} ({split['note']})" if split["note"] else rows
+def _split(split: Split) -> str:
+    rows = f"{split.rows:,} rows of {split.name}"
+    return f"{rows} ({split.note})" if split.note else rows
 
 
 def _number(value: Any) -> str:

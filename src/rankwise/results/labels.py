@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from rankwise.runs.result import Finished
+
 CHAIN = {"after", "followed"}
 """Settings that say where in a chain a run stands, and with which seed; what the stage is, its other settings say."""
 _IN_COLUMNS = {"task", "method", "learning_rate", "seed", *CHAIN}
 """Settings that a row shows in columns of their own, or averages over."""
 
 
-def labels(results: Sequence[dict[str, Any]]) -> list[str]:
+def labels(results: Sequence[Finished]) -> list[str]:
     """A label for each of what `Store.results` gives, equal for equal methods and settings."""
     identities = [_identity(result) for result in results]
     by_identity = {identity: _label(result, results) for identity, result in zip(identities, results, strict=True)}
@@ -31,31 +33,31 @@ def natural(label: str) -> list[tuple[float, str]]:
     return [(float(part), "") if place % 2 else (0.0, part) for place, part in enumerate(parts)]
 
 
-def _identity(result: dict[str, Any]) -> str:
-    settings = {key: value for key, value in result["config"].items() if key not in _IN_COLUMNS}
-    return json.dumps([result["method"], result["options"], settings, result["lineage"]], sort_keys=True)
+def _identity(result: Finished) -> str:
+    settings = {key: value for key, value in result.config.items() if key not in _IN_COLUMNS}
+    return json.dumps([result.method, result.options, settings, result.lineage], sort_keys=True)
 
 
-def _label(result: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
-    same_method = [other["options"] for other in results if other["method"] == result["method"]]
-    configs = [other["config"] for other in results]
+def _label(result: Finished, results: Sequence[Finished]) -> str:
+    same_method = [other.options for other in results if other.method == result.method]
+    configs = [other.config for other in results]
     budgets = {config.get("budget") for config in configs} - {None}
     parts = [
         (key, value)
-        for key, value in result["options"].items()
+        for key, value in result.options.items()
         if key == "rank" or any(other.get(key, value) != value for other in same_method)
     ]
-    if result["lineage"] or result["config"].get("followed"):
-        parts.append(("stage", len(result["lineage"]) + 1))
+    if result.lineage or result.config.get("followed"):
+        parts.append(("stage", len(result.lineage) + 1))
     parts += [
         (key, value)
-        for key, value in result["config"].items()
+        for key, value in result.config.items()
         if key not in _IN_COLUMNS
         and any(other.get(key) != value for other in configs)
         # a method without a size has no budget, which its name says
         and (key != "budget" or (value and len(budgets) > 1))
     ]
-    return " ".join([result["method"], *(f"{key}={_word(value)}" for key, value in parts)])
+    return " ".join([result.method, *(f"{key}={_word(value)}" for key, value in parts)])
 
 
 def _word(value: Any) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 from rankwise.metrics import METRICS, worth
 from rankwise.metrics.metric import CORRELATION, Interval
 from rankwise.results.labels import CHAIN, labels, natural
-from rankwise.results.splits import Split
 from rankwise.results.stats import equal, mean, sd, t_interval
 from rankwise.results.tuning import Contests, Tuned
-from rankwise.runs import answers
+from rankwise.runs.answers import Answers
+from rankwise.runs.result import Finished, Split
 from rankwise.runs.search import Search
 from rankwise.settings import OWN
 
@@ -160,18 +160,18 @@ class Row:
         }
 
 
-def summarise(results: Sequence[dict[str, Any]]) -> list[Row]:
+def summarise(results: Sequence[Finished]) -> list[Row]:
     """One row per task, method and learning rate, averaged over its seeds. Takes what `Store.results` gives.
 
     Runs of a chain share a row where their whole chains are alike except for the seeds. Runs that only try a rate (of
     the kind `trial`) make no row; what they found is in `tuned` of the others.
     """
-    reported = [result for result in results if result["kind"] != "trial"]
-    contests = Contests([result for result in results if result["kind"] == "trial"])
-    groups: dict[str, list[tuple[dict[str, Any], str]]] = {}
+    reported = [result for result in results if result.kind != "trial"]
+    contests = Contests([result for result in results if result.kind == "trial"])
+    groups: dict[str, list[tuple[Finished, str]]] = {}
     for result, label in zip(reported, labels(reported), strict=True):
-        settings = {key: value for key, value in result["config"].items() if key not in {"seed", "method", *CHAIN}}
-        what = [result["method"], result["options"], settings, result["lineage"]]
+        settings = {key: value for key, value in result.config.items() if key not in {"seed", "method", *CHAIN}}
+        what = [result.method, result.options, settings, result.lineage]
         groups.setdefault(json.dumps(what, sort_keys=True), []).append((result, label))
     rows = [_row([result for result, _ in group], group[0][1], contests) for group in groups.values()]
     return sorted(rows, key=lambda row: (row.task, row.name, natural(row.method), row.learning_rate))
@@ -247,75 +247,72 @@ def _rank(row: Row) -> tuple[bool, int, float]:
     return chosen, row.n, worth(row.score, row.mean)
 
 
-def _row(members: list[dict[str, Any]], label: str, contests: Contests) -> Row:
+def _row(members: Sequence[Finished], label: str, contests: Contests) -> Row:
     first = members[0]
-    by_seed = {result["seed"]: result for result in sorted(members, key=lambda result: result["seed"])}
+    by_seed = {result.seed: result for result in sorted(members, key=lambda result: result.seed)}
 
     def values(name: str) -> dict[int, float]:
-        return {seed: result["metrics"][name] for seed, result in by_seed.items() if name in result["metrics"]}
+        return {seed: result.metrics[name] for seed, result in by_seed.items() if name in result.metrics}
 
     def average(part: str, key: str) -> float:
-        return mean([result[part][key] for result in by_seed.values()])
+        return mean([getattr(getattr(result, part), key) for result in by_seed.values()])
 
     trainable = average("parameters", "trainable")
-    main = [found[0] for found in map(answers.of_result, by_seed.values()) if found]
-    searches = {seed: Search.of(result) for seed, result in by_seed.items()}
-    remarks = list(dict.fromkeys(note for result in by_seed.values() for note in result.get("notes", [])))
+    main = [result.answers[0] for result in by_seed.values() if result.answers]
+    remarks = list(dict.fromkeys(note for result in by_seed.values() for note in result.notes))
     return Row(
-        task=first["task"],
-        task_options=json.dumps(first["config"]["task"], sort_keys=True),
+        task=first.task,
+        task_options=json.dumps(first.config["task"], sort_keys=True),
         method=label,
-        name=first["method"],
-        options=first["options"],
-        model=first["model"],
-        scale=first["config"]["scale"],
+        name=first.method,
+        options=first.options,
+        model=first.model,
+        scale=first.config["scale"],
         setting=_setting(first),
-        warmup=first["config"]["warmup"],
-        learning_rate=first["learning_rate"],
-        score=first["score"],
-        scores=values(first["score"]),
-        metrics={
-            name: Score(mean(each), sd(each)) for name in first["metrics"] if (each := list(values(name).values()))
-        },
-        benchmark=first.get("benchmark", {}).get("name", ""),
-        counted={seed: found["score"] for seed, result in by_seed.items() if (found := result.get("benchmark"))},
-        counted_always=first.get("benchmark", {}).get("majority"),
-        always=_always(main[0], first["score"]) if main else None,
+        warmup=first.config["warmup"],
+        learning_rate=first.learning_rate,
+        score=first.score,
+        scores=values(first.score),
+        metrics={name: Score(mean(each), sd(each)) for name in first.metrics if (each := list(values(name).values()))},
+        benchmark=first.benchmark.name if first.benchmark else "",
+        counted={seed: result.benchmark.score for seed, result in by_seed.items() if result.benchmark},
+        counted_always=first.benchmark.majority if first.benchmark else None,
+        always=_always(main[0], first.score) if main else None,
         share=mean([each.share for each in main]) if main else None,
         budget=round(average("parameters", "budget") or trainable),  # what has no ranks may spend what it trains
         trainable=round(trainable),
         final=round(average("parameters", "final")),
         head=round(average("parameters", "head")),
-        asked=first["config"].get("budget"),
+        asked=first.config.get("budget"),
         seconds=average("cost", "seconds"),
         examples_per_second=average("cost", "examples_per_second"),
         peak_memory=round(average("cost", "peak_memory_bytes")),
         adapter_bytes=round(average("cost", "adapter_bytes")),
-        evaluated=Split.of(first["splits"]["evaluation"][0]),
-        trained=Split.of(first["splits"]["train"]),
-        searches={seed: search for seed, search in searches.items() if search is not None},
+        evaluated=first.splits.evaluation[0],
+        trained=first.splits.train,
+        searches={seed: result.search for seed, result in by_seed.items() if result.search},
         remarks=[
             *remarks,
             *_nothing_learnt(by_seed, label),
-            *(_memory(result, label) for result in by_seed.values() if "micro_batch" in result["cost"]),
+            *(_memory(result, label) for result in by_seed.values() if result.cost.micro_batch),
         ],
         tuned=contests.of(first),
-        folders={seed: Path(result["folder"]) for seed, result in by_seed.items()},
+        folders={seed: result.folder for seed, result in by_seed.items()},
     )
 
 
-def _always(found: answers.Answers, score: str) -> Always | None:
+def _always(found: Answers, score: str) -> Always | None:
     """None where there are no classes or the score is not known."""
     if not found.majority or score not in found.metrics:
         return None
     return Always(found.majority, found.metrics[score], found.tied)
 
 
-def _nothing_learnt(by_seed: dict[int, dict[str, Any]], label: str) -> list[str]:
+def _nothing_learnt(by_seed: Mapping[int, Finished], label: str) -> list[str]:
     """The runs that gave one answer to all rows of a split, the seeds of one sentence together."""
     seeds: dict[tuple[str, str], list[int]] = {}
     for seed, result in by_seed.items():
-        for each in answers.of_result(result):
+        for each in result.answers:
             if each.nothing_learnt:
                 seeds.setdefault((each.split, each.nothing_learnt), []).append(seed)
     return [
@@ -324,13 +321,13 @@ def _nothing_learnt(by_seed: dict[int, dict[str, Any]], label: str) -> list[str]
     ]
 
 
-def _setting(result: dict[str, Any]) -> str:
-    stages = [*result["lineage"], result["config"]]
+def _setting(result: Finished) -> str:
+    stages = [*result.lineage, result.config]
     return json.dumps(
         [{key: value for key, value in stage.items() if key not in _MAY_DIFFER} for stage in stages], sort_keys=True
     )
 
 
-def _memory(result: dict[str, Any], label: str) -> str:
-    rows, most = result["cost"]["micro_batch"], result["config"]["batch_size"]
-    return f"seed {result['seed']} of {label} ran out of memory and took {rows} rows at once, {most} a step"
+def _memory(result: Finished, label: str) -> str:
+    rows, most = result.cost.micro_batch, result.config["batch_size"]
+    return f"seed {result.seed} of {label} ran out of memory and took {rows} rows at once, {most} a step"

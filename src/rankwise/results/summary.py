@@ -14,6 +14,7 @@ from rankwise.results.formats import plain, plus_minus, span_over
 from rankwise.results.notes import always, notes, scored_on
 from rankwise.results.rows import Average, Row, averages, best, summarise
 from rankwise.results.stats import mean, sd
+from rankwise.runs.result import Finished
 from rankwise.runs.store import Store
 
 LORA = {"name": "lora"}
@@ -30,7 +31,7 @@ class Summary:
         damage: why nothing is known of the experiment; "" where it is known, or there is none.
     """
 
-    results: Sequence[dict[str, Any]]
+    results: Sequence[Finished]
     experiment: Mapping[str, Any] = field(default_factory=dict)
     left_out: str = ""
     damage: str = ""

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from rankwise.metrics import worth
 from rankwise.results.labels import CHAIN
-from rankwise.results.splits import Split
 from rankwise.results.stats import mean, sd
+from rankwise.runs.result import Finished, Split
 
 _PHASE = {"tuning", "eval_every"}
 """Settings in which a run that tries a rate differs from one that is reported, besides rate and seed."""
@@ -79,26 +79,26 @@ class Tuned:
         }
 
 
-def tuned(results: Sequence[dict[str, Any]]) -> Tuned | None:
+def tuned(results: Sequence[Finished]) -> Tuned | None:
     """The rate chosen from runs that differ only in rate and seed; None where none of them has a score.
 
     Of the rates with the most seeds the one with the best mean is chosen, and the lowest of equals.
     """
     by_rate: dict[float, dict[int, float]] = {}
-    for result in sorted(results, key=lambda result: (result["learning_rate"], result["seed"])):
-        if result["score"] in result["metrics"]:
-            by_rate.setdefault(result["learning_rate"], {})[result["seed"]] = result["metrics"][result["score"]]
+    for result in sorted(results, key=lambda result: (result.learning_rate, result.seed)):
+        if result.score in result.metrics:
+            by_rate.setdefault(result.learning_rate, {})[result.seed] = result.metrics[result.score]
     if not by_rate:
         return None
     rates = [Rate(rate, scores) for rate, scores in by_rate.items()]
-    score = results[0]["score"]
+    score = results[0].score
     best = max((rate.n, worth(score, rate.mean)) for rate in rates)
     chosen, *tied = [rate for rate in rates if (rate.n, worth(score, rate.mean)) == best]
     edge: Literal["lowest", "highest", ""] = ""
     if not tied and len(rates) > 1:
         edge = "lowest" if chosen is rates[0] else "highest" if chosen is rates[-1] else ""
     return Tuned(
-        Split.of(results[0]["splits"]["evaluation"][0]),
+        results[0].splits.evaluation[0],
         score,
         sorted({seed for scores in by_rate.values() for seed in scores}),
         rates,
@@ -111,27 +111,27 @@ def tuned(results: Sequence[dict[str, Any]]) -> Tuned | None:
 class Contests:
     """What tuning found for each combination of an experiment, of the runs that only try a rate."""
 
-    def __init__(self, tries: Sequence[dict[str, Any]]) -> None:
-        groups: dict[str, dict[float, list[dict[str, Any]]]] = {}
+    def __init__(self, tries: Sequence[Finished]) -> None:
+        groups: dict[str, dict[float, list[Finished]]] = {}
         for result in tries:
-            groups.setdefault(_combination(result), {}).setdefault(result["config"]["tuning"], []).append(result)
+            groups.setdefault(_combination(result), {}).setdefault(result.config["tuning"], []).append(result)
         # once, or once per share of the rows that was held out
         self._found = {
             key: [found for members in by_share.values() if (found := tuned(members))]
             for key, by_share in groups.items()
         }
 
-    def of(self, reported: dict[str, Any]) -> Tuned | None:
+    def of(self, reported: Finished) -> Tuned | None:
         """How the rate of a reported run was chosen: by the tuning that chose it, if one did."""
-        if not reported["tuned"]:
+        if not reported.tuned:
             return None
         found = self._found.get(_combination(reported), [])
-        chosen = (each for each in found if each.learning_rate == reported["learning_rate"])
+        chosen = (each for each in found if each.learning_rate == reported.learning_rate)
         return next(chosen, next(iter(found), None))
 
 
-def _combination(result: dict[str, Any]) -> str:
+def _combination(result: Finished) -> str:
     """What the tuning runs of a combination and those reported have in common."""
     differing = {"seed", "learning_rate", "method", *_PHASE, *CHAIN}
-    settings = {key: value for key, value in result["config"].items() if key not in differing}
-    return json.dumps([result["method"], result["options"], settings], sort_keys=True)
+    settings = {key: value for key, value in result.config.items() if key not in differing}
+    return json.dumps([result.method, result.options, settings], sort_keys=True)

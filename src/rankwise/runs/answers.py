@@ -103,11 +103,11 @@ _DETAILS = ("classes", "confusion", "wrong")
 _KEPT = TypeAdapter(list[Answers])
 
 
-def of_result(result: Mapping[str, Any]) -> list[Answers]:
-    """What a result carries of its answers, the main split first; [] where it carries none, or what is damaged."""
+def undamaged(kept: Any) -> list[Answers]:
+    """What a result carries of its answers; [] for what is damaged, as the result counts without it."""
     try:
-        return _KEPT.validate_python(result["answers"])
-    except (KeyError, ValidationError):
+        return _KEPT.validate_python(kept)
+    except ValidationError:
         return []
 
 

@@ -4,86 +4,20 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rankwise.errors import InputError
 from rankwise.files import MOST_LINES, read_json, read_text, remembered
+from rankwise.runs.kinds import Count
 from rankwise.settings import Published, read_yaml
-
-Count = Annotated[int, Field(ge=0, le=2**53)]
-"""At most what a float holds exactly: counts are averaged and plotted."""
-Amount = Annotated[float, Field(ge=0, le=1e18)]
 
 
 class _Part(BaseModel):
     """A part of a file; other keys in it are ignored."""
 
     model_config = ConfigDict(strict=True, extra="allow")
-
-
-class _Split(_Part):
-    name: str
-    rows: Count
-    official: bool
-    note: str
-    own: str = ""
-
-
-class _Splits(_Part):
-    train: _Split
-    evaluation: list[_Split] = Field(min_length=1)
-
-
-class _Parameters(_Part):
-    trainable: Count
-    final: Count
-    budget: Count
-    head: Count
-
-
-class _Cost(_Part):
-    seconds: Amount
-    peak_memory_bytes: Count
-    examples_per_second: Amount
-    adapter_bytes: Count
-    micro_batch: Count = 1
-    processes: Count = 1
-
-
-class _Search(_Part):
-    changed: Count
-    sites: Count
-    moved: Amount | None = None
-    weights: str = ""
-    unit: str = ""
-    advice: str = ""
-
-
-class _Benchmark(_Part):
-    name: str = ""
-    score: float = 0.0
-
-
-class _Result(_Part):
-    """What a `result.json` has to hold to count as one."""
-
-    run: str
-    task: str
-    method: str
-    options: dict[str, Any]
-    model: str
-    seed: Count
-    learning_rate: Amount
-    score: str
-    benchmark: _Benchmark = Field(default_factory=_Benchmark)
-    metrics: dict[str, float]
-    splits: _Splits
-    parameters: _Parameters
-    search: _Search | None = None
-    notes: list[str] = Field(default_factory=list)
-    cost: _Cost
 
 
 class _Step(_Part):
@@ -131,25 +65,12 @@ def experiment(path: Path) -> dict[str, Any]:
         content = read_yaml(path)
         _Experiment.model_validate(content)
     except ValidationError as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
     return content
 
 
-def result(folder: Path) -> dict[str, Any]:
-    """What the `result.json` of a run says. FileNotFoundError where it is not there, InputError where it is damaged."""
-    return dict(remembered(_result, folder / "result.json"))
-
-
-def _result(path: Path) -> dict[str, Any]:
-    content = read_json(path)
-    try:
-        _Result.model_validate(content)
-    except ValidationError as error:
-        raise _damaged(path, error) from None
-    return dict(content)
-
-
-def _damaged(path: Path, error: ValidationError) -> InputError:
+def damaged(path: Path, error: ValidationError) -> InputError:
+    """The error of a file that holds something else than it should."""
     where = ".".join(map(str, error.errors()[0]["loc"]))
     return InputError(f"{path}: is damaged{f' at {where}' if where else ''}")
 

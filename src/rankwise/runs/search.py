@@ -1,8 +1,10 @@
 """What searches for ranks have found, in words. One that has changed nothing says so."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
+
+from rankwise.runs.kinds import Amount, Count, Text
 
 
 @dataclass(frozen=True)
@@ -19,20 +21,12 @@ class Search:
         advice: what to change where the search has found nothing.
     """
 
-    changed: int
-    sites: int
-    moved: float | None = None
-    weights: str = ""
-    unit: str = ""
-    advice: str = ""
-
-    @classmethod
-    def of(cls, result: Mapping[str, Any]) -> "Search | None":
-        """The search that a result tells of; None where the method learns no ranks."""
-        kept = result.get("search")
-        return (
-            None if kept is None else cls(**{each.name: kept[each.name] for each in fields(cls) if each.name in kept})
-        )
+    changed: Count
+    sites: Count
+    moved: Amount | None = None
+    weights: Text = ""
+    unit: Text = ""
+    advice: Text = ""
 
     def __str__(self) -> str:
         return in_words({0: self})

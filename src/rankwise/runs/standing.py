@@ -2,13 +2,13 @@
 
 import fcntl
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rankwise.errors import InputError
 from rankwise.files import MARKER, checkpoints, opened, read_json
+from rankwise.runs.result import Result
 
 State = Literal["pending", "running", "stopped", "failed", "done", "damaged"]
 FOREIGN = "not part of the folder's current experiment"
@@ -38,11 +38,11 @@ class Standing:
     """First line of its error, if it failed; or what is damaged, also in a finished run."""
 
 
-def pace(folder: Path, result: Mapping[str, Any] | None, steps: int | None) -> float | None:
+def pace(folder: Path, result: Result | None, steps: int | None) -> float | None:
     """Seconds per step of a run with this `result`, or without one; see `Standing`."""
     try:
         if result is not None:
-            return float(result["cost"]["seconds"]) / steps if steps else None
+            return result.cost.seconds / steps if steps else None
         newest = next(each / MARKER for each in checkpoints(folder) if (each / MARKER).is_file())
         pace = float(read_json(newest)["carried"]["seconds"]) / int(newest.parent.name.rpartition("-")[2])
         return pace if 0 <= pace < math.inf else None

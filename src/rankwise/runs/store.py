@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import rankwise
 from rankwise.errors import InputError
@@ -23,12 +23,13 @@ from rankwise.files import (
     unwritable,
     write_whole,
 )
-from rankwise.runs import record, run_file
+from rankwise.runs import record, result, run_file
 from rankwise.runs.answers import FILE as ANSWERS
 from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Maker, in_words
 from rankwise.runs.noted import Noted
 from rankwise.runs.record import Failure
+from rankwise.runs.result import Finished, Result
 from rankwise.runs.run_file import RunFile, apart
 from rankwise.runs.standing import Standing, State, held, pace
 from rankwise.settings import FORMAT, PLACE, RunConfig
@@ -46,15 +47,6 @@ LEFT = {
     *("result.json", *ERROR, "log.txt"),
 }
 """Files that show that a folder without `run.yaml` belonged to a run."""
-
-
-class _Finished(NamedTuple):
-    """A run that is done."""
-
-    result: dict[str, Any]
-    kept: RunFile
-    apart: list[str]
-    """Why it is not compared with the newest runs, for `in_words`; [] if it is."""
 
 
 BEGUN = ("metrics.jsonl", "ranks.jsonl", *ERROR, "predictions.parquet", ANSWERS, WEIGHTS)
@@ -339,68 +331,67 @@ class Store(Noted):
             folder, rate, tries, planned, state, step, steps, pace(folder, self.result(folder), steps), error
         )
 
-    def result(self, folder: Path) -> dict[str, Any] | None:
+    def result(self, folder: Path) -> Result | None:
         """The result of a finished run; None if it is missing, damaged, or of another run."""
         try:
-            result = record.result(folder)
+            found = result.read(folder)
         except (OSError, InputError):
             return None
-        found = run_file.read(folder)
-        if found is None or result["run"] != found.id:
+        kept = run_file.read(folder)
+        if kept is None or found.run != kept.id:
             return None
-        asked = {"name": result["method"], **result["options"]}
-        same = all(asked.get(key) == value for key, value in found.config.method.items())
-        rest = (result["seed"], result["learning_rate"]) == (found.config.seed, found.config.learning_rate)
-        return result if same and rest else None
+        options = {"name": found.method, **found.options}
+        same = all(options.get(key) == value for key, value in kept.config.method.items())
+        rest = (found.seed, found.learning_rate) == (kept.config.seed, kept.config.learning_rate)
+        return found if same and rest else None
 
-    def results(self, folders: Sequence[Path] | None = None) -> list[dict[str, Any]]:
-        """The results of finished runs (of those in `folders`), each with its `folder`, `kind`, `config` and `lineage`,
-        and whether its rate was `tuned`.
+    def results(self, folders: Sequence[Path] | None = None) -> list[Finished]:
+        """The finished runs (of those in `folders`) that may be compared.
 
-        Only runs that may be compared: the newest ones, and those whose makers agree with theirs in what they share.
-        The lineage of a run in a chain is the settings, without the seed, of the runs before it, the first one first.
+        These are the newest ones, and those whose makers agree with theirs in what they share.
         """
         return [
-            {
-                **result,
-                "folder": folder,
-                "kind": kept.kind,
-                "tuned": kept.config.tuned,
-                "config": kept.config.model_dump(mode="json", exclude={*PLACE, "tuned"}),
-                "lineage": self._lineage(folder),
-            }
-            for folder, (result, kept, apart) in self._finished(folders).items()
+            Finished(
+                **vars(found),
+                folder=folder,
+                kind=kept.kind,
+                tuned=kept.config.tuned,
+                config=kept.config.model_dump(mode="json", exclude={*PLACE, "tuned"}),
+                lineage=self._lineage(folder),
+            )
+            for folder, found, kept, apart in self._finished(folders)
             if not apart
         ]
 
     def left_out(self, folders: Sequence[Path] | None = None) -> str:
         """How many finished runs are not in `results` and why, in a sentence; "" if all are."""
-        found = [each.apart for each in self._finished(folders).values() if each.apart]
+        found = [apart for *_, apart in self._finished(folders) if apart]
         if not found:
             return ""
         count = "1 finished run is" if len(found) == 1 else f"{len(found)} finished runs are"
         why = in_words(each for apart in found for each in apart)
         return f"{count} left out, for others that are newer were made with {why}."
 
-    def _finished(self, folders: Sequence[Path] | None) -> "dict[Path, _Finished]":
-        found = {}
-        for folder in self.folders() if folders is None else folders:
-            result, kept = self.result(folder), run_file.read(folder)
-            if result is not None and kept is not None:
-                found[folder] = _Finished(result, kept, [])
+    def _finished(self, folders: Sequence[Path] | None) -> list[tuple[Path, Result, RunFile, list[str]]]:
+        """The finished runs, and why each is not compared with the newest ones, for `in_words`; [] if it is."""
+        found = [
+            (folder, result, kept)
+            for folder in (self.folders() if folders is None else folders)
+            if (result := self.result(folder)) is not None and (kept := run_file.read(folder)) is not None
+        ]
         chosen: list[RunFile] = []
         known: dict[str, list[str]] = {}
-        for folder in sorted(found, key=lambda each: (_age(each), each.name)):
-            kept = found[folder].kept
+        why: dict[Path, list[str]] = {}
+        for folder, _, kept in sorted(found, key=lambda each: (_age(each[0]), each[0].name)):
             # the same holds for all runs of one maker; in a chain it counts which run they begin with
             chain = [kept.config.after, kept.id if kept.config.followed else ""]
             like = repr([kept.made and kept.made.name, kept.config.task, kept.kind == "trial", *chain])
             if like not in known:
-                known[like] = next((why for other in chosen if (why := apart(kept, other))), [])
+                known[like] = next((words for other in chosen if (words := apart(kept, other))), [])
                 if not known[like]:
                     chosen.append(kept)
-            found[folder] = found[folder]._replace(apart=known[like])
-        return found
+            why[folder] = known[like]
+        return [(folder, result, kept, why[folder]) for folder, result, kept in found]
 
     def _lineage(self, folder: Path) -> list[dict[str, Any]]:
         try:

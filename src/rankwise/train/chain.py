@@ -36,7 +36,7 @@ def before(folder: Path) -> Before | None:
     if result is None:
         raise InputError(f"the run that this one begins with is not done; first: rankwise train {before}")
     same = store.config(before).method["name"] == store.config(folder).method["name"]
-    return Before(before, same, result.get("weights", ""))
+    return Before(before, same, result.weights)
 
 
 def begin_with(model: nn.Module, before: Before) -> None:

@@ -16,6 +16,8 @@ from rankwise.files import as_new, claim, flush, unfinished, write_whole
 from rankwise.processes import together
 from rankwise.ranks.kept import merged_sites
 from rankwise.runs import answers
+from rankwise.runs.result import FILE, Benchmark, Cost, Parameters, Result, Splits
+from rankwise.runs.result import Split as Rows
 from rankwise.runs.search import Search
 from rankwise.runs.store import WEIGHTS, clear
 from rankwise.tasks import Scored, Split, Task
@@ -26,7 +28,7 @@ from rankwise.train.parts import Parts, all_metrics
 from rankwise.train.progress import Progress
 
 
-def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Search | None) -> dict[str, Any]:
+def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Search | None) -> Result:
     if search is not None:
         print(f"{parts.method.name}: {search}", file=sys.stderr)
     if parts.config.followed:
@@ -37,49 +39,40 @@ def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Se
     scores = all_metrics(scored)
     progress.evaluation_line(parts.plan.steps, parts.plan.steps / parts.plan.per_epoch, scores)
     _write_predictions(folder, scored)
-    parameters = _parameters(progress.counts, parts)
-    cost = _cost(progress, parts, _save_model(folder, parts))
-    result = {
-        "run": name,
-        "task": parts.task.label,
-        "method": parts.method.name,
-        "options": asdict(parts.method),
-        "model": models.label(parts.config.model, parts.task),
-        "seed": parts.config.seed,
-        "learning_rate": parts.config.learning_rate,
-        "score": parts.task.main,
-        "benchmark": _benchmark(parts.task, scores, scored) if parts.config.tuning is None else {},
-        "metrics": {key: value for key, value in scores.items() if not key.startswith("loss")},
-        "splits": {
-            "train": _split(parts.train),
-            "evaluation": [_split(each.split) for each in parts.evaluations],
-        },
-        "parameters": parameters,
-        **({} if search is None else {"search": asdict(search)}),
-        "notes": list(dict.fromkeys(note for each in scored for note in each.notes)),
-        "answers": [each.answers.in_result() for each in scored if each.answers],
-        **({"weights": file_digest(folder / WEIGHTS)} if parts.config.followed else {}),
-        "cost": cost,
-    }
+    result = Result(
+        run=name,
+        task=parts.task.label,
+        method=parts.method.name,
+        options=asdict(parts.method),
+        model=models.label(parts.config.model, parts.task),
+        seed=parts.config.seed,
+        learning_rate=parts.config.learning_rate,
+        score=parts.task.main,
+        benchmark=_benchmark(parts.task, scores, scored) if parts.config.tuning is None else None,
+        metrics={key: value for key, value in scores.items() if not key.startswith("loss")},
+        splits=Splits(_rows(parts.train), [_rows(each.split) for each in parts.evaluations]),
+        parameters=_parameters(progress.counts, parts),
+        search=search,
+        notes=list(dict.fromkeys(note for each in scored for note in each.notes)),
+        answers=[each.answers for each in scored if each.answers],
+        weights=file_digest(folder / WEIGHTS) if parts.config.followed else "",
+        cost=_cost(progress, parts, _save_model(folder, parts)),
+    )
     for name in ("predictions.parquet", "adapter/*", "model/*", WEIGHTS):
         for path in folder.glob(name):
             flush(path)  # a power cut must not leave a result without what it stands for
-    write_whole(folder / "result.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_whole(folder / FILE, json.dumps(result.as_json(), indent=1, allow_nan=False) + "\n")
     clear(folder)
     return result
 
 
-def _benchmark(task: Task, scores: dict[str, float], scored: list[Scored]) -> dict[str, Any]:
-    """The benchmark that the task is a part of, and what counts in its average; empty for none.
-
-    `majority` is what would count if the answer were the commonest class always, where that is known.
-    """
+def _benchmark(task: Task, scores: dict[str, float], scored: list[Scored]) -> Benchmark | None:
+    """The benchmark that the task is a part of, and what counts in its average; None for none."""
     if not task.benchmark:
-        return {}
+        return None
     always = {name: value for each in scored if each.answers for name, value in each.answers.metrics.items()}
     counts = lambda found: math.fsum(found[name] for name in task.averaged) / len(task.averaged)  # noqa: E731
-    found = {"name": task.benchmark, "score": counts(scores)}
-    return {**found, "majority": counts(always)} if set(task.averaged) <= always.keys() else found
+    return Benchmark(task.benchmark, counts(scores), counts(always) if set(task.averaged) <= always.keys() else None)
 
 
 def _write_predictions(folder: Path, scored: list[Scored]) -> None:
@@ -117,25 +110,23 @@ def _save_model(folder: Path, parts: Parts) -> int:
     return sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
 
 
-def _parameters(counted: list[int], parts: Parts) -> dict[str, int]:
-    """Trainable parameters: the most there were at once, those at the end, the budget; the head's apart."""
+def _parameters(counted: list[int], parts: Parts) -> Parameters:
     counts = [count - parts.head_parameters for count in counted]
-    return {"trainable": max(counts), "final": counts[-1], "budget": parts.budget, "head": parts.head_parameters}
+    return Parameters(max(counts), counts[-1], parts.budget, parts.head_parameters)
 
 
-def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> dict[str, float]:
+def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> Cost:
     many = together.count()
     halved = parts.rows < math.ceil(parts.config.batch_size / many)
-    return {
-        "seconds": round(progress.carried.seconds, 3),
-        "peak_memory_bytes": progress.carried.peak_memory_bytes,  # of the main process
-        "examples_per_second": round(parts.plan.examples(parts.plan.steps) / progress.carried.step_seconds, 3),
-        "adapter_bytes": adapter_bytes,
-        **({"processes": many} if many > 1 else {}),
-        **({"micro_batch": parts.rows} if halved else {}),
-    }
+    return Cost(
+        seconds=round(progress.carried.seconds, 3),
+        peak_memory_bytes=progress.carried.peak_memory_bytes,
+        examples_per_second=round(parts.plan.examples(parts.plan.steps) / progress.carried.step_seconds, 3),
+        adapter_bytes=adapter_bytes,
+        processes=many if many > 1 else None,
+        micro_batch=parts.rows if halved else None,
+    )
 
 
-def _split(split: Split) -> dict[str, Any]:
-    found = {"name": split.name, "rows": len(split.data), "official": split.official, "note": split.note}
-    return {**found, "own": split.own} if split.own else found
+def _rows(split: Split) -> Rows:
+    return Rows(split.name, len(split.data), split.official, split.note, split.own)

@@ -47,6 +47,7 @@ from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
 from rankwise.runs import run_file
 from rankwise.runs.maker import Code, Maker, code_of
+from rankwise.runs.result import Result
 from rankwise.runs.search import Search
 from rankwise.runs.store import FILES, Store
 from rankwise.settings import RunConfig, Schema, complete
@@ -82,7 +83,7 @@ def run(folder: Path) -> dict[str, Any]:
             )
     together.join()
     if result := together.on_first(lambda: _finished(folder)):  # also in a folder that cannot be written to
-        return result
+        return result.as_json()
     with _locked(folder) if is_main() else nullcontext():
         try:
             if is_main():
@@ -103,10 +104,10 @@ def run(folder: Path) -> dict[str, Any]:
                 )
             raise
     together.leave()
-    return result
+    return result.as_json()
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
+def _finished(folder: Path) -> Result | None:
     try:
         check_regular(folder / "run.yaml")
     except FileNotFoundError:
@@ -153,7 +154,7 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
+def _live(folder: Path, name: str, config: RunConfig) -> Result:
     follow_parent()
     with stoppable() as stop, models.quiet():
         if is_main():
@@ -178,7 +179,7 @@ def _live(folder: Path, name: str, config: RunConfig) -> dict[str, Any]:
             together.on_first(lambda: halve(folder, config, rows, reason))  # noqa: B023 - called at once
 
 
-def _carry_out(folder: Path, name: str, parts: Parts, stop: Stop) -> dict[str, Any]:
+def _carry_out(folder: Path, name: str, parts: Parts, stop: Stop) -> Result:
     """The run from its last checkpoint to its end."""
     checkpoint, carried = together.on_first(lambda: _start(folder))
     before = parts.before
