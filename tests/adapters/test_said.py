@@ -174,7 +174,7 @@ def test_a_model_that_transformers_adapted_is_told_what_it_is(checkpoint, tmp_pa
     model = base(checkpoint)
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     for ask in (rw.rank_report, lambda m: rw.resize(m, {}), lambda m: rw.save(m, tmp_path / "adapter")):
-        with pytest.raises(rw.InputError, match="no PeftModel around them, as transformers' add_adapter"):
+        with pytest.raises(rw.InputError, match="no PeftModel around them, as after transformers' add_adapter"):
             ask(model)
     rw.save(rw.LoRA(rank=2).attach(base(checkpoint)), tmp_path / "adapter")
     for ask in (rw.LoRA(rank=2).attach, rw.BitFit().attach, lambda m: rw.load(m, tmp_path / "adapter")):

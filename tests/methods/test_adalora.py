@@ -15,7 +15,7 @@ import stock
 import tiny
 from rankwise.methods import build
 from rankwise.ranks import ranks
-from rankwise.ranks.triplets import settings, triplets
+from rankwise.ranks.triplets import peft_config, triplets
 
 every_shape = pytest.mark.parametrize("shape", tiny.SHAPES)
 TOTAL = 12
@@ -61,7 +61,7 @@ def test_the_number_of_units_falls_to_the_target_and_stays_there():
     n, sums = len(triplets(model)), []
     for step in range(TOTAL):
         tiny.train(model, optimizer, 1, start=step)
-        assert settings(model).rank_pattern is None
+        assert peft_config(model).rank_pattern is None
         sums.append(sum(int(layer.lora_scores["default"].chosen.sum()) for layer in triplets(model).values()))
     cubic = [int(2 * n * (1 - (step - 2) / 6) ** 3 + 2 * n) for step in range(3, 9)]  # eq. 12
     assert sums == [4 * n, 4 * n, *cubic, *[2 * n] * 4]
@@ -205,7 +205,7 @@ def test_folding_gives_plain_lora_with_the_same_logits_and_leaves_the_model_alon
     before, state, stream = tiny.logits(model), copy.deepcopy(model.state_dict()), torch.get_rng_state()
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     folded = method.fold(model)
-    assert isinstance(folded, PeftModel) and settings(folded).peft_type == "LORA"
+    assert isinstance(folded, PeftModel) and peft_config(folded).peft_type == "LORA"
     assert folded.training == model.training
     assert torch.allclose(tiny.logits(folded), before, atol=1e-5)
     assert torch.equal(stream, torch.get_rng_state())
@@ -272,7 +272,7 @@ def test_saved_without_folding_it_loads_to_the_same_logits(shape, tmp_path):
     rw.save(model, tmp_path / "adapter")
     assert torch.equal(tiny.logits(model), before)
     loaded = rw.load(tiny.model(shape), tmp_path / "adapter")
-    assert settings(loaded).peft_type == "LORA"
+    assert peft_config(loaded).peft_type == "LORA"
     assert torch.allclose(tiny.logits(loaded), before, atol=1e-5)
 
 
@@ -318,7 +318,7 @@ def test_phases_below_1_are_shares_of_the_training(tmp_path):
     model = attached(method)
     args = TrainingArguments(str(tmp_path), max_steps=40, report_to=[])
     method.optimizer(model, args)
-    config = settings(model)
+    config = peft_config(model)
     assert (config.tinit, config.tfinal, config.total_step) == (10, 20, 40)
 
 

@@ -61,7 +61,7 @@ def test_a_full_site_passes_its_share_on():
 
 
 def test_no_weight_at_all_is_an_error():
-    with pytest.raises(ValueError, match="nothing to allocate by"):
+    with pytest.raises(ValueError, match="no weight is above 0, so ranks cannot be allocated"):
         allocate([0.0, 0.0], [1, 1], [4, 4], 2, "budget")
 
 

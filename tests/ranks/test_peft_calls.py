@@ -24,7 +24,7 @@ KINDS = {
     "parts": {"name": "lora", "rank": 2, "targets": ["c_attn.q", "c_proj"]},
 }
 STEPS = 5
-# Before how many steps a model is no finished adapter: until its scales are folded, for ever where W has changed.
+# Before how many steps a model is not a finished adapter: until its scales are folded, for ever where W has changed.
 LIVE = {
     **dict.fromkeys(("simplex-lora", "fat-lora", "weight-lora"), 4),
     **dict.fromkeys(("sora", "residual", "merge", "parts"), STEPS + 1),
@@ -74,7 +74,7 @@ def test_what_peft_writes_at_any_step_is_refused_by_peft_or_right(kind, tmp_path
             try:
                 again = load(shape, folder)
             except ValueError as error:
-                assert "this is the state of a training and no finished adapter" in str(error)
+                assert "this is the state of a training, not a finished adapter" in str(error)
                 refused.append((step, load))
                 continue
             assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-5), (step, load)
@@ -91,7 +91,7 @@ def test_the_configuration_in_memory_and_that_of_a_finished_adapter_keep_their_s
     assert model.peft_config["default"].init_lora_weights is True
     assert torch.allclose(tiny.logits(by_peft("bert", tmp_path / "adapter")), tiny.logits(model), atol=1e-5)
     model.save_pretrained(tmp_path / "again")
-    with pytest.raises(ValueError, match="no finished adapter"):
+    with pytest.raises(ValueError, match="not a finished adapter"):
         by_peft("bert", tmp_path / "again")
 
 

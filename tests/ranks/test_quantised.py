@@ -55,9 +55,9 @@ def test_an_svd_start_is_that_of_the_numbers_that_the_codes_mean(kind):
 @every_kind
 @pytest.mark.parametrize("options", [{"init": "svd_residual"}, {"init": "pissa"}])
 def test_a_start_or_an_end_that_changes_the_codes_is_refused(kind, options):
-    with pytest.raises(rw.InputError, match="is quantised, its weight cannot change"):
+    with pytest.raises(rw.InputError, match="is quantised, so its weight cannot change"):
         rw.LoRA(rank=2, **options).attach(base(kind))
-    with pytest.raises(rw.InputError, match="is quantised, its weight cannot change"):
+    with pytest.raises(rw.InputError, match="is quantised, so its weight cannot change"):
         rw.SimplexLoRA(rank=2, empty="merge").attach(base(kind))
     with pytest.raises(rw.InputError, match="quantised weights cannot train"):
         rw.Full().attach(base(kind))
@@ -67,7 +67,7 @@ def test_codes_that_nobody_knows_are_no_numbers():
     model = base()
     layer = model.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(rw.InputError, match="cannot be undone here: use init=kaiming"):
+    with pytest.raises(rw.InputError, match="cannot be dequantised: use init=kaiming"):
         rw.LoRA(rank=2, init="svd").attach(model)
 
 

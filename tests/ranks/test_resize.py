@@ -129,10 +129,10 @@ def test_carried_moments_are_the_gradient_of_the_new_factors():
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (lambda s: {"nowhere": 2}, "no site"),
+        (lambda s: {"nowhere": 2}, "no adapted layer of this model"),
         (lambda s: {s[0].name: -1}, "does not fit"),
         (lambda s: {s[0].name: s[0].limit + 1}, "does not fit"),
-        (lambda s: {x.name: 0 for x in s}, "no site with any rank"),
+        (lambda s: {x.name: 0 for x in s}, "gives every site rank 0"),
     ],
 )
 def test_plans_that_cannot_be_are_refused_and_change_nothing(plan, message):

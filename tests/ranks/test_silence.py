@@ -90,7 +90,7 @@ def test_in_a_run_whose_ranks_stay_they_are_named_at_step_10(tmp_path):
     optimizer = run(model, method, 9)
     rw.save_checkpoint(tmp_path / "cut", model, optimizer)
     with pytest.warns(
-        UserWarning, match=r"1 of 3 sites, .*there: self_attn\.out_proj; leave them out of targets$"
+        UserWarning, match=r"1 of 3 sites, .*learn nothing: self_attn\.out_proj; leave them out of targets$"
     ) as told:
         run(model, method, 3, optimizer)
     assert len(told) == 1
@@ -154,7 +154,7 @@ def test_a_layer_that_is_not_used_in_an_expert_that_is_has_no_excuse():
 
     model = rw.LoRA(rank=2).attach(Experts())
     optimizer = rw.SimplexAdam(rw.LoRA(rank=2), model)
-    with pytest.warns(UserWarning, match=r"1 of 6 sites, .*there: experts\.\*\.idle \(1\)"):
+    with pytest.warns(UserWarning, match=r"1 of 6 sites, .*learn nothing: experts\.\*\.idle \(1\)"):
         for _ in range(10):
             model(torch.ones(1, 4)).sum().backward()
             optimizer.step()

@@ -254,7 +254,7 @@ def test_a_user_of_rank_trainer_gets_a_finished_adapter_at_any_step(tmp_path):
             assert torch.allclose(tiny.logits(again), tiny.logits(trainer.model), atol=1e-5)
             assert (made / "training_args.bin").is_file() and not list(made.glob(".*"))
     for step in range(1, 4):
-        with pytest.raises(ValueError, match="no finished adapter"):
+        with pytest.raises(ValueError, match="not a finished adapter"):
             PeftModel.from_pretrained(tiny.model(), tmp_path / str(STEPS) / f"checkpoint-{step}")
     again = PeftModel.from_pretrained(tiny.model(), tmp_path / str(STEPS) / f"checkpoint-{STEPS}").eval()
     assert torch.allclose(tiny.logits(again), tiny.logits(trainer.model), atol=1e-5)

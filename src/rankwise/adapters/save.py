@@ -166,7 +166,7 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
 def _load_adapter(model: nn.Module, folder: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     if live := [name for name in weights if LIVE.search(name)]:
         raise InputError(
-            f"{folder} holds the state of a training ({live[0]}) and no finished adapter: resume from it, and "
+            f"{folder} holds the state of a training ({live[0]}), not a finished adapter: resume from it, and "
             "write the adapter by rankwise.save(model, folder)"
         )
     if str(settings.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:

@@ -29,9 +29,9 @@ from rankwise.ranks.triplets import (
     add_orthogonality,
     add_scores,
     choose,
-    largest,
+    extra_parameters,
     live_ranks,
-    settings,
+    peft_config,
     to_lora,
     triplets,
 )
@@ -112,11 +112,11 @@ class AdaLoRA(Method, name="adalora"):
         return model
 
     def optimizer(self, model: nn.Module, args: "TrainingArguments") -> SimplexAdam:
-        vars(settings(model)).update(self._phases(self.total or max(0, args.max_steps)))
+        vars(peft_config(model)).update(self._phases(self.total or max(0, args.max_steps)))
         return super().optimizer(model, args)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        known = not triplets(model) or settings(model).total_step
+        known = not triplets(model) or peft_config(model).total_step
         require(bool(known), "adalora must know how many steps there will be: set total, or max_steps of the run")
         return super().param_groups(model)
 
@@ -135,7 +135,7 @@ class AdaLoRA(Method, name="adalora"):
         return self.rank * sum(layer.in_features + layer.out_features for layer in triplets(model).values())
 
     def final(self, model: nn.Module) -> int | None:
-        return (super().final(model) or 0) + largest(model)
+        return (super().final(model) or 0) + extra_parameters(model)
 
     def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
         result = self._changed(live_ranks(model)) if triplets(model) else super().search(model)

@@ -1,4 +1,4 @@
-"""The rank engine: where rank sits (`sites`), who gets how much (`allocate`), and what changes it (`resize`)."""
+"""The rank engine: which weights have rank (`sites`), how much each gets (`allocate`), what changes it (`resize`)."""
 
 from rankwise.ranks.allocate import allocate
 from rankwise.ranks.plan import RankPlan

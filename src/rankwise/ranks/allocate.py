@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from math import ceil, floor
 
-EDGE = 1e-4  # ω r0 = 7.9999999 means 8: without this a projection's rounding noise would cost whole ranks
+EDGE = 1e-4  # so that ω r0 = 7.9999999, rounding noise of a projection, gives 8
 
 ROUNDINGS = ("floor", "ceil", "budget")
 
@@ -13,10 +13,10 @@ def allocate(
 ) -> list[int]:
     """Integer ranks r_i for weights ω_i ≥ 0 with Σω = n.
 
-    floor:  r_i = ⌊ω_i r0 + 1e-4⌋, as the slides and the abstract have it.
-    ceil:   r_i = ⌈ω_i r0 − 1e-4⌉, as the authors' code has it; it may spend more than uniform ranks would.
+    floor:  r_i = ⌊ω_i r0 + 1e-4⌋, as in the slides and the abstract.
+    ceil:   r_i = ⌈ω_i r0 − 1e-4⌉, as in the authors' code; it may cost more than uniform ranks.
     budget: quotas q_i = ω_i P / Σ_j ω_j c_j with P = r0 Σ_j c_j, rounded by largest remainder. The cost Σ r_i c_i never
-            exceeds P, and what is left is less than the cheapest unit that a site with ω > 0 could still take.
+            exceeds P, and the rest is less than one more unit of any site with ω > 0 that could take it.
 
     Args:
         weights: ω, one per site. costs: c_i = in + out, parameters per unit of rank. limits: largest rank of a site.
@@ -36,11 +36,11 @@ def allocate(
 def _within(budget: int, weights: Sequence[float], costs: Sequence[int], limits: Sequence[int]) -> list[int]:
     spent = sum(w * c for w, c in zip(weights, costs, strict=True))
     if not spent > 0:
-        raise ValueError("no weight is above 0, so there is nothing to allocate by")
+        raise ValueError("no weight is above 0, so ranks cannot be allocated")
     quotas = [w * budget / spent for w in weights]
     ranks = [min(floor(q + EDGE), limit) for q, limit in zip(quotas, limits, strict=True)]
     left = budget - sum(r * c for r, c in zip(ranks, costs, strict=True))
-    while left < 0:  # only where the edge tipped several sites upwards at once
+    while left < 0:  # only if EDGE rounded several sites up
         i = min((i for i, r in enumerate(ranks) if r), key=lambda i: quotas[i] - ranks[i])
         ranks[i] -= 1
         left += costs[i]

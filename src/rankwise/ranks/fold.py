@@ -1,4 +1,4 @@
-"""Scales are folded away at the end of a search: what is left is plain LoRA."""
+"""Folding at the end of a search: scales move into the factors, and plain LoRA is left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.ranks.peft_records import record
-from rankwise.ranks.replace import replace, set_rank, sort_groups, take_factors
+from rankwise.ranks.replace import remove_factors, replace, set_rank, sort_groups
 from rankwise.ranks.scales import trained_scales
 from rankwise.ranks.sites import Site, peft_model, sites
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def fold(model: nn.Module, reset_scales: bool = False) -> None:
-    """Move every scale into its B and take it away: plain LoRA with the same outputs. Nothing happens without scales.
+    """Move every scale into its B and remove it: plain LoRA with the same outputs. Without scales nothing happens.
 
-    Units of rank whose gate is 0 are cut, and a site without any other is emptied. Where no site has a live unit, the
-    first one keeps a unit whose product is 0, since PEFT knows no adapter without sites.
+    Units of rank whose gate is 0 are cut, and a site with no other units is emptied. If no site has a live unit, the
+    first one keeps a unit whose product is 0, since PEFT has no adapters without layers.
 
     Args:
-        reset_scales: set every scale to 1 first, so that outputs may change.
+        reset_scales: set every scale to 1 first, which changes outputs.
     """
     peft = peft_model(model)
     scaled = {site: scale for site in sites(peft) if (scale := site.scale) is not None}
@@ -35,14 +35,14 @@ def fold(model: nn.Module, reset_scales: bool = False) -> None:
     for site in scaled:
         _fold_one(peft, site, kept[site.name])
     for scale in scaled.values():
-        scale.leave(peft)
+        scale.remove_parameter(peft)
     if scaled:
         sort_groups(peft)
         record(peft)
 
 
 def kept_units(chosen: Iterable[Site]) -> dict[str, Tensor]:
-    """By site with rank the indices of the units that a fold keeps."""
+    """The indices of the units that a fold keeps, by the name of each site with rank."""
     kept = {
         site.name: torch.arange(site.rank, device=site.B.device) if site.scale is None else site.scale.units(site)
         for site in chosen
@@ -55,7 +55,7 @@ def kept_units(chosen: Iterable[Site]) -> dict[str, Tensor]:
 
 
 def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
-    """B' = B diag(g) or ωB, so ∂L/∂B' is ∂L/∂B / g: B's moments follow it; those of A, whose gradient stays, stay."""
+    """B' = B diag(g) or ωB, so ∂L/∂B' = ∂L/∂B / g: moments of B are divided too; A's gradient and moments are kept."""
     scale, linear, A = site.scale, site.layer.lora_A[site.adapter], site.A
     assert scale is not None
     values = scale.value.detach().to(site.B.dtype).expand(site.rank, 1).T[:, units]  # (1, units)
@@ -65,7 +65,7 @@ def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
 
     _bare(linear, A)
     if not len(units):
-        take_factors(model, site)
+        remove_factors(model, site)
         return
     B = site.B.detach().flatten(1)[:, units] * values
     replace(model, *site.B_owner, B, carry=carry if values.abs().min() > 1e-6 else None)
@@ -75,9 +75,9 @@ def _fold_one(model: PeftModel, site: Site, units: Tensor) -> None:
 
 
 def _bare(linear: nn.Module, A: nn.Parameter) -> None:
-    """Take the parametrization off, leaving the Parameter that the optimizers know.
+    """Remove the parametrization and keep the Parameter that is in the optimizers.
 
-    torch's own way also takes `weight` off the class that it has made for `linear`, which deep copies share.
+    torch's own function also removes `weight` from the class that it made for `linear`, which deep copies share.
     """
     linear.__class__ = type(linear).__bases__[0]
     del linear.parametrizations

@@ -1,4 +1,4 @@
-"""Factors that start from the singular value decomposition of W (a course project on LoRA-FA; PiSSA is kin).
+"""Factors that start from the singular value decomposition of W (a course project on LoRA-FA; PiSSA is similar).
 
     W = U diag(S) Vᵀ,    B = U_r √S_r,    A = √S_r V_rᵀ
 
@@ -14,8 +14,8 @@ def svd_factors(W: Tensor, rank: int, authors: bool = False) -> tuple[Tensor, Te
     """A (rank, in) and B (out, rank) from the `rank` largest singular values of W (out, in).
 
     Args:
-        authors: what the project's notebooks did: the first columns of Vᵀ stand where its first rows belong. BA is then
-            no approximation of W. Kept to reproduce their figures.
+        authors: as in the project's notebooks, which take the first columns of Vᵀ instead of its first rows, so that BA
+            does not approximate W; to reproduce their figures.
     """
     exact = W.float()
     if W.is_meta:

@@ -1,4 +1,4 @@
-"""What W or the loss must remember: products that were added to W, and starts that were taken out of it."""
+"""Changes of W that checkpoints must keep: products that were added to it, and starts that were subtracted from it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""How PEFT's names of starts begin that take something out of W. Loading does so again, at the rank of the file."""
+"""Prefixes of `init_lora_weights` with which PEFT subtracts from W, and again on loading, at the rank in the file."""
 
 
 class MergedProduct(nn.Module):
-    """The factors of a site that was emptied into W: A (r, in) with its scale, B (out, r). A checkpoint keeps them."""
+    """The factors of a site that was merged into W: A (r, in) with its scale, B (out, r). Checkpoints include them."""
 
     A: Tensor
     B: Tensor
@@ -30,7 +30,7 @@ class MergedProduct(nn.Module):
 
 @torch.no_grad()
 def merge_into_weight(site: Site, factors: MergedProduct) -> None:
-    """Add s·BA to W, and remember the factors under the layer, since no adapter file holds W."""
+    """Add s·BA to W, and keep the factors in the layer, since adapter files do not contain W."""
     _add_product(site, factors.A, factors.B, 1)
     if not hasattr(site.layer, "lora_merged"):
         site.layer.lora_merged = nn.ModuleDict()
@@ -44,14 +44,14 @@ def _add_product(site: Site, A: Tensor, B: Tensor, sign: int) -> None:
 
 
 def products_of(site: Site) -> list[Any]:
-    """The factors that were merged into the site's weight, the first ones first."""
-    kept = getattr(site.layer, "lora_merged", {})
-    return list(kept[site.adapter]) if site.adapter in kept else []
+    """The factors that were merged into the site's weight, oldest first."""
+    merged = getattr(site.layer, "lora_merged", {})
+    return list(merged[site.adapter]) if site.adapter in merged else []
 
 
 @torch.no_grad()
 def restore_products(site: Site, wanted: list[MergedProduct]) -> None:
-    """Take out of W what was merged since (up to rounding), and merge what is missing."""
+    """Subtract from W what was merged after `wanted` (up to rounding), and merge what is missing."""
     present = products_of(site)
     same = 0
     for a, b in zip(present, wanted, strict=False):
@@ -72,9 +72,9 @@ def merged_sites(model: nn.Module) -> list[str]:
 
 
 class StartFactors(nn.Module):
-    """B0 (out, r) of a site, and A0 (r, in) where s B0 A0 was taken out of W: a residual start. Checkpoints keep it.
+    """B0 (out, r) of a site, and A0 (r, in) if s B0 A0 was subtracted from W: a residual start. Checkpoints include it.
 
-    `by_peft` says that PEFT took it out, and does so again when it loads what it has written.
+    With `by_peft`, PEFT has subtracted it and does so again when it loads the adapter.
     """
 
     A: Tensor | None
@@ -88,29 +88,29 @@ class StartFactors(nn.Module):
 
 
 def start_of(site: Site) -> StartFactors | None:
-    """How the site started, if that is remembered."""
+    """The start of the site, if the model keeps it."""
     return dict(getattr(site.layer, "lora_start", {})).get(site.adapter)
 
 
 def adapters_subtracted(model: PeftModel) -> list[str]:
-    """The adapters, active or not, whose start was taken out of W."""
-    starts = [each for module in model.modules() for each in getattr(module, "lora_start", {}).items()]
+    """The adapters, active or not, whose start was subtracted from W."""
+    starts = [item for module in model.modules() for item in getattr(module, "lora_start", {}).items()]
     return list(dict.fromkeys(adapter for adapter, start in starts if start.A is not None))
 
 
 def peft_residual_start(model: PeftModel, adapter: str) -> str:
-    """PEFT's own start of `adapter`, where it took something out of W that the model does not remember; else empty."""
+    """PEFT's own start of `adapter` if it subtracted from W something that the model does not keep; else empty."""
     start = str(getattr(model.peft_config[adapter], "init_lora_weights", ""))
     return start if start.lower().startswith(RESIDUAL) and adapter not in adapters_subtracted(model) else ""
 
 
 @torch.no_grad()
 def keep_start(site: Site, A: Tensor | None, B: Tensor, subtracted: bool = False) -> None:
-    """Remember B as B0, and, where A is given, take s·BA out of W.
+    """Keep B as B0, and, if A is given, keep A as A0 and subtract s·BA from W.
 
     Args:
         A: (r, in). B: (out, r).
-        subtracted: somebody, such as PEFT's PiSSA, has taken it out of W already.
+        subtracted: PEFT (with its PiSSA) has already subtracted it.
     """
     if A is not None and not subtracted:
         _add_product(site, A, B, -1)
@@ -123,13 +123,13 @@ def keep_start(site: Site, A: Tensor | None, B: Tensor, subtracted: bool = False
 
 @torch.no_grad()
 def restore_start(site: Site, A: Tensor | None, B: Tensor | None) -> None:
-    """Give the site the start (A, B), or none, and W what follows (up to rounding, unless it is the same start)."""
-    now = start_of(site)
-    if now is not None and B is not None and _equal(now.A, A) and _equal(now.B, B):
+    """Give the site the start (A, B), or none, and change W to match (up to rounding, unless the start is the same)."""
+    current = start_of(site)
+    if current is not None and B is not None and _equal(current.A, A) and _equal(current.B, B):
         return
-    if now is not None:
-        if now.A is not None:
-            _add_product(site, now.A, now.B, 1)
+    if current is not None:
+        if current.A is not None:
+            _add_product(site, current.A, current.B, 1)
         del site.layer.lora_start[site.adapter]
     if B is not None:
         device = site.layer.get_base_layer().weight.device

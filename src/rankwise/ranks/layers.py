@@ -1,10 +1,10 @@
-"""The kinds of layer that a site can sit on: the only place that knows how each holds its weight.
+"""The kinds of layer that can be adapted: the only place that knows how each stores its weight.
 
-W is read as a matrix (out, in) whatever the layer's own layout, with the factors A (r, in) and B (out, r). On a
-convolution A is one with r channels and the layer's kernel, and B one of kernel 1; read as matrices, each place of the
-kernel is an input of its own. Another kind of layer is another class here.
+W is read as a matrix (out, in) whatever the layer's own layout, with the factors A (r, in) and B (out, r). For a
+convolution A is a convolution with r channels and the layer's kernel, and B one with kernel 1; in the matrices each
+entry of the kernel counts as an input. A new kind of layer is a new class here.
 
-Nothing here needs PEFT or transformers, so that `nets.gated` does not either.
+This module imports neither PEFT nor transformers, so that `nets.gated` works without them.
 """
 
 import sys
@@ -18,7 +18,10 @@ from torch import Tensor, nn
 from rankwise.errors import InputError
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""The types of weights that are numbers as they stand."""
+"""Types of weights that are not quantised."""
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Convolutions that PEFT has no LoRA for."""
 
 Pair = tuple[Any, Any]
 
@@ -27,7 +30,7 @@ class WeightLayer(ABC):
     """A layer with a weight that can be read as a matrix (out, in)."""
 
     linear: ClassVar[bool] = True
-    """Whether it is a linear map and no convolution."""
+    """Whether it is a linear map, not a convolution."""
     transposed: ClassVar[bool] = False
     """Whether its weight is stored as (in, out), which PEFT calls fan_in_fan_out."""
 
@@ -42,10 +45,10 @@ class WeightLayer(ABC):
     @property
     @abstractmethod
     def features(self) -> tuple[int, int]:
-        """(in, out) of the matrix. Not its weight's shape: 4-bit weights are packed into one column."""
+        """(in, out) of the matrix. It may differ from the weight's shape: 4-bit weights are packed into one column."""
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """A weight of the layer's own layout as (out, in)."""
+        """A weight in the layer's own layout, as a matrix (out, in)."""
         return weight
 
     def own_layout(self, matrix: Tensor) -> Tensor:
@@ -53,15 +56,14 @@ class WeightLayer(ABC):
         return matrix
 
     def product(self, A: Tensor, B: Tensor) -> Tensor:
-        """The product of factors as matrices, (r, in) and (out, r), with the number of entries that W has."""
+        """The product of A (r, in) and B (out, r), with as many entries as W."""
         return B @ A
 
     def factors(self, rank: int, exact: bool = False, **like: Any) -> Pair:
-        """Layers for A, into the rank, and B, out of it, without bias.
+        """Layers for A and B, without bias.
 
         Args:
-            exact: with all that a convolution has; else as PEFT makes them, without its groups, dilation and padding
-                of another kind than zeros.
+            exact: with the layer's groups, dilation and padding mode, which PEFT's layers do not have.
             like: `device` and `dtype`.
         """
         inputs, outputs = self.features
@@ -69,7 +71,7 @@ class WeightLayer(ABC):
 
     @staticmethod
     def set_rank(A: Any, B: Any, rank: int) -> None:
-        """Write the rank that their weights have into the layers of two factors."""
+        """Set the `rank` that the weights of two factors already have as an attribute of their layers."""
         A.out_features = B.in_features = rank
 
     def add(self, matrix: Tensor) -> None:
@@ -77,8 +79,8 @@ class WeightLayer(ABC):
         weight = self.layer.weight
         weight += self.own_layout(matrix).to(weight)
 
-    def check(self, name: str) -> None:  # noqa: B027 - a linear map has no such case
-        """Raise InputError for a layer on which PEFT 0.21's factors are no product of two matrices to add to W."""
+    def check(self, name: str) -> None:  # noqa: B027 - linear maps always pass
+        """Raise InputError for a layer on which PEFT 0.21's factors do not form a matrix BA to add to W."""
 
 
 class LinearLayer(WeightLayer):
@@ -100,7 +102,7 @@ class GPT2Layer(WeightLayer):
 
     @classmethod
     def classes(cls) -> tuple[type[nn.Module], ...]:
-        module = sys.modules.get("transformers.pytorch_utils")  # not imported: then no layer is one
+        module = sys.modules.get("transformers.pytorch_utils")  # if it is not imported, no model has such layers
         return () if module is None else (module.Conv1D,)
 
     @property
@@ -115,7 +117,7 @@ class GPT2Layer(WeightLayer):
 
 
 class ConvolutionLayer(WeightLayer):
-    """A convolution, but not a transposed one, which PEFT does not adapt."""
+    """A convolution that is not transposed."""
 
     linear = False
 
@@ -134,7 +136,7 @@ class ConvolutionLayer(WeightLayer):
         return matrix.reshape(self.layer.weight.shape)
 
     def product(self, A: Tensor, B: Tensor) -> Tensor:
-        """Group by group where the layer has groups: A (r, in / groups), B (out, r / groups)."""
+        """Group by group if the layer has groups: A (r, in / groups), B (out, r / groups)."""
         if (groups := self.layer.groups) == 1:
             return B @ A
         return (B.reshape(groups, -1, B.shape[1]) @ A.reshape(groups, -1, A.shape[1])).flatten(0, 1)
@@ -146,8 +148,8 @@ class ConvolutionLayer(WeightLayer):
             A = kind(layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, bias=False, **like)
             return A, kind(rank, layer.out_channels, 1, bias=False, **like)
         kind = next(kind for kind in self.classes() if isinstance(layer, kind))
-        way = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
-        A = kind(layer.in_channels, rank, layer.kernel_size, bias=False, **way, **like)
+        options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        A = kind(layer.in_channels, rank, layer.kernel_size, bias=False, **options, **like)
         return A, kind(rank, layer.out_channels, 1, bias=False, groups=layer.groups, **like)
 
     @staticmethod
@@ -156,11 +158,11 @@ class ConvolutionLayer(WeightLayer):
 
     def check(self, name: str) -> None:
         if self.layer.groups > 1:
-            reason = f"has {self.layer.groups} groups: PEFT could not merge what is learnt on it"
+            reason = f"has {self.layer.groups} groups, and PEFT cannot merge an adapter on it"
         elif any(step != 1 for step in self.layer.dilation):
-            reason = "is dilated, and PEFT's factors are not"
+            reason = "is dilated, but PEFT's factors are not"
         elif self.layer.padding_mode != "zeros":
-            reason = f"has {self.layer.padding_mode} padding, and PEFT's factors pad with zeros"
+            reason = f"has {self.layer.padding_mode} padding, but PEFT's factors pad with zeros"
         else:
             return
         raise InputError(f"the convolution {name} {reason}; leave it out of targets")
@@ -170,38 +172,41 @@ KINDS: tuple[type[WeightLayer], ...] = (LinearLayer, GPT2Layer, ConvolutionLayer
 
 
 def weight_layer(module: Any) -> WeightLayer | None:
-    """`module` as a layer that a site can sit on, or None."""
+    """`module` as a layer that can be adapted, or None."""
     return next((kind(module) for kind in KINDS if isinstance(module, kind.classes())), None)
 
 
 def features(module: Any) -> tuple[int, int]:
-    """(in, out) of a layer that a site can sit on."""
+    """(in, out) of a layer that can be adapted."""
     layer = weight_layer(module)
-    assert layer is not None, f"{type(module).__name__} is no layer for a site"
+    assert layer is not None, f"{type(module).__name__} cannot be adapted"
     return layer.features
 
 
 def shaped(matrix: Tensor, like: Tensor) -> Tensor:
-    """`matrix` with the kernel of `like`, a factor of a convolution; of a linear map, as it is."""
+    """`matrix` reshaped to the kernel of `like` if that is a factor of a convolution."""
     return matrix.reshape(len(matrix), -1, *like.shape[2:]) if like.dim() > 2 else matrix
 
 
 def holds_codes(weight: Tensor) -> bool:
-    """Whether a weight holds codes of a quantisation and no numbers, as far as it shows by itself."""
+    """Whether a weight holds quantised codes, as far as its class and dtype show."""
     wrapped = type(weight).__module__.startswith(("bitsandbytes.", "torchao."))  # 4-bit codes may be stored as floats
     return wrapped or weight.dtype not in FLOATS
 
 
 def is_quantised(layer: Any) -> bool:
-    """Whether the weight of a linear map or convolution holds codes and no numbers."""
+    """Whether the weight of a linear map or convolution holds quantised codes."""
     inputs, outputs = features(layer)
     return holds_codes(layer.weight) or layer.weight.numel() * getattr(layer, "groups", 1) != inputs * outputs
 
 
 def check_own_weight(model: nn.Module, name: str) -> None:
-    """Raise InputError where the weight of the layer `name` is quantised or serves another module too."""
+    """Raise InputError if the weight of the layer `name` is quantised or shared with another module."""
     layer: Any = model.get_submodule(name)
     if is_quantised(layer):
-        raise InputError(f"{name} is quantised, its weight cannot change: use empty=drop, and no residual start")
+        raise InputError(f"{name} is quantised, so its weight cannot change: use empty=drop and no residual start")
     if sum(p is layer.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
-        raise InputError(f"{name} shares its weight with another module, which would change too")
+        raise InputError(
+            f"{name} shares its weight with another module, which would change too: use empty=drop and no residual "
+            "start, or leave it out of targets"
+        )

@@ -1,8 +1,8 @@
-"""What an attached model does when PEFT's own methods are called on it, as PEFT, a Trainer and TRL do.
+"""PEFT's own methods on an attached model, which PEFT itself, a Trainer and TRL call.
 
-What these write in the middle of a search, or after a residual start, looks like an adapter and is not one: its
-configuration says so where PEFT must look, and PEFT refuses it. In memory the configuration stays as it is. An adapter
-that they add by the configuration of one that is there gets the same scales.
+What they write during a search, or after a residual start, looks like an adapter but is unusable: its configuration
+file says so in a field that PEFT reads, so that PEFT refuses it. The configuration in memory does not change. An
+adapter that they add with the configuration of an existing one gets the same scales.
 """
 
 from copy import copy
@@ -19,16 +19,16 @@ from rankwise.ranks.scales import copy_scale
 from rankwise.ranks.sites import Site
 
 UNFINISHED = (
-    "rankwise: this is the state of a training and no finished adapter; resume from it, or write the adapter by "
+    "rankwise: this is the state of a training, not a finished adapter; resume from it, or write the adapter with "
     "rankwise.save(model, folder)"
 )
-"""Written as the way in which A and B start, which PEFT does not know and repeats in its error."""
+"""Written as `init_lora_weights`: PEFT does not know this start and repeats it in its error."""
 
 
 class MarkedConfig(LoraConfig):
-    """A LoraConfig whose file may say something else of the start of A and B than it does in memory."""
+    """A LoraConfig whose file may have another `init_lora_weights` than it has in memory."""
 
-    # In an annotation it would be a field, and fields are what PEFT saves and copies.
+    # Not annotated, or it would be a field, which PEFT saves and copies.
     start_written = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -36,21 +36,21 @@ class MarkedConfig(LoraConfig):
 
 
 def allow_peft_calls(model: PeftModel) -> None:
-    """Let PEFT's own methods load into `model`, write it and add adapters to it."""
+    """Make PEFT's own methods work on `model`: load into it, save it, add adapters to it."""
     follow_state_dict(model)
     model.register_state_dict_pre_hook(_mark)
     allow_added_adapters(model)
 
 
 def allow_added_adapters(model: PeftModel) -> None:
-    """Let PEFT's own methods add adapters to `model`."""
+    """Make PEFT's own `add_adapter` work on `model`."""
     model.__class__ = CLASSES[type(model)]
 
 
 class RankwisePeftModel(PeftModel):
-    """A PeftModel in which an adapter that is added by the configuration of another one gets its scales too.
+    """A PeftModel in which an adapter added with the configuration of another one gets its scales too.
 
-    So TRL does for its reference: it copies parameter by parameter, by their names.
+    TRL adds its reference model in this way, and copies each parameter by its name.
     """
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
@@ -59,7 +59,9 @@ class RankwisePeftModel(PeftModel):
             super().add_adapter(adapter_name, copy(peft_config), *args, **kwargs)  # ranks change in one of them
         except ValueError as error:
             if alike:
-                raise InputError(f"no second adapter as {alike[0]!r} ({error}); in TRL pass ref_model=") from error
+                raise InputError(
+                    f"a second adapter like {alike[0]!r} cannot be added ({error}); in TRL pass ref_model="
+                ) from error
             raise
         for layer in self.modules() if alike else ():
             if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
@@ -74,11 +76,11 @@ CLASSES = {
     for kind in _PEFTS
 }
 """PEFT's class of a model -> ours, such as RankwisePeftModelForSequenceClassification."""
-globals().update({kind.__name__: kind for kind in CLASSES.values()})  # where pickle looks for them
+globals().update({kind.__name__: kind for kind in CLASSES.values()})  # for pickle
 
 
 def _mark(model: nn.Module, *_: object) -> None:
-    """Before anyone gets the model's state, and writes the configuration after it."""
+    """Before the model's state is read: the configuration is written after it."""
     configs: dict[str, Any] = model.peft_config  # type: ignore[assignment]
     for adapter, config in configs.items():
         if type(config) in (LoraConfig, MarkedConfig):
@@ -87,15 +89,15 @@ def _mark(model: nn.Module, *_: object) -> None:
 
 
 def _written(model: nn.Module, adapter: str) -> str | None:
-    """What the file says of the start of A and B: `pissa` where PEFT can do it again; None where nothing is to say."""
-    again = False
+    """`init_lora_weights` in the file: `pissa` if PEFT can repeat it, None for what is in memory."""
+    repeats = False
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and isinstance(layer.lora_A, nn.ModuleDict):
             site = Site("", layer, adapter)
             start = start_of(site)
-            again |= start is not None and start.by_peft
+            repeats |= start is not None and start.by_peft
             residual = start is not None and start.A is not None and not start.by_peft
-            part = site.present and not layer.get_base_layer()._parameters  # no layer of the pretrained model
+            part = site.present and not layer.get_base_layer()._parameters  # of a fused projection
             if site.scale is not None or residual or part or products_of(site):
                 return UNFINISHED
-    return "pissa" if again else None
+    return "pissa" if repeats else None

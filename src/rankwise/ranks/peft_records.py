@@ -1,4 +1,4 @@
-"""What PEFT's configuration says of ranks and alphas, so that stock PEFT builds the same adapter."""
+"""Ranks and alphas in PEFT's configuration, so that stock PEFT builds the same adapter."""
 
 from __future__ import annotations
 
@@ -20,32 +20,31 @@ def record(model: PeftModel) -> None:
 
 
 def alpha(site: Site, rank: int) -> float:
-    """What PEFT has to be told as alpha so that the site, at this rank, keeps its scale s."""
+    """The alpha with which the site, at this rank, keeps its scale s in PEFT."""
     rslora = site.present and getattr(site.layer, "use_rslora", {}).get(site.adapter, False)
     return site.scaling * (sqrt(rank) if rslora else rank)
 
 
 def write_ranks(config: Any, records: Mapping[str, tuple[int, float]], model: PeftModel) -> None:
-    """Write (rank, alpha) by site of `model` into a PEFT configuration, so that stock PEFT builds the same adapter.
+    """Write the (rank, alpha) of each site of `model` into a PEFT configuration, so that PEFT builds the same adapter.
 
-    What the configuration says otherwise stays as far as it is still true: what others have written of these sites, and
-    all that is about layers which are no sites. Where it would put an adapter on a site of rank 0, or none on one that
-    has rank, the layers with one are named one by one, and nothing is excluded: in a weighted sum of adapters PEFT
-    excludes from all of them what the first one excludes.
+    The rest of the configuration stays as far as it is still true: other entries about these sites, and all about
+    layers that are no sites. If it would put an adapter on a site of rank 0, or none on a site with rank, the adapted
+    layers are listed by name, and none is excluded: in a weighted sum PEFT excludes from all adapters what the first
+    excludes.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import check_target_module_exists
 
     layers, adapter = dict(model.get_base_model().named_modules()), model.active_adapter
-    others = [
-        _called(name, layer) for name, layer in layers.items() if isinstance(layer, LoraLayer) and adapter in layer.r
+    site_names = [site.name for site in sites(model)]
+    adapted = [
+        _peft_name(n, layer) for n, layer in layers.items() if isinstance(layer, LoraLayer) and adapter in layer.r
     ]
-    others = [name for name in others if name not in {*records, *(site.name for site in sites(model))}]
+    others = [name for name in adapted if name not in {*records, *site_names}]
     present = {name: values for name, values in records.items() if values[0]}
     ranks, alphas = ({name: values[part] for name, values in present.items()} for part in (0, 1))
-    parts = {
-        f"^{re.escape(site.name)}" for site in sites(model) if site.name not in records
-    }  # what is saved is the whole
+    parts = {f"^{re.escape(name)}" for name in site_names if name not in records}  # the whole projection is saved
     patterns = [
         {key: value for key, value in (pattern or {}).items() if key not in parts}
         for pattern in (config.rank_pattern, config.alpha_pattern)
@@ -56,13 +55,13 @@ def write_ranks(config: Any, records: Mapping[str, tuple[int, float]], model: Pe
         return
     names = [*present, *(name for name in others if check_target_module_exists(config, name))]
     also = any(other.endswith(f".{name}") for name in names for other in layers.keys() - {*names})
-    # PEFT looks for a name of a list at the ends of names, and for a pattern in the whole of one.
+    # PEFT compares the names in a list with the ends of layers' names, and a pattern with the whole name.
     config.target_modules = "|".join(map(re.escape, names)) if also else names
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
-def _called(name: str, layer: Any) -> str:
-    """What PEFT's configuration calls an adapted layer, or the parameter of one."""
+def _peft_name(name: str, layer: Any) -> str:
+    """The name of an adapted layer, or of the adapted parameter in it, in PEFT's configuration."""
     from peft.tuners.lora.layer import ParamWrapper
 
     name = name.replace(".base_layer", "")
@@ -76,14 +75,14 @@ def _pattern(
     site_names: Collection[str],
     others: Sequence[str],
 ) -> dict[str, Any]:
-    """`pattern`, changed so that PEFT reads the `values` of sites in it, and of all else what it has read before.
+    """`pattern`, changed so that PEFT reads the `values` of sites from it, and for other layers what it read before.
 
-    Of several keys that match PEFT takes the first, and it writes them in the order of their letters. Our keys are
-    anchored, since PEFT looks for others at the ends of names. A key of others goes where it decides for sites alone
-    and wrongly for each, or would come before ours.
+    PEFT takes the first key that matches, and writes keys in alphabetical order. Our keys are anchored; PEFT compares
+    others with the ends of names. An existing key is removed if it applies only to sites and is wrong for all of them,
+    or if it would come before ours.
 
     Args:
-        values: by site with rank. site_names: all sites.
+        values: by name of each site with rank. site_names: all sites.
         others: names of adapted layers that are no sites.
     """
     from peft.utils.other import get_pattern_key
@@ -97,7 +96,7 @@ def _pattern(
     own = {name: f"^{re.escape(name)}" for name in (*site_names, *others)}
     kept = {key: value for key, value in pattern.items() if key not in [own[name] for name in site_names]}
     true = {name: pattern.get(get_pattern_key([*pattern], name), default) for name in others} | dict(values)
-    while True:  # without a key another one may decide
+    while True:  # removing a key may make another one apply
         needed = {key(name) for name in true if right(name)}
         idle = {key(name) for name in site_names} & kept.keys() - needed - {key(name) for name in others}
         idle |= {key(name) for name in true if not right(name) and key(name) in kept and key(name) < own[name]}

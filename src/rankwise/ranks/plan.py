@@ -1,4 +1,4 @@
-"""What a method decides about ranks, for the engine to carry out."""
+"""A method's decision about ranks, which the engine carries out."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RankPlan(Mapping[str, int]):
-    """New ranks by site name, and how to get there. `resize` carries out a plan whole, or refuses it whole.
+    """New ranks by site name, and how to get there. `resize` carries out the whole plan, or refuses it.
 
     Attributes:
-        ranks: site name -> new rank, a mapping or what `dict` makes one of; sites that are not named keep theirs.
-        change: `svd` keeps as much of BA as the new rank can hold; `reinit` draws A afresh and sets B = 0.
-        empty: what becomes of BA at rank 0: `drop` it, or `merge` it into W.
-        moments: Adam's moments of a changed site are `reset`, or `keep`: carried along with the factors.
-        restart: draw fresh factors for every site, also where the rank stays.
-        fold: first move every scale into its factors and take it away, which changes no output.
+        ranks: site name -> new rank, a mapping or an argument of `dict`; other sites keep their rank.
+        change: `svd` keeps as much of BA as the new rank can hold; `reinit` starts again with a random A and B = 0.
+        empty: what happens to BA at rank 0: `drop` it, or `merge` it into W.
+        moments: Adam's moments of a changed site: `reset` them, or `keep` them, transformed like the factors.
+        restart: give every site new factors, even if its rank stays.
+        fold: first move every scale into its factors and remove it, which changes no output.
         reset_scales: set every scale to 1 before the fold, which does change outputs.
-        moved: how far the weights that the ranks follow have moved, in the method's own measure.
+        moved: how far the weights that decide the ranks have moved, in the method's own measure.
     """
 
     ranks: Mapping[str, int]

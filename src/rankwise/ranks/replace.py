@@ -13,19 +13,19 @@ from rankwise.ranks.sites import Site, peft_model, sites
 
 Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> the moment of the new parameter
 
-# What optimizers keep in the shape of a parameter: the name, and whether it is of second order.
+# Optimizer state in the shape of a parameter: its name, and whether it is a second moment.
 _MOMENTS = {"exp_avg": False, "momentum_buffer": False, "exp_avg_sq": True, "max_exp_avg_sq": True}
 
 _optimizers: weakref.WeakKeyDictionary[nn.Module, "weakref.WeakSet[Optimizer]"] = weakref.WeakKeyDictionary()
 
 
 def follow(model: nn.Module, optimizer: Optimizer) -> None:
-    """From now on `optimizer` goes along with every rank change of `model`. The optimizer is held weakly."""
+    """Keep `optimizer` up to date from now on when ranks of `model` change. Only a weak reference is kept."""
     _optimizers.setdefault(peft_model(model), weakref.WeakSet()).add(optimizer)
 
 
 def followers(model: nn.Module) -> list[Optimizer]:
-    """The optimizers that go along with `model`."""
+    """The optimizers that follow `model`."""
     return list(_optimizers.get(peft_model(model), ()))
 
 
@@ -38,15 +38,15 @@ def replace(
     carry: Carry | None = None,
     trains: bool = True,
 ) -> None:
-    """Put `new` in the place of the Parameter `owner.name`, in the model and in every optimizer that follows it.
+    """Replace the Parameter `owner.name` by `new`, in the model and in every optimizer that follows it.
 
     Args:
-        new: the new values, or None to take the Parameter away. A factor of a convolution may come as a matrix.
-        scale: whether it is one (ω, gates): without predecessor it then joins the parameter group that is marked so.
-            All else, and where there is no such group, joins the one that holds the factors of other sites.
-        carry: maps each moment of the old Parameter to the new one, both as matrices; without it the state starts from
-            nothing, and so it does in an optimizer that keeps more than moments of Adam or SGD.
-        trains: whether a Parameter without predecessor does; others go on as they were.
+        new: the new values, or None to remove the Parameter. A factor of a convolution may be given as a matrix.
+        scale: whether it is a scale (ω, gates): if it replaces none, it joins the parameter group marked as such. Any
+            other joins the group with the factors of other sites.
+        carry: maps each moment of the old Parameter to the new one, both as matrices. Without it the state is reset, as
+            it also is in optimizers with more state than the moments of Adam or SGD.
+        trains: whether a Parameter that replaces none trains; others are frozen or not as before.
     """
     old = owner._parameters.get(name)
     trains = trains if old is None else old.requires_grad
@@ -58,8 +58,8 @@ def replace(
         state = optimizer.state.pop(old, None) if old is not None else None
         for entry in optimizer.param_groups:
             entry["params"] = [fresh if p is old else p for p in entry["params"] if p is not old or fresh is not None]
-        if old is None and fresh is not None and trains and (home := _home(optimizer, model, scale)) is not None:
-            home["params"].append(fresh)
+        if old is None and fresh is not None and trains and (group := _group(optimizer, model, scale)) is not None:
+            group["params"].append(fresh)
         if state and state.keys() <= {"step", *_MOMENTS} and carry is not None and fresh is not None:
             optimizer.state[fresh] = {
                 k: shaped(carry(v.flatten(1), _MOMENTS[k]), v) if k in _MOMENTS and v is not None else v
@@ -67,8 +67,8 @@ def replace(
             }
 
 
-def _home(optimizer: Optimizer, model: nn.Module, scale: bool) -> dict[str, Any] | None:
-    """The group that a Parameter without predecessor joins."""
+def _group(optimizer: Optimizer, model: nn.Module, scale: bool) -> dict[str, Any] | None:
+    """The group that a new Parameter joins."""
     for entry in optimizer.param_groups if scale else ():
         if entry.get("scale"):
             return entry
@@ -77,7 +77,7 @@ def _home(optimizer: Optimizer, model: nn.Module, scale: bool) -> dict[str, Any]
 
 
 def sort_groups(model: nn.Module) -> None:
-    """Put the optimizers' groups in model order: checkpoints know parameters by position, new ones come at the end."""
+    """Sort the optimizers' groups in model order, since checkpoints identify parameters by position."""
     peft = peft_model(model)
     order = {id(p): i for i, p in enumerate(peft.parameters())}
     for optimizer in followers(peft):
@@ -86,18 +86,17 @@ def sort_groups(model: nn.Module) -> None:
 
 
 def set_rank(site: Site, rank: int) -> None:
-    """Write the rank that the factors of a site have into its layers, and the alpha that keeps its scale."""
+    """Set rank and alpha in the layers of a site whose factors have rank `rank`; its scale s stays."""
     site.base.set_rank(site.layer.lora_A[site.adapter], site.layer.lora_B[site.adapter], rank)
     site.layer.r[site.adapter] = rank
     site.layer.lora_alpha[site.adapter] = alpha(site, rank)
 
 
-def take_factors(model: nn.Module, site: Site) -> None:
-    """Take the factors of a site away."""
-    layer, adapter = site.layer, site.adapter
-    scaling = site.scaling
+def remove_factors(model: nn.Module, site: Site) -> None:
+    """Empty a site."""
+    layer, adapter, scaling = site.layer, site.adapter, site.scaling
     replace(model, *site.A_owner, None)
     replace(model, *site.B_owner, None)
     for part in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.r, layer.lora_alpha, layer.scaling):
         del part[adapter]
-    layer.__dict__.setdefault("lora_empty", {})[adapter] = scaling  # what a return needs to know
+    layer.__dict__.setdefault("lora_empty", {})[adapter] = scaling  # in case the site gets rank again

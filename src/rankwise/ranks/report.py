@@ -1,4 +1,4 @@
-"""Where an adapter's rank sits, as a table for people and as JSON for machines."""
+"""The ranks of an adapter as a table and as JSON."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from rankwise.ranks.sites import sites
 
 @dataclass(frozen=True)
 class RankRow:
-    """One site: its name, rank, parameters per unit of rank (`cost`) and parameters in all."""
+    """One site: its name, rank, parameters per unit of rank (`cost`) and total parameters."""
 
     site: str
     rank: int

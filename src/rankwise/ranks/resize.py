@@ -1,4 +1,4 @@
-"""Changing ranks: what a RankPlan asks for is carried out, in the model, in PEFT's records and in the optimizers.
+"""Changing ranks as a RankPlan asks, in the model, in PEFT's configuration and in the optimizers.
 
 The change of rank minimises ‖B_old A_old − B_new A_new‖_F (SimplexLoRA; Eckart–Young): QR of B and of Aᵀ, SVD of the
 r×r core in fp64. The out×in product is never formed. PEFT 0.21 is driven through its public dictionaries.
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rankwise.errors import InputError
+from rankwise.errors import InputError, nearest
 from rankwise.ranks.fold import fold, kept_units
 from rankwise.ranks.kept import MergedProduct, merge_into_weight, peft_residual_start, start_of
 from rankwise.ranks.layers import check_own_weight
 from rankwise.ranks.peft_records import record
 from rankwise.ranks.plan import RankPlan
-from rankwise.ranks.replace import Carry, follow, replace, set_rank, sort_groups, take_factors
+from rankwise.ranks.replace import Carry, follow, remove_factors, replace, set_rank, sort_groups
 from rankwise.ranks.scales import Omega
 from rankwise.ranks.sites import Site, peft_model, sites, why_no_site
 
@@ -30,13 +30,11 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The best factors of rank `rank` ≤ r for the product BA.
+    """The best factors of rank `rank` ≤ r for the product of A (r, in) and B (out, r).
 
-    The split is A' = Vᵀ Q_Aᵀ, B' = Q_B U S: with the balanced √S split both factors would vanish where BA = 0, and with
-    them every gradient.
+    The split is A' = Vᵀ Q_Aᵀ, B' = Q_B U S: with the balanced √S split both factors, and all gradients, would be 0
+    where BA = 0.
 
-    Args:
-        A: (r, in). B: (out, r).
     Returns:
         A' (rank, in), B' (out, rank), and the maps L (rank, r), R (r, rank) with A' = L A and B' = B R.
     """
@@ -50,42 +48,40 @@ def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, T
 
 @torch.no_grad()
 def extend(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors of rank `rank` ≥ r with the same product, bit for bit: A gains unit rows orthogonal to its own, B zeros.
+    """Factors of rank `rank` ≥ r with the same product, bit for bit, as A (r, in) and B (out, r).
 
-    Args:
-        A: (r, in). B: (out, r).
+    A gains orthonormal rows that are orthogonal to its own, B gains zeros.
     """
     more = rank - A.shape[0]
     basis = torch.linalg.qr(A.double().T)[0]  # (in, r)
-    draw = torch.randn(A.shape[1], more, dtype=torch.float64).to(A.device)  # from the CPU's stream: checkpoints keep it
+    rows = torch.randn(A.shape[1], more, dtype=torch.float64).to(A.device)  # on the CPU, whose stream checkpoints keep
     for _ in range(2):  # the second pass removes what rounding left of A's row space
-        draw = torch.linalg.qr(draw - basis @ (basis.T @ draw))[0]
-    return torch.cat([A, draw.T.to(A.dtype)]), torch.cat([B, B.new_zeros(B.shape[0], more)], dim=1)
+        rows = torch.linalg.qr(rows - basis @ (basis.T @ rows))[0]
+    return torch.cat([A, rows.T.to(A.dtype)]), torch.cat([B, B.new_zeros(B.shape[0], more)], dim=1)
 
 
 def fresh_A(rank: int, like: Tensor, in_features: int) -> Tensor:
-    """A as LoRA starts it (Kaiming uniform with a = √5, PEFT's default), shape (rank, in)."""
+    """A as at the start of LoRA (Kaiming uniform with a = √5, PEFT's default), shape (rank, in)."""
     A = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=sqrt(5))
     return A.to(device=like.device, dtype=like.dtype)
 
 
 def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | None = None) -> dict[str, int]:
-    """Give the sites of `plan` their new ranks, in the model, in PEFT's records and in the optimizers.
+    """Give the sites of `plan` their new ranks, in the model, in PEFT's configuration and in the optimizers.
 
-    The scale s = alpha / r0 of a site stays, so its alpha becomes s·r. Sites whose rank does not change are not
-    touched, nor are their moments.
+    The scale s = alpha / r0 of a site stays, so its alpha becomes s·r. Sites whose rank does not change keep their
+    factors and moments.
 
     Args:
         model: a model with LoRA adapters, from rankwise or from PEFT alone.
-        plan: a RankPlan, or a plain dict of site name -> rank.
-        optimizer: an optimizer that is not known yet; SimplexAdam makes itself known.
+        plan: a RankPlan, or a dict of site name -> rank.
+        optimizer: an optimizer that does not follow `model` yet; SimplexAdam does by itself.
     Returns:
         The ranks that changed.
     Raises:
         InputError: an unknown site, a rank below 0 or above min(in, out), a plan that empties every site, a site that
-            is merged into its base weight at the moment (`merge_adapter`), one with gates that the plan does not fold
-            or with a residual start of PEFT's, a layer that is no plain LoRA, or one that cannot be emptied as the plan
-            says. The model is then as it was.
+            is merged into its base weight (`merge_adapter`), has gates that the plan does not fold or a residual start
+            by PEFT, a layer that is not plain LoRA, or one that cannot be emptied. The model is then unchanged.
     """
     peft = peft_model(model)
     if optimizer is not None:
@@ -97,13 +93,13 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
     if plan.fold:
         fold(peft, plan.reset_scales)
     changed = {name: r for name, r in plan.items() if r != by_name[name].rank or (plan.restart and r > 0)}
-    for name, rank in sorted(changed.items(), key=lambda change: change[1] == 0):  # a returning site looks at others
+    for name, rank in sorted(changed.items(), key=lambda change: change[1] == 0):  # `_refill` needs a present site
         site = by_name[name]
         if rank == 0:
             if plan.empty == "merge":
                 A, B = site.layer.lora_A[site.adapter].weight, site.B  # A with its scale
                 merge_into_weight(site, MergedProduct(A.detach().flatten(1).clone(), B.detach().flatten(1).clone()))
-            take_factors(peft, site)
+            remove_factors(peft, site)
         elif not site.present:
             _refill(peft, site, rank)
         else:
@@ -115,41 +111,46 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
 
 
 def _check(model: PeftModel, by_name: dict[str, Site], plan: RankPlan) -> None:
-    begun = peft_residual_start(model, model.active_adapter)
-    left = {name: site.rank for name, site in by_name.items()}
+    peft_start = peft_residual_start(model, model.active_adapter)
+    current = {name: site.rank for name, site in by_name.items()}
     if plan.fold:
-        left |= {name: len(units) for name, units in kept_units(by_name.values()).items()}
+        current |= {name: len(units) for name, units in kept_units(by_name.values()).items()}
     for name, rank in plan.items():
         if name not in by_name:
             if why := why_no_site(model, name):
                 raise InputError(f"{name} {why}, so its rank cannot change: leave it out of the plan")
-            raise InputError(f"the plan names {name!r}, which is no site of this model")
+            raise InputError(
+                f"the plan names {name!r}, which is no adapted layer of this model{nearest(name, by_name)}"
+            )
         site = by_name[name]
-        limit = max(site.limit, site.rank)  # an adapter from elsewhere may be larger than it need be
+        limit = max(site.limit, site.rank)  # an adapter from another tool may have more rank than it can use
         if not 0 <= rank <= limit:
             raise InputError(f"rank {rank} does not fit {name}: it must be 0 to {limit}")
-        if rank != left[name] or plan.restart:
-            if begun:
+        if rank != current[name] or plan.restart:
+            if peft_start:
                 raise InputError(
-                    f"{name} started as PEFT's {begun}, taken out of W at rank {site.rank}, which must stay: turn the "
-                    "adapter into plain LoRA first (save_pretrained with path_initial_model_for_weight_conversion)"
+                    f"{name} started with PEFT's {peft_start}, subtracted from W at rank {site.rank}, which must stay: "
+                    "turn the adapter into plain LoRA first (save_pretrained with "
+                    "path_initial_model_for_weight_conversion)"
                 )
-            if site.scale is not None and site.scale.says_ranks and not plan.fold:
-                raise InputError(f"{name} has gates, which say its rank: fold the model first (method.fold(model))")
+            if site.scale is not None and site.scale.sets_rank and not plan.fold:
+                raise InputError(f"{name} has gates, which set its rank: fold the model first (method.fold(model))")
             if site.adapter in site.layer.merged_adapters:
                 raise InputError(f"{name} is merged into its base weight: call unmerge_adapter() before a rank change")
             if rank == 0 and site.present:
                 _check_emptying(model, site, plan.empty)
-    if by_name and not any({**left, **plan}.values()):
-        raise InputError("the plan leaves no site with any rank; PEFT can neither train nor save such an adapter")
+    if by_name and not any({**current, **plan}.values()):
+        raise InputError("the plan gives every site rank 0, and PEFT can neither train nor save that: keep rank in one")
 
 
 def _check_emptying(model: PeftModel, site: Site, how: str) -> None:
     if site.adapter in site.layer.lora_variant or site.layer.lora_B[site.adapter].bias is not None:
-        raise InputError(f"{site.name} has more than A and B (lora_bias, DoRA or another variant): it cannot go")
+        raise InputError(
+            f"{site.name} has more than A and B (lora_bias, DoRA or another variant), so its rank cannot become 0"
+        )
     start = start_of(site)
     if start is not None and start.A is not None:
-        raise InputError(f"{site.name} has a residual start, so W lacks what the site began with: it cannot go")
+        raise InputError(f"{site.name} has a residual start, subtracted from W, so its rank cannot become 0")
     if how == "merge":
         check_own_weight(model.get_base_model(), f"{site.name}.base_layer")
 
@@ -182,8 +183,7 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     config: Any = model.peft_config[adapter]
     scaling = layer.lora_empty.pop(adapter)
     weight = layer.get_base_layer().weight
-    # As the other sites are, in their dtype (PEFT keeps adapters in fp32) and frozen where they are.
-    other = next(s for s in sites(model) if s.present)
+    other = next(s for s in sites(model) if s.present)  # for the dtype (PEFT's adapters are fp32) and what trains
     like = torch.empty(0, device=weight.device, dtype=other.B.dtype)
     A, B = site.base.factors(rank)
     shape_A, shape_B = A.weight.shape, B.weight.shape
@@ -196,4 +196,4 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     replace(model, A, "weight", fresh, trains=other.A.requires_grad)
     replace(model, B, "weight", torch.zeros(shape_B).to(like), trains=other.B.requires_grad)
     set_rank(site, rank)
-    Omega.put_back(model, site)
+    Omega.put_on_site(model, site)

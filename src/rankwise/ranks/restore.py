@@ -1,4 +1,4 @@
-"""A state dict brings its own ranks, scales, merged products and starts: loading one gives them to the model first."""
+"""Loading a state dict first gives the model its ranks, scales, merged products and starts."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 def follow_state_dict(model: PeftModel) -> None:
-    """Make `model.load_state_dict` re-rank the model first, whoever calls it.
+    """Make `model.load_state_dict` change the model's ranks first.
 
-    Trainer's resume, Trainer's best model, PEFT's `load_adapter` and a bare loop all end there, so one hook serves all.
-    A state that holds factors of the active adapter is taken as the whole of it: sites that it leaves out are emptied.
-    One without any (a head, the base weights, another adapter) changes no rank.
+    The Trainer's resume and best model, PEFT's `load_adapter` and bare loops all call it, so one hook is enough. If a
+    state has factors of the active adapter, sites that it does not have are emptied. A state without any (a head, the
+    base weights, another adapter) changes no rank.
     """
     model.register_load_state_dict_pre_hook(_match)
 
 
 def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Give `model` the ranks, the ω and the merged products that `state` was saved with. Values follow from loading."""
+    """Give `model` the ranks, scales, starts and merged products of `state`; loading then sets the values."""
     peft = peft_model(model)
     adapter = peft.active_adapter
-    # PEFT writes keys without the adapter's name, and on loading names those it finds in the model as it is now.
+    # PEFT writes keys without the adapter's name, and on loading adds it only for keys that the model has already.
     names = "|".join(map(re.escape, peft.peft_config))
     nameless = re.compile(rf"\.lora_(?:A|B|omega|merged|start)(?=\.|$)(?!\.(?:{names})(?:\.|$))")
     for old in [key for key in state if nameless.search(key)]:
@@ -45,14 +45,14 @@ def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) 
     factors = {site.name: state.get(key(site, f"lora_B.{adapter}.weight")) for site in sites(peft)}
     wanted = {name: 0 if B is None else B.shape[1] for name, B in factors.items()}
     if not any(wanted.values()):
-        return  # not about this adapter: a head alone, or the base weights
-    stored = next((kind for kind in KINDS if kind.stored(state, prefix, peft)), None)
-    now = Structure.of(peft)
-    if now.scaled and not (stored and (now.ranks == wanted or not stored.says_ranks)):
+        return  # not this adapter: only a head, or the base weights
+    kind = next((kind for kind in KINDS if kind.is_in(state, prefix, peft)), None)
+    current = Structure.of(peft)
+    if current.scaled and not (kind and (current.ranks == wanted or not kind.sets_rank)):
         fold(peft)
     resize(peft, RankPlan(wanted, change="reinit"))
-    if stored and not Structure.of(peft).scaled:
-        stored.put_on(peft)
+    if kind and not Structure.of(peft).scaled:
+        kind.put_on(peft)
     for site in sites(peft):
         A0, B0 = (state.get(key(site, f"lora_start.{adapter}.{part}")) for part in "AB")
         restore_start(site, A0, B0)
@@ -65,7 +65,7 @@ def _match(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) 
 
 @dataclass(frozen=True)
 class Structure:
-    """What a checkpoint's optimizer state refers to: the ranks by site, and whether scales were on."""
+    """What a checkpoint's optimizer state depends on: the ranks by site, and whether there were scales."""
 
     ranks: dict[str, int]
     scaled: bool

@@ -1,8 +1,8 @@
-"""What multiplies A during a search: SimplexLoRA's ω, SoRA's gates g. The next scale is another class here.
+"""What multiplies A during a search: SimplexLoRA's ω, SoRA's gates g. A new scale is a new class here.
 
-A scale is a parametrization of A: every reader of `lora_A.weight` sees ω·A or diag(g) A, PEFT's forward, merge and
-disable among them, without knowing. All ω of a model are one (n,) parameter of the model, so an emptied site keeps
-its ω; gates belong to their site. `fold` takes scales off again.
+A scale is a parametrization of A: everything that reads `lora_A.weight`, such as PEFT's forward and merge, gets ω·A or
+diag(g) A. All ω of a model are one (n,) parameter of the model, so an emptied site keeps its ω; gates belong to their
+site. `fold` removes scales.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 class Scale(nn.Module):
-    """Multiplies A, as a parametrization that leaves the stored A as it was."""
+    """Multiplies A, as a parametrization that does not change the stored A."""
 
     value: Tensor
     """Shape () or (r, 1)."""
-    says_ranks: ClassVar[bool] = False
-    """Whether it says the rank of its site, which then cannot change before a fold."""
+    sets_rank: ClassVar[bool] = False
+    """Whether it sets the rank of its site, which then cannot be changed before a fold."""
 
     def forward(self, A: Tensor) -> Tensor:
         return A * self.value.to(A.dtype).reshape(-1, *[1] * (A.dim() - 1))
@@ -37,19 +37,19 @@ class Scale(nn.Module):
     @property
     @abstractmethod
     def parameter(self) -> nn.Parameter:
-        """What trains: the scale's own, or the one that all sites share."""
+        """The trainable parameter, which all sites may share."""
 
     def units(self, site: Site) -> Tensor:
-        """Indices of the units of rank that a fold keeps; all, unless the scale says otherwise."""
+        """Indices of the units of rank that a fold keeps; by default all."""
         return torch.arange(site.rank, device=site.B.device)
 
     def idle(self) -> bool:
-        """Whether the site as a whole adds nothing, so that an adapter on disk leaves it out."""
+        """Whether the whole site adds nothing, so that a saved adapter leaves it out."""
         return False
 
     @abstractmethod
     def copy_for(self, adapter: str) -> Scale:
-        """The same scale, with the value that it has now, for another adapter on the same layer."""
+        """A copy with the current value, for another adapter on the same layer."""
 
     @classmethod
     @abstractmethod
@@ -57,13 +57,13 @@ class Scale(nn.Module):
         """Give every site of `model` such a scale, of value 1."""
 
     @abstractmethod
-    def leave(self, model: nn.Module) -> None:
-        """Take what trains out of `model` and of the optimizers, when no site has the scale any more."""
+    def remove_parameter(self, model: nn.Module) -> None:
+        """Remove the parameter from `model` and from the optimizers, after the scale was removed from all sites."""
 
     @classmethod
     @abstractmethod
-    def stored(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
-        """Whether a state dict of `model` holds such scales; `prefix` is what stands before its names."""
+    def is_in(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
+        """Whether a state dict of `model`, whose names start with `prefix`, has such scales."""
 
 
 class Omega(Scale):
@@ -71,7 +71,7 @@ class Omega(Scale):
 
     def __init__(self, omegas: nn.ParameterDict, adapter: str, index: int):
         super().__init__()
-        # In a tuple, so that torch does not register ω once more under every site.
+        # In a tuple, so that torch does not register ω again under every site.
         self.source = (omegas, adapter, index)
 
     @property
@@ -97,7 +97,7 @@ class Omega(Scale):
 
     @classmethod
     def put_on(cls, model: nn.Module) -> None:
-        """Entries of one (n,) fp32 parameter that the model owns."""
+        """As for any scale: each is an entry of one (n,) fp32 parameter of the model."""
         peft = peft_model(model)
         all_sites = sites(peft)
         if not hasattr(peft.base_model, OMEGA_NAME):
@@ -108,30 +108,30 @@ class Omega(Scale):
         omegas._keys[peft.active_adapter] = None
         for site in all_sites:
             if site.present:
-                cls.put_back(peft, site)
+                cls.put_on_site(peft, site)
 
     @classmethod
-    def put_back(cls, model: PeftModel, site: Site) -> None:
-        """Give a site its own entry of ω; nothing where the model has none."""
+    def put_on_site(cls, model: PeftModel, site: Site) -> None:
+        """Give a site its own entry of ω if the model has ω."""
         omegas: Any = getattr(model.base_model, OMEGA_NAME, {})
         if site.adapter in omegas:
-            put_scale(site, cls(omegas, site.adapter, [each.name for each in sites(model)].index(site.name)))
+            put_scale(site, cls(omegas, site.adapter, [s.name for s in sites(model)].index(site.name)))
 
-    def leave(self, model: nn.Module) -> None:
+    def remove_parameter(self, model: nn.Module) -> None:
         omegas, adapter, _ = self.source
         if adapter in omegas:
             replace(model, omegas, adapter, None)
             del omegas[adapter]
 
     @classmethod
-    def stored(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
+    def is_in(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
         return f"{prefix}base_model.{OMEGA_NAME}.{model.active_adapter}" in state
 
 
 class Gates(Scale):
     """One gate per unit of rank (SoRA): g, a Parameter of shape (r, 1)."""
 
-    says_ranks = True
+    sets_rank = True
 
     def __init__(self, gates: Tensor):
         super().__init__()
@@ -154,20 +154,20 @@ class Gates(Scale):
     @classmethod
     @torch.no_grad()
     def put_on(cls, model: nn.Module, draw: Callable[[int], Tensor] = torch.ones) -> None:
-        """`draw` makes the gates of a site, shape (r,), from its rank."""
+        """As for any scale, but `draw` gives the gates of a site, shape (r,), from its rank."""
         for site in sites(model):
             if site.present:
                 scale = cls(draw(site.rank).to(site.B))
-                gates, scale.gates = scale.gates, None  # type: ignore[assignment]  # so that optimizers get it too
+                gates, scale.gates = scale.gates, None  # type: ignore[assignment]  # replace adds it to optimizers too
                 replace(model, scale, "gates", gates, scale=True)
                 put_scale(site, scale)
         sort_groups(model)
 
-    def leave(self, model: nn.Module) -> None:
+    def remove_parameter(self, model: nn.Module) -> None:
         replace(model, self, "gates", None)
 
     @classmethod
-    def stored(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
+    def is_in(cls, state: Mapping[str, Tensor], prefix: str, model: PeftModel) -> bool:
         end = f"lora_A.{model.active_adapter}.parametrizations.weight.0.gates"
         return any(f"{prefix}base_model.model.{site.name}.{end}" in state for site in sites(model))
 
@@ -176,23 +176,23 @@ KINDS: tuple[type[Scale], ...] = (Omega, Gates)
 
 
 def put_scale(site: Site, scale: Scale) -> None:
-    """Parametrize A. The stored A stays the Parameter it was."""
+    """Parametrize A, and keep its Parameter."""
     linear: Any = site.layer.lora_A[site.adapter]
     A = linear.weight
     parametrize.register_parametrization(linear, "weight", scale, unsafe=True)
-    # torch copied A into a Parameter of its own; the optimizers know the first one.
+    # torch copied A into a new Parameter, which optimizers do not have.
     linear.parametrizations.weight.register_parameter("original", A)
 
 
 @torch.no_grad()
 def copy_scale(site: Site, adapter: str) -> None:
-    """Give another adapter on the layer of `site` the scale that it has, as it is now; it does not train."""
+    """Give another adapter on the layer of `site` a frozen copy of its scale."""
     if site.scale is not None:
         put_scale(Site(site.name, site.layer, adapter), site.scale.copy_for(adapter).requires_grad_(False))
 
 
 def trained_scales(model: nn.Module) -> list[nn.Parameter]:
-    """ω or the gates of `model`, without a walk over its modules where an optimizer has them in a marked group."""
+    """ω or the gates of `model`, from an optimizer's marked group if possible, which is faster than a search."""
     for optimizer in followers(model):
         if own := [group["params"] for group in optimizer.param_groups if group.get("scale")]:
             return list(chain.from_iterable(own))

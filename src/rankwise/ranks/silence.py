@@ -1,12 +1,12 @@
-"""Sites that take no part in the loss: being a linear layer is no proof that a layer's own forward ever runs.
+"""Dead sites, which have no part in the loss because the forward of their layer is never called.
 
 Attention that reads the weights of its projections instead of calling them (WavLM, SigLIP, torch's MultiheadAttention,
-Jamba's `dt_proj`) leaves their adapters without a gradient. B shows which these are: its gradient is not 0 from the
-first batch on wherever the site is used, while that of A is 0 as long as B is. Gradients are read before each step, so
+Jamba's `dt_proj`) leaves their adapters without a gradient. The gradient of B shows which these are: wherever a site is
+used it is not 0 from the first batch on, while that of A is 0 as long as B is. Gradients are read before each step, so
 one micro-batch is enough to clear a site.
 
-An expert that no token was routed to yet has no gradient either, and is not dead: none of its sites has one, while
-other experts of the same list have had theirs.
+An expert to which no token has been routed yet has no gradients either, but is not dead: none of its sites has had a
+gradient, while other experts of the same list have.
 """
 
 import re
@@ -20,24 +20,24 @@ from torch import nn
 from rankwise.ranks.sites import peft_model, sites
 
 PATIENCE = 10
-"""Steps after which a run whose ranks stay warns of them."""
+"""Steps after which a run whose ranks do not change warns of dead sites."""
 
 
 class Silence:
     """The sites of a model that have had no gradient yet, with one warning at step `due`.
 
     Args:
-        model: a model; without sites nothing happens.
-        due: the step before whose rank change the warning comes; 0 where ranks stay.
+        model: any model; without sites nothing happens.
+        due: the step of the first rank change, which the warning precedes; 0 if ranks never change.
     """
 
     def __init__(self, model: nn.Module, due: int = 0):
         self.due, self.warned = due or PATIENCE, False
-        # a shard's gradient is no proof of anything, and ranks stay there
+        # the gradient of a shard proves nothing; ranks of sharded models do not change
         self.waiting = [site for site in sites(model) if site.present and not hasattr(site.B, "device_mesh")]
 
     def check_gradients(self, model: nn.Module, step: int) -> None:
-        """Before step `step` (from 1), with all gradients there and no term in them that no loss function has."""
+        """Call before step `step` (from 1), when gradients are complete and nothing but the loss has added to them."""
         if self.warned:
             return
         self.waiting = [s for s in self.waiting if not s.present or s.B.grad is None or not s.B.grad.any()]
@@ -45,7 +45,7 @@ class Silence:
             self.warn(model)
 
     def warn(self, model: nn.Module) -> None:
-        """Warn of the sites that are dead, the first time; from then on `Site.dead` says so."""
+        """Warn about dead sites at the first call, after which their `Site.dead` is True."""
         if self.warned:
             return
         self.warned = True
@@ -55,7 +55,7 @@ class Silence:
             shapes = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
             which = ", ".join(f"{shape} ({count})" if "*" in shape else shape for shape, count in shapes.items())
             warnings.warn(
-                f"no gradient has reached {len(names)} of {len(sites(model))} sites, so nothing is learnt there: "
+                f"no gradient has reached {len(names)} of {len(sites(model))} sites, so they learn nothing: "
                 f"{which}; leave them out of targets",
                 stacklevel=2,
             )
@@ -66,12 +66,12 @@ class Silence:
                 site.layer.__dict__.setdefault("lora_dead", set()).add(site.adapter)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """For a checkpoint."""
         waiting = [site.name for site in self.waiting if not self.warned or site.dead]
         return {"told": self.warned, "waiting": waiting}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; a warning that was given is not given again."""
+        """Go on from `state`, without repeating its warning."""
         self.waiting = [site for site in self.waiting if site.name in state["waiting"]]
         if state["told"]:
             self.warned = True
@@ -79,17 +79,17 @@ class Silence:
 
 
 def _dead(model: nn.Module, silent: set[str]) -> list[str]:
-    """Those of the `silent` sites, in model order, that lie in no expert waiting for its first token."""
+    """The `silent` sites in model order, without those in an expert that waits for its first token."""
     base = peft_model(model).get_base_model() if silent else model
-    heard = [site.name for site in sites(model) if site.present and site.name not in silent]
+    active = [site.name for site in sites(model) if site.present and site.name not in silent]
 
     def waits(name: str) -> bool:
-        steps = name.split(".")
-        for end in range(1, len(steps)):
-            holder, expert = ".".join(steps[:end]), ".".join(steps[: end + 1])
-            if "expert" in steps[end - 1] and isinstance(base.get_submodule(holder), (nn.ModuleList, nn.ModuleDict)):
-                others = any(other.startswith(f"{holder}.") for other in heard)
-                return others and not any(f"{other}.".startswith(f"{expert}.") for other in heard)
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            experts, expert = ".".join(parts[:end]), ".".join(parts[: end + 1])
+            if "expert" in parts[end - 1] and isinstance(base.get_submodule(experts), (nn.ModuleList, nn.ModuleDict)):
+                others = any(other.startswith(f"{experts}.") for other in active)
+                return others and not any(f"{other}.".startswith(f"{expert}.") for other in active)
         return False
 
     return [site.name for site in sites(model) if site.name in silent and not waits(site.name)]

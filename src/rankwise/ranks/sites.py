@@ -1,8 +1,8 @@
 """A site is one adapted weight: `h = W x + b + s B A x`, with A (r, in), B (out, r) and the scale s = alpha / r0.
 
-Ranks are counted, chosen and changed on these matrices, whatever the kind of layer (`layers`). Sites are read off the
-PEFT model each time they are asked for, so there is no second book to keep. PEFT itself is imported where it is first
-needed: layers, gates and `nets.gated` do without.
+Ranks are counted, chosen and changed on these matrices, whatever the kind of layer (`layers`). Sites are read from the
+PEFT model at each call, so no other record can disagree with it. PEFT is imported only inside functions, so that
+layers, gates and `nets.gated` work without it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
     from rankwise.ranks.scales import Scale
 
-OMEGA_NAME = (
-    "lora_omega"  # on the tuner itself, whose own parameters PEFT saves and loads: a checkpoint keeps ω unasked
-)
+OMEGA_NAME = "lora_omega"
+"""Attribute of PEFT's tuner, whose own parameters PEFT saves and loads, so that checkpoints keep ω."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +35,7 @@ class Site:
 
     @property
     def base(self) -> WeightLayer:
-        """The pretrained layer, which knows how its weight is a matrix."""
+        """The pretrained layer, with its weight as a matrix."""
         base = weight_layer(self.layer.get_base_layer())
         assert base is not None
         return base
@@ -47,7 +46,7 @@ class Site:
 
     @property
     def A_owner(self) -> tuple[nn.Module, str]:
-        """The module and attribute that hold A's Parameter: the linear, or its parametrization while a scale is on."""
+        """The module and attribute with A's Parameter: the linear layer, or its parametrization if it has a scale."""
         linear = self.layer.lora_A[self.adapter]
         if parametrize.is_parametrized(linear, "weight"):
             return linear.parametrizations.weight, "original"
@@ -70,38 +69,38 @@ class Site:
 
     @property
     def W(self) -> Tensor:
-        """The pretrained weight, shape (out, in) whatever the layer's own layout; as numbers where it is quantised.
+        """The pretrained weight, dequantised, shape (out, in) whatever the layer's own layout.
 
         Raises:
-            InputError: a weight that nobody here knows how to dequantise.
+            InputError: a weight that cannot be dequantised.
         """
         from peft.utils.integrations import dequantize_module_weight
 
         base = self.layer.get_base_layer()
-        held = base.weight
-        if getattr(getattr(held, "quant_state", None), "packing_format_for_cpu", False):
-            base.state_dict()  # bitsandbytes lays 4-bit codes out differently to run on a CPU, and back for this
+        original = base.weight
+        if getattr(getattr(original, "quant_state", None), "packing_format_for_cpu", False):
+            base.state_dict()  # makes bitsandbytes undo the layout in which 4-bit codes run on a CPU
         weight = dequantize_module_weight(base)
-        if base.weight is not held:  # of 8-bit codes on a CPU PEFT leaves a copy, which does not run if they have run
-            base._parameters["weight"] = held
+        if base.weight is not original:  # PEFT replaced 8-bit codes on a CPU by a copy, which may not run
+            base._parameters["weight"] = original
         if weight.dtype not in FLOATS or weight.numel() != self.in_features * self.out_features:
-            raise InputError(f"{self.name} is quantised in a way that cannot be undone here: use init=kaiming")
+            raise InputError(f"{self.name} is quantised in a way that cannot be dequantised: use init=kaiming")
         return self.base.matrix(weight)
 
     @property
     def scale(self) -> Scale | None:
-        """The parametrization that multiplies A, if one is on."""
+        """The parametrization that multiplies A, if there is one."""
         owner, name = self.A_owner if self.present else (None, "")
         return owner[0] if name == "original" else None  # type: ignore[index]
 
     @property
     def gates(self) -> nn.Parameter | None:
-        """Shape (r, 1), if the site has any."""
+        """Shape (r, 1); None without gates."""
         return getattr(self.scale, "gates", None)
 
     @property
     def scaling(self) -> float:
-        """s, which stays alpha / r0 whatever the rank becomes."""
+        """s = alpha / r0 of the initial rank r0; it does not change with the rank."""
         return self.layer.scaling[self.adapter] if self.present else self.layer.lora_empty[self.adapter]
 
     @property
@@ -110,7 +109,7 @@ class Site:
 
     @property
     def dead(self) -> bool:
-        """Whether it was found out in training that the site takes no part in the loss; see `silence`."""
+        """Whether training has shown that the site has no part in the loss; see `silence`."""
         return self.adapter in getattr(self.layer, "lora_dead", ())
 
     @property
@@ -133,12 +132,12 @@ class Site:
 
     @property
     def limit(self) -> int:
-        """The largest rank that adds anything: min(in, out)."""
+        """The largest useful rank: min(in, out)."""
         return min(self.in_features, self.out_features)
 
     @property
     def parameters(self) -> int:
-        """What the live units cost, not counting the gates."""
+        """Parameters of the live units, not counting the gates."""
         return self.live * self.cost
 
 
@@ -146,8 +145,8 @@ def peft_model(model: nn.Module) -> PeftModel:
     """The PEFT model inside wrappers such as DistributedDataParallel or a compiled module.
 
     Raises:
-        TypeError: if there is none.
-        InputError: if PEFT's layers are there without a PeftModel around them.
+        TypeError: the model has no adapter.
+        InputError: it has PEFT's layers but no PeftModel around them.
     """
     from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -158,8 +157,8 @@ def peft_model(model: nn.Module) -> PeftModel:
         if inner is None:
             if any(isinstance(part, BaseTunerLayer) for part in whole.modules()):
                 raise InputError(
-                    f"{type(model).__name__} has PEFT's layers and no PeftModel around them, as transformers' "
-                    "add_adapter and PEFT's mixed models leave it: adapt it by attach, or by peft.get_peft_model"
+                    f"{type(model).__name__} has PEFT's layers but no PeftModel around them, as after transformers' "
+                    "add_adapter or in PEFT's mixed models: adapt it with attach, or with peft.get_peft_model"
                 )
             raise TypeError(f"{type(model).__name__} has no adapter: attach a method first")
         model = inner
@@ -167,7 +166,7 @@ def peft_model(model: nn.Module) -> PeftModel:
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """All sites of the active adapter in model order, the emptied ones among them; none where nothing is adapted."""
+    """All sites of the active adapter in model order, including emptied ones; [] for a model without adapter."""
     from rankwise.ranks.peft_layers import lora_layers
 
     try:
@@ -178,7 +177,7 @@ def sites(model: nn.Module) -> list[Site]:
 
 
 def why_no_site(model: nn.Module, name: str) -> str:
-    """Why the adapted layer `name` is no site; an empty string where it is one, or not adapted at all."""
+    """Why the adapted layer `name` is no site; empty if it is one, or is not adapted."""
     from rankwise.ranks.peft_layers import lora_layers
 
     return next((why for other, _, why in lora_layers(peft_model(model)) if other == name), "")
@@ -190,6 +189,6 @@ def ranks(model: nn.Module) -> dict[str, int]:
 
 
 def omega(model: nn.Module) -> nn.Parameter | None:
-    """The (n,) parameter of ω in the order of `sites`, or None when no search is on."""
+    """The (n,) parameter of ω in the order of `sites`; None if no search is running."""
     peft = peft_model(model)
     return getattr(peft.base_model, OMEGA_NAME, {}).get(peft.active_adapter)

@@ -2,9 +2,9 @@
 
 A triplet is one unit of rank: a row of A (r, in), an entry of E (r, 1), a column of B (out, r).
 
-PEFT 0.21 keeps the scores of entries in dictionaries, and the triplets chosen in its configuration, by which it then
-cuts its own checkpoints to a size that cannot be loaded again. Here both are buffers of the layers, handed to PEFT's
-allocator at each step and taken back after it.
+PEFT 0.21 keeps scores in dictionaries, and the chosen triplets in its configuration, which makes it cut checkpoints to
+a size that cannot be loaded again. Here both are buffers of the layers, copied to PEFT's allocator and back at each
+step.
 """
 
 from copy import deepcopy
@@ -27,12 +27,12 @@ KEPT = (
     *("lora_alpha", "lora_dropout", "modules_to_save", "fan_in_fan_out", "bias"),
     *("task_type", "base_model_name_or_path", "revision", "inference_mode"),
 )
-"""What plain LoRA takes over from AdaLoRA's configuration."""
+"""The options that plain LoRA takes from AdaLoRA's configuration."""
 
 
 class Scores(nn.Module):
-    """The smoothed sensitivity of every entry of A, E and B (`mean_…`), how much it varies (`spread_…`), and which
-    triplets were last chosen (`chosen`, (r, 1)). PEFT saves what hangs on its layers, so checkpoints keep it."""
+    """The smoothed sensitivity of every entry of A, E and B (`mean_…`), how much it varies (`spread_…`), and the
+    triplets chosen last (`chosen`, (r, 1)). PEFT saves modules inside its layers, so checkpoints keep it."""
 
     chosen: Tensor
 
@@ -45,30 +45,30 @@ class Scores(nn.Module):
 
 
 def triplets(model: nn.Module) -> dict[str, Any]:
-    """AdaLoRA's layers of the active adapter by their names in the base model; none on any other model."""
+    """AdaLoRA's layers of the active adapter by their names in the base model; {} for other adapters."""
     peft = peft_model(model)
     named = peft.get_base_model().named_modules()
     return {n: layer for n, layer in named if isinstance(layer, AdaLoraLayer) and peft.active_adapter in layer.lora_E}
 
 
 def live_ranks(model: nn.Module) -> dict[str, int]:
-    """How many triplets of each layer are not 0."""
+    """The number of triplets of each layer that are not 0."""
     adapter = peft_model(model).active_adapter
     return {name: int(layer.lora_E[adapter].count_nonzero()) for name, layer in triplets(model).items()}
 
 
-def settings(model: nn.Module) -> Any:
+def peft_config(model: nn.Module) -> Any:
     """PEFT's configuration of the active adapter."""
     peft = peft_model(model)
     return peft.peft_config[peft.active_adapter]
 
 
-def largest(model: nn.Module) -> int:
-    """How many more parameters plain LoRA can have at the end than A, E and B together now; negative if fewer.
+def extra_parameters(model: nn.Module) -> int:
+    """How many more parameters plain LoRA can have at the end than A, E and B have now; negative if fewer.
 
-    Units are counted and not parameters, so the most there can be is where the largest sites get all they can hold.
+    The number of triplets at the end is fixed, so there are most parameters if the largest layers keep theirs.
     """
-    config = settings(model)
+    config = peft_config(model)
     costs = sorted((layer.in_features + layer.out_features for layer in triplets(model).values()), reverse=True)
     left, more = config.target_r * len(costs) if costs else 0, 0  # plain LoRA has no target_r
     for cost in costs:
@@ -79,7 +79,7 @@ def largest(model: nn.Module) -> int:
 
 
 def add_scores(model: PeftModel) -> None:
-    """Give each of AdaLoRA's layers its Scores, and remember where these layers are."""
+    """Give each of AdaLoRA's layers its Scores, and list these layers on the tuner."""
     adapter, layers = model.active_adapter, triplets(model)
     for layer in layers.values():
         layer.lora_scores = nn.ModuleDict({adapter: Scores(layer, adapter)})
@@ -87,7 +87,7 @@ def add_scores(model: PeftModel) -> None:
 
 
 def _scored(model: PeftModel) -> dict[str, Any]:
-    """The layers with Scores by name, for what is done at every step: without a walk over all modules."""
+    """The layers with Scores by name, without a search through all modules, since every step needs them."""
     return model.base_model.__dict__.get("lora_scored", {}).get(model.active_adapter, {})
 
 
@@ -95,8 +95,7 @@ def _scored(model: PeftModel) -> dict[str, Any]:
 def add_orthogonality(model: nn.Module, weight: float) -> None:
     """Add to the gradients that of weight · mean_P ‖P Pᵀ - I‖_F, over P = A and P = Bᵀ of all layers.
 
-    ∂‖M‖_F/∂P = 2 M P / ‖M‖_F with M = P Pᵀ - I. A parameter that had no part in the loss gets a gradient here, which
-    PEFT's allocator needs.
+    ∂‖M‖_F/∂P = 2 M P / ‖M‖_F with M = P Pᵀ - I. Parameters without a gradient get one, which PEFT's allocator needs.
     """
     peft = peft_model(model)
     layers, adapter = _scored(peft), peft.active_adapter
@@ -112,10 +111,10 @@ def add_orthogonality(model: nn.Module, weight: float) -> None:
 
 @torch.no_grad()
 def choose(model: nn.Module, step: int) -> None:
-    """PEFT's update_and_allocate after step `step`, with the scores and the choice in tensors before and after it."""
+    """PEFT's update_and_allocate after step `step`, reading and writing our Scores."""
     peft = peft_model(model)
     tuner: Any = peft.base_model
-    adapter, config = peft.active_adapter, settings(peft)
+    adapter, config = peft.active_adapter, peft_config(peft)
     layers, allocator = _scored(peft), tuner.rankallocator
     if step > config.total_step - config.tfinal:
         for layer in layers.values():
@@ -128,39 +127,37 @@ def choose(model: nn.Module, step: int) -> None:
     )
     allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc = dict(mean), dict(mean), dict(spread)
     tuner.update_and_allocate(step)
-    for kept, values in ((mean, allocator.exp_avg_ipt), (spread, allocator.exp_avg_unc)):
+    for buffers, values in ((mean, allocator.exp_avg_ipt), (spread, allocator.exp_avg_unc)):
         for name, value in values.items():
-            kept[name].copy_(value)
+            buffers[name].copy_(value)
     for name, chosen in (config.rank_pattern or {}).items():
         scores[name.removesuffix(f".lora_E.{adapter}")].chosen.copy_(torch.tensor(chosen)[:, None])
-    config.rank_pattern = None  # or PEFT would cut what it saves to that size, and not load it again
+    config.rank_pattern = None  # or PEFT would cut what it saves to that size, and could not load it again
     allocator.reset_ipt()
-
-
-def _beside(part: nn.Module) -> bool:
-    return isinstance(part, AuxiliaryTrainingWrapper) and not isinstance(part, ModulesToSaveWrapper)
 
 
 @torch.no_grad()
 def to_lora(model: nn.Module) -> PeftModel:
-    """Plain LoRA with the same outputs, on the same base weights and with a copy of the head; `model` stays as it is.
+    """Plain LoRA with the same outputs, on the same base weights and with a copy of the head; `model` is not changed.
 
-    A' = diag(E) A and B' = B without the triplets whose E is 0. Sites without any other are emptied; where no site has
-    a live one, the first keeps one whose product is 0, since PEFT knows no adapter without sites.
+    A' = diag(E) A and B' = B without the triplets whose E is 0. Sites without live triplets are emptied; if no site has
+    one, the first keeps a triplet whose product is 0, since PEFT has no adapters without layers.
     """
     peft = peft_model(model)
     layers, adapter = triplets(peft), peft.active_adapter
-    old = settings(peft)
+    old = peft_config(peft)
     live = {name: layer.lora_E[adapter].flatten().nonzero().flatten() for name, layer in layers.items()}
     ranks = {name: max(1, len(units)) for name, units in live.items()}
     scales = {name: layer.scaling[adapter] / (layer.ranknum[adapter].item() + 1e-5) for name, layer in layers.items()}
-    if others := [name for name, part in peft.get_base_model().named_modules() if _beside(part)]:
-        raise InputError(
-            f"{others[0]} trains tokens beside AdaLoRA's triplets, which plain LoRA cannot take over from them"
-        )
+    for name, part in peft.get_base_model().named_modules():
+        if isinstance(part, AuxiliaryTrainingWrapper) and not isinstance(part, ModulesToSaveWrapper):
+            raise InputError(
+                f"{name} trains tokens as well (trainable_token_indices), which AdaLoRA cannot turn into plain LoRA: "
+                "train without them"
+            )
     config = LoraConfig(r=old.target_r, target_modules=list(layers), **{name: getattr(old, name) for name in KEPT})
     write_ranks(config, {name: (ranks[name], scales[name] * ranks[name]) for name in layers}, peft)
-    # A second body around the same tensors.
+    # A copy of the modules around the same tensors.
     base = deepcopy(peft.get_base_model(), {id(t): t for t in (*peft.parameters(), *peft.buffers())})
     heads = {}
     for name, part in list(base.named_modules()):
@@ -170,7 +167,7 @@ def to_lora(model: nn.Module) -> PeftModel:
             heads[name] = part.modules_to_save[adapter].state_dict()
             base.set_submodule(name, part.original_module)
     del base.peft_config
-    with torch.random.fork_rng(devices=[]):  # nothing that is drawn here stays
+    with torch.random.fork_rng(devices=[]):  # its random values are overwritten
         lora = get_peft_model(base, config, adapter)
     for name, state in heads.items():
         wrapper: Any = base.get_submodule(name)
