@@ -13,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Waiting for the disk is for a power cut, which no test brings about; with much being written it can take seconds.
+os.fsync = os.fstat  # type: ignore[assignment]
+
 
 def pytest_collection_finish() -> None:
     """What is loaded stays: the collections that every Trainer asks for need not go through it again."""
