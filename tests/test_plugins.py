@@ -14,6 +14,7 @@ import rankwise as rw
 import warm
 from rankwise.errors import InputError
 from rankwise.methods import Method
+from rankwise.metrics import METRICS, classification
 from rankwise.named import load_plugin
 from rankwise.runs import run_file
 from rankwise.runs.store import Store
@@ -73,9 +74,29 @@ def guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
         monkeypatch.setattr(kind, "known", dict(kind.known))
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
+    for name in [name for name in METRICS if name.startswith("distance")]:
+        del METRICS[name], classification.METRICS[name]
     for name, module in list(sys.modules.items()):
         if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+METRIC = '''
+"""A metric: how far the predicted class is from the true one, and the least is the best."""
+
+import numpy as np
+
+from rankwise.metrics import Metric, add
+from rankwise.metrics.metric import FROM_ZERO, mean_of_sums, pair
+
+
+def distance(predictions, labels):
+    predicted, true = pair(predictions, labels)
+    return np.stack([np.abs(predicted - true), np.ones_like(true)], axis=1).astype(float)
+
+
+add("{name}", Metric(FROM_ZERO, mean_of_sums, distance, least_is_best=True), of="classes")
+'''
 
 
 def write(file: Path, name: str = "mine", twist: float = 0.5) -> Path:
@@ -149,6 +170,59 @@ def test_a_run_of_a_changed_plugin_is_one_of_other_code(tmp_path: Path) -> None:
     write(file, twist=0.25)
     code, _, err = rankwise(tmp_path, "compare", "experiment.yaml")
     assert code == 2 and "2 finished runs were made with other code: plug.py differs" in err
+
+
+def test_a_plugins_metric_decides_in_its_direction_and_its_code_counts(tmp_path: Path) -> None:
+    """Also for a report in a process that has not loaded the plugin; without it nothing is reported in its place."""
+    file = tmp_path / "metric_file.py"
+    file.write_text(METRIC.format(name="distance"))
+    rows = "".join(f"text {number},{number % 3}\n" for number in range(60))
+    (tmp_path / "rows.csv").write_text("text,label\n" + rows)
+    task = {"type": "classification", "dataset": str(tmp_path / "rows.csv"), "metrics": ["distance", "accuracy"]}
+    methods = [{"name": name, "learning_rate": [1e-4, 1e-1]} for name in ("lora", "head")]
+    given = {**settings(file, tmp_path), "task": task, "vary": {"seed": [0, 1], "method": methods}}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump({**given, "tune": None, "budget": None}))
+    code, out, err = rankwise(tmp_path, "compare", "experiment.yaml")
+    assert code == 0 and "distance (lower is better)" in out, err
+    assert any(
+        "metric_file.py" in made.parts()
+        for made in map(Store(tmp_path / "runs").maker, Store(tmp_path / "runs").folders())
+        if made
+    )
+    code, out, err = rankwise(tmp_path, "report", "runs", "--json")
+    assert code == 0, err
+    content = json.loads(out)
+    for best in content["best"]:
+        means = [row["mean"] for row in content["rows"] if row["name"] == best["name"]]
+        assert best["mean"] == min(means)
+    assert content["differences"][0]["examples"] is not None  # the paired bootstrap knows the metric
+    file.write_text(file.read_text().replace("np.abs(predicted - true)", "(predicted - true) ** 2"))
+    code, _, err = rankwise(tmp_path, "compare", "experiment.yaml")
+    assert code == 2 and "metric_file.py differs" in err
+    file.unlink()
+    code, out, err = rankwise(tmp_path, "report", "runs")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "its score is distance, of a plugin" in err
+
+
+@pytest.mark.parametrize(("name", "message"), [("accuracy", "two metrics are called 'accuracy'")])
+def test_a_metric_that_is_there_already_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "twice.py"
+    file.write_text(METRIC.format(name=name))
+    with pytest.raises(InputError, match=message):
+        load_plugin(file)
+
+
+def test_the_metric_of_the_page_is_taken_by_the_schema_and_by_tasks(tmp_path: Path, cli: Cli) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "plugins.md").read_text()
+    file = tmp_path / "distance.py"
+    file.write_text(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[0])
+    code, out, _ = cli("schema", file)
+    assert code == 0 and out.count('"distance"') == 2  # of a class, and of a pair
+    task = Task.build({"name": "classification", "dataset": "rows.csv", "metrics": ("distance",)})
+    assert task.main == "distance" and METRICS["distance"]([0, 2, 1], [0, 0, 0]) == 1.0
+    assert "none of regression" in refused(
+        lambda: Task.build({"name": "regression", "dataset": "rows.csv", "metrics": ("distance",)})
+    )
 
 
 def test_where_a_plugin_lies_is_not_in_an_id(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Named:
             cls.kind, cls.known = kind, {}
         if not name:
             return
-        cls.name, cls.plugin = name, _loading[-1] if _loading and not _is_ours(cls) else ""
+        cls.name, cls.plugin = name, "" if _is_ours(cls) else loading()
         for word in (name, *aliases):
             if other := cls.known.get(word):
                 raise TypeError(f"two {cls.kind}s are called {word!r}: {other.__qualname__} and {cls.__qualname__}")
@@ -110,6 +110,11 @@ _loading: list[str] = []
 """The plugins that are being loaded, the innermost last."""
 _digests: dict[Path, str] = {}
 """The plugin files that are loaded -> digest of what was in them."""
+
+
+def loading() -> str:
+    """The plugin that is being loaded, a file or the name of a package; empty for none."""
+    return _loading[-1] if _loading else ""
 
 
 @functools.cache

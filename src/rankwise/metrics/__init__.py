@@ -4,13 +4,16 @@
 """
 
 import math
+from types import FunctionType
+from typing import Literal
 
 from rankwise.metrics import classification, regression, rouge, segmentation, wikisql
 from rankwise.metrics.e2e import METRICS as OF_TEXTS
 from rankwise.metrics.e2e import e2e
 from rankwise.metrics.metric import FROM_ZERO, Metric
+from rankwise.named import loading
 
-__all__ = ["METRICS", "Metric", "e2e", "with_direction", "worth"]
+__all__ = ["METRICS", "Metric", "add", "e2e", "with_direction", "worth"]
 
 METRICS: dict[str, Metric] = {
     **classification.METRICS,
@@ -21,6 +24,26 @@ METRICS: dict[str, Metric] = {
     **wikisql.METRICS,
     "loss": Metric(FROM_ZERO, least_is_best=True),
 }
+
+
+_added: dict[str, str] = {}
+"""The metrics of plugins, each with its plugin."""
+
+
+def add(name: str, metric: Metric, of: Literal["classes", "numbers"]) -> None:
+    """Let `metrics: [name]` name a metric of predicted classes or of numbers, in a plugin.
+
+    Raises:
+        ValueError: another metric of that name.
+        TypeError: a metric whose statistics and value are not both functions, whose code is noted with each run.
+    """
+    if not (isinstance(metric.value, FunctionType) and isinstance(metric.statistics, FunctionType)):
+        raise TypeError(f"the metric {name} needs statistics and a value that are functions")
+    plugin = loading()
+    if name in METRICS and _added.get(name) != plugin:
+        raise ValueError(f"two metrics are called {name!r}")
+    _added[name] = plugin
+    METRICS[name] = (classification if of == "classes" else regression).METRICS[name] = metric
 
 
 def worth(name: str, score: float | None) -> float:

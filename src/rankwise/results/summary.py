@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from rankwise.errors import InputError
+from rankwise.metrics import METRICS
+from rankwise.named import load_installed, load_plugin
 from rankwise.results import columns, published
 from rankwise.results.beside import Beside, beside
 from rankwise.results.contrasts import Contrast, contrasts
@@ -41,10 +43,14 @@ class Summary:
         """Of the finished runs of a folder, of those in `folders` alone where these are given.
 
         An experiment that names an unknown table counts as damaged: its runs are shown without published numbers.
+        Plugins are loaded where runs are scored by a metric of theirs, which says how to compare; InputError where one
+        cannot be.
         `more`: what a subclass has besides.
         """
         experiment, damage = store.described()
-        summary = cls(store.results(folders), experiment, store.left_out(folders), damage, **more)
+        results = store.results(folders)
+        _load_metrics(store, results)
+        summary = cls(results, experiment, store.left_out(folders), damage, **more)
         try:
             summary.beside  # noqa: B018  # computed here, and kept
         except InputError as error:
@@ -120,6 +126,19 @@ class Summary:
             "notes": self.notes,
             **({"published": [asdict(cell) for cell in self.beside]} if self.beside else {}),
         }
+
+
+def _load_metrics(store: Store, results: Sequence[Mapping[str, Any]]) -> None:
+    for result in results:
+        if result["score"] and result["score"] not in METRICS:
+            load_installed()
+            for file in store.config(result["folder"]).plugins:
+                try:
+                    load_plugin(file)
+                except InputError as error:
+                    raise InputError(
+                        f"{result['folder']}: its score is {result['score']}, of a plugin: {error}"
+                    ) from None
 
 
 def _averages(found: Sequence[Average]) -> list[str]:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from rankwise.errors import InputError, need
-from rankwise.metrics import classification, regression
+from rankwise.metrics import METRICS
 from rankwise.metrics.metric import finite
 from rankwise.runs.answers import LONGEST, WRONG, Answers, Wrong
 from rankwise.tasks.agreement import agree, check_rows
@@ -19,8 +19,6 @@ from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-METRICS = {**classification.METRICS, **regression.METRICS}
 
 
 @dataclass(frozen=True)

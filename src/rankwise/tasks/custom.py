@@ -190,8 +190,12 @@ def _tell(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-OfClasses = Annotated[str, Field(json_schema_extra={"enum": [*spellings(classification.METRICS)]})]
-OfNumbers = Annotated[str, Field(json_schema_extra={"enum": [*spellings(regression.METRICS)]})]
+def _names(known: Mapping[str, Metric]) -> Any:
+    return Field(json_schema_extra=lambda schema: schema.update(enum=[*spellings(known)]))  # those of plugins too
+
+
+OfClasses = Annotated[str, _names(classification.METRICS)]
+OfNumbers = Annotated[str, _names(regression.METRICS)]
 
 
 @dataclass(frozen=True)

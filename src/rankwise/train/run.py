@@ -42,6 +42,7 @@ from rankwise.files import (
     write_whole,
     written,
 )
+from rankwise.metrics import METRICS
 from rankwise.processes import together
 from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
@@ -193,7 +194,9 @@ def _carry_out(folder: Path, name: str, parts: Parts, stop: Stop) -> Result:
 
 def code_for(config: RunConfig) -> Code:
     """The code that decides the result of a run with these settings."""
-    return code_of(run, methods.registry()[config.method["name"]], tasks.registry()[config.task["name"]])
+    metrics = [METRICS[name] for name in config.task.get("metrics", ()) if name in METRICS]
+    functions = [each for metric in metrics for each in (metric.statistics, metric.value) if each is not None]
+    return code_of(run, methods.registry()[config.method["name"]], tasks.registry()[config.task["name"]], *functions)
 
 
 def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
