@@ -128,17 +128,15 @@ class Summary:
         }
 
 
-def _load_metrics(store: Store, results: Sequence[Mapping[str, Any]]) -> None:
+def _load_metrics(store: Store, results: Sequence[Finished]) -> None:
     for result in results:
-        if result["score"] and result["score"] not in METRICS:
+        if result.score and result.score not in METRICS:
             load_installed()
-            for file in store.config(result["folder"]).plugins:
+            for file in store.config(result.folder).plugins:
                 try:
                     load_plugin(file)
                 except InputError as error:
-                    raise InputError(
-                        f"{result['folder']}: its score is {result['score']}, of a plugin: {error}"
-                    ) from None
+                    raise InputError(f"{result.folder}: its score is {result.score}, of a plugin: {error}") from None
 
 
 def _averages(found: Sequence[Average]) -> list[str]:
