@@ -26,3 +26,12 @@ def test_the_id_is_of_what_is_asked_and_not_of_where_or_by_what(monkeypatch: pyt
     assert len({name, *different}) == 4
     monkeypatch.setattr(rankwise, "__version__", "999")
     assert RunConfig(task="cola", runs="elsewhere").id == name
+
+
+def test_the_stages_of_a_chain_begin_with_the_fitted_stage_before() -> None:
+    vary: dict[str, list[Any]] = {"seed": [0, 1], "budget": [10, 20]}
+    chain: list[dict[str, Any]] = [{"epochs": 1.0}, {"epochs": 2.0}, {"epochs": 3.0}]
+    experiment = Experiment(name="x", base={"task": "cola"}, vary=vary, chain=chain, runs="r")
+    runs = expand(experiment, lambda config: config.model_copy(update={"budget": None}))
+    assert [(run.seed, run.epochs) for run in runs] == [(seed, epochs) for seed in (0, 1) for epochs in (1.0, 2.0, 3.0)]
+    assert [run.after for run in runs] == [None, runs[0].id, runs[1].id, None, runs[3].id, runs[4].id]

@@ -42,7 +42,7 @@ def older(tmp_path: Path) -> Store:
 
 
 def test_runs_from_before_format_1_are_found_and_read(older: Store) -> None:
-    (contest,) = experiment(**TUNED).contests()
+    (contest,) = experiment(**TUNED).contests
     trials, chain = [*contest.tried(1e-3), *contest.tried(1e-2)], expand(experiment(**CHAIN))
     reported = contest.reported(1e-3)
     assert sorted(map(older.place, [*trials, *chain, *reported])) == older.folders()

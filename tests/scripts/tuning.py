@@ -19,7 +19,7 @@ if __name__ == "__main__":
     worker = f"command=[{sys.executable}, {Path(__file__).with_name('worker.py')}]"
     outcome, folders = tune_and_carry_out(
         store,
-        list(experiment.contests()),
+        list(experiment.contests),
         lambda config: store.create(config, REVISION),
         runner(sys.argv[2], [worker, *sys.argv[3:]]),
     )

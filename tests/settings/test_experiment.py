@@ -63,7 +63,7 @@ CHAIN["vary"] = {"seed": [0, 1]}
 def test_each_combination_becomes_a_chain_whose_runs_name_the_one_before() -> None:
     found = load(CHAIN, [], SCHEMA)
     assert isinstance(found, Experiment)
-    configs = list(found.configs())
+    configs = list(found.configs)
     assert [(c.seed, c.method["rank"], c.epochs) for c in configs] == [
         *((0, 4, 5.0), (0, 2, 3.0), (0, 1, 3.0)),
         *((1, 4, 5.0), (1, 2, 3.0), (1, 1, 3.0)),
@@ -101,7 +101,7 @@ TUNED: dict[str, Any] = {
 def contests(*overrides: str, **settings: Any) -> list[Contest]:
     experiment = load({**TUNED, **settings}, overrides, SCHEMA)
     assert isinstance(experiment, Experiment)
-    return list(experiment.contests())
+    return list(experiment.contests)
 
 
 def test_a_contest_tries_its_rates_at_the_tuning_seeds_and_reports_the_others() -> None:
@@ -117,7 +117,7 @@ def test_a_contest_tries_its_rates_at_the_tuning_seeds_and_reports_the_others() 
 def test_the_runs_of_a_tuned_experiment_are_those_reported_each_once() -> None:
     experiment = load(TUNED, [], SCHEMA)
     assert isinstance(experiment, Experiment)
-    assert [(run.method["name"], run.seed, run.tuning) for run in experiment.configs()] == [
+    assert [(run.method["name"], run.seed, run.tuning) for run in experiment.configs] == [
         *(("lora", 0, None), ("lora", 1, None)),
         *(("head", 0, None), ("head", 1, None)),
     ]
@@ -184,12 +184,12 @@ def test_without_its_tuning_an_experiment_needs_rates() -> None:
         load(plain, ["tune=null"], SCHEMA)
     for rates in (["learning_rate=0.01"], ["vary.learning_rate=[0.01]"]):
         rated = load(plain, ["tune=null", *rates], SCHEMA)
-        assert isinstance(rated, Experiment) and {run.learning_rate for run in rated.configs()} == {0.01}
+        assert isinstance(rated, Experiment) and {run.learning_rate for run in rated.configs} == {0.01}
     untuned = {key: value for key, value in plain.items() if key != "tune"}
     assert load(untuned, ["tune=null"], SCHEMA) == load(untuned, [], SCHEMA)
     own = {**plain, "vary": {"method": [{"name": "lora", "learning_rate": 0.02}]}}
     rated = load(own, ["tune=null"], SCHEMA)
-    assert isinstance(rated, Experiment) and {run.learning_rate for run in rated.configs()} == {0.02}
+    assert isinstance(rated, Experiment) and {run.learning_rate for run in rated.configs} == {0.02}
 
 
 @pytest.mark.parametrize(
@@ -236,4 +236,4 @@ def test_the_command_line_does_not_change_what_a_chain_sets() -> None:
             load(settings, [override], SCHEMA)
     changed = load(settings, ["chain=[{epochs: 3}, {epochs: 4}]", "max_length=16"], SCHEMA)
     assert isinstance(changed, Experiment)
-    assert {config.epochs for config in changed.configs()} == {3.0, 4.0}
+    assert {config.epochs for config in changed.configs} == {3.0, 4.0}

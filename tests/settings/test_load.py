@@ -58,7 +58,7 @@ def test_the_file_names_the_experiment_and_its_runs(tmp_path: Path) -> None:
     experiment = load(file, [], SCHEMA)
     assert isinstance(experiment, Experiment)
     assert (experiment.name, experiment.runs) == ("small", "runs/small")
-    assert {config.runs for config in experiment.configs()} == {"runs/small"}
+    assert {config.runs for config in experiment.configs} == {"runs/small"}
     elsewhere = load(file, ["runs=/tmp/x"], SCHEMA)
     assert elsewhere.runs == "/tmp/x"
 
@@ -89,7 +89,7 @@ def test_an_option_of_varied_tasks_is_set_on_the_command_line_or_refused() -> No
     settings = {**SWEEP, "vary": {"task": ["cola", "mrpc"], "seed": [0]}}
     experiment = load(settings, ["task.protocol=halves"], SCHEMA)
     assert isinstance(experiment, Experiment)
-    assert [config.task.get("protocol") for config in experiment.configs()] == [None, "halves"]
+    assert [config.task.get("protocol") for config in experiment.configs] == [None, "halves"]
     with pytest.raises(InputError, match="task.protocl: none of the varied tasks has this option"):
         load(settings, ["task.protocl=halves"], SCHEMA)
     chained = {"vary": {"seed": [0]}, "chain": [{"task": "cola"}, {"task": "mrpc"}]}
@@ -108,7 +108,7 @@ SMALL = {
 def runs(content: dict[str, Any], *settings: str) -> list[RunConfig]:
     experiment = load(content, list(settings), SCHEMA)
     assert isinstance(experiment, Experiment)
-    return list(experiment.configs())
+    return list(experiment.configs)
 
 
 def test_what_smoke_sets_is_taken_at_that_scale_alone() -> None:

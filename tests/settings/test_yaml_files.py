@@ -79,4 +79,4 @@ def test_aliases_count_as_often_as_they_stand(form: str, tmp_path: Path) -> None
 def test_aliases_in_moderation_are_fine(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("task: cola\nvary:\n  method: [&a {name: lora, rank: 2}, {<<: *a, alpha: 3}]\n  seed: [0, 1]\n")
-    assert [(c.method["rank"], c.method["alpha"]) for c in load(file, [], SCHEMA).configs()][::2] == [(2, 16), (2, 3)]
+    assert [(c.method["rank"], c.method["alpha"]) for c in load(file, [], SCHEMA).configs][::2] == [(2, 16), (2, 3)]

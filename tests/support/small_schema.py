@@ -54,4 +54,4 @@ def one(*overrides: str, **settings: Any) -> RunConfig:
 def sweep(*overrides: str, **settings: Any) -> list[RunConfig]:
     experiment = load({**SWEEP, **settings}, overrides, SCHEMA)
     assert isinstance(experiment, Experiment)
-    return list(experiment.configs())
+    return list(experiment.configs)

@@ -6,12 +6,17 @@ from rankwise.settings import Experiment, RunConfig
 
 
 def expand(experiment: Experiment, fit: Callable[[RunConfig], RunConfig] = lambda config: config) -> list[RunConfig]:
-    """Every run of the experiment, once each, all of one seed before the next; `fit` is as for `Experiment.configs`.
+    """Every run of the experiment, once each, all of one seed before the next.
 
     A sweep that is cut short so has compared everything at fewer seeds, instead of some methods not at all.
+    `fit` completes a run whose size its budget has to choose; the next stage of a chain then begins with that.
     Raises InputError for a combination of the axes that is no valid run.
     """
     runs: dict[str, RunConfig] = {}
-    for config in experiment.configs(fit):
-        runs.setdefault(config.id, config)
+    fitted: dict[str | None, str] = {}
+    for config in experiment.configs:
+        run = fit(config.model_copy(update={"after": fitted.get(config.after)}))
+        if config.followed:
+            fitted[config.id] = run.id
+        runs.setdefault(run.id, run)
     return sorted(runs.values(), key=lambda config: config.seed)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
@@ -151,38 +152,51 @@ class Experiment(BaseModel):
     published: Published | None = None
     runs: str
 
-    def configs(self, fit: Callable[[RunConfig], RunConfig] = lambda config: config) -> Iterator[RunConfig]:
+    @cached_property
+    def configs(self) -> list[RunConfig]:
         """Every combination of the axes, the last axis fastest, each with its stages one after the other.
 
         A method of the axis `method` that brings its own `learning_rate: [..]` is run at those rates and no others.
         With `tune` these are the runs that are reported, at the lowest rate in place of the one yet to be chosen.
-        What else of OWN an entry brings takes the place of the shared setting. `fit` completes a run whose size its
-        budget has to choose. Raises InputError for a combination that is no valid run.
+        What else of OWN an entry brings takes the place of the shared setting. Raises InputError for a combination that
+        is no valid run, and for too many of them.
         """
         if self.tune is not None:
-            for contest in self.contests():
-                yield from map(fit, contest.reported(contest.lowest))
-            return
-        for data in self.combinations():
+            return [config for contest in self.contests for config in contest.reported(contest.lowest)]
+        found: list[RunConfig] = []
+        for data in self._rated():
             before: RunConfig | None = None
             for place, stage in enumerate(self.chain or [{}]):
                 settings = {**data, "followed": place < len(self.chain) - 1, "after": before and before.id}
                 for key, value in stage.items():
                     put(settings, key, value)
-                before = fit(run_config(settings))
-                yield before
+                before = run_config(settings)
+                found.append(before)
+            _check_count(len(found))
+        return found
 
-    def contests(self) -> Iterator[Contest]:
-        """Every combination of the axes but `seed`, with the rates to choose from; none without `tune`."""
+    @cached_property
+    def contests(self) -> list[Contest]:
+        """Every combination of the axes except `seed`, with the rates to choose from; none without `tune`.
+
+        Raises InputError for rates that are none, and for too many runs.
+        """
         if self.tune is None:
-            return
+            return []
         seeds = tuple(self.vary.get("seed", [self.base.get("seed", 0)]))
+        found: list[Contest] = []
+        count = 0
         for data, own in self._combinations({key: values for key, values in self.vary.items() if key != "seed"}):
             key = "tune.learning_rate" if own is None else f"learning_rate of {data['method'].get('name')}"
-            yield Contest(data, self.tune.rates(own, key), self.tune, seeds)
+            rates = self.tune.rates(own, key)
+            found.append(Contest(data, rates, self.tune, seeds))
+            tried = self.tune.trials or 0 if isinstance(rates, Span) else len(rates)
+            count += len(seeds) + tried * len(self.tune.seeds)
+            _check_count(count)
+        return found
 
-    def combinations(self) -> Iterator[dict[str, Any]]:
-        """The settings of every combination of the axes and of each method's own rates, the stages of a chain aside."""
+    def _rated(self) -> Iterator[dict[str, Any]]:
+        """The settings of every combination of the axes and of each method's own rates; a chain counts once."""
         for data, rates in self._combinations(self.vary):
             if rates is None:
                 yield data
@@ -208,3 +222,11 @@ class Experiment(BaseModel):
                     data[key] = part = named(key, data[key])
                     data |= {own: part.pop(own) for own in OWN[key] if own in part}
             yield data, rates
+
+
+def _check_count(runs: int) -> None:
+    """Refuse an experiment of so many runs that listing them would not end."""
+    if runs > MOST_RUNS:
+        raise InputError(
+            f"vary: more than {MOST_RUNS:,} runs, and an experiment may have so many: leave out values, or split it"
+        )

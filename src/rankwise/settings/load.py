@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from rankwise.errors import InputError, nearest
 from rankwise.named import load_plugin, options_of, written
-from rankwise.settings.experiment import MOST_RUNS, OWN, Experiment, Published, Span, Tune
+from rankwise.settings.experiment import OWN, Experiment, Published, Tune
 from rankwise.settings.run import (
     NAMED,
     PLACE,
@@ -205,20 +205,6 @@ def _experiment(
         if key not in RunConfig.model_fields:
             raise InputError(f"{key}: there is no such key{nearest(key, [*keys, *SECTIONS])}")
     report = _report(report, schema) if isinstance(report, dict) else report
-    try:
-        experiment = Experiment(
-            name=name, base=data, vary=vary, chain=chain, tune=tune, report=report, published=published, runs=runs
-        )
-    except ValidationError as error:
-        raise InputError(explain(error)) from None
-    _check_size(experiment)
-    # Each combination is checked here, so that a sweep cannot stumble over its last run hours later.
-    before: RunConfig | None = None
-    for config in experiment.configs():
-        complete(config, schema)
-        if before is not None and config.after is not None:
-            _check_link(before, config, schema)
-        before = config
     fitted = (vary.get("budget") or [data.get("budget")]) != [None]
     for key, known in (("method", schema.methods), ("task", schema.tasks)):
         if key in vary:
@@ -228,25 +214,20 @@ def _experiment(
         for stage in chain:
             if key in stage:
                 stage[key] = _filled(key, named(key, stage[key]), known, {}, fitted)
-    return experiment.model_copy(update={"base": data, "vary": vary, "chain": chain})
-
-
-def _check_size(experiment: Experiment) -> None:
-    """Refuse an experiment of so many runs that listing them would not end."""
-    stages = max(1, len(experiment.chain))
-    count = 0
-    if experiment.tune is None:
-        for _ in itertools.islice(experiment.combinations(), MOST_RUNS // stages + 1):
-            count += stages
-    for contest in experiment.contests():
-        tries = contest.tune.trials or 0 if isinstance(contest.rates, Span) else len(contest.rates)
-        count += len(contest.seeds) + tries * len(contest.tune.seeds)
-        if count > MOST_RUNS:
-            break
-    if count > MOST_RUNS:
-        raise InputError(
-            f"vary: more than {MOST_RUNS:,} runs, and an experiment may have so many: leave out values, or split it"
+    try:
+        experiment = Experiment(
+            name=name, base=data, vary=vary, chain=chain, tune=tune, report=report, published=published, runs=runs
         )
+    except ValidationError as error:
+        raise InputError(explain(error)) from None
+    # Each combination is checked here, so that a sweep cannot stumble over its last run hours later.
+    before: RunConfig | None = None
+    for config in experiment.configs:
+        complete(config, schema)
+        if before is not None and config.after is not None:
+            _check_link(before, config, schema)
+        before = config
+    return experiment
 
 
 def _axes(vary: Any, keys: Sequence[str]) -> dict[str, list[Any]]:

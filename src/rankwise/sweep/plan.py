@@ -116,7 +116,7 @@ class Plan:
         for task in (tasks.build(config.task) for config in configs):
             if not task.main:
                 raise InputError(f"tune: {task.name} has no score to choose a learning rate by; leave it out")
-        contests = list(experiment.contests())
+        contests = experiment.contests
         tried = [config for contest in contests if not contest.settled for config in contest.tried(contest.lowest)]
         maker = makers(store, [*configs, *map(fit, tried)])
         found = searches(store, contests, lambda config: store.place(fit(config)))
@@ -152,7 +152,7 @@ class Plan:
             return store.create(config, self.maker(config))
 
         store.note(self.experiment, self.runs)
-        return tune_and_carry_out(store, list(self.experiment.contests()), create, runner)
+        return tune_and_carry_out(store, self.experiment.contests, create, runner)
 
     def made_by_others(self) -> str:
         """How many of these runs other code or data has made, and what differs; empty for none."""
