@@ -107,13 +107,17 @@ def beside(model: PeftModel) -> dict[str, Tensor]:
 
 
 def state_of(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The model's state dict with `factors` in the place of its own, and without what only a training needs."""
+    """The model's state dict with `factors` in the place of its own, and without what only a training needs.
+
+    Buffers on the layers themselves are the method's own: PEFT has none there.
+    """
     here = {site.name: site for site in sites(model)}
+    own = {f"base_model.model.{name}.{buffer}" for name, site in here.items() for buffer in site.layer._buffers}
     names = "|".join(map(re.escape, factors)) or r"(?!)"
     theirs = re.compile(
         rf"base_model\.(?:{OMEGA_NAME}\.|model\.(?:.+\.lora_start\.|(?:{names})\.(?:lora_A\.|lora_B\.[^.]+\.weight$)))"
     )
-    state = {name: value for name, value in model.state_dict().items() if not theirs.match(name)}
+    state = {name: value for name, value in model.state_dict().items() if not theirs.match(name) and name not in own}
     for name, (A, B) in factors.items():
         for part, value, like in (("lora_A", A, here[name].A), ("lora_B", B, here[name].B)):
             if len(A):
