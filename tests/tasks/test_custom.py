@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score
 
 from rankwise import tasks
 from rankwise.errors import InputError
+from rankwise.metrics import METRICS, classification
 from rankwise.settings import RunConfig, json_schema, load
 from rankwise.sweep.check import schema as known
 from rankwise.tasks.custom import Custom
@@ -320,6 +321,17 @@ def test_of_two_classes_as_common_the_one_of_the_higher_f1_is_the_constant_to_co
     outputs = np.tile([1.0, 0.0], (len(split.data), 1))
     found = task.answers(split, outputs, task.decode(outputs))
     assert (found.majority, found.tied, found.metrics) == ("b", ["a"], {"f1": pytest.approx(2 / 3)})
+
+
+def test_of_classes_as_common_the_one_of_the_least_error_is_the_constant_to_compare_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS, "distance", METRICS["mean_absolute_error"])  # as of a plugin
+    monkeypatch.setitem(classification.METRICS, "distance", METRICS["mean_absolute_error"])
+    rows = [{"body": f"text {place}", "mood": place % 3} for place in range(30)]
+    task = reviews(write(tmp_path / "train.csv", rows).parent, metrics=["distance"], split="train")
+    found = task.answers(task.evaluation()[0], np.zeros((30, 3)), np.zeros(30, dtype=int))
+    assert (found.majority, found.metrics) == ("1", {"distance": pytest.approx(2 / 3)})
 
 
 def test_metrics_are_in_the_schema_for_editors() -> None:
