@@ -314,6 +314,17 @@ def test_a_metric_of_two_classes_names_its_class_or_is_refused(tmp_path: Path) -
     assert "f1 is that of the class '-'" in result["notes"]
 
 
+def test_a_macro_mean_without_a_class_says_so(tmp_path: Path) -> None:
+    rows = [{"body": f"text {place}", "mood": "abc"[place % 3]} for place in range(24)]
+    write(tmp_path / "data" / "train.csv", rows)
+    write(tmp_path / "data" / "validation.csv", [row for row in rows if row["mood"] != "b"])
+    task = {"name": "classification", "dataset": str(tmp_path / "data"), "columns": {"text": "body", "label": "mood"}}
+    note = "no row that is scored is 'b': f1_macro is a mean over the classes that occur"
+    for metrics, noted in ((["accuracy", "f1_macro"], True), (["accuracy"], False)):
+        folder = make(tmp_path / metrics[-1], task={**task, "metrics": metrics}, max_steps=2, batch_size=8)
+        assert (note in run(folder)["notes"]) == noted
+
+
 def test_of_two_classes_as_common_the_one_of_the_higher_f1_is_the_constant_to_compare_with(tmp_path: Path) -> None:
     rows = [{"body": f"text {place}", "mood": "ab"[place % 2]} for place in range(20)]
     task = reviews(write(tmp_path / "train.csv", rows).parent, metrics=["f1"], split="train")
