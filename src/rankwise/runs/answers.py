@@ -2,12 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
-
-from rankwise.files import read_json
 
 FILE = "answers.json"
 """Of a run: by split, which class was taken for which, and the wrong answers that the model was surest of."""
@@ -94,25 +91,16 @@ class Answers:
 
     def in_result(self) -> dict[str, Any]:
         """What a result carries of it."""
-        kept = {key: value for key, value in asdict(self).items() if key not in ("classes", "confusion", "wrong")}
+        kept = {key: value for key, value in asdict(self).items() if key not in _DETAILS}
         return {**kept, "share": self.share}
 
     def in_detail(self) -> dict[str, Any]:
         """What FILE holds of it."""
-        return asdict(Detail(self.split, self.classes, self.confusion, self.wrong))
+        return {key: value for key, value in asdict(self).items() if key in ("split", *_DETAILS)}
 
 
-@dataclass(frozen=True)
-class Detail:
-    """What FILE holds of one split; as in `Answers`."""
-
-    split: str
-    classes: Sequence[str]
-    confusion: Sequence[tuple[int, int, int]]
-    wrong: Sequence[Wrong]
-
-
-_KEPT, _DETAILS = TypeAdapter(list[Answers]), TypeAdapter(list[Detail])
+_DETAILS = ("classes", "confusion", "wrong")
+_KEPT = TypeAdapter(list[Answers])
 
 
 def undamaged(kept: Any) -> list[Answers]:
@@ -120,14 +108,6 @@ def undamaged(kept: Any) -> list[Answers]:
     try:
         return _KEPT.validate_python(kept)
     except ValidationError:
-        return []
-
-
-def details(folder: Path) -> list[Detail]:
-    """What FILE of a run holds; [] where it is missing or damaged."""
-    try:
-        return _DETAILS.validate_python(read_json(folder / FILE))
-    except (OSError, ValueError):  # InputError and pydantic's error are of this kind
         return []
 
 

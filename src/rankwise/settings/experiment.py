@@ -17,7 +17,7 @@ from rankwise.settings.run import RunConfig, explain, named, put, run_config
 
 MOST_RUNS = 10_000  # of an experiment, and of what its tuning tries
 # Settings of a run that an entry of these axes may bring along for itself.
-OWN = {"method": ("learning_rate", "warmup"), "task": ("epochs",)}
+OWN = {"method": ("learning_rate", "warmup"), "task": ("epochs", "model")}
 
 
 class Span(BaseModel):

@@ -14,6 +14,7 @@ from rankwise.errors import InputError, nearest
 from rankwise.named import load_plugin, options_of, written
 from rankwise.settings.experiment import OWN, Experiment, Published, Tune
 from rankwise.settings.run import (
+    DECODER,
     NAMED,
     PLACE,
     SECTIONS,
@@ -169,7 +170,13 @@ def complete(config: RunConfig, schema: Schema) -> RunConfig:
         load_plugin(file)
     task = check_options("task", schema.tasks, config.task)
     method = check_options("method", schema.methods, config.method, config.budget is not None)
-    return config.model_copy(update={"task": task, "method": method})
+    model = config.model or _usual_model(task["name"], schema)
+    return config.model_copy(update={"task": task, "method": method, "model": model})
+
+
+def _usual_model(task: str, schema: Schema) -> str | None:
+    """The model of a task that names none, where it is to be written down: the decoder, for a task that generates."""
+    return DECODER if getattr(schema.tasks.get(task), "family", "") == "generation" else None
 
 
 def _experiment(
@@ -214,6 +221,10 @@ def _experiment(
         for stage in chain:
             if key in stage:
                 stage[key] = _filled(key, named(key, stage[key]), known, {}, fitted)
+    if data.get("model") is None and "model" not in vary:
+        for entry in vary.get("task", [data.get("task", {})]):
+            if entry.get("model") is None and (model := _usual_model(entry.get("name", ""), schema)):
+                (entry if "task" in vary else data)["model"] = model
     try:
         experiment = Experiment(
             name=name, base=data, vary=vary, chain=chain, tune=tune, report=report, published=published, runs=runs

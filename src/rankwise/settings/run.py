@@ -23,6 +23,8 @@ WRITTEN = ("id", "format", "kind", "made_with", "begun_with", "digest")
 PLACE = ("runs", "plugins")
 # What is named and may have options below its name, each with an example.
 NAMED = {"method": "lora", "task": "mrpc"}
+DECODER = "smollm2"
+"""The model of a task that generates text and names none."""
 # What `scale: smoke` allows at most: enough to go through every stage of a run, too little to learn anything.
 SMOKE = {"train_rows": 64, "eval_rows": 64, "max_steps": 4}
 
@@ -41,9 +43,9 @@ class RunConfig(BaseModel):
     )
     model: str | None = Field(
         default=None,
-        description="folder or hub name of the base model, or random-gpt2, random-t5, random-llama, "
-        "random-bert or random-deberta (small, untrained); the embedded MiniLM when absent, the U-Net where masks are "
-        "wanted",
+        description="folder, GGUF file or hub name of the base model, or random-gpt2, random-t5, random-llama, "
+        "random-bert or random-deberta (small, untrained); when absent the embedded MiniLM, the embedded smollm2 where "
+        "text is written, the U-Net where masks are wanted",
     )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lora"}, description="name of the method and its options"

