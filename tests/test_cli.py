@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from rankwise.runs.store import Store
 from rankwise.sweep.compare import Outcome
 from rankwise.train.model import build, quiet
 from runs_made_up import REVISION, config, finish, result, tune
-from small_run import PATIENCE, wait_for
+from small_run import PATIENCE, wait_for, writers
 
 TINY = {
     "task": "stdlib-kind",
@@ -454,16 +453,6 @@ def test_a_page_that_cannot_be_made_takes_no_result_with_it(
     assert "no report.html: division by zero" in err
 
 
-def workers(runs: Path) -> list[int]:
-    """Processes that still run and write to the log of one of these runs."""
-    found = []
-    for output in Path("/proc").glob("[0-9]*/fd/1"):
-        with suppress(OSError):  # it has ended
-            if output.readlink().is_relative_to(runs):
-                found.append(int(output.parts[2]))
-    return found
-
-
 def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_command(cli: Cli, tmp_path: Path) -> None:
     """Ctrl-C stops the run in an orderly way; kill -9 leaves no worker; a bad run takes none with it."""
     runs = tmp_path / "runs"
@@ -486,7 +475,7 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     out, log = first.communicate(timeout=PATIENCE)
     assert (first.returncode, out) == (130, ""), log
     assert "Traceback" not in log
-    assert not workers(runs)
+    assert not writers(runs)
     good = good_one()
     assert good is not None and Store(runs).state(good) == "stopped"
     assert list(good.glob("checkpoint-*"))
@@ -494,10 +483,10 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     stopped_at = Store(runs).standing(good).step
     second = rankwise(*command)
     wait_for(lambda: Store(runs).standing(good).step > stopped_at)
-    assert workers(runs)
+    assert writers(runs)
     second.kill()
     second.communicate()
-    wait_for(lambda: not workers(runs))
+    wait_for(lambda: not writers(runs))
     assert Store(runs).state(good) == "stopped"
 
     third = rankwise(*command)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rankwise import methods, tasks
-from rankwise.settings import Experiment, Schema, load
+from rankwise.settings import Experiment, Schema, load, parse_yaml
 from rankwise.starter import TYPES
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -43,6 +43,11 @@ def test_what_is_written_from_flags_is_a_valid_experiment(kind: str, data: str, 
     assert isinstance(found, Experiment) and found.tune is not None and found.vary["seed"] == [0, 1, 2]
     assert found.base["task"]["dataset"] == data and found.base["model"] == "random-bert"
     assert list(found.base["task"]["columns"].values()) == [*text.split(","), label]
+    metrics = [line.partition("# ")[2] for line in Path("my.yaml").read_text().splitlines() if "# metrics:" in line]
+    assert len(metrics) == (kind in ("classification", "pair", "regression"))
+    for line in metrics:
+        named = {**found.base["task"], **parse_yaml(line)}
+        assert load({**found.base, "task": named}, [], Schema(methods.registry(), tasks.registry()))
     assert all("#" in line or not line.strip() for line in Path("my.yaml").read_text().splitlines()[:5])
 
 

@@ -54,6 +54,8 @@ class Start:
         """The file's content."""
         scored = self.type in ("classification", "pair", "regression")
         head = "    - {name: head, learning_rate: [3e-3, 1e-2, 3e-2]}  # the head alone: what no adapter at all gives\n"
+        first = {"regression": "mean_absolute_error, pearson"}.get(self.type, "f1_macro, accuracy")
+        metrics = f"  # metrics: [{first}]  # scores in place of the usual ones; the first decides\n" if scored else ""
         model = self.model or MODELS.get(self.type, "")
         return f"""\
 # Which method is worth it on this data? Check the file, see what it means, then run it:
@@ -66,7 +68,7 @@ task:
   # a .csv, .jsonl or .parquet file, of which a tenth is held out to score, or a folder with train and validation
   dataset: {_flow(self.data)}
   columns: {_flow(self.columns)}
-
+{metrics}
 # a folder or a hub name{"; without it the small MiniLM of rankwise[demo]" if scored else ""}
 {"model: " + _flow(model) if model else "# model: roberta-base"}
 max_length: 128  # tokens; longer texts are cut

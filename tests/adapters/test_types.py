@@ -101,5 +101,5 @@ def test_what_adalora_has_beside_its_triplets_is_kept_or_refused(checkpoint, tmp
     again = PeftModel.from_pretrained(base(checkpoint), tmp_path / "adapter")
     assert isinstance(again, peft.PeftModelForCausalLM) and torch.allclose(logits(again), logits(model), atol=1e-5)
     tokens = get_peft_model(base(checkpoint), peft.AdaLoraConfig(trainable_token_indices=[1], **options))
-    with pytest.raises(rw.InputError, match="embed_tokens trains tokens beside"):
+    with pytest.raises(rw.InputError, match="embed_tokens trains tokens as well"):
         rw.save(tokens, tmp_path / "tokens")

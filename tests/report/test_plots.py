@@ -4,7 +4,8 @@ import pytest
 from drawn import texts
 from rankwise.report import curves, plots, style
 from rankwise.report.curves import Line
-from rankwise.report.plots import Point, Rate, Tried
+from rankwise.report.plots import Point, Tried
+from rankwise.results.tuning import Rate
 
 
 def test_methods_of_equal_size_stand_side_by_side() -> None:
@@ -62,10 +63,14 @@ def test_costs_that_are_alike_have_a_scale_too(values: tuple[float, float]) -> N
         assert len(axes.get_xticks()) >= 2 and all(low <= each <= high for each in (*values, *axes.get_xticks()))
 
 
+def rate(learning_rate: float, *scores: float) -> Rate:
+    return Rate(learning_rate, dict(enumerate(scores)))
+
+
 def test_the_rate_that_was_chosen_has_a_ring_and_the_seeds_their_spread() -> None:
     methods = [
-        Tried("a", 0, [Rate(1e-2, 0.6, 0.02, 3), Rate(1e-3, 0.7, None, 1), Rate(1e-4, 0.5, 0.01, 3)], 1e-3),
-        Tried("b", 1, [Rate(1e-3, 0.4, 0.1, 2), Rate(3e-3, 0.5, 0.1, 2)]),
+        Tried("a", 0, [rate(1e-2, 0.58, 0.6, 0.62), rate(1e-3, 0.7), rate(1e-4, 0.49, 0.5, 0.51)], 1e-3),
+        Tried("b", 1, [rate(1e-3, 0.3, 0.5), rate(3e-3, 0.4, 0.6)]),
     ]
     figure = plots.score_by_rate(methods, "accuracy")
     axes = figure.axes[0]

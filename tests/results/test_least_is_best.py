@@ -12,7 +12,7 @@ from rankwise.results.rows import best, summarise
 from rankwise.results.summary import LORA, Summary
 from rankwise.runs.store import Store
 from rankwise.settings import Contest, RunConfig, Tune
-from rankwise.sweep.tune import Search
+from rankwise.sweep.tune import RateSearch
 from runs_made_up import config, finish
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -86,7 +86,7 @@ def test_tuning_chooses_the_rate_of_the_least_error(tmp_path: Path, score: str, 
         store = Store(tmp_path / each)
         tune = Tune(learning_rate=rates, trials=None if isinstance(rates, list) else 12)
         contest = Contest({"task": {"name": "cola"}, "method": METHODS["lora rank=4"]}, tune.rates(), tune, (0,))
-        search = Search(store, contest, store.place)
+        search = RateSearch(store, contest, store.place)
         while left := search.left():
             for folder in left:
                 of: RunConfig = search.configs[folder]

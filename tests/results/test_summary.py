@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score, r2_score, recall_score, root_mean_squared_error
 
 import bootstrap
 from rankwise.metrics.metric import Interval
@@ -165,6 +166,33 @@ def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_example
         assert examples() == {**before, "head": None}
     predict(folder, [0] * 3, [-1] * 3)  # as runs of before were written
     assert examples() == {**before, "head": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        ("f1_macro", lambda given, true: f1_score(true, given, average="macro", zero_division=0)),
+        ("recall_weighted", lambda given, true: recall_score(true, given, average="weighted", zero_division=0)),
+        ("root_mean_squared_error", lambda given, true: root_mean_squared_error(true, given)),
+        ("r2", lambda given, true: r2_score(true, given)),
+    ],
+)
+def test_the_bootstrap_is_of_the_metric_that_the_runs_are_compared_by(name: str, score: Any, store: Store) -> None:
+    draw = np.random.default_rng(0)
+    labels = np.arange(30) % 5 % 4
+    answers: dict[str, list[np.ndarray]] = {"head": [], "lora": []}
+    for seed in range(2):
+        for method, right in ((HEAD, 0.5), (config().method, 0.8)):
+            given = np.where(draw.random(30) < right, labels, draw.integers(0, 5, 30))
+            answers[method["name"]].append(given)
+            folder = finish(
+                store, config(seed=seed, method=method), 0, score=name, metrics={name: score(given, labels)}
+            )
+            predict(folder, given.tolist(), labels.tolist())
+    with bootstrap.few():
+        (contrast,) = Summary(store.results()).contrasts
+        by_hand = bootstrap.by_hand(score, answers["head"], answers["lora"], labels)
+    assert contrast.found.examples == pytest.approx(by_hand, abs=1e-12)
 
 
 def test_another_method_may_be_the_one_to_measure_against(store: Store) -> None:

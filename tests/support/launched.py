@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import small_run
 import warm
+from small_run import writers
 
 
 def launcher(*how: str) -> list[str]:
@@ -37,9 +37,9 @@ def start(
         )
 
 
-def workers(parent: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The processes that the launcher has started."""
-    return psutil.Process(parent.pid).children()
+def workers(launcher: subprocess.Popen[bytes], log: Path) -> list[int]:
+    """The processes that the launcher has started, which print to its log as it does."""
+    return sorted({*writers(log)} - {launcher.pid})
 
 
 def bert(folder: Path) -> str:

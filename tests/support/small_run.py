@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,16 @@ def reached(folder: Path, step: int) -> bool:
     """Whether the line of this step is in metrics.jsonl."""
     path = folder / "metrics.jsonl"
     return path.exists() and f'"step": {step},' in path.read_text()
+
+
+def writers(place: Path) -> list[int]:
+    """The processes whose standard output is this file, or a file in this folder."""
+    found = []
+    for output in Path("/proc").glob("[0-9]*/fd/1"):
+        with suppress(OSError):  # it has ended
+            if output.readlink().is_relative_to(place):
+                found.append(int(output.parts[2]))
+    return found
 
 
 def alive(process: int) -> bool:

@@ -20,7 +20,7 @@ from rankwise.results.stats import mean
 from rankwise.runs.store import Store
 from rankwise.settings import Contest, Span, Tune
 from rankwise.sweep.clean import unneeded
-from rankwise.sweep.tune import Rounds, Search, rounds
+from rankwise.sweep.tune import RateSearch, Rounds, rounds
 from small_run import PATIENCE, wait_for
 from sweep_runs import tuned
 
@@ -169,7 +169,7 @@ def test_a_search_that_is_killed_goes_on_and_repeats_nothing(tmp_path: Path) -> 
 def test_a_search_can_be_looked_at_without_a_folder_being_made(tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     tune = Tune(learning_rate=[1e-4, 1e-3], seeds=[7, 8])
-    search = Search(store, contest(tune), lambda config: store.place(config))
+    search = RateSearch(store, contest(tune), lambda config: store.place(config))
     assert len(search.left()) == len(search.configs) == 4
     assert search.chosen is None
     assert not store.folder.exists()

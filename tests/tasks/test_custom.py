@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score
 
 from rankwise import tasks
 from rankwise.errors import InputError
+from rankwise.metrics import METRICS, classification
 from rankwise.settings import RunConfig, json_schema, load
 from rankwise.sweep.check import schema as known
 from rankwise.tasks.custom import Custom
@@ -313,6 +314,17 @@ def test_a_metric_of_two_classes_names_its_class_or_is_refused(tmp_path: Path) -
     assert "f1 is that of the class '-'" in result["notes"]
 
 
+def test_a_macro_mean_without_a_class_says_so(tmp_path: Path) -> None:
+    rows = [{"body": f"text {place}", "mood": "abc"[place % 3]} for place in range(24)]
+    write(tmp_path / "data" / "train.csv", rows)
+    write(tmp_path / "data" / "validation.csv", [row for row in rows if row["mood"] != "b"])
+    task = {"name": "classification", "dataset": str(tmp_path / "data"), "columns": {"text": "body", "label": "mood"}}
+    note = "no row that is scored is 'b': f1_macro is a mean over the classes that occur"
+    for metrics, noted in ((["accuracy", "f1_macro"], True), (["accuracy"], False)):
+        folder = make(tmp_path / metrics[-1], task={**task, "metrics": metrics}, max_steps=2, batch_size=8)
+        assert (note in run(folder)["notes"]) == noted
+
+
 def test_of_two_classes_as_common_the_one_of_the_higher_f1_is_the_constant_to_compare_with(tmp_path: Path) -> None:
     rows = [{"body": f"text {place}", "mood": "ab"[place % 2]} for place in range(20)]
     task = reviews(write(tmp_path / "train.csv", rows).parent, metrics=["f1"], split="train")
@@ -320,6 +332,17 @@ def test_of_two_classes_as_common_the_one_of_the_higher_f1_is_the_constant_to_co
     outputs = np.tile([1.0, 0.0], (len(split.data), 1))
     found = task.answers(split, outputs, task.decode(outputs))
     assert (found.majority, found.tied, found.metrics) == ("b", ["a"], {"f1": pytest.approx(2 / 3)})
+
+
+def test_of_classes_as_common_the_one_of_the_least_error_is_the_constant_to_compare_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METRICS, "distance", METRICS["mean_absolute_error"])  # as of a plugin
+    monkeypatch.setitem(classification.METRICS, "distance", METRICS["mean_absolute_error"])
+    rows = [{"body": f"text {place}", "mood": place % 3} for place in range(30)]
+    task = reviews(write(tmp_path / "train.csv", rows).parent, metrics=["distance"], split="train")
+    found = task.answers(task.evaluation()[0], np.zeros((30, 3)), np.zeros(30, dtype=int))
+    assert (found.majority, found.metrics) == ("1", {"distance": pytest.approx(2 / 3)})
 
 
 def test_metrics_are_in_the_schema_for_editors() -> None:

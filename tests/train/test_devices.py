@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -28,7 +27,7 @@ from rankwise.processes import together
 from rankwise.ranks import ranks
 from rankwise.train.checkpoint_files import cut_back
 from rankwise.train.run import run
-from small_run import LORA, PATIENCE, SIMPLEX, alive, reached, wait_for
+from small_run import LORA, PATIENCE, SIMPLEX, alive, reached, wait_for, writers
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +65,14 @@ def test_a_run_that_two_processes_share_ends_as_that_of_one(alone: Path, base: s
 def test_it_goes_on_after_a_kill_and_a_stop_also_in_one_process(base: str, tmp_path: Path) -> None:
     """One of the two is killed by -9; started again, the launcher is told to stop; one process alone ends the run."""
     steps = 90
-    alone, folder = (make(tmp_path / name, base, max_steps=steps) for name in ("alone", "run"))
-    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder), fresh=True)
-    wait_for(lambda: reached(folder, 4) or launcher.poll() is not None)
-    launched.workers(launcher)[1].send_signal(signal.SIGKILL)
+    settings = {"max_steps": steps, "checkpoint_every": 10}
+    alone, folder = (make(tmp_path / name, base, **settings) for name in ("alone", "run"))
+    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder))
+    wait_for(lambda: reached(folder, 11) or launcher.poll() is not None)
+    os.kill(launched.workers(launcher, tmp_path / "log")[1], signal.SIGKILL)
     assert launcher.wait(PATIENCE) != 0
     done = newest(folder)
-    assert 3 <= done < steps and not (folder / "error.txt").exists()
+    assert 10 <= done < steps and not (folder / "error.txt").exists()
 
     cut_back(folder, folder / f"checkpoint-{done}")
     launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder))
@@ -225,9 +225,7 @@ def test_an_environment_that_is_half_a_launch_is_told_in_one_line(
     folder = make(tmp_path / "run", base)
     command = [sys.executable, "-m", "rankwise", "train", str(folder)]
     environment = {**os.environ, **half, "WORLD_SIZE": "2"}
-    done = (subprocess if len(half) == 1 else warm).run(
-        command, capture_output=True, text=True, env=environment, timeout=PATIENCE
-    )
+    done = warm.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("rankwise: WORLD_SIZE=2 in the environment says") and "MASTER_ADDR" in done.stderr
     assert [path.name for path in folder.iterdir()] == ["run.yaml"]
@@ -248,8 +246,9 @@ def test_an_error_of_torchs_own_exchange_with_one_that_is_gone_is_known(monkeypa
 def test_a_process_that_waits_for_others_says_so(base: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "run", base)
     complete = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "rankwise", "train", str(folder)],
+    soon = "from rankwise.processes import together; together.TELL_AFTER = 0.5; from rankwise.cli import main; main()"
+    process = warm.Popen(
+        [sys.executable, "-c", soon, "train", str(folder)],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **complete},
@@ -272,21 +271,21 @@ def test_a_sweep_of_launched_runs_that_is_killed_leaves_none_and_goes_on(base: s
     command = [sys.executable, "-m", "rankwise", "compare", str(file), f"runs={runs}", "--jobs", "1"]
     command += ["--runner-option", f"command={json.dumps(train)}"]
 
-    def sweep(start: type[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    def sweep() -> subprocess.Popen[bytes]:
         with (tmp_path / "log").open("ab") as log:
-            return start(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            return warm.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
-    first = sweep(subprocess.Popen)
+    first = sweep()
     wait_for(lambda: any(reached(folder, 2) for folder in runs.glob("*/")) or first.poll() is not None)
     [folder] = (path.parent for path in runs.glob("*/run.yaml"))
-    started = psutil.Process(first.pid).children(recursive=True)
-    assert len([each for each in started if str(folder) in each.cmdline()]) == 3  # the launcher and two that train
+    started = writers(folder)
+    assert len(started) == 3  # the launcher and two that train
     first.kill()
     first.wait()
-    wait_for(lambda: not any(alive(each.pid) for each in started))
+    wait_for(lambda: not any(map(alive, started)))
     assert 2 <= newest(folder) < 40, (folder / "log.txt").read_text()
 
-    assert sweep(warm.Popen).wait(PATIENCE) == 0, (tmp_path / "log").read_text()
+    assert sweep().wait(PATIENCE) == 0, (tmp_path / "log").read_text()
     alone = tmp_path / "alone" / folder.name
     alone.mkdir(parents=True)
     (alone / "run.yaml").write_bytes((folder / "run.yaml").read_bytes())

@@ -114,8 +114,7 @@ def test_a_checkpoint_that_others_have_written_is_refused_in_one_line_and_nothin
 def test_a_folder_deleted_in_mid_run_is_not_made_anew(again: bool, tmp_path: Path) -> None:
     folder = make(tmp_path / "run", max_steps=200)
     command = [sys.executable, "-m", "rankwise", "train", str(folder)]
-    popen = warm.Popen if again else subprocess.Popen
-    with popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+    with warm.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         wait_for(lambda: reached(folder, 4) or process.poll() is not None)
         folder.rename(tmp_path / "moved")
         shutil.rmtree(tmp_path / "moved")

@@ -25,9 +25,9 @@ from rankwise.train.checkpoint_files import last_complete
 from small_run import LORA, PATIENCE, SIMPLEX, alive, make, reached, start, wait_for
 
 
-def cut(folder: Path, step: int, how: signal.Signals, fresh: bool = False) -> int:
+def cut(folder: Path, step: int, how: signal.Signals) -> int:
     """Start the run, send it a signal once it has done `step`, and return its exit status."""
-    process = start(folder, fresh)
+    process = start(folder)
     wait_for(lambda: reached(folder, step) or process.poll() is not None)
     process.send_signal(how)
     return process.wait(PATIENCE)
@@ -83,10 +83,10 @@ def test_a_run_killed_and_stopped_within_epochs_ends_as_the_uncut_one(tmp_path: 
 
 
 def test_a_run_of_plain_lora_killed_ends_as_the_uncut_one(tmp_path: Path) -> None:
-    """In interpreters of its own; most other tests fork theirs."""
+    """It ends in an interpreter of its own; most other tests fork theirs."""
     alone, folder = (make(tmp_path / name, model=None, method=LORA) for name in ("alone", "run"))
     undisturbed = start(alone)
-    assert cut(folder, 8, signal.SIGKILL, fresh=True) == -signal.SIGKILL
+    assert cut(folder, 8, signal.SIGKILL) == -signal.SIGKILL
     assert newest(folder) == 6
     assert start(folder, fresh=True).wait(PATIENCE) == 0, log(folder)
     assert undisturbed.wait(PATIENCE) == 0, log(alone)

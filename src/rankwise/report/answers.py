@@ -1,13 +1,9 @@
 """Confusion between classes, and the wrong answers with the greatest probability."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from rankwise.errors import InputError
-from rankwise.files import read_json
-from rankwise.runs.answers import FILE
+from rankwise.runs.answers import details
 
 MATRIX = 26
 """Classes of a matrix; of more the commonest mistakes are listed."""
@@ -49,41 +45,43 @@ class Answered:
 
 def answered(folder: Path, split: str, most: int = MISTAKES) -> Answered | None:
     """The answers of a run to `split`, with `most` wrong rows; None where there are none or the file is damaged."""
-    try:
-        found = next(each for each in read_json(folder / FILE) if each["split"] == split)
-        return _answered(found, most)
-    except (OSError, InputError, StopIteration, KeyError, IndexError, TypeError, ValueError, AttributeError):
+    detail = next((each for each in details(folder) if each.split == split), None)
+    if detail is None:
         return None
-
-
-def _answered(found: Mapping[str, Any], most: int) -> Answered:
-    names = [str(name) for name in found["classes"]]
-    cells = {(int(true), int(given)): int(count) for true, given, count in found["confusion"]}
-    if not all(0 <= number < len(names) for pair in cells for number in pair):
-        raise ValueError("a class without a name")
-    total = sum(cells.values())
+    names = detail.classes
+    numbers = [
+        *((true, given) for true, given, _ in detail.confusion),
+        *((each.true, each.given) for each in detail.wrong),
+    ]
+    if not all(0 <= number < len(names) for pair in numbers for number in pair):
+        return None
+    cells = {(true, given): count for true, given, count in detail.confusion}
     wrong = {pair: count for pair, count in cells.items() if pair[0] != pair[1]}
-    words = f"{sum(wrong.values()):,} of {total:,} rows answered wrong"
     matrix, mistakes = [], []
     if len(names) <= MATRIX:
         for true, name in enumerate(names):
-            own = [cells.get((true, given), 0) for given in range(len(names))]
-            of = sum(own) or 1
-            matrix.append((name, [(f"{count:,}" if count else "", round(8 * count / of)) for count in own]))
+            counts = [cells.get((true, given), 0) for given in range(len(names))]
+            of = sum(counts) or 1
+            matrix.append((name, [(f"{count:,}" if count else "", round(8 * count / of)) for count in counts]))
     else:
         order = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:MISTAKES]
         mistakes = [f"{names[given]} for {names[true]}: {count:,}" for (true, given), count in order]
-    rows = [
-        Wrong(
-            int(each["idx"]),
-            [_cut(str(text), TEXT) for text in each["texts"]],
-            names[each["true"]],
-            names[each["given"]],
-            f"{float(each['confidence']):.3f}",
-        )
-        for each in found["wrong"][:most]
-    ]
-    return Answered(words, [_cut(name, NAME) for name in names] if matrix else [], matrix, mistakes, rows)
+    return Answered(
+        f"{sum(wrong.values()):,} of {sum(cells.values()):,} rows answered wrong",
+        [_cut(name, NAME) for name in names] if matrix else [],
+        matrix,
+        mistakes,
+        [
+            Wrong(
+                each.idx,
+                [_cut(text, TEXT) for text in each.texts],
+                names[each.true],
+                names[each.given],
+                f"{each.confidence:.3f}",
+            )
+            for each in detail.wrong[:most]
+        ],
+    )
 
 
 def _cut(text: str, longest: int) -> str:

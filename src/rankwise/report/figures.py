@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rankwise.metrics import with_direction
 from rankwise.report import curves, heat, plots, style
 from rankwise.results.formats import duration, plus_minus, size
 from rankwise.results.rows import Row
+from rankwise.results.tuning import Rate
 from rankwise.runs import record
+from rankwise.runs.record import Ranks, Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 POINTS = 60  # most points in one curve
 SIZES = {"rank", "size", "prefix", "infix", "blocks", "keep", "budget"}
 """Options of methods that only make them larger or smaller."""
+Value = Callable[[Step], float | None]
+"""Reads a value from a line of `metrics.jsonl`; None for a line that has none."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def of_task(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Pictur
 
 
 def of_rates(
-    tried: Mapping[str, Sequence[plots.Rate]], chosen: Mapping[str, float], metric: str, title: str
+    tried: Mapping[str, Sequence[Rate]], chosen: Mapping[str, float], metric: str, title: str
 ) -> list[Picture]:
     """Score by learning rate of every method of `chosen` that was tried at several rates; nothing where none was.
 
@@ -68,13 +72,13 @@ def of_rates(
     methods = [
         plots.Tried(method, look, tried[method], chosen[method])
         for look, method in enumerate(chosen)
-        if len({each.rate for each in tried.get(method, ())}) > 1
+        if len({each.learning_rate for each in tried.get(method, ())}) > 1
     ]
     if not methods:
         return []
     words = "; ".join(
         f"{method.label}: "
-        + ", ".join(f"{plus_minus(each.mean, each.sd)} at {each.rate:g}" for each in method.rates)
+        + ", ".join(f"{plus_minus(each.mean, each.sd)} at {each.learning_rate:g}" for each in method.rates)
         + f", chosen {method.chosen:g}"
         for method in methods
     )
@@ -98,7 +102,7 @@ def of_ranks(row: Row) -> RankCourse | None:
     if seed is None or not any(len(changes(lines)) > 1 or _searched(lines) for lines in histories.values()):
         return None
     course = changes(histories[seed])
-    steps = max((line["step"] for line in record.course(row.folders[seed])), default=course[-1][0])
+    steps = max((line.step for line in record.course(row.folders[seed])), default=course[-1][0])
     final = course[-1][1]
     words = f"Seed {seed}, learning rate {row.learning_rate:g}. {in_words(course)}"
     if len(course) == 1:
@@ -132,17 +136,17 @@ def _agreement(seeds: int, layers: int, moved: int, same: int) -> str:
     )
 
 
-def history(folder: Path) -> list[dict[str, Any]]:
+def history(folder: Path) -> list[Ranks]:
     """The lines of a run's `ranks.jsonl` that name sites."""
-    return [line for line in record.rank_course(folder) if line.get("ranks")]
+    return [line for line in record.rank_course(folder) if line.ranks]
 
 
-def changes(lines: Sequence[Mapping[str, Any]]) -> list[tuple[int, dict[str, int]]]:
+def changes(lines: Sequence[Ranks]) -> list[tuple[int, Mapping[str, int]]]:
     """(step, ranks) at the start and wherever the ranks are not those of the line before."""
-    kept: list[tuple[int, dict[str, int]]] = []
+    kept: list[tuple[int, Mapping[str, int]]] = []
     for line in lines:
-        if not kept or line["ranks"] != kept[-1][1]:
-            kept.append((line["step"], line["ranks"]))
+        if not kept or line.ranks != kept[-1][1]:
+            kept.append((line.step, line.ranks))
     return kept
 
 
@@ -156,24 +160,22 @@ def in_words(course: Sequence[tuple[int, Mapping[str, int]]]) -> str:
     return f"{words}, {_plural(empty, 'site')} empty." if empty else f"{words}."
 
 
-def curve(
-    lines: Iterable[Mapping[str, Any]], value: Callable[[Mapping[str, Any]], Any]
-) -> tuple[list[float], list[float]]:
+def curve(lines: Iterable[Step], value: Value) -> tuple[list[float], list[float]]:
     """Steps and finite values, averaged where there are so many that noise would hide the course."""
-    found = [(line["step"], each) for line in lines if (each := value(line)) is not None and math.isfinite(each)]
+    found = [(line.step, each) for line in lines if (each := value(line)) is not None and math.isfinite(each)]
     many = -(-len(found) // POINTS) or 1
     groups = [found[start : start + many] for start in range(0, len(found), many)]
     return [group[-1][0] for group in groups], [fmean(each for _, each in group) for group in groups]
 
 
-def loss(line: Mapping[str, Any]) -> Any:
+def loss(line: Step) -> float | None:
     """The training loss in a line of `metrics.jsonl`; None in a line of another kind."""
-    return line.get("loss")
+    return line.loss
 
 
-def evaluated(name: str) -> Callable[[Mapping[str, Any]], Any]:
+def evaluated(name: str) -> Value:
     """What reads the metric `name` from a line of `metrics.jsonl`."""
-    return lambda line: line.get("eval", {}).get(name)
+    return lambda line: line.eval.get(name)
 
 
 def families(methods: Sequence[str]) -> dict[str, str]:
@@ -244,14 +246,11 @@ def _bars(rows: Sequence[Row]) -> str:
 
 def _rates(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture]:
     """Score by rate, a picture for each set of rows: the ones reported, and those that rates were chosen by."""
-    tried: dict[str, dict[str, list[plots.Rate]]] = {}
+    tried: dict[str, dict[str, Sequence[Rate]]] = {}
     reported = _by_rate([row for row in rows if row.tuned is None])
     for row in best:
-        if (found := row.tuned) is None:
-            tried.setdefault("", {})[row.method] = reported.get(row.method, [])
-            continue
-        points = [plots.Rate(each.learning_rate, each.mean, each.sd, each.n) for each in found.rates]
-        tried.setdefault(f" on {found.split.name}", {})[row.method] = points
+        where, rates = (f" on {row.tuned.split.name}", row.tuned.rates) if row.tuned else ("", reported.get(row.method))
+        tried.setdefault(where, {})[row.method] = rates or []
     chosen = {row.method: row.tuned.learning_rate if row.tuned else row.learning_rate for row in best}
     return [
         picture
@@ -260,18 +259,17 @@ def _rates(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture
     ]
 
 
-def _by_rate(rows: Sequence[Row]) -> dict[str, list[plots.Rate]]:
-    found: dict[str, list[plots.Rate]] = {}
+def _by_rate(rows: Sequence[Row]) -> dict[str, list[Rate]]:
+    found: dict[str, list[Rate]] = {}
     for row in _scored(rows):
-        found.setdefault(row.method, []).append(plots.Rate(row.learning_rate, _mean(row), row.sd, row.n))
+        found.setdefault(row.method, []).append(Rate(row.learning_rate, row.scores))
     return found
 
 
 def _curves(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:
     runs = {row.method: _runs(row) for row in best}
-    evaluations = [line["eval"] for each in runs.values() for run in each for line in run if "eval" in line]
-    wanted: list[tuple[str, str, Callable[[Mapping[str, Any]], Any]]] = [("training loss", "training loss", loss)]
-    for name in dict.fromkeys(name for scores in evaluations for name in scores):
+    wanted: list[tuple[str, str, Value]] = [("training loss", "training loss", loss)]
+    for name in dict.fromkeys(name for each in runs.values() for run in each for line in run for name in line.eval):
         shown = "evaluation loss" if name == "loss" else name
         wanted.append((f"{shown} during training", shown, evaluated(name)))
     found = []
@@ -315,13 +313,13 @@ def _place(row: Row) -> tuple[int, float]:
     return row.options["rank"], row.learning_rate
 
 
-def _runs(row: Row) -> list[list[dict[str, Any]]]:
+def _runs(row: Row) -> list[list[Step]]:
     return [record.course(folder) for folder in row.folders.values()]
 
 
-def _searched(lines: Sequence[Mapping[str, Any]]) -> bool:
+def _searched(lines: Sequence[Ranks]) -> bool:
     """Whether the method looked for ranks at all: a search writes its weights along with the ranks."""
-    return any("weights" in line for line in lines)
+    return any(line.weights is not None for line in lines)
 
 
 def _range(ranks: Mapping[str, int]) -> str:

@@ -5,7 +5,7 @@ not by matplotlib, whose smallest picture has twenty.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def _label(task: str, method: str, config: Mapping[str, Any]) -> str:
 def _finished(result: Finished, method: str) -> Page:
     folder, lines = result.folder, record.course(result.folder)
     score = result.metrics.get(result.score)
-    wanted: list[tuple[str, Callable[[Mapping[str, Any]], Any]]] = [
+    wanted: list[tuple[str, figures.Value]] = [
         ("training loss", figures.loss),
         ("evaluation loss", figures.evaluated("loss")),
         (result.score, figures.evaluated(result.score)),

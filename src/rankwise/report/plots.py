@@ -26,6 +26,7 @@ from rankwise.report.style import (
     styled,
 )
 from rankwise.results.formats import duration, size
+from rankwise.results.tuning import Rate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,16 +49,6 @@ class Point:
     x: float
     score: float
     bar: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True)
-class Rate:
-    """How one method scored at one learning rate: mean and sample deviation (None at n = 1) over n seeds."""
-
-    rate: float
-    mean: float
-    sd: float | None
-    n: int
 
 
 @dataclass(frozen=True)
@@ -146,13 +137,14 @@ def score_by_rate(methods: Sequence[Tried], metric: str, title: str = "Score by 
     A ring marks the rate that was chosen.
     """
     figure, axes = new_figure(3.6)
-    rates = sorted({each.rate for method in methods for each in method.rates})
+    rates = sorted({each.learning_rate for method in methods for each in method.rates})
     axes.set_xscale("log")
     apart = min(3.0, 12.0 / max(1, len(methods)))
     drawn = []
     for place, method in enumerate(methods):
         points = [
-            Point(method.label, method.look, each.rate, each.mean, _around(each.mean, each.sd)) for each in method.rates
+            Point(method.label, method.look, each.learning_rate, each.mean, _around(each.mean, each.sd))
+            for each in method.rates
         ]
         line = _line(figure, axes, points, apart * (place - (len(methods) - 1) / 2), marker=5)
         ring = [point for point in points if point.x == method.chosen]

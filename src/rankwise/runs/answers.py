@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+
+from rankwise.files import read_json
 
 FILE = "answers.json"
 """Of a run: by split, which class was taken for which, and the wrong answers that the model was surest of."""
@@ -91,16 +94,25 @@ class Answers:
 
     def in_result(self) -> dict[str, Any]:
         """What a result carries of it."""
-        kept = {key: value for key, value in asdict(self).items() if key not in _DETAILS}
+        kept = {key: value for key, value in asdict(self).items() if key not in ("classes", "confusion", "wrong")}
         return {**kept, "share": self.share}
 
     def in_detail(self) -> dict[str, Any]:
         """What FILE holds of it."""
-        return {key: value for key, value in asdict(self).items() if key in ("split", *_DETAILS)}
+        return asdict(Detail(self.split, self.classes, self.confusion, self.wrong))
 
 
-_DETAILS = ("classes", "confusion", "wrong")
-_KEPT = TypeAdapter(list[Answers])
+@dataclass(frozen=True)
+class Detail:
+    """What FILE holds of one split; as in `Answers`."""
+
+    split: str
+    classes: Sequence[str]
+    confusion: Sequence[tuple[int, int, int]]
+    wrong: Sequence[Wrong]
+
+
+_KEPT, _DETAILS = TypeAdapter(list[Answers]), TypeAdapter(list[Detail])
 
 
 def undamaged(kept: Any) -> list[Answers]:
@@ -108,6 +120,14 @@ def undamaged(kept: Any) -> list[Answers]:
     try:
         return _KEPT.validate_python(kept)
     except ValidationError:
+        return []
+
+
+def details(folder: Path) -> list[Detail]:
+    """What FILE of a run holds; [] where it is missing or damaged."""
+    try:
+        return _DETAILS.validate_python(read_json(folder / FILE))
+    except (OSError, ValueError):  # InputError and pydantic's error are of this kind
         return []
 
 

@@ -1,17 +1,43 @@
 """The experiment of a folder of runs, recorded next to them."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from rankwise.errors import InputError
 from rankwise.files import read_json, unwritable, write_whole
-from rankwise.runs import record
-from rankwise.settings import Experiment, as_yaml
+from rankwise.runs.record import damaged
+from rankwise.settings import Experiment, Published, as_yaml, read_yaml
 
 PLAN = "plan.json"
 """The names of the folders that the experiment asks for; those that follow from tuning are added as they come up."""
+
+
+class _Part(BaseModel):
+    """A part of the file; other keys in it are ignored."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _Method(_Part):
+    name: str
+
+
+class _Report(_Part):
+    title: str = ""
+    text: str = ""
+    reference: _Method | None = None
+
+
+class _Needed(_Part):
+    """What an `experiment.yaml` has to hold for a report to follow it."""
+
+    report: _Report = Field(default_factory=_Report)
+    published: Published | None = None
 
 
 class Noted:
@@ -62,10 +88,15 @@ class Noted:
         Raises InputError if it is damaged.
         """
         file = self.folder / "experiment.yaml"
+        if not os.path.lexists(file):
+            return {}
         try:
-            return record.experiment(file)
-        except InputError as error:
-            raise InputError(f"{file} is damaged ({error}); the same rankwise compare writes it again") from None
+            content = read_yaml(file)
+            _Needed.model_validate(content)
+            return content
+        except (InputError, ValidationError) as error:
+            why = damaged(file, error) if isinstance(error, ValidationError) else error
+            raise InputError(f"{file} is damaged ({why}); the same rankwise compare writes it again") from None
 
     def described(self) -> tuple[dict[str, Any], str]:
         """What `experiment` gives and "", or {} and how it is damaged: its runs can be shown without it."""

@@ -1,72 +1,43 @@
-"""The files that a run writes about itself, checked before anyone relies on them."""
+"""What a run writes while it is at work, and why it failed; checked before anyone relies on it."""
 
 import json
-import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from rankwise.errors import InputError
 from rankwise.files import MOST_LINES, read_json, read_text, remembered
-from rankwise.runs.kinds import Count
-from rankwise.settings import Published, read_yaml
+from rankwise.runs.kinds import Count, Number, Text
+
+T = TypeVar("T")
 
 
-class _Part(BaseModel):
-    """A part of a file; other keys in it are ignored."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class _Step(_Part):
-    """A line of `metrics.jsonl`."""
+@dataclass(frozen=True)
+class Step:
+    """A line of `metrics.jsonl`: the first one, which counts the `steps` of the whole run, a loss, or an evaluation."""
 
     step: Count
-    steps: Count = 0
-    epoch: float | None = None
-    loss: float | None = None
-    learning_rate: float | None = None
-    eval: dict[str, float] = Field(default_factory=dict)
+    steps: Count | None = None
+    epoch: Number | None = None
+    loss: Number | None = None
+    learning_rate: Number | None = None
+    eval: Mapping[Text, Number] = field(default_factory=dict)
 
 
-class _Ranks(_Part):
-    """A line of `ranks.jsonl`."""
+@dataclass(frozen=True)
+class Ranks:
+    """A line of `ranks.jsonl`: the rank of every site, and during a search what decides the ranks."""
 
     step: Count
-    ranks: dict[str, Count]
+    ranks: Mapping[Text, Count]
     parameters: Count = 0
-    weights: dict[str, float] | None = None
+    weights: Mapping[Text, Number] | None = None
 
 
-class _Method(_Part):
-    name: str
-
-
-class _Report(_Part):
-    title: str = ""
-    text: str = ""
-    reference: _Method | None = None
-
-
-class _Experiment(_Part):
-    """What an `experiment.yaml` has to hold for a report to follow it."""
-
-    report: _Report = Field(default_factory=_Report)
-    published: Published | None = None
-
-
-def experiment(path: Path) -> dict[str, Any]:
-    """What an `experiment.yaml` says; {} where there is none. Raises InputError where it is damaged."""
-    if not os.path.lexists(path):
-        return {}
-    try:
-        content = read_yaml(path)
-        _Experiment.model_validate(content)
-    except ValidationError as error:
-        raise damaged(path, error) from None
-    return content
+_STEP, _RANKS = TypeAdapter(Step), TypeAdapter(Ranks)
 
 
 def damaged(path: Path, error: ValidationError) -> InputError:
@@ -75,14 +46,14 @@ def damaged(path: Path, error: ValidationError) -> InputError:
     return InputError(f"{path}: is damaged{f' at {where}' if where else ''}")
 
 
-def course(folder: Path) -> list[dict[str, Any]]:
+def course(folder: Path) -> list[Step]:
     """The lines of a run's `metrics.jsonl`, up to the first that is damaged."""
-    return _lines(folder / "metrics.jsonl", _Step)[0]
+    return _lines(folder / "metrics.jsonl", _STEP)[0]
 
 
-def rank_course(folder: Path) -> list[dict[str, Any]]:
+def rank_course(folder: Path) -> list[Ranks]:
     """The lines of a run's `ranks.jsonl`, up to the first that is damaged."""
-    return _lines(folder / "ranks.jsonl", _Ranks)[0]
+    return _lines(folder / "ranks.jsonl", _RANKS)[0]
 
 
 def progress(folder: Path) -> tuple[int, int | None]:
@@ -96,17 +67,17 @@ def damage(folder: Path) -> str:
 
 
 def _progress(path: Path) -> tuple[int, int | None, str]:
-    lines, damage = _lines(path, _Step)
-    steps = next((line["steps"] for line in lines if "steps" in line), None)
-    return max((line["step"] for line in lines), default=0), steps, damage
+    lines, damage = _lines(path, _STEP)
+    steps = next((line.steps for line in lines if line.steps is not None), None)
+    return max((line.step for line in lines), default=0), steps, damage
 
 
 def _rank_damage(path: Path) -> str:
-    return _lines(path, _Ranks)[1]
+    return _lines(path, _RANKS)[1]
 
 
 def error_lines(folder: Path) -> list[str]:
-    """The lines of a run's error; none where somebody has begun it again meanwhile."""
+    """The lines of a run's error; none if the run has been started again meanwhile."""
     try:
         return read_text(folder / "error.txt").strip().splitlines()
     except (OSError, InputError):
@@ -131,7 +102,7 @@ class Failure:
 
 
 def failure(folder: Path) -> Failure:
-    """What `error.json` says; nothing where it is not there, or not what was written."""
+    """What `error.json` says; an empty `Failure` if it is missing or damaged."""
     try:
         found = read_json(folder / "error.json")
         return Failure(str(found["error"]), found["diverged"] is True, found["refused"] is True)
@@ -139,20 +110,18 @@ def failure(folder: Path) -> Failure:
         return Failure()
 
 
-def _lines(path: Path, kind: type[_Part]) -> tuple[list[dict[str, Any]], str]:
+def _lines(path: Path, kind: TypeAdapter[T]) -> tuple[list[T], str]:
     """The lines up to the first that is damaged, and which that is. A line without an end was cut off, and is none."""
-    found: list[dict[str, Any]] = []
+    lines: list[T] = []
     try:
-        lines = read_text(path, MOST_LINES).split("\n")[:-1]
+        texts = read_text(path, MOST_LINES).split("\n")[:-1]
     except FileNotFoundError:
-        return found, ""
+        return lines, ""
     except InputError as error:
-        return found, str(error).replace(f"{path}:", f"{path.name}", 1)
-    for number, text in enumerate(lines, 1):
+        return lines, str(error).replace(f"{path}:", f"{path.name}", 1)
+    for number, text in enumerate(texts, 1):
         try:
-            line = json.loads(text)
-            kind.model_validate(line)
+            lines.append(kind.validate_python(json.loads(text)))
         except (ValueError, RecursionError):  # pydantic's error is a ValueError
-            return found, f"{path.name} is damaged in line {number}; what follows it is not shown"
-        found.append(line)
-    return found, ""
+            return lines, f"{path.name} is damaged in line {number}; what follows it is not shown"
+    return lines, ""

@@ -24,7 +24,7 @@ from rankwise.sweep.compare import Outcome, carry_out
 from rankwise.sweep.makers import made_by_others, makers, settle, settle_begun
 from rankwise.sweep.progress import counted
 from rankwise.sweep.runners import Runner, typed
-from rankwise.sweep.tune import Search, reported, searches, tune_and_carry_out
+from rankwise.sweep.tune import RateSearch, reported, searches, tune_and_carry_out
 from rankwise.train.run import run
 
 
@@ -103,7 +103,7 @@ class Plan:
     runs: Mapping[Path, RunConfig]
     """By its folder each run; with `tune:` those known by now."""
     maker: Callable[[RunConfig], Maker]
-    searches: Sequence[Search] = ()
+    searches: Sequence[RateSearch] = ()
     """With `tune:` the choices of a learning rate."""
 
     @classmethod

@@ -27,7 +27,7 @@ Rounds = Generator[list[float], Mapping[float, float], None]
 """Gives the rates to try next and takes what each is worth; a rate that is missing did not train to its end."""
 
 
-class Search:
+class RateSearch:
     """One contest on its way to a rate."""
 
     def __init__(self, store: Store, contest: Contest, place: Place) -> None:
@@ -115,19 +115,19 @@ def _sampled(span: Span, trials: int, at_once: int, seed: int) -> Rounds:
                 study.tell(trial, state=optuna.trial.TrialState.PRUNED)
 
 
-def searches(store: Store, contests: Sequence[Contest], place: Place) -> list[Search]:
+def searches(store: Store, contests: Sequence[Contest], place: Place) -> list[RateSearch]:
     """A search for each contest, as far as finished runs take it; equal ones, such as of a method that has no size at
     two budgets, once."""
-    known: dict[frozenset[Path], Search] = {}
+    known: dict[frozenset[Path], RateSearch] = {}
     for contest in contests:
-        search = Search(store, contest, place)
+        search = RateSearch(store, contest, place)
         # without runs that try a rate, those to be reported are as good
         asked = frozenset(search.configs or map(place, contest.reported(contest.lowest)))
         known.setdefault(asked, search)
     return list(known.values())
 
 
-def reported(found: Sequence[Search]) -> list[RunConfig]:
+def reported(found: Sequence[RateSearch]) -> list[RunConfig]:
     """The runs at the rates chosen, of the searches that are over: all of one seed before the next."""
     configs = [config for search in found if (rate := search.rate) for config in search.contest.reported(rate)]
     return sorted(configs, key=lambda config: config.seed)
@@ -178,7 +178,7 @@ def tune_and_carry_out(
     return total, [*dict.fromkeys(folder for search in found for folder in search.configs), *final]
 
 
-def _pending(found: Sequence[Search], tried: set[Path]) -> list[Path]:
+def _pending(found: Sequence[RateSearch], tried: set[Path]) -> list[Path]:
     """What is left of the rounds that are on, without what has been carried out and is not over all the same."""
     left = {folder: search.configs[folder].seed for search in found for folder in search.left()}
     return sorted((folder for folder in left if folder not in tried), key=left.__getitem__)
@@ -189,7 +189,7 @@ def _worth(found: Tuned) -> float:
     return worth(found.score, found.rates[0].mean)
 
 
-def _called(search: Search) -> str:
+def _called(search: RateSearch) -> str:
     config = search.contest.reported(search.contest.lowest)[0]
     size = "".join(f" {key} {config.method[key]}" for key in ("rank", "size") if key in config.method)
     return f"{config.task['name']} {config.method['name']}{size}"

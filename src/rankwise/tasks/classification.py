@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from rankwise.errors import InputError, need
-from rankwise.metrics import METRICS
+from rankwise.metrics import METRICS, worth
 from rankwise.metrics.metric import finite
 from rankwise.runs.answers import LONGEST, WRONG, Answers, Wrong
 from rankwise.tasks.agreement import agree, check_rows
@@ -130,10 +130,10 @@ class Classification(Task):
         if labels is None:
             return found
         true = np.bincount(labels[labels >= 0], minlength=len(self.labels))
-        # of two classes that are as common, the one by which a metric of one class is higher
+        # of classes that are as common, the one of the best score: F1 is that of one class alone
         most = np.flatnonzero(true == true.max())
-        constant = {each: self.score(split, np.full_like(predicted, each)) for each in most[:2].tolist()}
-        majority = max(constant, key=lambda each: constant[each].get(self.main + split.suffix, 0.0))
+        constant = {each: self.score(split, np.full_like(predicted, each)) for each in most[:10].tolist()}
+        majority = max(constant, key=lambda each: worth(self.main, constant[each].get(self.main + split.suffix)))
         pairs, numbers = np.unique(np.stack([labels, predicted], axis=1), axis=0, return_counts=True)
         return replace(
             found,

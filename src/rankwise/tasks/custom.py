@@ -33,6 +33,7 @@ from pydantic import Field
 from rankwise.errors import InputError, nearest, need
 from rankwise.metrics import Metric, classification, regression
 from rankwise.metrics.names import chosen, spellings
+from rankwise.runs.answers import listed
 from rankwise.tasks.base import Scored, Split, Task
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.segmentation import Segmentation
@@ -259,8 +260,13 @@ class Labelled(Measured):
 
     def evaluate(self, *args: Any, **options: Any) -> Scored:
         scored = super().evaluate(*args, **options)
-        of_two = tuple(f"{name} is that of the class {self.labels[1]!r}" for name in self._of_two)
-        return replace(scored, notes=(*scored.notes, *of_two))
+        notes = [f"{name} is that of the class {self.labels[1]!r}" for name in self._of_two]
+        present = set(scored.rows["label"].to_pylist())
+        absent = [name for place, name in enumerate(self.labels) if place not in present]
+        means = [name for name in self.metrics if name.endswith("_macro") or name == "balanced_accuracy"]
+        if absent and means:
+            notes.append(f"no row that is scored is {listed(absent)}: {means[0]} is a mean over the classes that occur")
+        return replace(scored, notes=(*scored.notes, *notes))
 
     def warning(self, table: "pa.Table") -> str:
         by_word: dict[str, str] = {}
