@@ -117,7 +117,10 @@ time.sleep(3600)
 """
 
 
-@pytest.mark.parametrize("through", [[], ["sh", "-c", '"$@"; exit $?', "sh"]], ids=["", "a shell"])
+BETWEEN = [sys.executable, "-c", "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"]
+
+
+@pytest.mark.parametrize("through", [[], BETWEEN], ids=["", "another process"])
 def test_a_worker_ends_with_its_parent_and_leaves_a_checkpoint(through: list[str], tmp_path: Path) -> None:
     """The parent is killed by -9, so it cannot tell its worker anything, nor what it has started in between."""
     folder = make(tmp_path / "run", max_steps=200, checkpoint_every=200)
@@ -134,17 +137,27 @@ def test_a_worker_ends_with_its_parent_and_leaves_a_checkpoint(through: list[str
     assert 2 <= newest(folder) < 200, (folder / "log.txt").read_text()
 
 
+APART = """
+import ctypes, os, subprocess, sys
+assert ctypes.CDLL(None).unshare(0x20020000) == 0  # CLONE_NEWPID and CLONE_NEWNS
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "-t", "proc", "proc", "/proc"], check=True)
+from rankwise.cli import main
+main()
+"""
+
+
 def test_a_worker_that_cannot_see_its_parent_goes_on(tmp_path: Path) -> None:
     """As in a container with process ids of its own, where the parent's is nobody's, or another's."""
-    apart = ["unshare", "--pid", "--fork", "--mount-proc"]
-    if (able := subprocess.run([*apart, "true"], capture_output=True, text=True)).returncode:
+    able = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True)
+    if able.returncode:
         pytest.skip(f"needs a PID namespace: {able.stderr.strip()}")
     folder = make(tmp_path / "run", max_steps=2)
     environment = {**os.environ, "RANKWISE_PARENT": this_process(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*apart, sys.executable, "-m", "rankwise", "train", str(folder)],
-        capture_output=True, text=True, env=environment, timeout=PATIENCE,
-    )  # fmt: skip
+    command = [sys.executable, "-c", APART, "train", str(folder)]
+    done = warm.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
 
