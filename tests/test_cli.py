@@ -430,7 +430,7 @@ def test_what_other_code_has_made_is_reused_or_repeated_as_the_user_says(cli: Cl
     assert {folder: (folder / "result.json").read_bytes() for folder in store.folders()} == before
 
     code, out, _ = cli("compare", file, f"runs={runs}", "seed=[0,1,2]", "--reuse")
-    assert code == 0 and "2 finished runs are left out, for others that are newer were made with other code" in out
+    assert code == 0 and "2 finished runs are left out, because newer ones were made with other code" in out
     assert "2 finished runs are left out" in cli("report", runs, "--md")[2]
     assert "2 finished runs are left out" in cli("status", runs)[1]
     cli("report", runs, "--html", tmp_path / "page.html")
@@ -527,7 +527,7 @@ def test_a_run_is_reproduced_from_the_file_that_lies_in_its_folder(cli: Cli, qui
     code, out, err = cli("train", folder / "run.yaml", f"runs={again}", "--dry-run", "--json")
     assert code == 0 and json.loads(out)["seed"] == 3
     assert f"would be carried out in {again / folder.name}" in err
-    assert "run.yaml: was made with the code and data that are here" in err
+    assert "run.yaml: was made with the present code and data" in err
     made_by_others(store, "lora", "methods/lora.py")
     assert "was made with other code: methods/lora.py differs" in cli("train", folder / "run.yaml", "--dry-run")[2]
     settings = yaml.safe_load((folder / "run.yaml").read_text())
@@ -553,7 +553,7 @@ def test_a_rate_is_not_chosen_among_what_two_codes_have_found(cli: Cli, quick: N
     (tried / "result.json").unlink()
     code, _, err = cli(*compare, "--reuse")
     assert code == 2 and "1 finished run was made with other code" in err
-    assert "what is left of their search cannot be tried with this: --repeat" in err
+    assert "the rest of their search needs the same; --repeat starts it again" in err
     assert cli(*compare, "--repeat")[0] == 0 and cli(*compare)[0] == 0
 
 

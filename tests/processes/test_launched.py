@@ -56,4 +56,4 @@ def test_what_is_no_number_of_a_process_is_refused(wrong: dict[str, str], monkey
     put(monkeypatch, {**COMPLETE, **wrong})
     message = refused(launched)
     assert message.startswith(f"WORLD_SIZE={wrong.get('WORLD_SIZE', '2')} in the environment says")
-    assert f"RANK={wrong.get('RANK', '1')} is none" in message
+    assert f"RANK={wrong.get('RANK', '1')} is not below it" in message

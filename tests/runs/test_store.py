@@ -161,7 +161,7 @@ def test_what_others_have_begun_or_done_is_not_gone_on_with_in_silence(store: St
     for folder, by in wanted.items():
         store.create(store.config(folder), by)
         assert store.maker(folder) == made(LoRA="0")
-    with pytest.raises(InputError, match="was begun with other code: methods/lora.py differs; .*--reuse.*--repeat"):
+    with pytest.raises(InputError, match="was started with other code: methods/lora.py differs; .*--reuse.*--repeat"):
         store.claim(stopped, made())
 
     store.take_over(stopped, made())
@@ -222,14 +222,14 @@ def test_runs_of_different_makers_are_in_no_comparison(store: Store) -> None:
     ]
     assert {each.folder for each in store.results()} == set(kept) and store.left_out() == ""
     done(store, config(seed=2), made(LoRA="0"), age=5)
-    assert store.left_out() == "1 finished run is left out, for others that are newer were made with " + (
+    assert store.left_out() == "1 finished run is left out, because newer ones were made with " + (
         "other code: methods/lora.py differs."
     )
     done(store, config(seed=3), made("of other rows"), age=5)
     done(store, config(seed=4), replace(made(), version="0.0.1"), age=5)
     assert {each.folder for each in store.results()} == set(kept)
     assert store.left_out() == (
-        "3 finished runs are left out, for others that are newer were made with other code and other data and "
+        "3 finished runs are left out, because newer ones were made with other code and other data and "
         "another version of rankwise: methods/lora.py differs."
     )
     assert store.left_out() in Summary.of_store(store).text()
@@ -281,7 +281,7 @@ def test_the_states_a_run_goes_through(store: Store) -> None:
 
 
 class BegunAgain(Store):
-    """Each failed run is begun again in the moment after somebody has asked how it stands."""
+    """Each failed run is started again in the moment after somebody has asked how it stands."""
 
     def state(self, folder: Path) -> State:
         found = super().state(folder)

@@ -167,7 +167,7 @@ def test_a_run_that_another_process_holds_is_waited_for(store: Store) -> None:
     lock.acquire()
     process = start(store, "local", "jobs=2")
     assert process.stderr is not None
-    assert "another process is at work on it, waiting for that" in process.stderr.readline()
+    assert "another process is at work on it; waiting for it" in process.stderr.readline()
     lock.release()
     out, _ = process.communicate(timeout=PATIENCE)
     assert out.split() == ["1", "0", "0"]

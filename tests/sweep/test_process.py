@@ -57,7 +57,7 @@ from rankwise.sweep.runners.process import Order, carry, send
 order = Order(pathlib.Path(sys.argv[1]), tuple(sys.argv[2:]), 1, 30.0)
 send(order)
 over = carry(order)
-print(over.code, over.told)
+print(over.code, over.signal)
 """
 
 

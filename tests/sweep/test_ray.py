@@ -51,7 +51,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Node:
-    """The processes that a node was begun with."""
+    """The processes that a node was started with."""
 
     own: list[int]
 
@@ -108,7 +108,7 @@ def test_the_runs_of_a_node_that_dies_go_on_elsewhere(cluster: Cluster, second: 
     second.kill()
     out, log = sweep.communicate(timeout=PATIENCE)
     assert out.split() == ["2", "0", "0"], log
-    assert "its node or its worker there died" in log and "begun again" in log
+    assert "its node or its worker there died" in log and "started again" in log
 
     seed = int(cut.name.removeprefix("run-"))
     alone = make(tmp_path / "local" / "run", model=None, seed=seed, max_steps=20)

@@ -166,7 +166,7 @@ def test_a_run_whose_time_is_up_or_that_is_preempted_goes_on_in_another_job(
     call("scancel", f"--signal={how}", "100")
     out, log = sweep.communicate(timeout=PATIENCE)
     assert out.split() == ["1", "0", "0"], log
-    assert f"{said}; begun again" in log
+    assert f"{said}; started again" in log
     assert (folder / "checkpoint-1").exists() and len(started(folder)) == 2 and count(slurm) == 2
 
 
@@ -178,7 +178,7 @@ def test_a_run_whose_node_dies_goes_on_in_another_job(store: Store, slurm: Path)
     (slurm / "100" / "node-dies").touch()
     out, log = sweep.communicate(timeout=PATIENCE)
     assert out.split() == ["1", "0", "0"], log
-    assert "its job 100 ended without a result (NODE_FAIL); begun again" in log
+    assert "its job 100 ended without a result (NODE_FAIL); started again" in log
     assert not alive(started(folder)[0]) and len(started(folder)) == 2
 
 
@@ -220,7 +220,7 @@ def test_a_controller_that_is_down_for_a_while_harms_nothing(store: Store, slurm
     send(Order(other, ("true",), 1, 1.0))  # as if it had been submitted
     (slurm / "down").touch()
     _, log = start(store, "slurm").communicate(timeout=PATIENCE)
-    assert "squeue does not answer, so nobody knows which runs are in the queue" in log.strip().splitlines()[-1]
+    assert "squeue does not answer, so which runs are in the queue is unknown" in log.strip().splitlines()[-1]
     assert not started(other)
     (slurm / "down").unlink()
 
@@ -281,5 +281,5 @@ def test_a_real_run_goes_on_after_the_notice(tmp_path: Path, slurm: Path) -> Non
     call("scancel", "--signal=USR2", "100")
     out, log = sweep.communicate(timeout=PATIENCE)
     assert out.split() == ["1", "0", "0"], log
-    assert "the time of its job 100 was up; begun again" in log
+    assert "the time of its job 100 was up; started again" in log
     assert "stopped after step" in (folder / "log.txt").read_text()

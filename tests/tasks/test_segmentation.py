@@ -278,7 +278,7 @@ def test_data_that_changed_since_the_run_was_begun_is_noticed(tmp_path: Path) ->
     (folder / "checkpoint-1").mkdir()
     (folder / "checkpoint-1" / "complete.json").write_text("{}")
     write(tmp_path / "data", rows=11)
-    with pytest.raises(InputError, match="was begun with other data; .*--reuse.*--repeat"):
+    with pytest.raises(InputError, match="was started with other data; .*--reuse.*--repeat"):
         run(folder)
 
 

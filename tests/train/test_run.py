@@ -458,7 +458,7 @@ def test_a_run_is_noted_as_made_by_the_code_that_trained_it(tmp_path: Path) -> N
     begun = folder / "checkpoint-3"
     begun.mkdir()
     (begun / "complete.json").write_text("{}")
-    with pytest.raises(InputError, match="was begun with other code and other data: .*--reuse.*--repeat"):
+    with pytest.raises(InputError, match="was started with other code and other data: .*--reuse.*--repeat"):
         run(folder)
     shutil.rmtree(begun)
     run(folder)

@@ -5,11 +5,11 @@ import os
 from rankwise.errors import InputError
 
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells each process beside WORLD_SIZE, how many there are."""
+"""What a launcher sets for each process, besides WORLD_SIZE, how many there are."""
 
 
 class LostError(RuntimeError):
-    """Another process of the same run has failed or ended, and tells why itself."""
+    """Another process of the same run has failed or ended, and says why itself."""
 
 
 def launched() -> int:
@@ -23,7 +23,8 @@ def launched() -> int:
         return 1
     missing = [name for name in NEEDED if not os.environ.get(name)]
     if missing or not (size.isdecimal() and rank.isdecimal() and int(rank) < int(size)):
-        but = f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not set" if missing else f"RANK={rank} is none"
+        unset = f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not set"
+        but = unset if missing else f"RANK={rank} is not below it"
         raise InputError(
             f"WORLD_SIZE={size} in the environment says that this is one of several processes, but {but}: unset "
             "WORLD_SIZE to train in one, or start all by accelerate launch or torchrun"
@@ -35,5 +36,5 @@ def is_main() -> bool:
     """Whether this is the process that writes files and prints; the only one, where nothing was launched."""
     try:
         return launched() == 1 or os.environ["RANK"] == "0"
-    except InputError:  # `launched` says it to whoever goes on
+    except InputError:  # which the next call of `launched` raises
         return True

@@ -27,7 +27,7 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False
         self.agreed = False
-        """Whether any process of the run has been asked, as all of them know it since their last step."""
+        """Whether any process of the run has been asked, as all of them have known since their last step."""
         self.code = STOPPED
         """What to exit with."""
         self._patient = False
@@ -91,16 +91,16 @@ def _ids_of() -> str:
 def follow_parent() -> None:
     """End this process soon after the sweep that RANKWISE_PARENT names is gone, whatever has been started in between.
 
-    A killed sweep so leaves no worker behind, and the worker still writes its checkpoint if it can within `GRACE`.
-    One of several processes follows what has launched it, too. From another machine, or a container with process ids of
+    So a killed sweep leaves no worker running, and the worker still writes its checkpoint if it can within `GRACE`.
+    One of several processes also follows its launcher. From another machine, or a container with process ids of
     its own, the sweep cannot be seen, and is not followed.
     """
     sweep, _, ids_of = os.environ.get("RANKWISE_PARENT", "").partition(":")
     seen = sweep.isdecimal() and ids_of == _ids_of()
     shared = launched() > 1
     if seen or shared:
-        whom = int(sweep) if seen else None, os.getppid() if shared else None
-        threading.Thread(target=_watch, args=whom, name="follow-parent", daemon=True).start()
+        followed = int(sweep) if seen else None, os.getppid() if shared else None
+        threading.Thread(target=_watch, args=followed, name="follow-parent", daemon=True).start()
 
 
 def _watch(sweep: int | None, launcher: int | None) -> None:

@@ -63,7 +63,7 @@ def _tell_of_waiting() -> None:
 
 
 def by_itself() -> AbstractContextManager[Any]:
-    """Around accelerate's look at the environment: it shall see no other processes where none were launched.
+    """Around accelerate's look at the environment, so that it sees no other processes where none were launched.
 
     It takes any LOCAL_RANK, and the ranks that MPI's and SLURM's launchers set, for those of processes to meet.
     """

@@ -1,4 +1,4 @@
-"""What papers print, as they print it. Nothing here is computed, and nothing that is computed is tuned to it.
+"""What papers print, as they print it. Nothing here is computed.
 
 One YAML file per paper: its `source`, its `tables` and `figures` by name, and `claims` in its text. A number stays the
 text that is printed; where it is doubtful or stands below the wrong heading, a `reading` says how it is read, and why.
@@ -22,7 +22,7 @@ class Column:
     Attributes:
         name: its heading.
         unit: what is printed: percent (0 to 100), a fraction (0 to 1), or a number with a scale of its own.
-        task, metric: what of ours can stand beside it, the metric without the suffix of a split; "" for nothing.
+        task, metric: which of ours it can be compared with, the metric without the suffix of a split; "" for none.
         average: the benchmark whose average it is, instead of a task's metric.
         times: what our metric is multiplied by to be in this unit.
         options: options of the method that hold for this column alone.
@@ -53,7 +53,7 @@ class Row:
         cells: what is printed below each column; None for nothing.
         parameters: the label of its trainable parameters, as printed; "" for none.
         method: the name of the method with the options that make it this row.
-        nearest: the same where the paper does not say enough; our choice of what to put beside it.
+        nearest: the same where the paper does not say enough: our choice of what to compare with it.
         learning_rate: where the row is of one.
         note: on the label of the parameters.
         reading: what has to be known of the cells, and why they are read so.
@@ -71,7 +71,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table, or a figure: no rows, for what a figure shows is not printed as numbers.
+    """A table, or a figure, which has no rows, as what it shows is not printed as numbers.
 
     Attributes:
         id: `paper/name`, such as `lora/e2e_gpt2_medium`.
@@ -79,9 +79,9 @@ class Table:
         number: its number there, or its heading.
         about: what it shows.
         experiment: the file in `experiments/` that is for it.
-        arch: the model, one of `rankwise archs`; "" for one that is none of them.
+        arch: the model, as `rankwise archs` names it; "" for one that is not listed there.
         reading: what has to be known of all cells, and why they are read so.
-        as_printed: `headings` and `rows` as they stand there, where that is not how they are read.
+        as_printed: `headings` and `rows` as printed, where they are read differently.
     """
 
     id: str

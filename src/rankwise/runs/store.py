@@ -173,8 +173,8 @@ class Store(Noted):
             return
         if _checkpoints(folder):
             raise InputError(
-                f"{folder.name} was begun with {in_words(made.differs(found.made))}; `rankwise train {folder}` resumes "
-                "it all the same with --reuse, and starts again with --repeat"
+                f"{folder.name} was started with {in_words(made.differs(found.made))}; "
+                f"`rankwise train {folder} --reuse` resumes it all the same, --repeat starts it again"
             )
         self._write(folder, replace(found, begun_with=None), made)
 
@@ -370,7 +370,7 @@ class Store(Noted):
             return ""
         count = "1 finished run is" if len(found) == 1 else f"{len(found)} finished runs are"
         why = in_words(each for apart in found for each in apart)
-        return f"{count} left out, for others that are newer were made with {why}."
+        return f"{count} left out, because newer ones were made with {why}."
 
     def _finished(self, folders: Sequence[Path] | None) -> list[tuple[Path, Result, RunFile, list[str]]]:
         """The finished runs, and why each is not compared with the newest ones, for `in_words`; [] if it is."""

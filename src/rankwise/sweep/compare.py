@@ -24,7 +24,7 @@ from rankwise.sweep.progress import Count, Display
 from rankwise.sweep.runners import Ended, Runner
 
 LOSSES = 3
-"""How often in a row a run may lose its node or its time without having come further."""
+"""How often in a row a run may lose its node or run out of time without getting further."""
 GRACE = 60.0
 """Seconds that a run has for its last step and its checkpoint."""
 TAIL = 100_000
@@ -40,11 +40,11 @@ class Outcome:
     done: list[Path] = field(default_factory=list)
     failed: list[Path] = field(default_factory=list)
     stopped: list[Path] = field(default_factory=list)
-    """Told to stop by somebody else than the sweep; the same command goes on with them."""
+    """Stopped by something other than the sweep; the same command goes on with them."""
 
 
-class Interrupted(SystemExit):  # noqa: N818 - it is no error: exit codes 75 and 130
-    """The sweep was told to stop; its workers have ended."""
+class Interrupted(SystemExit):  # noqa: N818 - not an error: exit codes 75 and 130
+    """The sweep was stopped; its workers have ended."""
 
 
 def carry_out(store: Store, folders: Sequence[Path], runner: Runner, console: Console | None = None) -> Outcome:
@@ -58,7 +58,7 @@ def carry_out(store: Store, folders: Sequence[Path], runner: Runner, console: Co
     configs = {folder: store.config(folder) for folder in folders}
     names = {folder: called(config) for folder, config in configs.items()}
     console = console or Console(file=sys.stderr)
-    # stdout is for results; Ray would print what it sees on its nodes there
+    # stdout is for results, and Ray prints there
     try:
         with redirect_stdout(sys.stderr), Display(console, names) as display, _signals() as asked:
             sweep = _Sweep(store, runner, display, names, _before(store, configs))
@@ -66,7 +66,7 @@ def carry_out(store: Store, folders: Sequence[Path], runner: Runner, console: Co
                 sweep.carry_out(asked)
             finally:
                 runner.close()
-    except Interrupted:  # the display is gone: the last line is the one to act on
+    except Interrupted:  # after the display, so that this is the last line
         done = sum(store.state(folder) == "done" for folder in folders)
         say = f"stopped with {done} of {len(folders)} runs done; the same command goes on with the others"
         console.print(say, markup=False, highlight=False, soft_wrap=True)
@@ -98,7 +98,7 @@ class _Sweep:
         self._store, self._runner, self._display, self._names, self._before = store, runner, display, names, before
         self._pending: deque[Path] = deque()
         self._losses: dict[Path, tuple[int, int]] = {}
-        """Of each run that was lost: the furthest step, and how often in a row it has not come further."""
+        """Of each run that was lost: its furthest step, and how often in a row it got no further."""
         self._elsewhere: list[Path] = []
         """Runs that another sweep in the same folder is at work on."""
         store.tidy(list(names))
@@ -133,16 +133,16 @@ class _Sweep:
             if state == "running":
                 continue
             self._elsewhere.remove(folder)
-            # what the other sweep was stopped in is ours now
+            # what the other sweep left unfinished is ours now
             {"done": self.outcome.done, "failed": self.outcome.failed}.get(state, self._pending).append(folder)
 
     def _settle(self, ended: Ended) -> None:
-        """Put a run whose process is over where it belongs, and note why where the process could not."""
+        """File a run whose process is over, and note why it ended if the process could not."""
         folder, state = ended.folder, self._store.state(ended.folder)
         if state == "done":
             self.outcome.done.append(folder)
         elif ended.lost and state != "failed" and self._comes_further(folder):
-            self._display.say(f"{self._names[folder]}: {ended.lost}; begun again")
+            self._display.say(f"{self._names[folder]}: {ended.lost}; started again")
             self._pending.append(folder)
         elif state == "running":
             self._elsewhere.append(folder)  # another sweep was a moment faster
@@ -156,7 +156,7 @@ class _Sweep:
             self._display.say(f"failed: {self._names[folder]}: {self._store.standing(folder).error or ended.reason}")
 
     def _comes_further(self, folder: Path) -> bool:
-        """Note a loss; whether to begin the run again, or it has been lost too often at the same place."""
+        """Note a loss; whether to start the run again, unless it has been lost too often at the same step."""
         step, (furthest, times) = steps_of(folder)[0], self._losses.get(folder, (-1, 0))
         self._losses[folder] = (step, 0) if step > furthest else (furthest, times + 1)
         return self._losses[folder][1] < LOSSES
@@ -170,9 +170,9 @@ class _Sweep:
             if before is not None and self._store.state(before) != "done":
                 self._wait(folder, before)
             elif (state := self._store.state(folder)) == "done":
-                self.outcome.done.append(folder)  # by another sweep, since this one has begun
+                self.outcome.done.append(folder)  # by another sweep, since this one started
             elif state == "running":
-                self._display.say(f"{self._names[folder]}: another process is at work on it, waiting for that")
+                self._display.say(f"{self._names[folder]}: another process is at work on it; waiting for it")
                 self._elsewhere.append(folder)
             else:
                 self._store.forget_error(folder)
@@ -180,7 +180,7 @@ class _Sweep:
 
     def _wait(self, folder: Path, before: Path) -> None:
         """A run that begins with another one's weights waits for it, or fails with it."""
-        # A process that has just begun has yet to take the lock, so its state alone does not tell.
+        # A process that has just started has yet to take the lock, so the state alone is not enough.
         ours = (*self._pending, *self._elsewhere, *self._runner.running())
         if before in ours or self._store.state(before) == "running":
             self._pending.append(folder)
@@ -200,9 +200,9 @@ def _last_words(ended: Ended) -> str:
     with suppress(OSError, InputError), opened(ended.folder / "log.txt") as log:
         log.seek(max(ended.log_from, log.seek(0, os.SEEK_END) - TAIL))
         lines = log.read(TAIL).decode(errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        if said:
-            return f"{ended.reason}; the last line of its log: {said[-1]}"
+        words = [line.strip() for line in lines if line.strip()]
+        if words:
+            return f"{ended.reason}; the last line of its log: {words[-1]}"
     return ended.reason
 
 

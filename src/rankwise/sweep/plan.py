@@ -59,7 +59,7 @@ class One:
         store, differs = Store(config.runs), ""
         made = makers(store, [config])(config) if is_main() else None
         if made is not None and noted is not None:
-            words = in_words(differences) if (differences := made.differs(noted)) else "the code and data that are here"
+            words = in_words(differences) if (differences := made.differs(noted)) else "the present code and data"
             differs = f"{source}: was made with {words}"
         return cls(store, store.place(config), config, made, differs)
 
@@ -82,7 +82,7 @@ class One:
 
 
 def retry(store: Store, runner: Runner, reuse: bool, repeat: bool) -> Outcome:
-    """Carry out the failed runs of a folder again, but for rates at which training diverged: it would again."""
+    """Carry out the failed runs of a folder again, except rates at which training diverged: it would again."""
     failed = [
         folder
         for folder in store.folders()
@@ -136,9 +136,8 @@ class Plan:
                 each: wanted[each] for search in self.searches if search.rate is None for each in search.configs
             }
             if others := store.others(unsettled):
-                raise InputError(
-                    f"{made_by_others(store, others)}; what is left of their search cannot be tried with this: --repeat"
-                )
+                how = made_by_others(store, others)
+                raise InputError(f"{how}; the rest of their search needs the same; --repeat starts it again")
         if self.experiment.tune is None or not repeat:  # else each is dropped when its turn comes, if it does
             settle(store, wanted, reuse, repeat)
         if self.experiment.tune is None:
@@ -155,12 +154,12 @@ class Plan:
         return tune_and_carry_out(store, self.experiment.contests, create, runner)
 
     def made_by_others(self) -> str:
-        """How many of these runs other code or data has made, and what differs; empty for none."""
+        """How many of these runs were made with other code or data, and what differs; "" for none."""
         others = self.store.others(self.wanted)
         return made_by_others(self.store, others) if others else ""
 
     def following(self, as_json: bool) -> list[str]:
-        """How many runs there are, unless that is in the JSON, and what will follow from what they find, in words."""
+        """How many runs there are, unless that is in the JSON, and which will follow from their results, in words."""
         left = sum(self.store.state(folder) != "done" for folder in self.runs)
         lines = [] if as_json else [f"{counted(len(self.runs))} in {self.store.folder}, {left} to carry out"]
         if self.experiment.tune is None:

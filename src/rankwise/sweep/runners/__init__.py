@@ -18,8 +18,8 @@ registry = Runner.registry
 def runner(name: str, options: Sequence[str] = ()) -> Runner:
     """The runner called `name` with these `key=value` options.
 
-    Raises InputError for a name or an option that nobody has, for a value out of range, for a missing package, and in
-    one of several processes that a launcher has started.
+    Raises InputError for an unknown name or option, a value out of range, a missing package, and in one of several
+    processes that a launcher has started.
     """
     if launched() > 1:
         raise InputError("a sweep is one process: start it without accelerate launch or torchrun")

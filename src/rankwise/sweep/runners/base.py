@@ -1,4 +1,4 @@
-"""What a runner is: it starts runs, says which have ended, and can be told to stop."""
+"""What a runner is: it starts runs, says which have ended, and stops them."""
 
 import sys
 from abc import ABC, abstractmethod
@@ -20,13 +20,13 @@ class Ended:
     code: int
     """Its exit code, negative for the number of the signal that killed it."""
     log_from: int = 0
-    """Where in `log.txt` its output begins, in bytes; before it stands that of earlier tries."""
+    """Where in `log.txt` its output begins, in bytes, after that of earlier tries."""
     lost: str = ""
-    """Why the run has to be begun again although nobody told it to stop: its node died, its time was up."""
+    """Why the run has to start again although it was not stopped: its node died, its time was up."""
 
     @property
     def reason(self) -> str:
-        """Why it ended, where the process could not say so itself."""
+        """Why it ended, for a process that could not say so itself."""
         if self.lost:
             return self.lost
         if self.code >= 0:
@@ -37,14 +37,14 @@ class Ended:
 
 @dataclass(eq=False)
 class Runner(Named, ABC, kind="runner"):
-    """Carries out runs, each as `rankwise train FOLDER` in a process that can crash without harm to the others.
+    """Carries out runs, each as `rankwise train FOLDER` in a process that can crash without harming the others.
 
-    A subclass names itself: `class Local(Runner, name="local")`, and is a dataclass whose fields are the options that
-    a user may give. Whatever a start needs beyond them, a connection or a package, is fetched at the first `start`.
+    A subclass names itself, `class Local(Runner, name="local")`, and is a dataclass whose fields are its options. What
+    else a start needs, such as a connection, is fetched at the first `start`.
 
     Attributes:
         jobs: runs carried out at once; as many as there is room for when absent.
-        command: what carries out a run; its folder is put behind it.
+        command: what carries out a run; its folder is the last argument.
     """
 
     jobs: Annotated[int, Field(ge=1)] | None = None
@@ -62,22 +62,22 @@ class Runner(Named, ABC, kind="runner"):
 
     @abstractmethod
     def start(self, folder: Path) -> None:
-        """Start the run in `folder` and return at once. Its output goes to `log.txt` in there.
+        """Start the run in `folder` and return at once. Its output goes to `log.txt` there.
 
-        Raises InputError for whatever no run could be started with.
+        Raises InputError if no run can be started like this.
         """
 
     @abstractmethod
     def running(self) -> list[Path]:
-        """The folders of the runs that were started and have not been given out by `ended`; they may still queue."""
+        """The folders of the runs that were started and not yet returned by `ended`; they may still be in a queue."""
 
     @abstractmethod
     def ended(self) -> list[Ended]:
-        """The runs that ended since this was asked last. Raises InputError as `start` does, where it shows late."""
+        """The runs that ended since the last call. Raises InputError as `start` does, for what only shows later."""
 
     @abstractmethod
     def stop(self, grace: float) -> None:
         """Ask every run to write a checkpoint and end, wait up to `grace` seconds, then kill. None is left after it."""
 
     def close(self) -> None:  # noqa: B027 - most runners hold nothing
-        """Let go of what the starts have fetched; a later start fetches it again."""
+        """Release what the starts have fetched; a later start fetches it again."""

@@ -22,11 +22,11 @@ from rankwise.processes.stop import answering, this_process
 # Everything that starts threads in a run: OpenMP and MKL in torch, OpenBLAS in numpy, rayon in the tokenizers.
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 SENT = "sent.json"
-"""In a run folder: which order it was sent away with last."""
+"""In a run folder: the order it was sent to a node with last."""
 TOKEN = ".sent-"
-"""How the names of the files begin that `Order.token` means."""
+"""How the names of the files of `Order.token` begin."""
 PASSED = ("RANKWISE_", "HF_")
-"""How the environment variables begin that a run finds on a node as they are where the sweep is."""
+"""How the environment variables begin that a run on a node takes over from the sweep."""
 PATIENCE = 60.0
 """Seconds until a new file has come through a network file system's caches."""
 POLL = 0.1  # seconds
@@ -35,8 +35,8 @@ UNSEEN = "cannot see this folder; all nodes need one file system, choose it with
 
 def environment(threads: int) -> dict[str, str]:
     """What a run's process finds in its environment: its parent, and at most `threads` threads."""
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    count = str(min(threads, int(asked)) if asked.isdigit() and int(asked) else threads)
+    limit = os.environ.get("OMP_NUM_THREADS", "")
+    count = str(min(threads, int(limit)) if limit.isdigit() and int(limit) else threads)
     return {
         **os.environ,
         **dict.fromkeys(THREADS, count),
@@ -46,7 +46,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def launch(folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start `command` on the run, its output behind what is in log.txt.
+    """Start `command` on the run, its output appended to log.txt.
 
     Raises OSError where it cannot be started, InputError where nothing can be written.
     """
@@ -80,7 +80,6 @@ def end(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
             for process in processes:
                 process.wait(max(0.0, until - time.monotonic()))
     finally:
-        # also when a second Ctrl-C cuts the wait short
         for process in processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -99,29 +98,29 @@ class Order:
     patience: float = PATIENCE
     mark: str = field(default_factory=lambda: uuid4().hex[:12])
     more: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the run beside those that a node has and those of `PASSED`."""
+    """Environment variables of the run besides those that a node has and those of `PASSED`."""
     passed: dict[str, str] = field(
         default_factory=lambda: {
             name: value
             for name, value in os.environ.items()
-            if name.startswith(PASSED) and name != "RANKWISE_PARENT"  # whom the sweep itself follows
+            if name.startswith(PASSED) and name != "RANKWISE_PARENT"  # the process that the sweep itself follows
         }
     )
 
     @property
     def token(self) -> Path:
-        """A file of this order alone: a node that finds it sees the same folder, whoever else sends it somewhere."""
+        """A file of this order alone: a node that finds it sees the same folder as the sweep."""
         return self.folder / f"{TOKEN}{self.mark}"
 
 
 @dataclass(frozen=True)
 class Over:
-    """What a node says of a run whose process is over."""
+    """What a node reports of a run whose process is over."""
 
     node: str
     code: int = 0
-    told: int = 0
-    """The signal by which the node was told to end it, 0 for none."""
+    signal: int = 0
+    """The signal that asked the node to end it, 0 for none."""
     problem: str = ""
     """Why the node cannot carry out runs in this folder, a few words."""
 
@@ -142,16 +141,16 @@ def sent(folder: Path) -> dict[str, Any]:
 
 
 def carry(order: Order) -> Over:
-    """Carry out the run on this node, and pass on to it whatever tells this process to end.
+    """Carry out the run on this node, and pass on to it what asks this process to end.
 
-    Before SLURM's time limit that is SIGUSR2, else SIGTERM, or the KeyboardInterrupt by which Ray cancels a task.
+    That is SIGUSR2 before SLURM's time limit, else SIGTERM, or the KeyboardInterrupt by which Ray cancels a task.
     """
     node = socket.gethostname()
     until = time.monotonic() + order.patience
-    with _told() as told:
+    with _asked() as asked:
         while not order.token.exists():
-            if time.monotonic() >= until or told.number:
-                return Over(node, STOPPED, told.number, "" if told.number else UNSEEN)
+            if time.monotonic() >= until or asked.number:
+                return Over(node, STOPPED, asked.number, "" if asked.number else UNSEEN)
             time.sleep(POLL)
         try:
             process = launch(order.folder, order.command, {**environment(order.threads), **order.passed, **order.more})
@@ -159,20 +158,20 @@ def carry(order: Order) -> Over:
             return Over(node, problem=f"cannot start {order.command[0]} in this folder: {error.strerror or error}")
         except InputError as error:
             return Over(node, problem=f"cannot write there: {error}")
-        told.listen()
+        asked.listen()
         try:
-            while process.poll() is None and not told.number:
+            while process.poll() is None and not asked.number:
                 time.sleep(POLL)
         finally:
             if process.returncode is None:
                 end([process], order.grace)
     if process.returncode == 0:
         order.token.unlink(missing_ok=True)
-    return Over(node, process.returncode, told.number)
+    return Over(node, process.returncode, asked.number)
 
 
-class _Told:
-    """The signal that told this process to end."""
+class _Asked:
+    """The signal that asked this process to end."""
 
     number = 0
 
@@ -186,13 +185,13 @@ class _Told:
 
 
 @contextmanager
-def _told() -> Iterator[_Told]:
-    """Note what tells this process to end while the block runs; after it the process's own handlers hear of it, too."""
-    told = _Told()
-    handlers: dict[int, Any] = {signal.SIGTERM: told.note, signal.SIGINT: told.note, signal.SIGUSR2: signal.SIG_IGN}
+def _asked() -> Iterator[_Asked]:
+    """Note the signals that ask this process to end while the block runs, and pass them to its own handlers after."""
+    asked = _Asked()
+    handlers: dict[int, Any] = {signal.SIGTERM: asked.note, signal.SIGINT: asked.note, signal.SIGUSR2: signal.SIG_IGN}
     try:
         with answering(handlers):
-            yield told
+            yield asked
     finally:
-        if told.number in (signal.SIGTERM, signal.SIGINT):
-            signal.raise_signal(told.number)
+        if asked.number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(asked.number)

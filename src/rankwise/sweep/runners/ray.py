@@ -29,11 +29,11 @@ STORE = 80 * 1024 * 1024  # bytes; nearly nothing passes through Ray's object st
 
 @dataclass(eq=False)
 class Ray(Runner, name="ray"):
-    """Tasks of a Ray cluster. What a node that dies was at work on begins again elsewhere, from its checkpoint.
+    """Tasks of a Ray cluster. A run whose node dies resumes on another one from its checkpoint.
 
     Attributes:
-        address: of a cluster: HOST:PORT, or auto for the one that was started on this machine; when absent what
-            RAY_ADDRESS says, and without that a cluster of this machine alone that ends with the sweep.
+        address: of a cluster: HOST:PORT, or auto for the one started on this machine; when absent RAY_ADDRESS, and
+            without that a cluster of this machine alone, which ends with the sweep.
         cpus: CPUs of each run, also the most threads it starts.
         gpus: GPUs of each run; a part of one lets several runs share it.
         memory: GiB that Ray sets aside for each run.
@@ -75,7 +75,7 @@ class Ray(Runner, name="ray"):
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         own = {"num_cpus": cores(), "object_store_memory": STORE, "include_dashboard": False}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        answer = signal.getsignal(signal.SIGTERM)  # Ray puts its own in the place of the sweep's
+        handler = signal.getsignal(signal.SIGTERM)  # which Ray replaces by its own
         try:
             _knock(address)
             self._ray.init(
@@ -88,19 +88,19 @@ class Ray(Runner, name="ray"):
         except (OSError, RuntimeError, ValueError) as error:
             raise InputError(f"Ray cluster {address}: cannot be reached: {' '.join(str(error).split())}") from None
         finally:
-            signal.signal(signal.SIGTERM, answer)
+            signal.signal(signal.SIGTERM, handler)
         self._check_room(address)
 
     def _check_room(self, address: str) -> None:
-        """Say that no node is large enough for a run; one that is may still join a cluster, but not a local one."""
+        """Say if no node is large enough for a run. A larger one may still join a cluster, but not a local one."""
         wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": (self.memory or 0) * 1024**3}
         if any(_has(node["Resources"], wanted) for node in self._ray.nodes() if node["Alive"]):
             return
         asked = ", ".join(f"{key}={value:g}" for key in ("cpus", "gpus", "memory") if (value := getattr(self, key)))
         if address == "local":
             self.close()
-            raise InputError(f"this machine has not what each run is to get: {asked}; ask for less")
-        print(f"no node of the cluster has what each run is to get: {asked}; waiting for one", file=sys.stderr)
+            raise InputError(f"this machine cannot provide {asked} per run; request less")
+        print(f"no node of the cluster can provide {asked} per run; waiting for one that can", file=sys.stderr)
 
     def running(self) -> list[Path]:
         return list(self._live.values())
@@ -141,7 +141,7 @@ class Ray(Runner, name="ray"):
 
 
 def _knock(address: str) -> None:
-    """Raise OSError where nobody listens; Ray itself would try for minutes."""
+    """Raise OSError if nothing answers there; Ray itself would try for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=10).close()

@@ -40,10 +40,10 @@ class Slurm(Runner, name="slurm"):
         gpus: GPUs of each run.
         memory: GiB of each run.
         array: submit what waits as one array of jobs instead of as many jobs.
-        notice: seconds before the end of its time at which a run is told to write its checkpoint.
+        notice: seconds before the end of its time at which a run is asked for its checkpoint.
         setup: lines of shell in each job before the run, as in setup=[module load cuda].
         sbatch: any other options of sbatch, as in sbatch={constraint: a100}.
-        executor: debug carries the jobs out here, one after another, to try the way without a cluster.
+        executor: debug carries out the jobs on this machine, one after another, to try things without a cluster.
     """
 
     LOOK: ClassVar[float] = 10.0
@@ -69,7 +69,7 @@ class Slurm(Runner, name="slurm"):
     """The job of each run."""
     _log_from: dict[Path, int] = field(default_factory=dict, init=False)
     _missed: set[Path] = field(default_factory=set, init=False)
-    """Runs whose job was not in the queue any more at the last look, and whose result may still be on its way."""
+    """Runs whose job was no longer in the queue at the last look, and whose result may still be on its way."""
     _checked: float = field(default=-1e9, init=False)
     _looked: float = field(default=-1e9, init=False)
 
@@ -109,7 +109,7 @@ class Slurm(Runner, name="slurm"):
         return over
 
     def _gone(self) -> list[Path]:
-        """Runs whose job was not in the queue at this look and the one before: its result is not on its way either."""
+        """Runs whose job was in the queue neither at this look nor at the one before: no result is on its way."""
         try:
             queue = self._queue()
         except InputError:
@@ -119,7 +119,7 @@ class Slurm(Runner, name="slurm"):
         return sorted(gone)
 
     def _submit(self) -> None:
-        """Submit what is new, but for runs whose job is still in the queue, left there by a sweep that was killed."""
+        """Submit what is new, except runs whose job a killed sweep has left in the queue."""
         new, self._new = self._new, {}
         if self.executor == "slurm" and any(_key(folder) for folder in new):
             queue = self._queue()
@@ -131,7 +131,7 @@ class Slurm(Runner, name="slurm"):
                 if job.paths.submitted_pickle.exists():
                     self._live[folder] = job
                     del new[folder]
-                else:  # killed in the midst of submitting, so that the job would not find what it is to do
+                else:  # the sweep was killed while submitting: the job would not find what it is to do
                     _scancel(name)
         if self.array and new:
             self._submit_batch(new)
@@ -144,7 +144,7 @@ class Slurm(Runner, name="slurm"):
         executor = self._executor(sending)
         for place, order in enumerate(sending):
             try:
-                # before the job is there: a kill in between leaves a job that can be found
+                # before the job exists, so that a kill in between leaves a job that can be found
                 send(order, place if len(orders) > 1 else None)
             except OSError as error:
                 raise unwritable(order.folder, error) from None
@@ -175,14 +175,14 @@ class Slurm(Runner, name="slurm"):
             slurm_setup=list(self.setup) or None,
             slurm_stderr_to_stdout=True,
             slurm_array_parallelism=self.jobs,
-            # What is to be begun again is said here, not by the cluster behind our back.
+            # The sweep decides what starts again, not the cluster.
             slurm_additional_parameters={"no-requeue": True, **self.sbatch},
         )
         return executor
 
     @staticmethod
     def _folder(run: Path) -> Path:
-        """Where submitit keeps its scripts and answers."""
+        """Where submitit keeps its scripts and results."""
         return run.parent / ".slurm"
 
     def _queue(self) -> dict[Key, str]:
@@ -191,8 +191,8 @@ class Slurm(Runner, name="slurm"):
         try:
             lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()
         except (OSError, subprocess.SubprocessError) as error:
-            said = " ".join((getattr(error, "stderr", None) or str(error)).split())
-            raise InputError(f"squeue does not answer, so nobody knows which runs are in the queue: {said}") from None
+            reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
+            raise InputError(f"squeue does not answer, so which runs are in the queue is unknown: {reason}") from None
         found = {}
         for job, place, name in (line.strip().split("|", 2) for line in lines if line.count("|") >= 2):
             if name.startswith(NAME):
@@ -206,14 +206,14 @@ class Slurm(Runner, name="slurm"):
         try:
             over: Over = job.result()
         except self._submitit.core.utils.FailedJobError as error:
-            said = [line for line in str(error).splitlines() if line[:1].strip("- ")]
-            last = next(iter(said[-2:]), "")  # of a traceback, before a line on submitit's own logs
+            lines = [line for line in str(error).splitlines() if line[:1].strip("- ")]
+            last = next(iter(lines[-2:]), "")  # of a traceback, before a line on submitit's own logs
             raise InputError(f"{folder}: a node of the cluster cannot carry out runs: {last}") from None
         if over.problem:
             raise InputError(f"{folder}: node {over.node} {over.problem}")
-        if over.told == signal.SIGUSR2:
+        if over.signal == signal.SIGUSR2:
             return Ended(folder, over.code, log_from, lost=f"the time of its job {job.job_id} was up")
-        if over.told == signal.SIGTERM and not self._state(job).startswith("CANCELLED"):
+        if over.signal == signal.SIGTERM and not self._state(job).startswith("CANCELLED"):
             return Ended(folder, over.code, log_from, lost=f"its job {job.job_id} had to make room")
         if over.code == 0:
             for path in self._folder(folder).glob(f"{job.job_id}_*"):
@@ -248,7 +248,6 @@ class Slurm(Runner, name="slurm"):
             _scancel("--signal=TERM", *jobs.values())
             self._wait_for_all(grace)
         finally:
-            # also when a second Ctrl-C cuts the wait short
             _scancel(*jobs.values())
         self._wait_for_all(MARGIN)
 
