@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rankwise import methods, tasks
 from rankwise.settings import Experiment, Schema, load, parse_yaml
@@ -65,6 +67,39 @@ def test_four_questions_are_asked_and_have_usual_answers(data: str, cli: Cli, mo
     text = Path("experiment.yaml").read_text()
     assert "columns: {text: body, label: kind}" in text and "type: classification" in text
     assert "dataset: my tickets.csv" in text and "name: head" in text and "# model: roberta-base" in text
+
+
+def images(folder: Path) -> str:
+    for split, rows in (("train", 30), ("validation", 4)):
+        for part in ("images", "masks"):
+            (folder / split / part).mkdir(parents=True)
+            for row in range(rows):
+                pixels = np.full((8, 8), row % 2, np.uint8)
+                Image.fromarray(pixels * 90 if part == "images" else pixels).save(folder / split / part / f"{row}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("model", ["", "unet", "unet-refined"])
+def test_what_is_written_for_images_and_masks_is_valid(
+    model: str, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    terminal(monkeypatch, f"{images(tmp_path / 'cells')}\n\nnothing, cell\n")
+    code, _, err = cli("init", "my.yaml", *(["--model", model] if model else []))
+    assert code == 0 and "What is to be learnt" in err and "[segmentation]" in err and "Which classes" in err
+    code, out, err = cli("validate", "my.yaml")
+    assert code == 0 and "my.yaml is valid: an experiment of" in err, err
+    found = load("my.yaml", [], Schema(methods.registry(), tasks.registry()))
+    assert isinstance(found, Experiment) and found.base["task"]["names"] == ["nothing", "cell"]
+    names = [method["name"] for method in found.vary.get("method", [])]
+    assert names == (["full", "lora", "simplex-lora"] if model else [])
+    assert found.vary.get("model") == (None if model else ["unet", "unet-refined"])
+    assert len(json.loads(cli("compare", "my.yaml", "--dry-run", "--json")[1])) == (9 if model else 6)
+
+
+def test_images_are_not_sought_in_a_table(data: str, cli: Cli) -> None:
+    code, _, err = cli("init", "--data", data, "--type", "segmentation", "--label", "a,b")
+    assert code == 2 and f"--type segmentation: {data} has neither train/images nor the columns image and mask" in err
 
 
 def test_a_model_that_can_write_is_given_where_the_packaged_one_cannot(data: str, cli: Cli) -> None:

@@ -114,10 +114,10 @@ def init(
         str | None, typer.Option("--data", help="a .csv, .jsonl or .parquet file, a folder, a name")
     ] = None,
     kind: Annotated[
-        str | None, typer.Option("--type", help="classification, pair, regression, seq2seq, causal")
+        str | None, typer.Option("--type", help="classification, pair, regression, seq2seq, causal, segmentation")
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="column to read; two for a pair, a comma between")] = None,
-    label: Annotated[str | None, typer.Option("--label", help="column to learn")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="column to learn, or the classes of masks")] = None,
     model: Annotated[str | None, typer.Option("--model", help="folder or hub name of the base model")] = None,
     debug: Debug = False,
 ) -> None:

@@ -11,7 +11,9 @@ from rankwise.errors import InputError, nearest
 from rankwise.files import unwritable, write_whole
 
 TYPES = {"classification": "label", "pair": "label", "regression": "label", "seq2seq": "target", "causal": "target"}
-"""Type of a task -> the role of the column that is learnt."""
+"""Type of a task on texts -> the role of the column that is learnt."""
+IMAGES = "segmentation"
+"""The type of a task on images and their masks."""
 MODELS = {"seq2seq": "t5-small", "causal": "gpt2-medium"}
 """What a file starts with where the packaged model cannot do the task."""
 
@@ -25,9 +27,9 @@ class Start:
 
     Attributes:
         data: a file, a folder with a file for each split, or a name on the hub.
-        type: of the task, one of `TYPES`.
-        read: the columns that the model reads: two for a pair, else one.
-        answer: the column that it learns.
+        type: of the task, one of `TYPES`, or `IMAGES`.
+        read: the columns that the model reads: two for a pair, none of images, else one.
+        answer: the column that it learns; of images the classes, a comma between.
         model: folder or hub name; empty for the packaged one.
     """
 
@@ -38,9 +40,10 @@ class Start:
     model: str = ""
 
     def __post_init__(self) -> None:
-        if self.type not in TYPES:
-            raise InputError(f"--type {self.type}: no such type{nearest(self.type, TYPES)}; known: {', '.join(TYPES)}")
-        wanted = 2 if self.type == "pair" else 1
+        known = (*TYPES, IMAGES)
+        if self.type not in known:
+            raise InputError(f"--type {self.type}: no such type{nearest(self.type, known)}; known: {', '.join(known)}")
+        wanted = 2 if self.type == "pair" else 0 if self.type == IMAGES else 1
         if len(self.read) != wanted:
             columns = "two columns, as in --text question,answer" if wanted == 2 else "one column"
             raise InputError(f"--text {','.join(self.read)}: {self.type} reads {columns}")
@@ -52,17 +55,59 @@ class Start:
 
     def text(self, file: Path) -> str:
         """The file's content."""
+        start = f"""\
+# Which method is worth it on this data? Check the file, see what it means, then run it:
+#   rankwise validate {file}
+#   rankwise compare {file} --dry-run
+#   rankwise compare {file}
+"""
+        return start + (self._of_images() if self.type == IMAGES else self._of_texts())
+
+    def _of_images(self) -> str:
+        methods = """\
+  method:
+    - {name: full}  # all weights: what the others are measured against
+    - {name: lora, rank: 4, targets: [bottleneck, conv1, conv2]}  # the same rank on every layer
+    - {name: simplex-lora, rank: 4, targets: [bottleneck, conv1, conv2]}  # rank where a search finds it worth it
+"""
+        network = (
+            "# without weights of its own a network trains all of them; --model FOLDER adapts a saved one\nmethod: full"
+        )
+        if self.model:
+            network = f"# the folder of a saved network\nmodel: {_flow(self.model)}"
+        return f"""
+task:
+  type: {self.type}
+  # a folder with train/images, train/masks, validation/images and validation/masks, or with parquet files
+  dataset: {_flow(self.data)}
+  names: {_flow(_words(self.answer))}  # the classes in the order of their numbers in the masks
+  height: 256  # pixels that images and masks are brought to
+  width: 256
+
+{network}
+batch_size: 8  # images in one optimizer step
+epochs: 30  # passes over the training images
+# train_rows: 100  # fewer images, to try things out
+
+vary:
+  seed: [0, 1, 2]  # fewer than three seeds tell hardly anything apart
+{methods if self.model else "  model: [unet, unet-refined]" + chr(10)}
+# The learning rates are chosen on training images that are held out, before anything is reported.
+tune:
+  learning_rate: [1e-3, 3e-3, 1e-2]
+
+report:
+  title: {_flow(f"{Path(self.data).stem}: {', '.join(_words(self.answer))}")}
+  reference: full
+"""
+
+    def _of_texts(self) -> str:
         scored = self.type in ("classification", "pair", "regression")
         head = "    - {name: head, learning_rate: [3e-3, 1e-2, 3e-2]}  # the head alone: what no adapter at all gives\n"
         first = {"regression": "mean_absolute_error, pearson"}.get(self.type, "f1_macro, accuracy")
         metrics = f"  # metrics: [{first}]  # scores in place of the usual ones; the first decides\n" if scored else ""
         model = self.model or MODELS.get(self.type, "")
-        return f"""\
-# Which method is worth it on this data? Check the file, see what it means, then run it:
-#   rankwise validate {file}
-#   rankwise compare {file} --dry-run
-#   rankwise compare {file}
-
+        return f"""
 task:
   type: {self.type}
   # a .csv, .jsonl or .parquet file, of which a tenth is held out to score, or a folder with train and validation
@@ -123,10 +168,18 @@ def asked(given: dict[str, str | None], ask: Ask | None) -> Start:
         return found
 
     data = answer("data", "Your data, a .csv, .jsonl or .parquet file, or a folder with train and validation:")
-    columns = _columns(data)
-    kind = answer("type", f"What is to be learnt, {', '.join(TYPES)}?", "classification")
+    images = (Path(data).expanduser() / "train" / "images").is_dir()
+    columns = [] if images else _columns(data)
+    kinds = ", ".join((*TYPES, IMAGES))
+    kind = answer("type", f"What is to be learnt, {kinds}?", IMAGES if images else "classification")
+    if kind == IMAGES:
+        if not images and not {"image", "mask"} <= {*columns}:
+            raise InputError(f"--type {kind}: {data} has neither train/images nor the columns image and mask")
+        classes = answer("label", "Which classes, in the order of their numbers in the masks?", "background,foreground")
+        return Start(data, kind, (), classes, given.get("model") or "")
+    columns = columns or _columns(data)
     usual = ",".join(columns[: 2 if kind == "pair" else 1])
-    read = [each.strip() for each in answer("text", f"Read which column of {', '.join(columns)}?", usual).split(",")]
+    read = _words(answer("text", f"Read which column of {', '.join(columns)}?", usual))
     left = [column for column in columns if column not in read]
     learnt = answer("label", f"Learn which column of {', '.join(left)}?", next(iter(left), ""))
     for key, column in [*(("text", each) for each in read), ("label", learnt)]:
@@ -144,6 +197,11 @@ def _columns(data: str) -> list[str]:
     from rankwise.tasks.source import read
 
     return list(read(data, "train").table.column_names)
+
+
+def _words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for word in text.split(",")]
 
 
 def _flow(value: Any) -> str:
