@@ -6,15 +6,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+import quick  # noqa: F401
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # A shell starts what it puts into the background with Ctrl-C ignored, and every process of a test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Waiting for the disk is for a power cut, which no test brings about; with much being written it can take seconds.
-os.fsync = os.fstat  # type: ignore[assignment]
 
 
 def pytest_collection_finish() -> None:
