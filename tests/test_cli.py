@@ -402,7 +402,7 @@ def made_by_others(store: Store, method: str, file: str) -> int:
         code[file] = dict.fromkeys(code[file], "another")
         by = Maker.now(made.data, code)
         kept = run_file.load(folder)
-        (folder / "run.yaml").write_text(replace(kept, made=by).text())
+        (folder / "run.yaml").write_text(replace(kept, maker=by).text())
         (folder / "maker.json").write_text(by.text())
     return len(folders)
 

@@ -148,7 +148,7 @@ def test_a_plugins_method_is_tuned_and_reported_as_ours_are(tmp_path: Path) -> N
         kept = run_file.load(folder)
         assert kept.config.plugins == [str(file)]
         assert kept.config.method["twist"] == 0.5 and kept.config.method["rank"] > 0
-        assert kept.made is not None and "plug.py" in kept.made.parts()
+        assert kept.maker is not None and "plug.py" in kept.maker.parts()
 
     moved = tmp_path / "moved"
     moved.mkdir()

@@ -121,7 +121,7 @@ def test_any_change_of_the_text_is_seen_and_a_file_by_hand_has_no_digest(tmp_pat
         assert run_file.read(folder) is None
     (folder / "run.yaml").write_text(yaml.safe_dump({"id": "0123456789ab", "task": "cola"}))
     kept = run_file.read(folder)
-    assert kept is not None and (kept.id, kept.made, kept.kind) == ("0123456789ab", None, "run")
+    assert kept is not None and (kept.id, kept.maker, kept.kind) == ("0123456789ab", None, "run")
 
 
 @pytest.mark.parametrize(

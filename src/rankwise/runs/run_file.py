@@ -30,20 +30,20 @@ class RunFile:
 
     id: str
     config: RunConfig
-    made: Maker | None
+    maker: Maker | None
     """None for a file written by hand."""
     kind: Kind
     format: int = FORMAT
     """Of its id; 0 if that is a hash of all settings, or if the file was written by hand."""
     begun_with: Mapping[str, str] | None = None
-    """The maker that started the run, if `made` resumed it with --reuse."""
+    """The maker that started the run, if `maker` resumed it with --reuse."""
     digest: str = ""
     """At format 0, of all settings: the name by which the next stage of its chain knows it."""
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names that a run that begins with this one may use for it."""
-        if self.made is None:
+        if self.maker is None:
             return (self.config.id,)
         return (self.id, self.digest) if self.digest else (self.id,)
 
@@ -53,7 +53,7 @@ class RunFile:
             "id": self.id,
             "format": self.format,
             "kind": self.kind,
-            **({} if self.made is None else {"made_with": self.made.made_with()}),
+            **({} if self.maker is None else {"made_with": self.maker.made_with()}),
             **({} if self.begun_with is None else {"begun_with": dict(self.begun_with)}),
             **self.config.model_dump(mode="json", exclude={"runs"}),
         }
@@ -93,16 +93,16 @@ def _load(file: Path) -> RunFile:
     if "made_with" not in content:
         return _by_hand(file, content.get("id"), settings)
     try:
-        made = Maker.of(content["made_with"], file.parent)
+        maker = Maker.of(content["made_with"], file.parent)
         if "digest" in content:
             whole = text == signed(text.rpartition(_DIGEST)[0])
             found = RunFile(
-                *(content["id"], RunConfig.model_validate(settings), made),
+                *(content["id"], RunConfig.model_validate(settings), maker),
                 *(content["kind"], content["format"], content.get("begun_with")),
             )
         else:
             whole = _is_older_id(content["id"], settings, content["made_with"])
-            found = _older(content["id"], settings, made)
+            found = _older(content["id"], settings, maker)
     except (KeyError, TypeError, AttributeError, ValidationError):
         whole = False
     if not whole:  # else it would resume as a run with other settings than its id stands for
@@ -119,11 +119,11 @@ def _by_hand(file: Path, name: Any, settings: Mapping[str, Any]) -> RunFile:
     return RunFile(str(name), config, None, config.kind, format=0)
 
 
-def _older(name: Any, settings: Mapping[str, Any], made: Maker) -> RunFile:
+def _older(name: Any, settings: Mapping[str, Any], maker: Maker) -> RunFile:
     """A file from before it held a digest."""
     # at that time only runs with a tuned rate were evaluated just once, at the end
     config = RunConfig.model_validate({"tuned": settings.get("eval_every") == 0, **settings})
-    return RunFile(str(name), config, made, config.kind, format=0, digest=_digest(settings))
+    return RunFile(str(name), config, maker, config.kind, format=0, digest=_digest(settings))
 
 
 def _is_older_id(name: Any, settings: Mapping[str, Any], made_with: Mapping[str, Any]) -> bool:
@@ -166,10 +166,10 @@ def unreadable(folder: Path) -> str:
 
 def apart(one: RunFile, other: RunFile) -> list[str]:
     """Why two runs are not compared with each other, for `in_words`; [] where they may be."""
-    if one.made is None or other.made is None:
-        return [] if one.made is other.made else [CODE]
+    if one.maker is None or other.maker is None:
+        return [] if one.maker is other.maker else [CODE]
     for first, later in ((one, other), (other, one)):
-        if later.config.after in first.names and later.made.before not in ("", first.made.name):  # type: ignore[union-attr]
+        if later.config.after in first.names and later.maker.before not in ("", first.maker.name):  # type: ignore[union-attr]
             return [BEFORE]
     data = [(each.config.task, each.kind == "trial") for each in (one, other)]
-    return one.made.apart(other.made, same_data=data[0] == data[1])
+    return one.maker.apart(other.maker, same_data=data[0] == data[1])

@@ -74,55 +74,55 @@ class Store(Noted):
         places = [file.parent for file in self.folder.glob(f"*/{run_file.NAME}") if not run_file.at_home(file.parent)]
         # of several the newest
         found = {
-            each: kept
+            each: run
             for each in sorted(places, key=_age, reverse=True)
-            if (kept := run_file.read(each)) is not None and kept.made is not None
+            if (run := run_file.read(each)) is not None and run.maker is not None
         }
-        named = {name: kept for kept in found.values() for name in kept.names}
+        named = {name: run for run in found.values() for name in run.names}
 
-        def now(kept: RunFile) -> str:
-            if kept.format == FORMAT:
-                return kept.id
-            before = named.get(kept.config.after or "")
-            after = kept.config.after if before is None else now(before)
-            return kept.config.model_copy(update={"after": after}).id
+        def now(run: RunFile) -> str:
+            if run.format == FORMAT:
+                return run.id
+            before = named.get(run.config.after or "")
+            after = run.config.after if before is None else now(before)
+            return run.config.model_copy(update={"after": after}).id
 
-        return {now(kept): folder for folder, kept in found.items()}
+        return {now(run): folder for folder, run in found.items()}
 
-    def create(self, config: RunConfig, made: Maker | str) -> Path:
+    def create(self, config: RunConfig, maker: Maker | str) -> Path:
         """The folder of this run, created with its `run.yaml` if there is none yet.
 
-        `made` is what would train it now, or only the revision of its data, if the code is not to be recorded. It is
+        `maker` is what would train it now, or only the revision of its data, if the code is not to be recorded. It is
         also recorded for a run that exists but has not started; a run that has started keeps the maker it has.
         Raises InputError if nothing can be written.
         """
-        made = Maker(rankwise.__version__, made) if isinstance(made, str) else made
+        maker = Maker(rankwise.__version__, maker) if isinstance(maker, str) else maker
         folder = self.place(config)
-        kept, noted = run_file.read(folder), self.maker(folder)
-        if kept and (noted == made or self.begun(folder)):
+        run, noted = run_file.read(folder), self.maker(folder)
+        if run and (noted == maker or self.begun(folder)):
             # it was trained before rates were tried, or its plugins have moved
-            stale = (config.tuned and not kept.config.tuned) or config.plugins != kept.config.plugins
-            if kept.made and stale:
-                self._write(folder, replace(kept, config=config), kept.made)
+            stale = (config.tuned and not run.config.tuned) or config.plugins != run.config.plugins
+            if run.maker and stale:
+                self._write(folder, replace(run, config=config), run.maker)
             return folder
-        if not kept and self.begun(folder):
-            made = noted or Maker("unknown", "unknown")  # its run.yaml is repaired; what made the run is not known
-        self._write(folder, RunFile(config.id, config, made, config.kind), made)
+        if not run and self.begun(folder):
+            maker = noted or Maker("unknown", "unknown")  # its run.yaml is repaired; what made the run is not known
+        self._write(folder, RunFile(config.id, config, maker, config.kind), maker)
         return folder
 
-    def _write(self, folder: Path, content: RunFile, made: Maker) -> None:
+    def _write(self, folder: Path, content: RunFile, maker: Maker) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / MAKER, made.text())
-            write_whole(folder / run_file.NAME, replace(content, made=made).text())
+            write_whole(folder / MAKER, maker.text())
+            write_whole(folder / run_file.NAME, replace(content, maker=maker).text())
         except OSError as error:
             raise unwritable(self.folder, error) from None
 
     def maker(self, folder: Path) -> Maker | None:
         """What made a run, or is recorded as what will; None if nothing is recorded."""
-        found = run_file.read(folder)
-        if found is not None:
-            return found.made
+        run = run_file.read(folder)
+        if run is not None:
+            return run.maker
         try:
             return Maker.of(read_json(folder / MAKER)["made_with"], folder)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -139,50 +139,50 @@ class Store(Noted):
     def others(self, wanted: Mapping[Path, Maker]) -> dict[Path, list[str]]:
         """The started or finished runs that another maker made than the `wanted` one, and what differs."""
         found = {}
-        for folder, made in wanted.items():
+        for folder, maker in wanted.items():
             noted = self.maker(folder) if self.begun(folder) else None
-            if noted is not None and (differences := made.differs(noted)):
+            if noted is not None and (differences := maker.differs(noted)):
                 found[folder] = differences
         return found
 
-    def named(self, run: str) -> str:
+    def named(self, name: str) -> str:
         """The `name` of the maker of a run that another one begins with; "" if the run or its maker is not known."""
-        made = next((kept.made for _, kept in self._called(run)), None)
-        return made.name if made else ""
+        maker = next((run.maker for _, run in self._called(name)), None)
+        return maker.name if maker else ""
 
-    def _called(self, run: str) -> Iterator[tuple[Path, RunFile]]:
+    def _called(self, name: str) -> Iterator[tuple[Path, RunFile]]:
         """The runs that a stage of a chain may mean when it names the run it begins with."""
         for folder in self.folders():
-            if (kept := run_file.read(folder)) and run in kept.names:
-                yield folder, kept
-        if (elsewhere := self._elsewhere.get(run)) and (kept := run_file.read(elsewhere)):
-            yield elsewhere, kept
+            if (run := run_file.read(folder)) and name in run.names:
+                yield folder, run
+        if (elsewhere := self._elsewhere.get(name)) and (run := run_file.read(elsewhere)):
+            yield elsewhere, run
 
-    def claim(self, folder: Path, made: Maker) -> None:
+    def claim(self, folder: Path, maker: Maker) -> None:
         """Record what is about to train a run, unless its file was written by hand.
 
         Raises InputError for a run that another maker has started.
         """
-        found = run_file.read(folder)
-        if found is None or found.made is None:
+        run = run_file.read(folder)
+        if run is None or run.maker is None:
             return
-        if found.config.after is not None:
-            before = self._before(folder, replace(found, made=made))[1].made
-            made = replace(made, before=before.name if before else "")
-        if found.made == made:
+        if run.config.after is not None:
+            before = self._before(folder, replace(run, maker=maker))[1].maker
+            maker = replace(maker, before=before.name if before else "")
+        if run.maker == maker:
             return
         if _checkpoints(folder):
             raise InputError(
-                f"{folder.name} was started with {in_words(made.differs(found.made))}; "
+                f"{folder.name} was started with {in_words(maker.differs(run.maker))}; "
                 f"`rankwise train {folder} --reuse` resumes it all the same, --repeat starts it again"
             )
-        self._write(folder, replace(found, begun_with=None), made)
+        self._write(folder, replace(run, begun_with=None), maker)
 
-    def take_over(self, folder: Path, made: Maker) -> None:
-        """Let `made` resume what another maker started, and record that. Raises InputError as `create` does."""
-        found = run_file.read(folder)
-        if found is not None and found.made is not None:
-            self._write(folder, replace(found, begun_with=found.made.made_with()), made)
+    def take_over(self, folder: Path, maker: Maker) -> None:
+        """Let `maker` resume what another maker started, and record that. Raises InputError as `create` does."""
+        run = run_file.read(folder)
+        if run is not None and run.maker is not None:
+            self._write(folder, replace(run, begun_with=run.maker.made_with()), maker)
 
     def clear(self, folder: Path) -> None:
         """Delete what a run has produced, so that it starts from its beginning. InputError while it is running."""
@@ -202,8 +202,8 @@ class Store(Noted):
 
     def tries(self, folder: Path) -> bool:
         """Whether a run only tries a learning rate, and appears in no table."""
-        found = run_file.read(folder)
-        return found is not None and found.kind == "trial"
+        run = run_file.read(folder)
+        return run is not None and run.kind == "trial"
 
     def note_error(self, folder: Path, text: str, diverged: bool = False, refused: bool = False) -> None:
         """Record why a run failed, or at least that it did: a full disk often has room for an empty file.
@@ -264,10 +264,10 @@ class Store(Noted):
 
     def config(self, folder: Path) -> RunConfig:
         """The settings of a run. Raises InputError if its `run.yaml` is missing or damaged."""
-        found = run_file.read(folder)
-        if found is None:
+        run = run_file.read(folder)
+        if run is None:
             raise InputError(f"{folder}: {run_file.unreadable(folder) or run_file.DAMAGED}")
-        return found.config
+        return run.config
 
     def before(self, folder: Path) -> Path | None:
         """The folder of the run whose trained weights this run begins with; None if it begins with none.
@@ -280,16 +280,16 @@ class Store(Noted):
             return None
         return self._before(folder, own)[0]
 
-    def check_before(self, config: RunConfig, made: Maker) -> None:
+    def check_before(self, config: RunConfig, maker: Maker) -> None:
         """Raise InputError if a run yet to be created begins with a run that is not there; see `before`."""
         if config.after is not None:
-            self._before(self.place(config), RunFile(config.id, config, made, config.kind))
+            self._before(self.place(config), RunFile(config.id, config, maker, config.kind))
 
     def _before(self, folder: Path, own: RunFile) -> tuple[Path, RunFile]:
         why = []
-        for other, kept in self._called(own.config.after or ""):
-            if not (why := apart(kept, own)):
-                return other, kept
+        for other, run in self._called(own.config.after or ""):
+            if not (why := apart(run, own)):
+                return other, run
         if why:
             raise InputError(
                 f"{folder}: the run that it begins with was made with {in_words(why)}; carry out the whole chain "
@@ -313,17 +313,17 @@ class Store(Noted):
         """How a run stands, with its progress and the first line of its error."""
         state = self.state(folder)
         step, steps = record.progress(folder)
-        error, found = record.damage(folder), run_file.read(folder)
-        rate = found.config.learning_rate if found else None
-        tries = found is not None and found.kind == "trial"
-        if found is None:
+        error, run = record.damage(folder), run_file.read(folder)
+        rate = run.config.learning_rate if run else None
+        tries = run is not None and run.kind == "trial"
+        if run is None:
             error = run_file.unreadable(folder) or run_file.DAMAGED
         elif state == "failed":
             error = next(iter(record.error_lines(folder)), "without a message, as on a full disk; log.txt may say more")
         elif state != "done" and os.path.lexists(folder / "result.json"):
             error = "its result.json is not what was written there: the same rankwise compare or train makes it again"
-            found = None if state != "running" else found
-        if found is None and state != "running":
+            run = None if state != "running" else run
+        if run is None and state != "running":
             state = "damaged"
         names = self.planned()
         planned = names is None or folder.name in names
@@ -337,12 +337,12 @@ class Store(Noted):
             found = result.read(folder)
         except (OSError, InputError):
             return None
-        kept = run_file.read(folder)
-        if kept is None or found.run != kept.id:
+        run = run_file.read(folder)
+        if run is None or found.run != run.id:
             return None
         options = {"name": found.method, **found.options}
-        same = all(options.get(key) == value for key, value in kept.config.method.items())
-        rest = (found.seed, found.learning_rate) == (kept.config.seed, kept.config.learning_rate)
+        same = all(options.get(key) == value for key, value in run.config.method.items())
+        rest = (found.seed, found.learning_rate) == (run.config.seed, run.config.learning_rate)
         return found if same and rest else None
 
     def results(self, folders: Sequence[Path] | None = None) -> list[Finished]:
@@ -354,12 +354,12 @@ class Store(Noted):
             Finished(
                 **vars(found),
                 folder=folder,
-                kind=kept.kind,
-                tuned=kept.config.tuned,
-                config=kept.config.model_dump(mode="json", exclude={*PLACE, "tuned"}),
+                kind=run.kind,
+                tuned=run.config.tuned,
+                config=run.config.model_dump(mode="json", exclude={*PLACE, "tuned"}),
                 lineage=self._lineage(folder),
             )
-            for folder, found, kept, apart in self._finished(folders)
+            for folder, found, run, apart in self._finished(folders)
             if not apart
         ]
 
@@ -375,23 +375,23 @@ class Store(Noted):
     def _finished(self, folders: Sequence[Path] | None) -> list[tuple[Path, Result, RunFile, list[str]]]:
         """The finished runs, and why each is not compared with the newest ones, for `in_words`; [] if it is."""
         found = [
-            (folder, result, kept)
+            (folder, result, run)
             for folder in (self.folders() if folders is None else folders)
-            if (result := self.result(folder)) is not None and (kept := run_file.read(folder)) is not None
+            if (result := self.result(folder)) is not None and (run := run_file.read(folder)) is not None
         ]
         chosen: list[RunFile] = []
         known: dict[str, list[str]] = {}
         why: dict[Path, list[str]] = {}
-        for folder, _, kept in sorted(found, key=lambda each: (_age(each[0]), each[0].name)):
+        for folder, _, run in sorted(found, key=lambda each: (_age(each[0]), each[0].name)):
             # the same holds for all runs of one maker; in a chain it counts which run they begin with
-            chain = [kept.config.after, kept.id if kept.config.followed else ""]
-            like = repr([kept.made and kept.made.name, kept.config.task, kept.kind == "trial", *chain])
+            chain = [run.config.after, run.id if run.config.followed else ""]
+            like = repr([run.maker and run.maker.name, run.config.task, run.kind == "trial", *chain])
             if like not in known:
-                known[like] = next((words for other in chosen if (words := apart(kept, other))), [])
+                known[like] = next((words for other in chosen if (words := apart(run, other))), [])
                 if not known[like]:
-                    chosen.append(kept)
+                    chosen.append(run)
             why[folder] = known[like]
-        return [(folder, result, kept, why[folder]) for folder, result, kept in found]
+        return [(folder, result, run, why[folder]) for folder, result, run in found]
 
     def _lineage(self, folder: Path) -> list[dict[str, Any]]:
         try:

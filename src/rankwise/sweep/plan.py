@@ -36,7 +36,7 @@ class One:
     folder: Path
     given: RunConfig | None = None
     """Its settings; None for the folder of a run, whose `run.yaml` has them."""
-    made: Maker | None = None
+    maker: Maker | None = None
     """What would make it now; None for the folder of a run."""
     differs: str = ""
     """How that differs from what made the run whose `run.yaml` was given, in words."""
@@ -57,11 +57,11 @@ class One:
         config = alone(load_run(source, settings), tries=noted is not None)
         check_models([config], shipped)
         store, differs = Store(config.runs), ""
-        made = makers(store, [config])(config) if is_main() else None
-        if made is not None and noted is not None:
-            words = in_words(differences) if (differences := made.differs(noted)) else "the present code and data"
+        maker = makers(store, [config])(config) if is_main() else None
+        if maker is not None and noted is not None:
+            words = in_words(differences) if (differences := maker.differs(noted)) else "the present code and data"
             differs = f"{source}: was made with {words}"
-        return cls(store, store.place(config), config, made, differs)
+        return cls(store, store.place(config), config, maker, differs)
 
     @property
     def config(self) -> RunConfig:
@@ -71,12 +71,12 @@ class One:
     def carry_out(self, reuse: bool, repeat: bool) -> dict[str, Any]:
         """Settle, make the folder and train; what `result.json` then holds."""
         if is_main():
-            if self.given is None or self.made is None:
+            if self.given is None or self.maker is None:
                 settle_begun(self.store, [self.folder], reuse, repeat)
             else:
-                self.store.check_before(self.given, self.made)
-                settle(self.store, {self.folder: self.made}, reuse, repeat)
-                self.store.create(self.given, self.made)
+                self.store.check_before(self.given, self.maker)
+                settle(self.store, {self.folder: self.maker}, reuse, repeat)
+                self.store.create(self.given, self.maker)
         with redirect_stdout(sys.stderr):
             return run(self.folder)
 
