@@ -179,5 +179,5 @@ def test_a_model_that_transformers_adapted_is_told_what_it_is(checkpoint, tmp_pa
     rw.save(rw.LoRA(rank=2).attach(base(checkpoint)), tmp_path / "adapter")
     for ask in (rw.LoRA(rank=2).attach, rw.BitFit().attach, lambda m: rw.load(m, tmp_path / "adapter")):
         for adapted in (model, rw.LoRA(rank=2).attach(base(checkpoint))):
-            with pytest.raises(rw.InputError, match="has an adapter already: take the base model instead"):
+            with pytest.raises(rw.InputError, match="already has an adapter: use the base model"):
                 ask(adapted)

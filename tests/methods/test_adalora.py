@@ -352,7 +352,7 @@ def test_what_does_not_fit_model_or_run_gets_one_clear_line(tmp_path):
     short = TrainingArguments(str(tmp_path), max_steps=5, report_to=[])
     for act, message in (
         (lambda: made(init_rank=64).attach(tiny.model()), "init_rank 64 is too large"),
-        (lambda: made().attach(attached(made())), "an adapter already"),
+        (lambda: made().attach(attached(made())), "already has an adapter"),
         (lambda: made(targets=["querry"]).attach(tiny.model()), "query"),
         (lambda: made().attach(tiny.model(), head=["klassifier"]), "classifier"),
         (lambda: rw.SimplexAdam(method, model), "set total"),

@@ -281,7 +281,7 @@ def test_bad_options_get_one_clear_line(options, message):
 def test_a_model_with_an_adapter_takes_no_second_one(name):
     lora = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["query"]))
     for model in (lora, lora.get_base_model(), attached("adapter-h"), attached("adapter-l")):
-        with pytest.raises(rw.InputError, match="an adapter already"):
+        with pytest.raises(rw.InputError, match="already has an adapter"):
             method(name).attach(model)
 
 

@@ -95,7 +95,7 @@ def test_a_site_with_weight_0_adds_nothing_but_its_omega_still_has_a_gradient():
 
 
 def test_a_model_with_an_adapter_takes_no_second_method():
-    with pytest.raises(rw.InputError, match="an adapter already"):
+    with pytest.raises(rw.InputError, match="already has an adapter"):
         method("simplex-lora").attach(attached("lora"))
 
 

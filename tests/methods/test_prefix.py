@@ -224,7 +224,7 @@ def test_a_copy_is_on_its_own(kind):
     [
         ({"prefix": -1}, "prefix must not be negative, not -1"),
         ({"infix": -2}, "infix must not be negative, not -2"),
-        ({"prefix": 0, "infix": 0}, "at least one virtual token"),
+        ({"prefix": 0, "infix": 0}, "prefix and infix are both 0: one of them must be 1 or more"),
         ({"suffix": 3}, "suffix"),
     ],
 )
@@ -240,7 +240,7 @@ def test_what_does_not_fit_the_model_gets_one_clear_line(kind):
     for made, model, head, message in (
         (kind(prefix=30, infix=2), tiny.model("gpt2"), ["score"], "32 virtual tokens leave no room in the 32 posit"),
         (kind(), tiny.model(), ["klassifier"], "classifier"),
-        (kind(), rw.LoRA(rank=2).attach(tiny.model()), [], "an adapter already"),
+        (kind(), rw.LoRA(rank=2).attach(tiny.model()), [], "already has an adapter"),
         (kind(), attached(kind), [], "already has virtual tokens"),
         (kind(), torch.nn.Linear(2, 2), [], "transformers model"),
     ):

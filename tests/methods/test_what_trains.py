@@ -58,7 +58,7 @@ def test_no_method_can_leave_the_comparison_out():
         pass
 
     for kind in (Loose, Looser):
-        with pytest.raises(rw.InputError, match=r"bert\.pooler\.dense trains and is no site"):
+        with pytest.raises(rw.InputError, match=r"bert\.pooler\.dense trains but is no adapted layer"):
             kind(rank=2, targets=["query"]).attach(tiny.model())
 
 
@@ -66,7 +66,7 @@ def test_no_method_can_leave_the_comparison_out():
 def test_a_factor_that_does_not_train_is_no_budget_spent(frozen):
     model = attached("lora")
     getattr(sites(model)[1], frozen).requires_grad_(False)
-    with pytest.raises(rw.InputError, match="where their ranks cost"):
+    with pytest.raises(rw.InputError, match="but their ranks cost"):
         _check_budget(method("lora"), model, tiny.head())
 
 
@@ -75,7 +75,7 @@ def test_a_factor_that_does_not_train_is_no_budget_spent(frozen):
 def test_targets_that_peft_rewrites_are_refused_with_those_that_it_does_not(kind):
     model = mixture(dense=[0])
     with pytest.raises(
-        rw.InputError, match=r"no adapter for .*mlp\.down_proj .*targets: \[k_proj, o_proj, q_proj, v_proj"
+        rw.InputError, match=r"PEFT cannot adapt .*mlp\.down_proj .*targets: \[k_proj, o_proj, q_proj, v_proj"
     ):
         kind(rank=2).attach(model)
     with pytest.raises(rw.InputError, match="PEFT refuses these targets"):

@@ -97,7 +97,7 @@ def test_prox_minimises_its_objective(g, xi):
 @given(vectors)
 def test_prox_at_threshold_0_moves_nothing(x):
     assert torch.equal(project.prox_l1(x, 0.0), x)
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="must be 0 or more"):
         project.prox_l1(x, -1.0)
 
 

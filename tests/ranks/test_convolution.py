@@ -406,7 +406,7 @@ def test_a_residual_start_keeps_the_function_and_saving_undoes_it(tmp_path):
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        (nn.ConvTranspose2d(4, 4, 2), "target 'conv' means conv, a transposed convolution, for which PEFT has no LoRA"),
+        (nn.ConvTranspose2d(4, 4, 2), "target 'conv' is a transposed convolution, conv, for which PEFT has no LoRA"),
         (nn.Conv2d(4, 4, 3, groups=2), "conv has 2 groups"),
         (nn.Conv2d(4, 4, 3, dilation=2), "conv is dilated"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "conv has reflect padding"),

@@ -1,4 +1,4 @@
-"""The methods: one file each, found by name. A new method is one new file in this folder, nothing edited."""
+"""The methods, one file each. To add one, add a file to this folder."""
 
 from rankwise.methods.base import Method
 

@@ -1,14 +1,14 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512), as PEFT has it: a peer that finds ranks too.
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512), by PEFT: another method that learns ranks.
 
     h = W x + b + s B diag(E) A x,    s = α / r0,    E = 0 at the start
 
-After each optimizer step every entry w of A, E and B gets a score from |w ∂L/∂w|, smoothed, times its uncertainty
-(eq. 8 to 11); a unit of rank sums its own. Between `start` and `settle` the number of units falls cubically from
-n·r0 to n·rank (eq. 12), and every ΔT steps all E_i but the best are set to 0. Then the choice stays.
+After each optimizer step every entry w of A, E and B gets a score, the smoothed |w ∂L/∂w| times its uncertainty (eq. 8
+to 11); the score of a unit of rank is their sum. Between `start` and `settle` the number of units falls cubically from
+n·r0 to n·rank (eq. 12), and every ΔT steps all E_i except the best are set to 0. Then the choice is final.
 
-In PEFT 0.21 calling the allocator is the user's task, and nothing of what it learns survives a restart; see
-`ranks/triplets.py` for what is done about it. PEFT adds γ times the mean of ‖P Pᵀ - I‖_F over P = A, Bᵀ to the loss of
-models made for a task; here its gradient is added for all. The paper (eq. 4) sums the squares of these norms.
+In PEFT 0.21 the user has to call the allocator, whose state does not survive a restart; `ranks/triplets.py` does both.
+PEFT adds γ times the mean of ‖P Pᵀ - I‖_F over P = A, Bᵀ to the loss of models for a task; here its gradient is added
+for all models. The paper (eq. 4) sums the squares of these norms.
 """
 
 from collections.abc import Sequence
@@ -43,21 +43,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaLoRA(Method, name="adalora"):
-    """AdaLoRA (by PEFT): more units of rank than the budget allows at first, and a score decides which stay.
+    """AdaLoRA (by PEFT): starts with more rank than the budget, and a score decides which units of rank stay.
 
     Attributes:
         rank: the mean rank of the sites at the end.
         init_rank: r0, the rank of every site at the start.
-        alpha: α; the scale is α / r0 and stays that.
-        targets: `all-linear` (every linear layer but the output head), or names of modules, matched by their ends.
+        alpha: α; the scale is α / r0 throughout.
+        targets: `all-linear` (every linear layer except the output head), or names of modules, matched by their ends.
         dropout: share of the adapter's inputs that are zeroed in training.
         start: steps before the first cut; below 1, a share of all steps.
-        settle: steps after the last cut, with the ranks found; below 1, a share of all steps.
+        settle: steps after the last cut, with final ranks; below 1, a share of all steps.
         every: ΔT, steps between two cuts.
-        total: steps of the whole training; 0 takes them from the run's arguments.
-        beta1: β1, how much of the old a smoothed sensitivity keeps at each step.
+        total: steps of the whole training; 0 takes them from the run.
+        beta1: β1, the share of its old value that a smoothed sensitivity keeps at each step.
         beta2: β2, the same for its uncertainty.
-        orthogonality: γ, the weight of the term that holds the rows of A and the columns of B orthonormal.
+        orthogonality: γ, the weight of the term that keeps the rows of A and the columns of B orthonormal.
     """
 
     rank: Annotated[int, Field(ge=1)] = 8
@@ -81,14 +81,14 @@ class AdaLoRA(Method, name="adalora"):
         self._phases(self.total)
 
     def _phases(self, total: int) -> dict[str, int | None]:
-        """The phases of a training of `total` steps (0: not known yet), in PEFT's words."""
+        """PEFT's options for the phases of a training of `total` steps (0: not known yet)."""
         start, settle = (int(part * total if part < 1 else part) for part in (self.start, self.settle))
-        message = f"start {start} and settle {settle} leave none of {total} steps to choose ranks in: lower them"
+        message = f"start ({start}) and settle ({settle}) leave none of {total} steps to choose ranks in: lower them"
         require(not total or start + settle < total, message)
         return {"tinit": start, "tfinal": settle, "total_step": total or None}
 
     def sized(self, size: int) -> "AdaLoRA":
-        """As many units of rank at the start, two thirds of them at the end as by default; the first is what counts."""
+        """Rank 1 + `size` at the start, which decides the peak, and two thirds of it at the end, as by default."""
         return replace(self, init_rank=1 + size, rank=max(1, 2 * (1 + size) // 3))
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
@@ -102,10 +102,10 @@ class AdaLoRA(Method, name="adalora"):
             deltaT=self.every,
             beta1=self.beta1,
             beta2=self.beta2,
-            orth_reg_weight=0.0,  # before_step has it
+            orth_reg_weight=0.0,  # before_step adds it
             total_step=1,
         )
-        vars(config).update(self._phases(self.total))  # afterwards, for PEFT insists on a number of steps
+        vars(config).update(self._phases(self.total))  # afterwards, since PEFT requires a number of steps
         model = adapt(model, config)
         add_scores(model)
         allow_added_adapters(model)
@@ -117,7 +117,7 @@ class AdaLoRA(Method, name="adalora"):
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         known = not triplets(model) or peft_config(model).total_step
-        require(bool(known), "adalora must know how many steps there will be: set total, or max_steps of the run")
+        require(bool(known), "adalora needs the number of steps of the training: set total, or the run's max_steps")
         return super().param_groups(model)
 
     def before_step(self, model: nn.Module) -> None:
@@ -128,7 +128,7 @@ class AdaLoRA(Method, name="adalora"):
         return None
 
     def fold(self, model: nn.Module) -> nn.Module:
-        """Plain LoRA on the same base weights, as a new model; the units of rank that are not chosen are cut."""
+        """Plain LoRA on the same base weights, as a new model, without the units of rank that were not chosen."""
         return to_lora(model) if triplets(model) else super().fold(model)
 
     def budget(self, model: nn.Module) -> int:

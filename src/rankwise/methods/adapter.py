@@ -1,16 +1,16 @@
-"""Adapters: a small trainable MLP with a skip connection of its own after sublayers of every frozen block.
+"""Adapters: a small trainable MLP with its own skip connection after sublayers of every frozen block.
 
-    f(x) = x + U σ(D n(x) + d) + u        D: (size, width), U: (width, size), started at U = 0, u = 0
+    f(x) = x + U σ(D n(x) + d) + u        D: (size, width), U: (width, size), at the start U = 0, u = 0
 
-adapter-h is Houlsby et al. 2019 (arXiv 1902.00751, section 2.1 and figure 2): n is the identity, σ is GELU, and one f
-stands after the output projection of every attention and one after the feed-forward part's, before the residual
-addition: 2·width·size + size + width parameters each. Their released code differs: both layers start from a normal of
-deviation 1e-3 instead of U = 0, f stands after the sublayer's dropout, GELU is the tanh form, and the model's own
-layer norms train too. The counts in Hu et al. 2021 (arXiv 2106.09685) are without these norms, and so are ours.
+adapter-h is Houlsby et al. 2019 (arXiv 1902.00751, section 2.1 and figure 2): n is the identity, σ is GELU, and there
+is one f after the output projection of every attention and of the feed-forward part, before the residual addition, with
+2·width·size + size + width parameters each. Their released code differs: D and U start normal with standard deviation
+1e-3, f follows the sublayer's dropout, GELU is the tanh form, and the model's layer norms train too. The counts in Hu
+et al. 2021 (arXiv 2106.09685) exclude these norms, and so do ours.
 
-adapter-l is Lin et al. 2020 (arXiv 2004.03829) as Hu et al. (section 5.1) count it: n is a layer norm that trains,
-σ is ReLU, one f per block after the feed-forward part; 2·width more for the norm. Their released code applies f to the
-sum after the residual addition; ours stands before it, as all adapters here do.
+adapter-l is Lin et al. 2020 (arXiv 2004.03829) as Hu et al. (section 5.1) count it: n is a trained layer norm, σ is
+ReLU, and there is one f per block, after the feed-forward part; the norm adds 2·width parameters. Their released code
+applies f after the residual addition, ours before it, as for all adapters here.
 """
 
 from abc import abstractmethod
@@ -33,7 +33,7 @@ _SIGMA = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Bottleneck(nn.Module):
-    """f(x) = x + U σ(D n(x) + d) + u for x of shape (…, width), in the type of x; exactly x at the start."""
+    """f(x) = x + U σ(D n(x) + d) + u for x of shape (…, width), in the dtype of x; exactly x at the start."""
 
     def __init__(self, width: int, size: int, activation: str, norm: bool, **where: Any):
         super().__init__()
@@ -50,13 +50,13 @@ class Bottleneck(nn.Module):
 
 
 def apply_adapter(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    """Forward hook of a layer with an adapter, which is reached through the layer, so that a copy uses its own."""
+    """Forward hook of a layer with an adapter. It looks the adapter up in the layer, so that copies use their own."""
     return module.adapter(output)
 
 
 @dataclass(frozen=True)
 class Adapter(Method):
-    """What both placements share: the options, and how a bottleneck is put after a layer."""
+    """What both adapters share: the options, and how a bottleneck is put after a layer."""
 
     sizes = ("size",)
     norm: ClassVar[bool]
@@ -65,18 +65,18 @@ class Adapter(Method):
 
     @abstractmethod
     def places(self, block: Outputs) -> list[nn.Module]:
-        """The layers of a block that an adapter stands after."""
+        """The layers of a block that get an adapter after them."""
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
-        held = any(isinstance(part, Bottleneck) for part in model.modules())
-        require(not held, "this model has an adapter already: take the base model instead")
+        adapted = any(isinstance(part, Bottleneck) for part in model.modules())
+        require(not adapted, "this model already has an adapter: use the base model")
         layers = [layer for block in outputs(model) for layer in self.places(block)]
         freeze(model, head)
         for layer in layers:
             weight: Any = layer.weight
-            # At least fp32, as PEFT holds its adapters: a step is often too small to change a bf16 number.
-            kind = torch.float32 if holds_codes(weight) else torch.promote_types(weight.dtype, torch.float32)
-            width, like = features(layer)[1], {"device": weight.device, "dtype": kind}
+            # At least fp32, like PEFT's adapters: steps are often too small to change a bf16 number.
+            dtype = torch.float32 if holds_codes(weight) else torch.promote_types(weight.dtype, torch.float32)
+            width, like = features(layer)[1], {"device": weight.device, "dtype": dtype}
             layer.add_module("adapter", Bottleneck(width, self.size, self.activation, self.norm, **like))
             layer.register_forward_hook(apply_adapter)
         let_compile_see_hooks()
@@ -100,7 +100,7 @@ class AdapterH(Adapter, name="adapter-h"):
 
 @dataclass(frozen=True)
 class AdapterL(Adapter, name="adapter-l"):
-    """Lin's adapters: a layer norm and a bottleneck MLP after the feed-forward part alone.
+    """Lin's adapters: a layer norm and a bottleneck MLP after the feed-forward part only.
 
     Attributes:
         size: features of the bottleneck.

@@ -1,4 +1,4 @@
-"""A method decides where rank goes; the rank engine acts. One method is one file in this folder."""
+"""A method decides the ranks, and the rank engine changes them. Each method is one file in this folder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 class Method(Named, ABC, kind="method"):
     """One way to spend trainable parameters on a frozen model. Its fields are the YAML options.
 
-    It has no state: whatever must survive a restart is a tensor on the model, so resuming needs no hook.
+    It has no state: what must survive a restart is a tensor in the model, so resuming needs no extra code.
     """
 
     whole: ClassVar[bool] = False
-    """Whether all weights of the model train, so that any other method can go on from what it leaves."""
+    """Whether all weights of the model train, so that any other method can go on from the result."""
     sizes: ClassVar[tuple[str, ...]] = ()
-    """The options that say how much trains, which the budget of a run chooses where none of them is given; the first is
-    the one that is counted up. Empty for a method that is as large as its model makes it."""
+    """The options that decide how much trains. A run's budget chooses them if none is given, counting up the first.
+    Empty for a method whose size depends on the model alone."""
 
     factors: ClassVar[str] = "AB"
-    """Which factors of its sites train, for a method that has sites."""
+    """The factors that train, for a method with sites."""
 
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
@@ -47,19 +47,19 @@ class Method(Named, ABC, kind="method"):
         """Freeze `model` and add what trains. The modules named in `head` stay trainable and are saved whole.
 
         Raises:
-            InputError: also where what trains afterwards is not exactly what the sites cost; see `beside`.
+            InputError: what trains is not exactly what the sites cost (see `beside`), or `model` or `head` do not fit.
         """
 
     def first_plan(self, model: nn.Module) -> RankPlan | None:
-        """The ranks that the sites begin with, where `attach` has given them others; carried out right after it."""
+        """The initial ranks if they differ from those after `attach`; carried out right after it."""
         return None
 
     def beside(self, model: nn.Module) -> list[nn.Parameter]:
-        """What trains besides the factors of the sites, their scales and the head: DoRA's magnitudes, for instance."""
+        """What trains in addition to the factors of the sites, their scales and the head, such as DoRA's magnitudes."""
         return []
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Disjoint groups over everything that trains, in model order. No weight decay on biases and norms."""
+        """Disjoint groups of all that trains, in model order. Biases and norms get no weight decay."""
         adapters = {id(p) for site in sites(model) if site.present for p in (site.A, site.B)}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in adapters]
         return [
@@ -72,57 +72,56 @@ class Method(Named, ABC, kind="method"):
         """SimplexAdam with the rate, betas, epsilon and weight decay of `args`.
 
         Raises:
-            InputError: where `args` ask for another optimizer than AdamW, or give it options.
+            InputError: `args` ask for another optimizer than AdamW, or give it options.
         """
         return SimplexAdam(self, model, *adam_options(args))
 
-    def before_step(self, model: nn.Module) -> None:  # noqa: B027 - most methods have nothing to do here
-        """Called right before each optimizer step, with all gradients there: for terms that no loss function has."""
+    def before_step(self, model: nn.Module) -> None:  # noqa: B027 - most methods do nothing
+        """Called right before each optimizer step, when gradients are complete: to add to them."""
 
     def after_step(self, model: nn.Module, step: int, lr: float) -> RankPlan | None:
-        """Called once after each optimizer step: prox or projection of scales in place, and new ranks when they change.
+        """Called after each optimizer step: changes scales in place, and returns a plan when ranks change.
 
-        What a plan says is carried out afterwards, whole or not at all, so nothing of it may be done here.
+        The plan is carried out afterwards, completely or not at all, so do none of it here.
 
         Args:
-            step: steps taken, the first being 1.
-            lr: the size of this step of ω or the gates, 0 while they stand still: their rate, or that of their clock;
-                the rate of the first group where there are none.
+            step: steps taken so far; 1 after the first.
+            lr: the size of this step of ω or the gates: their rate or clock, 0 while they do not move. Without a
+                scale, the rate of the first group.
         """
         return None
 
     def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
-        """What the search for ranks has come to by now, asked before `fold`; None for a method that learns none.
+        """The result of the search for ranks so far, before `fold`; None for a method that learns none.
 
         Args:
-            moved: what its last plan has said (`RankPlan.moved`), None where there was none. An optimizer knows it:
-                `SimplexAdam.search`.
+            moved: `RankPlan.moved` of the last plan, None before the first. `SimplexAdam.search` passes it.
         """
         return self._changed(ranks(model))
 
-    def _changed(self, now: Mapping[str, int]) -> Search | None:
-        """How many of the ranks by site are not what they began with."""
-        if not self.check_every or not self.sizes or not now:
+    def _changed(self, current: Mapping[str, int]) -> Search | None:
+        """How many sites have another rank than at the start."""
+        if not self.check_every or not self.sizes or not current:
             return None
-        begun = getattr(self, self.sizes[0])
-        return Search(sum(rank != begun for rank in now.values()), len(now))
+        initial = getattr(self, self.sizes[0])
+        return Search(sum(rank != initial for rank in current.values()), len(current))
 
     def last_plan(self, model: nn.Module) -> RankPlan:
-        """How the model becomes plain LoRA with unchanged outputs, at any time; `fold` carries it out."""
+        """The plan by which the model can become plain LoRA with unchanged outputs at any time; see `fold`."""
         return RankPlan({}, fold=True)
 
     def fold(self, model: nn.Module) -> nn.Module:
-        """To plain LoRA with unchanged outputs, in place: every scale moves into its factors."""
+        """Make the model plain LoRA with unchanged outputs, in place: every scale moves into its factors."""
         if sites(model):
             resize(model, self.last_plan(model))
         return model
 
     def weights(self, model: nn.Module) -> dict[str, float] | None:
-        """ω by site while a search is on, else None."""
+        """ω by site during a search, else None."""
         return None
 
     def budget(self, model: nn.Module) -> int:
-        """Adapter parameters that the method, just attached, may end with: what uniform ranks cost; 0 without ranks."""
+        """The most adapter parameters after training, of a model just attached: by default the cost of its ranks."""
         return rank_report(model).total
 
     def sized(self, size: int) -> "Method":
@@ -130,33 +129,33 @@ class Method(Named, ABC, kind="method"):
         return replace(self, **{self.sizes[0]: size})
 
     def peak(self, model: nn.Module) -> int:
-        """The most parameters that train at once, the head's among them, on a model just attached.
+        """The most parameters that train at once, including the head's, on a model just attached.
 
-        What is searched with counts too: ω, gates, ranks to be cut. A search that may take more rank than it began with
-        (`rounding: ceil` and `floor` of SimplexLoRA) is counted as it begins.
+        What a search needs counts too: ω, gates, ranks that will be cut. A search whose ranks may grow (`rounding:
+        ceil` and `floor` of SimplexLoRA) counts with its initial ranks.
         """
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     def final(self, model: nn.Module) -> int | None:
-        """The most parameters that can be left to train once the structure has settled, the head's among them.
+        """The most parameters that can train after the last rank change, including the head's.
 
-        None where that depends on what is learnt and has no bound worth naming.
+        None if that depends on what is learnt and has no useful bound.
         """
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     @property
     def exact_start(self) -> bool:
-        """Whether attaching leaves the model's outputs as they were, bit for bit."""
+        """Whether attaching does not change the model's outputs, bit for bit."""
         return True
 
     @property
     def check_every(self) -> int:
-        """Steps between two looks at what the method learns about ranks, 0 for never."""
+        """Steps between two decisions about ranks, 0 for none."""
         return 0
 
     @property
     def search_steps(self) -> int | None:
-        """The step after which a search for ranks is over; None where it goes on to the end, or there is none."""
+        """The last step of a search for ranks; None if it goes on to the end, or there is no search."""
         return None
 
     @property
@@ -166,7 +165,7 @@ class Method(Named, ABC, kind="method"):
 
     @property
     def restart_step(self) -> int | None:
-        """The step at which the learning-rate schedule starts again, None for never."""
+        """The step at which the learning-rate schedule starts again; None for never."""
         return None
 
 
@@ -174,15 +173,12 @@ Attach = Callable[..., nn.Module]
 
 
 def _exact(attach: Attach) -> Attach:
-    """`attach`, then the method's first plan, and what trains is compared with what the sites cost.
-
-    No method can leave that out.
-    """
+    """`attach`, followed by the method's first plan and a comparison of what trains with what the sites cost."""
 
     @wraps(attach)
     def checked(self: Method, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         attached = attach(self, model, head)
-        if type(self).attach is checked:  # and not one that a subclass goes on from
+        if type(self).attach is checked:  # not when a subclass calls it with super()
             if (plan := self.first_plan(attached)) is not None:
                 resize(attached, plan)
             _check_budget(self, attached, head)
@@ -192,9 +188,9 @@ def _exact(attach: Attach) -> Attach:
 
 
 def _check_budget(method: Method, model: nn.Module, head: Sequence[str]) -> None:
-    """Raise InputError unless all that trains is the head, scales, what lies `beside` and r·in + r·out of every site.
+    """Raise InputError unless what trains is the head, scales, `beside` and r·in + r·out of every site.
 
-    Where A is frozen a site costs r·out. Models without sites are left alone.
+    With frozen A a site costs r·out. Models without sites are not checked.
     """
     present = [site for site in sites(model) if site.present]
     if not present:
@@ -209,23 +205,27 @@ def _check_budget(method: Method, model: nn.Module, head: Sequence[str]) -> None
         for factor in method.factors
     }
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in known}
-    if strange := [name.rpartition(".")[0] for name, p in trained.items() if id(p) not in costs]:
-        raise InputError(f"{strange[0]} trains and is no site ({len(strange)} such parameters): name other targets")
-    counted, due = sum(p.numel() for p in trained.values()), sum(costs.values())
-    if counted != due or len(costs) != len(present) * len(method.factors):
-        raise InputError(f"the sites train {counted:,} parameters where their ranks cost {due:,}: name other targets")
+    if unexpected := [name.rpartition(".")[0] for name, p in trained.items() if id(p) not in costs]:
+        raise InputError(
+            f"{unexpected[0]} trains but is no adapted layer ({len(unexpected)} such parameters): name other targets"
+        )
+    actual, expected = sum(p.numel() for p in trained.values()), sum(costs.values())
+    if actual != expected or len(costs) != len(present) * len(method.factors):
+        raise InputError(
+            f"the adapted layers train {actual:,} parameters, but their ranks cost {expected:,}: name other targets"
+        )
 
 
 def adam_options(args: "TrainingArguments") -> tuple[float, tuple[float, float], float, float]:
     """Rate, betas, epsilon and weight decay.
 
     Raises:
-        InputError: where `args` ask for another optimizer than AdamW, or give it options: nobody would read them.
+        InputError: `args` ask for another optimizer than AdamW, or give it options, which would be ignored.
     """
     optim = getattr(args.optim, "value", args.optim)
     if optim not in ("adamw_torch", "adamw_torch_fused"):
-        raise InputError(f"optim={optim} would not be used: methods step by an AdamW of their own; leave optim out")
+        raise InputError(f"optim={optim} would be ignored, since methods use their own AdamW: leave optim out")
     for option in ("optim_args", "optim_target_modules"):
         if getattr(args, option):
-            raise InputError(f"{option}={getattr(args, option)!r} would not be read: leave it out")
+            raise InputError(f"{option}={getattr(args, option)!r} would be ignored: leave it out")
     return args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon, args.weight_decay

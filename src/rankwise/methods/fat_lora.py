@@ -1,8 +1,8 @@
 """FatLoRA (Shalygin, Davydenko, Veprikov, MIPT 2025; also WeightLoRA+): SimplexLoRA's search with other defaults.
 
-`FatLoRA[mfs=K, fs=T]` of their tables is `times: K, every: T`. SGD steps ω, at 5. Ranks are rounded up, so that it may
-spend more than uniform ranks; changed sites start afresh; and at the end of the search ω is set to 1 and not folded in,
-as their code does: the function may jump there.
+`FatLoRA[mfs=K, fs=T]` in their tables is `times: K, every: T`. ω is stepped by SGD with rate 5. Ranks are rounded up,
+so that they may cost more than uniform ranks, and changed sites start again. At the end of the search ω is set to 1
+instead of folded, as in their code, which may change outputs abruptly.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from rankwise.methods.simplex_lora import SimplexLoRA
 
 @dataclass(frozen=True)
 class FatLoRA(SimplexLoRA, name="fat-lora"):
-    """As simplex-lora with the authors' defaults: SGD on ω, ranks rounded up, changed sites afresh, ω = 1 at last."""
+    """simplex-lora with the authors' defaults: SGD on ω, ranks rounded up, changed sites restarted, ω = 1 at last."""
 
     times: int = 2
     rounding: Literal["floor", "ceil", "budget"] = "ceil"

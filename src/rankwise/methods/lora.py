@@ -1,11 +1,11 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): h = W x + b + s B A x with s = α / r, and every layer the same rank.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): h = W x + b + s B A x with s = α / r and the same rank everywhere.
 
-The paper draws A from a Gaussian; its released code and PEFT draw it Kaiming-uniformly (`init: kaiming`). The three SVD
-starts come from a course project on LoRA-FA with SVD initialisation, which they name so:
+In the paper A starts Gaussian, in its released code and in PEFT Kaiming uniform (`init: kaiming`). The three SVD starts
+are from a course project on LoRA-FA with SVD initialisation:
 
-    svd            B = U√S, A = √S Vᵀ of the rank-r truncation, W stays: the function changes at the start
-    svd_residual   the same, and W ← W - s B A: the function stays (as in PiSSA, arXiv 2404.02948); saving undoes it
-    svd_authors    what their notebooks computed, rows of Vᵀ misread as columns; only to reproduce their figures
+    svd            B = U√S, A = √S Vᵀ of W truncated to rank r; W stays, so outputs change at the start
+    svd_residual   the same, and W ← W - s B A, so outputs stay (as in PiSSA, arXiv 2404.02948); saving undoes it
+    svd_authors    as in their notebooks, with columns of Vᵀ in place of rows; only to reproduce their figures
     pissa          PEFT's, which divides the singular values by s, so that s B A is the truncation of W itself
 """
 
@@ -28,7 +28,7 @@ from rankwise.ranks.layers import check_own_weight, shaped
 from rankwise.ranks.peft_calls import allow_peft_calls
 
 RESIDUAL = ("svd_residual", "pissa")
-"""Starts that are taken out of W."""
+"""Starts that are subtracted from W."""
 _PEFT_INIT: dict[str, Any] = {"normal": "gaussian", "pissa": "pissa"}
 
 
@@ -39,13 +39,13 @@ class LoRA(Method, name="lora"):
     Attributes:
         rank: r, of every site.
         alpha: α; the product BA is scaled by s = α / r.
-        targets: `all-linear` (every linear layer but the output head), or names of modules, matched by their ends.
-            `c_attn.q`, `c_attn.k` and `c_attn.v` are the parts of GPT-2's fused projection. Convolutions are named.
+        targets: `all-linear` (every linear layer except the output head), or names of modules, matched by their ends.
+            `c_attn.q`, `c_attn.k` and `c_attn.v` are the parts of GPT-2's fused projection. Convolutions must be named.
         dropout: share of the adapter's inputs that are zeroed in training.
-        init: how A starts, `kaiming` (uniform) or `normal` with B = 0, or how both do: `svd`, `svd_residual`,
+        init: the start of A, `kaiming` (uniform) or `normal` with B = 0, or of both factors: `svd`, `svd_residual`,
             `svd_authors`, `pissa`.
-        pull: α_reg of the term α_reg ‖B - B0‖²_F, summed over the sites, which holds B at its start. It acts after the
-            clipping of gradients.
+        pull: α_reg of the penalty α_reg ‖B - B0‖²_F, summed over the sites, which pulls B to its start. It is added
+            after the clipping of gradients.
     """
 
     rank: Annotated[int, Field(ge=1)] = 8
@@ -56,16 +56,17 @@ class LoRA(Method, name="lora"):
     pull: Annotated[float, Field(ge=0)] = 0.0
 
     peft_options: ClassVar[dict[str, Any]] = {}
-    """What else goes into PEFT's LoraConfig."""
+    """More options for PEFT's LoraConfig."""
     sizes = ("rank",)
     keeps_ranks: ClassVar[bool] = True
-    """Whether every site keeps its rank. One that goes could not give back to W what its start took out."""
+    """Whether every site keeps its rank. A site that loses it could not undo what its start subtracted from W."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.keeps_ranks:
-            require(self.init in ("kaiming", "normal"), f"{self.name} changes ranks: init must be kaiming or normal")
-            require(self.pull == 0, f"{self.name} changes ranks: pull must be 0")
+            allowed = self.init in ("kaiming", "normal")
+            require(allowed, f"{self.name} changes ranks: init must be kaiming or normal, not {self.init}")
+            require(self.pull == 0, f"{self.name} changes ranks: pull must be 0, not {self.pull}")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         place = placement(model, self.targets, head, self.rank, only=self.linear_only)
@@ -86,19 +87,19 @@ class LoRA(Method, name="lora"):
 
     @torch.no_grad()
     def _start(self, model: PeftModel) -> None:
-        """Give the factors their start, where PEFT has not done so."""
+        """Set the factors to their start, unless PEFT has."""
         if self.init in ("kaiming", "normal"):
             return
-        residual, done = self.init in RESIDUAL, self.init == "pissa"
+        residual, by_peft = self.init in RESIDUAL, self.init == "pissa"
         for site in sites(model):
-            if not done:
+            if not by_peft:
                 A, B = svd_factors(site.W, self.rank, authors=self.init == "svd_authors")
                 site.A.copy_(shaped(A, site.A))
                 site.B.copy_(shaped(B, site.B))
             if residual or self.pull:
                 A, B = site.A.flatten(1), site.B.flatten(1)
-                keep_start(site, A if residual else None, B, subtracted=done)
-        # Once, and not in an adapter that somebody adds by the same configuration.
+                keep_start(site, A if residual else None, B, subtracted=by_peft)
+        # Only once, not again for an adapter that is added with the same configuration.
         config: Any = model.peft_config[model.active_adapter]
         config.init_lora_weights = True
 
@@ -110,10 +111,10 @@ class LoRA(Method, name="lora"):
 
     @property
     def linear_only(self) -> str:
-        """The option chosen that PEFT has for linear layers and not for convolutions, or an empty string."""
+        """The option in use that PEFT has only for linear layers, not for convolutions; or an empty string."""
         return "init=pissa" if self.init == "pissa" else ""
 
     @property
     def exact_start(self) -> bool:
-        # Where the start was taken out of W, W x + s B A x is the old W x up to rounding.
+        # With a residual start W x + s B A x is the old W x only up to rounding.
         return self.init in ("kaiming", "normal")

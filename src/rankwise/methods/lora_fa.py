@@ -1,12 +1,12 @@
-"""LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A is drawn once and frozen, B trains.
+"""LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A is random and frozen, B trains.
 
     h = W x + b + s B (A x),    ∂L/∂B = s ∂L/∂h (A x)ᵀ
 
-The gradient of B needs A x, r wide, where that of A would need x, in wide: what a layer keeps for the backward pass
-shrinks by that (section 3). With `dropout` above 0 its mask, in wide too, is kept again.
+The gradient of B needs only A x, of width r, for the backward pass, while that of A would need x, of width in (section
+3). With `dropout` above 0 its mask, of width in, is kept too.
 
-The paper trains B by AdamW on that gradient. `projected` is what its authors gave to PEFT later: the step of B for
-which the change of s B A comes nearest to that of full fine-tuning, g = s⁻² ∂L/∂B (A Aᵀ)⁻¹, given to AdamW.
+The paper trains B by AdamW on that gradient. `projected` was added to PEFT by its authors later: AdamW on
+g = s⁻² ∂L/∂B (A Aᵀ)⁻¹, for which the change of s B A is closest to that of full fine-tuning.
 """
 
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRAFA(LoRA, name="lora-fa"):
-    """LoRA with A frozen as it was drawn: fewer trainable parameters, and no input kept for the backward pass.
+    """LoRA with random, frozen A: fewer trainable parameters, and no inputs kept for the backward pass.
 
     Attributes:
-        projected: step B by PEFT's LoRA-FA optimizer, which brings its gradient nearest to that of full fine-tuning.
+        projected: train B with PEFT's LoRA-FA optimizer, whose steps are the closest to those of full fine-tuning.
     """
 
     projected: bool = False
@@ -45,7 +45,7 @@ class LoRAFA(LoRA, name="lora-fa"):
         model = super().attach(model, head)
         for site in sites(model):
             site.A.requires_grad_(False)
-            # or PEFT would thaw it when the adapter is switched off and on again
+            # or PEFT would unfreeze it when the adapter is disabled and enabled again
             frozen = {**site.layer.frozen_peft_weight_names, site.adapter: ("lora_A",)}
             site.layer.frozen_peft_weight_names = frozen
         return model
@@ -55,7 +55,7 @@ class LoRAFA(LoRA, name="lora-fa"):
         return "projected" if self.projected else super().linear_only
 
     def budget(self, model: nn.Module) -> int:
-        """What trains: out·r of every site."""
+        """out·r of every site."""
         return sum(site.B.numel() for site in sites(model))
 
     def optimizer(self, model: nn.Module, args: "TrainingArguments") -> Any:
@@ -64,6 +64,6 @@ class LoRAFA(LoRA, name="lora-fa"):
             return super().optimizer(model, args)
         return ProjectedAdam(self, model, *adam_options(args))
 
-    def before_step(self, model: nn.Module) -> None:  # only SimplexAdam asks
-        require(not self.projected, "projected goes with ProjectedAdam, which method.optimizer(model, args) gives")
+    def before_step(self, model: nn.Module) -> None:  # only SimplexAdam calls it
+        require(not self.projected, "projected needs ProjectedAdam: use the optimizer of method.optimizer(model, args)")
         super().before_step(model)

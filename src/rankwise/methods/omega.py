@@ -1,8 +1,8 @@
-"""What the methods with one weight ω_i per site share: h = W x + b + s ω_i B A x.
+"""What methods with one weight ω_i per site share: h = W x + b + s ω_i B A x.
 
-How far ω gets by SGD depends on the loss, the rate, its schedule and the model: at the authors' rate of 5 it may reach
-another rank at every site or at none. By default ω has a clock of its own instead, which needs no rate: Adam's moments
-of ∂L/∂ω, a step of at most CLOCK / (steps of the search), and no schedule, so that over a search it can move by CLOCK.
+How far SGD moves ω depends on the loss, the rate, its schedule and the model: at the authors' rate of 5 the rank may
+change at every site or at none. By default ω has its own clock instead, which needs no rate: Adam's moments of ∂L/∂ω,
+steps of at most CLOCK / (steps of the search), and no schedule, so that in a search it can move by CLOCK.
 """
 
 from abc import abstractmethod
@@ -22,9 +22,9 @@ from rankwise.ranks.sites import omega, peft_model
 from rankwise.runs.search import Search
 
 CLOCK = 1.5
-"""How far an entry of ω, which begins at 1, can move over a search on its own clock."""
+"""How far an entry of ω, which starts at 1, can move in a search on its own clock."""
 EPS = 1e-16
-"""Adam's ε for ω: small next to any gradient, so that a loss of another size moves ω alike."""
+"""Adam's ε for ω: small compared to any gradient, so that the scale of the loss does not matter."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,15 @@ class OmegaLoRA(LoRA):
     """LoRA with a weight ω_i on every site.
 
     Attributes:
-        omega_rate: learning rate of ω by SGD, which follows the run's schedule; None for ω's own clock, Adam's moments
-            and steps of at most 1.5 / (steps of the search), whatever the run's rate is, unless that is 0.
+        omega_rate: learning rate of ω with SGD, which follows the run's schedule; None for ω's own clock: Adam's
+            moments and steps of at most 1.5 / (steps of the search), whatever the run's rate (unless that is 0).
     """
 
     omega_rate: Annotated[float, Field(ge=0)] | None = None
 
     keeps_ranks: ClassVar[bool] = False
     moving: ClassVar[tuple[str, str]] = ("ω", "")
-    """What is said to have moved in a search, and in which unit."""
+    """What moves in a search, and its unit, for messages."""
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)
@@ -54,22 +54,14 @@ class OmegaLoRA(LoRA):
             group["params"] = [p for p in group["params"] if p is not weights]
         if self.omega_rate is not None:
             steps: dict[str, Any] = {"rule": "sgd", "lr": self.omega_rate}
-        else:  # without an `lr` of its own the group has the run's, by which the clock stands still or goes
+        else:  # the group's `lr` is the run's, and the clock stops while that is 0
             steps = {"clock": CLOCK / (self.search_steps or 1), "eps": EPS}
-        # The group stays when ω is gone, so that a checkpoint from after the search fits one from during it.
-        return [
-            *groups,
-            {
-                "name": "omega",
-                "scale": True,
-                "params": [] if weights is None else [weights],
-                **steps,
-                "weight_decay": 0.0,
-            },
-        ]
+        # The group stays after ω is removed, so that checkpoints from during and after the search have the same groups.
+        own = {"name": "omega", "scale": True, "params": [] if weights is None else [weights], **steps}
+        return [*groups, {**own, "weight_decay": 0.0}]
 
     def last_plan(self, model: nn.Module) -> RankPlan:
-        """Sites whose ω is 0 are gone then, also in the middle of a search."""
+        """Empties sites whose ω is 0, during a search too."""
         values = self.weights(model) or {}
         return RankPlan({name: 0 for name, value in values.items() if value == 0}, fold=True)
 
@@ -81,12 +73,12 @@ class OmegaLoRA(LoRA):
 
     def search(self, model: nn.Module, moved: float | None = None) -> Search | None:
         weights = self.weights(model) or {}
-        # a fold takes the sites whose ω is 0
+        # a fold empties the sites whose ω is 0
         result = self._changed(ranks(model) | {name: 0 for name, value in weights.items() if value == 0})
         if result is None:
             return None
         result = replace(result, weights=self.moving[0], unit=self.moving[1])
-        if not weights or (moved is not None and self.check_every == self.search_steps):  # it is over
+        if not weights or (moved is not None and self.check_every == self.search_steps):  # the search is over
             result = replace(result, moved=moved)
             return replace(result, advice=self._advice(model, result))
         due = f"first change is due after step {self.check_every}"
@@ -97,20 +89,20 @@ class OmegaLoRA(LoRA):
 
     @abstractmethod
     def _moved(self, weights: Sequence[float]) -> float:
-        """How far ω is from where it began, in the unit of `moving`."""
+        """How far ω is from its start, in the unit of `moving`."""
 
     @abstractmethod
     def _advice(self, model: nn.Module, search: Search) -> str:
-        """What to do if the search has found nothing, else an empty string."""
+        """What to do if the search has changed nothing, else an empty string."""
 
     @property
-    def _farther(self) -> str:
-        """What to raise to get ω farther."""
+    def _move_more(self) -> str:
+        """Advice on how to make ω move more."""
         return "raise every" if self.omega_rate is None else "raise omega_rate or every, or leave omega_rate out"
 
 
 def check_finite(weights: nn.Parameter, step: int) -> None:
-    """Raise NotFiniteError where a diverged training has reached ω."""
+    """Raise NotFiniteError if ω is not finite."""
     if not torch.isfinite(weights).all():
         raise NotFiniteError(
             f"ω is not finite after step {step}: the training has diverged; lower the learning rate or omega_rate"
@@ -118,7 +110,7 @@ def check_finite(weights: nn.Parameter, step: int) -> None:
 
 
 def without_dead(weights: Sequence[float], all_sites: Sequence[Site]) -> list[float]:
-    """ω of the sites `here`, 0 for those that take no part in the loss: unlearnt, it would go on holding rank there."""
-    if all(site.dead or not w for site, w in zip(all_sites, weights, strict=True)):  # some rank must stay somewhere
+    """ω of `all_sites`, with 0 for dead ones, which would otherwise keep rank although they learn nothing."""
+    if all(site.dead or not w for site, w in zip(all_sites, weights, strict=True)):  # rank must go somewhere
         return list(weights)
     return [0.0 if site.dead else w for site, w in zip(all_sites, weights, strict=True)]

@@ -1,8 +1,8 @@
-"""PiSSA (Meng et al. 2024, arXiv 2404.02948), as PEFT has it: a peer to compare with.
+"""PiSSA (Meng et al. 2024, arXiv 2404.02948), by PEFT, for comparison.
 
     W = U diag(S) Vᵀ,    s B A = U_r diag(S_r) V_rᵀ at the start,    W ← W - s B A
 
-What trains is the principal part of W. Saving turns the result into plain LoRA on the pretrained W, at twice the rank.
+The principal part of W trains. Saving turns the result into plain LoRA on the pretrained W, at twice the rank.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,6 @@ from rankwise.methods.lora import LoRA
 
 @dataclass(frozen=True)
 class PiSSA(LoRA, name="pissa"):
-    """LoRA that starts as the principal part of W and trains that (by PEFT)."""
+    """LoRA that starts as the principal part of W, and trains that (by PEFT)."""
 
     init: Literal["kaiming", "normal", "svd", "svd_residual", "svd_authors", "pissa"] = "pissa"

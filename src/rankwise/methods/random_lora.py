@@ -1,6 +1,6 @@
-"""Random choice (Shalygin, Davydenko, Veprikov, MIPT 2025): k of n sites drawn at random, the control for WeightLoRA.
+"""Random choice (Shalygin, Davydenko, Veprikov, MIPT 2025): k of n sites at random, the control for WeightLoRA.
 
-The authors call it RandLoRA, which in PEFT is another method (Albert et al. 2025, arXiv 2502.00987).
+The authors call it RandLoRA, the name of another method in PEFT (Albert et al. 2025, arXiv 2502.00987).
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from rankwise.ranks import RankPlan, sites
 
 @dataclass(frozen=True)
 class RandomLoRA(LoRA, name="random-lora"):
-    """LoRA on k of the target sites, drawn with the run's seed.
+    """LoRA on k of the target sites, chosen at random with the run's seed.
 
     Attributes:
         keep: k, how many sites have an adapter.
@@ -34,7 +34,7 @@ class RandomLoRA(LoRA, name="random-lora"):
         return RankPlan({all_sites[index].name: 0 for index in left_out})
 
     def peak(self, model: nn.Module) -> int:
-        """That of the k most expensive sites: which are drawn depends on the seed, and no draw must cost more."""
+        """That of the k most expensive sites, since the choice depends on the seed."""
         all_sites = sites(model)
         most = self.rank * sum(sorted((site.cost for site in all_sites), reverse=True)[: self.keep])
         return super().peak(model) - sum(site.parameters for site in all_sites) + most

@@ -6,14 +6,14 @@ h = W x + b + s ω_i B A x for each of n sites, with ω on the simplex {ω ≥ 0
     1. after each optimizer step project ω onto the simplex (ω by SGD at its own rate; by default on its own clock)
     2. every T steps turn ω into integer ranks, r_i = ⌊ω_i r0⌋, and resize by QR + SVD
     3. K times
-    4. fold ω into B and train on as plain LoRA
+    4. fold ω into B and go on as plain LoRA
 
-Where the authors' published code differs: it rounds up (`rounding: ceil`), which overspends; it draws fresh factors at
-each change (`change: reinit`); it adds the product of an emptied adapter to W (`empty: merge`); its projection may be a
-softmax. Our defaults spend at most the parameters of uniform r0 (`rounding: budget`) and keep what was learnt (`svd`).
+The authors' published code differs: it rounds up (`rounding: ceil`), which overspends; changed sites start again
+(`change: reinit`); the product of an emptied site is added to W (`empty: merge`); the projection may be a softmax. Our
+defaults spend at most the parameters of uniform r0 (`rounding: budget`) and keep what was learnt (`svd`).
 
-One thing to know: ∂L/∂ω_i = ⟨∂L/∂ΔW_i, s B_i A_i⟩ is 0 while B = 0, and small as long as B is. Hence the authors' large
-rate of ω, our clock, which asks for the sign of a gradient more than for its size, and a T that leaves B time to grow.
+∂L/∂ω_i = ⟨∂L/∂ΔW_i, s B_i A_i⟩ is 0 while B = 0, and small while B is small. This explains the authors' large rate of
+ω, our clock, which depends less on the size of a gradient than on its sign, and a T that leaves B time to grow.
 """
 
 from collections.abc import Sequence
@@ -34,21 +34,21 @@ from rankwise.runs.search import Search
 
 @dataclass(frozen=True)
 class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
-    """LoRA whose ranks move to where the weights ω on a simplex say they are worth it.
+    """LoRA whose ranks follow weights ω on a simplex.
 
     Attributes:
         every: T, steps between two rank changes.
-        times: K, how many rank changes.
+        times: K, the number of rank changes.
         rounding: `budget` (never over the parameters of uniform `rank`), `floor` (slides) or `ceil` (authors' code).
-        change: `svd` keeps the best approximation of BA at the new rank, `reinit` starts the changed sites afresh.
-        empty: the product of a site whose rank becomes 0 is `drop`ped or `merge`d into W.
-        finish: `continue` with the factors found, or `restart` with fresh ones at the found ranks; RankTrainer then
-            starts the schedule again too, elsewhere the schedule is the caller's.
-        moments: Adam's moments of changed sites: `reset`, or `keep` (carried along with the factors).
+        change: `svd` keeps the best approximation of BA at the new rank, `reinit` starts changed sites again.
+        empty: `drop` the product of a site whose rank becomes 0, or `merge` it into W.
+        finish: after the search, `continue` with its factors, or `restart` with new ones at its ranks; RankTrainer then
+            restarts the schedule too (in other loops the schedule is up to you).
+        moments: Adam's moments of changed sites: `reset` them, or `keep` them (transformed like the factors).
         rewarm: steps of linear warm-up of all rates after each rank change.
         projection: `simplex` (Euclidean), `softmax` or `rank-softmax` (softmax weighted by the current ranks). The last
-            two are no projections: step after step they enlarge any difference by themselves, without a gradient too.
-        omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection, η being ω's rate or the clock's.
+            two are not projections: they enlarge any difference at each step, even without a gradient.
+        omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection, with η the rate or clock of ω.
     """
 
     every: Annotated[int, Field(ge=1)] = 10
@@ -64,7 +64,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
 
     moving = ("ω", "ranks")
     resets: ClassVar[bool] = False
-    """Whether ω is set to 1 at the end of the search and not folded in as it is."""
+    """Whether ω is set to 1 at the end of the search instead of folded."""
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         model = super().attach(model, head)
@@ -122,10 +122,10 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     def _advice(self, model: nn.Module, search: Search) -> str:
         if search.changed or search.moved is None:
             return ""
-        # With quotas ω_i r0 within half a rank of r0 the largest remainders are those of the sites that fell below it.
+        # With all quotas ω_i r0 within half a rank of r0, those below r0 have the largest remainders.
         if self.rounding == "budget" and len({site.cost for site in sites(model)}) == 1 and search.moved < 0.5:
-            return f"a rank changes only where ω moves by half a rank or more: {self._farther}"
-        return self._farther
+            return f"a rank changes only where ω moves by half a rank or more: {self._move_more}"
+        return self._move_more
 
     @property
     def check_every(self) -> int:

@@ -1,16 +1,16 @@
-"""SoRA (Ding et al. 2023, arXiv 2311.11696): gates decide which units of rank live.
+"""SoRA (Ding et al. 2023, arXiv 2311.11696): gates decide which units of rank stay.
 
     h = W x + b + s B diag(g) A x
     g ← T_{η_t λ}(g - η_t ∂L/∂g),    T_ξ(x) = sign(x) max(|x| - ξ, 0)
 
-the proximal gradient step on L + λ‖g‖₁ (eq. 5): a gate that is not worth the threshold becomes exactly 0. At the end
-units with gate 0 are cut and the others folded into B: what is left is plain LoRA of rank nnz(g).
+is the proximal gradient step on L + λ‖g‖₁ (eq. 5), which sets gates that are not worth the threshold to exactly 0. At
+the end units with gate 0 are cut and the others folded into B, which leaves plain LoRA of rank nnz(g).
 
-Where the authors' released code differs: its threshold is a constant ξ and no multiple of the rate, it adds an ℓ1 term
-to the loss on top, and by the order of two in-place operations it zeroes all |x| < 2ξ. A gate that the loss does not
-hold shrinks by λ Σ_t η_t in all. With the paper's λ = 3e-4 and the rate of the weights, 8e-4, that would close none:
-hence a rate of the gates' own, 10 by default, for which a run of 1,000 steps closes what starts near 1. While B is near
-0 so are the gradients of the gates: in short runs all of them shrink alike before the loss can tell them apart.
+The authors' released code differs: its threshold is a constant ξ, not a multiple of the rate, it also adds an ℓ1 term
+to the loss, and because of the order of two in-place operations it zeroes all |x| < 2ξ. A gate without influence on the
+loss shrinks by λ Σ_t η_t in total. With the paper's λ = 3e-4 and the rate of the weights, 8e-4, no gate would reach 0,
+so gates have their own rate, by default 10, at which 1,000 steps close gates that start near 1. While B is near 0, so
+are the gradients of the gates: in short runs all shrink equally before the loss can distinguish them.
 """
 
 from collections.abc import Sequence
@@ -35,9 +35,9 @@ class SoRA(LoRA, name="sora"):
 
     Attributes:
         sparsity: λ, the weight of ‖g‖₁. The threshold of a step is the gates' rate times λ.
-        gates: how the gates start: `normal`, drawn from N(0, 1) (authors' code), or `ones` (a course report on SoRA).
+        gates: the start of the gates: `normal`, from N(0, 1) (authors' code), or `ones` (a course report on SoRA).
         gate_rate: learning rate of the gates, which follows the run's schedule; 0 for the run's own rate.
-        gate_rule: what steps the gates before the threshold: `sgd`, or `adamw` without weight decay.
+        gate_rule: the optimizer of the gates before the threshold: `sgd`, or `adamw` without weight decay.
     """
 
     sparsity: Annotated[float, Field(ge=0)] = 3e-4
@@ -54,10 +54,10 @@ class SoRA(LoRA, name="sora"):
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         gates = trained_scales(model)
-        mine = {id(g) for g in gates}
+        gate_ids = {id(g) for g in gates}
         groups = super().param_groups(model)
         for group in groups:
-            group["params"] = [p for p in group["params"] if id(p) not in mine]
+            group["params"] = [p for p in group["params"] if id(p) not in gate_ids]
         rate = {"lr": self.gate_rate} if self.gate_rate else {}
         own = {"name": "gates", "scale": True, "params": gates, "rule": self.gate_rule, "weight_decay": 0.0, **rate}
         return [*groups, own]
@@ -67,7 +67,8 @@ class SoRA(LoRA, name="sora"):
         for gates in trained_scales(model):
             if not gates.isfinite().all():
                 raise NotFiniteError(
-                    f"gates are not finite after step {step}: the training has diverged; lower the rates"
+                    f"gates are not finite after step {step}: the training has diverged; lower the learning rate or "
+                    "gate_rate"
                 )
             gates.copy_(project.prox_l1(gates, lr * self.sparsity))
         return None
@@ -82,7 +83,7 @@ class SoRA(LoRA, name="sora"):
         if not result.changed:
             result = replace(result, advice="no gate has closed: raise sparsity or gate_rate, or train longer")
         gates = trained_scales(model)
-        if self.gates != "ones" or not gates:  # of gates that were drawn it is not known where they began
+        if self.gates != "ones" or not gates:  # the start of random gates is not kept
             return result
         return replace(result, moved=max(float((g.detach() - 1).abs().max()) for g in gates), weights="gates")
 

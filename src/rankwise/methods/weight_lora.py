@@ -1,17 +1,17 @@
-"""WeightLoRA (Shalygin, Davydenko, Veprikov, MIPT 2025, slides; in their tables WLoRA): k of n adapters stay.
+"""WeightLoRA (Shalygin, Davydenko, Veprikov, MIPT 2025, slides; WLoRA in their tables): k of n adapters stay.
 
 h = W x + b + s ω_i B A x for each of n sites, and at most k of the ω_i are not 0.
 
     1. all ω_i = 1; after each optimizer step (ω by SGD at its own rate) keep the k entries of largest |ω|, others are 0
-    2. after a set step the adapters whose ω_i is 0 are removed for good; ω trains on for those that stay
-    3. at the end ω is folded into B
+    2. after a given step remove the adapters with ω_i = 0; ω goes on training for those that stay
+    3. at the end fold ω into B
 
-On its own clock ω takes its last step where the adapters are removed, and is folded there: steps as long as before, to
-the end of the training, would say no more about where an adapter is worth it.
+With its own clock ω is folded when adapters are removed: equally long steps after that would not show any better where
+adapters are worth it.
 
-While B is 0 the gradient of ω is 0, so a projection after the very first step finds n equal entries, and ties decide.
-An adapter with ω = 0 gets no gradient on A and B any more, so it comes back only if ω alone grows past another. That is
-the algorithm as the slides have it (`start: 1`). Our default lets B grow for some steps first.
+While B is 0 the gradient of ω is 0, so that after the first step all entries are equal and the projection is decided by
+ties. With ω = 0 the factors A and B get no gradient, so an adapter returns only if its ω alone grows past another. This
+is the algorithm of the slides (`start: 1`); our default first lets B grow for some steps.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,10 @@ from rankwise.runs.search import Search
 
 @dataclass(frozen=True)
 class WeightLoRA(OmegaLoRA, name="weight-lora"):
-    """LoRA with a weight per site, of which the k largest stay; the other sites are removed.
+    """LoRA with a weight per site; the k sites of largest weight stay, the others are removed.
 
     Attributes:
-        keep: k, how many sites stay.
+        keep: k, the number of sites that stay.
         start: the first step after which ω is projected.
         every: T, the step after which sites with ω = 0 are removed.
     """
@@ -66,12 +66,12 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
         if step != self.every:
             return None
         all_sites, values = sites(model), weights.tolist()
-        left = without_dead(values, all_sites)
-        gone = {site.name: 0 for site, value in zip(all_sites, left, strict=True) if value == 0}
-        return RankPlan(gone, fold=self.omega_rate is None, moved=self._moved(values))
+        live = without_dead(values, all_sites)
+        removed = {site.name: 0 for site, value in zip(all_sites, live, strict=True) if value == 0}
+        return RankPlan(removed, fold=self.omega_rate is None, moved=self._moved(values))
 
     def budget(self, model: nn.Module) -> int:
-        """What the k most expensive sites cost."""
+        """The cost of the k most expensive sites."""
         return sum(sorted((site.parameters for site in sites(model)), reverse=True)[: self.keep])
 
     def final(self, model: nn.Module) -> int | None:
@@ -82,10 +82,10 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
 
     def _advice(self, model: nn.Module, search: Search) -> str:
         if not search.changed:
-            return f"keep fewer than {search.sites} sites" if self.keep >= search.sites else self._farther
+            return f"keep fewer than {search.sites} sites" if self.keep >= search.sites else self._move_more
         values = list((self.weights(model) or ranks(model)).values())
         if any(values[: self.keep]) and not any(values[self.keep :]):
-            return "those that stayed come first in the model, as ties are decided while B is 0: raise start"
+            return "the first sites of the model stayed, as happens when ω is projected while B is 0: raise start"
         return ""
 
     @property
@@ -98,6 +98,6 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
 
 
 def check_keep(keep: int, model: nn.Module) -> None:
-    """Raise InputError where more sites are to stay than there are."""
+    """Raise InputError if `keep` is more than the number of sites."""
     count = len(sites(model))
-    require(keep <= count, f"keep {keep} is more than the {count} sites there are: keep fewer, or name more targets")
+    require(keep <= count, f"keep {keep} is more than the {count} adapted layers: keep fewer, or name more targets")

@@ -1,4 +1,4 @@
-"""The optimizer that goes along with rank changes, and the projections and proximal maps that follow its step."""
+"""The optimizer that follows rank changes, and the projections and proximal maps applied after its steps."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,6 @@ __all__ = ["SimplexAdam"]
 def __getattr__(name: str) -> Any:
     if name != "SimplexAdam":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rankwise.optim.simplex_adam import SimplexAdam  # not before it is needed: the maps need torch alone
+    from rankwise.optim.simplex_adam import SimplexAdam  # only when needed: `project` imports nothing but torch
 
     return SimplexAdam

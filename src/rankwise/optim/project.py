@@ -1,4 +1,4 @@
-"""Maps onto the sets in which ω and g live. Each computes in fp64 and returns the dtype it was given."""
+"""Projections and proximal maps for ω and g, which compute in fp64 and return the dtype of their input."""
 
 import torch
 from torch import Tensor
@@ -7,23 +7,22 @@ from torch import Tensor
 def simplex(x: Tensor, total: float) -> Tensor:
     """argmin_y ‖y − x‖² over {y ≥ 0, Σy = total}: the exact sort-based algorithm (Held et al. 1974; Duchi et al. 2008).
 
-    A point that is in the set already (to 1e-9 of its total, in its own dtype) comes back bit for bit.
+    A point that is already in the set (within 1e-9 of its total, or its dtype's precision) is returned bit for bit.
 
     Args:
-        x: (n,).
-        total: > 0.
+        x: (n,). total: > 0.
     Raises:
-        ValueError: if x is empty or not finite, or total not positive.
+        ValueError: x is empty or not finite, or total is not positive.
     """
     v = x.double()
     if x.numel() == 0:
-        raise ValueError("the simplex needs at least one entry")
+        raise ValueError("the simplex projection needs at least one entry")
     if not total > 0 or not torch.isfinite(v).all():
-        raise ValueError("the simplex needs finite numbers and a total above 0")
+        raise ValueError("the simplex projection needs finite entries and a total above 0")
     slack = max(1e-9, x.numel() * torch.finfo(x.dtype).eps / 2) * total
     if (v >= 0).all() and (v.sum() - total).abs() <= slack:
         return x.clone()
-    v = v - v.max()  # the projection is the same, and cannot lose the total in the rounding of a huge x
+    v = v - v.max()  # same projection, but the total is not lost in the rounding of huge entries
     # The largest k with x_(k) > θ_k, where θ_k makes the k largest sum to the total; then y = (x − θ)₊.
     descending = v.sort(descending=True).values
     theta = (descending.cumsum(0) - total) / torch.arange(1, v.numel() + 1, device=v.device)
@@ -34,7 +33,7 @@ def simplex(x: Tensor, total: float) -> Tensor:
 def softmax(x: Tensor, total: float, weights: Tensor | None = None) -> Tensor:
     """y_i = total · w_i e^{x_i} / Σ_j w_j e^{x_j}, with w = 1 or, rank-weighted, w_i = r_i (SimplexLoRA's code).
 
-    It lands on the simplex but is no projection: applied twice it moves twice.
+    The result is on the simplex, but this is not a projection: applying it again changes the result.
 
     Args:
         x, weights: (n,). total: > 0.
@@ -46,15 +45,15 @@ def softmax(x: Tensor, total: float, weights: Tensor | None = None) -> Tensor:
 
 
 def top_k(x: Tensor, k: int) -> Tensor:
-    """argmin_y ‖y − x‖² over {‖y‖₀ ≤ k}: keeps the k entries of largest |x|, of equal ones the first (WeightLoRA).
+    """argmin_y ‖y − x‖² over {‖y‖₀ ≤ k}: keeps the k entries of largest |x|, the first ones of a tie (WeightLoRA).
 
     Args:
         x: (n,). k: 0 to n.
     Raises:
-        ValueError: if k is outside 0..n.
+        ValueError: k is outside 0..n.
     """
     if not 0 <= k <= x.numel():
-        raise ValueError(f"cannot keep {k} of {x.numel()}")
+        raise ValueError(f"cannot keep {k} of {x.numel()} entries: keep 0 to {x.numel()}")
     kept = x.abs().sort(descending=True, stable=True).indices[:k]
     return torch.zeros_like(x).index_copy(0, kept, x[kept])
 
@@ -65,8 +64,8 @@ def prox_l1(x: Tensor, xi: float) -> Tensor:
     Args:
         x: any shape. xi: ≥ 0.
     Raises:
-        ValueError: if ξ is negative.
+        ValueError: ξ is negative.
     """
     if xi < 0:
-        raise ValueError(f"a threshold cannot be negative: {xi}")
+        raise ValueError(f"the threshold must be 0 or more, not {xi}")
     return x.sign() * (x.abs() - xi).clamp_min(0)

@@ -1,7 +1,7 @@
-"""AdamW that also knows plain SGD groups and, after each step, lets the method act on ω and on the ranks.
+"""AdamW with groups stepped by plain SGD, which after each step lets the method change ω and the ranks.
 
-This is the one code path: a bare loop calls `optimizer.step()`, and so does every Trainer. A step that a gradient
-scaler skips never comes here, so it changes no rank either.
+Bare loops and Trainers all call `optimizer.step()`, so this is the only code path. A step that a gradient scaler skips
+does not call it, and so changes no rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,14 +21,14 @@ from rankwise.ranks.silence import Silence
 from rankwise.runs.search import Search
 
 SHARDED = (
-    "ranks cannot be learnt on a model that is sharded (FSDP): search without it, save the adapter, and train that one "
-    "sharded with a fixed-rank method"
+    "ranks cannot be learnt on a model that is sharded (FSDP): search without sharding, save the adapter, and train "
+    "that sharded with a fixed-rank method"
 )
-REWARM_FROM = 1e-3  # where a re-warm-up begins, as a share of the rate (SimplexLoRA, authors' LinearLR)
+REWARM_FROM = 1e-3  # start of a re-warm-up, as a share of the rate (SimplexLoRA, authors' LinearLR)
 
 
 class Decides(Protocol):
-    """What the optimizer asks of a method."""
+    """What the optimizer needs from a method."""
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]: ...
     def before_step(self, model: nn.Module) -> None: ...
@@ -41,22 +41,22 @@ class Decides(Protocol):
 
 
 class SimplexAdam(torch.optim.AdamW):
-    """AdamW over the method's parameter groups, the method's step on ω, and the rank changes it asks for.
+    """AdamW over the method's parameter groups, followed by the method's step on ω and its rank changes.
 
-    A group may set `lr`, `weight_decay` and `rule`: "adamw" (default) or "sgd", which is p ← p − lr ∂L/∂p. With a
-    `clock` AdamW steps it by that and not by `lr`, no entry by more, and not while `lr` is 0: what sets rates, such as
-    a schedule or a re-warm-up, moves no clock. A group marked `scale` holds ω or gates: `after_step` is told the size
-    of its steps.
+    A group may set `lr`, `weight_decay` and `rule`: "adamw" (default) or "sgd", which is p ← p − lr ∂L/∂p. A group with
+    a `clock` is stepped by AdamW with that rate instead of `lr`, each entry by at most that, and not while `lr` is 0,
+    so that schedules and re-warm-ups do not change its steps. A group marked `scale` holds ω or gates, and `after_step`
+    gets the size of its steps.
 
-    Where several processes train one model (torch.distributed), each takes every step, on gradients that were averaged
-    before. They compare the new ranks at each change, and fresh factors are those of the first process.
+    If several processes train one model (torch.distributed), each takes every step, on averaged gradients. They compare
+    the new ranks at each change, and new factors are copied from the first process.
 
     Args:
         method: a rankwise method.
-        model: the model it was attached to.
-        lr, betas, eps, weight_decay: of the groups that do not set their own.
+        model: the model that it was attached to.
+        lr, betas, eps, weight_decay: for groups that do not set their own.
     Raises:
-        InputError: a method that learns ranks on a model that is sharded (FSDP).
+        InputError: a method that learns ranks, on a model that is sharded (FSDP).
     """
 
     def __init__(
@@ -71,23 +71,22 @@ class SimplexAdam(torch.optim.AdamW):
         self.method, self.model = method, model
         self.steps = 0  # steps taken
         self.changed = 0  # the step of the last rank change, 0 before any
-        self.moved: float | None = None  # what the method's last plan has said of it
+        self.moved: float | None = None  # `moved` of the method's last plan
         groups = [{"rule": "adamw", **group} for group in method.param_groups(model)]
         if method.check_every and any(hasattr(p, "device_mesh") for group in groups for p in group["params"]):
             raise InputError(SHARDED)
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        self.defaults["rule"] = "adamw"  # of groups that are added later
+        self.defaults["rule"] = "adamw"  # for groups that are added later
         self.silence = Silence(model, method.check_every)
         if Structure.of(model).ranks:
             follow(model, self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every group, then the method's; returns what `closure` returned.
+        """One step of every group, then the method's; returns the result of `closure`.
 
         Raises:
-            RuntimeError: if several processes have decided on different ranks, or if after a rank change their
-                gradients were not averaged any more.
+            RuntimeError: several processes chose different ranks, or did not average their gradients after a change.
         """
         loss = None
         if closure is not None:
@@ -108,9 +107,9 @@ class SimplexAdam(torch.optim.AdamW):
         return loss
 
     def search(self) -> Search | None:
-        """What the method's search for ranks has come to by now; None for a method that learns none.
+        """The result of the method's search for ranks so far; None for a method that learns none.
 
-        Ask before `method.fold`, which takes away what may not have been turned into ranks yet.
+        Call it before `method.fold`, which removes scales that may not have been turned into ranks yet.
         """
         return self.method.search(self.model, self.moved)
 
@@ -119,24 +118,24 @@ class SimplexAdam(torch.optim.AdamW):
         self.silence.warn(self.model)
         if not together.agree(str(sorted(plan.items())), self._device):
             raise RuntimeError(
-                f"the processes found different ranks at step {self.steps}: they did not take the same steps; average "
-                "the gradients before each, with rankwise.average_gradients(model)"
+                f"the processes chose different ranks at step {self.steps}, so their steps differed: average gradients "
+                "before each step, with rankwise.average_gradients(model)"
             )
         if plan.moved is not None:
             self.moved = plan.moved
         if resize(self.model, plan):
             self.changed = self.steps
-            # each has drawn fresh factors from its own random stream, which dropout may have moved apart
+            # each process drew new factors from its own random stream, which may differ after dropout
             together.spread(p for group in self.param_groups for p in group["params"])
 
     def _check_averaged(self) -> None:
-        """DistributedDataParallel would go on averaging the gradients of the parameters that were replaced."""
+        """Check that gradients are averaged: DistributedDataParallel still averages those of replaced parameters."""
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
         if not together.agree(str(norm), self._device):
             raise RuntimeError(
-                f"the gradients differ between the processes since ranks changed at step {self.changed}: use "
-                "RankTrainer, or rankwise.average_gradients(model) before each step, or wrap the model anew in "
+                f"gradients differ between the processes since ranks changed at step {self.changed}: use RankTrainer, "
+                "or call rankwise.average_gradients(model) before each step, or wrap the model again in "
                 "DistributedDataParallel whenever optimizer.changed == optimizer.steps"
             )
 
@@ -146,7 +145,7 @@ class SimplexAdam(torch.optim.AdamW):
 
     @contextmanager
     def _rewarmed(self) -> Iterator[None]:
-        """Every rate times the share that a re-warm-up allows at this step, from REWARM_FROM at the first one on."""
+        """Context that scales all rates linearly from REWARM_FROM to 1 in the steps after a rank change."""
         rewarm, since = self.method.rewarm_steps, self.steps - self.changed
         if not self.changed or since > rewarm:
             yield
@@ -162,7 +161,7 @@ class SimplexAdam(torch.optim.AdamW):
 
     @contextmanager
     def _sgd(self) -> Iterator[None]:
-        """Step the SGD groups, and keep their gradients out of AdamW's sight."""
+        """Context that steps the SGD groups and hides their gradients from AdamW."""
         hidden: list[tuple[Tensor, Tensor]] = []
         for group in self.param_groups:
             for p in group["params"] if group["rule"] == "sgd" else ():
@@ -176,14 +175,14 @@ class SimplexAdam(torch.optim.AdamW):
 
     @contextmanager
     def _clocked(self) -> Iterator[None]:
-        """Let AdamW step the groups that have a clock by that."""
+        """Context in which AdamW steps the groups with a clock by that."""
         groups = [group for group in self.param_groups if "clock" in group]
         clocked = [(group, group["lr"], [p.clone() for p in group["params"]]) for group in groups]
         for group, *_ in clocked:
             group["lr"] = _step_size(group)
         try:
             yield
-            for group, _, before in clocked:  # Adam's steps can be longer than its rate where gradients grow
+            for group, _, before in clocked:  # Adam's steps can exceed its rate when gradients grow
                 for p, old in zip(group["params"], before, strict=True):
                     p.clamp_(old - group["lr"], old + group["lr"])
         finally:
@@ -192,25 +191,25 @@ class SimplexAdam(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """AdamW's state, the step counters, and the ranks that the state belongs to."""
-        now = Structure.of(self.model)
+        structure = Structure.of(self.model)
         counted = {"steps": self.steps, "changed": self.changed, "moved": self.moved, "silence": self.silence.state()}
-        return {**super().state_dict(), "rankwise": {**counted, "ranks": now.ranks, "scaled": now.scaled}}
+        return {**super().state_dict(), "rankwise": {**counted, "ranks": structure.ranks, "scaled": structure.scaled}}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state whose ranks are the model's own; load the model's weights first, they bring their ranks.
+        """Load a state with the same ranks as the model; load the model's weights first, which sets its ranks.
 
         Raises:
-            RuntimeError: if the state belongs to other ranks. Going on would train with moments of other parameters.
+            RuntimeError: the state belongs to other ranks, so its moments are of other parameters.
         """
         own = state_dict.get("rankwise")
         if own is None:
             raise RuntimeError("this optimizer state was not written by SimplexAdam")
         if Structure(dict(own["ranks"]), own["scaled"]) != Structure.of(self.model):
             raise RuntimeError(
-                "the optimizer's checkpoint has other ranks than the model: load the model's weights from the same "
-                "checkpoint first (rankwise.load_checkpoint, or model.load_state_dict), they bring their ranks along"
+                "the optimizer's checkpoint has other ranks than the model: first load the model's weights from the "
+                "same checkpoint (rankwise.load_checkpoint, or model.load_state_dict), which sets the ranks"
             )
-        marks = [group.get("scale", False) for group in self.param_groups]  # which older checkpoints do not have
+        marks = [group.get("scale", False) for group in self.param_groups]  # missing in older checkpoints
         super().load_state_dict({k: v for k, v in state_dict.items() if k != "rankwise"})
         for group, mark in zip(self.param_groups, marks, strict=True):
             group |= {"scale": True} if mark else {}
@@ -219,5 +218,5 @@ class SimplexAdam(torch.optim.AdamW):
 
 
 def _step_size(group: Mapping[str, Any]) -> float:
-    """The size of a group's step: its rate, or its clock's unless the rate is 0."""
+    """The size of a group's step: its rate, or its clock if it has one and the rate is not 0."""
     return group["clock"] if "clock" in group and group["lr"] > 0 else group["lr"]
