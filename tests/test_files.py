@@ -103,7 +103,7 @@ def test_a_disk_that_is_full_is_told_as_such_by_torch_too(tmp_path: Path) -> Non
 def test_nothing_is_deleted_that_was_not_claimed(tmp_path: Path) -> None:
     for name in ("checkpoint-3", "checkpoint-6", "checkpoint-best"):
         (tmp_path / name).mkdir()
-    with pytest.raises(InputError, match="checkpoint-3: is not what this run has written"):
+    with pytest.raises(InputError, match="checkpoint-3 was not written by this run"):
         claim(tmp_path, "checkpoint-3")
     claim(tmp_path, "checkpoint-9")
     (tmp_path / "checkpoint-9").mkdir()

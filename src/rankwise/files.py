@@ -278,7 +278,7 @@ def claim(folder: Path, name: str) -> None:
     if name in (names := written(folder)):
         return
     if os.path.lexists(folder / name):
-        raise InputError(f"{folder / name}: is not what this run has written, and it is about to; move it away")
+        raise InputError(f"{folder / name} was not written by this run, which needs the name: move it away")
     write_whole(folder / WRITTEN, json.dumps(sorted({*names, name})) + "\n")
 
 

@@ -88,7 +88,7 @@ def test_a_method_without_a_size_is_outside_of_the_budget(name: str) -> None:
 
 def test_a_budget_that_nothing_fits_names_the_smallest_count() -> None:
     least = costs(build({"name": "lora", "rank": 1, **TARGETS}))
-    with pytest.raises(InputError, match=f"budget = {least - 1}: lora trains {least:,} parameters at the least"):
+    with pytest.raises(InputError, match=f"budget = {least - 1}: lora trains at least {least:,} parameters"):
         fitted("lora", least - 1, **TARGETS)
     assert fitted("lora", least, **TARGETS).method["rank"] == 1
 

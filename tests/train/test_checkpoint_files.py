@@ -72,13 +72,13 @@ def change_what_is_carried(checkpoint: Path) -> None:
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     folder: Path, damage: Callable[[Path], None], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for step, onwards in ((10, "going on from checkpoint-9"), (9, "beginning anew")):
+    for step, onwards in ((10, "going on from checkpoint-9"), (9, "starting again")):
         damage(folder / f"checkpoint-{step}")
         found = last_complete(folder)
         assert found == ((folder / "checkpoint-9", {"seconds": 9.0}) if step == 10 else None)
         assert not (folder / f"checkpoint-{step}").exists()
         # without its marker it was never complete, as after any kill: nothing to tell
-        said = f"{folder}: checkpoint-{step} does not count, for {named} is not what it was; {onwards}\n"
+        said = f"{folder}: checkpoint-{step} cannot be used, since {named} has changed; {onwards}\n"
         assert capsys.readouterr().err == (said if named else "")
 
 
@@ -112,8 +112,8 @@ def test_damaged_lines_take_the_checkpoints_along_that_cover_them(
     only_the_end = damage in (change, tear)
     assert last_complete(folder) == ((folder / "checkpoint-9", {"seconds": 9.0}) if only_the_end else None)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"{name} is not what it was" in said
-    assert said.endswith("going on from checkpoint-9\n" if only_the_end else "beginning anew\n")
+    assert said.count("\n") == 1 and f"{name} has changed" in said
+    assert said.endswith("going on from checkpoint-9\n" if only_the_end else "starting again\n")
 
 
 def test_lines_are_cut_back_to_a_checkpoint_whatever_was_appended(folder: Path) -> None:

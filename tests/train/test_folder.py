@@ -77,7 +77,7 @@ def test_what_would_be_written_over_is_named_before_any_training(name: str, tmp_
     folder = make(tmp_path / "run")
     (folder / name).mkdir()
     (folder / name / "mine").touch()
-    with pytest.raises(InputError, match=f"{name}: is not what this run has written, .*; move it away"):
+    with pytest.raises(InputError, match=f"{name} was not written by this run, .*: move it away"):
         run(folder)
     assert (folder / name / "mine").exists() and not (folder / "metrics.jsonl").exists()
 
@@ -123,7 +123,8 @@ def test_a_folder_deleted_in_mid_run_is_not_made_anew(again: bool, tmp_path: Pat
         said = process.communicate(timeout=PATIENCE)[1].decode()
     assert process.returncode == 2, said
     assert (
-        said.endswith("run: was deleted or moved while the run was at work; it has ended\n") and "Traceback" not in said
+        said.endswith("run was deleted or moved during the run, which has ended: start it again\n")
+        and "Traceback" not in said
     )
     assert not folder.exists() or not list(folder.iterdir())
 

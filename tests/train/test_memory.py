@@ -49,10 +49,10 @@ def test_a_run_that_runs_out_of_memory_takes_half_as_many_rows_at_once(alone: Pa
     assert ended.returncode == 0, ended.stderr
     told = [line for line in ended.stderr.splitlines() if line.startswith("out of memory")]
     assert told == [
-        "out of memory with 16 rows at once; going on from the last checkpoint with 8 at once, 2 times a step: a step "
-        "sees the same 16 rows",
-        "out of memory with 8 rows at once; going on from the last checkpoint with 4 at once, 4 times a step: a step "
-        "sees the same 16 rows",
+        "out of memory with 16 rows at once; going on from the last checkpoint with 8 at once, 2 times per step; a "
+        "step still has 16 rows",
+        "out of memory with 8 rows at once; going on from the last checkpoint with 4 at once, 4 times per step; a "
+        "step still has 16 rows",
     ]
     assert_equal(folder, alone)
     assert json.loads((folder / "result.json").read_text())["cost"]["micro_batch"] == 4

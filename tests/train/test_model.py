@@ -136,7 +136,7 @@ def test_more_tokens_than_the_model_reads_are_refused() -> None:
 
 @pytest.mark.parametrize("task", ["stsb", "camvid"])
 def test_labels_that_are_no_classes_are_not_smoothed(task: str) -> None:
-    with pytest.raises(InputError, match=f"label_smoothing: the loss of {task} is no cross-entropy"):
+    with pytest.raises(InputError, match=f"label_smoothing: {task} is not trained with cross-entropy"):
         check(None, tasks.build(task), [methods.build({"name": "lora"})], 128, label_smoothing=0.1)
     check(None, tasks.build("mrpc"), [methods.build({"name": "lora"})], 128, label_smoothing=0.1)
 

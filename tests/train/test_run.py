@@ -236,7 +236,7 @@ def test_lines_that_were_lost_or_changed_between_two_starts_change_no_result(
     """First all are gone, and it begins anew; then the newest is another, and it goes on from an earlier checkpoint."""
     folder = make(tmp_path / "run", model=None, method=SIMPLEX)
     for step, damage, onwards in (
-        (4, lambda text: "", "beginning anew"),
+        (4, lambda text: "", "starting again"),
         (8, lambda text: text[:-3] + "0}\n" if name == "metrics.jsonl" else text.replace("1", "2"), ""),
     ):
         terminate(folder, step)
@@ -246,7 +246,7 @@ def test_lines_that_were_lost_or_changed_between_two_starts_change_no_result(
         capsys.readouterr()
         last_complete(folder)
         said = capsys.readouterr().err
-        assert f"{name} is not what it was" in said and said.count("\n") == 1 and onwards in said
+        assert f"{name} has changed" in said and said.count("\n") == 1 and onwards in said
     run(folder)
     found, wanted = (json.loads((each / "result.json").read_text()) for each in (folder, finished))
     del found["cost"], wanted["cost"]

@@ -459,19 +459,19 @@ def test_an_optimizer_that_would_not_be_used_is_refused(optim, tmp_path):
         METHODS["lora"].optimizer(model, args)
         return
     for make in (rw.LoRA(rank=2), rw.LoRAFA(rank=2, projected=True)):
-        with pytest.raises(rw.InputError, match=f"optim={optim.value} would not be used"):
+        with pytest.raises(rw.InputError, match=f"optim={optim.value} would be ignored"):
             make.optimizer(model, args)
-    with pytest.raises(rw.InputError, match=f"optim={optim.value} would not be used"):
+    with pytest.raises(rw.InputError, match=f"optim={optim.value} would be ignored"):
         rw.RankTrainer(method=METHODS["lora"], model=model, args=args)
 
 
 @pytest.mark.parametrize("options", [{"optim_args": "momentum=0.9"}, {"optim_target_modules": ["query"]}])
 def test_options_of_another_optimizer_are_refused(options, tmp_path):
     model = METHODS["lora"].attach(tiny.model(), head=tiny.head())
-    with pytest.raises(rw.InputError, match=f"{next(iter(options))}=.* would not be read"):
+    with pytest.raises(rw.InputError, match=f"{next(iter(options))}=.* would be ignored"):
         rw.RankTrainer(method=METHODS["lora"], model=model, args=arguments(tmp_path, **options))
     given = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0})}
-    with pytest.raises(rw.InputError, match="optimizer_cls_and_kwargs would not be used"):
+    with pytest.raises(rw.InputError, match="optimizer_cls_and_kwargs would be ignored"):
         rw.RankTrainer(method=METHODS["lora"], model=model, args=arguments(tmp_path), **given)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints for a bare training loop. In a Trainer the Trainer writes them."""
+"""Checkpoints for a bare training loop; a Trainer writes its own."""
 
 import os
 import shutil
@@ -24,12 +24,12 @@ Stepper = SimplexAdam | ProjectedAdam
 def save_checkpoint(
     folder: str | PathLike[str], model: nn.Module, optimizer: Stepper, scheduler: LRScheduler | None = None
 ) -> Path:
-    """Write all that an exact continuation needs: what trains, frozen factors, optimizer, schedule, random streams.
+    """Write all that an exact resume needs: what trains, frozen factors, optimizer, schedule, torch's random streams.
 
-    The base weights are not in it; of random streams, torch's are. The folder is replaced as a whole or not at all.
+    Base weights are not included. The folder is replaced completely or not at all.
 
     Raises:
-        InputError: a folder that holds other things than a checkpoint, which would be lost.
+        InputError: the folder holds something other than a checkpoint, which would be lost.
     """
     folder = Path(folder)
     check_replaceable(folder, {FILE}, "a checkpoint")
@@ -41,38 +41,41 @@ def save_checkpoint(
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(folder, folder=True) as made:
-        with disk_errors(made), (made / FILE).open("wb") as file:
+    with unfinished(folder, folder=True) as temporary:
+        with disk_errors(temporary), (temporary / FILE).open("wb") as file:
             torch.save(state, file)
             os.fsync(file.fileno())
         if folder.exists():
             shutil.rmtree(folder)
-        made.rename(folder)
+        temporary.rename(folder)
     return folder
 
 
 def load_checkpoint(
     folder: str | PathLike[str], model: nn.Module, optimizer: Stepper, scheduler: LRScheduler | None = None
 ) -> int:
-    """Bring model, optimizer, schedule and random streams to where `save_checkpoint` left them.
+    """Restore model, optimizer, schedule and random streams from a folder that `save_checkpoint` wrote.
 
-    Attach the method to a fresh base model and make its optimizer first; the ranks follow the checkpoint.
+    First attach the method to a fresh base model and make its optimizer; the checkpoint sets the ranks.
 
     Returns:
         The steps taken so far.
     Raises:
-        InputError: no checkpoint there, one that cannot be read, or one of another method or head.
+        InputError: no checkpoint, one that cannot be read, or one of another method, head or model.
         RuntimeError: shapes that do not fit the model.
     """
     path = Path(folder) / FILE
     if not path.is_file():
-        raise InputError(f"{folder} holds no checkpoint: {FILE} is not there")
+        raise InputError(f"{folder} holds no checkpoint: it has no file {FILE}")
     try:
         state = torch.load(check_regular(path), map_location="cpu", weights_only=True)
     except Exception as error:
-        raise InputError(f"{path} cannot be read, it may be cut short: {error}") from error
-    if strange := load_learnt(model, state["model"]):
-        raise InputError(f"{path} is of another method, head or model: {strange} is on one side only")
+        raise InputError(f"{path} cannot be read and may be incomplete ({error}): use another checkpoint") from error
+    if unmatched := load_learnt(model, state["model"]):
+        raise InputError(
+            f"{path} is of another method, head or model, since {unmatched} is in only one of checkpoint and model: "
+            "attach the method that wrote it, with the same options"
+        )
     optimizer.load_state_dict(state["optimizer"])
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
@@ -83,23 +86,22 @@ def load_checkpoint(
 
 
 def learnt_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What is learnt, and all buffers. Loaded (`strict=False`) it brings its ranks and scales along.
+    """What is learnt, and all buffers. Loading it (`strict=False`) sets ranks and scales too.
 
-    A quantised weight has entries of its own in the state dict, which are neither and belong to the base.
+    The state of quantised weights, which belongs to the base, is excluded.
     """
-    # Tied tensors have several names, and all of them are in the state dict.
-    kept = _learnt(model) | buffers(model).keys()
-    return {name: value for name, value in model.state_dict().items() if name in kept}
+    names = _learnt(model) | buffers(model).keys()
+    return {name: value for name, value in model.state_dict().items() if name in names}
 
 
 def load_learnt(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
-    """Load what `learnt_state` gave; the name of a tensor that only one side has, or an empty string."""
+    """Load a result of `learnt_state`; returns the name of a tensor that only one of state and model has, or ""."""
     missing, unexpected = model.load_state_dict(state, strict=False)
     return min({*unexpected, *_learnt(model).intersection(missing)}, default="")
 
 
 def _learnt(model: nn.Module) -> set[str]:
-    """Names of the parameters that train, and of an adapter's factors also where they are frozen (LoRA-FA's A)."""
+    """All names of the parameters that train and of an adapter's factors, which may be frozen (LoRA-FA's A)."""
     factors = {id(p) for site in sites(model) if site.present for p in (site.A, site.B)}
     named = model.named_parameters(remove_duplicate=False)
     return {name for name, p in named if p.requires_grad or id(p) in factors}

@@ -1,4 +1,4 @@
-"""The size of each method in an experiment whose `budget` is one number of parameters for all of them."""
+"""The size of a method for a run with a `budget`, a number of parameters that is the same for all methods."""
 
 import json
 import sys
@@ -14,13 +14,12 @@ from rankwise.train.model import peak
 
 
 def fit(config: RunConfig) -> RunConfig:
-    """`config` with the size of its method (rank, …) chosen: the largest whole number that its budget allows.
+    """`config` with the largest size of its method (rank, …) whose `Method.peak` without the head is within its budget.
 
-    A size that is given is kept, and refused where it costs too much. A method without sizes is outside of any budget:
-    its own then goes. What costs is `Method.peak`, without the head.
+    A size in `config` is kept if it is within the budget. For a method without sizes the budget is removed.
 
     Raises:
-        InputError: a budget that even the smallest size is over, or a method that does not fit the model.
+        InputError: the size in `config`, or the smallest one, is over the budget, or the method does not fit the model.
     """
     if config.budget is None:
         return config
@@ -36,8 +35,8 @@ def fit(config: RunConfig) -> RunConfig:
 def _fitted(
     model: str | None, task_options: str, options: str, max_length: int, budget: int, trust: bool
 ) -> dict[str, Any]:
-    given, task = json.loads(options), tasks.build(json.loads(task_options))
-    method = methods.build(given)
+    settings, task = json.loads(options), tasks.build(json.loads(task_options))
+    method = methods.build(settings)
 
     def peak_of(method: Method) -> int:
         return peak(model, task, method, max_length, shipped=True, trust_remote_code=trust)
@@ -48,17 +47,17 @@ def _fitted(
         except InputError:
             if size == 1:
                 raise
-            return sys.maxsize  # more than some site can hold, or the model has positions for
+            return sys.maxsize  # too large for a layer, or for the model's positions
 
-    if kept := [option for option in method.sizes if option in given]:
-        if (least := peak_of(method)) > budget:
-            what = f"{method.name} with {kept[0]} {given[kept[0]]} trains {least:,} parameters"
-            raise InputError(f"budget = {budget}: {what}; raise the budget, or leave {kept[0]} out for it to choose")
-        return given
+    if sizes := [option for option in method.sizes if option in settings]:
+        if (cost := peak_of(method)) > budget:
+            what = f"{method.name} with {sizes[0]} {settings[sizes[0]]} trains {cost:,} parameters"
+            raise InputError(f"budget = {budget}: {what}; raise the budget, or leave {sizes[0]} out for it to choose")
+        return settings
     first = costs(1)
     if first > budget:
-        raise InputError(f"budget = {budget}: {method.name} trains {first:,} parameters at the least; raise the budget")
-    # each unit of size costs the same, or no less than the one before
+        raise InputError(f"budget = {budget}: {method.name} trains at least {first:,} parameters; raise the budget")
+    # each unit of size costs as much as the one before, or more
     most = 1 + (budget - first) // max(1, min(costs(2), budget + 1) - first)
     chosen = method.sized(bisect_right(range(1, most + 1), budget, key=costs))
-    return {**given, **{option: getattr(chosen, option) for option in method.sizes}}
+    return {**settings, **{option: getattr(chosen, option) for option in method.sizes}}

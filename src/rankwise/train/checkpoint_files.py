@@ -1,4 +1,4 @@
-"""Lines that grow and are cut back to a checkpoint, and checkpoints told complete from broken."""
+"""The files of a run that grow by lines, and checkpoints: which are complete, and what they cover."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from rankwise.files import (
 )
 
 LINES = ("metrics.jsonl", "ranks.jsonl")
-"""Files of a run that grow by lines. A result is computed from them, so a checkpoint covers them as far as they go."""
+"""Files of a run that grow by lines. Results are computed from them, so a checkpoint covers the lines up to it."""
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -30,21 +30,21 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def mark_complete(checkpoint: Path, carried: dict[str, Any]) -> None:
-    """Declare a checkpoint folder complete, with what the run `carried` so far and its lines up to now."""
-    lines = {name: _covered(_bytes(checkpoint.parent / name)) for name in LINES}
+    """Mark a checkpoint folder as complete, with what it `carried` besides the state and the run's lines so far."""
+    lines = {name: _extent(_bytes(checkpoint.parent / name)) for name in LINES}
     content = {"files": _digests(checkpoint), "lines": lines, "carried": carried}
     write_whole(checkpoint / MARKER, json.dumps({**content, "digest": _digest(content)}, indent=1))
 
 
 def last_complete(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint of a run folder that is as it was marked, and what was carried in it.
+    """The newest checkpoint of a run folder that is unchanged since it was marked, and what it carried.
 
-    So have to be its files and the run's lines up to it; what was appended later does not count. Every newer one of its
-    checkpoints is removed, as it would be written again anyway; of one that was complete once, stderr says what is
-    wrong with it.
+    Its files and the run's lines up to it must be unchanged; lines that were added later do not matter. Newer
+    checkpoints are removed, since the run will write them again; stderr says what has changed in those that were
+    complete.
     """
-    wrong = []
-    found = None
+    damaged = []
+    newest = None
     for checkpoint in checkpoints(folder):
         try:
             marker = read_json(checkpoint / MARKER)
@@ -55,19 +55,19 @@ def last_complete(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         else:
             changed = _changed(checkpoint, marker)
             if not changed:
-                found = checkpoint, marker["carried"]
+                newest = checkpoint, marker["carried"]
                 break
         if changed:
-            wrong.append(f"{checkpoint.name} does not count, for {changed} is not what it was")
+            damaged.append(f"{checkpoint.name} cannot be used, since {changed} has changed")
         remove_checkpoint(checkpoint)
-    if wrong:
-        onwards = f"going on from {found[0].name}" if found else "beginning anew"
-        print(f"{folder}: {'; '.join(wrong)}; {onwards}", file=sys.stderr)
-    return found
+    if damaged:
+        start = f"going on from {newest[0].name}" if newest else "starting again"
+        print(f"{folder}: {'; '.join(damaged)}; {start}", file=sys.stderr)
+    return newest
 
 
 def cut_back(folder: Path, checkpoint: Path | None) -> None:
-    """Bring the lines of a run back to what they were at a complete checkpoint, or to none."""
+    """Cut the lines of a run back to those that a complete checkpoint covers; to none without a checkpoint."""
     covered = read_json(checkpoint / MARKER)["lines"] if checkpoint else {}
     for name in LINES:
         content = _bytes(folder / name)[: covered[name]["bytes"]] if name in covered else b""
@@ -75,14 +75,14 @@ def cut_back(folder: Path, checkpoint: Path | None) -> None:
 
 
 def _changed(checkpoint: Path, marker: Any) -> str:
-    """The first of what a checkpoint covers that is not as it was, or an empty string."""
+    """A file covered by a checkpoint that has changed, or an empty string."""
     if not isinstance(marker, dict) or marker.pop("digest", "") != _digest(marker):
         return MARKER
     now, then = _digests(checkpoint), marker["files"]
     if different := sorted(name for name in now | then if now.get(name) != then.get(name)):
         return different[0]
-    for name, covered in marker["lines"].items():
-        if covered != _covered(_bytes(checkpoint.parent / name)[: covered["bytes"]]):
+    for name, extent in marker["lines"].items():
+        if extent != _extent(_bytes(checkpoint.parent / name)[: extent["bytes"]]):
             return name
     return ""
 
@@ -100,7 +100,7 @@ def _bytes(path: Path) -> bytes:
         return b""
 
 
-def _covered(content: bytes) -> dict[str, Any]:
+def _extent(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 

@@ -1,4 +1,4 @@
-"""The frozen model of a run, what prepares its inputs, and which of its modules are the head."""
+"""The pretrained model of a run, its tokenizer, and the modules that are its head."""
 
 import os
 import warnings
@@ -45,18 +45,19 @@ def build(
     train: Split | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any, list[str]]:
-    """A model ready for `Method.attach`, its tokenizer, and the names of the modules that make up its head.
+    """A model ready for `Method.attach`, its tokenizer, and the names of the modules of its head.
 
     For classification it has one output per label; without labels one output, trained as a regression. For generation
-    it is an encoder-decoder or a decoder, as the checkpoint says, and has no head. For segmentation it is `unet` or
-    `unet-refined`, with random weights, or a folder that one of them was saved in; there is no tokenizer.
+    it is an encoder-decoder or a decoder, depending on the checkpoint, and has no head. For segmentation it is `unet`
+    or `unet-refined` with random weights, or a folder with a saved one; there is no tokenizer.
 
-    `name` is a folder, a hub name, or one of `random_model.CONFIGS`, whose weights are drawn at random and whose words
-    are those of the rows in `train` (all that the task has, unless given); None is the embedded MiniLM-L6. Weights are
-    loaded in fp32 whatever the checkpoint holds, so that runs compare across models. Code that lies beside the weights
-    is run where `trust_remote_code` says so, and nobody is asked. Raises InputError for a model that cannot be had,
-    that lacks weights outside its head, or that does not go together with its tokenizer, the task and `max_length`
-    (`tasks.agreement`). HF_HUB_OFFLINE is honoured.
+    `name` is a folder, a hub name, or one of `random_model.CONFIGS`, with random weights and a vocabulary from the rows
+    in `train` (by default all of the task); None is the embedded MiniLM-L6. Weights are loaded in fp32, so that runs
+    compare across models. Code next to the weights is run only with `trust_remote_code`. HF_HUB_OFFLINE is honoured.
+
+    Raises:
+        InputError: a model that cannot be loaded, lacks weights outside its head, or does not fit its tokenizer, the
+            task or `max_length` (`tasks.agreement`).
     """
     if task.family == "segmentation":
         return _segmenter(name, task), None, ["classifier"]
@@ -66,7 +67,7 @@ def build(
             kind = _kind(task, config)
             for key, value in _outputs(task).items():
                 setattr(config, key, value)
-            model, drawn = kind.from_config(config, dtype=torch.float32), set()
+            model, new = kind.from_config(config, dtype=torch.float32), set()
         else:
             source = _source(name, task)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -79,16 +80,16 @@ def build(
                 trust_remote_code=trust_remote_code,
                 **_outputs(task),
             )
-            # A mismatched key comes with its two shapes, a missing one is bare.
+            # A mismatched key comes with its two shapes.
             keys = (*report["missing_keys"], *report["mismatched_keys"])
-            drawn = {key if isinstance(key, str) else key[0] for key in keys}
+            new = {key if isinstance(key, str) else key[0] for key in keys}
     agree(task, model, tokenizer, max_length)
     if task.family == "classification":
-        return model, tokenizer, head_modules(model, drawn)
-    if drawn:
+        return model, tokenizer, head_modules(model, new)
+    if new:
         raise InputError(
-            f"{label(name)} has no fitting weights for {len(drawn)} parameters of {type(model).__name__}, "
-            f"{min(drawn)} among them; give a model that was trained to generate text"
+            f"{label(name)} has no fitting weights for {len(new)} parameters of {type(model).__name__}, such as "
+            f"{min(new)}; give a model that was trained to generate text"
         )
     return model, tokenizer, []
 
@@ -102,16 +103,16 @@ def check(
     shipped: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Raise InputError for all that a run would refuse before it reads weights: none are read here.
+    """Raise InputError for all that a run would refuse, without reading weights.
 
-    That is one of `methods` that cannot be attached to the model `name` for `task`, a tokenizer that does not go with
-    that model, rows that are longer than what it reads, and a `label_smoothing` of labels that cannot be smoothed. With
-    `shipped` neither the hub nor a tokenizer is asked about a model that `rankwise.archs` knows.
+    It checks that each of `methods` can be attached to the model `name` for `task`, that its tokenizer fits, that it
+    can read `max_length` tokens, and that `label_smoothing` fits the loss. With `shipped` a model in `rankwise.archs`
+    is checked without its tokenizer and the hub.
     """
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
-        raise InputError(f"label_smoothing: the loss of {task.name} is no cross-entropy; leave it at 0")
+        raise InputError(f"label_smoothing: {task.name} is not trained with cross-entropy; leave it at 0")
     if task.family == "segmentation" and name is not None and name not in SEGMENTERS:
-        return  # a folder: small, and read when the run begins
+        return  # a folder: small, and read when the run starts
     model, head = _skeleton(name, task, shipped, trust_remote_code)
     if task.family != "segmentation":
         if name in random_model.CONFIGS:
@@ -125,8 +126,8 @@ def check(
                     raise InputError(f"model: {name} has no weights: there is no file *.safetensors in it")
                 tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
             agree(task, model, tokenizer, max_length)
-    for place, method in enumerate(methods):
-        if place:  # the one before has changed it
+    for index, method in enumerate(methods):
+        if index:  # the previous method has changed the model
             model, head = _skeleton(name, task, shipped, trust_remote_code)
         _attached(model, head, task, method, max_length)
 
@@ -141,17 +142,17 @@ def peak(
 ) -> int:
     """`Method.peak` on the model `name` for `task`, without the head.
 
-    No weights are read, but those of a folder with a network for segmentation, which are few. `shipped` takes the
-    configuration of `rankwise.archs` where there is one, so that the hub is not asked. InputError where the method
-    cannot be attached, or its virtual tokens leave no room for inputs of `max_length` tokens.
+    No weights are read, except those of a folder with a network for segmentation. With `shipped` the configuration is
+    that in `rankwise.archs` if there is one, without the hub. InputError if the method cannot be attached, or its
+    virtual tokens leave no room for inputs of `max_length` tokens.
     """
     model, head = _skeleton(name, task, shipped, trust_remote_code)
-    aside = sum(p.numel() for part in head for p in model.get_submodule(part).parameters())
-    return method.peak(_attached(model, head, task, method, max_length)) - aside
+    in_head = sum(p.numel() for part in head for p in model.get_submodule(part).parameters())
+    return method.peak(_attached(model, head, task, method, max_length)) - in_head
 
 
 def _skeleton(name: str | None, task: Task, shipped: bool, trust_remote_code: bool) -> tuple[Any, list[str]]:
-    """The model `name` for `task` on the meta device, and its head; a folder with a network is read."""
+    """The model `name` for `task` on the meta device (a saved network for segmentation: loaded), and its head."""
     if task.family == "segmentation":
         saved = name is not None and name not in SEGMENTERS
         with torch.device("cpu" if saved else "meta"):
@@ -174,7 +175,7 @@ def _skeleton(name: str | None, task: Task, shipped: bool, trust_remote_code: bo
 def _attached(model: Any, head: list[str], task: Task, method: Method, max_length: int) -> nn.Module:
     """`method` on a model of `_skeleton`; InputError for what PEFT refuses, and for too many virtual tokens."""
     with quiet(), warnings.catch_warnings(), torch.device(next(model.parameters()).device):
-        warnings.simplefilter("ignore")  # of PEFT, about merging, which nobody does here
+        warnings.simplefilter("ignore")  # PEFT's warnings about merging do not apply
         try:
             attached = method.attach(model, head=head)
         except InputError:
@@ -188,7 +189,7 @@ def _attached(model: Any, head: list[str], task: Task, method: Method, max_lengt
 
 
 def label(name: str | None, task: Task | None = None) -> str:
-    """What a result calls the model: a hub name as it is, a folder by its last part, the embedded model by its name."""
+    """The model's name in results: a hub name, the last part of a folder's path, or the embedded model's name."""
     if name is None:
         return UNET if task is not None and task.family == "segmentation" else EMBEDDED
     path = Path(name)
@@ -200,14 +201,14 @@ def _segmenter(name: str | None, task: Any) -> nn.Module:
     if name in SEGMENTERS or name is None:
         return SEGMENTERS[name or UNET](classes=classes, size=size)
     if not (Path(name) / "config.json").is_file():
-        raise InputError(f"model: no folder {name} with a network in it; known by name: {', '.join(SEGMENTERS)}")
+        raise InputError(f"model: {name} is no folder with a saved network; give one, or {' or '.join(SEGMENTERS)}")
     try:
         keys = load_file(Path(name) / "model.safetensors").keys()
         model: Any = SEGMENTERS["unet-refined" if "stem.weight" in keys else UNET].from_pretrained(name)
     except (OSError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
         raise InputError(f"model: cannot load {name}: {' '.join(str(error).split())[:200]}") from error
-    if (own := model.classifier.out_channels) != classes:
-        raise InputError(f"model: {name} has {own} outputs per pixel, and {task.name} needs {classes}")
+    if (outputs := model.classifier.out_channels) != classes:
+        raise InputError(f"model: {name} has {outputs} outputs per pixel, but {task.name} needs {classes}")
     return model
 
 
@@ -217,34 +218,34 @@ def _kind(task: Task, config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def head_modules(model: PreTrainedModel, drawn: set[str]) -> list[str]:
-    """Names of the modules that train whole, beside any adapter.
+def head_modules(model: PreTrainedModel, new: set[str]) -> list[str]:
+    """Names of the modules that train in full with any method.
 
     These are all top modules outside the pretrained base (`classifier`, `score`) and, inside it, a pooler whose weights
-    are among `drawn`, the parameters that were drawn at random because the checkpoint had none that fit. Any other
-    such parameter inside the base would stay random and frozen for ever: InputError.
+    are in `new`, the parameters for which the checkpoint has no fitting weights. Any other new parameter inside the
+    base would stay random and frozen: InputError.
     """
     base = model.base_model_prefix
     head = {name.split(".")[0] for name, _ in model.named_parameters()} - {base}
-    inside = {key for key in drawn if key.startswith(f"{base}.")}
+    inside = {key for key in new if key.startswith(f"{base}.")}
     pooler = {key for key in inside if key.startswith(f"{base}.pooler.")}
-    if stray := sorted(inside - pooler):
+    if missing := sorted(inside - pooler):
         raise InputError(
-            f"{label(str(model.name_or_path))} has no fitting weights for {len(stray)} parameters of "
-            f"{type(model).__name__}, {stray[0]} among them; give a complete pretrained model"
+            f"{label(str(model.name_or_path))} has no fitting weights for {len(missing)} parameters of "
+            f"{type(model).__name__}, such as {missing[0]}; give a complete pretrained model"
         )
     return sorted(head | ({f"{base}.pooler"} if pooler else set()))
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' loading report, progress bars and advice to itself; errors still show."""
+    """Context that hides transformers' loading reports, progress bars and advice, but not its errors."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # PEFT 0.21 asks transformers 5.23 for an attribute that transformers is about to rename.
+            # PEFT 0.21 reads an attribute that transformers 5.23 is about to rename.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             yield
     finally:
@@ -263,7 +264,7 @@ def _source(name: str | None, task: Task) -> str:
         return str(folder_of(name))
     path = Path(name).expanduser()
     if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~"))):
-        raise InputError(f"model: no folder {name}")
+        raise InputError(f"model: there is no folder {name}")
     return str(check_files(path)) if path.is_dir() else name
 
 
@@ -288,17 +289,17 @@ def _input_errors(name: str) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
-        # transformers raises OSError with a text; one with a number is the machine's own (disk full, no permission).
+        # transformers' own OSErrors have a text; those with a number are the system's (disk full, no permission).
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ValueError) and "trust_remote_code" in reason:
             raise InputError(
-                f"model: {name} comes with code of its own, which is not run: read that code, and where you trust it "
-                "set trust_remote_code: true"
+                f"model: {name} comes with its own code, which is not run: read that code, and if you trust it set "
+                "trust_remote_code: true"
             ) from error
-        if reason.startswith("Unrecognized configuration class"):  # and then the names of all that there are
+        if reason.startswith("Unrecognized configuration class"):  # followed by the names of all classes
             reason = reason.partition(" Model type should be one of")[0]
-        asked = isinstance(error, OSError) and not Path(name).exists()  # the hub
-        offline = " (HF_HUB_OFFLINE is set)" if asked and os.environ.get("HF_HUB_OFFLINE") else ""
+        from_hub = isinstance(error, OSError) and not Path(name).exists()
+        offline = " (HF_HUB_OFFLINE is set)" if from_hub and os.environ.get("HF_HUB_OFFLINE") else ""
         raise InputError(f"model: cannot load {name}{offline}: {reason}") from error

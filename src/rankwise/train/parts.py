@@ -1,4 +1,4 @@
-"""What a run is made of, ready to train, and what it is worth."""
+"""The parts of a run that is ready to train, and their evaluation."""
 
 import math
 from dataclasses import dataclass
@@ -19,43 +19,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of, ready to train."""
+    """The parts of a run that is ready to train."""
 
     config: RunConfig
     task: Task
     train: Split
     examples: "Dataset"
-    """The training rows as the model takes them."""
+    """The training rows, encoded for the model."""
     evaluations: list[Evaluation]
     method: Method
     model: nn.Module
     processor: Any
-    """What came with the model and prepares its inputs: a tokenizer."""
+    """The model's tokenizer; None for segmentation."""
     head: list[str]
     head_parameters: int
     budget: int
-    """Parameters of the adapters as they were attached."""
+    """`Method.budget` right after attaching."""
     plan: Plan
     rows: int
-    """How many go through the model at once."""
+    """Rows that go through the model at once."""
     before: Before | None
 
     def evaluate(self, final: bool) -> list[Scored]:
-        """What the model is worth now on each evaluation split."""
-        size = self.rows
+        """Scores of the model on each evaluation split."""
         try:
-            return [self.task.evaluate(self.model, each, self.processor, size, final) for each in self.evaluations]
+            return [self.task.evaluate(self.model, e, self.processor, self.rows, final) for e in self.evaluations]
         except NotFiniteError as error:
             raise DivergedError(f"the model's outputs are not finite at an evaluation: {error}") from error
 
     def metrics(self) -> dict[str, float]:
-        """Loss and metrics of all evaluation splits together, as far as they are worth their time during training."""
+        """Loss and metrics of all evaluation splits together, without those too slow to compute during training."""
         return all_metrics(self.evaluate(final=False))
 
 
 def all_metrics(scored: list[Scored]) -> dict[str, float]:
-    """The metrics of several splits in one; DivergedError for one that is not finite."""
-    found = {name: value for each in scored for name, value in each.metrics.items()}
-    if not all(map(math.isfinite, found.values())):  # the square of a finite output need not be finite
-        raise DivergedError(f"the model's scores are not finite at an evaluation: {found}")
-    return found
+    """The metrics of several splits in one dictionary; DivergedError for a value that is not finite."""
+    metrics = {name: value for split in scored for name, value in split.metrics.items()}
+    if not all(map(math.isfinite, metrics.values())):  # the square of a finite output may be infinite
+        raise DivergedError(f"the model's scores are not finite at an evaluation: {metrics}")
+    return metrics

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: its lines on disk, evaluations, checkpoints, and the reasons to end it."""
+"""What happens between the steps of a run: its lines on disk, evaluations, checkpoints, and stopping."""
 
 import math
 import resource
@@ -23,17 +23,18 @@ from rankwise.ranks import ranks
 from rankwise.train.callback import unwrapped
 from rankwise.train.checkpoint_files import append_line, cut_back, mark_complete
 
+MOVED = "was deleted or moved during the run, which has ended: start it again"
 KEPT = 2
-"""Checkpoints that are kept: the newest, and one to go back to."""
+"""Number of checkpoints to keep: the newest, and another in case that one is damaged."""
 
 
 class DivergedError(RuntimeError):
-    """The loss, the gradient or the weights are not finite any more. The checkpoints on disk are from before that."""
+    """The loss, the gradient or the weights are no longer finite. Checkpoints on disk are from before that."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is and what is due when, all in optimizer steps."""
+    """How long a run is and when it evaluates and writes checkpoints, in optimizer steps."""
 
     rows: int
     batch_size: int
@@ -47,7 +48,7 @@ class Plan:
 
     @property
     def line_every(self) -> int:
-        """Steps that a line of metrics.jsonl averages over: some 200 lines in a long run, each step in a short one."""
+        """Steps averaged in a line of metrics.jsonl: about 200 lines in a long run, each step in a short one."""
         return math.ceil(self.steps / 200)
 
     def examples(self, step: int) -> int:
@@ -58,21 +59,21 @@ class Plan:
 
 @dataclass
 class Carried:
-    """What a checkpoint carries over a restart beside the training state. Work lost to a kill is not in it."""
+    """What a checkpoint keeps in addition to the training state. Work lost to a kill is not counted."""
 
     seconds: float = 0.0
-    """Wall time of the training loop, with its evaluations and checkpoints."""
+    """Wall time of the training loop, including evaluations and checkpoints."""
     step_seconds: float = 0.0
-    """Wall time of the optimizer steps alone."""
+    """Wall time of the optimizer steps."""
     peak_memory_bytes: int = 0
     losses: list[float] = field(default_factory=list)
     """Losses since the last line of metrics.jsonl."""
 
 
 class Progress(TrainerCallback):
-    """Writes metrics.jsonl and ranks.jsonl, and decides at each step what is due: line, evaluation, checkpoint.
+    """Writes metrics.jsonl and ranks.jsonl, and decides at each step whether to evaluate or write a checkpoint.
 
-    Of several processes all decide alike, and the main one writes. `evaluate` is called in all of them.
+    Several processes all decide the same, and the main one writes. `evaluate` is called in all of them.
     """
 
     def __init__(
@@ -87,18 +88,18 @@ class Progress(TrainerCallback):
         self.metrics, self.ranks = folder / "metrics.jsonl", folder / "ranks.jsonl"
         self.folder, self.plan, self.method, self.stop = folder, plan, method, stop
         self.evaluate, self.carried = evaluate, carried
-        self._lock = _place(folder)
-        self.begun = False
-        """Whether what a checkpoint holds has been loaded."""
+        self._lock = _lock_identity(folder)
+        self.loaded = False
+        """Whether the checkpoint to resume from, if any, has been loaded."""
         self.counts: list[int] = []
         """Trainable parameters at each line of ranks.jsonl, in the main process."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Bring the lines on disk back to the checkpoint's step, or begin them."""
+        """Cut the lines on disk back to the checkpoint's step, or start them."""
         self.since = self.step_since = time.perf_counter()
-        self.begun = True
+        self.loaded = True
         if not is_main():
             return
         step = state.global_step
@@ -116,9 +117,10 @@ class Progress(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
         if is_main():
-            self._still_there()
+            if _lock_identity(self.folder) != self._lock:  # deleted, and perhaps created again by another run
+                raise InputError(f"{self.folder} {MOVED}")
             self._rank_line(kwargs["model"], step, kwargs["optimizer"])
-        # Nothing at the last step: what follows the training evaluates and saves for good.
+        # Not at the last step: the final evaluation and the adapter follow.
         if step < self.plan.steps:
             control.should_training_stop = self.stop.agreed
             control.should_save = self.stop.agreed or step % self.plan.checkpoint_every == 0
@@ -126,12 +128,12 @@ class Progress(TrainerCallback):
                 claim(self.folder, f"checkpoint-{step}")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """A step's loss and then its evaluation; the Trainer comes here before it writes the step's checkpoint."""
+        """A step's loss and then its evaluation; called before the Trainer writes the step's checkpoint."""
         logs = kwargs["logs"]
-        if "loss" not in logs:  # the Trainer's own summary at the end
+        if "loss" not in logs:  # the Trainer's summary at the end
             return
         self.carried.step_seconds += time.perf_counter() - self.step_since
-        del state.log_history[:-1]  # it would be written into each checkpoint, longer each time
+        del state.log_history[:-1]  # every checkpoint contains it, and it would grow
         step = state.global_step
         for name in ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0.0)):
@@ -157,7 +159,7 @@ class Progress(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.count()
-        together.wait()  # until each has written its random streams
+        together.wait()  # until every process has written its random streams
         if is_main():
             for path in (self.metrics, self.ranks):
                 flush(path)
@@ -166,54 +168,48 @@ class Progress(TrainerCallback):
             mark_complete(checkpoint, asdict(self.carried))
             for old in checkpoints(self.folder)[KEPT:]:
                 remove_checkpoint(old)
-        together.wait()  # none may end, and take the others along, before the checkpoint is whole
-
-    def _still_there(self) -> None:
-        """Raise InputError where the folder was deleted, and perhaps made again, which would be another run's."""
-        if _place(self.folder) != self._lock:
-            raise InputError(f"{self.folder}: was deleted or moved while the run was at work; it has ended")
+        together.wait()  # a process that ended now, and so stopped the others, would leave an incomplete checkpoint
 
     def count(self) -> None:
-        """Bring time and memory up to now."""
+        """Update time and memory."""
         now = time.perf_counter()
         self.carried.seconds += now - self.since
         self.since = now
         self.carried.peak_memory_bytes = max(self.carried.peak_memory_bytes, peak_memory())
 
     def evaluation_line(self, step: int, epoch: float | None, scores: dict[str, float]) -> None:
-        """One evaluation into metrics.jsonl."""
+        """Write an evaluation to metrics.jsonl."""
         append_line(self.metrics, {"step": step, "epoch": epoch, "eval": scores})
 
     def _rank_line(self, model: nn.Module, step: int, optimizer: Any) -> None:
-        """A line when the ranks or the number of trainable parameters have changed, and at each check of a search."""
+        """`rank_line` at a rank change, and at each check of a search."""
         changed = unwrapped(optimizer).changed == step
         checked = self.method.check_every > 0 and step % self.method.check_every == 0
-        if not (changed or checked):  # to walk a small model at each step would cost a tenth of its speed on a GPU
-            return
-        self.rank_line(model, step)
+        if changed or checked:  # at every step it would slow down a small model on a GPU by a tenth
+            self.rank_line(model, step)
 
     def rank_line(self, model: nn.Module, step: int) -> None:
-        """The ranks, the number of trainable parameters and ω into ranks.jsonl, where there is something new."""
+        """Write ranks, number of trainable parameters and ω to ranks.jsonl if they are new."""
         weights = self.method.weights(model)
-        now: dict[str, Any] = {"ranks": ranks(model)}
-        now["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if now != self.last or weights is not None:
-            append_line(self.ranks, {"step": step, **now, **({} if weights is None else {"weights": weights})})
-            self.last = now
-            self.counts.append(now["parameters"])
+        current: dict[str, Any] = {"ranks": ranks(model)}
+        current["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if current != self.last or weights is not None:
+            append_line(self.ranks, {"step": step, **current, **({} if weights is None else {"weights": weights})})
+            self.last = current
+            self.counts.append(current["parameters"])
 
 
-def _place(folder: Path) -> tuple[int, int] | None:
-    """What tells the lock of a run, which is open as long as it lives, from one of the same name made later."""
+def _lock_identity(folder: Path) -> tuple[int, int] | None:
+    """Device and inode of a run's lock, which stays open as long as the run: a new lock has others."""
     try:
-        found = (folder / "run.lock").stat()
+        lock = (folder / "run.lock").stat()
     except FileNotFoundError:
         return None
-    return found.st_dev, found.st_ino
+    return lock.st_dev, lock.st_ino
 
 
 def peak_memory() -> int:
-    """Most bytes in use at once: on a GPU those of this process's tensors, else the whole process's resident memory."""
+    """The most bytes in use at once: on a GPU by this process's tensors, else by the whole process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

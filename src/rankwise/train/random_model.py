@@ -1,7 +1,7 @@
-"""Small models with random weights, for trying the whole way where no pretrained model can be had.
+"""Small models with random weights, for trying things out without a pretrained model.
 
-Their words are a byte-level BPE vocabulary learnt from the task's own training rows. What such a model scores shows
-that the way works, not what a method is worth.
+Their vocabulary is a byte-level BPE learnt from the task's training rows. Their scores show that everything works, not
+how good a method is.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from transformers import (
 from rankwise.tasks import Split, Task
 
 WORDS = 4096
-"""Size of the vocabulary, at most."""
+"""Largest size of the vocabulary."""
 LENGTH = 512
 """Longest input in tokens."""
 PAD, END, BEGIN = "<pad>", "</s>", "<s>"
@@ -48,7 +48,7 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         max_position_embeddings=LENGTH,
         **_IDS,
     ),
-    "random-deberta": lambda words: DebertaV2Config(  # as many sites as deberta-v3-base, by the same names
+    "random-deberta": lambda words: DebertaV2Config(  # the same layers as deberta-v3-base, by number and name
         vocab_size=words,
         hidden_size=64,
         num_hidden_layers=12,
@@ -82,18 +82,18 @@ CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
         **_IDS,
     ),
 }
-"""From the number of words to the configuration of a model."""
+"""Name of a model -> its configuration for a vocabulary of this size."""
 ENCODERS = ("random-bert", "random-deberta")
-"""Those that cannot write."""
+"""Models that cannot write."""
 
 
 def build(name: str, task: Task, train: Split) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
-    """A tokenizer made of the words of `train`, and the configuration of the model `name`, one of CONFIGS, for it."""
+    """A tokenizer learnt from the rows of `train`, and for it the configuration of the model `name`, one of CONFIGS."""
     tokenizer = _tokenizer(task, train)
     config = CONFIGS[name](len(tokenizer))
     if config.is_encoder_decoder:
         config.decoder_start_token_id = config.pad_token_id
-    if name in (*ENCODERS, "random-t5"):  # each text ends with a mark, as these models' own tokenizers have it
+    if name in (*ENCODERS, "random-t5"):  # each text ends with END, as with these models' own tokenizers
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, 1)]
         )
@@ -101,9 +101,9 @@ def build(name: str, task: Task, train: Split) -> tuple[PreTrainedTokenizerBase,
 
 
 def _tokenizer(task: Task, train: Split) -> PreTrainedTokenizerBase:
-    learnt = Tokenizer(models.BPE())
-    learnt.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    learnt.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     trainer: Any = trainers.BpeTrainer(
         vocab_size=WORDS,
         special_tokens=[PAD, END, BEGIN],
@@ -111,7 +111,7 @@ def _tokenizer(task: Task, train: Split) -> PreTrainedTokenizerBase:
         show_progress=False,
     )
     columns = [*task.text, *([task.target] if task.family == "generation" else [])]
-    learnt.train_from_iterator((row[column] for row in train.data for column in columns), trainer)
+    tokenizer.train_from_iterator((row[column] for row in train.data for column in columns), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=learnt, pad_token=PAD, eos_token=END, bos_token=BEGIN, model_max_length=LENGTH
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, bos_token=BEGIN, model_max_length=LENGTH
     )

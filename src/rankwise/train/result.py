@@ -1,4 +1,4 @@
-"""The end of a run: it is scored, and what it has learnt and what it has come to are written into its folder."""
+"""The end of a run: it is scored, and its adapter and result are written to its folder."""
 
 import json
 import math
@@ -29,16 +29,18 @@ from rankwise.train.progress import Progress
 
 
 def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Search | None) -> Result:
+    """Fold, score and save a trained run, and write its `result.json` last."""
     if search is not None:
         print(f"{parts.method.name}: {search}", file=sys.stderr)
     if parts.config.followed:
         keep_weights(folder, parts.model)
-    parts = replace(parts, model=parts.method.fold(parts.model))  # what is scored is what is saved
+    parts = replace(parts, model=parts.method.fold(parts.model))  # score what is saved
     progress.rank_line(parts.model, parts.plan.steps)
     scored = parts.evaluate(final=True)
     scores = all_metrics(scored)
     progress.evaluation_line(parts.plan.steps, parts.plan.steps / parts.plan.per_epoch, scores)
     _write_predictions(folder, scored)
+    counts = [count - parts.head_parameters for count in progress.counts]
     result = Result(
         run=name,
         task=parts.task.label,
@@ -51,7 +53,7 @@ def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Se
         benchmark=_benchmark(parts.task, scores, scored) if parts.config.tuning is None else None,
         metrics={key: value for key, value in scores.items() if not key.startswith("loss")},
         splits=Splits(_rows(parts.train), [_rows(each.split) for each in parts.evaluations]),
-        parameters=_parameters(progress.counts, parts),
+        parameters=Parameters(max(counts), counts[-1], parts.budget, parts.head_parameters),
         search=search,
         notes=list(dict.fromkeys(note for each in scored for note in each.notes)),
         answers=[each.answers for each in scored if each.answers],
@@ -60,26 +62,26 @@ def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Se
     )
     for name in ("predictions.parquet", "adapter/*", "model/*", WEIGHTS):
         for path in folder.glob(name):
-            flush(path)  # a power cut must not leave a result without what it stands for
+            flush(path)  # a power cut must not leave a result without its files
     write_whole(folder / FILE, json.dumps(result.as_json(), indent=1, allow_nan=False) + "\n")
     clear(folder)
     return result
 
 
 def _benchmark(task: Task, scores: dict[str, float], scored: list[Scored]) -> Benchmark | None:
-    """The benchmark that the task is a part of, and what counts in its average; None for none."""
+    """The task's benchmark, its value in the benchmark's average, and that of always answering the same; or None."""
     if not task.benchmark:
         return None
     always = {name: value for each in scored if each.answers for name, value in each.answers.metrics.items()}
-    counts = lambda found: math.fsum(found[name] for name in task.averaged) / len(task.averaged)  # noqa: E731
-    return Benchmark(task.benchmark, counts(scores), counts(always) if set(task.averaged) <= always.keys() else None)
+    average = lambda metrics: math.fsum(metrics[name] for name in task.averaged) / len(task.averaged)  # noqa: E731
+    return Benchmark(task.benchmark, average(scores), average(always) if set(task.averaged) <= always.keys() else None)
 
 
 def _write_predictions(folder: Path, scored: list[Scored]) -> None:
     rows = need("pyarrow", "bench").concat_tables([each.rows for each in scored])
-    with unfinished(folder / "predictions.parquet") as made:
-        need("pyarrow.parquet", "bench").write_table(rows, made)
-        made.replace(folder / "predictions.parquet")
+    with unfinished(folder / "predictions.parquet") as temporary:
+        need("pyarrow.parquet", "bench").write_table(rows, temporary)
+        temporary.replace(folder / "predictions.parquet")
     for name, content in (item for each in scored for item in each.files.items()):
         write_whole(folder / name, content)
     if details := [each.answers.in_detail() for each in scored if each.answers and each.answers.confusion]:
@@ -87,43 +89,38 @@ def _write_predictions(folder: Path, scored: list[Scored]) -> None:
 
 
 def _save_model(folder: Path, parts: Parts) -> int:
-    """Save what was learnt and return its size in bytes: an adapter, or the whole model where all of it has changed."""
+    """Save what was learnt and return its size in bytes: an adapter, or the whole model if all of it has changed."""
     model: Any = None
     if isinstance(parts.model, PeftModel):
         if merged_sites(parts.model):
             model = parts.model.merge_and_unload()
     elif all(p.requires_grad for p in parts.model.parameters()):
         model = parts.model
-    kept = folder / ("adapter" if model is None else "model")
+    target = folder / ("adapter" if model is None else "model")
     if model is None:
-        save(parts.model, kept, parts.method, parts.head)
+        save(parts.model, target, parts.method, parts.head)
     else:
-        claim(folder, kept.name)
-        with unfinished(kept, folder=True) as made:
-            model.save_pretrained(made)
+        claim(folder, target.name)
+        with unfinished(target, folder=True) as temporary:
+            model.save_pretrained(temporary)
             if parts.processor is not None:
-                parts.processor.save_pretrained(made)  # so that the folder can be a `model:`, here and elsewhere
-            as_new(made)
-            if kept.exists():
-                shutil.rmtree(kept)
-            made.replace(kept)
-    return sum(path.stat().st_size for path in kept.rglob("*") if path.is_file())
-
-
-def _parameters(counted: list[int], parts: Parts) -> Parameters:
-    counts = [count - parts.head_parameters for count in counted]
-    return Parameters(max(counts), counts[-1], parts.budget, parts.head_parameters)
+                parts.processor.save_pretrained(temporary)  # so that the folder can be used as `model:`
+            as_new(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.replace(target)
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
 
 def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> Cost:
-    many = together.count()
-    halved = parts.rows < math.ceil(parts.config.batch_size / many)
+    processes = together.count()
+    halved = parts.rows < math.ceil(parts.config.batch_size / processes)
     return Cost(
         seconds=round(progress.carried.seconds, 3),
         peak_memory_bytes=progress.carried.peak_memory_bytes,
         examples_per_second=round(parts.plan.examples(parts.plan.steps) / progress.carried.step_seconds, 3),
         adapter_bytes=adapter_bytes,
-        processes=many if many > 1 else None,
+        processes=processes if processes > 1 else None,
         micro_batch=parts.rows if halved else None,
     )
 

@@ -1,12 +1,12 @@
-"""The whole life of one run, inside its folder.
+"""One run, from start to end, in its folder.
 
 The folder is the state. It starts with `run.yaml`; the run adds `env.json`, `metrics.jsonl`, `ranks.jsonl` and
-checkpoints on the way, and at the end `predictions.parquet`, `adapter/` and, last of all, `result.json`, upon which the
-checkpoints go. Killed at any moment and started again, it goes on from the newest complete checkpoint and ends with the
-same files, byte for byte, as a run that was never cut, `env.json` and the `cost` in `result.json` apart.
+checkpoints, at the end `predictions.parquet` and `adapter/`, and last `result.json`, after which checkpoints are
+deleted. Killed at any moment and started again, it resumes from the newest complete checkpoint and ends with the same
+files, byte for byte, as a run that was never interrupted, except `env.json` and the `cost` in `result.json`.
 
-Several processes may share a run (`accelerate launch`, `torchrun`): all of them train, the main one evaluates, writes
-and holds the lock. Where memory runs out, the run goes back to that checkpoint and takes half as many rows at once.
+Several processes may share a run (`accelerate launch`, `torchrun`): all train; the main one evaluates, writes and holds
+the lock. If memory runs out, the run resumes from the newest checkpoint and takes half as many rows at once.
 """
 
 import gc
@@ -56,47 +56,47 @@ from rankwise.tasks import Evaluation, subset
 from rankwise.train import chain
 from rankwise.train import model as models
 from rankwise.train.callback import unwrapped
-from rankwise.train.chain import begin_with
 from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.memory import halve, rows_at_once
 from rankwise.train.parts import Parts
-from rankwise.train.progress import Carried, DivergedError, Plan, Progress
+from rankwise.train.progress import MOVED, Carried, DivergedError, Plan, Progress
 from rankwise.train.result import finish
 from rankwise.train.trainer import RunTrainer
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Train, evaluate and save the run whose `run.yaml` lies in `folder`, and return what `result.json` then holds.
+    """Train, evaluate and save the run whose `run.yaml` is in `folder`, and return the content of `result.json`.
 
-    A finished run is returned untouched; an unfinished one goes on from its newest complete checkpoint, if it
-    has one. Whatever goes wrong is written to `error.txt` and `error.json`, and raised: InputError for what the user
-    gave, DivergedError for a loss that is not finite, OSError for a full disk, OutOfMemory where one row at a time is
-    too much. After a SIGTERM or Ctrl-C the step is finished and a checkpoint written, then SystemExit(75 or 130).
+    A finished run is not changed; an unfinished one resumes from its newest complete checkpoint. Any error is written
+    to `error.txt` and `error.json`, and raised: InputError for wrong input, DivergedError for a loss that is not
+    finite, OSError for a full disk, OutOfMemory if one row at a time is too much. After a SIGTERM or Ctrl-C the run
+    finishes its step, writes a checkpoint and raises SystemExit(75 or 130).
 
-    Launched several times (`accelerate launch`), it is one run that the processes share; each returns the result.
+    Processes of one launch (`accelerate launch`) share the run, and each returns the result.
     """
     folder = Path(folder)
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         if os.environ.get(variable, "").lower() == "true":
             raise InputError(
-                "a run cannot be sharded (FSDP, DeepSpeed): launch it without, or shard in Python what a search found; "
-                "docs/devices.md has both"
+                "a run cannot be sharded (FSDP, DeepSpeed): launch it without, or after a search train its adapter "
+                "sharded in Python; see docs/devices.md"
             )
     together.join()
-    if result := together.on_first(lambda: _finished(folder)):  # also in a folder that cannot be written to
+    if result := together.on_first(lambda: _finished(folder)):  # before the lock: the folder may be read-only
         return result.as_json()
     with _locked(folder) if is_main() else nullcontext():
         try:
             if is_main():
-                _check_places(folder)
-            name, config = _read(folder)
-            result = together.on_first(lambda: _finished(folder)) or _live(folder, name, config)
+                _check_files(folder)
+            noted = run_file.load(folder)
+            config = complete(noted.config, Schema(methods.registry(), tasks.registry()))
+            result = together.on_first(lambda: _finished(folder)) or _until_done(folder, noted.id, config)
         except LostError:
             raise
         except Exception as error:
-            if not os.path.lexists(folder / "run.yaml"):  # a folder made again is another one
-                raise InputError(f"{folder}: was deleted or moved while the run was at work; it has ended") from error
-            if not (folder / "result.json").exists():  # else its settings were damaged later, and it has not failed
+            if not os.path.lexists(folder / "run.yaml"):
+                raise InputError(f"{folder} {MOVED}") from error
+            if not (folder / "result.json").exists():  # else the run was done, and its settings were damaged later
                 Store(folder.parent).note_error(
                     folder,
                     f"{_first_line(error)}\n\n{traceback.format_exc()}",
@@ -121,11 +121,11 @@ def _finished(folder: Path) -> Result | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    lock = filelock.FileLock(folder / "run.lock", timeout=2)  # seconds: a look at its state holds it for a moment
+    lock = filelock.FileLock(folder / "run.lock", timeout=2)  # seconds: reading a run's state holds it for a moment
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise InputError(f"{folder}: another process is at work on this run; wait for it or end it") from None
+        raise InputError(f"{folder}: another process is at work on this run; wait for it, or stop it") from None
     except OSError as error:
         raise unwritable(folder, error) from None
     try:
@@ -134,32 +134,28 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_places(folder: Path) -> None:
-    """Raise InputError, before any training, where something else stands at the place of what the run writes."""
+def _check_files(folder: Path) -> None:
+    """Raise InputError, before any training, if the folder has something else under a name that the run writes."""
     for name in FILES:
         with suppress(FileNotFoundError):
             check_regular(folder / name)
     check_replaceable(folder / "adapter", {*ADAPTER}, "an adapter")
     for path in sorted(folder.iterdir()):
         if (path.name == "model" or CHECKPOINT.fullmatch(path.name)) and path.name not in written(folder):
-            raise InputError(f"{path}: is not what this run has written, and it may have to; move it away")
+            raise InputError(f"{path} was not written by this run, which needs the name: move it away")
     tidy(folder)
-
-
-def _read(folder: Path) -> tuple[str, RunConfig]:
-    kept = run_file.load(folder)
-    return kept.id, complete(kept.config, Schema(methods.registry(), tasks.registry()))
 
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def _live(folder: Path, name: str, config: RunConfig) -> Result:
+def _until_done(folder: Path, name: str, config: RunConfig) -> Result:
+    """Carry out the run, again with fewer rows at once when memory runs out."""
     follow_parent()
     with stoppable() as stop, models.quiet():
         if is_main():
-            Store(folder.parent).forget_error(folder)  # of an earlier try
+            Store(folder.parent).forget_error(folder)  # of an earlier attempt
             write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
         most = math.ceil(config.batch_size / together.count())
         while True:
@@ -168,12 +164,12 @@ def _live(folder: Path, name: str, config: RunConfig) -> Result:
             try:
                 return _carry_out(folder, name, parts, stop)
             except Exception as error:
-                # of several processes all have to know
+                # ShortError: raised in all processes when memory runs out in one of them
                 alone = together.count() == 1 and together.out_of_memory(error)
                 if not (alone or isinstance(error, together.ShortError)):
                     raise
                 reason = _first_line(error)
-            # outside of `except`, whose error holds on to all that was in use
+            # outside of `except`, where the error keeps tensors alive
             del parts
             gc.collect()
             torch.cuda.empty_cache()
@@ -185,7 +181,7 @@ def _carry_out(folder: Path, name: str, parts: Parts, stop: Stop) -> Result:
     checkpoint, carried = together.on_first(lambda: _start(folder))
     before = parts.before
     if checkpoint is None and before is not None and before.same:
-        begin_with(parts.model, before)
+        chain.load_weights(parts.model, before)
     evaluate = lambda: together.on_first(parts.metrics)  # noqa: E731
     progress = Progress(folder, parts.plan, parts.method, evaluate, carried, stop)
     search = _train(folder, parts, checkpoint, progress, stop)
@@ -201,26 +197,26 @@ def code_for(config: RunConfig) -> Code:
 
 def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     task = tasks.build(config.task)
-    whole = [task.train(), *task.evaluation()]
-    made = Maker.now(task.revision(whole, tuning=config.tuning is not None), code_for(config))
-    together.on_first(lambda: Store(folder.parent).claim(folder, made))
+    all_splits = [task.train(), *task.evaluation()]
+    maker = Maker.now(task.revision(all_splits, tuning=config.tuning is not None), code_for(config))
+    together.on_first(lambda: Store(folder.parent).claim(folder, maker))
     before = chain.before(folder)
-    train, splits = subset(whole[0], config.train_rows), whole[1:]
+    train, splits = subset(all_splits[0], config.train_rows), all_splits[1:]
     if config.tuning is not None:
-        train, held = task.tuning(train, config.tuning)
-        splits = [held]
+        train, held_out = task.tuning(train, config.tuning)
+        splits = [held_out]
     splits = [subset(split, config.eval_rows) for split in splits]
-    set_seed(config.seed)  # before the model, whose head and adapters are drawn at random
+    set_seed(config.seed)  # before the model, whose head and adapters start at random
     base, processor, head = models.build(config.model, task, config.max_length, train, config.trust_remote_code)
     if before is not None and not before.same:
-        begin_with(base, before)
+        chain.load_weights(base, before)
     head_parameters = sum(p.numel() for name in head for p in base.get_submodule(name).parameters())
     method = methods.build(config.method)
     model = method.attach(base, head=head)
     examples = task.encode(train, processor, config.max_length)
     evaluations = [Evaluation(split, task.encode(split, processor, config.max_length)) for split in splits]
-    for each in (Evaluation(train, examples), *evaluations):
-        task.check(base, processor, each.examples, each.split.name)
+    for encoded in (Evaluation(train, examples), *evaluations):
+        task.check(base, processor, encoded.examples, encoded.split.name)
     return Parts(
         config=config,
         task=task,
@@ -252,16 +248,16 @@ def _plan(config: RunConfig, rows: int) -> Plan:
 
 
 def _start(folder: Path) -> tuple[Path | None, Carried]:
-    """The checkpoint to go on from, None for the beginning, and what it carries."""
-    found = last_complete(folder)
+    """The checkpoint to resume from, None for a fresh start, and what it carries."""
+    newest = last_complete(folder)
     try:
-        return (found[0], Carried(**found[1])) if found else (None, Carried())
+        return (newest[0], Carried(**newest[1])) if newest else (None, Carried())
     except TypeError:
-        raise InputError(f"{found[0] if found else folder}: holds what no run has written; delete it") from None
+        raise InputError(f"{newest[0] if newest else folder} was not written by a run: delete it") from None
 
 
 def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progress, stop: Stop) -> Search | None:
-    """Carry out the steps that are left; what the search for ranks has come to, None where the method learns none."""
+    """Carry out the remaining steps; returns the result of the search for ranks, None if the method learns none."""
     with together.by_itself():
         arguments = _arguments(folder, parts.config, parts.plan)
     trainer = RunTrainer(
@@ -277,7 +273,7 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     if parts.task.family == "segmentation" and parts.rows < parts.config.batch_size and is_main():
         print(
-            f"Dice loss and batch norms are those of {parts.rows} images at a time, not of {parts.config.batch_size}",
+            f"Dice loss and batch norms are computed over {parts.rows} images at a time, not {parts.config.batch_size}",
             file=sys.stderr,
         )
     with stop.patient():
@@ -285,15 +281,15 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
             with disk_errors(folder):
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (pickle.UnpicklingError, SafetensorError) as error:
-            if checkpoint is None or (progress.begun and isinstance(error, SafetensorError)):  # of writing
+            if checkpoint is None or (progress.loaded and isinstance(error, SafetensorError)):  # when writing
                 raise
             raise InputError(
-                f"{checkpoint}: cannot be loaded, for it holds what no run has written ({_first_line(error)[:200]}); "
-                "delete it, and the same command goes on from the one before"
+                f"{checkpoint} cannot be loaded, since it was not written by a run ({_first_line(error)[:200]}): "
+                "delete it, and the same command resumes from the checkpoint before it"
             ) from error
-        except NotFiniteError as error:  # of gates or ω; those of evaluations are told as such
+        except NotFiniteError as error:  # gates or ω; `Parts.evaluate` catches those of evaluations
             raise DivergedError(str(error)) from error
-        except RuntimeError as error:  # of the Trainer's own exchange of losses
+        except RuntimeError as error:  # when the Trainer exchanges losses between processes
             if together.lost(error):
                 raise LostError("another process of this run has ended") from error
             raise
@@ -312,7 +308,7 @@ def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.learning_rate,
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
-        # the Trainer reads 1.0 as one step, we as all of them
+        # the Trainer takes 1.0 for one step, here it means all of them
         warmup_steps=plan.steps if config.warmup == 1 else config.warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
@@ -320,18 +316,18 @@ def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments
         seed=config.seed,
         data_seed=config.seed,
         train_sampling_strategy="group_by_length",
-        logging_steps=1,  # Progress looks at each loss
+        logging_steps=1,  # Progress checks every loss
         logging_nan_inf_filter=False,  # and ends the run at the first that is not finite
-        save_strategy="no",  # Progress says when, and which are deleted again
+        save_strategy="no",  # Progress decides when to save, and what to delete
         use_cpu=not torch.cuda.is_available(),
         ddp_timeout=int(together.PATIENCE.total_seconds()),
         dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,  # the task's own collate knows what the model takes
+        remove_unused_columns=False,  # the task's collate chooses the columns
         disable_tqdm=True,
         report_to=[],
     )
-    # A process has one GPU. With several in sight the Trainer would split each batch by DataParallel, which copies the
-    # model in each step and knows nothing of rank changes.
+    # One GPU per process. With several the Trainer would use DataParallel, which copies the model in each step and does
+    # not follow rank changes.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 

@@ -1,8 +1,8 @@
-"""Whether a loss is scaled for gradient accumulation by the one who computes it.
+"""Whether a loss scales itself for gradient accumulation.
 
-transformers counts the items (rows, or tokens) of all batches of an optimizer step, gives the count to every model
-whose forward takes **kwargs, as `num_items_in_batch`, and leaves the scaling to it. Whether the loss looks at the
-count, a signature does not tell; so the loss is asked.
+transformers counts the items (rows, or tokens) of all batches of an optimizer step, passes the count as
+`num_items_in_batch` to every model whose forward takes **kwargs, and leaves the scaling to it. A signature does not
+show whether the loss uses the count, so the loss is computed with two counts and compared.
 """
 
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from math import isclose, isfinite
 
 
 def scales(loss: Callable[[int], float], items: int) -> bool | None:
-    """Whether `loss`, of one batch, is a sum divided by the number of items that it is told; None if it does not tell.
+    """Whether `loss`, of one batch, is divided by the number of items that it is passed; None if that is not clear.
 
-    One of which a part alone is divided does not count: accumulated, its other part would be too large.
+    If only a part of it is divided, it is not: accumulated, the other part would be too large.
     """
     once, twice = loss(items), loss(2 * items)
     if not (isfinite(once) and isfinite(twice)) or once == twice == 0:

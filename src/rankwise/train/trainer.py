@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with a rankwise method in it."""
+"""The Hugging Face Trainer with a rankwise method."""
 
 import random
 import tempfile
@@ -40,99 +40,98 @@ class RankTrainer(Trainer):
     averaged before the step. The model is not wrapped in DistributedDataParallel, which does not survive a rank change.
 
     Args:
-        method: the method that `model` was attached with.
-        **kwargs: everything a Trainer takes.
+        method: the method that was attached to `model`.
+        **kwargs: the arguments of a Trainer.
     """
 
     def __init__(self, *args: Any, method: Method, **kwargs: Any):
         self.method = method
         super().__init__(*args, **kwargs)
-        adam_options(self.args)  # now, and not when the training begins
+        adam_options(self.args)  # to fail now, not when the training starts
         if self.optimizer_cls_and_kwargs is not None:
-            raise InputError("optimizer_cls_and_kwargs would not be used: methods step by an AdamW of their own")
-        # a subclass whose `compute_loss` knows says so itself, where this version of transformers asks it
-        self._asked = getattr(self, "loss_is_scaled_for_ga", None) is not None
+            raise InputError(
+                "optimizer_cls_and_kwargs would be ignored, since methods use their own AdamW: leave it out"
+            )
+        # whether it is known if the loss is scaled; a subclass may declare it (in this version of transformers)
+        self._scaling_known = getattr(self, "loss_is_scaled_for_ga", None) is not None
         self.add_callback(MethodCallback(method))
         if (sharded := self.is_fsdp_enabled or self.is_deepspeed_enabled) and method.check_every:
             raise InputError(SHARDED)
-        self._side_by_side = together.count() > 1 and not sharded
-        if self._side_by_side:
-            plain = partial(self.accelerator.prepare_model, evaluation_mode=True)  # which wraps it in nothing
+        self._data_parallel = together.count() > 1 and not sharded
+        if self._data_parallel:
+            plain = partial(self.accelerator.prepare_model, evaluation_mode=True)  # does not wrap the model
             vars(self.accelerator)["prepare_model"] = plain
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self._side_by_side and self.model is not None:
+        if self._data_parallel and self.model is not None:
             together.spread([*self.model.parameters(), *self.model.buffers()])
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, items = super().get_batch_samples(*args, **kwargs)
-        if items is None or self._asked:
+        if items is None or self._scaling_known:
             return batches, items
-        self._ask(batches[0])
+        self._set_scaling(batches[0])
         return batches, self._get_num_items_in_batch(batches, self.args.device)
 
-    def _ask(self, batch: Any) -> None:
-        """Find out who divides the loss of accumulated batches: the loss itself, or else the Trainer.
+    def _set_scaling(self, batch: Any) -> None:
+        """Find out whether the loss divides itself by the number of accumulated batches; if not, the Trainer does.
 
-        Where both leave it to the other, gradients grow with the number of accumulation steps, which Adam does not
-        mind, and clipping, ω and gates do.
+        If neither does, gradients grow with the number of batches, which changes clipping, ω and gates, though not
+        Adam.
         """
         counted = self._get_num_items_in_batch([batch], self.args.device)
 
         def loss(items: int) -> float:
             with undisturbed(self.model_wrapped), self.compute_loss_context_manager():
                 self.model_wrapped.train()
-                given = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self._prepare_inputs(batch).items()}
-                told = torch.full_like(torch.as_tensor(counted), items)
-                found: Any = self.compute_loss(self.model_wrapped, given, num_items_in_batch=told)
-                return float(found.mean())
+                inputs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self._prepare_inputs(batch).items()}
+                counts = torch.full_like(torch.as_tensor(counted), items)
+                value: Any = self.compute_loss(self.model_wrapped, inputs, num_items_in_batch=counts)
+                return float(value.mean())
 
         scaled = scales(loss, int(torch.as_tensor(counted).flatten()[0]))
         yes, no = together.total(self.args.device, scaled is True, scaled is False)
-        self._asked = bool(yes or no)
+        self._scaling_known = bool(yes or no)
         if no and self.compute_loss_func is None:
             self.model_accepts_loss_kwargs = False
         elif no and self.compute_loss_func is not None:
-            self.compute_loss_func = self._divided(self.compute_loss_func)
+            compute = self.compute_loss_func
 
-    def _divided(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`compute`, whose loss the Trainer takes as divided by the number of accumulated batches, so divided."""
+            def divided(*args: Any, **kwargs: Any) -> Tensor:
+                training = self.model is not None and self.model.training
+                return compute(*args, **kwargs) / (self.current_gradient_accumulation_steps if training else 1)
 
-        def divided(*args: Any, **kwargs: Any) -> Tensor:
-            loss = compute(*args, **kwargs)
-            training = self.model is not None and self.model.training
-            return loss / self.current_gradient_accumulation_steps if training else loss
-
-        return divided
+            self.compute_loss_func = divided
 
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
-        if self._side_by_side and self.accelerator.sync_gradients:
+        if self._data_parallel and self.accelerator.sync_gradients:
             together.average_gradients(model)
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if self.label_smoother is not None:  # which keeps the labels from the model
+        if self.label_smoother is not None:  # it does not pass labels to the model
             for module in model.modules():
                 if isinstance(module, VirtualTokens) and module.generates:
                     module.labels = inputs.get("labels")
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what the Trainer writes; the adapter as `rankwise.save` does, finished and plain.
+        """Write what the Trainer writes, but the adapter as `rankwise.save` does: folded to plain LoRA.
 
         A checkpoint keeps the live state. Its configuration says so, and PEFT does not load it.
 
         Raises:
-            InputError: where no adapter can stand for what was learnt, as `rankwise.save` says.
+            InputError: no adapter can contain what was learnt; see `rankwise.save`.
         """
-        checkpoint = _internal_call and output_dir is not None  # a push to the hub names no folder
+        checkpoint = _internal_call and output_dir is not None  # a push to the hub gives no folder
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        if not checkpoint and isinstance(model, PreTrainedModel) and any(map(_is_ours, model.modules())):
+        ours = any(type(module).__module__.startswith("rankwise.") for module in model.modules())
+        if not checkpoint and isinstance(model, PreTrainedModel) and ours:
             raise InputError(
-                f"{type(model).__name__} alone would not read what {self.method.name} has added to it: write it by "
+                f"a plain {type(model).__name__} cannot load what {self.method.name} has added to it: save it with "
                 "rankwise.save(model, folder, method, head)"
             )
         if checkpoint or sharded or not self.args.should_save or not isinstance(model, PeftModel):
@@ -141,24 +140,24 @@ class RankTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as name:
-            made = save(model, Path(name) / "adapter")
+            adapter = save(model, Path(name) / "adapter")
             super().save_model(str(folder), _internal_call=True)
-            for file in made.rglob("*"):
+            for file in adapter.rglob("*"):
                 if file.is_file():
                     file.replace(folder / file.name)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """The random streams of a checkpoint; the first process's, where as many processes did not write it."""
+        """Load a checkpoint's random streams: the first process's if it was written by fewer or more processes."""
         own = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
-        others = [Path(checkpoint) / name for name in ("rng_state.pth", "rng_state_0.pth")] if checkpoint else []
-        found = [file for file in others if file.is_file()]
-        if not found or (found[0].parent / own).is_file():
+        names = [Path(checkpoint) / name for name in ("rng_state.pth", "rng_state_0.pth")] if checkpoint else []
+        first = next((file for file in names if file.is_file()), None)
+        if first is None or first.with_name(own).is_file():
             super()._load_rng_state(checkpoint)
             return
         with safe_globals():
-            state = torch.load(found[0], weights_only=True)
+            state = torch.load(first, weights_only=True)
         random.setstate(state["python"])
         np.random.set_state(state["numpy"])
         torch.set_rng_state(state["cpu"])
@@ -188,19 +187,19 @@ class Piece(NamedTuple):
 
     batch: Batch
     items: int
-    """How many things the loss of the batch is the mean of."""
+    """The number of rows or tokens that the loss of the batch averages."""
 
 
 class RunTrainer(RankTrainer):
-    """The Trainer of a run: an optimizer step sees `per_device_train_batch_size` rows in all.
+    """The Trainer of a run: an optimizer step has `per_device_train_batch_size` rows in total.
 
-    However many processes share them, and in pieces of whatever size, the rows of a step, their order and the weight
-    of each row or token in the loss are the same, so that gradients and losses are, up to the order of sums.
+    The rows of a step, their order and the weight of each row or token in the loss do not depend on the number of
+    processes or the size of the pieces, so gradients and losses differ only by the order of sums.
 
     Args:
         micro_batch: rows that a process takes at once.
-        stop: what is told, at each step, whether any of the processes has been asked to stop.
-        **kwargs: everything a RankTrainer takes.
+        stop: gets `agreed` set at each step: whether any of the processes was asked to stop.
+        **kwargs: the arguments of a RankTrainer.
     """
 
     def __init__(self, *, micro_batch: int, stop: Stop, **kwargs: Any) -> None:
@@ -217,22 +216,22 @@ class RunTrainer(RankTrainer):
             collate_fn=self._pieces,
             pin_memory=self.args.dataloader_pin_memory,
         )
-        # accelerate would repeat rows to make all shares alike
+        # by default accelerate repeats rows to make all shares equally large
         return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=False)
 
     def _pieces(self, rows: Sequence[dict[str, Any]]) -> list[Piece]:
-        """This process's share of the rows of one step, cut to the micro-batch; it may be empty."""
-        here, many = self.args.process_index, self.args.world_size
-        mine = rows[len(rows) * here // many : len(rows) * (here + 1) // many]
-        cut = [mine[start : start + self.micro_batch] for start in range(0, len(mine), self.micro_batch)]
-        batches = [self.data_collator(list(part)) for part in cut]
+        """This process's share of the rows of one step, in pieces of `micro_batch`; it may be empty."""
+        index, count = self.args.process_index, self.args.world_size
+        share = rows[len(rows) * index // count : len(rows) * (index + 1) // count]
+        pieces = [share[start : start + self.micro_batch] for start in range(0, len(share), self.micro_batch)]
+        batches = [self.data_collator(list(piece)) for piece in pieces]
         return [Piece(batch, items(batch["labels"])) for batch in batches]
 
     def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # nobody asks, and to count them is a walk over the model
+        return 0  # not used, and slow to count
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Loss and gradients of all rows of a step; an error in one process is one in all."""
+        """Loss and gradients of all rows of a step; an error in one process is raised in all."""
         loss = torch.zeros((), device=self.args.device)
         [counted] = together.total(self.args.device, sum(piece.items for piece in inputs))
         failure: Exception | None = None
@@ -252,7 +251,7 @@ class RunTrainer(RankTrainer):
         if failure is not None:
             raise failure
         if broken:
-            raise LostError("another process of this run has failed")
+            raise LostError("another process of this run has failed: see its error")
         together.average_gradients(model)
         return loss
 
@@ -261,19 +260,15 @@ class RunTrainer(RankTrainer):
         return self._weight * loss
 
 
-def _is_ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("rankwise.")
-
-
 def items(labels: Tensor) -> int:
-    """How many things a loss is the mean of: tokens that count where a row has several labels, else rows."""
+    """What a loss averages over: tokens that are not ignored if a row has several labels, else rows."""
     return int((labels != -100).sum()) if labels.dim() == 2 else len(labels)
 
 
 class EpochSampler(Sampler[int]):
-    """A length-grouped order that depends on the seed and the epoch alone.
+    """A length-grouped order that depends only on the seed and the epoch.
 
-    The Trainer's own draws from the global stream at the start of an epoch, which a resume in mid-epoch cannot repeat.
+    The Trainer's own uses the global random stream at the start of an epoch, so a resume within it cannot repeat it.
     """
 
     def __init__(self, sampler: LengthGroupedSampler, seed: int):
@@ -286,24 +281,22 @@ class EpochSampler(Sampler[int]):
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
-        # Not the sum: with it, seed 1 in its first epoch would see what seed 0 sees in its second.
+        # Not the sum, or the first epoch of seed 1 would have the order of the second epoch of seed 0.
         self.sampler.generator = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
         return iter(self.sampler)
 
 
 def restarting_schedule(optimizer: Optimizer, args: TrainingArguments, steps: int, restart: int) -> LambdaLR:
-    """The schedule of `args` over all `steps`, begun anew at step `restart` over what is left (`finish: restart`)."""
+    """The schedule of `args` over all `steps`, restarted at step `restart` over the rest (`finish: restart`)."""
 
     def share(total: int) -> Callable[[int], float]:
-        alone = torch.optim.SGD(
-            [torch.zeros(1)], lr=args.learning_rate
-        )  # get_scheduler rescales the optimizer that it is given
+        dummy = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)  # get_scheduler changes its optimizer's rates
         options: Any = args.lr_scheduler_kwargs
-        made = get_scheduler(args.lr_scheduler_type, alone, args.get_warmup_steps(total), total, options)
-        if not isinstance(made, LambdaLR):
+        schedule = get_scheduler(args.lr_scheduler_type, dummy, args.get_warmup_steps(total), total, options)
+        if not isinstance(schedule, LambdaLR):
             name = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
             raise InputError(f"finish=restart cannot restart the schedule {name}: choose another lr_scheduler_type")
-        return made.lr_lambdas[0]
+        return schedule.lr_lambdas[0]
 
     first, second = share(steps), share(max(1, steps - restart))
     return LambdaLR(optimizer, lambda step: first(step) if step < restart else second(step - restart))
