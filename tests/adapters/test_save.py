@@ -92,7 +92,7 @@ def test_saving_replaces_what_was_there_or_leaves_it(tmp_path):
 def test_folders_without_an_adapter_and_of_another_model_are_refused(tmp_path):
     with pytest.raises(rw.InputError, match="holds no adapter"):
         rw.load(tiny.model(), tmp_path)
-    with pytest.raises(rw.InputError, match="say which method"):
+    with pytest.raises(rw.InputError, match="pass the method"):
         rw.save(tiny.model(), tmp_path / "adapter")
     method = rw.Head()
     rw.save(method.attach(tiny.model(), head=["classifier"]), tmp_path / "head", method, head=["classifier"])

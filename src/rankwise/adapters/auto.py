@@ -1,4 +1,4 @@
-"""What PEFT has to know of the pretrained model so that its Auto classes can build it again."""
+"""The task type in an adapter's configuration, from which PEFT's Auto classes choose the class of the model."""
 
 from inspect import Parameter, signature
 
@@ -7,14 +7,14 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 HEADS = (*SEQ_CLS_HEAD_NAMES, "qa_outputs")
-"""How the names of modules end that PEFT trains and loads whole with a task of classes or of answers, unasked."""
+"""Ends of the names of modules that PEFT always trains and loads in full for classification and question answering."""
 
 
 def task(model: PeftModel) -> str | None:
-    """PEFT's name for what the pretrained model does: the one whose Auto class would build this very class.
+    """The PEFT task type whose Auto class builds the class of the pretrained model.
 
-    None where there is no such name, or where PEFT would then expect a head in the file that is not there, or hand the
-    model arguments that it does not take.
+    None if there is none, or if with it PEFT would expect a head that is not in the file, or pass the model arguments
+    that it does not take.
     """
     base, config = model.get_base_model(), model.peft_config[model.active_adapter]
     kinds = auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -23,17 +23,16 @@ def task(model: PeftModel) -> str | None:
         return None
     heads = [part for part, _ in base.named_modules() if part.endswith(HEADS)]
     stored = getattr(config, "modules_to_save", None) or ()
-    taken, given = (signature(part).parameters.values() for part in (base.forward, kinds[name].forward))
-    names = {p.name for p in given if p.kind is not Parameter.VAR_KEYWORD} - {"self", "task_ids"}
-    takes_any = any(p.kind is Parameter.VAR_KEYWORD for p in taken)
-    fits = takes_any or names <= {p.name for p in taken}
+    accepted, passed = (signature(part).parameters.values() for part in (base.forward, kinds[name].forward))
+    names = {p.name for p in passed if p.kind is not Parameter.VAR_KEYWORD} - {"self", "task_ids"}
+    fits = any(p.kind is Parameter.VAR_KEYWORD for p in accepted) or names <= {p.name for p in accepted}
     return name if fits and all(any(f".{part}".endswith(f".{end}") for end in stored) for part in heads) else None
 
 
 def _builds(kind: type, base: nn.Module) -> bool:
-    """Whether the Auto class that makes PeftModels of this kind makes models of the class of `base`."""
-    for found in vars(auto).values():
-        if getattr(found, "_target_peft_class", None) is kind and found._target_class is not None:
-            made = found._target_class._model_mapping.get(type(getattr(base, "config", None)), ())
-            return type(base) in (made if isinstance(made, tuple | list) else (made,))
+    """Whether the Auto class for PeftModels of class `kind` builds models of the class of `base`."""
+    for auto_class in vars(auto).values():
+        if getattr(auto_class, "_target_peft_class", None) is kind and auto_class._target_class is not None:
+            built = auto_class._target_class._model_mapping.get(type(getattr(base, "config", None)), ())
+            return type(base) in (built if isinstance(built, tuple | list) else (built,))
     return False

@@ -1,4 +1,4 @@
-"""What a model has learnt as plain LoRA on the pretrained weights, in the names and shapes of PEFT's files."""
+"""A trained model as plain LoRA on the pretrained weights, with the names and shapes of PEFT's files."""
 
 import re
 
@@ -17,14 +17,14 @@ from rankwise.ranks.sites import OMEGA_NAME, Site, sites
 
 @torch.no_grad()
 def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """A (r, in) and B (out, r), as plain LoRA on the pretrained W, of every site that is not that yet; `model` stays.
+    """A (r, in) and B (out, r) as plain LoRA on the pretrained W, of every site that is not plain yet.
 
-    Scales are folded in, and units whose gate is 0 and sites whose ω is 0 left out: the whole site at r = 0. A residual
-    start, W ← W - s B0 A0, is undone by appending it with the sign turned: W + s (B A - B0 A0), at rank r + r0.
+    Scales are folded in, without units whose gate is 0; a site whose ω is 0 gets r = 0. A residual start,
+    W ← W - s B0 A0, is undone by appending its negative: W + s (B A - B0 A0), at rank r + r0. `model` does not change.
     """
-    here = [site for site in sites(model) if site.present]
-    kept, found = kept_units(here), {}
-    for site in here:
+    present = [site for site in sites(model) if site.present]
+    kept, factors = kept_units(present), {}
+    for site in present:
         start = start_of(site)
         if site.scale is None and (start is None or start.A is None):
             continue
@@ -35,8 +35,8 @@ def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
             A, B = A[units], (B * site.scale.value.to(B.dtype).expand(site.rank, 1).T)[:, units]
         if start is not None and start.A is not None:
             A, B = torch.cat([A, start.A.to(A)]), torch.cat([B, -start.B.to(B)], dim=1)
-        found[site.name] = A, B
-    return found
+        factors[site.name] = A, B
+    return factors
 
 
 def on_part(site: Site) -> bool:
@@ -45,37 +45,36 @@ def on_part(site: Site) -> bool:
 
 
 def modules(model: PeftModel) -> dict[str, list[Site]]:
-    """The adapted modules of the pretrained model by name, each with its site, or with those on its parts."""
-    found: dict[str, list[Site]] = {}
+    """The adapted modules of the pretrained model by name, each with its site, or with the sites on its parts."""
+    by_module: dict[str, list[Site]] = {}
     for site in sites(model):
-        found.setdefault(site.name.rpartition(".")[0] if on_part(site) else site.name, []).append(site)
-    return found
+        by_module.setdefault(site.name.rpartition(".")[0] if on_part(site) else site.name, []).append(site)
+    return by_module
 
 
 @torch.no_grad()
 def joined(modules: dict[str, list[Site]], stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What PEFT stored, with one pair of factors on each fused projection in the place of those on its parts.
+    """PEFT's tensors, with one pair of factors for each fused projection instead of those of its parts.
 
-    B_q stands in the rows of q and B_v in those of v, with zeros elsewhere, at rank r_q + r_v:
+    B_q is in the rows of q and B_v in those of v, with zeros elsewhere, at rank r_q + r_v:
 
         ⎡B_q  0 ⎤ ⎡A_q⎤
         ⎢ 0   0 ⎥ ⎣A_v⎦
         ⎣ 0  B_v⎦
 
-    PEFT itself stores only what its layers hold, and it has none on the whole. DoRA's magnitudes (out,) are joined too;
-    of parts without an adapter they are the norms of the weight.
+    DoRA's magnitudes (out,) are joined too; for parts without an adapter they are the norms of the weight.
     """
     stored = dict(stored)
-    for name, here in modules.items():
-        if not on_part(here[0]):
+    for name, module_sites in modules.items():
+        if not on_part(module_sites[0]):
             continue
         As, Bs, magnitudes = [], [], {}
-        for site in here:
+        for site in module_sites:
             part: Part = site.layer.get_base_layer()
             prefix = f"base_model.model.{site.name}"
             if f"{prefix}.lora_A.weight" in stored:
                 As.append(stored.pop(f"{prefix}.lora_A.weight"))
-                scale = site.scaling / here[0].scaling  # the whole has one, that of the first
+                scale = site.scaling / module_sites[0].scaling  # the whole has that of the first part
                 Bs.append(scale * part.widened(stored.pop(f"{prefix}.lora_B.weight")))
             if f"{prefix}.lora_magnitude_vector" in stored:
                 magnitudes[part.index] = stored.pop(f"{prefix}.lora_magnitude_vector")
@@ -85,15 +84,15 @@ def joined(modules: dict[str, list[Site]], stored: dict[str, Tensor]) -> dict[st
         if magnitudes:
             norms = part.whole[0].weight.detach().norm(dim=0).cpu().chunk(len(PARTS))
             stored[f"base_model.model.{name}.lora_magnitude_vector"] = torch.cat(
-                [magnitudes.get(place, norm) for place, norm in enumerate(norms)]
+                [magnitudes.get(index, norm) for index, norm in enumerate(norms)]
             )
     return stored
 
 
-def beside(model: PeftModel) -> dict[str, Tensor]:
-    """What of the model itself belongs to what was learnt, in the names of its state dict.
+def base_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The base model's tensors that must be saved with the adapter, by their names in its state dict.
 
-    Weights that its checkpoint does not give, what trains and is not the adapter's, and statistics of normalisations.
+    These are weights that its checkpoint does not have, what else trains, and statistics of normalisations.
     """
     base = model.get_base_model()
     prefix = next(name for name, module in model.named_modules() if module is base)
@@ -107,19 +106,19 @@ def beside(model: PeftModel) -> dict[str, Tensor]:
 
 
 def state_of(model: PeftModel, factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The model's state dict with `factors` in the place of its own, and without what only a training needs.
+    """The model's state dict with `factors` instead of its own, and without what only training needs.
 
     Buffers on the layers themselves are the method's own: PEFT has none there.
     """
-    here = {site.name: site for site in sites(model)}
-    own = {f"base_model.model.{name}.{buffer}" for name, site in here.items() for buffer in site.layer._buffers}
+    by_name = {site.name: site for site in sites(model)}
+    own = {f"base_model.model.{name}.{buffer}" for name, site in by_name.items() for buffer in site.layer._buffers}
     names = "|".join(map(re.escape, factors)) or r"(?!)"
-    theirs = re.compile(
+    left_out = re.compile(
         rf"base_model\.(?:{OMEGA_NAME}\.|model\.(?:.+\.lora_start\.|(?:{names})\.(?:lora_A\.|lora_B\.[^.]+\.weight$)))"
     )
-    state = {name: value for name, value in model.state_dict().items() if not theirs.match(name) and name not in own}
+    state = {name: value for name, value in model.state_dict().items() if not left_out.match(name) and name not in own}
     for name, (A, B) in factors.items():
-        for part, value, like in (("lora_A", A, here[name].A), ("lora_B", B, here[name].B)):
+        for part, value, like in (("lora_A", A, by_name[name].A), ("lora_B", B, by_name[name].B)):
             if len(A):
                 value = shaped(value.detach(), like).contiguous()
                 state[f"base_model.model.{name}.{part}.{model.active_adapter}.weight"] = value
