@@ -201,10 +201,10 @@ def test_a_file_of_a_larger_model_and_of_another_head_is_refused(tmp_path):
     rw.save(searched("bert", 5), tmp_path / "adapter")
     config = tiny.model().config
     config.num_hidden_layers = 1
-    with pytest.raises(rw.InputError, match=r"layer\.1\..* is in the file only"):
+    with pytest.raises(rw.InputError, match=r"layer\.1\..* is only in the file"):
         rw.load(transformers.BertForSequenceClassification(config), tmp_path / "adapter")
     rw.save(rw.LoRA(rank=2, targets=["query"]).attach(tiny.model(), head=["classifier"]), tmp_path / "queries")
-    with pytest.raises(rw.InputError, match="classifier.* is in the file only"):
+    with pytest.raises(rw.InputError, match="classifier.* is only in the file"):
         rw.load(transformers.BertForMaskedLM(tiny.model().config), tmp_path / "queries")
 
 

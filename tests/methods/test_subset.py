@@ -250,7 +250,7 @@ def test_bad_options_get_one_clear_line(options, message):
 def test_more_blocks_than_the_last_stack_has_are_refused():
     for shape, has in (("bert", 2), ("t5", 1)):
         model = base(shape)
-        with pytest.raises(rw.InputError, match=f"blocks {has + 1} is more than the {has} of the last stack"):
+        with pytest.raises(rw.InputError, match=f"blocks {has + 1} is more than the last stack has: use at most {has}"):
             build({"name": "full-top", "blocks": has + 1}).attach(model)
         assert all(p.requires_grad for p in model.parameters())
 

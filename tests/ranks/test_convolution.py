@@ -443,12 +443,12 @@ def test_grouped_convolutions_that_peft_adapted_are_no_sites_and_are_saved_as_th
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "pissa", "rank": 2}, "wide is a convolution, and init=pissa is for linear layers only"),
+        ({"name": "pissa", "rank": 2}, "wide is a convolution, but init=pissa is for linear layers only"),
         (
             {"name": "adalora", "rank": 2, "init_rank": 3, "total": 10, "start": 1, "settle": 2},
-            "and adalora is for linear",
+            "but adalora is for linear",
         ),
-        ({"name": "lora-fa", "rank": 2, "projected": True}, "and projected is for linear"),
+        ({"name": "lora-fa", "rank": 2, "projected": True}, "but projected is for linear"),
     ],
 )
 def test_methods_that_know_no_convolutions_say_so_in_one_line(options, message):

@@ -66,5 +66,5 @@ def test_a_run_that_cannot_begin_says_what_to_do(tmp_path: Path) -> None:
     ):
         run(second)
     (first / "weights.pt").unlink()
-    with pytest.raises(InputError, match="weights.pt is not there; delete .*first and run the whole chain again"):
+    with pytest.raises(InputError, match="weights.pt is missing; delete .*first and run the whole chain again"):
         run(second)

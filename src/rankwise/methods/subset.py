@@ -58,7 +58,8 @@ class FullTop(Method, name="full-top"):
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         last = list(stacks(model)[-1])
-        require(self.blocks <= len(last), f"blocks must be at most {len(last)}, those of the last stack: {self.blocks}")
+        most = len(last)
+        require(self.blocks <= most, f"blocks {self.blocks} is more than the last stack has: use at most {most}")
         freeze(model, head)
         _train(chain.from_iterable(block.parameters() for block in last[-self.blocks :]))
         return model
