@@ -102,7 +102,7 @@ def test_a_checkpoint_that_others_have_written_is_refused_in_one_line_and_nothin
         whole = (found[0] / name).read_bytes()
         (found[0] / name).write_bytes(pickle.dumps(Harm(), protocol=2))
         mark_complete(found[0], found[1])
-        with pytest.raises(InputError, match=f"{found[0].name}: cannot be loaded, .* delete it, and the same command"):
+        with pytest.raises(InputError, match=f"{found[0].name} cannot be loaded, .* delete it, and the same command"):
             run(folder)
         (found[0] / name).write_bytes(whole)
     assert not (tmp_path / "harm").exists()
