@@ -275,8 +275,8 @@ def test_the_best_model_of_a_search_is_saved_as_a_finished_adapter(tmp_path, mon
     ("method", "message"),
     [
         (METHODS["merge"], "merged into the base weights"),
-        (build({"name": "adapter-h", "size": 2}), "would not read what adapter-h has added"),
-        (build({"name": "pre-embed", "prefix": 2}), "would not read what pre-embed has added"),
+        (build({"name": "adapter-h", "size": 2}), "cannot load what adapter-h has added"),
+        (build({"name": "pre-embed", "prefix": 2}), "cannot load what pre-embed has added"),
     ],
 )
 def test_a_model_that_its_file_alone_would_not_give_is_not_saved(method, message, tmp_path):
