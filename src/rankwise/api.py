@@ -149,12 +149,12 @@ def report(*runs: Path | str) -> Report:
     if not runs:
         raise InputError("a report is of a folder of runs, or of several: give one")
     store = Store(runs[0]) if len(runs) == 1 else Several(runs)
-    found = Report.of_store(store, store=store)
-    if not found.results:
+    summary = Report.of_store(store, store=store)
+    if not summary.results:
         if not store.folders():
             raise InputError(f"{runs[0]}: there is no run in it")
         raise InputError(f"{runs[0]}: no run in it has finished; `rankwise status {runs[0]}` says how they stand")
-    return found
+    return summary
 
 
 def compare(
@@ -259,10 +259,10 @@ def runner_of(name: str, options: Sequence[str], jobs: int | None) -> Runner:
 
 def overrides(settings: Settings, runs: Path | str | None) -> list[str]:
     """Settings as they are typed, the folder of runs among them."""
-    given = {"runs": str(runs)} if runs is not None else {}
+    folder = {"runs": str(runs)} if runs is not None else {}
     if not isinstance(settings, Mapping):
-        return [*settings, *(f"{key}={json.dumps(value)}" for key, value in given.items())]
-    return [f"{key}={json.dumps(value, default=written)}" for key, value in {**settings, **given}.items()]
+        return [*settings, *(f"{key}={json.dumps(value)}" for key, value in folder.items())]
+    return [f"{key}={json.dumps(value, default=written)}" for key, value in {**settings, **folder}.items()]
 
 
 def _check_readable(source: Source | None) -> None:

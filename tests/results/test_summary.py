@@ -61,7 +61,7 @@ def test_what_is_compared_differs_in_its_method_alone(key: str, one: Any, other:
             finish(store, config(seed=seed, **{key: value}), score + seed / 100)
             finish(store, config(seed=seed, method=SIMPLEX, **{key: value}), score + seed / 90)
     contrasts = summary(store).contrasts
-    assert [each.found.mean for each in contrasts] == pytest.approx([(1 / 90 - 1 / 100)] * 2)
+    assert [each.gap.mean for each in contrasts] == pytest.approx([(1 / 90 - 1 / 100)] * 2)
     assert all("cannot tell these two apart" in each.sentence() for each in contrasts)
 
 
@@ -131,7 +131,7 @@ def test_the_bootstrap_draws_scores_of_examples_where_there_are_such(store: Stor
     for result in store.results():
         worth = {"lora": 0.5, "simplex-lora": 0.5, "head": 0.25}[result.method]
         predict(result.folder, [0] * 40, [-1] * 40, scores=[worth] * 40)
-    examples = {each.ours.name: each.found.examples for each in summary(store).contrasts}
+    examples = {each.ours.name: each.gap.examples for each in summary(store).contrasts}
     assert examples == {"simplex-lora": (0.0, 0.0), "head": (-0.25, -0.25)}
 
 
@@ -150,7 +150,7 @@ def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_example
             predict(folder, [0] * 3, [-1] * 3, statistics=found)
 
     def examples() -> dict[str, Interval | None]:
-        return {each.ours.name: each.found.examples for each in Summary(store.results()).contrasts}
+        return {each.ours.name: each.gap.examples for each in Summary(store.results()).contrasts}
 
     before = examples()
     assert before["simplex-lora"] == (0.0, 0.0)
@@ -192,7 +192,7 @@ def test_the_bootstrap_is_of_the_metric_that_the_runs_are_compared_by(name: str,
     with bootstrap.few():
         (contrast,) = Summary(store.results()).contrasts
         by_hand = bootstrap.by_hand(score, answers["head"], answers["lora"], labels)
-    assert contrast.found.examples == pytest.approx(by_hand, abs=1e-12)
+    assert contrast.gap.examples == pytest.approx(by_hand, abs=1e-12)
 
 
 def test_another_method_may_be_the_one_to_measure_against(store: Store) -> None:

@@ -31,7 +31,7 @@ def test_methods_of_two_folders_are_compared_and_a_run_in_both_counts_once(two: 
     summary = Summary.of_store(Several(two))
     assert [(row.method, row.n) for row in summary.rows] == [("head", 3), ("lora rank=4", 3)]
     [contrast] = summary.contrasts
-    assert (contrast.ours.method, contrast.theirs.method, contrast.found.n) == ("head", "lora rank=4", 3)
+    assert (contrast.ours.method, contrast.theirs.method, contrast.gap.n) == ("head", "lora rank=4", 3)
     assert "1 run is in more than one of the folders and counted once." in summary.notes
 
 

@@ -241,7 +241,7 @@ def test_a_summary_has_an_interval_over_the_texts(folder, tmp_path, monkeypatch)
     with bootstrap.few():
         by_hand = bootstrap.by_hand(score, texts[:1], texts[1:], np.arange(8))
         (contrast,) = Summary(results).contrasts
-    assert contrast.ours.method == "full" and contrast.found.examples == pytest.approx(by_hand)
+    assert contrast.ours.method == "full" and contrast.gap.examples == pytest.approx(by_hand)
     assert by_hand[0] < by_hand[1]
 
 

@@ -159,7 +159,7 @@ def test_a_summary_has_an_interval_over_the_images(tmp_path: Path) -> None:
     with bootstrap.few():
         by_hand = bootstrap.by_hand(lambda masks, labels: dice(counts(masks, labels, 1)), given[:1], given[1:], truth)
         (contrast,) = Summary(results).contrasts
-    assert contrast.ours.method == "full" and contrast.found.examples == pytest.approx(by_hand)
+    assert contrast.ours.method == "full" and contrast.gap.examples == pytest.approx(by_hand)
     assert by_hand[0] < by_hand[1]
 
 

@@ -40,12 +40,12 @@ class Arch:
 
 def archs() -> dict[str, Arch]:
     """All configurations by name."""
-    found = {}
+    known = {}
     for file in sorted(files(__name__).iterdir(), key=lambda file: file.name):
         name, _, kind = file.name.rpartition(".")
         if kind == "json":
-            found[name] = Arch(name, **json.loads(file.read_text(encoding="utf-8")))
-    return found
+            known[name] = Arch(name, **json.loads(file.read_text(encoding="utf-8")))
+    return known
 
 
 def behind(model: str) -> Arch | None:

@@ -112,23 +112,23 @@ def on_first(do: Callable[[], T]) -> T:
     """
     if count() == 1:
         return do()
-    found: list[Any] = [None, None]
+    shared: list[Any] = [None, None]
     failure: Exception | None = None
     if dist.get_rank() == 0:
         try:
-            found[0] = do()
+            shared[0] = do()
         except Exception as error:
             failure = error
-            found[1] = "memory" if out_of_memory(error) else "failed"
+            shared[1] = "memory" if out_of_memory(error) else "failed"
     with with_others():
-        dist.broadcast_object_list(found, src=0)
-    if found[1] == "memory":
+        dist.broadcast_object_list(shared, src=0)
+    if shared[1] == "memory":
         raise ShortError(str(failure or "in the main process")) from failure
     if failure is not None:
         raise failure
-    if found[1]:
+    if shared[1]:
         raise LostError("the main process of this run has failed")
-    return found[0]
+    return shared[0]
 
 
 def out_of_memory(error: BaseException | None) -> bool:

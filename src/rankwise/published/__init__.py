@@ -142,10 +142,10 @@ class Label:
 @cache
 def papers() -> tuple[Paper, ...]:
     """All papers by the names of their files."""
-    found = sorted(files(__name__).iterdir(), key=lambda file: file.name)
+    listed = sorted(files(__name__).iterdir(), key=lambda file: file.name)
     return tuple(
         _paper(file.name.removesuffix(".yaml"), parse_yaml(file.read_text(encoding="utf-8")))
-        for file in found
+        for file in listed
         if file.name.endswith(".yaml")
     )
 
@@ -160,22 +160,22 @@ def find(name: str) -> Table:
 
 def number(printed: str) -> float:
     """The value of a printed cell, without its ±: `70.4 ± .1` is 70.4. ValueError for what is no number."""
-    found = re.fullmatch(r"(-?[\d.]+(?:e-?\d+)?)(?: ± [\d.]+)?", printed)
-    if found is None:
+    parsed = re.fullmatch(r"(-?[\d.]+(?:e-?\d+)?)(?: ± [\d.]+)?", printed)
+    if parsed is None:
         raise ValueError(f"{printed!r} is no printed number")
-    return float(found[1])
+    return float(parsed[1])
 
 
 def counts() -> list[tuple[str, str, dict[str, Any], Label]]:
     """All published counts: arch, method, the options that decide the count, and the label."""
-    found = []
+    labelled = []
     for table in (table for paper in papers() for table in paper.tables):
         for row in table.rows:
             if row.method and row.parameters:
                 options = {key: value for key, value in row.method.items() if key != "name"}
                 label = Label(row.parameters, table.source, table.number, row.name, row.note)
-                found.append((table.arch, row.method["name"], options, label))
-    return found
+                labelled.append((table.arch, row.method["name"], options, label))
+    return labelled
 
 
 def labels(arch: str, method: str, options: Mapping[str, Any]) -> list[Label]:

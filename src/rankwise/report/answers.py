@@ -61,8 +61,8 @@ def answered(folder: Path, split: str, most: int = MISTAKES) -> Answered | None:
     if len(names) <= MATRIX:
         for true, name in enumerate(names):
             counts = [cells.get((true, given), 0) for given in range(len(names))]
-            of = sum(counts) or 1
-            matrix.append((name, [(f"{count:,}" if count else "", round(8 * count / of)) for count in counts]))
+            total = sum(counts) or 1
+            matrix.append((name, [(f"{count:,}" if count else "", round(8 * count / total)) for count in counts]))
     else:
         order = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))[:MISTAKES]
         mistakes = [f"{names[given]} for {names[true]}: {count:,}" for (true, given), count in order]

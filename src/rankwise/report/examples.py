@@ -56,11 +56,11 @@ def missed(folder: Path) -> str:
 
 def pictures(best: Sequence[Row]) -> list[tuple[str, bytes]]:
     """Of each method whose runs left a picture its label and the PNG of the first seed."""
-    found = []
+    pngs = []
     for row in best:
         with suppress(OSError, InputError):
-            found.append((row.method, read_bytes(row.first / PICTURE)))
-    return found
+            pngs.append((row.method, read_bytes(row.first / PICTURE)))
+    return pngs
 
 
 def _side_by_side(written: dict[str, dict[int, dict[str, Any]]], count: int, longest: int) -> list[Example]:
@@ -88,8 +88,8 @@ def _written(folder: Path) -> dict[int, dict[str, Any]]:
 
 def _rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
     """The answers to the main split; [] where they cannot be read or a column is missing."""
-    found = main_split(folder, columns) or {}
-    return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
+    table = main_split(folder, columns) or {}
+    return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
 
 
 def _cut(text: str, longest: int) -> str:

@@ -143,11 +143,11 @@ def history(folder: Path) -> list[Ranks]:
 
 def changes(lines: Sequence[Ranks]) -> list[tuple[int, Mapping[str, int]]]:
     """(step, ranks) at the start and wherever the ranks are not those of the line before."""
-    kept: list[tuple[int, Mapping[str, int]]] = []
+    changed: list[tuple[int, Mapping[str, int]]] = []
     for line in lines:
-        if not kept or line.ranks != kept[-1][1]:
-            kept.append((line.step, line.ranks))
-    return kept
+        if not changed or line.ranks != changed[-1][1]:
+            changed.append((line.step, line.ranks))
+    return changed
 
 
 def in_words(course: Sequence[tuple[int, Mapping[str, int]]]) -> str:
@@ -162,9 +162,9 @@ def in_words(course: Sequence[tuple[int, Mapping[str, int]]]) -> str:
 
 def curve(lines: Iterable[Step], value: Value) -> tuple[list[float], list[float]]:
     """Steps and finite values, averaged where there are so many that noise would hide the course."""
-    found = [(line.step, each) for line in lines if (each := value(line)) is not None and math.isfinite(each)]
-    many = -(-len(found) // POINTS) or 1
-    groups = [found[start : start + many] for start in range(0, len(found), many)]
+    points = [(line.step, each) for line in lines if (each := value(line)) is not None and math.isfinite(each)]
+    many = -(-len(points) // POINTS) or 1
+    groups = [points[start : start + many] for start in range(0, len(points), many)]
     return [group[-1][0] for group in groups], [fmean(each for _, each in group) for group in groups]
 
 
@@ -260,10 +260,10 @@ def _rates(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture
 
 
 def _by_rate(rows: Sequence[Row]) -> dict[str, list[Rate]]:
-    found: dict[str, list[Rate]] = {}
+    rates: dict[str, list[Rate]] = {}
     for row in _scored(rows):
-        found.setdefault(row.method, []).append(Rate(row.learning_rate, row.scores))
-    return found
+        rates.setdefault(row.method, []).append(Rate(row.learning_rate, row.scores))
+    return rates
 
 
 def _curves(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:
@@ -272,13 +272,14 @@ def _curves(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[P
     for name in dict.fromkeys(name for each in runs.values() for run in each for line in run for name in line.eval):
         shown = "evaluation loss" if name == "loss" else name
         wanted.append((f"{shown} during training", shown, evaluated(name)))
-    found = []
+    pictures = []
     for what, label, value in wanted:
         lines = [curves.Line(name, looks[name], [curve(run, value) for run in each]) for name, each in runs.items()]
         if any(len(steps) > 1 for line in lines for steps, _ in line.curves):  # a point is no course
             figure = curves.curves(lines, label, f"{title}: {what}")
-            found.append(Picture.of(figure, f"{what} by optimizer step, a line per method at its best learning rate"))
-    return found
+            words = f"{what} by optimizer step, a line per method at its best learning rate"
+            pictures.append(Picture.of(figure, words))
+    return pictures
 
 
 def _panels(rows: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:
@@ -295,7 +296,7 @@ def _panels(rows: Sequence[Row], looks: Mapping[str, int], title: str) -> list[P
         return []
     first = {named[row.method]: looks[row.method] for row in reversed(ranked)}
     metric = ranked[0].score
-    found = []
+    pictures = []
     for label, value in (("training loss", loss), (metric, evaluated(metric))):
         cells: dict[tuple[int, float], list[curves.Line]] = {}
         for row in ranked:
@@ -305,8 +306,8 @@ def _panels(rows: Sequence[Row], looks: Mapping[str, int], title: str) -> list[P
                 cells.setdefault(_place(row), []).append(curves.Line(name, first[name], drawn))
         if cells:
             figure = curves.panels(cells, label, f"{title}: {label} by rank and learning rate")
-            found.append(Picture.of(figure, f"{label} during training, a panel for each rank and learning rate"))
-    return found
+            pictures.append(Picture.of(figure, f"{label} during training, a panel for each rank and learning rate"))
+    return pictures
 
 
 def _place(row: Row) -> tuple[int, float]:

@@ -227,13 +227,13 @@ def _settings(results: Sequence[Finished], rows: Sequence[Row]) -> Grid:
 
 
 def _environment(folders: Sequence[Path]) -> Grid:
-    found = []
+    contents = []
     for folder in folders:
         try:
-            found.append(read_json(folder / "env.json"))
+            contents.append(read_json(folder / "env.json"))
         except (OSError, InputError):
             continue
-    flat = [dict(_flat(each)) for each in found if isinstance(each, dict)]
+    flat = [dict(_flat(each)) for each in contents if isinstance(each, dict)]
     keys = dict.fromkeys(key for each in flat for key in each)
     return _pairs("what", "value", [(key, _values(each.get(key) for each in flat)) for key in keys])
 

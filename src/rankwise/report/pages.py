@@ -83,8 +83,8 @@ def pages(store: Store, folders: Sequence[Path], results: Sequence[Finished], ro
     by_folder = {result.folder: result for result in results}
     finished = {folder: row.method for row in rows for folder in row.folders.values()}
     tries = {folder: each.method for folder, each in by_folder.items() if folder not in finished}
-    found = [_finished(by_folder[folder], method) for folder, method in (finished | tries).items()]
-    return [*found, *(_unfinished(store, folder) for folder in folders if folder not in by_folder)]
+    done = [_finished(by_folder[folder], method) for folder, method in (finished | tries).items()]
+    return [*done, *(_unfinished(store, folder) for folder in folders if folder not in by_folder)]
 
 
 def _label(task: str, method: str, config: Mapping[str, Any]) -> str:

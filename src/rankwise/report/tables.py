@@ -43,11 +43,11 @@ def csv(rows: Sequence[Row], shown: Columns = ()) -> str:
 
     All there is of a row, or the values of the columns `shown`.
     """
-    found = {key: value for column in shown for key, value in column.values.items()} or values(rows)
+    named = {key: value for column in shown for key, value in column.values.items()} or values(rows)
     text = io.StringIO()
     writer = csv_format.writer(text, lineterminator="\n")
-    writer.writerow(map(_in_csv, found))
-    writer.writerows([_in_csv(value(row)) for value in found.values()] for row in rows)
+    writer.writerow(map(_in_csv, named))
+    writer.writerows([_in_csv(value(row)) for value in named.values()] for row in rows)
     return text.getvalue()
 
 

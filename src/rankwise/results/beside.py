@@ -128,14 +128,14 @@ class _Side:
     ) -> Iterator[Beside]:
         members = [row for row in ours if row.benchmark == column.average]
         known = {row.method: row for row in members}
-        for found in averages(self.best):
-            if found.benchmark == column.average and found.method in known:
-                row, scores = known[found.method], found.values
-                over = f"the average of {len(found.tasks)} tasks: {', '.join(found.tasks)}"
+        for average in averages(self.best):
+            if average.benchmark == column.average and average.method in known:
+                row, scores = known[average.method], average.values
+                over = f"the average of {len(average.tasks)} tasks: {', '.join(average.tasks)}"
                 splits = [
                     f"{each.task}, {split}: {why}"
                     for each in members
-                    if each.method == found.method
+                    if each.method == average.method
                     for split, why in unofficial(each).items()
                 ]
                 changes: dict[str, Any] = {"metric": "average", "differs": self._differs(row, wanted, [over, *splits])}
@@ -147,13 +147,13 @@ class _Side:
             yield _filled(blank, row, column.factor, None, None, differs=self._differs(row, wanted, []))
 
     def _differs(self, row: Row, wanted: Mapping[str, Any], splits: Sequence[str]) -> tuple[str, ...]:
-        found = [f"scale {row.scale}"] if row.scale != "full" else []
+        clauses = [f"scale {row.scale}"] if row.scale != "full" else []
         if self.table.arch and row.model.rpartition("/")[2].lower() != self.table.arch:
-            found.append(f"model {row.model} instead of {self.table.arch}")
+            clauses.append(f"model {row.model} instead of {self.table.arch}")
         for option in _otherwise(row, wanted):
-            found.append(f"{option} {_words(row.options.get(option))} instead of {_words(wanted[option])}")
+            clauses.append(f"{option} {_words(row.options.get(option))} instead of {_words(wanted[option])}")
         changed = [f"set on the command line: {setting}" for setting in self.about.get("changed", ())]
-        return tuple(filter(None, [*found, *splits, *changed, self.about.get("differs", "")]))
+        return tuple(filter(None, [*clauses, *splits, *changed, self.about.get("differs", "")]))
 
 
 def _filled(

@@ -113,23 +113,23 @@ def sizes(rows: Sequence[Row]) -> list[Column[Row]]:
 def values(rows: Sequence[Row]) -> dict[str, Callable[[Row], Any]]:
     """All there is of a row, by the names of the CSV."""
     fixed = [TASK, METRIC, *(column for column in columns(rows) if column not in (TASK, METRIC))]
-    found = {key: value for column in (*fixed, *_metrics(rows)) for key, value in column.values.items()}
+    named = {key: value for column in (*fixed, *_metrics(rows)) for key, value in column.values.items()}
     for prefix, split in (("", "evaluated"), ("train_", "trained")):
-        found |= {
+        named |= {
             f"{prefix}{'split' if key == 'name' else key}": _part(split, key)
             for key in ("name", "rows", "official", "note", "own")
             if prefix + key != "train_rows"
         }
-    found |= {key: _of(key) for key in ("asked", "used", "share")}
-    found["always"] = lambda row: row.always and row.always.score
-    found |= {
+    named |= {key: _of(key) for key in ("asked", "used", "share")}
+    named["always"] = lambda row: row.always and row.always.score
+    named |= {
         "tuned_split": lambda row: row.tuned and row.tuned.split.name,
         "tuned_rows": lambda row: row.tuned and row.tuned.split.rows,
         "tuned_note": lambda row: row.tuned and row.tuned.split.note,
         "tuned_rates": lambda row: row.tuned and " ".join(f"{rate.learning_rate:g}" for rate in row.tuned.rates),
     }
-    found["notes"] = lambda row: " ".join(remarks(row))
-    return found
+    named["notes"] = lambda row: " ".join(remarks(row))
+    return named
 
 
 def tried(rows: Sequence[Row]) -> list[tuple[list[Column[Tried]], list[Tried]]]:
@@ -178,14 +178,14 @@ def best_of(column: Column[Row], rows: Sequence[Row]) -> list[Row]:
     """The rows with the best score in a column of scores, those of each task apart; equal ones are all best."""
     if column.metric is None:
         return []
-    found = []
+    best = []
     for task in dict.fromkeys(row.task_options for row in rows):
         own = [row for row in rows if row.task_options == task and column.number_of(row) is not None]
         for name in dict.fromkeys(column.metric(row) for row in own):
             same = [row for row in own if column.metric(row) == name]
             top = column.cell(max(same, key=lambda row: worth(name, column.number_of(row))))
-            found += [row for row in same if column.cell(row).split(" ")[0] == top.split(" ")[0]]
-    return found
+            best += [row for row in same if column.cell(row).split(" ")[0] == top.split(" ")[0]]
+    return best
 
 
 def _metrics(rows: Sequence[Row]) -> list[Column[Row]]:

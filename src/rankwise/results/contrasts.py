@@ -20,39 +20,35 @@ class Contrast:
 
     ours: Row
     theirs: Row
-    found: Difference
+    gap: Difference
 
     def sentence(self) -> str:
         """The contrast in words: the size of the difference, its intervals, and whether it counts."""
-        ours, theirs, found = self.ours.method, self.theirs.method, self.found
+        ours, theirs, gap = self.ours.method, self.theirs.method, self.gap
         where = f"{self.ours.task}, {with_direction(self.ours.score)}"
         if ours == "head":
-            way = "behind" if worth(self.ours.score, found.mean) <= 0 else "ahead of"
-            text = f"{where}: training the head only is {abs(found.mean):.3f} {way} {theirs}"
+            way = "behind" if worth(self.ours.score, gap.mean) <= 0 else "ahead of"
+            text = f"{where}: training the head only is {abs(gap.mean):.3f} {way} {theirs}"
         else:
-            text = f"{where}: {ours} against {theirs}: {found.mean:+.3f}"
-        if found.seeds is None:
+            text = f"{where}: {ours} against {theirs}: {gap.mean:+.3f}"
+        if gap.seeds is None:
             return f"{text}. One seed shows nothing; use at least three."
-        examples = span(found.examples) if found.examples is not None else "none"
-        low, high = found.seeds
-        over = (
-            f"{span(found.seeds)} over {found.n} seeds"
-            if high > low
-            else f"none over {found.n} seeds with the same gap"
-        )
-        return f"{text} (95 % intervals: {over}, {examples} over the examples): {verdict(found)}."
+        examples = span(gap.examples) if gap.examples is not None else "none"
+        low, high = gap.seeds
+        over = f"{span(gap.seeds)} over {gap.n} seeds" if high > low else f"none over {gap.n} seeds with the same gap"
+        return f"{text} (95 % intervals: {over}, {examples} over the examples): {verdict(gap)}."
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain data."""
-        found = self.found
+        gap = self.gap
         return {
             "task": self.ours.task,
             "method": self.ours.method,
             "reference": self.theirs.method,
-            **asdict(found),
-            "alone": found.alone,
-            "shown": found.shown,
-            "verdict": "one seed shows nothing" if found.seeds is None else verdict(found),
+            **asdict(gap),
+            "alone": gap.alone,
+            "shown": gap.shown,
+            "verdict": "one seed shows nothing" if gap.seeds is None else verdict(gap),
         }
 
 
@@ -69,23 +65,23 @@ def contrasts(best: Sequence[Row], reference: Mapping[str, Any]) -> list[Contras
         gap = difference(row.scores, other.scores) if other else None
         if other and gap:
             found.append(Contrast(row, other, replace(gap, examples=_bootstrap(row, other))))
-    after = corrected([each.found for each in found])
-    return [replace(each, found=new) for each, new in zip(found, after, strict=True)]
+    after = corrected([each.gap for each in found])
+    return [replace(each, gap=new) for each, new in zip(found, after, strict=True)]
 
 
-def verdict(found: Difference) -> str:
+def verdict(gap: Difference) -> str:
     """What a difference shows, in words."""
-    if not found.alone:
-        words = f"{found.n} seeds cannot tell these two apart; that does not mean they are equal"
-        return f"{words}: a gap that is the same at so few seeds has no spread to judge by" if found.clear else words
-    if found.comparisons == 1:
-        return f"a difference at n = {found.n}"
-    if not found.shown:
+    if not gap.alone:
+        words = f"{gap.n} seeds cannot tell these two apart; that does not mean they are equal"
+        return f"{words}: a gap that is the same at so few seeds has no spread to judge by" if gap.clear else words
+    if gap.comparisons == 1:
+        return f"a difference at n = {gap.n}"
+    if not gap.shown:
         return (
-            f"with {found.n} seeds this gap would count if it were the only comparison; there are {found.comparisons}, "
+            f"with {gap.n} seeds this gap would count if it were the only comparison; there are {gap.comparisons}, "
             "so it is not certain: add seeds"
         )
-    return f"a difference at n = {found.n}, also after Holm's correction over {found.comparisons} comparisons"
+    return f"a difference at n = {gap.n}, also after Holm's correction over {gap.comparisons} comparisons"
 
 
 def spelled(reference: Mapping[str, Any]) -> str:
@@ -98,13 +94,13 @@ def _other(row: Row, rows: Sequence[Row], reference: Mapping[str, Any]) -> Row |
 
     Where runs differ in warm-up too, one with the same warm-up is preferred.
     """
-    found = [other for other in rows if _is(reference, other)]
-    found = [other for other in found if other.warmup == row.warmup] or found
-    if _is(reference, row) or not found:
+    others = [other for other in rows if _is(reference, other)]
+    others = [other for other in others if other.warmup == row.warmup] or others
+    if _is(reference, row) or not others:
         return None
     if row.name == "head":
-        return max(found, key=lambda other: worth(other.score, other.mean))
-    return min(found, key=lambda other: abs(other.budget - row.budget))
+        return max(others, key=lambda other: worth(other.score, other.mean))
+    return min(others, key=lambda other: abs(other.budget - row.budget))
 
 
 def _is(reference: Mapping[str, Any], row: Row) -> bool:

@@ -18,35 +18,35 @@ def notes(
     rows: Sequence[Row], best: Sequence[Row], contrasts: Sequence[Contrast], reference: Mapping[str, Any]
 ) -> list[str]:
     """Notes on rates, on methods that could not be compared, on budgets, and on each of the best rows."""
-    found = []
+    lines = []
     if len([row for row in rows if row.tuned is None]) > len([row for row in best if row.tuned is None]):
-        found.append(TOO_HIGH)
+        lines.append(TOO_HIGH)
     for task in dict.fromkeys(row.task for row in best):
         several = len({row.method for row in best if row.task == task}) > 1
         if several and not any(each.ours.task == task for each in contrasts):
-            found.append(
+            lines.append(
                 f"{task}: nothing is compared, because no {spelled(reference)} ran with the same "
                 "settings; report.reference in an experiment names another method"
             )
     for row in best:
-        found += [*_of_tuning(row), *_of_budget(row), *_of_search(row)]
+        lines += [*_of_tuning(row), *_of_budget(row), *_of_search(row)]
     unsized = [row.method for row in best if row.asked is None]
     if unsized and len(unsized) < len(best):
         names = ", ".join(dict.fromkeys(unsized))
-        found.append(f"Outside the budget, because none was set or the method has no size to choose: {names}")
+        lines.append(f"Outside the budget, because none was set or the method has no size to choose: {names}")
     for row in best:
-        found += [f"{row.task} *: {split} is not the official split: {why}" for split, why in unofficial(row).items()]
-        found += [*_of_own_rows(row), *_of_runs(row)]
-    return list(dict.fromkeys(map(_ended, found)))
+        lines += [f"{row.task} *: {split} is not the official split: {why}" for split, why in unofficial(row).items()]
+        lines += [*_of_own_rows(row), *_of_runs(row)]
+    return list(dict.fromkeys(map(_ended, lines)))
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
     """The notes below a table on its own: where its rows come from, how rates were chosen, what was not learnt."""
-    found = [f"{row.task}: {scored_on(row)}" for row in rows if row.evaluated.own]
+    lines = [f"{row.task}: {scored_on(row)}" for row in rows if row.evaluated.own]
     for row in rows:
-        found += [*_of_own_rows(row), *([chosen_on(row)] if row.tuned else []), *_of_search(row), *_of_runs(row)]
-    found += [f"* {row.task}, {split}: {why}" for row in rows for split, why in unofficial(row).items()]
-    return list(dict.fromkeys(found))
+        lines += [*_of_own_rows(row), *([chosen_on(row)] if row.tuned else []), *_of_search(row), *_of_runs(row)]
+    lines += [f"* {row.task}, {split}: {why}" for row in rows for split, why in unofficial(row).items()]
+    return list(dict.fromkeys(lines))
 
 
 def remarks(row: Row) -> list[str]:
@@ -56,11 +56,11 @@ def remarks(row: Row) -> list[str]:
 
 def always(rows: Sequence[Row]) -> str:
     """`always answering 'function' scores 0.610`, of one task; "" where there are no classes."""
-    found = next((row.always for row in rows if row.always), None)
-    if not found:
+    one = next((row.always for row in rows if row.always), None)
+    if not one:
         return ""
-    names = f"one of the most frequent classes ({listed([found.answer, *found.tied])})" if found.tied else None
-    return f"always answering {names or shown(found.answer)} scores {found.score:.3f}"
+    names = f"one of the most frequent classes ({listed([one.answer, *one.tied])})" if one.tied else None
+    return f"always answering {names or shown(one.answer)} scores {one.score:.3f}"
 
 
 def scored_on(row: Row) -> str:
@@ -86,25 +86,25 @@ def chosen_on(row: Row) -> str:
 
 def _of_tuning(row: Row) -> list[str]:
     """On what the rate of a row was chosen, and whether it lies at the edge of what was tried."""
-    found = row.tuned
-    if found is None:
+    tuned = row.tuned
+    if tuned is None:
         return []
-    if found.learning_rate != row.learning_rate:
+    if tuned.learning_rate != row.learning_rate:
         return [
             f"{row.task}, {row.method}: the rate shown, {row.learning_rate:g}, is not the one that tuning "
-            f"chose, {found.learning_rate:g}: run the experiment to its end, in another folder if `tune` has "
+            f"chose, {tuned.learning_rate:g}: run the experiment to its end, in another folder if `tune` has "
             "changed"
         ]
-    what = f"{row.task}, {row.method}: the rate chosen, {found.learning_rate:g}, is the"
-    if found.tied:
-        others = " and ".join(f"{rate:g}" for rate in found.tied)
+    what = f"{row.task}, {row.method}: the rate chosen, {tuned.learning_rate:g}, is the"
+    if tuned.tied:
+        others = " and ".join(f"{rate:g}" for rate in tuned.tied)
         return [chosen_on(row), f"{what} lowest of equals: {others} scored the same"]
-    if not found.edge:
+    if not tuned.edge:
         return [chosen_on(row)]
-    beyond = "lower" if found.edge == "lowest" else "higher"
+    beyond = "lower" if tuned.edge == "lowest" else "higher"
     return [
         chosen_on(row),
-        f"{what} {found.edge} of those that trained to their end; unless {beyond} ones diverged, one might do better",
+        f"{what} {tuned.edge} of those that trained to their end; unless {beyond} ones diverged, one might do better",
     ]
 
 

@@ -27,10 +27,10 @@ def predictions(folder: Path) -> Predictions | None:
     """The answers of a finished run; None where they cannot be read or there are no labels to compare them with."""
     kinds: tuple[Kind, ...] = ("score", "statistics", "prediction")
     for kind in kinds:
-        found = main_split(folder, [kind, "label" if kind == "prediction" else "idx"])
-        if found is not None:
+        columns = main_split(folder, [kind, "label" if kind == "prediction" else "idx"])
+        if columns is not None:
             try:
-                values, labels = map(np.asarray, found.values())
+                values, labels = map(np.asarray, columns.values())
             except ValueError:  # of numpy, for statistics of uneven length
                 return None
             return None if (labels == -1).all() else Predictions(kind, values, labels)
@@ -41,10 +41,10 @@ def main_split(folder: Path, columns: Sequence[str]) -> dict[str, list[Any]] | N
     """`columns` of a run's predictions for the main split; None where they cannot be read or a column is missing."""
     try:
         file = need("pyarrow.parquet", "bench").ParquetFile(check_regular(folder / "predictions.parquet"))
-        found = file.read(columns=["split", *columns]).to_pydict()
+        rows = file.read(columns=["split", *columns]).to_pydict()
     except (OSError, ValueError):  # pyarrow's errors are of these kinds
         return None
-    if not {"split", *columns} <= found.keys():
+    if not {"split", *columns} <= rows.keys():
         return None
-    main = [place for place, split in enumerate(found["split"]) if split == found["split"][0]]
-    return {name: [found[name][place] for place in main] for name in columns}
+    main = [place for place, split in enumerate(rows["split"]) if split == rows["split"][0]]
+    return {name: [rows[name][place] for place in main] for name in columns}

@@ -39,8 +39,8 @@ class Always:
 
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
-        found: dict[str, Any] = {"class": self.answer, "score": self.score}
-        return {**found, "tied": list(self.tied)} if self.tied else found
+        content: dict[str, Any] = {"class": self.answer, "score": self.score}
+        return {**content, "tied": list(self.tied)} if self.tied else content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ def averages(chosen: Sequence[Row]) -> list[Average]:
 
     Only where there are two tasks or more of it.
     """
-    found = []
+    results = []
     for benchmark in dict.fromkeys(row.benchmark for row in chosen if row.benchmark):
         rows = [row for row in chosen if row.benchmark == benchmark]
         tasks = tuple(dict.fromkeys(row.task for row in rows))
@@ -231,10 +231,10 @@ def averages(chosen: Sequence[Row]) -> list[Average]:
             if len(tasks) > 1 and len(own) == len(tasks) and seeds:
                 scores = {seed: mean([row.counted[seed] for row in own]) for seed in sorted(seeds)}
                 always = [row.counted_always for row in own if row.counted_always is not None]
-                found.append(
+                results.append(
                     Average(benchmark, tasks, method, scores, mean(always) if len(always) == len(own) else None)
                 )
-    return found
+    return results
 
 
 def unofficial(row: Row) -> dict[str, str]:
@@ -301,11 +301,11 @@ def _row(members: Sequence[Finished], label: str, contests: Contests) -> Row:
     )
 
 
-def _always(found: Answers, score: str) -> Always | None:
+def _always(answers: Answers, score: str) -> Always | None:
     """None where there are no classes or the score is not known."""
-    if not found.majority or score not in found.metrics:
+    if not answers.majority or score not in answers.metrics:
         return None
-    return Always(found.majority, found.metrics[score], found.tied)
+    return Always(answers.majority, answers.metrics[score], answers.tied)
 
 
 def _nothing_learnt(by_seed: Mapping[int, Finished], label: str) -> list[str]:

@@ -94,8 +94,8 @@ class Difference:
     @property
     def clear(self) -> bool:
         """Whether there is an interval over the seeds, and no interval holds 0."""
-        given = [interval for interval in (self.seeds, self.examples) if interval is not None]
-        return self.seeds is not None and all(low > 0 or high < 0 for low, high in given)
+        intervals = [interval for interval in (self.seeds, self.examples) if interval is not None]
+        return self.seeds is not None and all(low > 0 or high < 0 for low, high in intervals)
 
     @property
     def alone(self) -> bool:
@@ -122,11 +122,11 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     return Difference(len(gaps), mean(gaps), t_interval(gaps), p=paired_p(gaps))
 
 
-def corrected(found: Sequence[Difference]) -> list[Difference]:
+def corrected(differences: Sequence[Difference]) -> list[Difference]:
     """The same differences, each with its p adjusted by Holm's correction over all that have one."""
-    adjusted = iter(holm([each.p for each in found if each.p is not None]))
-    count = sum(each.p is not None for each in found)
-    return [each if each.p is None else replace(each, adjusted=next(adjusted), comparisons=count) for each in found]
+    adjusted = iter(holm([each.p for each in differences if each.p is not None]))
+    count = sum(each.p is not None for each in differences)
+    return [gap if gap.p is None else replace(gap, adjusted=next(adjusted), comparisons=count) for gap in differences]
 
 
 def paired_bootstrap(
@@ -148,12 +148,12 @@ def paired_bootstrap(
         places = rows + n * np.arange(len(rows))[:, None]
         times = np.bincount(places.ravel(), minlength=rows.size).reshape(rows.shape).astype(float)
         gaps.append(np.subtract(*(np.mean([score(times @ each) for each in side], axis=0) for side in (ours, theirs))))
-    found = np.concatenate(gaps)
-    found = found[~np.isnan(found)]
-    if not found.size:
+    spread = np.concatenate(gaps)
+    spread = spread[~np.isnan(spread)]
+    if not spread.size:
         return None
     tail = (1 - LEVEL) / 2
-    low, high = np.quantile(found, [tail, 1 - tail])
+    low, high = np.quantile(spread, [tail, 1 - tail])
     return float(low), float(high)
 
 

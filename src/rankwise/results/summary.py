@@ -139,11 +139,11 @@ def _load_metrics(store: Store, results: Sequence[Finished]) -> None:
                     raise InputError(f"{result.folder}: its score is {result.score}, of a plugin: {error}") from None
 
 
-def _averages(found: Sequence[Average]) -> list[str]:
+def _averages(averages: Sequence[Average]) -> list[str]:
     """For each benchmark the tasks that its average covers, which may not be all of them, and a line per method."""
     parts = []
-    for benchmark in dict.fromkeys(each.benchmark for each in found):
-        own = [each for each in found if each.benchmark == benchmark]
+    for benchmark in dict.fromkeys(each.benchmark for each in averages):
+        own = [each for each in averages if each.benchmark == benchmark]
         head = f"{benchmark}, average over {len(own[0].tasks)} tasks ({', '.join(own[0].tasks)})"
         if own[0].always is not None:
             head = f"{head}; always answering the most frequent class of each scores {own[0].always:.3f}"

@@ -96,18 +96,18 @@ def _load(file: Path) -> RunFile:
         maker = Maker.of(content["made_with"], file.parent)
         if "digest" in content:
             whole = text == signed(text.rpartition(_DIGEST)[0])
-            found = RunFile(
+            run = RunFile(
                 *(content["id"], RunConfig.model_validate(settings), maker),
                 *(content["kind"], content["format"], content.get("begun_with")),
             )
         else:
             whole = _is_older_id(content["id"], settings, content["made_with"])
-            found = _older(content["id"], settings, maker)
+            run = _older(content["id"], settings, maker)
     except (KeyError, TypeError, AttributeError, ValidationError):
         whole = False
     if not whole:  # else it would resume as a run with other settings than its id stands for
         raise InputError(f"{file.parent}: {DAMAGED}")
-    return found
+    return run
 
 
 def _by_hand(file: Path, name: Any, settings: Mapping[str, Any]) -> RunFile:

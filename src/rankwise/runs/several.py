@@ -54,11 +54,11 @@ class Several(Store):
         }, " ".join(filter(None, damage))
 
     def _by_run(self) -> dict[str, list[Path]]:
-        found: dict[str, list[Path]] = {}
+        runs: dict[str, list[Path]] = {}
         for part in self.parts:
             folders = part.folders()
             if not folders:
                 raise InputError(f"{part.folder}: there is no run in it")
             for folder in folders:
-                found.setdefault(folder.name, []).append(folder)
-        return found
+                runs.setdefault(folder.name, []).append(folder)
+        return runs

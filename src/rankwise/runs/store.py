@@ -73,12 +73,12 @@ class Store(Noted):
         """Runs whose folder is not named after their id of today, such as those with an older id, by that id."""
         places = [file.parent for file in self.folder.glob(f"*/{run_file.NAME}") if not run_file.at_home(file.parent)]
         # of several the newest
-        found = {
+        runs = {
             each: run
             for each in sorted(places, key=_age, reverse=True)
             if (run := run_file.read(each)) is not None and run.maker is not None
         }
-        named = {name: run for run in found.values() for name in run.names}
+        named = {name: run for run in runs.values() for name in run.names}
 
         def now(run: RunFile) -> str:
             if run.format == FORMAT:
@@ -87,7 +87,7 @@ class Store(Noted):
             after = run.config.after if before is None else now(before)
             return run.config.model_copy(update={"after": after}).id
 
-        return {now(run): folder for folder, run in found.items()}
+        return {now(run): folder for folder, run in runs.items()}
 
     def create(self, config: RunConfig, maker: Maker | str) -> Path:
         """The folder of this run, created with its `run.yaml` if there is none yet.
@@ -138,12 +138,12 @@ class Store(Noted):
 
     def others(self, wanted: Mapping[Path, Maker]) -> dict[Path, list[str]]:
         """The started or finished runs that another maker made than the `wanted` one, and what differs."""
-        found = {}
+        differing = {}
         for folder, maker in wanted.items():
             noted = self.maker(folder) if self.begun(folder) else None
             if noted is not None and (differences := maker.differs(noted)):
-                found[folder] = differences
-        return found
+                differing[folder] = differences
+        return differing
 
     def named(self, name: str) -> str:
         """The `name` of the maker of a run that another one begins with; "" if the run or its maker is not known."""
@@ -254,13 +254,13 @@ class Store(Noted):
             raise InputError(f"{self.folder}: there is no such folder of runs{similar(self.folder)}") from None
         except OSError as error:
             raise InputError(f"{self.folder}: cannot be read: {(error.strerror or str(error)).lower()}") from None
-        found = [path for path in inside if _of_run(path)]
-        if not found and os.path.lexists(self.folder / "run.yaml"):
+        runs = [path for path in inside if _of_run(path)]
+        if not runs and os.path.lexists(self.folder / "run.yaml"):
             raise InputError(f"{self.folder}: is one run; give the folder above it, {self.folder.resolve().parent}")
-        if not found and (below := sorted({path.parents[1] for path in self.folder.glob("*/*/run.yaml")})):
+        if not runs and (below := sorted({path.parents[1] for path in self.folder.glob("*/*/run.yaml")})):
             names = ", ".join(each.name for each in below[:5]) + (", …" if below[5:] else "")
             raise InputError(f"{self.folder}: the runs are one folder further down, in {names}; give {below[0]}")
-        return found
+        return runs
 
     def config(self, folder: Path) -> RunConfig:
         """The settings of a run. Raises InputError if its `run.yaml` is missing or damaged."""

@@ -13,15 +13,15 @@ OWN = {*PLACE, "learning_rate", "tuning", "tuned", "after", "followed"}
 
 def dotted(config: RunConfig) -> dict[str, Any]:
     """The settings of a run, but those of OWN, by dotted keys: `{"seed": 0, "method": "lora", "method.rank": 4}`."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     left = list(config.model_dump(mode="json", exclude=OWN).items())
     while left:
         key, value = left.pop(0)
         if isinstance(value, dict):
             left[:0] = [(key if below == "name" else f"{key}.{below}", each) for below, each in value.items()]
         else:
-            found[key] = value
-    return found
+            settings[key] = value
+    return settings
 
 
 def differing(runs: Iterable[Mapping[str, Any]]) -> list[str]:

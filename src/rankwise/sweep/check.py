@@ -96,8 +96,8 @@ def expand(experiment: Experiment) -> list[RunConfig]:
     for config in configs:
         check_reachable(methods.registry()[config.method["name"]], config.plugins)
         check_reachable(tasks.registry()[config.task["name"]], config.plugins)
-    asked = experiment.base.get("budget") or "budget" in experiment.vary
-    if asked and all(config.budget is None for config in configs):
+    budgeted = experiment.base.get("budget") or "budget" in experiment.vary
+    if budgeted and all(config.budget is None for config in configs):
         raise InputError("budget: none of the methods has a size to choose; leave it out")
     return configs
 

@@ -50,7 +50,7 @@ def unneeded(store: Store, kinds: Sequence[str] = ()) -> list[Unneeded]:
     for kind in kinds:
         if kind not in KINDS:
             raise InputError(f"--only {kind}: no such kind{nearest(kind, KINDS)}; known: {', '.join(KINDS)}")
-    found = []
+    runs = []
     for folder in store.folders():
         standing = store.standing(folder)
         diverged = standing.planned and standing.tries and store.failure(folder).diverged
@@ -58,8 +58,8 @@ def unneeded(store: Store, kinds: Sequence[str] = ()) -> list[Unneeded]:
             continue
         kind = "foreign" if not standing.planned else standing.state
         if kind in (kinds or KINDS):
-            found.append(Unneeded(standing, kind))
-    return found
+            runs.append(Unneeded(standing, kind))
+    return runs
 
 
 def summary(runs: Sequence[Unneeded]) -> str:

@@ -74,9 +74,9 @@ class RateSearch:
     def _ask(self, rates: Sequence[float]) -> None:
         self._now = {}
         for rate in rates:
-            asked = {self._place(config): config for config in self.contest.tried(rate)}
-            self.configs |= asked
-            self._now[rate] = list(asked)
+            configs = {self._place(config): config for config in self.contest.tried(rate)}
+            self.configs |= configs
+            self._now[rate] = list(configs)
 
     def _found(self, folders: Sequence[Path]) -> Tuned | None:
         done = [folder for folder in folders if self._store.result(folder) is not None]
@@ -101,14 +101,14 @@ def _sampled(span: Span, trials: int, at_once: int, seed: int) -> Rounds:
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=(trials + 1) // 2)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for begun in range(0, trials, at_once):
-        asked: list[tuple[Any, float]] = []
+        drawn: list[tuple[Any, float]] = []
         for _ in range(min(at_once, trials - begun)):
             trial = study.ask()
             rate = trial.suggest_float("learning_rate", span.low, span.high, log=True)
             # three digits, which people can read and write again
-            asked.append((trial, min(max(float(f"{rate:.3g}"), span.low), span.high)))
-        scores = yield list(dict.fromkeys(rate for _, rate in asked))
-        for trial, rate in asked:
+            drawn.append((trial, min(max(float(f"{rate:.3g}"), span.low), span.high)))
+        scores = yield list(dict.fromkeys(rate for _, rate in drawn))
+        for trial, rate in drawn:
             if rate in scores:
                 study.tell(trial, scores[rate])
             else:  # which counts as worse than all others
@@ -127,9 +127,9 @@ def searches(store: Store, contests: Sequence[Contest], place: Place) -> list[Ra
     return list(known.values())
 
 
-def reported(found: Sequence[RateSearch]) -> list[RunConfig]:
+def reported(searches: Sequence[RateSearch]) -> list[RunConfig]:
     """The runs at the rates chosen, of the searches that are over: all of one seed before the next."""
-    configs = [config for search in found if (rate := search.rate) for config in search.contest.reported(rate)]
+    configs = [config for search in searches if (rate := search.rate) for config in search.contest.reported(rate)]
     return sorted(configs, key=lambda config: config.seed)
 
 
@@ -178,15 +178,15 @@ def tune_and_carry_out(
     return total, [*dict.fromkeys(folder for search in found for folder in search.configs), *final]
 
 
-def _pending(found: Sequence[RateSearch], tried: set[Path]) -> list[Path]:
+def _pending(searches: Sequence[RateSearch], tried: set[Path]) -> list[Path]:
     """What is left of the rounds that are on, without what has been carried out and is not over all the same."""
-    left = {folder: search.configs[folder].seed for search in found for folder in search.left()}
+    left = {folder: search.configs[folder].seed for search in searches for folder in search.left()}
     return sorted((folder for folder in left if folder not in tried), key=left.__getitem__)
 
 
-def _worth(found: Tuned) -> float:
+def _worth(chosen: Tuned) -> float:
     """Of the only rate that was tried."""
-    return worth(found.score, found.rates[0].mean)
+    return worth(chosen.score, chosen.rates[0].mean)
 
 
 def _called(search: RateSearch) -> str:

@@ -149,8 +149,8 @@ class Watch:
             pace = paces.get(each.folder, usual)
             if each.state not in OVER and _awaited(each) and pace is not None and steps is not None:
                 left[each.folder] = max(0.0, pace * (steps - each.step))
-        kept = {each.folder: run_file.read(each.folder) for each in standings}
-        return Look(standings, left, {folder: dotted(found.config) for folder, found in kept.items() if found})
+        files = {each.folder: run_file.read(each.folder) for each in standings}
+        return Look(standings, left, {folder: dotted(file.config) for folder, file in files.items() if file})
 
     def _pace_of(self, standing: Standing) -> float | None:
         """Seconds per step: as seen here since the run was first seen at work, else as the run itself has noted."""

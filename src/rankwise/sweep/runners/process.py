@@ -134,10 +134,10 @@ def send(order: Order, index: int | None = None) -> None:
 def sent(folder: Path) -> dict[str, Any]:
     """What `send` noted last; {} for nothing that can be read."""
     try:
-        found = read_json(folder / SENT)
+        noted = read_json(folder / SENT)
     except (OSError, InputError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return noted if isinstance(noted, dict) else {}
 
 
 def carry(order: Order) -> Over:

@@ -96,11 +96,11 @@ class Ray(Runner, name="ray"):
         wanted = {"CPU": self.cpus, "GPU": self.gpus, "memory": (self.memory or 0) * 1024**3}
         if any(_has(node["Resources"], wanted) for node in self._ray.nodes() if node["Alive"]):
             return
-        asked = ", ".join(f"{key}={value:g}" for key in ("cpus", "gpus", "memory") if (value := getattr(self, key)))
+        request = ", ".join(f"{key}={value:g}" for key in ("cpus", "gpus", "memory") if (value := getattr(self, key)))
         if address == "local":
             self.close()
-            raise InputError(f"this machine cannot provide {asked} per run; request less")
-        print(f"no node of the cluster can provide {asked} per run; waiting for one that can", file=sys.stderr)
+            raise InputError(f"this machine cannot provide {request} per run; request less")
+        print(f"no node of the cluster can provide {request} per run; waiting for one that can", file=sys.stderr)
 
     def running(self) -> list[Path]:
         return list(self._live.values())

@@ -193,11 +193,11 @@ class Slurm(Runner, name="slurm"):
         except (OSError, subprocess.SubprocessError) as error:
             reason = " ".join((getattr(error, "stderr", None) or str(error)).split())
             raise InputError(f"squeue does not answer, so which runs are in the queue is unknown: {reason}") from None
-        found = {}
+        jobs = {}
         for job, place, name in (line.strip().split("|", 2) for line in lines if line.count("|") >= 2):
             if name.startswith(NAME):
-                found[name.removeprefix(NAME), int(place) if place.isdigit() else None] = job
-        return found
+                jobs[name.removeprefix(NAME), int(place) if place.isdigit() else None] = job
+        return jobs
 
     def _outcome(self, folder: Path, job: Any) -> Ended:
         log_from = self._log_from[folder]
@@ -262,8 +262,8 @@ class Slurm(Runner, name="slurm"):
 
 
 def _key(folder: Path) -> Key | None:
-    found = sent(folder)
-    return (str(found["mark"]), found.get("index")) if "mark" in found else None
+    order = sent(folder)
+    return (str(order["mark"]), order.get("index")) if "mark" in order else None
 
 
 def _scancel(*arguments: str) -> None:
