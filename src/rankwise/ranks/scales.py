@@ -106,9 +106,9 @@ class Omega(Scale):
         device = next(site.B.device for site in all_sites if site.present)
         replace(peft, omegas, peft.active_adapter, torch.ones(len(all_sites), device=device), scale=True)
         omegas._keys[peft.active_adapter] = None
-        for site in all_sites:
+        for index, site in enumerate(all_sites):
             if site.present:
-                cls.put_on_site(peft, site)
+                put_scale(site, cls(omegas, site.adapter, index))
 
     @classmethod
     def put_on_site(cls, model: PeftModel, site: Site) -> None:
