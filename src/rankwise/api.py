@@ -1,6 +1,6 @@
 """What the command line does, one call each: `rw.compare("experiment.yaml")`, `rw.train(config)`, `rw.report(runs)`.
 
-Whatever is wrong with what is given is an InputError, one line. At SIGTERM or Ctrl-C the runs write a checkpoint, then
+Wrong input is an InputError of one line. At SIGTERM or Ctrl-C the runs write a checkpoint, then
 SystemExit is raised; the same call goes on from there.
 """
 
@@ -67,7 +67,7 @@ class Report(Summary):
         return (tables.markdown if form == "md" else tables.latex)(self.best, shown, caption, bold)
 
     def write_page(self, out: Path | str | None = None) -> Path:
-        """Write the page of the whole folder, by default `report.html` beside the runs, and return where it is.
+        """Write the page of the whole folder, by default `report.html` next to the runs, and return where it is.
 
         Raises InputError where the page of several folders is given no place.
         """

@@ -6,16 +6,16 @@ from pathlib import Path
 from rankwise.runs.answers import details
 
 MATRIX = 26
-"""Classes of a matrix; of more the commonest mistakes are listed."""
+"""Classes of a matrix at most; with more, the most frequent mistakes are listed."""
 MISTAKES = 10
-"""Of them, and rows shown in the section of one run."""
+"""How many of those, and of the rows in the section of one run, are shown."""
 NAME, TEXT = 24, 240
 """Characters of a class's name above a column, and of a text."""
 
 
 @dataclass(frozen=True)
 class Wrong:
-    """A row that was given another class than it has."""
+    """A row for which a wrong class was predicted."""
 
     row: int
     texts: list[str]
@@ -29,10 +29,10 @@ class Answered:
     """The answers to one split.
 
     Attributes:
-        words: how many of them are wrong.
-        classes: the heads of the matrix's columns; empty where there are too many classes for one.
+        words: how many are wrong.
+        classes: the heads of the matrix's columns; empty if there are too many classes for a matrix.
         matrix: for each true class its name and, for each class given, how often, and a shade from 0 to 8.
-        mistakes: where there is no matrix: "given for true: how often", the commonest first.
+        mistakes: without a matrix, "given for true: how often", the most frequent first.
         wrong: the wrong answers, the most probable first.
     """
 

@@ -47,7 +47,7 @@ class Line:
 def curves(lines: Sequence[Line], ylabel: str, title: str) -> Figure:
     """Mean over seeds with a band of one sample standard deviation, at the steps that every seed has.
 
-    A line of a single seed has no band. Lines without a common step are left out of the picture.
+    A line of a single seed has no band. Lines without a common step are left out.
     """
     figure, axes = new_figure(3.6)
     banded = _lines(axes, lines)
@@ -61,7 +61,7 @@ def curves(lines: Sequence[Line], ylabel: str, title: str) -> Figure:
 def panels(cells: Mapping[tuple[int, float], Sequence[Line]], ylabel: str, title: str) -> Figure:
     """`curves` for every (rank, learning rate): ranks down, rates across, all with the same axes.
 
-    A combination without a run leaves its place empty. Raises ValueError for no cells.
+    A combination without a run stays empty. Raises ValueError for no cells.
     """
     if not cells:
         raise ValueError("no curves to draw: there is no combination of rank and rate")
@@ -87,7 +87,7 @@ def panels(cells: Mapping[tuple[int, float], Sequence[Line]], ylabel: str, title
     figure.suptitle(wrapped(title, 14 * figure.get_figwidth()), fontsize=10.5, x=0.01, ha="left")
     drawn = [axes for axes in grid.flat if axes.get_legend_handles_labels()[0]]
     labels = {label: handle for axes in drawn for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    legend(figure, drawn[0], note=BAND if banded else "", found=labels)
+    legend(figure, drawn[0], note=BAND if banded else "", handles=labels)
     return figure
 
 
@@ -105,7 +105,7 @@ def mean_and_spread(
 
 
 def _lines(axes: Axes, lines: Sequence[Line], thin: bool = False) -> bool:
-    """Draw the means, and bands where there are several seeds; whether there was one."""
+    """Draw the means, with bands where there are several seeds, and return whether there is a band."""
     banded = False
     for line in lines:
         steps, mean, spread = mean_and_spread(line.curves)

@@ -22,7 +22,7 @@ MISSED = 10
 
 @dataclass(frozen=True)
 class Example:
-    """One input, the right answers, and what each method wrote: its label -> text."""
+    """One input, the references, and what each method wrote, by its label."""
 
     source: str
     references: list[str]
@@ -32,13 +32,13 @@ class Example:
 def examples(best: Sequence[Row]) -> list[Example]:
     """A few rows of the main evaluation split, evenly spread, by what the first seed of each method wrote for them.
 
-    Empty where the runs wrote no texts. A method that has not written for one of the rows is left out of that.
+    Empty if the runs wrote no texts. A method without a text for a row is left out there.
     """
     return _side_by_side({row.method: _written(row.first) for row in best}, SHOWN, LONGEST)
 
 
 def of_run(folder: Path) -> list[Example]:
-    """What one run wrote for fewer rows, shorter; empty where it wrote no texts."""
+    """The same for one run: fewer rows, shorter texts."""
     return _side_by_side({"written": _written(folder)}, OF_ONE_RUN, LONGEST // 3)
 
 
@@ -55,7 +55,7 @@ def missed(folder: Path) -> str:
 
 
 def pictures(best: Sequence[Row]) -> list[tuple[str, bytes]]:
-    """Of each method whose runs left a picture its label and the PNG of the first seed."""
+    """For each method whose runs left a picture, its label and the PNG of the first seed."""
     pngs = []
     for row in best:
         with suppress(OSError, InputError):
@@ -82,7 +82,7 @@ def _side_by_side(written: dict[str, dict[int, dict[str, Any]]], count: int, lon
 
 
 def _written(folder: Path) -> dict[int, dict[str, Any]]:
-    """The rows of the main split by their number; {} where there are none, or they are no texts."""
+    """The rows of the main split by number; {} if there are none, or none of texts."""
     return {row["idx"]: row for row in _rows(folder, ["idx", "source", "references", "prediction"])}
 
 

@@ -28,12 +28,12 @@ Value = Callable[[Step], float | None]
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as the address of an image that holds all its data, and words for those who cannot see it."""
+    """A figure as a data URL, and words for those who cannot see it."""
 
     source: str
     alt: str
     wide: bool = False
-    """Whether its text would be too small to read were it made as narrow as a phone."""
+    """Whether its text would be too small to read at the width of a phone."""
 
     @classmethod
     def of(cls, figure: "Figure", alt: str) -> "Picture":
@@ -49,7 +49,7 @@ class Picture:
 
 
 def of_task(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture]:
-    """All pictures of one task but those of ranks: `best` has a row per method, `rows` one per learning rate too."""
+    """All pictures of one task except those of ranks: `best` has a row per method, `rows` one per learning rate too."""
     looks = {row.method: place for place, row in enumerate(best)}
     return [
         *_sizes(best, looks, title),
@@ -63,7 +63,7 @@ def of_task(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Pictur
 def of_rates(
     tried: Mapping[str, Sequence[Rate]], chosen: Mapping[str, float], metric: str, title: str
 ) -> list[Picture]:
-    """Score by learning rate of every method of `chosen` that was tried at several rates; nothing where none was.
+    """Score by learning rate of every method of `chosen` that was tried at several rates; nothing if none was.
 
     Args:
         tried: method -> its scores by rate, on the rows that are reported or on those held out for choosing.
@@ -88,7 +88,7 @@ def of_rates(
 
 @dataclass(frozen=True)
 class RankCourse:
-    """Where the rank of a method went: its label, a sentence or two, and pictures."""
+    """Where a method put the rank: its label, a sentence or two, and pictures."""
 
     label: str
     text: str
@@ -126,7 +126,7 @@ def of_ranks(row: Row) -> RankCourse | None:
 
 
 def _agreement(seeds: int, layers: int, moved: int, same: int) -> str:
-    """How far the seeds agree on the ranks of those layers whose rank has changed at all."""
+    """How far the seeds agree on the ranks of the layers whose rank changed at all."""
     if not moved:
         return f"No layer changed rank in any of {seeds} seeds."
     doubt = ", so do not read much into the picture" if 2 * same < moved else ""
@@ -142,7 +142,7 @@ def history(folder: Path) -> list[Ranks]:
 
 
 def changes(lines: Sequence[Ranks]) -> list[tuple[int, Mapping[str, int]]]:
-    """(step, ranks) at the start and wherever the ranks are not those of the line before."""
+    """(step, ranks) at the start and wherever the ranks changed."""
     changed: list[tuple[int, Mapping[str, int]]] = []
     for line in lines:
         if not changed or line.ranks != changed[-1][1]:
@@ -161,7 +161,7 @@ def in_words(course: Sequence[tuple[int, Mapping[str, int]]]) -> str:
 
 
 def curve(lines: Iterable[Step], value: Value) -> tuple[list[float], list[float]]:
-    """Steps and finite values, averaged where there are so many that noise would hide the course."""
+    """Steps and finite values, averaged in groups if there are more than POINTS."""
     points = [(line.step, each) for line in lines if (each := value(line)) is not None and math.isfinite(each)]
     many = -(-len(points) // POINTS) or 1
     groups = [points[start : start + many] for start in range(0, len(points), many)]
@@ -174,15 +174,15 @@ def loss(line: Step) -> float | None:
 
 
 def evaluated(name: str) -> Value:
-    """What reads the metric `name` from a line of `metrics.jsonl`."""
+    """A reader of the metric `name` from a line of `metrics.jsonl`."""
     return lambda line: line.eval.get(name)
 
 
 def families(methods: Sequence[str]) -> dict[str, str]:
-    """Method -> what to call it together with its other sizes; the method itself where it has one size only."""
+    """Method -> what to call it together with its other sizes; the method itself if it has only one."""
     labels = list(dict.fromkeys(methods))
     words = {label: [word for word in label.split(" ") if word.partition("=")[0] not in SIZES] for label in labels}
-    # alpha often goes with the rank: it is dropped too, where each size has one
+    # alpha often goes with the rank, and is dropped too if each size has one
     bare = {label: " ".join(word for word in words[label] if not word.startswith("alpha=")) for label in labels}
     named = {}
     for label in labels:
@@ -245,7 +245,7 @@ def _bars(rows: Sequence[Row]) -> str:
 
 
 def _rates(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture]:
-    """Score by rate, a picture for each set of rows: the ones reported, and those that rates were chosen by."""
+    """Score by rate, a picture for each set of rows: those reported, and those that rates were chosen on."""
     tried: dict[str, dict[str, Sequence[Rate]]] = {}
     reported = _by_rate([row for row in rows if row.tuned is None])
     for row in best:
@@ -275,7 +275,7 @@ def _curves(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[P
     pictures = []
     for what, label, value in wanted:
         lines = [curves.Line(name, looks[name], [curve(run, value) for run in each]) for name, each in runs.items()]
-        if any(len(steps) > 1 for line in lines for steps, _ in line.curves):  # a point is no course
+        if any(len(steps) > 1 for line in lines for steps, _ in line.curves):  # one point is not a curve
             figure = curves.curves(lines, label, f"{title}: {what}")
             words = f"{what} by optimizer step, a line per method at its best learning rate"
             pictures.append(Picture.of(figure, words))

@@ -1,4 +1,4 @@
-"""Pictures of where the rank is: a grid of projections and layers, and how it came to be over the steps."""
+"""Pictures of where the rank is, as a grid of projections and layers, and of how it got there over the steps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def places(sites: Sequence[str]) -> dict[str, Place]:
     """Layer number and a short, unambiguous projection name for each module name, in the order given.
 
     The layer is the first number in the dotted name. Of what follows, the shortest ending that no other projection
-    shares is kept; an ending that says nothing (`dense` in BERT) is dropped where all names stay unique. Encoder and
+    shares is kept; an ending that says nothing (`dense` in BERT) is dropped if all names stay unique. Encoder and
     decoder of one model are told apart by the first word in which their names differ.
     """
     parsed: dict[str, tuple[str, int | None, str]] = {}
@@ -102,7 +102,7 @@ def rank_picture(
     """Ranks as a grid, projections down and layers across.
 
     `ranks` maps a module name to its rank; 0 is an adapter that the search has emptied (grey). A cell without a number
-    is a weight that was never adapted. `top` is the highest rank of the colour bar, where several pictures share one.
+    is a weight that was never adapted. `top` is the highest rank of a colour bar that several pictures share.
     Raises ValueError when `ranks` is empty.
     """
     if not ranks:

@@ -1,7 +1,7 @@
 """One HTML page for a folder of runs: no network, pictures inside, and one script, which sorts and opens.
 
-The page is made from the files of the runs alone, finished or not, so it can be written at any time of a sweep. It can
-be read without its script. The page's own policy lets this script run and no other, whatever the runs may hold.
+The page is made from the files of the runs alone, finished or not, so it can be written at any time of a sweep. It is
+readable without its script, and its policy lets no other script run, whatever the runs may hold.
 """
 
 import base64
@@ -84,8 +84,8 @@ class TaskPart:
 def write(runs: Path | str | Store, out: Path | str | None = None, summary: Summary | None = None) -> Path:
     """Write the report of a folder of `runs` to `out`, by default `report.html` in it, and return where it is.
 
-    `summary` is that of all finished runs, where it has been computed already. Raises InputError for a folder without
-    runs, and where a package of the extra `bench` is missing.
+    `summary`: of all finished runs, if it has been computed already. Raises InputError for a folder without runs, and
+    if a package of the extra `bench` is missing.
     """
     jinja2 = need("jinja2", "bench")
     store = runs if isinstance(runs, Store) else Store(runs)
@@ -121,7 +121,7 @@ def write(runs: Path | str | Store, out: Path | str | None = None, summary: Summ
     out = folder / "report.html" if out is None else Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # a name may hold what is no character of UTF-8, when a file's name on the disk does
+        # a name may hold what UTF-8 cannot, as names of files may
         write_whole(out, page.encode("utf-8", errors="replace"))
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {(error.strerror or str(error)).lower()}") from None
@@ -138,7 +138,7 @@ def _published(summary: Summary) -> list[tuple[Grid, list[str]]]:
 
 
 def _counts(runs: Sequence[Page]) -> str:
-    """How many runs there are, and how those that are not finished stand."""
+    """How many runs there are, and the states of those that are not finished."""
     states = Counter(run.state for run in runs)
     done = states.pop("done", 0)
     rest = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
@@ -217,7 +217,7 @@ def _settings(results: Sequence[Finished], rows: Sequence[Row]) -> Grid:
     keys = list(dict.fromkeys(key for result in results for key in result.config if key not in elsewhere))
     lines = []
     for key in keys:
-        # a model that is not set has a name all the same: that of the embedded one
+        # where no model is set, the name of the embedded one
         values = [result.model if key == "model" else result.config.get(key) for result in results]
         lines.append((key, _values(values)))
     for row in {row.method: row for row in rows}.values():

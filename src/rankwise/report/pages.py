@@ -1,4 +1,4 @@
-"""A section for every run: its settings, result, curves, ranks, and some of its answers; of one that failed, why.
+"""A section for every run: its settings, result, curves, ranks, and some of its answers, or why it failed.
 
 A report may hold a thousand of them, so a section is a few kilobytes: curves are drawn here, as SVG of one line, and
 not by matplotlib, whose smallest picture has twenty.
@@ -23,14 +23,14 @@ from rankwise.runs.store import Store
 from rankwise.settings import PLACE
 
 ERROR = 3000
-"""Characters of an error: its end, where the cause stands."""
+"""Characters of an error that are shown: its end, which names the cause."""
 WIDTH, HEIGHT = 300, 70
 """Of a curve, in the units of its SVG."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line through a box of WIDTH times HEIGHT, and what stands at its ends."""
+    """A line through a box of WIDTH by HEIGHT, and the values at its ends."""
 
     name: str
     points: str
@@ -41,7 +41,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Final ranks by projection and layer: rows of (rank, shade from 0 to 8); the text is empty where no site is."""
+    """Final ranks by projection and layer: rows of (rank, shade from 0 to 8), the rank "" without a site."""
 
     words: str
     layers: list[str]
@@ -65,11 +65,11 @@ class Page:
     error: str = ""
     answered: Answered | None = None
     nothing: str = ""
-    """A sentence where all rows got the same answer; else ""."""
+    """A sentence if all rows got the same answer, else ""."""
 
 
 def anchor(folder: Path) -> str:
-    """The address of a run within the page; its folder may have been given any name."""
+    """The address of a run within the page, whatever its folder is called."""
     return f"run-{hashlib.sha256(folder.name.encode(errors='replace')).hexdigest()[:10]}"
 
 
@@ -163,7 +163,7 @@ def _curve(name: str, steps: Sequence[float], values: Sequence[float]) -> Curve 
 
 
 def _ranks(folder: Path) -> Ranks | None:
-    """The ranks at the end; None where none has moved."""
+    """The ranks at the end; None if none has changed."""
     course = figures.changes(figures.history(folder))
     if len(course) < 2:
         return None
@@ -176,7 +176,7 @@ def _ranks(folder: Path) -> Ranks | None:
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """What is set, in one line: most of it is the same for all runs, and stands in the table of the configuration."""
+    """All settings in one line; the table of the configuration shows what they share."""
     return " · ".join(f"{key}: {word(value)}" for key, value in config.items() if value is not None)
 
 

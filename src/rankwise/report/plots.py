@@ -39,7 +39,7 @@ TIMES = [1, 2, 4, 8, 15, 30, 60, 120, 240, 480, 900, 1800, *(3600 * 2**power for
 
 @dataclass(frozen=True)
 class Point:
-    """A score at a place: `x` is a number of parameters, of seconds, of bytes. `bar`: where its bar ends, or None.
+    """A score at `x` parameters, seconds or bytes. `bar`: where its bar ends, or None.
 
     Points of one label are one method in several sizes.
     """
@@ -67,8 +67,8 @@ def score_by_parameters(
 ) -> Figure:
     """One mark per method and size: parameters across, score up. `error` names what the bars show, for the caption.
 
-    Several sizes of one method are joined by a line. Methods of equal size are drawn side by side (moved by a few
-    points on paper, not in the data), because equal budgets are the usual case and would hide each other. The axis is
+    Several sizes of one method are joined by a line. Methods of equal size are drawn side by side (moved on
+    paper, not in the data), because equal budgets are the usual case and would hide each other. The axis is
     logarithmic when sizes differ by more than three times; a size of 0 then stands at its left end.
     """
     figure, axes = new_figure(3.6)
@@ -186,7 +186,7 @@ def short_count(value: float) -> str:
 def _marks(
     figure: Figure, axes: Axes, points: Sequence[Point], near: Callable[[float, float], bool] | None = None
 ) -> bool:
-    """Draw the points with their bars; labels at places that are `near` each other are moved apart: whether any was."""
+    """Draw the points with their bars; labels `near` each other are moved apart. Returns whether any was."""
     labels = list(dict.fromkeys(point.label for point in points))
     beside = {label: {label} for label in labels}
     for one, other in itertools.combinations(points, 2):
@@ -238,7 +238,7 @@ def _room(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _few_ticks(axes: Axes, low: float, high: float) -> None:
-    """Powers of ten; where fewer than two are in sight, also twice and five times these."""
+    """Ticks at powers of ten; if there are fewer than three, also at their multiples."""
     powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     for factors in ((1,), (1, 3), (1, 2, 5)):
         ticks = [power * factor for power in powers for factor in factors if low <= power * factor <= high]

@@ -62,7 +62,7 @@ def svg(figure: Figure) -> str:
 
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes; the page has it as text too.
+        # A script that the font lacks is drawn as boxes; the page has the name as text too.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     return buffer.getvalue()
@@ -85,7 +85,7 @@ def bare_figure(height: float, width: float = WIDTH) -> Figure:
 
 
 def look_of(kinds: Sequence[Any], look: int) -> Any:
-    """A marker or a dash; where the colours start again, they meet other ones."""
+    """A marker or a dash, shifted each time the colours repeat."""
     return kinds[(look + look // len(COLOURS)) % len(kinds)]
 
 
@@ -102,24 +102,24 @@ def wrapped(title: str, characters: float) -> str:
 
 
 def set_title(axes: Axes, title: str) -> None:
-    """A title that stays within the picture: what sticks out would make all the rest smaller."""
+    """A title that fits the picture: one that sticks out would shrink all the rest."""
     axes.set_title(wrapped(title, 52))
 
 
-def legend(figure: Figure, axes: Axes, note: str = "", found: Mapping[str, Any] | None = None) -> None:
-    """Below the figure the names of what is drawn in `axes`, or of `found`, under a title that is `note`."""
-    found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) if found is None else found
-    if found:
-        # of a mark with a bar only the mark: in so small a place the bar would hide it
-        handles = [handle[0] if isinstance(handle, tuple) else handle for handle in found.values()]
-        longest = max(map(len, found))
+def legend(figure: Figure, axes: Axes, note: str = "", handles: Mapping[str, Any] | None = None) -> None:
+    """Names of what is drawn in `axes`, or of `handles` by name, below the figure under the title `note`."""
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)) if handles is None else handles
+    if handles:
+        # of a mark with a bar only the mark, which the bar would hide
+        marks = [handle[0] if isinstance(handle, tuple) else handle for handle in handles.values()]
+        longest = max(map(len, handles))
         width = figure.get_figwidth()
         columns = max(1, int(width / (0.55 + 0.085 * longest)))  # inches: a handle, and a letter
-        rows = -(-len(found) // columns)
+        rows = -(-len(handles) // columns)
         figure.set_figheight(figure.get_figheight() + 0.19 * max(0, rows - 3))  # inches: the axes keep their size
         figure.legend(
-            handles,
-            list(found),
+            marks,
+            list(handles),
             loc="outside lower left",
             ncols=columns,
             title=note or None,

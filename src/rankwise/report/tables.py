@@ -20,7 +20,7 @@ def markdown(rows: Sequence[Row], shown: Columns = (), caption: str = "", bold: 
     """A Markdown table with its notes below it.
 
     Args:
-        shown: the columns; all of them where none is given.
+        shown: the columns; all if empty.
         caption: a line above the table; "" for none.
         bold: whether the best score of each task stands out.
     """
@@ -39,10 +39,7 @@ def markdown(rows: Sequence[Row], shown: Columns = (), caption: str = "", bold: 
 
 
 def csv(rows: Sequence[Row], shown: Columns = ()) -> str:
-    """Comma-separated values in full precision, one line per row, metrics as `accuracy` and `accuracy_sd`.
-
-    All there is of a row, or the values of the columns `shown`.
-    """
+    """Comma-separated values in full precision, a line per row, of the columns `shown` or all there is of a row."""
     named = {key: value for column in shown for key, value in column.values.items()} or values(rows)
     text = io.StringIO()
     writer = csv_format.writer(text, lineterminator="\n")
@@ -52,10 +49,7 @@ def csv(rows: Sequence[Row], shown: Columns = ()) -> str:
 
 
 def latex(rows: Sequence[Row], shown: Columns = (), caption: str = "", bold: bool = False) -> str:
-    """A LaTeX tabular that needs the package booktabs, in a floating table where it has a caption.
-
-    The arguments are those of `markdown`; notes are comments.
-    """
+    """A LaTeX tabular that needs booktabs, in a table if it has a caption; notes are comments. Else as `markdown`."""
     shown = shown or columns(rows)
     places = "".join("r" if column.number else "l" for column in shown)
     cells = [
@@ -87,7 +81,7 @@ def _cells(
 
 
 def _in_markdown(text: str) -> str:
-    """Foreign text in one line of Markdown, in which it makes no column, no HTML and no link."""
+    """Foreign text as one line of Markdown, without columns, HTML and links of its own."""
     text = re.sub(r"([\\|`\[\]])", r"\\\1", _one_line(text)).replace("<", "&lt;")
     return re.sub(r"(?i)(?<=http)(?=s?:)|(?<=https)(?=:)|(?<=www)(?=\.)|(?<=ftp)(?=:)", "&#8203;", text)
 
@@ -102,5 +96,5 @@ def _in_latex(text: str) -> str:
 
 
 def _one_line(text: str) -> str:
-    """Without the line breaks that would end a row of a table, or a comment, early, and what a terminal acts upon."""
+    """Without line breaks, which would end a row or a comment, and without what a terminal acts on."""
     return shown_line(" ".join(text.split()))

@@ -16,7 +16,7 @@ MAY_DIFFER = ("targets", "every")
 
 @dataclass(frozen=True)
 class Beside:
-    """A printed cell and ours next to it. Of a cell without a run of ours, `n` is 0 and what is ours is None.
+    """A printed cell and ours next to it. Without a run of ours `n` is 0 and the rest of ours is None.
 
     Attributes:
         table: as in `rankwise papers`; source, number: paper, and the table's number there.
@@ -166,7 +166,7 @@ def _filled(
 
 
 def _like(rows: Sequence[Row], wanted: Mapping[str, Any]) -> list[Row]:
-    """Those of this method and these options; where none has them all, those that differ in MAY_DIFFER alone."""
+    """Those of this method and these options; if none has them all, those that differ in MAY_DIFFER alone."""
     options = {key: value for key, value in wanted.items() if key not in ("name", *MAY_DIFFER)}
     like = [
         row

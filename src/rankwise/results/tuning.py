@@ -109,7 +109,7 @@ def tuned(results: Sequence[Finished]) -> Tuned | None:
 
 
 class Contests:
-    """What tuning found for each combination of an experiment, of the runs that only try a rate."""
+    """The rate chosen for each combination of an experiment, from the runs that only try one."""
 
     def __init__(self, tries: Sequence[Finished]) -> None:
         groups: dict[str, dict[float, list[Finished]]] = {}
@@ -131,7 +131,7 @@ class Contests:
 
 
 def _combination(result: Finished) -> str:
-    """What the tuning runs of a combination and those reported have in common."""
+    """What a combination's runs that try rates have in common with its reported ones."""
     differing = {"seed", "learning_rate", "method", *_PHASE, *CHAIN}
     settings = {key: value for key, value in result.config.items() if key not in differing}
     return json.dumps([result.method, result.options, settings], sort_keys=True)

@@ -21,7 +21,7 @@ _SHOWN = 60
 
 @dataclass(frozen=True)
 class Wrong:
-    """A row that was given another class than it has.
+    """A row for which a wrong class was predicted.
 
     Attributes:
         idx: the row's number.
@@ -39,12 +39,12 @@ class Wrong:
 
 @dataclass(frozen=True)
 class Answers:
-    """How often the answer was what, to one split.
+    """How the answers to one split are spread.
 
     Attributes:
         split: its name.
         total: number of answers.
-        commonest: the one given most often; "" where there is none.
+        commonest: the most frequent one; "" for none.
         count: how often that is.
         majority: the class that most rows have; "" without classes or labels.
         majority_count: how many rows have it, or the label that most rows have where there are no classes; 0 without
@@ -72,12 +72,12 @@ class Answers:
 
     @property
     def share(self) -> float:
-        """The commonest answer's share of all; 0 for none."""
+        """The share of the most frequent answer; 0 without answers."""
         return self.count / self.total if self.total else 0.0
 
     @property
     def nothing_learnt(self) -> str:
-        """Where all answers are the same, a sentence that says so; else ""."""
+        """A sentence if all answers are the same, else ""."""
         if self.count < self.total or self.total < 2:
             return ""
         same = f"all {self.total:,} {self.what} are {shown(self.commonest)}"
@@ -93,12 +93,12 @@ class Answers:
         return f"{same}, {which}: nothing was learnt"
 
     def in_result(self) -> dict[str, Any]:
-        """What a result carries of it."""
+        """The part that goes into a result."""
         kept = {key: value for key, value in asdict(self).items() if key not in ("classes", "confusion", "wrong")}
         return {**kept, "share": self.share}
 
     def in_detail(self) -> dict[str, Any]:
-        """What FILE holds of it."""
+        """The part that goes into FILE."""
         return asdict(Detail(self.split, self.classes, self.confusion, self.wrong))
 
 
@@ -116,7 +116,7 @@ _KEPT, _DETAILS = TypeAdapter(list[Answers]), TypeAdapter(list[Detail])
 
 
 def undamaged(kept: Any) -> list[Answers]:
-    """What a result carries of its answers; [] for what is damaged, as the result counts without it."""
+    """The answers in a result; [] if they are damaged, as the result counts without them."""
     try:
         return _KEPT.validate_python(kept)
     except ValidationError:
@@ -124,7 +124,7 @@ def undamaged(kept: Any) -> list[Answers]:
 
 
 def details(folder: Path) -> list[Detail]:
-    """What FILE of a run holds; [] where it is missing or damaged."""
+    """The content of FILE of a run; [] if it is missing or damaged."""
     try:
         return _DETAILS.validate_python(read_json(folder / FILE))
     except (OSError, ValueError):  # InputError and pydantic's error are of this kind

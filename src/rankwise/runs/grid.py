@@ -8,7 +8,7 @@ from rankwise.settings import Experiment, RunConfig
 def expand(experiment: Experiment, fit: Callable[[RunConfig], RunConfig] = lambda config: config) -> list[RunConfig]:
     """Every run of the experiment, once each, all of one seed before the next.
 
-    A sweep that is cut short so has compared everything at fewer seeds, instead of some methods not at all.
+    So a sweep that is cut short has compared all methods at fewer seeds.
     `fit` completes a run whose size its budget has to choose; the next stage of a chain then begins with that.
     Raises InputError for a combination of the axes that is no valid run.
     """

@@ -34,7 +34,7 @@ class _Report(_Part):
 
 
 class _Needed(_Part):
-    """What an `experiment.yaml` has to hold for a report to follow it."""
+    """What of an `experiment.yaml` a report reads."""
 
     report: _Report = Field(default_factory=_Report)
     published: Published | None = None
@@ -99,7 +99,7 @@ class Noted:
             raise InputError(f"{file} is damaged ({why}); the same rankwise compare writes it again") from None
 
     def described(self) -> tuple[dict[str, Any], str]:
-        """What `experiment` gives and "", or {} and how it is damaged: its runs can be shown without it."""
+        """What `experiment` gives and "", or {} and how it is damaged, as runs can be shown without it."""
         try:
             return self.experiment(), ""
         except InputError as error:

@@ -1,4 +1,4 @@
-"""What a run writes while it is at work, and why it failed; checked before anyone relies on it."""
+"""What a run writes while it is at work, and why it failed; checked on reading."""
 
 import json
 from collections.abc import Mapping
@@ -62,7 +62,7 @@ def progress(folder: Path) -> tuple[int, int | None]:
 
 
 def damage(folder: Path) -> str:
-    """What of the course of a run cannot be read, in a few words; "" for nothing."""
+    """Which of the two files cannot be read to its end, in a few words; "" for none."""
     return remembered(_progress, folder / "metrics.jsonl")[2] or remembered(_rank_damage, folder / "ranks.jsonl")
 
 
@@ -91,13 +91,13 @@ class Failure:
     error: str = ""
     """In one line."""
     diverged: bool = False
-    """Whether loss, weights or scores were not finite any more."""
+    """Whether a loss, weight or score was no longer finite."""
     refused: bool = False
-    """Whether it was by what the run was given."""
+    """Whether the input of the run was wrong."""
 
     @property
     def lasting(self) -> bool:
-        """Whether the run would fail again as it is."""
+        """Whether it would fail again unchanged."""
         return self.diverged or self.refused
 
 
@@ -111,7 +111,7 @@ def failure(folder: Path) -> Failure:
 
 
 def _lines(path: Path, kind: TypeAdapter[T]) -> tuple[list[T], str]:
-    """The lines up to the first that is damaged, and which that is. A line without an end was cut off, and is none."""
+    """The lines up to the first damaged one, and which that is; without a last line that was cut off."""
     lines: list[T] = []
     try:
         texts = read_text(path, MOST_LINES).split("\n")[:-1]

@@ -42,7 +42,7 @@ class RunFile:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names that a run that begins with this one may use for it."""
+        """Names by which the next stage of a chain may refer to this run."""
         if self.maker is None:
             return (self.config.id,)
         return (self.id, self.digest) if self.digest else (self.id,)
@@ -165,7 +165,7 @@ def unreadable(folder: Path) -> str:
 
 
 def apart(one: RunFile, other: RunFile) -> list[str]:
-    """Why two runs are not compared with each other, for `in_words`; [] where they may be."""
+    """Why two runs are not compared with each other, for `in_words`; [] if they may be."""
     if one.maker is None or other.maker is None:
         return [] if one.maker is other.maker else [CODE]
     for first, later in ((one, other), (other, one)):

@@ -12,13 +12,12 @@ class Search:
     """What one search for ranks has found, as `result.json` keeps it under `search`.
 
     Attributes:
-        changed: how many sites end with another rank than they began with.
+        changed: how many sites end with another rank than at the start.
         sites: how many sites there are.
-        moved: how far the weight that moved the farthest has moved, of those that decide the ranks; None where that
-            is not known.
+        moved: how far the farthest of the weights that decide the ranks moved; None if unknown.
         weights: what those weights are called, such as ω.
         unit: what `moved` counts, such as ranks; empty for a plain number.
-        advice: what to change where the search has found nothing.
+        advice: what to change if the search has found nothing.
     """
 
     changed: Count

@@ -20,7 +20,7 @@ class Several(Store):
         return ", ".join(part.name for part in self.parts)
 
     def folders(self) -> list[Path]:
-        """Those of all folders; of a run that is in several, one that is finished, if any is.
+        """Those of all folders; of a run in several of them a finished copy, if there is one.
 
         Raises InputError as `Store.folders`, and for a folder without a run.
         """
@@ -39,7 +39,7 @@ class Several(Store):
         return " ".join(filter(None, [super().left_out(folders), counted]))
 
     def described(self) -> tuple[dict[str, Any], str]:
-        """The first method to measure against and all published tables that the experiments name; what is damaged."""
+        """The first reference and all published tables that the experiments name, and what is damaged."""
         experiments, damage = zip(*(part.described() for part in self.parts), strict=True)
         references = [(each.get("report") or {}).get("reference") for each in experiments]
         published = [each.get("published") or {} for each in experiments]

@@ -51,10 +51,10 @@ def pace(folder: Path, result: Result | None, steps: int | None) -> float | None
 
 
 def held(path: Path) -> bool:
-    """Whether a live process holds the lock; the file itself stays when the process is gone."""
+    """Whether a live process holds the lock; the file stays after the process."""
     try:
         with opened(path) as file:
-            # Shared, for the moment of the look: two that look at once do not take each other for the run.
+            # Shared, so that two that look at once do not take each other for the run.
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""A folder of runs. Its files are all there is to know about them: no database, no server."""
+"""A folder of runs, whose files are all there is: no database, no server."""
 
 import fcntl
 import json
@@ -60,7 +60,7 @@ class Store(Noted):
 
     @property
     def name(self) -> str:
-        """What people call the folder."""
+        """The name of the folder."""
         return self.folder.resolve().name
 
     def place(self, config: RunConfig) -> Path:
@@ -70,7 +70,7 @@ class Store(Noted):
 
     @cached_property
     def _elsewhere(self) -> dict[str, Path]:
-        """Runs whose folder is not named after their id of today, such as those with an older id, by that id."""
+        """Runs in folders that are not named after their present id, such as those of an older format, by that id."""
         places = [file.parent for file in self.folder.glob(f"*/{run_file.NAME}") if not run_file.at_home(file.parent)]
         # of several the newest
         runs = {
@@ -137,7 +137,7 @@ class Store(Noted):
         return self.state(folder) in ("running", "done")
 
     def others(self, wanted: Mapping[Path, Maker]) -> dict[Path, list[str]]:
-        """The started or finished runs that another maker made than the `wanted` one, and what differs."""
+        """The started or finished runs that were not made by the `wanted` maker, and what differs."""
         differing = {}
         for folder, maker in wanted.items():
             noted = self.maker(folder) if self.begun(folder) else None
@@ -151,7 +151,7 @@ class Store(Noted):
         return maker.name if maker else ""
 
     def _called(self, name: str) -> Iterator[tuple[Path, RunFile]]:
-        """The runs that a stage of a chain may mean when it names the run it begins with."""
+        """The runs that the next stage of a chain may mean by `name`."""
         for folder in self.folders():
             if (run := run_file.read(folder)) and name in run.names:
                 yield folder, run
@@ -229,8 +229,8 @@ class Store(Noted):
     def tidy(self, folders: Sequence[Path] = ()) -> None:
         """Clean up after runs that were killed just after their result, or while they wrote a file.
 
-        A finished run loses its checkpoints and what it resumes by; half-written files are deleted everywhere. What a
-        live process works on stays, and so does what cannot be written to.
+        A finished run loses its checkpoints. Half-written files are deleted everywhere, except those of a live process
+        and those that cannot be deleted.
         """
         for folder in folders:
             if (checkpoints(folder) or os.path.isfile(folder / MEMORY)) and self.result(folder) is not None:  # noqa: PTH113

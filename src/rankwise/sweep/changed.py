@@ -12,7 +12,7 @@ OWN = {*PLACE, "learning_rate", "tuning", "tuned", "after", "followed"}
 
 
 def dotted(config: RunConfig) -> dict[str, Any]:
-    """The settings of a run, but those of OWN, by dotted keys: `{"seed": 0, "method": "lora", "method.rank": 4}`."""
+    """The settings of a run, except those of OWN, by dotted keys: `{"seed": 0, "method": "lora", "method.rank": 4}`."""
     settings: dict[str, Any] = {}
     left = list(config.model_dump(mode="json", exclude=OWN).items())
     while left:

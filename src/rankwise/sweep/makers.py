@@ -15,7 +15,7 @@ from rankwise.train.run import code_for
 
 
 def _data(config: RunConfig) -> tuple[str, bool]:
-    """What tells apart the data of runs: the task, and whether rows to choose a rate by are read."""
+    """What the data of a run depend on: the task, and whether rows to choose a rate by are read."""
     return json.dumps(config.task, sort_keys=True), config.tuning is not None
 
 
@@ -57,7 +57,7 @@ def makers(store: Store, configs: Sequence[RunConfig]) -> Callable[[RunConfig], 
 
 
 def settle(store: Store, wanted: Mapping[Path, Maker], reuse: bool, repeat: bool) -> None:
-    """Refuse runs that others have begun or done than are `wanted`, unless the user says what is to become of them."""
+    """Refuse runs that were started by other makers than `wanted`, unless the user says what to do with them."""
     if reuse and repeat:
         raise InputError("--reuse and --repeat: choose one")
     others = store.others(wanted)
@@ -71,14 +71,14 @@ def settle(store: Store, wanted: Mapping[Path, Maker], reuse: bool, repeat: bool
 
 
 def settle_begun(store: Store, folders: Sequence[Path], reuse: bool, repeat: bool) -> None:
-    """`settle` for what has been begun of the runs in `folders`, which are to go on."""
+    """`settle` for those of the runs in `folders` that have been started."""
     begun = {folder: store.config(folder) for folder in folders if store.begun(folder) and store.maker(folder)}
     maker = makers(store, list(begun.values()))
     settle(store, {folder: maker(config) for folder, config in begun.items()}, reuse, repeat)
 
 
 def made_by_others(store: Store, others: Mapping[Path, list[str]]) -> str:
-    """How many runs other code or data has made, and what differs."""
+    """How many runs were made with other code or data, and what differs."""
     done = sum(store.result(folder) is not None for folder in others)
     counts = [f"{count} {what}" for count, what in ((done, "finished"), (len(others) - done, "begun")) if count]
     runs = "run was" if len(others) == 1 else "runs were"

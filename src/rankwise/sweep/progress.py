@@ -30,12 +30,10 @@ class Count:
 
 
 class Display:
-    """A context manager; `show` may be called as often as one likes."""
+    """A context manager; `show` may be called at any rate."""
 
     def __init__(self, console: Console, names: Mapping[Path, str]) -> None:
-        """Args:
-        names: what to call the run in each folder.
-        """
+        """`names`: what to call the run in each folder."""
         self._names = {folder: shown_line(name) for folder, name in names.items()}
         self._console = console
         self._bars = Progress(
@@ -73,7 +71,7 @@ class Display:
             return
         at = {folder: steps_of(folder) for folder in count.running}
         left = self._left(count, *self._first, sum(share(*place) for place in at.values()))
-        # on a cluster most of many wait for it to have room
+        # on a cluster most of many runs may be waiting
         at = dict(sorted(at.items(), key=lambda item: item[1][0], reverse=True)[:SHOWN]) if len(at) > SHOWN else at
         self._spoke = time.monotonic()
         head = f"{count.done + count.failed}/{count.total} runs"

@@ -37,13 +37,13 @@ class Look:
 
     standings: Sequence[Standing]
     left: dict[Path, float]
-    """Seconds that a run still takes once it is at work; without an entry, nobody can say yet."""
+    """Seconds that a run still takes once it is at work; without an entry if not known yet."""
     settings: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
     """Of each run whose `run.yaml` can be read, by their dotted keys."""
 
     @property
     def differing(self) -> list[str]:
-        """The settings, but for the learning rate, that are not the same in all runs that have them."""
+        """The settings, except the learning rate, that are not the same in all runs that have them."""
         return differing(self.settings.values())
 
     @property
@@ -59,7 +59,7 @@ class Look:
 
     @property
     def total(self) -> float | None:
-        """Seconds until all are done if as many stay at work as are now; None where nobody can say yet."""
+        """Seconds until all are done if as many stay at work as are now; None if not known yet."""
         waiting = [each.folder for each in self.standings if each.state not in OVER and _awaited(each)]
         known = [self.left[folder] for folder in waiting if folder in self.left]
         if not known:
@@ -128,8 +128,7 @@ def _awaited(standing: Standing) -> bool:
 class Watch:
     """Looks at a folder of runs again and again, and learns from look to look how fast they are.
 
-    Times are differences of one monotonic clock, this process's own or that of a run, so no clock that is set forward
-    or back, here or on a node, changes them.
+    Times are differences of one monotonic clock, of this process or of a run, so setting a clock does not change them.
     """
 
     def __init__(self, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
