@@ -45,7 +45,7 @@ def test_a_column_is_chosen_varied_and_overridden(data: Path, cli: Cli) -> None:
     [
         ("task.columns.lable=kind", 'did you mean "label"'),
         ("method.rank.x=1", "method.rank = {'x': 1}: expected integer"),
-        ("epochs.x=1", "epochs.x: only method, task, vary, tune and report have keys below them"),
+        ("epochs.x=1", "epochs.x: only method, task, trainer, vary, tune and report have keys below them"),
         ("task.colums.label=kind", 'task.colums: classification has no such option (did you mean "columns"?)'),
     ],
 )

@@ -122,7 +122,7 @@ def test_a_change_is_one_of_the_runs_that_use_it(copy: Copy) -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("train/run.py", "weight_decay=config.weight_decay", "weight_decay=0"),
+        ("train/arguments.py", "weight_decay=config.weight_decay", "weight_decay=0"),
         ("optim/project.py", "def simplex(", "def simplex(  # a comment counts for nothing\n    *, "),
         ("ranks/allocate.py", "def allocate(", "def allocate(new=1, *, "),
         ("tasks/stdlib_docs.py", "class StdlibKind(", "LEAST = 9\n\n\nclass StdlibKind("),

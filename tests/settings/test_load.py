@@ -209,5 +209,5 @@ def test_keys_below_keys_reach_what_lies_below() -> None:
     axes = {"vary": {"seed": [0]}}
     put(axes, "vary.task.columns.label", ["kind", "mood"])
     assert axes["vary"] == {"seed": [0], "task.columns.label": ["kind", "mood"]}
-    with pytest.raises(InputError, match="only method, task, vary, tune and report have keys below them"):
+    with pytest.raises(InputError, match="only method, task, trainer, vary, tune and report have keys below them"):
         put(base, "epochs.more", 1)

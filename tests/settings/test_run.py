@@ -56,7 +56,7 @@ def test_smoke_caps_rows_and_steps_and_leaves_less_alone() -> None:
         ("method.alpha=.nan", "method.alpha = nan: expected a finite number"),
         ("method.rounding=up", "method.rounding = 'up': expected 'floor' or 'ceil'"),
         ("method.targets=[1]", "method.targets"),
-        ("model.name=x", "model.name: only method, task, vary, tune and report have keys below them"),
+        ("model.name=x", "model.name: only method, task, trainer, vary, tune and report have keys below them"),
         ("seed", "'seed': expected key=value, as in learning_rate=1e-3"),
         ("epochs=[1", "epochs: line 1: not valid YAML"),
     ],

@@ -201,10 +201,16 @@ def is_quantised(layer: Any) -> bool:
 
 
 def check_own_weight(model: nn.Module, name: str) -> None:
-    """Raise InputError if the weight of the layer `name` is quantised or shared with another module."""
+    """Raise InputError if the weight of the layer `name` cannot take a change: quantised, rounded, or shared."""
     layer: Any = model.get_submodule(name)
     if is_quantised(layer):
         raise InputError(f"{name} is quantised, so its weight cannot change: use empty=drop and no residual start")
+    if layer.weight.dtype in (torch.bfloat16, torch.float16):
+        kind = str(layer.weight.dtype).removeprefix("torch.")
+        raise InputError(
+            f"{name} holds {kind} numbers, to which a change would be rounded: load the model in fp32, or use "
+            "empty=drop and no residual start"
+        )
     if sum(p is layer.weight for _, p in model.named_parameters(remove_duplicate=False)) > 1:
         raise InputError(
             f"{name} shares its weight with another module, which would change too: use empty=drop and no residual "

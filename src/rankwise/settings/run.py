@@ -53,6 +53,27 @@ class RunConfig(BaseModel):
     trust_remote_code: bool = Field(
         default=False, description="run the code that comes with the model; only for models whose code you have read"
     )
+    dtype: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="numbers of the frozen weights; what trains is fp32 in any case"
+    )
+    autocast: Literal["none", "bf16", "fp16"] | None = Field(
+        default=None, description="numbers that layers compute with; those of dtype when absent, none is fp32"
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        default="auto", description="how attention is computed; auto leaves it to transformers"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations again in the backward pass instead of keeping them"
+    )
+    micro_batch: int | None = Field(
+        default=None,
+        ge=1,
+        le=LARGEST,
+        description="rows at once in each process; the rows of a step when absent. Memory that runs out halves it",
+    )
+    trainer: dict[str, Any] = Field(
+        default_factory=dict, description="other fields of transformers.TrainingArguments, such as adam_beta2"
+    )
     epochs: float = Field(
         default=3.0, gt=0, le=1e6, description="passes over the training rows; max_steps, when given, wins"
     )
@@ -156,6 +177,8 @@ class RunConfig(BaseModel):
                 raise ValueError(f"{key}: needs a name, as in `{key}: {{name: {NAMED[key]}}}`")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup = {self.warmup}: expected a share up to 1 or a whole number of steps")
+        if self.dtype != "fp32" and self.autocast not in (None, self.dtype):
+            raise ValueError(f"autocast = {self.autocast}: weights of dtype {self.dtype} compute in {self.dtype}")
         return self
 
 
@@ -182,10 +205,10 @@ def put(data: dict[str, Any], key: str, value: Any) -> None:
     elif head == "vary":  # whose own keys are dotted
         below = data.get(head)
         data[head] = {**(below if isinstance(below, dict) else {}), rest: value}
-    elif head in ("tune", "report"):
+    elif head in ("tune", "report", "trainer"):
         data[head] = with_nested(data.get(head), rest, value)
     else:
-        raise InputError(f"{key}: only {', '.join(NAMED)}, vary, tune and report have keys below them")
+        raise InputError(f"{key}: only {', '.join(NAMED)}, trainer, vary, tune and report have keys below them")
 
 
 def with_nested(data: Any, key: str, value: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rankwise.named import check_reachable
 from rankwise.runs import grid
 from rankwise.settings import Experiment, RunConfig, Schema, load
 from rankwise.sweep.progress import counted
-from rankwise.train import budget, model
+from rankwise.train import arguments, budget, model
 
 Source = str | Path | Mapping[str, Any]
 """A YAML file, or its content as a mapping."""
@@ -60,9 +60,13 @@ def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
 
     `shipped` does not ask the hub for what `rankwise archs` lists: nothing is to be trained.
     """
-    settings = ("model", "task", "max_length", "label_smoothing", "trust_remote_code")
+    settings = (
+        *("model", "task", "max_length", "label_smoothing"),
+        *("trust_remote_code", "dtype", "attention", "gradient_checkpointing"),
+    )
     wanted: dict[str, dict[str, Method]] = {}
     for config in configs:
+        arguments.check(config)
         given = json.dumps({key: getattr(config, key) for key in settings}, sort_keys=True)
         option = json.dumps(config.method, sort_keys=True)
         if option not in (known := wanted.setdefault(given, {})):

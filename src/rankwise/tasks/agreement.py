@@ -249,7 +249,8 @@ def _check_padding(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenize
                 return
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
-        precise = next(p.dtype for p in model.parameters()) == torch.float32
+        weights = next(model.parameters())
+        precise = weights.dtype == torch.float32 and not torch.is_autocast_enabled(weights.device.type)
         if (alone - padded).abs().max() <= (1e-3 if precise else 0.1) * alone.abs().max():
             return
         reason = ""

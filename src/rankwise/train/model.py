@@ -32,6 +32,7 @@ from rankwise.settings import DECODER
 from rankwise.tasks import Split, Task
 from rankwise.tasks.agreement import agree, check_room
 from rankwise.train import random_model
+from rankwise.train.arguments import DTYPES
 from rankwise.train.gguf import folder_of, is_gguf
 
 EMBEDDED, UNET = "minilm-l6", "unet"
@@ -44,6 +45,8 @@ def build(
     max_length: int,
     train: Split | None = None,
     trust_remote_code: bool = False,
+    dtype: str = "fp32",
+    attention: str = "auto",
 ) -> tuple[nn.Module, Any, list[str]]:
     """A model ready for `Method.attach`, its tokenizer, and the names of the modules of its head.
 
@@ -52,8 +55,8 @@ def build(
     or `unet-refined` with random weights, or a folder with a saved one; there is no tokenizer.
 
     `name` is a folder, a hub name, or one of `random_model.CONFIGS`, with random weights and a vocabulary from the rows
-    in `train` (by default all of the task); None is the embedded MiniLM-L6. Weights are loaded in fp32, so that runs
-    compare across models. Code next to the weights is run only with `trust_remote_code`. HF_HUB_OFFLINE is honoured.
+    in `train` (by default all of the task); None is the embedded MiniLM-L6. Weights are loaded in `dtype`, so that
+    runs compare across models. Code next to the weights is run only with `trust_remote_code`; HF_HUB_OFFLINE is kept.
 
     Raises:
         InputError: a model that cannot be loaded, lacks weights outside its head, or does not fit its tokenizer, the
@@ -67,17 +70,18 @@ def build(
             kind = _kind(task, config)
             for key, value in _outputs(task).items():
                 setattr(config, key, value)
-            model, new = kind.from_config(config, dtype=torch.float32), set()
+            model, new = kind.from_config(config, dtype=DTYPES[dtype], **_attention(attention)), set()
         else:
             source = _source(name, task)
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             model, report = _kind(task, config).from_pretrained(
                 source,
-                dtype=torch.float32,
+                dtype=DTYPES[dtype],
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
+                **_attention(attention),
                 **_outputs(task),
             )
             # A mismatched key comes with its two shapes.
@@ -102,6 +106,9 @@ def check(
     label_smoothing: float = 0.0,
     shipped: bool = False,
     trust_remote_code: bool = False,
+    dtype: str = "fp32",
+    attention: str = "auto",
+    gradient_checkpointing: bool = False,
 ) -> None:
     """Raise InputError for all that a run would refuse, without reading weights.
 
@@ -111,9 +118,15 @@ def check(
     """
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
         raise InputError(f"label_smoothing: {task.name} is not trained with cross-entropy; leave it at 0")
+    if task.family == "segmentation" and (dtype != "fp32" or attention != "auto"):
+        raise InputError("dtype and attention: a network for segmentation has one of each; leave them out")
+    if dtype != "fp32" and (whole := [method.name for method in methods if method.whole]):
+        raise InputError(f"dtype: {whole[0]} trains all weights, which are then fp32; use autocast = {dtype} instead")
     if task.family == "segmentation" and name is not None and name not in SEGMENTERS:
         return  # a folder: small, and read when the run starts
-    model, head = _skeleton(name, task, shipped, trust_remote_code)
+    model, head = _skeleton(name, task, shipped, trust_remote_code, dtype, attention)
+    if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise InputError(f"gradient_checkpointing: {type(model).__name__} has none; leave it out")
     if task.family != "segmentation":
         if name in random_model.CONFIGS:
             check_room(task, model, max_length, random_model.LENGTH)
@@ -128,7 +141,7 @@ def check(
             agree(task, model, tokenizer, max_length)
     for index, method in enumerate(methods):
         if index:  # the previous method has changed the model
-            model, head = _skeleton(name, task, shipped, trust_remote_code)
+            model, head = _skeleton(name, task, shipped, trust_remote_code, dtype, attention)
         _attached(model, head, task, method, max_length)
 
 
@@ -151,7 +164,13 @@ def peak(
     return method.peak(_attached(model, head, task, method, max_length)) - in_head
 
 
-def _skeleton(name: str | None, task: Task, shipped: bool, trust_remote_code: bool) -> tuple[Any, list[str]]:
+def _attention(name: str) -> dict[str, str]:
+    return {} if name == "auto" else {"attn_implementation": name}
+
+
+def _skeleton(
+    name: str | None, task: Task, shipped: bool, trust_remote_code: bool, dtype: str = "fp32", attention: str = "auto"
+) -> tuple[Any, list[str]]:
     """The model `name` for `task` on the meta device (a saved network for segmentation: loaded), and its head."""
     if task.family == "segmentation":
         saved = name is not None and name not in SEGMENTERS
@@ -168,7 +187,9 @@ def _skeleton(name: str | None, task: Task, shipped: bool, trust_remote_code: bo
             config = AutoConfig.from_pretrained(_source(name, task), trust_remote_code=trust_remote_code)
         for key, value in _outputs(task).items():
             setattr(config, key, value)
-        model = _kind(task, config).from_config(config, trust_remote_code=trust_remote_code)
+        model = _kind(task, config).from_config(
+            config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, **_attention(attention)
+        )
         return model, head_modules(model, set()) if task.family == "classification" else []
 
 
@@ -237,6 +258,16 @@ def head_modules(model: PreTrainedModel, new: set[str]) -> list[str]:
     return sorted(head | ({f"{base}.pooler"} if pooler else set()))
 
 
+def train_in_fp32(model: nn.Module) -> None:
+    """Let what trains be fp32, whatever the frozen weights are; a norm, which does not mix them, as a whole."""
+    for module in model.modules():
+        own = [*module.parameters(recurse=False)]
+        whole = all(p.dim() <= 1 for p in own)
+        for p in own if any(p.requires_grad for p in own) else []:
+            if p.requires_grad or whole:
+                p.data = p.data.float()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Context that hides transformers' loading reports, progress bars and advice, but not its errors."""
@@ -288,7 +319,7 @@ def _input_errors(name: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         # transformers' own OSErrors have a text; those with a number are the system's (disk full, no permission).
         if isinstance(error, OSError) and error.errno is not None:
             raise

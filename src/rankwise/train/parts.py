@@ -10,6 +10,7 @@ from rankwise.errors import NotFiniteError
 from rankwise.methods import Method
 from rankwise.settings import RunConfig
 from rankwise.tasks import Evaluation, Scored, Split, Task
+from rankwise.train.arguments import computing
 from rankwise.train.chain import Before
 from rankwise.train.progress import DivergedError, Plan
 
@@ -43,7 +44,8 @@ class Parts:
     def evaluate(self, final: bool) -> list[Scored]:
         """Scores of the model on each evaluation split."""
         try:
-            return [self.task.evaluate(self.model, e, self.processor, self.rows, final) for e in self.evaluations]
+            with computing(self.config):
+                return [self.task.evaluate(self.model, e, self.processor, self.rows, final) for e in self.evaluations]
         except NotFiniteError as error:
             raise DivergedError(f"the model's outputs are not finite at an evaluation: {error}") from error
 

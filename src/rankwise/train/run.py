@@ -26,7 +26,7 @@ from typing import Any
 import filelock
 import torch
 from safetensors import SafetensorError
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, set_seed
 
 import rankwise
 from rankwise import methods, tasks
@@ -55,6 +55,7 @@ from rankwise.settings import RunConfig, Schema, complete
 from rankwise.tasks import Evaluation, subset
 from rankwise.train import chain
 from rankwise.train import model as models
+from rankwise.train.arguments import arguments, computing
 from rankwise.train.callback import unwrapped
 from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.memory import halve, rows_at_once
@@ -158,6 +159,7 @@ def _until_done(folder: Path, name: str, config: RunConfig) -> Result:
             Store(folder.parent).forget_error(folder)  # of an earlier attempt
             write_whole(folder / "env.json", json.dumps(_environment(), indent=1) + "\n")
         most = math.ceil(config.batch_size / together.count())
+        most = min(most, config.micro_batch or most)
         while True:
             rows = together.on_first(lambda: rows_at_once(folder, most))
             parts = _prepare(folder, config, rows)
@@ -207,12 +209,15 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
         splits = [held_out]
     splits = [subset(split, config.eval_rows) for split in splits]
     set_seed(config.seed)  # before the model, whose head and adapters start at random
-    base, processor, head = models.build(config.model, task, config.max_length, train, config.trust_remote_code)
+    base, processor, head = models.build(
+        config.model, task, config.max_length, train, config.trust_remote_code, config.dtype, config.attention
+    )
     if before is not None and not before.same:
         chain.load_weights(base, before)
     head_parameters = sum(p.numel() for name in head for p in base.get_submodule(name).parameters())
     method = methods.build(config.method)
     model = method.attach(base, head=head)
+    models.train_in_fp32(model)
     examples = task.encode(train, processor, config.max_length)
     evaluations = [Evaluation(split, task.encode(split, processor, config.max_length)) for split in splits]
     for encoded in (Evaluation(train, examples), *evaluations):
@@ -259,15 +264,17 @@ def _start(folder: Path) -> tuple[Path | None, Carried]:
 def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progress, stop: Stop) -> Search | None:
     """Carry out the remaining steps; returns the result of the search for ranks, None if the method learns none."""
     with together.by_itself():
-        arguments = _arguments(folder, parts.config, parts.plan)
+        args = arguments(folder, parts.config, parts.plan)
+    with computing(parts.config):  # it asks the model what it does with padding
+        collate = parts.task.collate(parts.model, parts.processor, parts.config.seed)
     trainer = RunTrainer(
         micro_batch=parts.rows,
         stop=stop,
         method=parts.method,
         model=parts.model,
-        args=arguments,
+        args=args,
         train_dataset=parts.examples,
-        data_collator=parts.task.collate(parts.model, parts.processor, parts.config.seed),
+        data_collator=collate,
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for results
@@ -299,37 +306,6 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
             print(f"stopped after step {step}; the same command goes on from there", file=sys.stderr)
         raise SystemExit(stop.code)
     return unwrapped(trainer.optimizer).search() if parts.method.check_every else None
-
-
-def _arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=plan.steps,
-        per_device_train_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
-        # the Trainer takes 1.0 for one step, here it means all of them
-        warmup_steps=plan.steps if config.warmup == 1 else config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.clip,
-        label_smoothing_factor=config.label_smoothing,
-        seed=config.seed,
-        data_seed=config.seed,
-        train_sampling_strategy="group_by_length",
-        logging_steps=1,  # Progress checks every loss
-        logging_nan_inf_filter=False,  # and ends the run at the first that is not finite
-        save_strategy="no",  # Progress decides when to save, and what to delete
-        use_cpu=not torch.cuda.is_available(),
-        ddp_timeout=int(together.PATIENCE.total_seconds()),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        remove_unused_columns=False,  # the task's collate chooses the columns
-        disable_tqdm=True,
-        report_to=[],
-    )
-    # One GPU per process. With several the Trainer would use DataParallel, which copies the model in each step and does
-    # not follow rank changes.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
 
 
 def _environment() -> dict[str, Any]:
