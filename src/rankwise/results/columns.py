@@ -5,6 +5,7 @@ A column is declared once, with its header, unit, format and meaning.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Generic, TypeVar
 
 from rankwise.errors import InputError, nearest
@@ -56,11 +57,10 @@ class Column(Head, Generic[T]):
 
 
 @dataclass(frozen=True)
-class Tried:
-    """A line of the rates that were tried for a method."""
+class Tried(Rate):
+    """A rate that was tried for a method, and whether it was chosen."""
 
     method: str
-    rate: Rate
     chosen: bool
 
 
@@ -116,18 +116,16 @@ def values(rows: Sequence[Row]) -> dict[str, Callable[[Row], Any]]:
     named = {key: value for column in (*fixed, *_metrics(rows)) for key, value in column.values.items()}
     for prefix, split in (("", "evaluated"), ("train_", "trained")):
         named |= {
-            f"{prefix}{'split' if key == 'name' else key}": _part(split, key)
+            f"{prefix}{'split' if key == 'name' else key}": _of(f"{split}.{key}")
             for key in ("name", "rows", "official", "note", "own")
             if prefix + key != "train_rows"
         }
     named |= {key: _of(key) for key in ("asked", "used", "share")}
-    named["always"] = lambda row: row.always and row.always.score
+    named["always"] = _of("always.score")
     named |= {
-        "tuned_split": lambda row: row.tuned and row.tuned.split.name,
-        "tuned_rows": lambda row: row.tuned and row.tuned.split.rows,
-        "tuned_note": lambda row: row.tuned and row.tuned.split.note,
-        "tuned_rates": lambda row: row.tuned and " ".join(f"{rate.learning_rate:g}" for rate in row.tuned.rates),
+        f"tuned_{key}": _of(f"tuned.split.{'name' if key == 'split' else key}") for key in ("split", "rows", "note")
     }
+    named["tuned_rates"] = lambda row: row.tuned and " ".join(f"{rate.learning_rate:g}" for rate in row.tuned.rates)
     named["notes"] = lambda row: " ".join(remarks(row))
     return named
 
@@ -141,11 +139,14 @@ def tried(rows: Sequence[Row]) -> list[tuple[list[Column[Tried]], list[Tried]]]:
         split = row.tuned.split
         score: Column[Tried] = Column(
             f"{row.tuned.score} on {split.name}",
-            cell=lambda line: plus_minus(line.rate.mean, line.rate.sd),
-            values={"mean": lambda line: line.rate.mean},
+            cell=lambda line: plus_minus(line.mean, line.sd),
+            values={"mean": _of("mean")},
         )
         _, lines = tables.setdefault(f"{split.name} {split.rows}", ([*_TRIED[:3], score, _TRIED[3]], []))
-        lines += [Tried(row.method, rate, rate.learning_rate == row.tuned.learning_rate) for rate in row.tuned.rates]
+        chosen = row.tuned.learning_rate
+        lines += [
+            Tried(**vars(rate), method=row.method, chosen=rate.learning_rate == chosen) for rate in row.tuned.rates
+        ]
     return list(tables.values())
 
 
@@ -193,12 +194,9 @@ def _metrics(rows: Sequence[Row]) -> list[Column[Row]]:
     return [_metric(name) for name in dict.fromkeys(name for row in rows for name in row.metrics)]
 
 
-def _of(key: str) -> Callable[[Row], Any]:
-    return lambda row: getattr(row, key)
-
-
-def _part(part: str, key: str) -> Callable[[Row], Any]:
-    return lambda row: getattr(getattr(row, part), key)
+def _of(key: str) -> Callable[[Any], Any]:
+    """Reads what `key` names, such as `evaluated.rows`, from a row; None where a part on the way is None."""
+    return lambda row: reduce(lambda value, part: value and getattr(value, part), key.split("."), row)
 
 
 def _end(place: int) -> Callable[[Row], Any]:
@@ -303,17 +301,8 @@ COSTS: tuple[Column[Row], ...] = (
     ),
 )
 _TRIED: tuple[Column[Tried], ...] = (
-    Column("method", number=False, cell=lambda line: line.method, values={"method": lambda line: line.method}),
-    Column(
-        "rate tried",
-        cell=lambda line: f"{line.rate.learning_rate:g}",
-        values={"learning_rate": lambda line: line.rate.learning_rate},
-    ),
-    Column("seeds", cell=lambda line: str(line.rate.n), values={"n": lambda line: line.rate.n}),
-    Column(
-        "outcome",
-        number=False,
-        cell=lambda line: "chosen" if line.chosen else "",
-        values={"chosen": lambda line: line.chosen},
-    ),
+    Column("method", number=False, cell=_of("method"), values={"method": _of("method")}),
+    Column("rate tried", cell=lambda line: f"{line.learning_rate:g}", values={"learning_rate": _of("learning_rate")}),
+    Column("seeds", cell=lambda line: str(line.n), values={"n": _of("n")}),
+    Column("outcome", number=False, cell=lambda line: "chosen" * line.chosen, values={"chosen": _of("chosen")}),
 )
