@@ -53,37 +53,11 @@ def of_task(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Pictur
     looks = {row.method: place for place, row in enumerate(best)}
     return [
         *_sizes(best, looks, title),
-        *_rates(best, rows, title),
+        *_rates(best, rows, looks, title),
         *_costs(best, looks, title),
         *_curves(best, looks, title),
         *_panels(rows, looks, title),
     ]
-
-
-def of_rates(
-    tried: Mapping[str, Sequence[Rate]], chosen: Mapping[str, float], metric: str, title: str
-) -> list[Picture]:
-    """Score by learning rate of every method of `chosen` that was tried at several rates; nothing if none was.
-
-    Args:
-        tried: method -> its scores by rate, on the rows that are reported or on those held out for choosing.
-        chosen: method -> the rate that its result is reported at. Its order gives colours and marks.
-    """
-    methods = [
-        plots.Tried(method, look, tried[method], chosen[method])
-        for look, method in enumerate(chosen)
-        if len({each.learning_rate for each in tried.get(method, ())}) > 1
-    ]
-    if not methods:
-        return []
-    words = "; ".join(
-        f"{method.label}: "
-        + ", ".join(f"{plus_minus(each.mean, each.sd)} at {each.learning_rate:g}" for each in method.rates)
-        + f", chosen {method.chosen:g}"
-        for method in methods
-    )
-    figure = plots.score_by_rate(methods, metric, f"{title}: score by learning rate")
-    return [Picture.of(figure, f"Score by learning rate. {metric}: {words}")]
 
 
 @dataclass(frozen=True)
@@ -244,26 +218,31 @@ def _bars(rows: Sequence[Row]) -> str:
     return "one seed: no bars" if all(row.n == 1 for row in rows) else "seeds equal: no bars"
 
 
-def _rates(best: Sequence[Row], rows: Sequence[Row], title: str) -> list[Picture]:
-    """Score by rate, a picture for each set of rows: those reported, and those that rates were chosen on."""
-    tried: dict[str, dict[str, Sequence[Rate]]] = {}
-    reported = _by_rate([row for row in rows if row.tuned is None])
+def _rates(best: Sequence[Row], rows: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:
+    """Score by rate of the methods that were tried at several, a picture for each set of rows that were scored."""
+    reported: dict[str, list[Rate]] = {}
+    for row in _scored([row for row in rows if row.tuned is None]):
+        reported.setdefault(row.method, []).append(Rate(row.learning_rate, row.scores))
+    tried: dict[str, list[plots.Tried]] = {}
     for row in best:
-        where, rates = (f" on {row.tuned.split.name}", row.tuned.rates) if row.tuned else ("", reported.get(row.method))
-        tried.setdefault(where, {})[row.method] = rates or []
-    chosen = {row.method: row.tuned.learning_rate if row.tuned else row.learning_rate for row in best}
-    return [
-        picture
-        for where, by_method in tried.items()
-        for picture in of_rates(by_method, chosen, f"{with_direction(best[0].score)}{where}", title)
-    ]
-
-
-def _by_rate(rows: Sequence[Row]) -> dict[str, list[Rate]]:
-    rates: dict[str, list[Rate]] = {}
-    for row in _scored(rows):
-        rates.setdefault(row.method, []).append(Rate(row.learning_rate, row.scores))
-    return rates
+        if row.tuned:
+            where, rates, chosen = f" on {row.tuned.split.name}", row.tuned.rates, row.tuned.learning_rate
+        else:
+            where, rates, chosen = "", reported.get(row.method, []), row.learning_rate
+        if len({rate.learning_rate for rate in rates}) > 1:
+            tried.setdefault(where, []).append(plots.Tried(row.method, looks[row.method], rates, chosen))
+    pictures = []
+    for where, methods in tried.items():
+        metric = f"{with_direction(best[0].score)}{where}"
+        words = "; ".join(
+            f"{method.label}: "
+            + ", ".join(f"{plus_minus(rate.mean, rate.sd)} at {rate.learning_rate:g}" for rate in method.rates)
+            + f", chosen {method.chosen:g}"
+            for method in methods
+        )
+        figure = plots.score_by_rate(methods, metric, f"{title}: score by learning rate")
+        pictures.append(Picture.of(figure, f"Score by learning rate. {metric}: {words}"))
+    return pictures
 
 
 def _curves(best: Sequence[Row], looks: Mapping[str, int], title: str) -> list[Picture]:

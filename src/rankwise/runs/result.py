@@ -129,18 +129,16 @@ class Result:
 
     def as_json(self) -> dict[str, Any]:
         """The content of the file. What there is nothing of is left out."""
-        benchmark, cost = asdict(self.benchmark) if self.benchmark else {}, asdict(self.cost)
-        content = {
-            **asdict(self),
-            "benchmark": {key: value for key, value in benchmark.items() if value is not None},
-            "splits": {
-                "train": _described(self.splits.train),
-                "evaluation": [_described(split) for split in self.splits.evaluation],
-            },
-            "answers": [each.in_result() for each in self.answers],
-            "cost": {key: value for key, value in cost.items() if value is not None},
-        }
-        return {key: value for key, value in content.items() if value or key not in ("search", "weights")}
+        content = {**asdict(self), "answers": [each.in_result() for each in self.answers]}
+        benchmark, cost, splits = content["benchmark"] or {}, content["cost"], content["splits"]
+        content["benchmark"] = benchmark
+        optional = [(content, "search"), (content, "weights"), (benchmark, "majority")]
+        optional += [(cost, "processes"), (cost, "micro_batch")]
+        optional += [(split, "own") for split in (splits["train"], *splits["evaluation"])]
+        for part, key in optional:
+            if part.get(key) in (None, ""):
+                part.pop(key, None)
+        return content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +172,3 @@ def _read(path: Path) -> Result:
         return _RESULT.validate_python(read_json(path))
     except ValidationError as error:
         raise damaged(path, error) from None
-
-
-def _described(split: Split) -> dict[str, Any]:
-    return {key: value for key, value in asdict(split).items() if value or key != "own"}
