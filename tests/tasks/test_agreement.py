@@ -71,7 +71,7 @@ def test_padding_that_a_text_can_hold_gives_way_to_a_row_that_no_word_has() -> N
     agree(task(), llama(), tokenizer)
     assert tokenizer.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token != "?"
     full = architectures.words(*map(str, range(8)), ended=False, eos_token="?", pad_token="?")
-    with pytest.raises(InputError, match="needs padding that no text can hold"):
+    with pytest.raises(InputError, match="needs a padding token that cannot occur in texts"):
         agree(task(), llama(), full)
     bert = transformers.AutoModelForSequenceClassification.from_config(architectures.small("bert", num_labels=3))
     agree(task(), bert, full)  # which masks it
@@ -129,7 +129,7 @@ def test_no_classifier_says_other_things_in_a_batch() -> None:
             assert spread(model, tokenizer, *TEXTS) < 1e-3, kind
             same.add(kind)
     assert len(same) > 80
-    mixing = {kind for kind, reason in refused.items() if "depends on the padding" in reason}
+    mixing = {kind for kind, reason in refused.items() if "depends on its padding" in reason}
     skipping = {kind for kind, reason in refused.items() if "skips token" in reason}
     assert skipping <= same
     assert skipping == {
@@ -143,14 +143,14 @@ def test_a_token_without_a_row_is_refused_before_training(tmp_path: Path) -> Non
     tokenizer = architectures.words("<pad>", pad_token="<pad>")
     tokenizer.add_tokens([f"new{number}" for number in range(20)])
     with pytest.raises(
-        InputError, match=r"13 tokens \('new7' is the first\).* LlamaForSequenceClassification, with 64"
+        InputError, match=r"13 tokens, the first 'new7', beyond the 64 of LlamaForSequenceClassification"
     ):
         task().collate(llama(), tokenizer, 0)
     tokenizer = architectures.words("<pad>", pad_token="<pad>")
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<image{number}>" for number in range(9)]})
     collate = task().collate(llama(), tokenizer, 0)  # no text holds them but one that spells them
     examples = task().encode(split("w1", "w2 <image8>"), tokenizer, 32)
-    with pytest.raises(InputError, match="row 1 of train holds '<image8>', token 65, and Llama"):
+    with pytest.raises(InputError, match="row 1 of train holds '<image8>', token 65, but Llama"):
         task().check(llama(), tokenizer, examples, "train")
     with pytest.raises(InputError, match="row 1 of a batch holds"):
         collate(list(examples))
@@ -171,7 +171,7 @@ def test_an_end_mark_in_a_text_is_refused_where_it_is_looked_for() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("num_labels", 2, "has 2 outputs and stdlib-kind needs 3"),
+        ("num_labels", 2, "has 2 outputs but stdlib-kind needs 3"),
         ("problem_type", "multi_label_classification", "is set to multi_label_classification"),
     ],
 )

@@ -362,7 +362,7 @@ def test_metrics_are_in_the_schema_for_editors() -> None:
     [
         (
             '{"body": "a", "mood": 1}\n{"body": "b", "body": "c", "mood": 2}\n',
-            "line 2 is not JSON (the key 'body' is there twice",
+            "line 2 is not JSON (it has the key 'body' twice",
         ),
         ('{"body": "a", "mood": 1.5}\n{"body": "b", "mood": NaN}\n', "the label nan in line 2 is no class"),
         ('{"body": "cut \\\\ud83d", "mood": 1}\n', "line 1 is not JSON"),

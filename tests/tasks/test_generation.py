@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rankwise import methods
 from rankwise.errors import InputError, NotFiniteError
 from rankwise.tasks import Evaluation, Split, subset
-from rankwise.tasks.generation import UNTOLD, Generation, Judged, _NoRepeat
+from rankwise.tasks.generation import IGNORE, Generation, Judged, _NoRepeat
 from rankwise.train import random_model
 from rankwise.train.trainer import RankTrainer
 
@@ -155,7 +155,7 @@ def test_a_decoders_loss_masks_exactly_prompt_and_padding(pairs):
         rest = len(ids) - len(row)
         assert ids[: len(row)] == row
         assert mask == [1] * len(row) + [0] * rest
-        assert labels == [UNTOLD] * (len(source) + 1) + [*target, 1] + [UNTOLD] * rest
+        assert labels == [IGNORE] * (len(source) + 1) + [*target, 1] + [IGNORE] * rest
 
 
 @given(pairs=PAIRS)
@@ -168,7 +168,7 @@ def test_an_encoder_gets_the_sources_and_no_target_token(pairs):
     ):
         assert [each for each, real in zip(ids, mask, strict=True) if real] == source
         assert not set(ids) & set(range(41, 81))
-        assert [label for label in labels if label != UNTOLD] == [*target, 1]
+        assert [label for label in labels if label != IGNORE] == [*target, 1]
 
 
 def outputs_of(model, batch):
@@ -222,7 +222,7 @@ def test_the_prompt_of_an_output_is_the_prompt_of_the_training(kind, monkeypatch
     batches = [task.collate(model, tokenizer, 0)([row]) for row in examples]
     trained = []
     for batch in batches:
-        told = (batch["labels"][0] != UNTOLD).nonzero()[0].item()
+        told = (batch["labels"][0] != IGNORE).nonzero()[0].item()
         trained.append(batch["input_ids"][0].tolist() if kind == "t5" else batch["input_ids"][0, :told].tolist())
     assert sorted(given["input_ids"][0].tolist() for given in read) == sorted(trained)
 
@@ -324,7 +324,7 @@ def test_smoothed_labels_spread_over_all_tokens_and_count_no_masked_one(kind, pi
     if kind != "t5":  # a decoder's logits are those of the token that follows
         logits, labels = logits[:, :-1], labels[:, 1:]
     expected = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=UNTOLD, label_smoothing=0.3
+        logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE, label_smoothing=0.3
     )
     trainer = RankTrainer(
         method=method,

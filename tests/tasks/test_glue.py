@@ -320,7 +320,7 @@ def test_what_counts_in_the_average(name, averaged):
 def test_wnli_and_ax_are_outside_the_average():
     inside = {name for name in NAMES if tasks.build(name).benchmark == "GLUE"}
     assert inside == {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"}
-    with pytest.raises(InputError, match="ax has no labels to halve"):
+    with pytest.raises(InputError, match="ax has no labelled rows"):
         tasks.build({"name": "ax", "protocol": "halves"})
 
 

@@ -26,7 +26,7 @@ from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
 from rankwise.settings import RunConfig
 from rankwise.tasks.base import Evaluation
-from rankwise.tasks.segmentation import _varied
+from rankwise.tasks.segmentation import _augmented
 from rankwise.train.model import build
 from rankwise.train.run import code_for, run
 from refused import refused
@@ -79,16 +79,18 @@ def test_numbers_that_are_no_class_do_not_count(tmp_path: Path) -> None:
 
 @given(st.integers(0, 10_000), st.integers(8, 40), st.integers(8, 40))
 @settings(deadline=None, max_examples=40)
-def test_a_varied_picture_keeps_its_size_and_mask_and_picture_go_together(seed: int, height: int, width: int) -> None:
+def test_an_augmented_picture_keeps_its_size_and_mask_and_picture_go_together(
+    seed: int, height: int, width: int
+) -> None:
     draw = np.random.default_rng(seed)
     mask = (np.add.outer(np.arange(height) * 2, np.arange(width)) > height).astype(np.int64)
     image = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 200
-    bright, varied = _varied(image, mask, draw)
+    bright, varied = _augmented(image, mask, draw)
     assert bright.shape == image.shape and varied.shape == mask.shape
     assert set(np.unique(varied)) <= set(np.unique(mask))
     agree = (bright[..., 0] > 0.35 * max(bright.max(), 1)) == (varied == 1)
     assert agree.mean() > 0.8  # but for the edge, where the picture is interpolated
-    again = _varied(image, mask, np.random.default_rng(seed))
+    again = _augmented(image, mask, np.random.default_rng(seed))
     assert np.array_equal(again[0], bright) and np.array_equal(again[1], varied)
 
 
@@ -192,7 +194,10 @@ def test_a_saved_network_is_a_model_to_begin_with(tmp_path: Path) -> None:
         assert type(loaded) is kind and processor is None and head == ["classifier"]
         assert all(torch.equal(a, b) for a, b in zip(net.parameters(), loaded.parameters(), strict=True))
     UNet(size=64, classes=5).save_pretrained(tmp_path / "five")
-    for name, message in (("five", "has 5 outputs per pixel"), ("none", "known by name: unet, unet-refined")):
+    for name, message in (
+        ("five", "has 5 outputs per pixel"),
+        ("none", "is no folder with a saved network; give one, or one of unet, unet-refined"),
+    ):
         with pytest.raises(InputError, match=message):
             build(str(tmp_path / name), task, 0)
 
@@ -225,7 +230,7 @@ def test_folders_of_pictures(tmp_path: Path) -> None:
     assert str(image) in unread(root) and "the image cannot be read" in unread(root)
     image.write_bytes(whole)
     mask.write_bytes(pair(3, 32)[1])
-    assert f"{image}: the image is 64×64 pixels and its mask 32×32: they must be alike" in unread(root)
+    assert f"{image}: the image has 64×64 pixels and its mask 32×32: make them equal" in unread(root)
     mask.write_bytes(whole)
     assert "the mask has colours (RGB)" in unread(root)
     mask.unlink()

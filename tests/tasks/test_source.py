@@ -52,7 +52,7 @@ def test_a_folder_has_a_file_for_each_split(tmp_path, monkeypatch):
     assert "there is no such file or folder" in refused(lambda: read(str(tmp_path / "nowhere"), "train"))
     assert "nowhere.csv: there is no such file or folder" in refused(lambda: read("nowhere.csv", "train"))
     (tmp_path / "odd.xlsx").touch()
-    assert "its name does not end in .parquet or" in refused(lambda: read(str(tmp_path / "odd.xlsx"), "train"))
+    assert "a file whose name ends in .parquet or" in refused(lambda: read(str(tmp_path / "odd.xlsx"), "train"))
     assert '(did you mean "train.csv"?)' in refused(lambda: read(str(tmp_path / "trian.csv"), "train"))
 
 
@@ -80,7 +80,7 @@ def test_a_csv_of_a_spreadsheet_may_have_semicolons_or_tabs(tmp_path, mark):
         rows = read(str(tmp_path), "train").table.to_pylist()
         assert [list(row.values()) for row in rows] == [["a, b", "c"], ["'d'", "e;f"]]
     file.write_text("text;target\na;b;c\n".replace(";", mark))
-    assert f"that hold {'semicolons' if mark == ';' else 'tabs'}" in fails(tmp_path)
+    assert f"that contain {'semicolons' if mark == ';' else 'tabs'}" in fails(tmp_path)
     file.write_text("text,target\na;b,c\td\n")  # a comma in the header settles it
     assert read(str(tmp_path), "train").table.to_pylist() == [{"text": "a;b", "target": "c\td"}]
 
@@ -91,12 +91,12 @@ CSV = {
     "has no rows": b"",
     "has an empty target in line 3": b"text,target\na,b\nc,  \n",
     "has an empty target in line 4": b'text,target\n"a\nb",c\nd,\n',
-    "line 3 has 3 fields and the header 2": b"text,target\na,b\nc,d,e\n",
-    "line 2 has 1 fields and the header 2": b"text,target\na\n",
+    "line 3 has 3 fields but the header 2": b"text,target\na,b\nc,d,e\n",
+    "line 2 has 1 fields but the header 2": b"text,target\na\n",
     "line 3 is not text in UTF-8": "text,target\na,b\nCafé,d\n".encode("latin-1"),
     "line 1 is not text in UTF-8": "text,target\na,b\n".encode("utf-16"),
-    "line 4 is not CSV": b'text,target\na,b\nc,"d\ne\n',
-    "the column 'text' is there twice": b"text,text,target\na,b,c\n",
+    "line 4 is not valid CSV": b'text,target\na,b\nc,"d\ne\n',
+    "the header has the column 'text' twice": b"text,text,target\na,b,c\n",
 }
 
 
@@ -110,10 +110,10 @@ def test_a_bad_csv(tmp_path, wanted):
 
 JSONL = {
     "line 2 is not JSON": '{"text": "a", "target": "b"}\n{"text": "a",\n',
-    "line 1 is no JSON object": '["a", "b"]\n',
+    "line 1 is not a JSON object": '["a", "b"]\n',
     "has no target in line 3": '{"text": "a", "target": "b"}\n\n{"text": "a"}\n',
     "has no text in line 2": '{"text": "a", "target": "b"}\n{"text": null, "target": "b"}\n',
-    "column 'target' is not of one kind in line 2": '{"text": "a", "target": "b"}\n{"text": "a", "target": 1}\n',
+    "'target' has values of several types in line 2": '{"text": "a", "target": "b"}\n{"text": "a", "target": 1}\n',
     "column 'target' does not hold string in line 1": '{"text": "a", "target": ["b"]}\n',
     "has no rows": "\n",
     "has an empty target in line 1": '{"text": "a", "target": "\\u3000"}\n',

@@ -151,14 +151,14 @@ def test_bad_rows_without_tables(queries, change, wanted):
 @pytest.mark.parametrize(
     ("row", "wanted"),
     [
-        (with_table(sel=3), "row 1 is not as WikiSQL has it"),
-        (with_table(agg=6), "row 1 is not as WikiSQL has it"),
-        (with_table(conds=((7, 0, "a"),)), "row 1 is not as WikiSQL has it"),
-        (with_table(conds=((0, 3, "a"),)), "row 1 is not as WikiSQL has it"),
+        (with_table(sel=3), "row 1 is not in WikiSQL's format"),
+        (with_table(agg=6), "row 1 is not in WikiSQL's format"),
+        (with_table(conds=((7, 0, "a"),)), "row 1 is not in WikiSQL's format"),
+        (with_table(conds=((0, 3, "a"),)), "row 1 is not in WikiSQL's format"),
         (with_table(question=""), "has an empty question in row 1"),
         (with_table(table=TABLE | {"rows": [["3"]]}), "row 0 of a table has 1 cells"),
         (with_table(table=TABLE | {"types": ["date", "text", "text"]}), "'date' is no type"),
-        (with_table(table=TABLE | {"header": None}), "row 1 is not as WikiSQL has it"),
+        (with_table(table=TABLE | {"header": None}), "row 1 is not in WikiSQL's format"),
     ],
 )
 def test_bad_rows_with_tables(with_tables, row, wanted):

@@ -92,13 +92,13 @@ class AdaLoRA(Method, name="adalora"):
         return replace(self, init_rank=1 + size, rank=max(1, 2 * (1 + size) // 3))
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
-        place = placement(model, self.targets, head, self.init_rank, "init_rank", only="adalora")
+        placed = placement(model, self.targets, head, self.init_rank, "init_rank", only="adalora")
         config = AdaLoraConfig(
             init_r=self.init_rank,
             target_r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
             lora_dropout=self.dropout,
-            **place,
+            **placed,
             deltaT=self.every,
             beta1=self.beta1,
             beta2=self.beta2,

@@ -69,14 +69,14 @@ class LoRA(Method, name="lora"):
             require(self.pull == 0, f"{self.name} changes ranks: pull must be 0, not {self.pull}")
 
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
-        place = placement(model, self.targets, head, self.rank, only=self.linear_only)
-        for name in place["target_modules"] if self.init in RESIDUAL else ():
+        placed = placement(model, self.targets, head, self.rank, only=self.linear_only)
+        for name in placed["target_modules"] if self.init in RESIDUAL else ():
             check_own_weight(model, name)
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
             lora_dropout=self.dropout,
-            **place,
+            **placed,
             init_lora_weights=_PEFT_INIT.get(self.init, True),
             **self.peft_options,
         )

@@ -41,9 +41,6 @@ IGNORE = -100
 COLOURS = 3
 
 
-# --- loss and masks --------------------------------------------------------------------------------------------------
-
-
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """One minus the soft Dice coefficient of the whole batch, a tensor ():
 
@@ -83,9 +80,6 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def masks(logits: Tensor) -> Tensor:
     """The most likely class of each pixel, (n, H, W) int64, from logits (n, classes, H, W); one channel: p > ½."""
     return (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(dim=1)
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
 
 
 class Block(nn.Module):
@@ -151,8 +145,6 @@ class Attention(nn.Module):
 def _pointwise(inputs: int, width: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, width, 1, stride=stride, bias=False), nn.BatchNorm2d(width))
 
-
-# --- networks --------------------------------------------------------------------------------------------------------
 
 _CARD = """---
 {{ card_data }}

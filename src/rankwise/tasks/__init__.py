@@ -1,4 +1,4 @@
-"""The tasks: one file each, found by name. A new task is one new file in this folder, nothing edited."""
+"""The tasks, one file each. To add one, add a file to this folder."""
 
 from rankwise.tasks.base import Evaluation, Scored, Split, Task, subset
 

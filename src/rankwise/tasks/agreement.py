@@ -1,7 +1,7 @@
-"""Checks, before training, that tokenizer, configuration, weights and settings agree with each other.
+"""Checks, before training, that tokenizer, configuration, weights and settings fit together.
 
-`agree` is the one check. `train.model` calls it for runs, with and without weights, and `Task.collate` for code that
-passes its own model and tokenizer.
+`train.model` calls `agree` for runs, with and without weights, and `Task.collate` for code with its own model and
+tokenizer.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 STRANGE = "\U000e0001 \u0378\u0ff5 \U0001fffd"
 """Characters that are in no vocabulary."""
 PADDING = "<|padding|>"
-"""The padding token given to a tokenizer without a special token to pad with."""
+"""The padding token added to a tokenizer without a special token for it."""
 TEXTS = tuple(" ".join(["one", "two", "three"] * times) for times in (1, 2, 3))
-"""Texts of unlike length to try a model with, cut to MOST tokens."""
+"""Texts of different length to test a model with, truncated to MOST tokens."""
 MOST = 24
 
 
 def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: int | None = None) -> None:
     """Set the padding token, and refuse a model, tokenizer and task that do not fit together.
 
-    What is padded with becomes what the model takes for padding: `tokenizer.pad_token` and `config.pad_token_id` are
-    set to one token, which no text can hold where the model finds the last token of a row by it. A classifier that has
-    weights is tried with three texts: their logits must be the same alone and in a batch, and where only padding on the
-    tokenizer's other side makes them so, `tokenizer.padding_side` is changed. No random number is drawn.
+    `tokenizer.pad_token` and `config.pad_token_id` are set to one token, which must not occur in texts if the model
+    uses it to find the end of a row. A classifier with weights is tested with three texts: their logits must be the
+    same alone and in a batch, and `tokenizer.padding_side` is changed if only that makes them so. It uses no random
+    numbers.
 
     Args:
-        model: a transformers model, bare or in a PeftModel; any other module is left alone. Its weights may be on the
-            meta device.
-        max_length: compared with the model's positions where given.
+        model: a transformers model, with or without a PeftModel around it; any other module is not checked. Its weights
+            may be on the meta device.
+        max_length: compared with the model's positions, if given.
     Raises:
         InputError: more tokens than rows of the embedding, no usable padding or end token, positions that skip a token
-            which a text can hold, a wrong number of outputs, too few positions, or logits that depend on the other
+            that may occur in texts, a wrong number of outputs, too few positions, or logits that depend on the other
             rows of a batch.
     """
     inner = _bare(model)
@@ -54,11 +54,13 @@ def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, ma
     _set_padding(inner, tokenizer)
     _check_skipped(task, inner, tokenizer)
     if task.family == "generation" and not isinstance(tokenizer.eos_token_id, int):
-        raise InputError("model: its tokenizer has no end token (eos_token) to end a text with")
+        raise InputError("model: its tokenizer has no end token (eos_token) to end a text with: use another model")
     if max_length is not None:
-        marks = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
-        if max_length <= marks:
-            raise InputError(f"max_length = {max_length}: leaves no room for text next to {marks} special tokens")
+        special = tokenizer.num_special_tokens_to_add(pair=len(task.text) == 2)
+        if max_length <= special:
+            raise InputError(
+                f"max_length = {max_length} leaves no room for text next to {special} special tokens: raise it"
+            )
         check_room(task, inner, max_length, tokenizer.model_max_length)
     if task.family == "classification":
         _check_outputs(task, inner)
@@ -67,27 +69,27 @@ def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, ma
 
 
 def check_room(task: Any, model: nn.Module, max_length: int, most: int | None = None) -> None:
-    """InputError where rows as long as the settings allow are longer than what the model reads or writes.
+    """InputError if rows as long as the settings allow are longer than what the model reads or writes.
 
-    Virtual tokens on the model are counted too. `most` are the tokens that the tokenizer was made for.
+    Virtual tokens of the model count too. `most` is the tokenizer's own limit.
     """
     inner = _bare(model)
-    two, writes, name = bool(inner.config.is_encoder_decoder), task.family == "generation", type(inner).__name__
+    encodes, writes, name = bool(inner.config.is_encoder_decoder), task.family == "generation", type(inner).__name__
     read = {"max_length": max_length}
     if (tokens := _virtual(model)) is not None:
         read |= {"prefix": tokens.prefix, "infix": tokens.infix}
-    if writes and not two:
+    if writes and not encodes:
         read |= {"end token": 1, "target_length": task.target_length}
     _compare(read, [most, context(model)], f"that {name} reads")
-    if two:
+    if encodes:
         written = {"target_length": task.target_length} if writes else {"max_length": max_length}
         _compare(written, [context(model, decoder=True)], f"that {name} writes")
 
 
 def context(model: nn.Module, decoder: bool = False) -> int | None:
-    """Tokens that `model`, bare or with a method attached, reads in one row, virtual ones among them.
+    """Tokens that `model`, with or without a method, reads in one row, including virtual ones; None for no limit.
 
-    None where it sets no limit. Of an encoder-decoder, what its encoder reads, or its `decoder`.
+    For an encoder-decoder, those that its encoder reads, or its `decoder`.
     """
     tokens = _virtual(model)
     if tokens is not None and not decoder:
@@ -117,150 +119,152 @@ def _compare(parts: dict[str, int], limits: Sequence[int | None], what: str) -> 
 def check_rows(
     task: "Task", model: nn.Module, rows: Iterable[Sequence[int]], tokenizer: Any, name: str = "a batch"
 ) -> None:
-    """InputError for a token number that the model has no row for, or an end token inside a text.
+    """InputError for a token id for which the model has no row, or an end token inside a text.
 
     Args:
-        rows: token numbers, of a split or a batch.
-        name: what messages call it.
+        rows: token ids of a split or a batch.
+        name: the name of that in messages.
     """
     inner = _bare(model)
     if not isinstance(inner, PreTrainedModel):
         return
     table = token_table(inner)
     ends = task.family == "classification" and inner.config.is_encoder_decoder and inner.config.eos_token_id
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if table is not None and max(row) >= table.num_embeddings:
-            token, what = max(row), f"and {type(inner).__name__} has rows for {table.num_embeddings}"
+            token, what = max(row), f"but {type(inner).__name__} has only {table.num_embeddings} tokens"
         elif isinstance(ends, int) and row.count(ends) > 1:
             token, what = ends, f"by which {type(inner).__name__} finds the end of a text"
         else:
             continue
         word = tokenizer.convert_ids_to_tokens(token)
-        raise InputError(f"row {place} of {name} holds {word!r}, token {token}, {what}: remove it from the text")
+        raise InputError(f"row {index} of {name} holds {word!r}, token {token}, {what}: remove it from the text")
 
 
 def _check_words(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """InputError for tokens beyond the embedding, except special ones that only a text that spells them can hold."""
+    """InputError for tokens beyond the embedding, except special ones that the tokenizer does not add by itself."""
     table = token_table(model)
     if table is None:
         return
-    rows, put = table.num_embeddings, {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id}
-    put |= set(tokenizer("")["input_ids"])
-    marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special} - put
-    beyond = {number: word for word, number in tokenizer.get_vocab().items() if number >= rows and number not in marks}
+    rows, added = table.num_embeddings, {tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id}
+    added |= set(tokenizer("")["input_ids"])
+    special = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special} - added
+    beyond = {token: word for word, token in tokenizer.get_vocab().items() if token >= rows and token not in special}
     if beyond:
         raise InputError(
-            f"model: its tokenizer has {len(beyond)} tokens ({beyond[min(beyond)]!r} is the first) for which "
-            f"{type(model).__name__}, with {rows}, has no row: use the tokenizer that came with it, or save the model "
-            "again after resize_token_embeddings(len(tokenizer))"
+            f"model: its tokenizer has {len(beyond)} tokens, the first {beyond[min(beyond)]!r}, beyond the {rows} of "
+            f"{type(model).__name__}: use the tokenizer that came with it, or save the model again after "
+            "resize_token_embeddings(len(tokenizer))"
         )
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pad both with one token: the tokenizer's own, else another special token, else an unused row of the embedding."""
+    """Use one padding token: the tokenizer's own, else another special token, else an unused row of the embedding."""
     config = model.config.get_text_config()
     special, own = tokenizer.all_special_ids, tokenizer.pad_token_id
-    said = [each for each in (getattr(config, "pad_token_id", None), tokenizer.eos_token_id) if each in special]
-    # what every row ends with would hide its last token
-    others = sorted(dict.fromkeys([*said, *special]), key=tokenizer("")["input_ids"].count)
+    preferred = [t for t in (getattr(config, "pad_token_id", None), tokenizer.eos_token_id) if t in special]
+    # last the tokens that every row has: padding with its last token would hide that
+    others = sorted(dict.fromkeys([*preferred, *special]), key=tokenizer("")["input_ids"].count)
     candidates = [*([] if own is None else [own]), *others]
     chosen = next(iter(candidates), None)
     if chosen is None or (_in_texts(tokenizer, chosen) and _searches(model)):
-        chosen = next((each for each in candidates if not _in_texts(tokenizer, each)), None)
+        chosen = next((token for token in candidates if not _in_texts(tokenizer, token)), None)
     table = token_table(model)
     if chosen is None and table is not None and max(tokenizer.get_vocab().values()) + 1 < table.num_embeddings:
         tokenizer.add_special_tokens({"pad_token": PADDING})
         chosen = tokenizer.pad_token_id
     if chosen is None:
         raise InputError(
-            f"model: {type(model).__name__} needs padding that no text can hold, and its tokenizer has none; give the "
-            "tokenizer a pad_token, and the model a row for it (resize_token_embeddings)"
+            f"model: {type(model).__name__} needs a padding token that cannot occur in texts, but its tokenizer has "
+            "none: give the tokenizer a pad_token, and the model a row for it (resize_token_embeddings)"
         )
     if chosen != own:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
-    for each in (config, model.config):
-        each.pad_token_id = chosen
+    config.pad_token_id = model.config.pad_token_id = chosen
 
 
 def _check_skipped(task: "Task", model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """InputError where the model, counting positions, skips a token that is not the padding, so that others are off."""
-    for number in sorted(skipped(model) - {tokenizer.pad_token_id}):
-        known = number in tokenizer.get_vocab().values()
-        read = known and (number in tokenizer("")["input_ids"] or _in_texts(tokenizer, number))
-        if read or task.family == "generation":  # whose rows are padded in front: what pads must not count
-            word = f" ({tokenizer.convert_ids_to_tokens(number)!r})" if known else ""
+    """InputError if the model skips a token other than the padding when it counts positions."""
+    for token in sorted(skipped(model) - {tokenizer.pad_token_id}):
+        known = token in tokenizer.get_vocab().values()
+        occurs = known and (token in tokenizer("")["input_ids"] or _in_texts(tokenizer, token))
+        if occurs or task.family == "generation":  # which pads on the left, so that padding must be skipped
+            word = f" ({tokenizer.convert_ids_to_tokens(token)!r})" if known else ""
             raise InputError(
-                f"model: {type(model).__name__} skips token {number}{word} when it counts positions, as its padding, "
-                f"and its tokenizer pads with {tokenizer.pad_token!r}: use the tokenizer that came with it, or the "
+                f"model: {type(model).__name__} skips token {token}{word} as padding when it counts positions, but "
+                f"its tokenizer pads with {tokenizer.pad_token!r}: use the tokenizer that came with it, or the "
                 "pad_token_id that it was trained with"
             )
 
 
-def _in_texts(tokenizer: PreTrainedTokenizerBase, number: int) -> bool:
-    """Whether a text can hold token `number`, for unknown characters or because its spelling is read as that token."""
-    text = f"{STRANGE} {tokenizer.convert_ids_to_tokens(number)}"
-    read = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return number not in tokenizer.all_special_ids or number in read
+def _in_texts(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    """Whether token id `token` can come from a text: for unknown characters, or for its own spelling."""
+    text = f"{STRANGE} {tokenizer.convert_ids_to_tokens(token)}"
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return token not in tokenizer.all_special_ids or token in ids
 
 
 def _searches(model: PreTrainedModel) -> bool:
-    """Whether the model looks for padding in its token ids: then it takes no two rows without a padding token."""
+    """Whether the model looks for padding in its token ids: then it refuses two rows if it has no padding token."""
     config, device = model.config.get_text_config(), next(model.parameters()).device
-    kept = config.pad_token_id
+    original = config.pad_token_id
     config.pad_token_id = None
     try:
         _forward(model, {"input_ids": torch.ones(2, 8, dtype=torch.long, device=device)})
     except ValueError:
         return True
-    except Exception:  # of the meta device, for example; asked again once there are weights
+    except Exception:  # on the meta device, for example; checked again with weights
         return False
     finally:
-        config.pad_token_id = kept
+        config.pad_token_id = original
     return False
 
 
 def _check_outputs(task: "Task", model: PreTrainedModel) -> None:
     config = model.config
-    labels, wanted = max(1, len(task.labels)), "single_label_classification" if task.labels else "regression"
+    labels, problem = max(1, len(task.labels)), "single_label_classification" if task.labels else "regression"
     if config.num_labels != labels:
         raise InputError(
-            f"model: {type(model).__name__} has {config.num_labels} outputs and {task.name} needs {labels}: load it "
+            f"model: {type(model).__name__} has {config.num_labels} outputs but {task.name} needs {labels}: load it "
             f"with num_labels={labels}"
         )
-    if config.problem_type not in (None, wanted):
-        raise InputError(f"model: it is set to {config.problem_type}, and {task.name} needs problem_type={wanted!r}")
+    if config.problem_type not in (None, problem):
+        raise InputError(f"model: it is set to {config.problem_type}, but {task.name} needs problem_type={problem!r}")
 
 
 def _check_padding(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Find the side to pad on; InputError where the logits of a row depend on its padding on either."""
+    """Choose the side to pad on; InputError if on both sides the logits of a row depend on its padding."""
     pairs = [[text] * len(task.text) for text in TEXTS]
     most, tokens = context(model), _virtual(model)
     longest = MOST if most is None else min(MOST, most - (0 if tokens is None else len(tokens)))
     encoded = [dict(tokenizer(*texts, truncation=True, max_length=longest)) for texts in pairs]
-    given, reason = tokenizer.padding_side, ""
-    for side in (given, "left" if given == "right" else "right"):
+    original, reason = tokenizer.padding_side, ""
+    for side in (original, "left" if original == "right" else "right"):
         tokenizer.padding_side = side
         try:
             alone = torch.cat([_logits(model, tokenizer, [row]) for row in encoded])
             padded = _logits(model, tokenizer, encoded)
         except Exception as error:
             if together.out_of_memory(error):  # training reports that, and takes fewer rows at once
-                tokenizer.padding_side = given
+                tokenizer.padding_side = original
                 return
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             continue
         weights = next(model.parameters())
-        precise = weights.dtype == torch.float32 and not torch.is_autocast_enabled(weights.device.type)
-        if (alone - padded).abs().max() <= (1e-3 if precise else 0.1) * alone.abs().max():
+        exact = weights.dtype == torch.float32 and not torch.is_autocast_enabled(weights.device.type)
+        if (alone - padded).abs().max() <= (1e-3 if exact else 0.1) * alone.abs().max():
             return
         reason = ""
-    tokenizer.padding_side = given
+    tokenizer.padding_side = original
     name = type(_bare(model)).__name__
     if reason:
-        raise InputError(f"model: {name} cannot read what its tokenizer returns for a text ({reason})")
+        raise InputError(
+            f"model: {name} cannot read what its tokenizer returns for a text ({reason}): use the tokenizer that came "
+            "with it"
+        )
     raise InputError(
-        f"model: the output of {name} for a text depends on the padding, and so on the other texts in the batch; "
-        "use another model"
+        f"model: the output of {name} for a text depends on its padding, and so on the other texts in the batch: use "
+        "another model"
     )
 
 
@@ -271,7 +275,7 @@ def _logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: list[dic
 
 
 def _forward(model: nn.Module, batch: dict[str, Tensor]) -> Any:
-    """One forward in evaluation mode that leaves no trace."""
+    """A forward pass in evaluation mode, without side effects."""
     with undisturbed(model):
         model.eval()
         return model(**batch)

@@ -1,7 +1,7 @@
-"""CamVid (Brostow et al. 2009): what is on the road, in films from a car; the split and classes of SegNet (2015).
+"""CamVid (Brostow et al. 2009): films of the road from a car; the splits and classes of SegNet (2015).
 
-`RANKWISE_DATA/segmentation/camvid/<split>.parquet` with the columns `id`, `image` and `mask`. An id is that of a film
-and the number of a picture in it. The films are domains: 0001TP was taken at dusk, the others by day.
+`RANKWISE_DATA/segmentation/camvid/<split>.parquet` with the columns `id`, `image` and `mask`. An id is the name of a
+film and the number of a picture in it. The films are domains: 0001TP was taken at dusk, the others by day.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ DUSK = "0001TP"
 
 @dataclass(frozen=True)
 class CamVid(Segmentation, name="camvid"):
-    """What is on each pixel of a picture from a car: 11 classes of road, sky, cars, trees. Dice and IoU."""
+    """The class of each pixel of a picture from a car: 11 classes such as road, sky, cars, trees. Dice and IoU."""
 
     labels = (
         *("sky", "building", "pole", "road", "pavement", "tree"),
         *("sign", "fence", "car", "pedestrian", "bicyclist"),
     )
     film: ClassVar[str] = ""
-    """Which part of the films: dusk, day, or all."""
+    """The films to use: `dusk`, `day`, or all of them."""
 
     height: int = 192
     width: int = 256
@@ -57,14 +57,14 @@ class CamVid(Segmentation, name="camvid"):
 
 @dataclass(frozen=True)
 class CamVidDay(CamVid, name="camvid-day"):
-    """CamVid's films by day: where a network is trained before it is adapted. Dice and IoU."""
+    """CamVid's films by day, to train a network before it is adapted. Dice and IoU."""
 
     film = "day"
 
 
 @dataclass(frozen=True)
 class CamVidDusk(CamVid, name="camvid-dusk"):
-    """CamVid's film at dusk, 62 pictures to train on and the 62 that follow them to score. Dice and IoU."""
+    """CamVid's film at dusk: 62 pictures to train on, and the next 62 to score. Dice and IoU."""
 
     film = "dusk"
 

@@ -92,7 +92,8 @@ class Custom(Task):
     def label(self) -> str:
         # no path: a result says nothing about where on the disk its data lies
         kind = self.name if self.main == type(self).main else f"{self.name}, {self.main}"
-        return " ".join([f"{Path(self.dataset).stem} ({kind})", *self.given(aside=("dataset", "columns", "metrics"))])
+        options = self.changed_options(omit=("dataset", "columns", "metrics"))
+        return " ".join([f"{Path(self.dataset).stem} ({kind})", *options])
 
     def train(self) -> Split:
         return self._split("train")

@@ -1,11 +1,11 @@
-"""E2E NLG (Novikova et al. 2017, arXiv 1706.09254; Dušek et al. 2020): a restaurant's attributes into a sentence.
+"""E2E NLG (Novikova et al. 2017, arXiv 1706.09254; Dušek et al. 2020): describe a restaurant from its attributes.
 
 `RANKWISE_DATA/e2e/<split>.parquet` or `tuetschek/e2e_nlg` on the hub, columns `meaning_representation` and
 `human_reference`. A model trains on one row per reference, and is scored on one per meaning representation, against all
-of its references (validation 4,672 rows in 547 groups, test 4,693 in 630). `GEM/e2e_nlg` is another set, a cleaned one.
+of its references (validation 4,672 rows in 547 groups, test 4,693 in 630). `GEM/e2e_nlg` is a different, cleaned set.
 
-What counts as official is the published number of rows and of groups. The official training file was not at hand here;
-a copy rebuilt from the tokenised text has both numbers right, and is known by a digest of its texts.
+Rows are official if the numbers of rows and of groups are the published ones. A copy of the training file that was
+rebuilt from tokenised text has the same numbers, and is recognised by a digest of its texts.
 """
 
 import hashlib
@@ -21,20 +21,20 @@ from rankwise.tasks.source import Origin, checked
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# The hub's own parquet files of what the repository has as a script.
+# The repository has a script, of which the hub keeps parquet files.
 ORIGIN = Origin("E2E", "e2e", "tuetschek/e2e_nlg", revision="refs/convert/parquet")
 OFFICIAL = {"train": (42_061, 4_862), "validation": (4_672, 547), "test": (4_693, 630)}
 """Rows and meaning representations of each split."""
 REBUILT = "9c22bc1d31d9"
-"""Digest of the training texts as they come out of the tokenised copy."""
+"""Digest of the training texts that were rebuilt from the tokenised copy."""
 
 
 @dataclass(frozen=True)
 class E2E(Generation, name="e2e"):
-    """Attributes of a restaurant into text, trained and decoded as for LoRA's GPT-2; BLEU first.
+    """A text from a restaurant's attributes, trained and decoded as for LoRA's GPT-2; BLEU first.
 
-    The decoding is the paper's: 10 beams, length penalty 0.9 (the README of the code has 0.8), no 4-gram twice.
-    Published scores are on `split: test`. Choose settings on `validation`, the default, and score the chosen one there.
+    Decoding is as in the paper: 10 beams, length penalty 0.9 (0.8 in the README of its code), no 4-gram twice.
+    Published scores are on `split: test`: choose settings on `validation`, the default, and score only the best there.
     """
 
     main: ClassVar[str] = "bleu"
@@ -59,11 +59,11 @@ class E2E(Generation, name="e2e"):
         return [Split(name, data, not note, note)]
 
     def tuning(self, train: Split, share: float) -> tuple[Split, Split]:
-        """As for every text, with all references of what is held out."""
-        rest, held = super().tuning(train, share)
-        if REFERENCES in held.data.column_names:
-            return rest, held
-        return rest, replace(held, data=_grouped(held.data["source"][:], held.data["target"][:]))
+        """As for any task, with all references of the rows that are held out."""
+        rest, held_out = super().tuning(train, share)
+        if REFERENCES in held_out.data.column_names:
+            return rest, held_out
+        return rest, replace(held_out, data=_grouped(held_out.data["source"][:], held_out.data["target"][:]))
 
     def score_texts(self, hypotheses: list[str], split: Split) -> Judged:
         missing = unavailable()
@@ -85,15 +85,15 @@ def _grouped(sources: list[str], references: list[str]) -> Any:
 
 
 def _read(split: str) -> tuple["pa.Table", str, str]:
-    """The rows of a split, its name, and why it is not the official one, if it is not."""
+    """The rows of a split, its name, and a note if it is not the official one."""
     columns = ("meaning_representation", "human_reference")
     rows = ORIGIN.read(split)
     table = checked(rows, dict.fromkeys(columns, need("pyarrow", "bench").string()), filled=columns)
     total, groups = OFFICIAL[split]
     note = rows.note(split, total)
-    found = len(table["meaning_representation"].unique())
-    if not note and found != groups:
-        note = f"{rows.split}: {found:,} meaning representations, not the official {groups:,} of {split}"
+    count = len(table["meaning_representation"].unique())
+    if not note and count != groups:
+        note = f"{rows.split}: {count:,} meaning representations, not the official {groups:,} of {split}"
     if not note and split == "train" and digest(table) == REBUILT:
         note = "rebuilt from a tokenised copy: all official rows in order, spaces within references may differ"
     return table, rows.split, note
@@ -101,7 +101,7 @@ def _read(split: str) -> tuple["pa.Table", str, str]:
 
 def digest(table: "pa.Table") -> str:
     """12 hex digits of all texts of E2E rows in their order, wherever and however they are stored."""
-    made = hashlib.sha256()
+    sha = hashlib.sha256()
     for row in table.to_pylist():
-        made.update(f"{row['meaning_representation']}\t{row['human_reference']}\n".encode())
-    return made.hexdigest()[:12]
+        sha.update(f"{row['meaning_representation']}\t{row['human_reference']}\n".encode())
+    return sha.hexdigest()[:12]

@@ -1,13 +1,13 @@
 """The family of tasks that turn a text into another text.
 
-One task serves both kinds of models, by what their configuration says (`is_encoder_decoder`):
+A task works with both kinds of models, depending on `is_encoder_decoder` in their configuration:
 
     encoder-decoder   the encoder reads the source; the decoder writes the target and an end token
-    decoder           one row: source, end token, target, end token; the loss counts what follows the first one
+    decoder           one row: source, end token, target, end token; the loss is over what follows the first end token
 
-The second is how the released code of LoRA (Hu et al. 2021, arXiv 2106.09685) joins context and completion for GPT-2.
-In both the loss is the mean over target tokens, the end token among them, and the model reads nothing of the target
-before it writes: neither in the encoder nor in the prompt that an output is generated from.
+The released code of LoRA (Hu et al. 2021, arXiv 2106.09685) joins context and completion for GPT-2 in this way. In both
+the loss is the mean over target tokens, including the end token, and the target is neither in the encoder's input nor
+in the prompt for generation.
 """
 
 import itertools
@@ -41,19 +41,19 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-UNTOLD = -100
-"""The label of a token that the loss leaves out."""
+IGNORE = -100
+"""The label of a token that the loss ignores."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """What a task thinks of all outputs for one split.
+    """The scores of all outputs for one split.
 
     Attributes:
         metrics: by name, without the split's suffix.
-        scores: the worth of each output, where the main metric is the mean of that.
-        notes: what a reader of the metrics has to know, such as why one is missing.
-        statistics: (n, k), what decides the main metric by its sums over the outputs; see `Scored`.
+        scores: a value for each output, if the main metric is their mean.
+        notes: for readers of the metrics, such as why one is missing.
+        statistics: (n, k), numbers whose sums over the outputs give the main metric; see `Scored`.
     """
 
     metrics: dict[str, float]
@@ -64,14 +64,14 @@ class Judged:
 
 @dataclass(frozen=True)
 class Generation(Task):
-    """Rows of a `source`, a `target` and `idx`; in splits to evaluate on `references` where there are several targets.
+    """Rows of `source`, `target` and `idx`; evaluation splits may have several `references` instead of a target.
 
     Attributes:
         prefix: text put before each source.
-        target_length: longest target in tokens, its end token included; longer ones are cut. Outputs are no longer.
-        beams: width of the beam search; 1 takes the likeliest token at each step.
-        length_penalty: p; a beam of n tokens is worth its log-probability / n^p, so that more makes outputs longer.
-        no_repeat: n; no n tokens come twice in one output. 0 allows it.
+        target_length: longest target or output in tokens, including its end token; longer targets are truncated.
+        beams: width of the beam search; 1 takes the most likely token at each step.
+        length_penalty: p; a beam of n tokens has the score log-probability / n^p, so larger p gives longer outputs.
+        no_repeat: n; no n tokens are repeated in an output. 0 allows it.
         split: the rows to score.
     """
 
@@ -92,7 +92,7 @@ class Generation(Task):
             raise InputError(f"length_penalty must be a finite number, not {self.length_penalty}")
 
     def apart(self) -> Split | None:
-        """With `split: test` the validation rows."""
+        """The validation rows, with `split: test`."""
         return replace(self, split="validation").evaluation()[0] if self.split == "test" else None
 
     @abstractmethod
@@ -100,20 +100,20 @@ class Generation(Task):
         """The metrics of one output for each row of `split`, in its order."""
 
     def encode(self, split: Split, processor: PreTrainedTokenizerBase, max_length: int) -> "Dataset":
-        """`split` as token numbers: `input_ids` of prefix and source, and `targets`, one or several for each row.
+        """`split` as token ids: `input_ids` of prefix and source, and `targets`, one or several for each row.
 
-        Sources are cut to `max_length` tokens, special ones included, targets to `target_length` with the end token;
-        `length` is that of a source and its longest target. Not padded, in memory only.
+        Sources are truncated to `max_length` tokens, including special ones, and targets to `target_length`, including
+        the end token. `length` is that of a source and its longest target. Not padded, in memory only.
         """
         datasets = need("datasets", "bench")
         pa = need("pyarrow", "bench")
         if max_length <= processor.num_special_tokens_to_add():
             raise InputError(
-                f"max_length={max_length} leaves no room for text: the tokenizer's special tokens take it all"
+                f"max_length={max_length} leaves no room for text next to the tokenizer's special tokens: raise it"
             )
         end = _end(processor)
         tables = []
-        for block in split.data.iter(batch_size=10_000):  # in blocks: Python's lists take ten times the room of arrow's
+        for block in split.data.iter(batch_size=10_000):  # in blocks, since Python lists need ten times arrow's memory
             sources = [self.prefix + text for text in block["source"]]
             inputs = processor(sources, truncation=True, max_length=max_length)["input_ids"]
             groups = block["references"] if "references" in block else [[text] for text in block["target"]]
@@ -135,7 +135,7 @@ class Generation(Task):
     def collate(
         self, model: nn.Module, processor: PreTrainedTokenizerBase, seed: int
     ) -> Callable[[list[dict[str, Any]]], Batch]:
-        """From encoded rows to a batch with `labels`; InputError for a decoder that reads what it has yet to write."""
+        """From encoded rows to a batch with `labels`; InputError for a model that reads what it has to predict."""
         agree(self, model, processor)
         _check_direction(model)
         most = context(model, decoder=_encodes(model))
@@ -160,9 +160,9 @@ class Generation(Task):
         batch_size: int,
         final: bool,
     ) -> Scored:
-        """`loss` per target token, over all references; at the end also what the model writes, and its metrics."""
+        """`loss` per target token, over all references; if `final` also the model's outputs and their metrics."""
         split, examples = evaluation.split, evaluation.examples
-        self._check_outputs(model, examples)  # not only at the end, when a long training would be lost
+        self._check_outputs(model, examples)  # at the first evaluation, before a long training is lost
         training = model.training
         model.eval()
         try:
@@ -183,12 +183,12 @@ class Generation(Task):
     def generate(
         self, model: nn.Module, examples: "Dataset", processor: PreTrainedTokenizerBase, batch_size: int
     ) -> list[str]:
-        """What `model`, in evaluation mode, writes for each of `examples` in their order, without space around it.
+        """The output of `model`, in evaluation mode, for each of `examples` in their order, stripped of white space.
 
-        The task's own options decide how, whatever generation settings came with the model.
+        The task's options apply, not the generation settings that came with the model.
         """
         self._check_outputs(model, examples)
-        two, inner = _encodes(model), _inner(model)
+        encodes, inner = _encodes(model), _inner(model)
         end, pad = _end(processor), _pad(processor)
         config = GenerationConfig(
             max_new_tokens=self.target_length,
@@ -197,17 +197,17 @@ class Generation(Task):
             do_sample=False,
             eos_token_id=end,
             pad_token_id=pad,
-            decoder_start_token_id=inner.config.decoder_start_token_id if two else None,
+            decoder_start_token_id=inner.config.decoder_start_token_id if encodes else None,
         )
         device = next(model.parameters()).device
         texts = [""] * len(examples)
         for rows in _batches(examples["length"][:], batch_size):
             sources = examples[rows]["input_ids"]
-            if not two:
+            if not encodes:
                 sources = [[*source, end] for source in sources]
-            ids, mask = _padded(sources, pad, left=not two)  # a decoder goes on where the row ends
-            begun = 1 if two else ids.shape[1]
-            rules = LogitsProcessorList([_NoRepeat(self.no_repeat, begun)] if self.no_repeat else [])
+            ids, mask = _padded(sources, pad, left=not encodes)  # a decoder continues the end of the row
+            start = 1 if encodes else ids.shape[1]
+            rules = LogitsProcessorList([_NoRepeat(self.no_repeat, start)] if self.no_repeat else [])
             with _settings(inner, config):
                 outputs = inner.generate(
                     input_ids=ids.to(device),
@@ -215,9 +215,9 @@ class Generation(Task):
                     generation_config=config,
                     logits_processor=rules,
                 )
-            for row, output in zip(rows, outputs[:, begun:].tolist(), strict=True):
-                written = output[: output.index(end)] if end in output else output
-                text = processor.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for row, output in zip(rows, outputs[:, start:].tolist(), strict=True):
+                tokens = output[: output.index(end)] if end in output else output
+                text = processor.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 texts[row] = str(text).strip()
         return texts
 
@@ -226,7 +226,7 @@ class Generation(Task):
         _check_room(model, prompt + self.target_length, context(model, decoder=_encodes(model)))
 
     def _loss(self, model: nn.Module, examples: "Dataset", processor: PreTrainedTokenizerBase, size: int) -> float:
-        """Mean over all target tokens, whatever the batches."""
+        """Mean over all target tokens, independent of the batches."""
         pairs = [(row["input_ids"], target) for row in examples for target in row["targets"]]
         device = next(model.parameters()).device
         total = tokens = 0.0
@@ -242,35 +242,35 @@ class Generation(Task):
     def _batch(
         self, model: nn.Module, processor: PreTrainedTokenizerBase, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> Batch:
-        """Pairs of source and target as the model takes them to compute its loss, padded on the right."""
+        """Pairs of source and target as inputs of the model with labels, padded on the right."""
         pad = _pad(processor)
         if _encodes(model):
             ids, mask = _padded([source for source, _ in pairs], pad)
-            labels, _ = _padded([target for _, target in pairs], UNTOLD)
+            labels, _ = _padded([target for _, target in pairs], IGNORE)
         else:
             prompts = [[*source, _end(processor)] for source, _ in pairs]
             targets = [target for _, target in pairs]
             ids, mask = _padded([p + t for p, t in zip(prompts, targets, strict=True)], pad)
-            labels, _ = _padded([[UNTOLD] * len(p) + t for p, t in zip(prompts, targets, strict=True)], UNTOLD)
+            labels, _ = _padded([[IGNORE] * len(p) + t for p, t in zip(prompts, targets, strict=True)], IGNORE)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        if _encodes(model):  # the model makes them of the labels, unless a Trainer that smooths those keeps them back
+        if _encodes(model):  # the model computes them from labels, which a Trainer with label smoothing does not pass
             batch["decoder_input_ids"] = _inner(model).prepare_decoder_input_ids_from_labels(labels)
         return batch
 
 
 class _NoRepeat(LogitsProcessor):
-    """No n-gram twice in what is written; what stands in the prompt may be said again, as in LoRA's released code."""
+    """No n-gram twice in the output, though it may repeat some from the prompt, as in LoRA's released code."""
 
-    def __init__(self, n: int, begun: int):
-        self.rule, self.begun = NoRepeatNGramLogitsProcessor(n), begun
+    def __init__(self, n: int, start: int):
+        self.rule, self.start = NoRepeatNGramLogitsProcessor(n), start
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return self.rule(input_ids[:, self.begun :], scores)
+        return self.rule(input_ids[:, self.start :], scores)
 
 
 @contextmanager
 def _settings(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """`config` in place of the model's own settings, which would otherwise fill what `config` leaves open."""
+    """Context with `config` as the model's own settings, which `generate` uses for what `config` does not set."""
     own = model.generation_config
     model.generation_config = config
     try:
@@ -293,7 +293,7 @@ def _inner(model: nn.Module) -> Any:
 
 def _end(processor: PreTrainedTokenizerBase) -> int:
     if not isinstance(processor.eos_token_id, int):
-        raise InputError("the model's tokenizer has no end token (eos_token) to end a text with")
+        raise InputError("the model's tokenizer has no end token (eos_token) to end a text with: use another model")
     return processor.eos_token_id
 
 
@@ -302,18 +302,18 @@ def _pad(processor: PreTrainedTokenizerBase) -> int:
 
 
 def _padded(rows: Sequence[list[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Rows of one length, and a mask with 1 where they were given."""
+    """Rows padded to one length, and a mask with 0 for padding."""
     width = max(map(len, rows))
     ids, mask = torch.full((len(rows), width), value), torch.zeros((len(rows), width), dtype=torch.long)
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         columns = slice(width - len(row), None) if left else slice(len(row))
-        ids[place, columns], mask[place, columns] = torch.tensor(row), 1
+        ids[index, columns], mask[index, columns] = torch.tensor(row), 1
     return ids, mask
 
 
 def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Places of like length in groups; the longest first, so that what is too large for the memory fails at once."""
-    order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+    """Indices in groups of similar length, the longest first, so that a lack of memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -325,7 +325,7 @@ def _check_room(model: nn.Module, width: int, most: int | None) -> None:
 
 
 def _check_direction(model: nn.Module) -> None:
-    """InputError for a decoder whose output depends on the tokens that follow: it would read the target."""
+    """InputError for a model without encoder whose output depends on later tokens: it would read the target."""
     if _encodes(model):
         return
     config: Any = model.config
@@ -337,22 +337,21 @@ def _check_direction(model: nn.Module) -> None:
     model.train(training)
     if not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
         raise InputError(
-            f"{type(_inner(model)).__name__} reads the tokens after the one that it predicts, so that it cannot write "
-            "text: give a decoder (GPT-2, Llama, …) or an encoder-decoder (T5, …)"
+            f"{type(_inner(model)).__name__} reads the tokens after the one that it predicts, so it cannot write text: "
+            "use a decoder (GPT-2, Llama, …) or an encoder-decoder (T5, …)"
         )
 
 
 def _answers(split: Split, hypotheses: list[str]) -> Answers:
-    """The most frequent output; labels are the targets, or the first of each row's references."""
-    commonest, count = Counter(hypotheses).most_common(1)[0]
+    """The most frequent output and label: the labels are the targets, or the first of each row's references."""
+    output, count = Counter(hypotheses).most_common(1)[0]
     targets = split.data["references"][:] if "references" in split.data.column_names else split.data["target"][:]
-    firsts = Counter(text if isinstance(text, str) else text[0] for text in targets)
-    same = firsts.most_common(1)[0][1]
-    return Answers(split.name, len(hypotheses), commonest[:LONGEST], count, majority_count=same)
+    labels = Counter(text if isinstance(text, str) else text[0] for text in targets)
+    return Answers(split.name, len(hypotheses), output[:LONGEST], count, majority_count=labels.most_common(1)[0][1])
 
 
 def _table(split: Split, hypotheses: list[str] | None, judged: Judged) -> "pa.Table":
-    """What was written for each row, no rows where nothing was; `label` is -1, there is no class to compare with."""
+    """The output for each row, no rows without outputs; `label` is -1, since there are no classes."""
     pa = need("pyarrow", "bench")
     data = split.data if hypotheses is not None else split.data.select([])
     references = data["references"][:] if "references" in data.column_names else [[text] for text in data["target"][:]]

@@ -1,13 +1,13 @@
 """The GLUE benchmark (Wang et al. 2019, arXiv 1804.07461), from a folder of parquet files or from the Hugging Face hub.
 
 `RANKWISE_DATA/glue/<task>/<split>.parquet` when the variable is set, `nyu-mll/glue` on the hub otherwise. Columns and
-label numbers are those of `nyu-mll/glue`. A file `<split>_subset.parquet` stands in for a split that is not there, and
-is marked as not official, as is any file whose number of rows is not the published one.
+label numbers are those of `nyu-mll/glue`. A file `<split>_subset.parquet` replaces a missing split and is marked as not
+official, as is any file whose number of rows is not the published one.
 """
 
 import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -24,26 +24,26 @@ HUB = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class GLUE(Classification):
-    """A GLUE task: its columns, labels and metrics, and the rows that each of its splits has on the hub.
+    """A GLUE task: its columns, labels and metrics, and the number of rows of its splits on the hub.
 
     Attributes:
-        protocol: `official` scores all validation rows. `halves` draws them into two halves and scores the second; the
-            first is there to choose a learning rate by, which `tune:` does. So do Ding et al. 2023 (SoRA), for GLUE's
-            test labels are not public.
-        submission: also predict the unlabelled test rows, into files that the GLUE website takes.
+        protocol: `official` scores all validation rows. `halves` splits them at random and scores the second half; the
+            first is for choosing a learning rate, as `tune:` does (Ding et al. 2023, SoRA, since GLUE's test labels are
+            not public).
+        submission: also predict the unlabelled test rows, into files for the GLUE website.
     """
 
     main: ClassVar[str] = "accuracy"
     metrics: ClassVar[tuple[str, ...]] = ("accuracy",)
     counted: ClassVar[tuple[str, ...]] = ()
-    """The metrics that count in GLUE's average, where these are not all."""
+    """The metrics that count in GLUE's average, if not all do."""
     benchmark = "GLUE"
     rows: ClassVar[dict[str, int]]
-    """Rows of each official split in use: the training split first, then those to evaluate on."""
+    """Rows of each official split: the training split first, then those for evaluation."""
     tests: ClassVar[dict[str, tuple[str, int]]]
-    """Of each unlabelled split the file in a submission and the number of its rows."""
+    """For each unlabelled split its file in a submission and its number of rows."""
     words: ClassVar[bool] = False
-    """Whether a submission has the names of the labels and not their numbers."""
+    """Whether a submission has the names of the labels instead of their numbers."""
 
     protocol: Literal["official", "halves"] = "official"
     submission: bool = False
@@ -59,13 +59,13 @@ class GLUE(Classification):
         return self._split(next(iter(self.rows)))
 
     def evaluation(self) -> list[Split]:
-        found = self._validation()
+        splits = self._validation()
         if self.protocol == "halves":
-            found = [_half(split, second=True) for split in found]
-        return [*found, *(self._test(name) for name in self.tests if self.submission)]
+            splits = [_half(split, second=True) for split in splits]
+        return [*splits, *(self._test(name) for name in self.tests if self.submission)]
 
     def apart(self) -> Split | None:
-        """With `protocol: halves` the first half."""
+        """The first half of the validation rows, with `protocol: halves`."""
         return _half(self._validation()[0], second=False) if self.protocol == "halves" else None
 
     def _validation(self) -> list[Split]:
@@ -73,17 +73,17 @@ class GLUE(Classification):
         return [self._split(name, suffix) for name, suffix in zip(names, self._suffixes(), strict=True)]
 
     def files(self, split: Split, predicted: np.ndarray) -> dict[str, str | bytes]:
-        """The file of a submission, if `split` is a complete test split: a line per row, number and prediction."""
+        """The file of a submission, if `split` is a complete test split: a line per row, with number and prediction."""
         file, count = self.tests.get(split.name, ("", 0))
         if not file or len(predicted) != count:
             return {}
-        lines = [f"{number}\t{self._submitted(value)}" for number, value in enumerate(predicted.tolist())]
-        return {file: "\n".join(["index\tprediction", *lines, ""])}
-
-    def _submitted(self, value: Any) -> str:
+        predictions = predicted.tolist()
         if not self.labels:
-            return f"{min(max(value, 0.0), 5.0):.3f}"
-        return self.labels[value] if self.words else str(value)
+            texts = [f"{min(max(value, 0.0), 5.0):.3f}" for value in predictions]
+        else:
+            texts = [self.labels[value] if self.words else str(value) for value in predictions]
+        lines = [f"{number}\t{text}" for number, text in enumerate(texts)]
+        return {file: "\n".join(["index\tprediction", *lines, ""])}
 
     def _suffixes(self) -> tuple[str, ...]:
         return ("",)
@@ -92,10 +92,9 @@ class GLUE(Classification):
         datasets = need("datasets", "bench")
         pa = need("pyarrow", "bench")
         rows = self._origin().read(name)
-        unlabelled = pa.array([-1] * rows.table.num_rows)  # MRPC's come with labels, which are not for choosing by
-        place = rows.table.column_names.index("label") if "label" in rows.table.column_names else -1
-        without = rows.table.remove_column(place) if place >= 0 else rows.table
-        table = _checked(replace(rows, table=without.append_column("label", unlabelled)), self.text, self.labels, False)
+        unlabelled = pa.array([-1] * rows.table.num_rows)  # MRPC's test rows have labels, which must not be used
+        inputs = rows.table.drop_columns(["label"]) if "label" in rows.table.column_names else rows.table
+        table = _checked(replace(rows, table=inputs.append_column("label", unlabelled)), self.text, self.labels, False)
         note = rows.note(name, self.tests[name][1])
         return Split(rows.split, datasets.Dataset(table), not note, note, "_submission")
 
@@ -111,23 +110,23 @@ class GLUE(Classification):
 
 
 def _half(split: Split, second: bool) -> Split:
-    """One half of the rows, in their old order, the same whatever the seed of a run."""
+    """One half of the rows, in their order, the same for all seeds."""
     order = list(range(len(split.data)))
     random.Random(0).shuffle(order)
     middle = len(order) // 2
-    which, places = ("second", order[middle:]) if second else ("first", order[:middle])
+    which, half = ("second", order[middle:]) if second else ("first", order[:middle])
     note = f"the {which} half of {split.name}, drawn with seed 0"
     return replace(
         split,
         name=f"{split.name}_{which}",
-        data=split.data.select(sorted(places), keep_in_memory=True),
+        data=split.data.select(sorted(half), keep_in_memory=True),
         official=False,
         note=f"{split.note}; {note}" if split.note else note,
     )
 
 
 def _checked(rows: Rows, text: tuple[str, ...], labels: tuple[str, ...], labelled: bool) -> "pa.Table":
-    """`rows` cut down to text, label and idx, in the types of the hub; InputError for bad rows."""
+    """The columns text, label and idx of `rows`, in the hub's types; InputError for bad rows."""
     pa = need("pyarrow", "bench")
     compute = need("pyarrow.compute", "bench")
     if "idx" not in rows.table.column_names:
@@ -245,7 +244,7 @@ class WNLI(GLUE, name="wnli"):
 
 @dataclass(frozen=True)
 class AX(GLUE, name="ax"):
-    """GLUE's diagnostic set: trained on MNLI; its labels are not public, so it gives predictions and no metric."""
+    """GLUE's diagnostic set: trained on MNLI; its labels are not public, so there are predictions but no metrics."""
 
     text = MNLI.text
     labels = MNLI.labels
@@ -259,7 +258,7 @@ class AX(GLUE, name="ax"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.protocol != "official" or self.submission:
-            raise InputError("ax has no labels to halve, and is always written for a submission: leave its options out")
+            raise InputError("ax has no labelled rows, and always writes a submission: leave its options out")
 
     def train(self) -> Split:
         return MNLI().train()

@@ -1,8 +1,8 @@
-"""The family of tasks that give each pixel of an image a class.
+"""The family of tasks that assign a class to each pixel of an image.
 
-Images and masks are kept as they are in their files and read again for each batch. A mask has a class number per pixel;
-numbers that are no class count neither in the loss nor in a score. Both are brought to one size, images by bilinear
-interpolation and masks by the nearest pixel, and that size is the one that is scored.
+Images and masks are kept as files and decoded again for each batch. A mask has a class number per pixel; pixels with
+other numbers are ignored in loss and scores. Both are resized, images bilinearly and masks to the nearest pixel, and
+scored at that size.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ from rankwise.nets.unet import IGNORE, masks
 from rankwise.runs.answers import Answers
 from rankwise.runs.store import PICTURE
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
+from rankwise.tasks.source import MEND
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,11 +33,11 @@ SHOWN = 4
 
 @dataclass(frozen=True)
 class Segmentation(Task):
-    """Rows of an `image` and a `mask`, both as the bytes of a file, `idx`, and `where`, what to call a row in messages.
+    """Rows of `image` and `mask`, both as the bytes of a file, `idx`, and `where`, the name of a row in messages.
 
     Attributes:
-        height, width: what images and masks are brought to, in pixels.
-        augment: turn training images left to right, cut, brighten and darken them at random.
+        height, width: the size to which images and masks are resized, in pixels.
+        augment: flip training images left to right, crop, brighten and darken them at random.
     """
 
     family = "segmentation"
@@ -55,34 +56,37 @@ class Segmentation(Task):
         return 1 if len(self.labels) == 2 else len(self.labels)
 
     def encode(self, split: Split, processor: None, max_length: int) -> "Dataset":
-        """The rows as they are, once all of them have been looked at. InputError for what is no image or no mask."""
+        """The rows unchanged, after a check of each. InputError for what is no image or no mask."""
         for row in split.data:
             _, mask = self._read(row["image"], row["mask"], row["where"])
             if (mask == IGNORE).all():
-                raise InputError(f"{row['where']}: no pixel of the mask is one of the {len(self.labels)} classes")
+                raise InputError(
+                    f"{row['where']}: no pixel of the mask has one of the {len(self.labels)} classes: correct it, or "
+                    "leave it out"
+                )
         datasets = need("datasets", "bench")
         pa = need("pyarrow", "bench")
-        kept = split.data.select_columns(["idx", "image", "mask"]).with_format("arrow")[:]
-        return datasets.Dataset(kept.append_column("length", pa.array([1] * kept.num_rows)))
+        table = split.data.select_columns(["idx", "image", "mask"]).with_format("arrow")[:]
+        return datasets.Dataset(table.append_column("length", pa.array([1] * table.num_rows)))
 
     def collate(self, model: nn.Module, processor: None, seed: int) -> Callable[[list[dict[str, Any]]], Batch]:
         def batch(rows: list[dict[str, Any]]) -> Batch:
-            numbers = f"{seed}:{[row['idx'] for row in rows]}"
-            draw = np.random.default_rng(int(hashlib.sha256(numbers.encode()).hexdigest()[:16], 16))
+            key = f"{seed}:{[row['idx'] for row in rows]}"
+            random = np.random.default_rng(int(hashlib.sha256(key.encode()).hexdigest()[:16], 16))
             pairs = [self._read(row["image"], row["mask"], f"row {row['idx']}") for row in rows]
-            return _tensors([_varied(*pair, draw) for pair in pairs] if self.augment else pairs)
+            return _tensors([_augmented(*pair, random) for pair in pairs] if self.augment else pairs)
 
         return batch
 
     def evaluate(
         self, model: nn.Module, evaluation: Evaluation, processor: None, batch_size: int, final: bool
     ) -> Scored:
-        """`loss`, the mean of the batches' Dice losses, and Dice and IoU of the whole split; a picture at the end."""
+        """`loss`, the mean of the batches' Dice losses, and Dice and IoU of the whole split; if `final` a picture."""
         pa = need("pyarrow", "bench")
         split = evaluation.split
         device, training = next(model.parameters()).device, model.training
         model.eval()
-        losses, found, pixels, spread = [], [], [], []
+        losses, overlaps, predicted, frequencies = [], [], [], []
         with torch.inference_mode():
             for start in range(0, len(evaluation.examples), batch_size):
                 rows = evaluation.examples[start : start + batch_size]
@@ -92,38 +96,38 @@ class Segmentation(Task):
                 if not outputs.logits.isfinite().all():
                     raise NotFiniteError("a logit is not finite: the training has diverged; try a lower learning rate")
                 losses.append((outputs.loss.item(), len(pairs)))
-                given = masks(outputs.logits).cpu().numpy()
-                true = batch["labels"].numpy()
-                found.append(counts(given, true, self.classes))
-                pair = (each[true != IGNORE] for each in (given, true))
-                spread.append([np.bincount(each, minlength=len(self.labels)) for each in pair])
-                pixels.append(given.astype(np.uint8))
+                prediction = masks(outputs.logits).cpu().numpy()
+                truth = batch["labels"].numpy()
+                overlaps.append(counts(prediction, truth, self.classes))
+                counted = (classes[truth != IGNORE] for classes in (prediction, truth))
+                frequencies.append([np.bincount(classes, minlength=len(self.labels)) for classes in counted])
+                predicted.append(prediction.astype(np.uint8))
         model.train(training)
-        counted, given = np.concatenate(found), np.concatenate(pixels)
+        overlap, predictions = np.concatenate(overlaps), np.concatenate(predicted)
         metrics = {"loss": sum(loss * size for loss, size in losses) / sum(size for _, size in losses)}
-        metrics |= {name: CORPUS[name](counted) for name in self.metrics}
+        metrics |= {name: CORPUS[name](overlap) for name in self.metrics}
         columns: dict[str, Any] = {
-            "split": [split.name] * len(given),
+            "split": [split.name] * len(predictions),
             "idx": split.data["idx"][:],
-            "label": [-1] * len(given),
-            "prediction": [_png(mask) for mask in given],
-            **{name: PER_IMAGE[name](counted).tolist() for name in self.metrics},
-            "statistics": counted.reshape(len(counted), -1).tolist(),
+            "label": [-1] * len(predictions),
+            "prediction": [_png(mask) for mask in predictions],
+            **{name: PER_IMAGE[name](overlap).tolist() for name in self.metrics},
+            "statistics": overlap.reshape(len(overlap), -1).tolist(),
         }
         return Scored(
             {name + split.suffix: value for name, value in metrics.items()},
             pa.table(columns),
-            files={PICTURE: self._picture(split, given)} if final else {},
-            answers=self._answers(split, np.sum(spread, axis=0)) if final else None,
+            files={PICTURE: self._picture(split, predictions)} if final else {},
+            answers=self._answers(split, np.sum(frequencies, axis=0)) if final else None,
         )
 
-    def _answers(self, split: Split, spread: np.ndarray) -> Answers:
-        """The most frequent class of the pixels that count, from `spread` (2, classes): predicted and true counts."""
-        (given, most), (true, majority) = ((int(each.max()), self.labels[int(each.argmax())]) for each in spread)
-        return Answers(split.name, int(spread[0].sum()), most, given, majority, true, what="pixels")
+    def _answers(self, split: Split, frequencies: np.ndarray) -> Answers:
+        """The most frequent class, from the numbers (2, classes) of predicted and true pixels that are not ignored."""
+        (count, most), (true, majority) = ((int(row.max()), self.labels[int(row.argmax())]) for row in frequencies)
+        return Answers(split.name, int(frequencies[0].sum()), most, count, majority, true, what="pixels")
 
     def numbers(self, mask: np.ndarray) -> np.ndarray:
-        """Class numbers of a mask (h, w) of the data; IGNORE for what is no class."""
+        """Class numbers of a mask (h, w) of the data; IGNORE for numbers that are no class."""
         return np.where((mask >= 0) & (mask < len(self.labels)), mask, IGNORE)
 
     def _read(self, image: bytes, mask: bytes, where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -134,48 +138,48 @@ class Segmentation(Task):
             try:
                 picture = pil.open(io.BytesIO(content))
                 picture.load()
-            except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:  # PIL's ways to say no
-                raise InputError(f"{where}: the {name} cannot be read ({error}): mend it or leave it out") from error
+            except (OSError, ValueError, SyntaxError, pil.DecompressionBombError) as error:  # PIL may raise any of them
+                raise InputError(f"{where}: the {name} cannot be read ({error}): {MEND}") from error
             pictures.append(picture)
         sizes = [f"{picture.width}×{picture.height}" for picture in pictures]
         if sizes[0] != sizes[1]:
-            raise InputError(f"{where}: the image is {sizes[0]} pixels and its mask {sizes[1]}: they must be alike")
-        if pictures[0].mode.startswith(("I", "F")):  # PIL would cut these values at 255
-            raise InputError(f"{where}: the image has more than 8 bits a pixel: save it with 8")
+            raise InputError(f"{where}: the image has {sizes[0]} pixels and its mask {sizes[1]}: make them equal")
+        if pictures[0].mode.startswith(("I", "F")):  # PIL would clip these values at 255
+            raise InputError(f"{where}: the image has more than 8 bits per channel: save it with 8")
         if pictures[1].mode not in ("L", "P", "I", "1") and not pictures[1].mode.startswith("I;16"):
             raise InputError(
-                f"{where}: the mask has colours ({pictures[1].mode}); it must have a class number per pixel"
+                f"{where}: the mask has colours ({pictures[1].mode}): save it with a class number per pixel"
             )
         size = (self.width, self.height)
         colours = pictures[0].convert("RGB").resize(size, pil.Resampling.BILINEAR)
         classes = pictures[1].resize(size, pil.Resampling.NEAREST)
         return np.asarray(colours), self.numbers(np.asarray(classes).astype(np.int64))
 
-    def _picture(self, split: Split, given: np.ndarray) -> bytes:
-        """A few images, evenly spread, each above its true mask and the mask that was given, as a PNG."""
-        shown = min(SHOWN, len(given))
+    def _picture(self, split: Split, predictions: np.ndarray) -> bytes:
+        """A few images, evenly spaced in the split, each above its true mask and the predicted one, as a PNG."""
+        shown = min(SHOWN, len(predictions))
         columns = []
-        for place in (number * len(given) // shown for number in range(shown)):
-            image, truth = self._read(split.data["image"][place], split.data["mask"][place], split.name)
-            guess = np.where(truth == IGNORE, IGNORE, given[place])
-            columns.append(np.concatenate([image, _coloured(truth), _coloured(guess)]))
+        for row in (number * len(predictions) // shown for number in range(shown)):
+            image, truth = self._read(split.data["image"][row], split.data["mask"][row], split.name)
+            prediction = np.where(truth == IGNORE, IGNORE, predictions[row])
+            columns.append(np.concatenate([image, _coloured(truth), _coloured(prediction)]))
         return _png(np.concatenate(columns, axis=1))
 
 
-def _varied(image: np.ndarray, mask: np.ndarray, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Turned or not, cut to three quarters of its sides or more and enlarged again, brighter or darker."""
+def _augmented(image: np.ndarray, mask: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Flipped or not, cropped to at least three quarters of its sides and resized, brighter or darker."""
     pil = need("PIL.Image", "vision")
-    if draw.random() < 0.5:
+    if random.random() < 0.5:
         image, mask = image[:, ::-1], mask[:, ::-1]
     height, width = mask.shape
-    share = draw.uniform(0.75, 1)
+    share = random.uniform(0.75, 1)
     h, w = max(1, round(share * height)), max(1, round(share * width))
-    top, left = draw.integers(height - h + 1), draw.integers(width - w + 1)
+    top, left = random.integers(height - h + 1), random.integers(width - w + 1)
     part = np.ascontiguousarray(image[top : top + h, left : left + w])
     image = np.asarray(pil.fromarray(part).resize((width, height), pil.Resampling.BILINEAR))
     rows = (top + (np.arange(height) * h) // height).astype(int)
     columns = (left + (np.arange(width) * w) // width).astype(int)
-    image = np.clip(image * draw.uniform(0.7, 1.3), 0, 255)
+    image = np.clip(image * random.uniform(0.7, 1.3), 0, 255)
     return image, mask[np.ix_(rows, columns)]
 
 
@@ -186,11 +190,11 @@ def _tensors(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> Batch:
 
 
 def _coloured(mask: np.ndarray) -> np.ndarray:
-    """A colour for each class, black for pixels that do not count: (h, w) to (h, w, 3)."""
+    """A colour for each class, black for pixels to ignore: (h, w) to (h, w, 3)."""
     colours = need("matplotlib", "bench").colormaps["tab20"](np.arange(max(20, mask.max() + 1)) % 20)[:, :3]
-    found = (255 * colours[np.clip(mask, 0, None)]).astype(np.uint8)
-    found[mask == IGNORE] = 0
-    return found
+    pixels = (255 * colours[np.clip(mask, 0, None)]).astype(np.uint8)
+    pixels[mask == IGNORE] = 0
+    return pixels
 
 
 def _png(pixels: np.ndarray) -> bytes:

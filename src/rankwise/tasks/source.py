@@ -1,12 +1,12 @@
-"""Where rows come from: a file for each split, or a dataset of the hub; and the checks that every task makes of them.
+"""Where rows come from: a file for each split, or a dataset on the hub; and the checks for rows of all tasks.
 
-`read` fetches one split, of a folder or of the hub; `Origin` is a published dataset, which has its place in both.
-Neither looks at the columns. `checked` does, and names file and row of the first thing wrong.
+`read` reads one split, from a folder or the hub; `Origin` is a published dataset, which may be in both. Neither checks
+columns. `checked` does, and reports the file and row of the first error.
 
 A folder holds `train.parquet`, `train.csv` or `train.jsonl`, and the same for its other splits. CSV is UTF-8 with a
-header line and commas (or the semicolons or tabs of spreadsheets, where its header has those and no comma), and all of
-its fields are text until `checked` casts them; an empty field is an empty text.
-JSONL is UTF-8 with one object per line; a key that is absent is a null. Rows count from 0, lines of a file from 1.
+header line and commas (or the semicolons or tabs of spreadsheets, if the header has those and no comma), and all fields
+are text until `checked` casts them; an empty field is an empty text. JSONL is UTF-8 with one object per line; a missing
+key is a null. Rows count from 0, lines of a file from 1.
 """
 
 import csv
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 ENDINGS = (".parquet", ".csv", ".jsonl")
 AGAIN = "fetch the file again"
-MEND = "mend it or leave it out"
+MEND = "correct it or leave it out"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """One split as it was found.
+    """One split as it was read, before any check.
 
     Attributes:
-        table: its columns, as they are in the file.
-        split: its name, which ends in `_subset` where such a file stood in for it.
-        where: what to call it in a message.
-        remedy: what to do where something is wrong with it.
-        unit: what messages count by, `row` or `line`.
-        numbers: that of each row; None where rows count from 0 without a gap.
+        table: all columns of the file.
+        split: its name, which ends in `_subset` if such a file replaced it.
+        where: its name in messages.
+        remedy: what to do if something is wrong with it, for messages.
+        unit: what messages count, `row` or `line`.
+        numbers: the number of each row; None if they are 0, 1, 2 and so on.
     """
 
     table: "pa.Table"
@@ -53,16 +53,16 @@ class Rows:
     numbers: Sequence[int] | None = None
 
     def at(self, row: int) -> str:
-        """What to call row `row` of the table in a message."""
+        """The name of row `row` of the table in messages."""
         return f"{self.unit} {row if self.numbers is None else self.numbers[row]}"
 
     def take(self, rows: Sequence[int]) -> "Rows":
-        """Some of the rows, which messages call as before."""
+        """Some of the rows, with the same numbers in messages."""
         numbers = rows if self.numbers is None else [self.numbers[row] for row in rows]
         return replace(self, table=self.table.take(rows), numbers=numbers)
 
     def without_blanks(self, *columns: str) -> "Rows":
-        """The rows that have a letter in each of these text columns; a column that is not there leaves out nothing."""
+        """The rows in which none of these text columns is blank; columns that the table does not have are ignored."""
         pa = need("pyarrow", "bench")
         compute = need("pyarrow.compute", "bench")
         keep = list(range(self.table.num_rows))
@@ -76,25 +76,25 @@ class Rows:
                 keep = [row for row in keep if filled[row]]
         return self if len(keep) == self.table.num_rows else self.take(keep)
 
-    def note(self, split: str, official: int, found: int | None = None) -> str:
-        """Why these are not the `official` rows of `split`, or "" where they are; `found` when some were left out."""
-        found = self.table.num_rows if found is None else found
-        if self.split == split and found == official:
+    def note(self, split: str, official: int, count: int | None = None) -> str:
+        """Why these are not the `official` rows of `split`; "" if they are. `count` is the number of those in use."""
+        count = self.table.num_rows if count is None else count
+        if self.split == split and count == official:
             return ""
-        return f"{self.split}: {found:,} rows, not the official {official:,} of {split}"
+        return f"{self.split}: {count:,} rows, not the official {official:,} of {split}"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A published dataset, in the folder RANKWISE_DATA when that variable is set and on the hub otherwise.
+    """A published dataset, in the folder RANKWISE_DATA if that variable is set, else on the hub.
 
     Attributes:
         title: its name in messages.
-        folder: where it lies below RANKWISE_DATA; a file `<split>_subset` there stands in for a missing `<split>`.
-        hub: its name on the hub; empty where it is not there.
-        name: which of the configurations on the hub.
-        revision: which branch on the hub.
-        files: the data file of each split, where the hub has files and no splits.
+        folder: its path in RANKWISE_DATA; a file `<split>_subset` there replaces a missing `<split>`.
+        hub: its name on the hub; empty if it is not there.
+        name: its configuration on the hub.
+        revision: its branch on the hub.
+        files: the data file of each split, if the hub has files without splits.
     """
 
     title: str
@@ -105,13 +105,13 @@ class Origin:
     files: Mapping[str, str] | None = None
 
     def read(self, split: str) -> Rows:
-        """The rows of `split`, whose columns `checked` has yet to see. InputError where they cannot be had."""
+        """The rows of `split`, whose columns are not checked yet. InputError if they cannot be read."""
         example = f"{self.folder}/{split}.parquet"
         root = os.environ.get("RANKWISE_DATA")
         if root:
             if not Path(root).is_dir():
                 raise InputError(
-                    f"RANKWISE_DATA={root!r} is not a folder: point it at one that holds {example}, "
+                    f"RANKWISE_DATA={root!r} is not a folder: set it to one that holds {example}, "
                     f"or unset it to take {self.title} from the hub"
                 )
             return _from_folder(
@@ -120,17 +120,17 @@ class Origin:
                 "put it there, or unset RANKWISE_DATA to use the hub",
             )
         if not self.hub:
-            raise InputError(f"{self.title} is not on the hub: point RANKWISE_DATA at a folder that holds {example}")
-        remedy = f"go online, or point RANKWISE_DATA at a folder that holds {example}"
+            raise InputError(f"{self.title} is not on the hub: set RANKWISE_DATA to a folder that holds {example}")
+        remedy = f"go online, or set RANKWISE_DATA to a folder that holds {example}"
         file = None if self.files is None else self.files[split]
         return _from_hub(self.hub, split, remedy, self.name, revision=self.revision, data_files=file)
 
 
 def read(dataset: str, split: str) -> Rows:
-    """The rows of `split` of a dataset that a user names: a folder, a file, or what the hub calls it.
+    """The rows of `split` of a user's dataset: a folder, a file, or a name on the hub.
 
-    A relative path starts at the working directory. A file has no splits: its rows are all of them, whatever `split`.
-    InputError where the rows cannot be had.
+    Relative paths start at the working directory. A file has no splits: all its rows are returned for any `split`.
+    InputError if the rows cannot be read.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
@@ -141,15 +141,15 @@ def read(dataset: str, split: str) -> Rows:
         if not path.exists():
             raise InputError(f"dataset: {dataset}: there is no such file or folder{similar(path)}")
         endings = " or ".join(ENDINGS)
-        raise InputError(f"dataset: {dataset} is no folder and its name does not end in {endings}")
+        raise InputError(f"dataset: {dataset} is neither a folder nor a file whose name ends in {endings}")
     return _from_hub(dataset, split, "go online, or give a folder or a file")
 
 
 def checked(rows: Rows, types: Mapping[str, Any], filled: Sequence[str] = ()) -> "pa.Table":
     """The columns `types` of `rows`, cast to these pyarrow types; None keeps a column's own.
 
-    InputError, naming file and row, for a column that is not there, no rows at all, a null, a value of another type,
-    and in the columns `filled` a text without a letter in it, be it alone or in a list, or a list of nothing.
+    InputError, with file and row, for a missing column, no rows, a null, a value of another type, and in the columns
+    `filled` a blank text, alone or in a list, or an empty list.
     """
     pa = need("pyarrow", "bench")
     compute = need("pyarrow.compute", "bench")
@@ -160,22 +160,22 @@ def checked(rows: Rows, types: Mapping[str, Any], filled: Sequence[str] = ()) ->
         if table.column_names.count(column) > 1:
             raise InputError(f"{rows.where} has the column {column!r} twice: rename one")
         if column not in table.column_names:
-            here = ", ".join(table.column_names) + nearest(column, table.column_names)
+            names = ", ".join(table.column_names) + nearest(column, table.column_names)
             remedy = "name another" if rows.remedy == MEND else rows.remedy
-            raise InputError(f"{rows.where} has no column {column!r}, only {here}: {remedy}")
+            raise InputError(f"{rows.where} has no column {column!r}, only {names}: {remedy}")
         if alike := [name for name in table.column_names if name != column and folded(name) == folded(column)]:
             raise InputError(f"{rows.where} has the columns {column!a} and {alike[0]!a}, which look alike: rename one")
     columns = {}
-    for column, wanted in types.items():
+    for column, kind in types.items():
         values = table[column]
         if values.null_count:
             row = compute.index(values.is_null(), True).as_py()
             raise InputError(f"{rows.where} has no {column} in {rows.at(row)}: {rows.remedy}")
-        if wanted is not None:
+        if kind is not None:
             try:
-                values = values.cast(wanted)
+                values = values.cast(kind)
             except pa.ArrowException as error:
-                raise InputError(_wrong_type(rows, column, wanted, error)) from error
+                raise InputError(_wrong_type(rows, column, kind, error)) from error
         if column in filled:
             row = next((row for row, value in enumerate(values.to_pylist()) if not _filled(value)), None)
             if row is not None:
@@ -185,8 +185,8 @@ def checked(rows: Rows, types: Mapping[str, Any], filled: Sequence[str] = ()) ->
 
 
 def folded(text: str) -> str:
-    """`text` without what does not show: NFKC, no marks of zero width, white space collapsed, 1 for 1.0."""
-    shown = "".join(mark for mark in unicodedata.normalize("NFKC", text) if unicodedata.category(mark) != "Cf")
+    """`text` as it looks: NFKC, no characters of zero width, white space collapsed, 1 for 1.0."""
+    shown = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) != "Cf")
     return re.sub(r"^([-+]?\d+)\.0*$", r"\1", " ".join(shown.split()))
 
 
@@ -196,25 +196,25 @@ def _filled(value: str | list[str | None] | None) -> bool:
     return bool(value and value.strip())
 
 
-def _wrong_type(rows: Rows, column: str, wanted: Any, error: Exception) -> str:
-    """The message for a column that does not cast, with the first row that does not, where one alone is at fault."""
+def _wrong_type(rows: Rows, column: str, kind: Any, error: Exception) -> str:
+    """The message for a column that cannot be cast, with the first such row if there is one."""
     pa = need("pyarrow", "bench")
     for row in range(rows.table.num_rows):
         try:
-            rows.table[column].slice(row, 1).cast(wanted)
-        except pa.ArrowException as own:
-            return f"{rows.where}: column {column!r} does not hold {wanted} in {rows.at(row)} ({_line(own)})"
-    return f"{rows.where}: column {column!r} does not hold {wanted} ({_line(error)})"
+            rows.table[column].slice(row, 1).cast(kind)
+        except pa.ArrowException as row_error:
+            return f"{rows.where}: column {column!r} does not hold {kind} in {rows.at(row)} ({_line(row_error)})"
+    return f"{rows.where}: column {column!r} does not hold {kind} ({_line(error)})"
 
 
 def _from_folder(folder: Path, splits: Sequence[str], remedy: str) -> Rows:
-    """The first of `splits` that the folder has a file for."""
+    """The rows of the first of `splits` for which the folder has a file."""
     for split in splits:
-        found = [file for ending in ENDINGS if (file := folder / f"{split}{ending}").is_file()]
-        if len(found) > 1:
-            raise InputError(f"{folder} has both {found[0].name} and {found[1].name}: leave one of them")
-        for file in found:
-            return _from_file(file, split)
+        files = [file for ending in ENDINGS if (file := folder / f"{split}{ending}").is_file()]
+        if len(files) > 1:
+            raise InputError(f"{folder} has both {files[0].name} and {files[1].name}: keep only one of them")
+        if files:
+            return _from_file(files[0], split)
     endings = f" (nor {' or '.join(ENDINGS[1:])})"
     raise InputError(f"{folder / splits[0]}.parquet does not exist{endings}: {remedy}")
 
@@ -229,17 +229,17 @@ def _from_file(file: Path, split: str) -> Rows:
 def _parquet(file: Path) -> "pa.Table":
     pa = need("pyarrow", "bench")
     try:
-        # one file, read whole: a dataset's reader would take folder names for columns
+        # not as a dataset, whose reader takes folder names for columns
         return need("pyarrow.parquet", "bench").ParquetFile(check_regular(file)).read()
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file} cannot be read as parquet ({_line(error)}): fetch or write the file again") from error
 
 
-def _table(file: Path, found: Iterator[tuple[int, dict[str, Any]]]) -> tuple["pa.Table", list[int]]:
-    """The rows of a text file as a table, and the line that each begins on."""
+def _table(file: Path, numbered: Iterator[tuple[int, dict[str, Any]]]) -> tuple["pa.Table", list[int]]:
+    """The rows of a text file as a table, and the line on which each starts."""
     pa = need("pyarrow", "bench")
     lines, rows = [], []
-    for line, row in found:
+    for line, row in numbered:
         lines.append(line)
         rows.append(row)
     columns = {}
@@ -249,7 +249,7 @@ def _table(file: Path, found: Iterator[tuple[int, dict[str, Any]]]) -> tuple["pa
             columns[column] = pa.array(values)
         except (pa.ArrowException, OverflowError) as error:
             kind = next(type(value) for value in values if value is not None)
-            # in JSON alone: 1 and 1.5 go together, 1 and "1" do not
+            # only JSON has types: 1 and 1.5 go together, 1 and "1" do not
             other = [
                 line
                 for line, value in zip(lines, values, strict=True)
@@ -257,7 +257,7 @@ def _table(file: Path, found: Iterator[tuple[int, dict[str, Any]]]) -> tuple["pa
             ]
             place = f" in line {other[0]}" if other else ""
             raise InputError(
-                f"{file}: column {column!r} is not of one kind{place} ({_line(error)}): write all its values alike"
+                f"{file}: column {column!r} has values of several types{place} ({_line(error)}): give all the same type"
             ) from error
     return pa.table(columns), lines
 
@@ -278,23 +278,23 @@ def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     text = _text(file)
     limit = csv.field_size_limit(sys.maxsize)  # a field may be an article
     try:
-        # newline="": a field may have lines of its own, and they keep their ends
+        # newline="": line ends inside fields are kept
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
         header = next(reader, [])
         if twice := {name for name in header if header.count(name) > 1}:
-            raise InputError(f"{file}: the column {min(twice)!r} is there twice in the header: rename one")
-        begins = reader.line_num + 1
+            raise InputError(f"{file}: the header has the column {min(twice)!r} twice: rename one")
+        start = reader.line_num + 1
         for fields in reader:
             if fields:  # not an empty line
                 if len(fields) != len(header):
                     raise InputError(
-                        f"{file}: line {begins} has {len(fields)} fields and the header {len(header)}: put fields that "
-                        f"hold {_DELIMITERS[reader.dialect.delimiter]}, quotes or line ends in quotes"
+                        f"{file}: line {start} has {len(fields)} fields but the header {len(header)}: put fields that "
+                        f"contain {_DELIMITERS[reader.dialect.delimiter]}, quotes or line ends in quotes"
                     )
-                yield begins, dict(zip(header, fields, strict=True))
-            begins = reader.line_num + 1
+                yield start, dict(zip(header, fields, strict=True))
+            start = reader.line_num + 1
     except csv.Error as error:
-        raise InputError(f"{file}: line {reader.line_num} is not CSV ({_line(error)})") from error
+        raise InputError(f"{file}: line {reader.line_num} is not valid CSV ({_line(error)}): correct it") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -303,17 +303,17 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 def _delimiter(text: str) -> str:
-    """What stands between the fields: commas, or what the header has outside of quotes and no comma beside it."""
-    bare = re.sub(r'"[^"]*"', "", text[:65536])  # quoted names may hold anything, a line end too
-    header = bare.partition("\n")[0]
-    return next((each for each in _DELIMITERS if each in header), ",")
+    """The delimiter of the fields: the first of `_DELIMITERS` in the header, outside of quotes."""
+    unquoted = re.sub(r'"[^"]*"', "", text[:65536])  # quoted names may contain anything, even line ends
+    header = unquoted.partition("\n")[0]
+    return next((delimiter for delimiter in _DELIMITERS if delimiter in header), ",")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if twice := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"the key {min(twice)!r} is there twice")
-    json.dumps(pairs, ensure_ascii=False).encode()  # ValueError: a half of a surrogate pair is no text
+        raise ValueError(f"it has the key {min(twice)!r} twice")
+    json.dumps(pairs, ensure_ascii=False).encode()  # ValueError for half of a surrogate pair
     return dict(pairs)
 
 
@@ -328,7 +328,7 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 f"{file}: line {number} is not JSON ({_line(error)}): write one object per line"
             ) from error
         if not isinstance(row, dict):
-            raise InputError(f"{file}: line {number} is no JSON object: write one per line, with a key for each column")
+            raise InputError(f"{file}: line {number} is not a JSON object: write one per line, with columns as keys")
         yield number, row
 
 
@@ -339,9 +339,9 @@ def _from_hub(dataset: str, split: str, remedy: str, name: str | None = None, **
     file = options.get("data_files")
     where = file if file and "://" in file else f"{dataset} ({f'{name}, ' if name else ''}{split})"
     try:
-        part = "train" if file else split  # files that are not sorted into splits are one split of this name
+        part = "train" if file else split  # the hub's name for files without splits
         data = datasets.load_dataset(dataset, name, split=part, **options)
-    except Exception as error:  # the hub's client raises a dozen unrelated types, which all mean: no data
+    except Exception as error:  # the hub's client raises a dozen unrelated types
         raise InputError(f"{where} cannot be fetched from the hub ({_line(error)}): {remedy}") from error
     return Rows(data.data.table, split, where)
 

@@ -1,9 +1,9 @@
-"""Three tasks made on the spot from the docstrings of the Python standard library on the user's own disk.
+"""Three tasks made from the docstrings of the Python standard library on the user's own disk.
 
-Real English and real labels with nothing to download: the sources are parsed, never imported. A *summary line* is the
-first line of the docstring of a class, method or function, the *body* is the rest. Which side of the split a line falls
-on, and its place in it, depend on the line alone, so two machines with the same sources have the same rows in the same
-order, and a line is never in both sides.
+They have real English and real labels without a download: the sources are parsed, never imported. A *summary line* is
+the first line of the docstring of a class, method or function, the *body* is the rest. The split of a line, and its
+position there, depend only on the line, so machines with the same sources have the same rows in the same order, and no
+line is in both splits.
 """
 
 import ast
@@ -27,17 +27,10 @@ from rankwise.files import uncollected
 from rankwise.tasks.base import Split
 from rankwise.tasks.classification import Classification
 
-# Tests are not documentation; idlelib, lib2to3 and turtledemo are programs that lie beside the library.
+# Tests are not documentation; idlelib, lib2to3 and turtledemo are programs in the library's folder.
 NOT_LIBRARY = {
-    "test",
-    "tests",
-    "idle_test",
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
+    *("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"),
+    *("idlelib", "lib2to3", "turtledemo"),
 }
 LARGEST = 24
 
@@ -65,7 +58,7 @@ class StdlibTask(Classification):
 
     @abstractmethod
     def examples(self) -> list[tuple[tuple[str, ...], int]]:
-        """Every (texts, label) of the task, both sides; the first text decides the side and the place."""
+        """Every (texts, label) of the task, for both splits; the first text decides the split and the position."""
 
     @cached_property
     def _examples(self) -> list[tuple[tuple[str, ...], int]]:
@@ -76,7 +69,7 @@ class StdlibTask(Classification):
         rows = [example for example in self._examples if _in_validation(example[0][0]) == validation]
         if not rows:
             raise InputError(
-                f"{_folder()} has no docstrings for {self.name}: this Python's library is stripped; use another"
+                f"{_folder()} has no docstrings for {self.name}: use a Python whose library has its docstrings"
             )
         columns: dict[str, list] = {column: [texts[i] for texts, _ in rows] for i, column in enumerate(self.text)}
         columns |= {"label": [label for _, label in rows], "idx": list(range(len(rows)))}
@@ -95,7 +88,7 @@ class StdlibModule(StdlibTask, name="stdlib-module", aliases=("stdlib-docs",)):
 
     @cached_property
     def labels(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The modules by name; which ones depends on the library at hand."""
+        """The modules by name, which depend on the Python in use."""
         sizes = Counter(self._modules.values())
         return tuple(sorted(sorted(sizes, key=lambda module: (-sizes[module], module))[:LARGEST]))
 
@@ -116,17 +109,17 @@ class StdlibKind(StdlibTask, name="stdlib-kind"):
 
 
 class StdlibMatch(StdlibTask, name="stdlib-match"):
-    """Does a summary line belong to the rest of this docstring, or is that from another one of the module? Accuracy.
+    """Does a summary line belong to this docstring's body, or is that from another one of the module? Accuracy.
 
-    Every line and every body stands in one pair that belongs and one that does not, both on the same side of the split:
-    neither text alone tells anything, and half of the pairs belong.
+    Every line and every body is in one pair that belongs together and in one that does not, both in the same split:
+    neither text alone gives the label away, and half of the pairs belong together.
     """
 
     text = ("line", "body")
     labels = ("other", "belongs")
 
     def examples(self) -> list[tuple[tuple[str, ...], int]]:
-        # a line with two bodies, or a body with two lines, could make a pair that belongs look like one that does not
+        # without lines that have several bodies, and bodies that have several lines, or labels could be wrong
         pairs = [docstring for docstring in _docstrings() if docstring.body]
         body_of = _agreed((docstring.line, docstring.body) for docstring in pairs)
         line_of = _agreed((docstring.body, docstring.line) for docstring in pairs)
@@ -145,7 +138,7 @@ class StdlibMatch(StdlibTask, name="stdlib-match"):
 
 @cache
 def _draw(line: str) -> str:
-    """A number drawn for a line: the same in every process, whatever other lines there are."""
+    """A pseudo-random hex number for a line, the same in every process."""
     return hashlib.sha256(f"rankwise:{_key(line)}".encode()).hexdigest()
 
 
@@ -154,18 +147,18 @@ def _in_validation(line: str) -> bool:
 
 
 def _key(text: str) -> str:
-    """What makes two texts one: case, spaces and punctuation do not."""
+    """`text` without case, spaces and punctuation: texts with one key count as the same."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def _agreed(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Text to label, each text once (as it is first spelt), without the texts that come with two labels."""
-    spelt: dict[str, str] = {}
+    """Text to label, each text once (in its first spelling), without texts that have two labels."""
+    spellings: dict[str, str] = {}
     labels: dict[str, set[str]] = {}
     for text, label in pairs:
-        spelt.setdefault(_key(text), text)
+        spellings.setdefault(_key(text), text)
         labels.setdefault(_key(text), set()).add(label)
-    return {spelt[key]: found.pop() for key, found in labels.items() if len(found) == 1}
+    return {spellings[key]: values.pop() for key, values in labels.items() if len(values) == 1}
 
 
 def _folder() -> Path:
@@ -176,24 +169,24 @@ def _folder() -> Path:
 @uncollected()
 def _docstrings() -> tuple[Docstring, ...]:
     """The docstrings of the library with a summary line of three words or more, by file name and line."""
-    found = []
+    docstrings = []
     for name in _files():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in old sources are not this program's to report
+            warnings.simplefilter("ignore")  # about old escapes in the library's sources
             try:
                 tree = ast.parse((_folder() / name).read_bytes())
             except (OSError, SyntaxError, ValueError):
-                continue  # a file that this Python could not import either
+                continue  # this Python cannot import it either
         module = name.partition("/")[0].removesuffix(".py")
         for kind, text in _walk(tree.body, in_class=False):
             line, _, body = inspect.cleandoc(text).partition("\n")
             if len(re.findall(r"[A-Za-z]{2,}", line)) >= 3:
-                found.append(Docstring(module, kind, " ".join(line.split()), body.strip()))
-    if not found:
+                docstrings.append(Docstring(module, kind, " ".join(line.split()), body.strip()))
+    if not docstrings:
         raise InputError(
             f"{_folder()} holds no Python sources with docstrings: use a Python with its library's sources"
         )
-    return tuple(found)
+    return tuple(docstrings)
 
 
 def _files() -> list[str]:
@@ -203,12 +196,12 @@ def _files() -> list[str]:
         below[:] = [name for name in below if name not in NOT_LIBRARY]
         inside = Path(folder).relative_to(_folder())
         names += [(inside / name).as_posix() for name in files if name.endswith(".py")]
-    # names that are not the library's own were put there by someone else
+    # other names are not from the library
     return sorted(name for name in names if name.partition("/")[0].removesuffix(".py") in sys.stdlib_module_names)
 
 
 def _walk(body: list, in_class: bool) -> Iterator[tuple[str, str]]:
-    """Kind and docstring of every class and function in a list of statements, however deep."""
+    """Kind and docstring of every class and function in a list of statements, at any depth."""
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             is_class = isinstance(node, ast.ClassDef)
@@ -216,7 +209,7 @@ def _walk(body: list, in_class: bool) -> Iterator[tuple[str, str]]:
                 case ast.Expr(ast.Constant(str() as text)):
                     yield "class" if is_class else "method" if in_class else "function", text
             yield from _walk(node.body, is_class)
-        else:  # only statements hold definitions: expressions, most of the tree, are passed over
+        else:  # only statements contain definitions: expressions, most of the tree, are skipped
             for field in ("body", "orelse", "handlers", "finalbody", "cases"):
                 inner = getattr(node, field, None)
                 if isinstance(inner, list):

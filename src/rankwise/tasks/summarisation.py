@@ -1,4 +1,4 @@
-"""Long texts into short ones: summaries of dialogues, titles of articles; ROUGE F1 with stemming.
+"""Summaries of dialogues and titles of articles; ROUGE F1 with stemming.
 
     samsum          SAMSum (Gliwa et al. 2019, arXiv 1911.12237): `RANKWISE_DATA/samsum/<split>.parquet`, or
                     `knkarthick/samsum` on the hub; columns `dialogue` and `summary`
@@ -8,12 +8,12 @@
     medium-titles   articles from Medium and their titles: `RANKWISE_DATA/medium-articles/train.parquet`, or
                     `fabiochiu/medium-articles` on the hub; columns `text` and `title`
 
-The two of titles are as in a course report on SoRA with T5: "summarize: " before the text, 512 tokens into 64.
+The tasks with titles are as in a course report on SoRA with T5: "summarize: " before the text, 512 tokens into 64.
 """
 
 import hashlib
 import re
-from collections.abc import Callable
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -31,7 +31,7 @@ _SCITLDR = "https://raw.githubusercontent.com/allenai/scitldr/master/SciTLDR-Dat
 SCITLDR = Origin(
     "SciTLDR",
     "summarization/scitldr",
-    "json",  # the hub's own copy of these files is without the titles
+    "json",  # the hub's own copy of these files lacks the titles
     files={
         "train": f"{_SCITLDR}/train.jsonl",
         "validation": f"{_SCITLDR}/dev.jsonl",
@@ -44,30 +44,13 @@ MEDIUM = Origin(
 
 
 class Summarisation(Generation):
-    """A text into a shorter one, scored by ROUGE against one reference or the best of several.
+    """A shorter text from a text, scored by ROUGE against one reference or the best of several.
 
-    ROUGE-L comes first, as the one that looks at the order of words; the other two are beside it.
+    ROUGE-L is the main metric, since it depends on the order of words.
     """
 
     main: ClassVar[str] = "rouge_l"
     metrics: ClassVar[tuple[str, ...]] = ("rouge_l", "rouge_1", "rouge_2")
-
-    def score_texts(self, hypotheses: list[str], split: Split) -> Judged:
-        references = split.data[REFERENCES if REFERENCES in split.data.column_names else self.target][:]
-        found = per_example(hypotheses, references)
-        texts = [text for each in references for text in ([each] if isinstance(each, str) else each)]
-        silent = sum(not re.search("[a-z0-9]", text.lower()) for text in texts)
-        notes = (
-            (f"{silent} of {len(texts)} references have no word that ROUGE counts (a to z, 0 to 9)",) if silent else ()
-        )
-        return Judged({name: float(found[name].mean()) for name in self.metrics}, found[self.main].tolist(), notes)
-
-
-@dataclass(frozen=True)
-class SAMSum(Summarisation, name="samsum"):
-    """A chat between friends into a summary of it; ROUGE-L first."""
-
-    target_length: int = 96
 
     def train(self) -> Split:
         return self._read("train")
@@ -75,9 +58,29 @@ class SAMSum(Summarisation, name="samsum"):
     def evaluation(self) -> list[Split]:
         return [self._read(self.split)]
 
+    @abstractmethod
+    def _read(self, name: str) -> Split:
+        """The split `name`: train, validation or test."""
+
+    def score_texts(self, hypotheses: list[str], split: Split) -> Judged:
+        references = split.data[REFERENCES if REFERENCES in split.data.column_names else self.target][:]
+        scores = per_example(hypotheses, references)
+        texts = [text for row in references for text in ([row] if isinstance(row, str) else row)]
+        empty = sum(not re.search("[a-z0-9]", text.lower()) for text in texts)
+        note = f"{empty} of {len(texts)} references have no word that ROUGE counts (a to z, 0 to 9)"
+        metrics = {name: float(scores[name].mean()) for name in self.metrics}
+        return Judged(metrics, scores[self.main].tolist(), (note,) if empty else ())
+
+
+@dataclass(frozen=True)
+class SAMSum(Summarisation, name="samsum"):
+    """The summary of a chat between friends; ROUGE-L first."""
+
+    target_length: int = 96
+
     def _read(self, name: str) -> Split:
         rows = SAMSUM.read(name)
-        kept = rows.without_blanks("dialogue")  # one of the published training rows has none
+        kept = rows.without_blanks("dialogue")  # one published training row has none
         table = _texts(kept, "dialogue", "summary")
         note = rows.note(name, {"train": 14_732, "validation": 818, "test": 819}[name], table.num_rows)
         return _split(rows.split, table, note, _left_out(rows, kept, "dialogue"))
@@ -85,70 +88,60 @@ class SAMSum(Summarisation, name="samsum"):
 
 @dataclass(frozen=True)
 class Titles(Summarisation, name="titles"):
-    """The abstract of a paper on machine learning into its title; ROUGE-L first. Give it max_length=512."""
+    """The title of a paper on machine learning from its abstract; ROUGE-L first. Use max_length=512."""
 
     prefix: str = "summarize: "
-
-    def train(self) -> Split:
-        return self._read("train")
-
-    def evaluation(self) -> list[Split]:
-        return [self._read(self.split)]
 
     def _read(self, name: str) -> Split:
         pa = need("pyarrow", "bench")
         rows = SCITLDR.read(name)
         if "article" in rows.table.column_names:
             table = _texts(rows, "article", "title")
-        else:  # as its authors have it, a sentence at a time
+        else:  # the authors' files, with lists of sentences
             types = {"source": pa.list_(pa.string()), "title": pa.string()}
-            found = checked(rows, types, filled=("title",))
-            sources = [" ".join(each.strip() for each in sentences) for sentences in found["source"].to_pylist()]
-            table = pa.table({"source": sources, "target": found["title"]})
+            columns = checked(rows, types, filled=("title",))
+            sources = [" ".join(text.strip() for text in sentences) for sentences in columns["source"].to_pylist()]
+            table = pa.table({"source": sources, "target": columns["title"]})
         note = rows.note(name, {"train": 1_992, "validation": 619, "test": 618}[name])
         return _split(rows.split, table, note, "there are no published scores of these titles")
 
 
 @dataclass(frozen=True)
 class MediumTitles(Summarisation, name="medium-titles"):
-    """An article from Medium into its title, 190,000 of them; ROUGE-L first. Give it max_length=512.
+    """The title of an article from Medium, 190,000 of them; ROUGE-L first. Use max_length=512.
 
-    The set is one file. Of the articles, each once, 2 in 100 are for validation and 2 for test, by a digest of them.
+    All are in one file. A digest of each article puts 2 in 100 into validation and 2 into test; repeated articles count
+    once.
     """
 
     prefix: str = "summarize: "
 
-    def train(self) -> Split:
-        return self._part("train", lambda draw: draw >= 4)
-
-    def evaluation(self) -> list[Split]:
-        return [self._part(self.split, lambda draw: draw in ((0, 1) if self.split == "validation" else (2, 3)))]
-
-    def _part(self, name: str, mine: Callable[[int], bool]) -> Split:
+    def _read(self, name: str) -> Split:
+        digests = {"train": range(4, 100), "validation": range(0, 2), "test": range(2, 4)}[name]
         rows = MEDIUM.read("train")
         kept = rows.without_blanks("text", "title")
         texts = _texts(kept, "text", "title").to_pydict()
-        titles = {text: title for text, title in zip(*texts.values(), strict=True) if mine(_draw(text))}
+        titles = {text: title for text, title in zip(*texts.values(), strict=True) if _draw(text) in digests}
         if not titles:
-            raise InputError(f"{rows.where} has too few articles to make a {name} split of: {rows.remedy}")
+            raise InputError(f"{rows.where} has too few articles for a {name} split: {rows.remedy}")
         table = need("pyarrow", "bench").table({"source": list(titles), "target": list(titles.values())})
         return _split(name, table, "split by rankwise", _left_out(rows, kept, "text or title"))
 
 
 def _draw(text: str) -> int:
-    """0 to 99, the same for a text wherever it stands."""
+    """A number from 0 to 99 that depends only on the text."""
     return int(hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8], 16) % 100
 
 
 def _texts(rows: Rows, source: str, target: str) -> "pa.Table":
-    """The two columns that make up a task, checked, as `source` and `target`."""
+    """The two columns of a task, checked, as `source` and `target`."""
     types = dict.fromkeys((source, target), need("pyarrow", "bench").string())
     return checked(rows, types, filled=(source, target)).rename_columns(["source", "target"])
 
 
 def _left_out(rows: Rows, kept: Rows, what: str) -> str:
-    less = rows.table.num_rows - kept.table.num_rows
-    return f"{less:,} rows without {what} left out" if less else ""
+    missing = rows.table.num_rows - kept.table.num_rows
+    return f"{missing:,} rows without {what} left out" if missing else ""
 
 
 def _split(name: str, table: "pa.Table", *notes: str) -> Split:

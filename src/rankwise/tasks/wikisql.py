@@ -1,16 +1,15 @@
-"""WikiSQL (Zhong et al. 2017, arXiv 1709.00103): a question about a table into the query that answers it.
+"""WikiSQL (Zhong et al. 2017, arXiv 1709.00103): the query that answers a question about a table.
 
 `RANKWISE_DATA/wikisql/<split>.parquet` or `Salesforce/wikisql` on the hub, in one of two layouts:
 
     the hub's   `question`, `table` (header, types, rows) and `sql` (sel, agg, conds): the query is written from its
                 parts and can be executed
-    queries     `question`, `sql_plain` (the query as text), `known_columns` and `sql_complete`: no tables, so that
-                nothing can be executed. The columns are those that some query of the table names: a part of the
-                header that always has the right ones, which makes the task easier. Rows with an incomplete query are
-                left out.
+    queries     `question`, `sql_plain` (the query as text), `known_columns` and `sql_complete`: without tables, so that
+                queries cannot be executed. The columns are those that some query of the table names: a part of the
+                header with all the right ones, which makes the task easier. Rows with an incomplete query are left out.
 
-The model reads the question and the columns, ` | ` between them, and writes the query as `rankwise.metrics.wikisql`
-reads it. A table's cells are never an input.
+The model reads the question and the columns, separated by ` | `, and writes the query in the form that
+`rankwise.metrics.wikisql` reads. Cells of tables are never an input.
 """
 
 from dataclasses import dataclass
@@ -25,16 +24,16 @@ from rankwise.tasks.source import Origin, Rows, checked
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# The hub's own parquet files of what the repository has as a script.
+# The repository has a script, of which the hub keeps parquet files.
 ORIGIN = Origin("WikiSQL", "wikisql", "Salesforce/wikisql", revision="refs/convert/parquet")
 OFFICIAL = {"train": 56_355, "validation": 8_421, "test": 15_878}
 
 
 @dataclass(frozen=True)
 class WikiSQL(Generation, name="wikisql"):
-    """A question and a table's columns into a query; logical-form accuracy, and execution accuracy where tables are.
+    """A query from a question and a table's columns; logical-form accuracy, and execution accuracy if there are tables.
 
-    LoRA's published numbers are on the validation rows, those of WikiSQL's own papers on the test rows.
+    LoRA's published numbers are on the validation rows, those of papers on WikiSQL on the test rows.
     """
 
     main: ClassVar[str] = "logical_form"
@@ -53,77 +52,73 @@ class WikiSQL(Generation, name="wikisql"):
         tables = None
         if "cells" in data.column_names:
             tables = [_table(row) for row in data.select_columns(["columns", "types", "cells"])]
-        found = per_query(hypotheses, data["target"][:], data["columns"][:], tables)
+        scores = per_query(hypotheses, data["target"][:], data["columns"][:], tables)
         notes = () if tables else ("no execution accuracy: the data has no tables",)
-        return Judged({name: float(each.mean()) for name, each in found.items()}, found["logical_form"].tolist(), notes)
+        return Judged({k: float(v.mean()) for k, v in scores.items()}, scores["logical_form"].tolist(), notes)
 
 
 def _split(name: str, tables: bool) -> Split:
-    """The rows of a split, with the `columns` that scoring needs and, with `tables` and where there are any, cells."""
+    """The rows of a split, with `columns` for scoring and, if `tables` is True and the data has tables, `cells`."""
     datasets = need("datasets", "bench")
     rows = ORIGIN.read(name)
-    found, left_out, note = _queries(rows) if "known_columns" in rows.table.column_names else _tables(rows, tables)
-    if not found:
+    examples, left_out, note = _queries(rows) if "known_columns" in rows.table.column_names else _tables(rows, tables)
+    if not examples:
         raise InputError(f"{rows.where} has only rows {left_out}: {rows.remedy}")
-    missing = rows.table.num_rows - len(found)
+    missing = rows.table.num_rows - len(examples)
     notes = [
-        rows.note(name, OFFICIAL[name], len(found)),
+        rows.note(name, OFFICIAL[name], len(examples)),
         f"{missing:,} rows {left_out} left out" if missing else "",
         note,
     ]
-    columns = {column: [row[column] for row in found] for column in found[0]}
-    columns["idx"] = list(range(len(found)))
-    said = "; ".join(filter(None, notes))
-    return Split(rows.split, datasets.Dataset.from_dict(columns), not said, said)
+    columns = {column: [row[column] for row in examples] for column in examples[0]}
+    columns["idx"] = list(range(len(examples)))
+    joined = "; ".join(filter(None, notes))
+    return Split(rows.split, datasets.Dataset.from_dict(columns), not joined, joined)
 
 
 def _queries(rows: Rows) -> tuple[list[dict[str, Any]], str, str]:
-    """Rows of the layout without tables; which are left out; and what is to be said of the rest."""
+    """Rows of the layout without tables; which rows are left out; and a note on the others."""
     pa = need("pyarrow", "bench")
     texts = ("question", "sql_plain")
     types = dict.fromkeys(texts, pa.string()) | {"known_columns": pa.list_(pa.string()), "sql_complete": pa.bool_()}
-    found = []
-    for place, row in enumerate(checked(rows, types, filled=texts).to_pylist()):
+    examples = []
+    for index, row in enumerate(checked(rows, types, filled=texts).to_pylist()):
         columns, target = row["known_columns"], row["sql_plain"]
         if row["sql_complete"]:
             if parse(target, columns) is None:
-                raise InputError(f"{rows.where}: the query in {rows.at(place)} cannot be read: {rows.remedy}")
-            found.append({"source": _source(row["question"], columns), "target": target, "columns": columns})
+                raise InputError(f"{rows.where}: the query in {rows.at(index)} cannot be read: {rows.remedy}")
+            examples.append({"source": _source(row["question"], columns), "target": target, "columns": columns})
     easier = "the columns in the input are those that queries name, which is easier than the full header"
-    return found, "without a complete query", easier
+    return examples, "without a complete query", easier
 
 
 def _tables(rows: Rows, tables: bool) -> tuple[list[dict[str, Any]], str, str]:
-    """Rows of the hub's layout; which are left out; and what is to be said of the rest."""
+    """Rows of the hub's layout; which rows are left out; and a note on the others."""
     pa = need("pyarrow", "bench")
     table = checked(rows, {"question": pa.string(), "table": None, "sql": None}, filled=("question",))
     parts = {"question": table["question"], "sql": table["sql"], "header": _field(rows, table, "header")}
     if tables:
         parts |= {"types": _field(rows, table, "types"), "cells": _field(rows, table, "rows")}
-    found = []
-    for place, row in enumerate(pa.table(parts).to_pylist()):
+    examples = []
+    for index, row in enumerate(pa.table(parts).to_pylist()):
         try:
-            query = _query(row["sql"], row["header"])
-            made = {
-                "source": _source(row["question"], row["header"]),
-                "target": render(query),
-                "columns": row["header"],
-            }
+            query, header = _query(row["sql"], row["header"]), row["header"]
+            example = {"source": _source(row["question"], header), "target": render(query), "columns": header}
             if tables:
-                made |= {"types": row["types"], "cells": [[str(cell) for cell in cells] for cells in row["cells"]]}
-                _table(made)
+                example |= {"types": row["types"], "cells": [[str(cell) for cell in cells] for cells in row["cells"]]}
+                _table(example)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             reason = error if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             raise InputError(
-                f"{rows.where}: {rows.at(place)} is not as WikiSQL has it ({reason}): {rows.remedy}"
+                f"{rows.where}: {rows.at(index)} is not in WikiSQL's format ({reason}): {rows.remedy}"
             ) from None
-        if parse(made["target"], row["header"]) == query:
-            found.append(made)
-    return found, "whose query has no reading as text", ""
+        if parse(example["target"], header) == query:
+            examples.append(example)
+    return examples, "whose query has no reading as text", ""
 
 
 def _field(rows: Rows, table: "pa.Table", name: str) -> Any:
-    """A part of every row's table, without the others, whose cells take much room."""
+    """One part of every row's table; reading all of them would need much memory for the cells."""
     try:
         return need("pyarrow.compute", "bench").struct_field(table["table"], name)
     except need("pyarrow", "bench").ArrowException:
@@ -131,7 +126,7 @@ def _field(rows: Rows, table: "pa.Table", name: str) -> Any:
 
 
 def _query(sql: dict[str, Any], header: list[str]) -> Query:
-    """The query that WikiSQL writes as numbers of columns, aggregations and operators."""
+    """The query that WikiSQL stores as numbers of columns, aggregations and operators."""
     names = [_plain(name) for name in header]
     parts = (sql["conds"][part] for part in ("column_index", "operator_index", "condition"))
     conditions = zip(*parts, strict=True)

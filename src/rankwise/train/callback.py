@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import CallbackHandler
 
@@ -35,9 +35,7 @@ class MethodCallback(TrainerCallback):
         self._counts: tuple[int, dict[str, float]] = (-1, {})  # the step of the last rank change, and counts after it
         self._reported: dict[str, int] | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._counts, self._reported = (-1, {}), None
         optimizer = unwrapped(kwargs["optimizer"])
         if getattr(optimizer, "method", None) != self.method:
@@ -56,13 +54,11 @@ class MethodCallback(TrainerCallback):
                 "checkpoint that includes the optimizer (save_only_model=False)"
             )
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._reported is None:  # not in on_train_begin, which may come before that of the reporters
             self._report(args, state, control, **kwargs)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         optimizer = unwrapped(kwargs["optimizer"])
         checked = self.method.check_every > 0 and state.global_step % self.method.check_every == 0
         if checked or optimizer.changed == optimizer.steps:
@@ -70,9 +66,7 @@ class MethodCallback(TrainerCallback):
         if self.method.check_every and optimizer.steps == self.method.search_steps:
             self._log_search(optimizer, state)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         optimizer = unwrapped(kwargs["optimizer"])
         ended = self.method.search_steps is not None and optimizer.steps >= self.method.search_steps
         if self.method.check_every and not ended and state.global_step >= state.max_steps:
@@ -85,7 +79,7 @@ class MethodCallback(TrainerCallback):
             self._logged = optimizer.steps  # it does not grow at a step that a gradient scaler skips
             _log.log(logging.INFO if search.changed else logging.WARNING, "%s: %s", self.method.name, search)
 
-    def _report(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def _report(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         current = ranks(kwargs["model"])
         if current and current != self._reported:
             scalars = {"total": sum(current.values()), "empty": sum(not rank for rank in current.values()), **current}
@@ -94,14 +88,7 @@ class MethodCallback(TrainerCallback):
                 reporter.on_log(args, state, control, logs=logs, **kwargs)
         self._reported = current
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         changed = getattr(unwrapped(kwargs["optimizer"]), "changed", 0)
         if changed != self._counts[0]:  # in a large model finding the sites takes as long as a small step
             all_sites = sites(kwargs["model"])
@@ -122,9 +109,7 @@ class RankCallback(MethodCallback):
     weights of a checkpoint set the ranks.
     """
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         if args.gradient_accumulation_steps > 1:
             _check_scaling(kwargs["model"], args.gradient_accumulation_steps)

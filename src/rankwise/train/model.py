@@ -222,7 +222,9 @@ def _segmenter(name: str | None, task: Any) -> nn.Module:
     if name in SEGMENTERS or name is None:
         return SEGMENTERS[name or UNET](classes=classes, size=size)
     if not (Path(name) / "config.json").is_file():
-        raise InputError(f"model: {name} is no folder with a saved network; give one, or {' or '.join(SEGMENTERS)}")
+        raise InputError(
+            f"model: {name} is no folder with a saved network; give one, or one of {', '.join(SEGMENTERS)}"
+        )
     try:
         keys = load_file(Path(name) / "model.safetensors").keys()
         model: Any = SEGMENTERS["unet-refined" if "stem.weight" in keys else UNET].from_pretrained(name)

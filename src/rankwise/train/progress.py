@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rankwise.errors import InputError
 from rankwise.files import as_new, checkpoints, claim, flush, read_lines, remove_checkpoint
@@ -94,9 +94,7 @@ class Progress(TrainerCallback):
         self.counts: list[int] = []
         """Trainable parameters at each line of ranks.jsonl, in the main process."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Cut the lines on disk back to the checkpoint's step, or start them."""
         self.since = self.step_since = time.perf_counter()
         self.loaded = True
@@ -114,7 +112,7 @@ class Progress(TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.step_since = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
         if is_main():
             if _lock_identity(self.folder) != self._lock:  # deleted, and perhaps created again by another run
@@ -127,7 +125,7 @@ class Progress(TrainerCallback):
             if control.should_save and is_main():
                 claim(self.folder, f"checkpoint-{step}")
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """A step's loss and then its evaluation; called before the Trainer writes the step's checkpoint."""
         logs = kwargs["logs"]
         if "loss" not in logs:  # the Trainer's summary at the end
@@ -157,7 +155,7 @@ class Progress(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         self.count()
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.count()
         together.wait()  # until every process has written its random streams
         if is_main():

@@ -28,59 +28,27 @@ LENGTH = 512
 PAD, END, BEGIN = "<pad>", "</s>", "<s>"
 
 _IDS: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-_RELATIVE: dict[str, Any] = {
-    "relative_attention": True,
-    "position_buckets": 32,
-    "norm_rel_ebd": "layer_norm",
-    "share_att_key": True,
-    "pos_att_type": ["p2c", "c2p"],
+_SMALL: dict[str, Any] = {**_IDS, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+_DEBERTA: dict[str, Any] = {  # the same layers as deberta-v3-base, by number and name
+    **{**_IDS, "hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4, "intermediate_size": 256},
+    **{"max_position_embeddings": LENGTH, "type_vocab_size": 0, "relative_attention": True, "position_buckets": 32},
+    **{"norm_rel_ebd": "layer_norm", "share_att_key": True, "pos_att_type": ["p2c", "c2p"]},
     "position_biased_input": False,
 }
-"""The attention of DeBERTa's version 3."""
 
+_KINDS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "random-bert": (BertConfig, {**_SMALL, "intermediate_size": 512, "max_position_embeddings": LENGTH}),
+    "random-deberta": (DebertaV2Config, _DEBERTA),
+    "random-gpt2": (GPT2Config, {**_IDS, "n_embd": 128, "n_layer": 4, "n_head": 4, "n_positions": LENGTH}),
+    "random-llama": (
+        LlamaConfig,
+        {**_SMALL, "num_key_value_heads": 2, "intermediate_size": 384, "max_position_embeddings": LENGTH},
+    ),
+    "random-t5": (T5Config, {**_IDS, "d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4}),
+}
 CONFIGS: dict[str, Callable[[int], PreTrainedConfig]] = {
-    "random-bert": lambda words: BertConfig(
-        vocab_size=words,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=LENGTH,
-        **_IDS,
-    ),
-    "random-deberta": lambda words: DebertaV2Config(  # the same layers as deberta-v3-base, by number and name
-        vocab_size=words,
-        hidden_size=64,
-        num_hidden_layers=12,
-        num_attention_heads=4,
-        intermediate_size=256,
-        max_position_embeddings=LENGTH,
-        type_vocab_size=0,
-        **_IDS,
-        **_RELATIVE,
-    ),
-    "random-gpt2": lambda words: GPT2Config(
-        vocab_size=words, n_embd=128, n_layer=4, n_head=4, n_positions=LENGTH, **_IDS
-    ),
-    "random-llama": lambda words: LlamaConfig(
-        vocab_size=words,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=384,
-        max_position_embeddings=LENGTH,
-        **_IDS,
-    ),
-    "random-t5": lambda words: T5Config(
-        vocab_size=words,
-        d_model=128,
-        d_kv=32,
-        d_ff=512,
-        num_layers=3,
-        num_heads=4,
-        **_IDS,
-    ),
+    name: lambda words, kind=kind, options=options: kind(vocab_size=words, **options)  # type: ignore[misc]
+    for name, (kind, options) in _KINDS.items()
 }
 """Name of a model -> its configuration for a vocabulary of this size."""
 ENCODERS = ("random-bert", "random-deberta")
