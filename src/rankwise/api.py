@@ -144,7 +144,7 @@ class Trained:
 def report(*runs: Path | str) -> Report:
     """What the finished runs in one folder or several say, several read as one.
 
-    Raises InputError for a folder without a run, and where none has finished.
+    Raises InputError for a folder without a run, and if none has finished.
     """
     if not runs:
         raise InputError("a report is of a folder of runs, or of several: give one")

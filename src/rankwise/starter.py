@@ -137,7 +137,7 @@ report:
 """
 
     def write(self, file: Path) -> None:
-        """Write the file. Raises InputError where there is one already, or none can be."""
+        """Write the file. Raises InputError if there is one already, or none can be."""
         if file.exists() or file.is_symlink():
             raise InputError(f"{file}: is there already; give another name, rankwise init FILE")
         try:
@@ -193,7 +193,7 @@ def asked(given: dict[str, str | None], ask: Ask | None) -> Start:
 
 
 def _columns(data: str) -> list[str]:
-    """The columns of the training rows. Raises InputError where they cannot be read."""
+    """The columns of the training rows. Raises InputError if they cannot be read."""
     from rankwise.tasks.source import read
 
     return list(read(data, "train").table.column_names)

@@ -49,7 +49,7 @@ def archs() -> dict[str, Arch]:
 
 
 def behind(model: str) -> Arch | None:
-    """The configuration of what the hub calls `model`, where it is one of these."""
+    """The configuration of what the hub calls `model`, if it is one of these."""
     return next((arch for arch in archs().values() if arch.source == model), None)
 
 

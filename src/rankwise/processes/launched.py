@@ -33,7 +33,7 @@ def launched() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and prints; the only one, where nothing was launched."""
+    """Whether this is the process that writes files and prints; the only one, if nothing was launched."""
     try:
         return launched() == 1 or os.environ["RANK"] == "0"
     except InputError:  # which the next call of `launched` raises

@@ -80,7 +80,7 @@ def this_process() -> str:
 
 
 def _ids_of() -> str:
-    """Whose process ids this process has: a machine's since its start, or a container's. "" where nothing says it."""
+    """Whose process ids this process has: a machine's since its start, or a container's. "" if nothing says it."""
     try:  # outside of containers the namespace's number is the same on all machines
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}:{Path('/proc/self/ns/pid').stat().st_ino}"

@@ -24,7 +24,7 @@ from rankwise.processes.launched import LostError, launched
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=7)
-"""How long a process waits for another, which may be evaluating; the launcher ends it sooner where one has failed."""
+"""How long a process waits for another, which may be evaluating; the launcher ends it sooner if one has failed."""
 TELL_AFTER = 10.0
 """Seconds until a process that waits for the others to come says so."""
 BUCKET = 2**24
@@ -107,8 +107,8 @@ def on_first(do: Callable[[], T]) -> T:
     """What `do` gives in the first process, in all of them.
 
     Raises:
-        ShortError: in all, where it runs out of memory.
-        LostError: in the others, where it fails in another way.
+        ShortError: in all, if it runs out of memory.
+        LostError: in the others, if it fails in another way.
     """
     if count() == 1:
         return do()

@@ -1,7 +1,7 @@
 """What papers print, as they print it. Nothing here is computed.
 
 One YAML file per paper: its `source`, its `tables` and `figures` by name, and `claims` in its text. A number stays the
-text that is printed; where it is doubtful or stands below the wrong heading, a `reading` says how it is read, and why.
+text that is printed; if it is doubtful or stands below the wrong heading, a `reading` says how it is read, and why.
 """
 
 import re
@@ -81,7 +81,7 @@ class Table:
         experiment: the file in `experiments/` that is for it.
         arch: the model, as `rankwise archs` names it; "" for one that is not listed there.
         reading: what has to be known of all cells, and why they are read so.
-        as_printed: `headings` and `rows` as printed, where they are read differently.
+        as_printed: `headings` and `rows` as printed, if they are read differently.
     """
 
     id: str
@@ -151,7 +151,7 @@ def papers() -> tuple[Paper, ...]:
 
 
 def find(name: str) -> Table:
-    """The table or figure `paper/name`. Raises InputError where there is none."""
+    """The table or figure `paper/name`. Raises InputError if there is none."""
     known = {table.id: table for paper in papers() for table in paper.tables}
     if name not in known:
         raise InputError(f"{name}: no such table{nearest(name, known)}; `rankwise papers` lists them")

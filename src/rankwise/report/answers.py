@@ -44,7 +44,7 @@ class Answered:
 
 
 def answered(folder: Path, split: str, most: int = MISTAKES) -> Answered | None:
-    """The answers of a run to `split`, with `most` wrong rows; None where there are none or the file is damaged."""
+    """The answers of a run to `split`, with `most` wrong rows; None if there are none or the file is damaged."""
     detail = next((each for each in details(folder) if each.split == split), None)
     if detail is None:
         return None

@@ -43,7 +43,7 @@ def of_run(folder: Path) -> list[Example]:
 
 
 def missed(folder: Path) -> str:
-    """How many rows of the main split a classifier got wrong, and the first of them; "" where there are no classes."""
+    """How many rows of the main split a classifier got wrong, and the first of them; "" if there are no classes."""
     rows = _rows(folder, ["idx", "label", "prediction"])
     classes = [row for row in rows if isinstance(row["label"], int) and isinstance(row["prediction"], int)]
     if not rows or len(classes) < len(rows) or any(row["label"] < 0 for row in rows):
@@ -87,7 +87,7 @@ def _written(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def _rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
-    """The answers to the main split; [] where they cannot be read or a column is missing."""
+    """The answers to the main split; [] if they cannot be read or a column is missing."""
     table = main_split(folder, columns) or {}
     return [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
 

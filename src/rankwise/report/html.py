@@ -146,7 +146,7 @@ def _counts(runs: Sequence[Page]) -> str:
 
 
 def _overview(summary: Summary) -> Grid | None:
-    """Methods down, tasks across; only where there is more than one task."""
+    """Methods down, tasks across; only if there is more than one task."""
     best = summary.best
     tasks = list(dict.fromkeys(row.task for row in best))
     if len(tasks) < 2:

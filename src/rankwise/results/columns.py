@@ -41,8 +41,8 @@ class Column(Head, Generic[T]):
         cell: what is shown for a row.
         values: name in the CSV -> what stands there for a row; rows are sorted by the first.
         meaning: in a few words; "" for a column that explains itself.
-        on_terminal: its heading there, where there is no second line for a unit; "" for `heading`.
-        metric: of the cells, where they are scores: its name for a row. The best can be shown in bold.
+        on_terminal: its heading there, without a second line for a unit; "" for `heading`.
+        metric: for cells that are scores, its name for a row; the best can be shown in bold.
     """
 
     cell: Callable[[T], str]
@@ -85,7 +85,7 @@ def chosen(rows: Sequence[Row], names: Sequence[str]) -> list[Column[Row]]:
 
 
 def who(rows: Sequence[Row]) -> list[Column[Row]]:
-    """The method, after the task where there are several."""
+    """The method, after the task if there are several."""
     return [TASK, METHOD] if len({row.task for row in rows}) > 1 else [METHOD]
 
 
@@ -106,7 +106,7 @@ def scores(rows: Sequence[Row]) -> list[Column[Row]]:
 
 
 def sizes(rows: Sequence[Row]) -> list[Column[Row]]:
-    """Parameters, with the share of a budget where there is one."""
+    """Parameters, with the share of a budget if there is one."""
     return [*SIZES, *([SHARE] if any(row.asked for row in rows) else [])]
 
 

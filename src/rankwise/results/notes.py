@@ -55,7 +55,7 @@ def remarks(row: Row) -> list[str]:
 
 
 def always(rows: Sequence[Row]) -> str:
-    """`always answering 'function' scores 0.610`, of one task; "" where there are no classes."""
+    """`always answering 'function' scores 0.610`, of one task; "" if there are no classes."""
     one = next((row.always for row in rows if row.always), None)
     if not one:
         return ""

@@ -24,7 +24,7 @@ class Predictions(NamedTuple):
 
 
 def predictions(folder: Path) -> Predictions | None:
-    """The answers of a finished run; None where they cannot be read or there are no labels to compare them with."""
+    """The answers of a finished run; None if they cannot be read or there are no labels to compare them with."""
     kinds: tuple[Kind, ...] = ("score", "statistics", "prediction")
     for kind in kinds:
         columns = main_split(folder, [kind, "label" if kind == "prediction" else "idx"])
@@ -38,7 +38,7 @@ def predictions(folder: Path) -> Predictions | None:
 
 
 def main_split(folder: Path, columns: Sequence[str]) -> dict[str, list[Any]] | None:
-    """`columns` of a run's predictions for the main split; None where they cannot be read or a column is missing."""
+    """`columns` of a run's predictions for the main split; None if they cannot be read or a column is missing."""
     try:
         file = need("pyarrow.parquet", "bench").ParquetFile(check_regular(folder / "predictions.parquet"))
         rows = file.read(columns=["split", *columns]).to_pydict()

@@ -66,7 +66,7 @@ class Row:
         evaluated, trained: the rows of the main evaluation split and of training.
         searches: by seed, the outcome of the search of a method that learns ranks.
         remarks: notes of the runs themselves.
-        tuned: how the learning rate was chosen, None where it was not.
+        tuned: how the learning rate was chosen, None if it was not.
         folders: the folder of each seed's run.
     """
 
@@ -219,7 +219,7 @@ class Average:
 def averages(chosen: Sequence[Row]) -> list[Average]:
     """Over the tasks of each benchmark, of the methods that have all of them; `chosen` is what `best` gives.
 
-    Only where there are two tasks or more of it.
+    Only if two tasks or more of it are there.
     """
     results = []
     for benchmark in dict.fromkeys(row.benchmark for row in chosen if row.benchmark):
@@ -302,7 +302,7 @@ def _row(members: Sequence[Finished], label: str, contests: Contests) -> Row:
 
 
 def _always(answers: Answers, score: str) -> Always | None:
-    """None where there are no classes or the score is not known."""
+    """None if there are no classes or the score is not known."""
     if not answers.majority or score not in answers.metrics:
         return None
     return Always(answers.majority, answers.metrics[score], answers.tied)

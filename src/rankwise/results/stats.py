@@ -87,7 +87,7 @@ class Difference:
     p: float | None = None
     """Of the paired test over the seeds; None at one seed."""
     adjusted: float | None = None
-    """p after Holm's correction over all comparisons of a report; None where there is no p."""
+    """p after Holm's correction over all comparisons of a report; None if there is no p."""
     comparisons: int = 1
     """How many comparisons the correction is over."""
 
@@ -109,7 +109,7 @@ class Difference:
 
 
 def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """Ours minus theirs over the seeds that both have; None where they share none.
+    """Ours minus theirs over the seeds that both have; None if they share none.
 
     Args:
         ours, theirs: score by seed. A pair shares the order of the training rows and the subset, which takes their
@@ -135,7 +135,7 @@ def paired_bootstrap(
     """Percentile interval of our score minus theirs, the examples resampled with replacement, the same ones for both.
 
     A draw of nothing but examples that do not count, such as images without a labelled pixel, has no score. It is left
-    out, because such a set would never be scored; None where no draw has one.
+    out, because such a set would never be scored; None if no draw has one.
 
     Args:
         score: summed statistics (…, k), as floats, -> scores (…); NaN for none.

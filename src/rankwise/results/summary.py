@@ -30,7 +30,7 @@ class Summary:
         results: the finished runs, as `Store.results` gives them.
         experiment: the description of the experiment, as `Store.experiment` gives it.
         left_out: which finished runs are not in here and why, in a sentence; "" for none.
-        damage: why nothing is known of the experiment; "" where it is known, or there is none.
+        damage: why nothing is known of the experiment; "" if it is known or there is none.
     """
 
     results: Sequence[Finished]

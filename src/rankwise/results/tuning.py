@@ -80,7 +80,7 @@ class Tuned:
 
 
 def tuned(results: Sequence[Finished]) -> Tuned | None:
-    """The rate chosen from runs that differ only in rate and seed; None where none of them has a score.
+    """The rate chosen from runs that differ only in rate and seed; None if none of them has a score.
 
     Of the rates with the most seeds the one with the best mean is chosen, and the lowest of equals.
     """

@@ -47,10 +47,10 @@ class Answers:
         commonest: the most frequent one; "" for none.
         count: how often that is.
         majority: the class that most rows have; "" without classes or labels.
-        majority_count: how many rows have it, or the label that most rows have where there are no classes; 0 without
+        majority_count: how many rows have it, or the label that most rows have if there are no classes; 0 without
             labels.
         tied: other classes that as many rows have as `majority`.
-        metrics: what it would score to answer that always, by the names in the results; {} where that is not known.
+        metrics: what it would score to answer that always, by the names in the results; {} if that is not known.
         what: what the answers are called in a sentence.
         classes: names of the classes.
         confusion: (true, given, how many), class numbers.

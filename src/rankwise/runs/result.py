@@ -83,7 +83,7 @@ class Cost:
 class Benchmark:
     """What a task is part of, and what counts in its average.
 
-    `majority` is what would count if the answer were always the most frequent class; None where that is not known.
+    `majority` is what would count if the answer were always the most frequent class; None if that is not known.
     """
 
     name: Text
@@ -106,7 +106,7 @@ class Result:
         search: the outcome of the search of a method that learns ranks; None for others.
         notes: what to know before quoting the metrics.
         answers: how the answers to each split are spread, the main split first; empty where that is damaged.
-        weights: SHA-256 of what the next stage of a chain begins with; "" where none follows.
+        weights: SHA-256 of what the next stage of a chain begins with; "" if none follows.
     """
 
     run: Text
@@ -148,7 +148,7 @@ class Finished(Result):
     Attributes:
         folder: its folder.
         kind, tuned: what it is for, and whether `tune:` has chosen its rate.
-        config: all settings but those of where it is stored and of what its rate comes from.
+        config: all settings but those of where it is stored and how its rate was chosen.
         lineage: settings, without the seed, of the runs before it in a chain, the first one first.
     """
 
@@ -163,7 +163,7 @@ _RESULT = TypeAdapter(Result)
 
 
 def read(folder: Path) -> Result:
-    """The result of a run. FileNotFoundError where there is none, InputError, one line, where it is damaged."""
+    """The result of a run. FileNotFoundError if there is none, InputError, one line, if it is damaged."""
     return remembered(_read, folder / FILE)
 
 

@@ -22,7 +22,7 @@ def _data(config: RunConfig) -> tuple[str, bool]:
 def _revisions(configs: Sequence[RunConfig]) -> dict[tuple[str, bool], str]:
     """The revisions of the data of `configs`, by `_data`; each task is read once.
 
-    Raises InputError where there are too few rows to train on and to choose a rate by.
+    Raises InputError if there are too few rows to train on and to choose a rate by.
     """
     groups: dict[str, list[RunConfig]] = {}
     for config in configs:

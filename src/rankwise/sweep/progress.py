@@ -16,7 +16,7 @@ from rankwise.runs.record import progress as steps_of
 SHOWN = 20
 """Runs shown one by one: those that have come furthest."""
 EVERY = 10.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines if there is no terminal."""
 
 
 @dataclass(frozen=True)

@@ -61,14 +61,14 @@ class RateSearch:
 
     @property
     def rate(self) -> float | None:
-        """The rate to report at, once the search is over; None before, and where no rate trained to its end."""
+        """The rate to report at, once the search is over; None before, and if no rate trained to its end."""
         if self.contest.settled:
             return self.contest.lowest
         return how.learning_rate if (how := self.chosen) else None
 
     @property
     def chosen(self) -> Tuned | None:
-        """How the rate was chosen; None where it is not, and where there was nothing to choose."""
+        """How the rate was chosen; None if it is not yet, or there was nothing to choose."""
         return None if self._now else self._found(list(self.configs))
 
     def _ask(self, rates: Sequence[float]) -> None:

@@ -48,7 +48,7 @@ def environment(threads: int) -> dict[str, str]:
 def launch(folder: Path, command: Sequence[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start `command` on the run, its output appended to log.txt.
 
-    Raises OSError where it cannot be started, InputError where nothing can be written.
+    Raises OSError if it cannot be started, InputError if nothing can be written.
     """
     with appended(folder / "log.txt") as log:
         # A session of its own: Ctrl-C at the terminal reaches the sweep alone, which then asks the run to stop.
