@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 import rankwise as rw
+from asserts import refused
 from rankwise.runs.store import Store
 from rankwise.settings import load
 from rankwise.sweep.check import schema
 from rankwise.sweep.compare import Outcome
 from rankwise.tasks import build, registry
 from rankwise.tasks.custom import Custom
-from refused import refused
-from runs_made_up import REVISION, config, finish, result
+from runs import REVISION, config, finish, result
 
 TINY = {"task": "stdlib-kind", "model": "random-bert", "max_length": 8, "train_rows": 24, "eval_rows": 16}
 GRID = {**TINY, "max_steps": 1, "vary": {"method": ["lora", "head"], "seed": [0, 1, 2]}}

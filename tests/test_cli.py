@@ -16,7 +16,7 @@ import pytest
 import transformers
 import yaml
 
-import architectures
+import models
 import warm
 from rankwise import tasks
 from rankwise.cli import main
@@ -25,8 +25,8 @@ from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
 from rankwise.sweep.compare import Outcome
 from rankwise.train.model import build, quiet
-from runs_made_up import REVISION, config, finish, result, tune
-from small_run import PATIENCE, wait_for, writers
+from runs import REVISION, config, finish, result, tune
+from waiting import PATIENCE, wait_for, writers
 
 TINY = {
     "task": "stdlib-kind",
@@ -191,8 +191,8 @@ def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(
 def test_a_warning_is_one_line_without_a_place_in_the_code(tmp_path: Path) -> None:
     folder = tmp_path / "xlnet"  # whose attention has weights that are in no layer
     with quiet():
-        transformers.AutoModel.from_config(architectures.small("xlnet")).save_pretrained(folder)
-    architectures.words("<pad>", pad_token="<pad>").save_pretrained(folder)
+        transformers.AutoModel.from_config(models.small_config("xlnet")).save_pretrained(folder)
+    models.tokenizer("<pad>", pad_token="<pad>").save_pretrained(folder)
     settings = {**TINY, "model": str(folder), "max_steps": 1, "method": {"name": "lora", "rank": 2}}
     process = rankwise("train", write(tmp_path / "one.yaml", settings), f"runs={tmp_path / 'runs'}")
     err = process.communicate()[1]
@@ -582,14 +582,14 @@ def test_what_is_refused_before_weights_are_read_is_refused_by_every_command(cli
         (tmp_path / "data" / f"{name}.csv").write_text("text,target\none,two\nthree,four\n")
     task = f"{{type: causal, dataset: {tmp_path / 'data'}, target_length: 64}}"
     short = str(tmp_path / "short")
-    config = architectures.small("roberta", pad_token_id=56)  # "<pad>"; positions are counted from there
+    config = models.small_config("roberta", pad_token_id=56)  # "<pad>"; positions are counted from there
     config.max_position_embeddings = 56 + 1 + 38
     with quiet():
         transformers.AutoModel.from_config(config).save_pretrained(short)
-    architectures.words("<pad>", pad_token="<pad>").save_pretrained(short)
+    models.tokenizer("<pad>", pad_token="<pad>").save_pretrained(short)
     bare = str(tmp_path / "bare")
     config.save_pretrained(bare)
-    architectures.words("<pad>", pad_token="<pad>").save_pretrained(bare)
+    models.tokenizer("<pad>", pad_token="<pad>").save_pretrained(bare)
     refused = {
         "max_length 500 + end token 1 + target_length 64 = 565: more than the 512": [task, "random-gpt2", 500, "lora"],
         "max_length 440 + prefix 8 + end token 1 + target_length 64 = 513: more than the 512": [
@@ -616,8 +616,8 @@ def test_code_that_comes_with_a_model_is_run_where_a_setting_says_so_and_nobody_
     monkeypatch.setattr(sys, "stdin", io.StringIO("yes\n" * 9))
     folder, ran = tmp_path / "foreign", tmp_path / "ran"
     with quiet():
-        transformers.AutoModel.from_config(architectures.small("bert")).save_pretrained(folder)
-    architectures.words("<pad>", pad_token="<pad>").save_pretrained(folder)
+        transformers.AutoModel.from_config(models.small_config("bert")).save_pretrained(folder)
+    models.tokenizer("<pad>", pad_token="<pad>").save_pretrained(folder)
     content = json.loads((folder / "config.json").read_text())
     classes = {"AutoConfig": "own.OwnConfig", "AutoModelForSequenceClassification": "own.OwnModel"}
     (folder / "config.json").write_text(json.dumps({**content, "model_type": "own-kind", "auto_map": classes}))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from every import attached, every_method, method
+from methods import attached, every_method, method
 from rankwise import tasks
 from rankwise.cli import app
 from rankwise.methods import registry

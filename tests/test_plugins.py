@@ -12,6 +12,7 @@ import yaml
 
 import rankwise as rw
 import warm
+from asserts import refused
 from rankwise.errors import InputError
 from rankwise.methods import Method
 from rankwise.metrics import METRICS, classification
@@ -20,8 +21,7 @@ from rankwise.runs import run_file
 from rankwise.runs.store import Store
 from rankwise.settings import Schema, load
 from rankwise.tasks import Task
-from refused import refused
-from small_run import bert
+from runs import bert
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -22,8 +22,7 @@ from rankwise.results.summary import Summary
 from rankwise.runs.store import FILES, Store
 from rankwise.settings import Experiment, Published
 from rankwise.sweep.watch import Watch
-from reported_runs import finish
-from runs_made_up import config, predict
+from runs import config, finish_with_curves, predict
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -41,7 +40,7 @@ def whole(folder: Path) -> Path:
             name="x", base={"task": "x"}, vary={"seed": [0]}, report=about, published=published, runs=str(folder)
         )
     )
-    runs = [finish(store, config(task="stdlib-kind", seed=seed), 0.7) for seed in (0, 1)]
+    runs = [finish_with_curves(store, config(task="stdlib-kind", seed=seed), 0.7) for seed in (0, 1)]
     for run in runs:
         predict(run, [0, 1, 1], [0, 1, 0])
     return runs[0]

@@ -1,8 +1,8 @@
 import pytest
 
-import causal
+import models
 
 
 @pytest.fixture(scope="package")
 def checkpoint(tmp_path_factory):
-    return causal.write(tmp_path_factory.mktemp("base"))
+    return models.write_llama(tmp_path_factory.mktemp("base"))

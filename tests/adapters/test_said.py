@@ -10,9 +10,9 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+import models
 import rankwise as rw
-import tiny
-from causal import base, logits, stirred
+from models import llama, llama_logits, stirred
 from rankwise.ranks import ranks, sites
 
 BOTH = {"target_modules": ["embed_tokens", "q_proj"]}
@@ -52,17 +52,17 @@ PLANS = {
 def test_all_that_is_not_of_a_changed_site_stays(options, plan, checkpoint, tmp_path):
     config = LoraConfig(r=2, lora_alpha=3, **LORA[options])
     patterns = config.rank_pattern, config.alpha_pattern
-    model = stirred(get_peft_model(base(checkpoint), config))
+    model = stirred(get_peft_model(llama(checkpoint), config))
     changes = PLANS[plan](list(ranks(model)))
     if (options, plan) == ("dora", "one empty"):
         with pytest.raises(rw.InputError, match="more than A and B"):
             rw.resize(model, changes)
         return
     rw.resize(model, changes)
-    before = logits(stirred(model))
+    before = llama_logits(stirred(model))
     rw.save(model, tmp_path / "adapter")
-    again = PeftModel.from_pretrained(base(checkpoint), tmp_path / "adapter")
-    assert torch.allclose(logits(again), before, atol=1e-5)
+    again = PeftModel.from_pretrained(llama(checkpoint), tmp_path / "adapter")
+    assert torch.allclose(llama_logits(again), before, atol=1e-5)
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     if plan == "as it is":
         assert (written["rank_pattern"], written["alpha_pattern"]) == patterns
@@ -72,7 +72,7 @@ def test_keys_of_others_are_kept_where_they_are_true(checkpoint):
     config = LoraConfig(
         r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 4, r"0\.self_attn\.v_proj": 3}
     )
-    model = get_peft_model(base(checkpoint), config)
+    model = get_peft_model(llama(checkpoint), config)
     first, *_ = names = list(ranks(model))
     rw.resize(model, ranks(model))
     assert config.rank_pattern == {"q_proj": 4, r"0\.self_attn\.v_proj": 3}
@@ -86,19 +86,19 @@ def test_keys_of_others_are_kept_where_they_are_true(checkpoint):
 
 @pytest.mark.parametrize("order", [["ours", "theirs"], ["theirs", "ours"]])
 def test_a_weighted_sum_with_another_adapter_is_the_sum_in_either_order(order, checkpoint, tmp_path):
-    ours = stirred(get_peft_model(base(checkpoint), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])))
+    ours = stirred(get_peft_model(llama(checkpoint), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])))
     rw.resize(ours, {sites(ours)[0].name: 0})
     rw.save(ours, tmp_path / "ours")
-    theirs = stirred(get_peft_model(base(checkpoint), LoraConfig(r=3, target_modules=["q_proj", "o_proj"])))
+    theirs = stirred(get_peft_model(llama(checkpoint), LoraConfig(r=3, target_modules=["q_proj", "o_proj"])))
     theirs.save_pretrained(tmp_path / "theirs")
-    model = PeftModel.from_pretrained(base(checkpoint), tmp_path / order[0], adapter_name=order[0])
+    model = PeftModel.from_pretrained(llama(checkpoint), tmp_path / order[0], adapter_name=order[0])
     model.load_adapter(tmp_path / order[1], order[1])
     model.add_weighted_adapter(order, [1.0, 1.0], "sum", combination_type="cat")
     model.set_adapter("sum")
-    expected = base(checkpoint)
+    expected = llama(checkpoint)
     for name in order:
         expected = PeftModel.from_pretrained(expected, tmp_path / name).merge_and_unload()
-    assert torch.allclose(logits(model), logits(expected), atol=1e-5)
+    assert torch.allclose(llama_logits(model), llama_logits(expected), atol=1e-5)
 
 
 class Nested(nn.Module):
@@ -129,7 +129,7 @@ AUTO = [
     for name, kind in vars(peft.auto).items()
     if name.startswith("AutoPeftModelFor")
     for family in ("bert", "gpt2", "llama", "t5")
-    if type(tiny.model(family).config) in kind._target_class._model_mapping
+    if type(models.model(family).config) in kind._target_class._model_mapping
 ]
 
 
@@ -142,7 +142,7 @@ def test_every_auto_class_of_peft_is_tried():
 @pytest.mark.filterwarnings("ignore:Could not find")  # no hub
 @pytest.mark.parametrize(("auto", "family"), AUTO)
 def test_pefts_auto_classes_build_the_model_again(auto, family, tmp_path):
-    config = tiny.model(family).config
+    config = models.model(family).config
     config.is_decoder, config.num_labels = auto is peft.AutoPeftModelForCausalLM, 2
     torch.manual_seed(0)
     made = auto._target_class.from_config(config)
@@ -154,7 +154,7 @@ def test_pefts_auto_classes_build_the_model_again(auto, family, tmp_path):
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(tmp_path / "base") and written["task_type"]
     again = auto.from_pretrained(tmp_path / "adapter")
-    inputs = {"input_ids": tiny.batch()["input_ids"]}
+    inputs = {"input_ids": models.batch()["input_ids"]}
     if config.is_encoder_decoder and written["task_type"] in ("SEQ_2_SEQ_LM", "FEATURE_EXTRACTION"):
         inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
@@ -162,22 +162,22 @@ def test_pefts_auto_classes_build_the_model_again(auto, family, tmp_path):
 
 
 def test_a_head_that_is_not_in_the_file_is_not_promised_by_a_task(tmp_path):
-    tiny.model().save_pretrained(tmp_path / "base")
+    models.model().save_pretrained(tmp_path / "base")
     net = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     model = stirred(rw.LoRA(rank=2).attach(net))
     rw.save(model, tmp_path / "adapter")
     again = PeftModel.from_pretrained(net.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    assert torch.equal(tiny.logits(again), tiny.logits(model)) and again.peft_config["default"].task_type is None
+    assert torch.equal(models.logits(again), models.logits(model)) and again.peft_config["default"].task_type is None
 
 
 def test_a_model_that_transformers_adapted_is_told_what_it_is(checkpoint, tmp_path):
-    model = base(checkpoint)
+    model = llama(checkpoint)
     model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     for ask in (rw.rank_report, lambda m: rw.resize(m, {}), lambda m: rw.save(m, tmp_path / "adapter")):
         with pytest.raises(rw.InputError, match="no PeftModel around them, as after transformers' add_adapter"):
             ask(model)
-    rw.save(rw.LoRA(rank=2).attach(base(checkpoint)), tmp_path / "adapter")
+    rw.save(rw.LoRA(rank=2).attach(llama(checkpoint)), tmp_path / "adapter")
     for ask in (rw.LoRA(rank=2).attach, rw.BitFit().attach, lambda m: rw.load(m, tmp_path / "adapter")):
-        for adapted in (model, rw.LoRA(rank=2).attach(base(checkpoint))):
+        for adapted in (model, rw.LoRA(rank=2).attach(llama(checkpoint))):
             with pytest.raises(rw.InputError, match="already has an adapter: use the base model"):
                 ask(adapted)

@@ -10,10 +10,10 @@ from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import models
 import rankwise as rw
-import stock
-import tiny
-from every import attached, method
+import stock_peft
+from methods import attached, method
 from rankwise.ranks import RankPlan, ranks, sites
 from rankwise.ranks.sites import omega
 
@@ -22,23 +22,23 @@ def searched(shape, steps):
     """A model after `steps` of a search that ends at step 4; every kind of site is made sure of."""
     method = rw.SimplexLoRA(rank=3, every=2, times=2, omega_rate=50.0)
     torch.manual_seed(1)
-    model = method.attach(tiny.model(shape), head=tiny.head(shape))
-    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), steps)
+    model = method.attach(models.model(shape), head=models.head(shape))
+    models.train(model, rw.SimplexAdam(method, model, lr=1e-2), steps)
     names = list(ranks(model))
     rw.resize(model, {names[0]: 0, names[1]: 1, names[2]: 5})
     return model
 
 
-@pytest.mark.parametrize("shape", tiny.SHAPES)
+@pytest.mark.parametrize("shape", models.SHAPES)
 @pytest.mark.parametrize("steps", [3, 5])
 def test_stock_peft_without_rankwise_gives_the_same_logits(shape, steps, tmp_path):
     model = searched(shape, steps)
     assert (omega(model) is not None) == (steps == 3)
-    before = tiny.logits(model)
+    before = models.logits(model)
     rw.save(model, tmp_path / "adapter")
-    assert torch.equal(tiny.logits(model), before) and (omega(model) is not None) == (steps == 3)
+    assert torch.equal(models.logits(model), before) and (omega(model) is not None) == (steps == 3)
     fresh = (shape, steps) == ("bert", 3)  # one process that is started for it
-    stock.agrees(tiny.model(shape), tiny.batch(), {tmp_path / "adapter": before}, tmp_path, fresh)
+    stock_peft.agrees(models.model(shape), models.batch(), {tmp_path / "adapter": before}, tmp_path, fresh)
 
 
 def test_what_is_saved_is_a_plain_adapter(tmp_path):
@@ -60,16 +60,16 @@ def test_what_is_saved_is_a_plain_adapter(tmp_path):
 def test_loading_again_finds_the_same_ranks(tmp_path):
     model = searched("bert", 5)
     rw.save(model, tmp_path / "adapter")
-    again = rw.load(tiny.model(), tmp_path / "adapter")
+    again = rw.load(models.model(), tmp_path / "adapter")
     assert ranks(again) == {name: rank for name, rank in ranks(model).items() if rank}
 
 
 def test_a_loaded_adapter_can_be_resized_and_saved_again(tmp_path):
     rw.save(searched("bert", 5), tmp_path / "adapter")
-    again = rw.load(tiny.model(), tmp_path / "adapter")
+    again = rw.load(models.model(), tmp_path / "adapter")
     rw.resize(again, dict.fromkeys(ranks(again), 2))
     rw.save(again, tmp_path / "smaller")
-    assert torch.allclose(tiny.logits(rw.load(tiny.model(), tmp_path / "smaller")), tiny.logits(again), atol=1e-6)
+    assert torch.allclose(models.logits(rw.load(models.model(), tmp_path / "smaller")), models.logits(again), atol=1e-6)
 
 
 def test_a_merged_product_cannot_be_saved_as_an_adapter(tmp_path):
@@ -91,13 +91,13 @@ def test_saving_replaces_what_was_there_or_leaves_it(tmp_path):
 
 def test_folders_without_an_adapter_and_of_another_model_are_refused(tmp_path):
     with pytest.raises(rw.InputError, match="holds no adapter"):
-        rw.load(tiny.model(), tmp_path)
+        rw.load(models.model(), tmp_path)
     with pytest.raises(rw.InputError, match="pass the method"):
-        rw.save(tiny.model(), tmp_path / "adapter")
+        rw.save(models.model(), tmp_path / "adapter")
     method = rw.Head()
-    rw.save(method.attach(tiny.model(), head=["classifier"]), tmp_path / "head", method, head=["classifier"])
+    rw.save(method.attach(models.model(), head=["classifier"]), tmp_path / "head", method, head=["classifier"])
     with pytest.raises(rw.InputError, match="classifier"):
-        rw.load(tiny.model("gpt2"), tmp_path / "head")
+        rw.load(models.model("gpt2"), tmp_path / "head")
 
 
 def test_a_folder_of_other_things_is_not_replaced(tmp_path):
@@ -135,7 +135,7 @@ def test_statistics_of_a_normalisation_are_saved_with_what_trains(tmp_path):
 def test_damaged_files_get_one_line(file, content, tmp_path):
     rw.save(searched("bert", 5), tmp_path / "lora")
     way = rw.Head()
-    rw.save(way.attach(tiny.model(), head=["classifier"]), tmp_path / "head", way, head=["classifier"])
+    rw.save(way.attach(models.model(), head=["classifier"]), tmp_path / "head", way, head=["classifier"])
     for folder in (tmp_path / "lora", tmp_path / "head"):
         if not (folder / file).exists():
             continue
@@ -144,7 +144,7 @@ def test_damaged_files_get_one_line(file, content, tmp_path):
         else:
             (folder / file).write_bytes(content)
         with pytest.raises(rw.InputError) as caught:
-            rw.load(tiny.model(), folder)
+            rw.load(models.model(), folder)
         assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -153,28 +153,28 @@ def test_a_checkpoint_in_the_middle_of_a_search_is_no_adapter(name, tmp_path):
     model = attached(name)
     model.save_pretrained(tmp_path)  # what a Trainer writes
     with pytest.raises(rw.InputError, match="holds the state of a training .* resume from it"):
-        rw.load(tiny.model(), tmp_path)
+        rw.load(models.model(), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["sora", "simplex-lora", "weight-lora"])
 def test_a_deep_copy_folds_without_the_model_and_the_model_without_it(name):
     model, way = attached(name), method(name)
-    tiny.train(model, rw.SimplexAdam(way, model, lr=1e-2), 1)
+    models.train(model, rw.SimplexAdam(way, model, lr=1e-2), 1)
     model.double()
-    before = tiny.logits(model)
+    before = models.logits(model)
     twin = copy.deepcopy(model)
-    assert torch.allclose(tiny.logits(way.fold(twin)), before, atol=1e-6)
-    assert torch.equal(tiny.logits(model), before)
+    assert torch.allclose(models.logits(way.fold(twin)), before, atol=1e-6)
+    assert torch.equal(models.logits(model), before)
     other = copy.deepcopy(model)
-    assert torch.allclose(tiny.logits(way.fold(model)), before, atol=1e-6)
-    assert torch.equal(tiny.logits(other), before)
+    assert torch.allclose(models.logits(way.fold(model)), before, atol=1e-6)
+    assert torch.equal(models.logits(other), before)
 
 
 def test_an_adapter_of_any_name_and_in_a_wrapper_is_saved_plain(tmp_path):
-    model = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["query"]), adapter_name="mine").eval()
+    model = get_peft_model(models.model(), LoraConfig(r=2, target_modules=["query"]), adapter_name="mine").eval()
     torch.nn.init.normal_(sites(model)[0].B)
     rw.save(torch.nn.DataParallel(model), tmp_path / "adapter")
-    assert torch.equal(tiny.logits(rw.load(tiny.model(), tmp_path / "adapter")), tiny.logits(model))
+    assert torch.equal(models.logits(rw.load(models.model(), tmp_path / "adapter")), models.logits(model))
 
 
 WRONG = {
@@ -193,19 +193,19 @@ def test_a_file_with_more_or_less_than_the_model_is_refused(wrong, tmp_path):
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file(WRONG[wrong](load_file(file)), file)
     with pytest.raises(rw.InputError, match="does not fit this model: .*(only|it lacks .*score)") as caught:
-        rw.load(tiny.model("llama"), tmp_path / "adapter")
+        rw.load(models.model("llama"), tmp_path / "adapter")
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_of_a_larger_model_and_of_another_head_is_refused(tmp_path):
     rw.save(searched("bert", 5), tmp_path / "adapter")
-    config = tiny.model().config
+    config = models.model().config
     config.num_hidden_layers = 1
     with pytest.raises(rw.InputError, match=r"layer\.1\..* is only in the file"):
         rw.load(transformers.BertForSequenceClassification(config), tmp_path / "adapter")
-    rw.save(rw.LoRA(rank=2, targets=["query"]).attach(tiny.model(), head=["classifier"]), tmp_path / "queries")
+    rw.save(rw.LoRA(rank=2, targets=["query"]).attach(models.model(), head=["classifier"]), tmp_path / "queries")
     with pytest.raises(rw.InputError, match="classifier.* is only in the file"):
-        rw.load(transformers.BertForMaskedLM(tiny.model().config), tmp_path / "queries")
+        rw.load(transformers.BertForMaskedLM(models.model().config), tmp_path / "queries")
 
 
 @pytest.mark.parametrize(
@@ -215,13 +215,13 @@ def test_a_broken_configuration_is_called_damaged(text, tmp_path):
     rw.save(searched("bert", 5), tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_config.json").write_text(text)
     with pytest.raises(rw.InputError, match="adapter_config.json.* is damaged"):
-        rw.load(tiny.model(), tmp_path / "adapter")
+        rw.load(models.model(), tmp_path / "adapter")
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     rw.save(searched("bert", 5), tmp_path / "adapter")
     with pytest.raises(rw.InputError, match="does not fit this model") as caught:
-        rw.load(tiny.model("gpt2"), tmp_path / "adapter")
+        rw.load(models.model("gpt2"), tmp_path / "adapter")
     assert "\n" not in str(caught.value)
 
 
@@ -237,15 +237,15 @@ def combinations():
 def test_a_combination_of_adapters_with_uneven_ranks_is_saved_as_it_is(kind, tmp_path):
     """Stock `save_pretrained` of the elementwise ones writes no ranks, and its files do not load."""
     shape = "llama"
-    model = get_peft_model(tiny.model(shape), uneven())
+    model = get_peft_model(models.model(shape), uneven())
     model.add_adapter("other", uneven())
     options = {} if kind in ("linear", "cat", "svd") else {"density": 0.7}
     model.add_weighted_adapter(["default", "other"], [0.7, 0.3], "both", combination_type=kind, **options)
     model.set_adapter("both")
-    expected = tiny.logits(model.eval())
+    expected = models.logits(model.eval())
     rw.save(model, tmp_path / "adapter")
-    again = PeftModel.from_pretrained(tiny.model(shape), tmp_path / "adapter").eval()
-    assert torch.allclose(tiny.logits(again), expected, atol=1e-5)
+    again = PeftModel.from_pretrained(models.model(shape), tmp_path / "adapter").eval()
+    assert torch.allclose(models.logits(again), expected, atol=1e-5)
 
 
 def uneven():
@@ -263,9 +263,9 @@ def uneven():
 def test_patterns_that_match_nothing_or_in_another_way_than_meant_keep_what_is_there(pattern, tmp_path):
     config = uneven()
     config.rank_pattern, config.alpha_pattern = {pattern: 2}, {pattern: 100}
-    model = get_peft_model(tiny.model("llama"), config).eval()
+    model = get_peft_model(models.model("llama"), config).eval()
     for folder in ("as it is", "resized"):
         rw.save(model, tmp_path / folder)
-        again = PeftModel.from_pretrained(tiny.model("llama"), tmp_path / folder).eval()
-        assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-5)
+        again = PeftModel.from_pretrained(models.model("llama"), tmp_path / folder).eval()
+        assert torch.allclose(models.logits(again), models.logits(model), atol=1e-5)
         rw.resize(model, {sites(model)[0].name: 1})

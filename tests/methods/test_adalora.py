@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+import models
 import rankwise as rw
-import stock
-import tiny
+import stock_peft
 from rankwise.methods import build
 from rankwise.ranks import ranks
 from rankwise.ranks.triplets import peft_config, triplets
 
-every_shape = pytest.mark.parametrize("shape", tiny.SHAPES)
+every_shape = pytest.mark.parametrize("shape", models.SHAPES)
 TOTAL = 12
 OPTIONS = {"rank": 2, "init_rank": 4, "start": 2, "settle": 4, "every": 2, "total": TOTAL}
 
@@ -28,12 +28,12 @@ def made(**more):
 
 def attached(method, shape="bert", seed=1):
     torch.manual_seed(seed)
-    return method.attach(tiny.model(shape), head=tiny.head(shape))
+    return method.attach(models.model(shape), head=models.head(shape))
 
 
 def trained(method, shape="bert", steps=TOTAL):
     model = attached(method, shape)
-    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), steps)
+    models.train(model, rw.SimplexAdam(method, model, lr=1e-2), steps)
     return model
 
 
@@ -60,7 +60,7 @@ def test_the_number_of_units_falls_to_the_target_and_stays_there():
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
     n, sums = len(triplets(model)), []
     for step in range(TOTAL):
-        tiny.train(model, optimizer, 1, start=step)
+        models.train(model, optimizer, 1, start=step)
         assert peft_config(model).rank_pattern is None
         sums.append(sum(int(layer.lora_scores["default"].chosen.sum()) for layer in triplets(model).values()))
     cubic = [int(2 * n * (1 - (step - 2) / 6) ** 3 + 2 * n) for step in range(3, 9)]  # eq. 12
@@ -78,10 +78,10 @@ def test_it_does_what_peft_driven_by_hand_does(orthogonality):
         task_type="SEQ_CLS", init_r=4, target_r=2, lora_alpha=16, tinit=2, tfinal=4, deltaT=2, total_step=TOTAL,
         beta1=0.85, beta2=0.85, orth_reg_weight=orthogonality, target_modules=list(triplets(ours)),
     )  # fmt: skip
-    theirs = get_peft_model(tiny.model(), config).train()
+    theirs = get_peft_model(models.model(), config).train()
     optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
     for step in range(TOTAL):
-        theirs(**tiny.batch(seed=step)).loss.backward()
+        theirs(**models.batch(seed=step)).loss.backward()
         optimizer.step()
         theirs.base_model.update_and_allocate(step + 1)
         optimizer.zero_grad()
@@ -112,7 +112,7 @@ def test_the_gradient_of_the_orthogonality_term_is_that_of_autograd(shape):
 
 def test_attaching_changes_no_bit_and_the_head_trains():
     model = attached(made())
-    assert made().exact_start and torch.equal(tiny.logits(model), tiny.logits(tiny.model()))
+    assert made().exact_start and torch.equal(models.logits(model), models.logits(models.model()))
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {name for name in trains if "lora_" not in name} == {
         f"base_model.model.classifier.modules_to_save.default.{part}" for part in ("weight", "bias")
@@ -122,7 +122,7 @@ def test_attaching_changes_no_bit_and_the_head_trains():
 
 def test_a_layer_that_had_no_part_in_the_loss_hinders_nothing():
     method = made()
-    model = method.attach(tiny.Half(6))
+    model = method.attach(models.Half(6))
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
     for _ in range(TOTAL):
         model(torch.randn(3, 6)).square().sum().backward()
@@ -149,7 +149,7 @@ def test_a_bare_loop_cut_in_any_phase_goes_on_bit_identically(shape, tmp_path):
         torch.manual_seed(5)
         losses = []
         for step in range(rw.load_checkpoint(resume, model, optimizer) if resume else 0, TOTAL):
-            losses += tiny.train(model, optimizer, 1, start=step)
+            losses += models.train(model, optimizer, 1, start=step)
             if not resume:
                 rw.save_checkpoint(tmp_path / str(step + 1), model, optimizer)
         return losses, model
@@ -167,7 +167,7 @@ def in_a_trainer(kind, method, folder, seed=1, resume=None, **more):
         save_steps=1, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
         **{"max_steps": TOTAL, **more},
     )  # fmt: skip
-    given = {"model": model, "args": args, "train_dataset": tiny.rows(), "data_collator": default_data_collator}
+    given = {"model": model, "args": args, "train_dataset": models.rows(), "data_collator": default_data_collator}
     if kind == "rank":
         trainer = rw.RankTrainer(method=method, **given)
     else:
@@ -202,14 +202,14 @@ def test_gradient_accumulation_counts_optimizer_steps(tmp_path):
 def test_folding_gives_plain_lora_with_the_same_logits_and_leaves_the_model_alone(steps, shape):
     method = made()
     model = trained(method, shape, steps)
-    before, state, stream = tiny.logits(model), copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    before, state, stream = models.logits(model), copy.deepcopy(model.state_dict()), torch.get_rng_state()
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     folded = method.fold(model)
     assert isinstance(folded, PeftModel) and peft_config(folded).peft_type == "LORA"
     assert folded.training == model.training
-    assert torch.allclose(tiny.logits(folded), before, atol=1e-5)
+    assert torch.allclose(models.logits(folded), before, atol=1e-5)
     assert torch.equal(stream, torch.get_rng_state())
-    assert torch.equal(tiny.logits(model), before)
+    assert torch.equal(models.logits(model), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
     for name, rank in live(model).items():
@@ -233,10 +233,10 @@ def test_what_is_folded_trains_on_as_lora_and_the_other_is_not_touched():
     model = trained(made())
     state = copy.deepcopy(model.state_dict())
     folded = made().fold(model)
-    before = tiny.logits(folded)
+    before = models.logits(folded)
     method = rw.LoRA(rank=2)
-    tiny.train(folded, rw.SimplexAdam(method, folded, lr=1e-2), 2)
-    assert not torch.equal(tiny.logits(folded), before)
+    models.train(folded, rw.SimplexAdam(method, folded, lr=1e-2), 2)
+    assert not torch.equal(models.logits(folded), before)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -250,37 +250,37 @@ def test_stock_peft_without_rankwise_loads_what_was_folded(shape, tmp_path):
     assert ranks(folded)[names[0]] == 0
     rw.save(folded, tmp_path / "adapter")
     assert not any(names[0] in key for key in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
-    stock.agrees(tiny.model(shape), tiny.batch(), {tmp_path / "adapter": tiny.logits(model)}, tmp_path)
+    stock_peft.agrees(models.model(shape), models.batch(), {tmp_path / "adapter": models.logits(model)}, tmp_path)
 
 
 def test_on_parts_of_a_fused_projection_it_allocates_folds_and_is_saved(tmp_path):
     method = made(targets=["c_attn.q", "c_attn.v"])
-    assert torch.equal(tiny.logits(attached(method, "gpt2")), tiny.logits(tiny.model("gpt2")))
+    assert torch.equal(models.logits(attached(method, "gpt2")), models.logits(models.model("gpt2")))
     model = trained(method, "gpt2")
     assert sum(live(model).values()) == 2 * len(live(model)) == 8
     folded = method.fold(model)
-    assert torch.allclose(tiny.logits(folded), tiny.logits(model), atol=1e-5)
+    assert torch.allclose(models.logits(folded), models.logits(model), atol=1e-5)
     rw.save(folded, tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(tiny.model("gpt2"), str(tmp_path / "adapter")).eval()
-    assert torch.allclose(tiny.logits(loaded), tiny.logits(model), atol=1e-5)
+    loaded = PeftModel.from_pretrained(models.model("gpt2"), str(tmp_path / "adapter")).eval()
+    assert torch.allclose(models.logits(loaded), models.logits(model), atol=1e-5)
 
 
 @every_shape
 def test_saved_without_folding_it_loads_to_the_same_logits(shape, tmp_path):
     model = trained(made(), shape, 6)
-    before = tiny.logits(model)
+    before = models.logits(model)
     rw.save(model, tmp_path / "adapter")
-    assert torch.equal(tiny.logits(model), before)
-    loaded = rw.load(tiny.model(shape), tmp_path / "adapter")
+    assert torch.equal(models.logits(model), before)
+    loaded = rw.load(models.model(shape), tmp_path / "adapter")
     assert peft_config(loaded).peft_type == "LORA"
-    assert torch.allclose(tiny.logits(loaded), before, atol=1e-5)
+    assert torch.allclose(models.logits(loaded), before, atol=1e-5)
 
 
 def test_a_model_whose_units_are_all_0_keeps_one():
     model = attached(made())
     folded = made().fold(model)
     assert sorted(ranks(folded).values())[-2:] == [0, 1]
-    assert torch.equal(tiny.logits(folded), tiny.logits(tiny.model()))
+    assert torch.equal(models.logits(folded), models.logits(models.model()))
 
 
 def test_a_folded_model_can_be_resized_and_resumed(tmp_path):
@@ -288,7 +288,7 @@ def test_a_folded_model_can_be_resized_and_resumed(tmp_path):
     rw.resize(model, dict.fromkeys(ranks(model), 1))
     again = made().fold(trained(made()))
     again.load_state_dict(model.state_dict())
-    assert ranks(again) == ranks(model) and torch.equal(tiny.logits(again), tiny.logits(model))
+    assert ranks(again) == ranks(model) and torch.equal(models.logits(again), models.logits(model))
 
 
 # --- counts, options -------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def test_a_folded_model_can_be_resized_and_resumed(tmp_path):
 def test_the_budget_is_what_uniform_ranks_cost_and_final_is_never_exceeded(shape):
     method = made()
     model = attached(method, shape)
-    uniform = rw.LoRA(rank=2).attach(tiny.model(shape), head=tiny.head(shape))
+    uniform = rw.LoRA(rank=2).attach(models.model(shape), head=models.head(shape))
     assert method.budget(model) == rw.rank_report(uniform).total
     final, least = method.final(model), method.budget(model)
     folded = method.fold(trained(method, shape))
@@ -351,10 +351,10 @@ def test_what_does_not_fit_model_or_run_gets_one_clear_line(tmp_path):
     epochs = TrainingArguments(str(tmp_path), num_train_epochs=3, report_to=[])
     short = TrainingArguments(str(tmp_path), max_steps=5, report_to=[])
     for act, message in (
-        (lambda: made(init_rank=64).attach(tiny.model()), "init_rank 64 is too large"),
+        (lambda: made(init_rank=64).attach(models.model()), "init_rank 64 is too large"),
         (lambda: made().attach(attached(made())), "already has an adapter"),
-        (lambda: made(targets=["querry"]).attach(tiny.model()), "query"),
-        (lambda: made().attach(tiny.model(), head=["klassifier"]), "classifier"),
+        (lambda: made(targets=["querry"]).attach(models.model()), "query"),
+        (lambda: made().attach(models.model(), head=["klassifier"]), "classifier"),
         (lambda: rw.SimplexAdam(method, model), "set total"),
         (lambda: method.optimizer(model, epochs), "max_steps"),
         (lambda: method.optimizer(model, short), "leave none of 5 steps"),
@@ -366,9 +366,9 @@ def test_what_does_not_fit_model_or_run_gets_one_clear_line(tmp_path):
 
 def test_on_the_meta_device_it_can_be_counted():
     with torch.device("meta"):
-        model = made().attach(tiny.model("llama"), head=["score"])
+        model = made().attach(models.model("llama"), head=["score"])
     layers = triplets(model).values()
-    expected = sum(4 * (layer.in_features + layer.out_features + 1) for layer in layers) + 16 * tiny.LABELS
+    expected = sum(4 * (layer.in_features + layer.out_features + 1) for layer in layers) + 16 * models.LABELS
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
     assert made().final(model) is not None
 
@@ -384,8 +384,8 @@ def test_a_checkpoint_in_mid_search_is_not_cut_by_peft(tmp_path):
 
 
 def test_the_term_of_each_step_walks_no_modules(monkeypatch):
-    model = made().attach(tiny.model(), head=["classifier"])
-    model(**tiny.batch()).loss.backward()
+    model = made().attach(models.model(), head=["classifier"])
+    model(**models.batch()).loss.backward()
 
     def walk(*_, **__):
         raise AssertionError("a walk over all modules")

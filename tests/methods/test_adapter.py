@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import gelu, layer_norm, linear, relu
 
+import models
 import rankwise as rw
-import tiny
-from every import goes_on_bit_identically
+from methods import goes_on_bit_identically
 from rankwise.methods import build
 from rankwise.methods.adapter import Bottleneck
 from rankwise.nets.blocks import outputs
 
-SHAPES = (*tiny.SHAPES, "roberta")
+SHAPES = (*models.SHAPES, "roberta")
 MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
 LARGE = {"n_embd": 1280, "n_layer": 36, "n_head": 20}
 GPT3 = {"n_embd": 12288, "n_layer": 96, "n_head": 96, "n_positions": 2048}
@@ -25,10 +25,10 @@ both = pytest.mark.parametrize("name", ["adapter-h", "adapter-l"])
 
 def base(shape="bert"):
     if shape != "roberta":
-        return tiny.model(shape)
+        return models.model(shape)
     config = transformers.RobertaConfig(
-        vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        num_labels=tiny.LABELS, pad_token_id=0, max_position_embeddings=32,
+        vocab_size=models.VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        num_labels=models.LABELS, pad_token_id=0, max_position_embeddings=32,
     )  # fmt: skip
     torch.manual_seed(0)
     return transformers.RobertaForSequenceClassification(config).eval()
@@ -40,12 +40,12 @@ def method(name):
 
 def attached(name, shape="bert"):
     torch.manual_seed(1)
-    return method(name).attach(base(shape), head=tiny.head(shape))
+    return method(name).attach(base(shape), head=models.head(shape))
 
 
 def trained(name, shape="bert", steps=3):
     model = attached(name, shape)
-    tiny.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), steps)
+    models.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), steps)
     return model
 
 
@@ -101,8 +101,8 @@ def test_a_bottleneck_starts_as_the_identity_and_has_the_parameters_that_the_for
 @both
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_outputs_are_the_base_models_bit_for_bit_at_the_start_and_not_later(name, shape):
-    assert torch.equal(tiny.logits(attached(name, shape)), tiny.logits(base(shape)))
-    assert not torch.equal(tiny.logits(draw(attached(name, shape))), tiny.logits(base(shape)))
+    assert torch.equal(models.logits(attached(name, shape)), models.logits(base(shape)))
+    assert not torch.equal(models.logits(draw(attached(name, shape))), models.logits(base(shape)))
 
 
 @both
@@ -117,7 +117,7 @@ def test_one_adapter_stands_behind_each_projection_and_it_alone_trains_beside_th
     assert {n.removesuffix(".adapter") for n in bottlenecks(model)} == expected
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     added = {n for n, _ in model.named_parameters()} - {n for n, _ in plain.named_parameters()}
-    head = {n for n, _ in plain.named_parameters() if any(n.startswith(f"{part}.") for part in tiny.head(shape))}
+    head = {n for n, _ in plain.named_parameters() if any(n.startswith(f"{part}.") for part in models.head(shape))}
     assert trains == added | head and added and head
     assert plain.state_dict().keys() <= model.state_dict().keys()  # the base keeps its names
 
@@ -152,7 +152,7 @@ def test_adapters_of_lin_have_a_norm_and_stand_behind_the_feed_forward_part():
 def test_training_reaches_every_new_parameter_and_nothing_of_the_base(name, shape):
     model = attached(name, shape)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    tiny.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 3)
+    models.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 3)
     for n, p in model.named_parameters():
         assert torch.equal(p, before[n]) != p.requires_grad, n
 
@@ -161,9 +161,9 @@ def test_training_reaches_every_new_parameter_and_nothing_of_the_base(name, shap
 @pytest.mark.parametrize("shape", SHAPES)
 def test_saved_and_loaded_again_gives_the_same_logits(name, shape, tmp_path):
     model = trained(name, shape)
-    rw.save(model, tmp_path / "adapter", method(name), head=tiny.head(shape))
+    rw.save(model, tmp_path / "adapter", method(name), head=models.head(shape))
     again = rw.load(base(shape), tmp_path / "adapter")
-    assert torch.equal(tiny.logits(again), tiny.logits(model))
+    assert torch.equal(models.logits(again), models.logits(model))
 
 
 @both
@@ -185,9 +185,9 @@ def test_activation_checkpointing_gives_the_same_gradients(name, shape, reentran
         model = draw(attached(name, shape)).train()
         if checkpointing:
             model.config.use_cache = False
-            tiny.recompute(model, {"use_reentrant": reentrant})
+            models.recompute(model, {"use_reentrant": reentrant})
         torch.manual_seed(3)
-        model(**tiny.batch()).loss.backward()
+        model(**models.batch()).loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
     plain, checkpointed = gradients(False), gradients(True)
@@ -200,7 +200,7 @@ def test_activation_checkpointing_gives_the_same_gradients(name, shape, reentran
 def test_bf16_autocast_trains(name, shape):
     model = attached(name, shape)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = tiny.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 8)
+        losses = models.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 8)
     assert torch.isfinite(torch.tensor(losses)).all()
     assert all(part.up.weight.dtype == torch.float32 and part.up.weight.any() for part in bottlenecks(model).values())
 
@@ -209,19 +209,19 @@ def test_bf16_autocast_trains(name, shape):
 def test_adapters_on_a_bf16_model_are_fp32_and_leave_its_type_alone(name):
     model = method(name).attach(base("llama").bfloat16(), head=["score"])
     assert {p.dtype for part in bottlenecks(model).values() for p in part.parameters()} == {torch.float32}
-    assert torch.equal(tiny.logits(model), tiny.logits(base("llama").bfloat16()))
-    assert tiny.logits(draw(model)).dtype == torch.bfloat16
+    assert torch.equal(models.logits(model), models.logits(base("llama").bfloat16()))
+    assert models.logits(draw(model)).dtype == torch.bfloat16
 
 
 @both
 def test_a_deep_copy_has_adapters_of_its_own(name):
     model = draw(attached(name))
-    twin, before = copy.deepcopy(model), tiny.logits(model)
+    twin, before = copy.deepcopy(model), models.logits(model)
     with torch.no_grad():
         for part in bottlenecks(model).values():
             part.up.bias.add_(1)
-    assert torch.equal(tiny.logits(twin), before)
-    assert not torch.equal(tiny.logits(model), before)
+    assert torch.equal(models.logits(twin), before)
+    assert not torch.equal(models.logits(model), before)
 
 
 @both
@@ -229,8 +229,8 @@ def test_a_deep_copy_has_adapters_of_its_own(name):
 def test_a_compiled_model_runs_its_adapters(name, shape):
     model = draw(attached(name, shape))
     compiled = torch.compile(model, backend="aot_eager")
-    assert torch.allclose(tiny.logits(compiled), tiny.logits(model), atol=1e-5)
-    assert not torch.allclose(tiny.logits(compiled), tiny.logits(base(shape)), atol=1e-3)
+    assert torch.allclose(models.logits(compiled), models.logits(model), atol=1e-5)
+    assert not torch.allclose(models.logits(compiled), models.logits(base(shape)), atol=1e-3)
 
 
 def language_model(shape):
@@ -247,13 +247,13 @@ def language_model(shape):
     }[shape]
     torch.manual_seed(0)
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    return kind(kind.config_class(vocab_size=tiny.VOCABULARY, **ends, **config)).eval()
+    return kind(kind.config_class(vocab_size=models.VOCABULARY, **ends, **config)).eval()
 
 
 @both
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "t5"])
 def test_generating_with_a_cache_writes_what_it_writes_without(name, shape):
-    inputs = {k: v for k, v in tiny.batch(4).items() if k != "labels"}
+    inputs = {k: v for k, v in models.batch(4).items() if k != "labels"}
     plain = language_model(shape).generate(**inputs, max_new_tokens=6, do_sample=False)
     model = method(name).attach(language_model(shape))
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), plain)

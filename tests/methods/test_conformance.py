@@ -9,10 +9,10 @@ import re
 import pytest
 from peft import PeftModel
 
+import models
 import rankwise as rw
-import stock
-import tiny
-from every import TRAINS, attached, every_method, every_shape, method
+import stock_peft
+from methods import TRAINS, attached, every_method, every_shape, method
 from rankwise.conformance import CHECKS, Case, plugin
 from rankwise.methods import Method
 
@@ -70,15 +70,15 @@ def test_stock_peft_loads_every_method_that_is_an_adapter(shape, tmp_path):
     expected = {}
     for name in TRAINS:
         model = attached(name, shape)
-        tiny.train(model, optimizer(name, model), 3)
-        expected[tmp_path / name] = tiny.logits(model)
+        models.train(model, optimizer(name, model), 3)
+        expected[tmp_path / name] = models.logits(model)
         model = method(name).fold(model)
         if isinstance(model, PeftModel):
             rw.save(model, tmp_path / name)
         else:
             del expected[tmp_path / name]
     assert len(expected) >= 10
-    stock.agrees(tiny.model(shape), tiny.batch(), expected, tmp_path)
+    stock_peft.agrees(models.model(shape), models.batch(), expected, tmp_path)
 
 
 PLUGIN = """

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments, default_data_collator
 from transformers.pytorch_utils import Conv1D
 
+import models
 import rankwise as rw
-import stock
-import tiny
-from every import method
+import stock_peft
+from methods import method
 from rankwise.nets.fused import Fused, Part
 from rankwise.ranks import RankPlan, ranks, sites
 from rankwise.ranks.sites import omega
@@ -29,12 +29,12 @@ SITES = [f"{whole}.{part}" for whole in WHOLES for part in "qv"]
 
 
 def classifier(seed=0):
-    return tiny.model("gpt2", seed)
+    return models.model("gpt2", seed)
 
 
 def language_model(seed=0):
     config = transformers.GPT2Config(
-        vocab_size=tiny.VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1,
+        vocab_size=models.VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1,
         pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(seed)
@@ -43,7 +43,7 @@ def language_model(seed=0):
 
 def attached(name="lora", base=classifier, **options):
     torch.manual_seed(1)
-    head = tiny.head("gpt2") if base is classifier else []
+    head = models.head("gpt2") if base is classifier else []
     return method(name, **{"targets": QV, **options}).attach(base(), head=head)
 
 
@@ -57,7 +57,7 @@ def filled(model, std=0.2):
 
 
 def inputs():
-    return {name: value for name, value in tiny.batch().items() if name != "labels"}
+    return {name: value for name, value in models.batch().items() if name != "labels"}
 
 
 @torch.no_grad()
@@ -155,7 +155,7 @@ def test_whole_modules_stay_whole(targets):
         (classifier, ["c_attn", "c_attn.q"], r"h\.0\.attn\.c_attn\.q and also the whole"),
         (classifier, ["c_attn.v", "h.1.attn.c_attn"], r"h\.1\.attn\.c_attn\.v and also the whole"),
         (classifier, "all-linear+c_attn.q", r"h\.0\.attn\.c_attn\.q and also the whole"),
-        (lambda: tiny.model("bert"), ["c_attn.q"], "match: all-linear, dense, key, query, value$"),
+        (lambda: models.model("bert"), ["c_attn.q"], "match: all-linear, dense, key, query, value$"),
     ],
 )
 def test_targets_that_cannot_be_get_one_clear_line_and_change_nothing(base, targets, message):
@@ -191,8 +191,8 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
                 module.p = 0.0
         if checkpointing:
             model.enable_input_require_grads()
-            tiny.recompute(model.get_base_model(), {"use_reentrant": reentrant})
-        return tiny.train(model, rw.SimplexAdam(method("lora"), model, lr=1e-2), 4)
+            models.recompute(model.get_base_model(), {"use_reentrant": reentrant})
+        return models.train(model, rw.SimplexAdam(method("lora"), model, lr=1e-2), 4)
 
     assert losses(True) == pytest.approx(losses(False), abs=1e-6)
 
@@ -211,7 +211,7 @@ def test_compiled_and_generating_it_says_the_same():
 def test_bf16_autocast_trains():
     model = attached("simplex-lora")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = tiny.train(model, rw.SimplexAdam(method("simplex-lora"), model, lr=1e-2), 5)
+        losses = models.train(model, rw.SimplexAdam(method("simplex-lora"), model, lr=1e-2), 5)
     assert torch.isfinite(torch.tensor(losses)).all()
 
 
@@ -257,7 +257,7 @@ def bare(steps, cut, folder, resume):
     start = rw.load_checkpoint(folder, model, optimizer) if resume else 0
     losses = []
     for step in range(start, steps):
-        losses += tiny.train(model, optimizer, 1, start=step)
+        losses += models.train(model, optimizer, 1, start=step)
         if step + 1 == cut and not resume:
             rw.resize(model, {SITES[0]: 0, SITES[1]: 3}, optimizer)
             rw.save_checkpoint(folder, model, optimizer)
@@ -281,7 +281,7 @@ def test_the_trainer_resumes_bit_identically(tmp_path):
             save_steps=1, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = rw.RankTrainer(
-            method=method("simplex-lora"), model=model, args=args, train_dataset=tiny.rows(),
+            method=method("simplex-lora"), model=model, args=args, train_dataset=models.rows(),
             data_collator=default_data_collator,
         )  # fmt: skip
         trainer.train(resume_from_checkpoint=resume)
@@ -369,7 +369,7 @@ def trained(name, base=classifier):
     optimizer = rw.SimplexAdam(chosen, model, lr=0.1)
     model.train()
     for step in range(4):
-        batch = tiny.batch(seed=step)
+        batch = models.batch(seed=step)
         labels = batch["labels"] if base is classifier else batch["input_ids"]
         model(**{**batch, "labels": labels}).loss.backward()
         optimizer.step()
@@ -385,17 +385,17 @@ def test_stock_peft_in_a_fresh_process_gives_the_same_logits(base, tmp_path):
         wanted[tmp_path / name] = logits(model)
         assert not torch.allclose(wanted[tmp_path / name], logits(base()), atol=1e-4)
         rw.save(model, tmp_path / name)
-    stock.agrees(base(), inputs(), wanted, tmp_path)
+    stock_peft.agrees(base(), inputs(), wanted, tmp_path)
 
 
 def test_a_search_moves_rank_between_q_and_v_and_is_exported_at_every_moment():
     chosen = method("simplex-lora", targets=QV, every=2, times=2, rank=3, omega_rate=50.0)
     torch.manual_seed(1)
-    model = chosen.attach(classifier(), head=tiny.head("gpt2"))
+    model = chosen.attach(classifier(), head=models.head("gpt2"))
     optimizer = rw.SimplexAdam(chosen, model, lr=1e-2)
     seen = []
     for step in range(6):
-        tiny.train(model, optimizer, 1, start=step)
+        models.train(model, optimizer, 1, start=step)
         seen.append((omega(model) is not None, tuple(ranks(model).values())))
         assert torch.allclose(logits(exported(model)), logits(model), atol=1e-5)
         assert sum(seen[-1][1]) <= 3 * 4

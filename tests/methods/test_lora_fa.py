@@ -16,13 +16,13 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.methods import build
 from rankwise.optim.projected_adam import ProjectedAdam
 from rankwise.ranks import sites
 
-every_shape = pytest.mark.parametrize("shape", tiny.SHAPES)
+every_shape = pytest.mark.parametrize("shape", models.SHAPES)
 
 
 def made(name="lora-fa", **more):
@@ -31,7 +31,7 @@ def made(name="lora-fa", **more):
 
 def attached(method, shape="bert", seed=1):
     torch.manual_seed(seed)
-    return method.attach(tiny.model(shape), head=tiny.head(shape))
+    return method.attach(models.model(shape), head=models.head(shape))
 
 
 def stepper(method, model, **more):
@@ -51,7 +51,7 @@ def test_A_stays_frozen_when_the_adapter_is_switched(switch):
         model.set_adapter("default")
     else:
         with model.disable_adapter():
-            tiny.logits(model)
+            models.logits(model)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trains
     assert not any(site.A.requires_grad for site in sites(copy.deepcopy(model)))
 
@@ -62,7 +62,7 @@ def test_A_stays_bit_for_bit_and_every_B_trains(projected, shape):
     method = made(projected=projected)
     model = attached(method, shape)
     before = [(site.A.detach().clone(), site.B.detach().clone()) for site in sites(model)]
-    tiny.train(model, stepper(method, model, weight_decay=0.1), 10)
+    models.train(model, stepper(method, model, weight_decay=0.1), 10)
     for site, (A, _) in zip(sites(model), before, strict=True):
         assert torch.equal(site.A, A) and not site.A.requires_grad and site.A.grad is None
     assert sum(not torch.equal(site.B, B) for site, (_, B) in zip(sites(model), before, strict=True)) > len(before) / 2
@@ -159,7 +159,7 @@ def test_a_whole_model_keeps_less_than_with_lora(shape):
         model = attached(made(name), shape).train()
         kept = Kept(model)
         with kept:
-            model(**tiny.batch())
+            model(**models.batch())
         return kept.bytes
 
     assert kept("lora-fa") < kept("lora")
@@ -174,9 +174,9 @@ def test_projected_takes_the_very_steps_of_peft(shape):
     method = made(projected=True, init="normal")
     ours, theirs = attached(method, shape), attached(method, shape)
     torch.manual_seed(2)
-    a = tiny.train(ours, ProjectedAdam(method, ours, lr=1e-2, eps=1e-6), 5)
+    a = models.train(ours, ProjectedAdam(method, ours, lr=1e-2, eps=1e-6), 5)
     torch.manual_seed(2)
-    b = tiny.train(theirs, create_lorafa_optimizer(theirs, r=2, lora_alpha=4, lr=1e-2), 5)
+    b = models.train(theirs, create_lorafa_optimizer(theirs, r=2, lora_alpha=4, lr=1e-2), 5)
     assert a == b
     a, b = ours.state_dict(), theirs.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
@@ -186,7 +186,7 @@ def test_the_first_step_goes_along_the_projected_gradient():
     """With β1 = 0 and a large ε the step is -lr g / ε, so g can be read off: s⁻² ∂L/∂B (A Aᵀ)⁻¹, in bfloat16."""
     method = made(projected=True)
     model = attached(method)
-    model(**tiny.batch()).loss.backward()
+    model(**models.batch()).loss.backward()
     optimizer = ProjectedAdam(method, model, lr=1e4, betas=(0.0, 0.0), eps=1e4)
     expected = [s.B.grad @ torch.linalg.inv(s.A @ s.A.T) / s.scaling**2 for s in sites(model)]
     optimizer.step()
@@ -205,7 +205,7 @@ def test_projected_decays_weights_but_no_biases():
 
 def test_a_layer_that_had_no_part_in_the_loss_is_left_alone():
     method = made(projected=True)
-    model = method.attach(tiny.Half(4))
+    model = method.attach(models.Half(4))
     optimizer = stepper(method, model)
     for _ in range(2):
         model(torch.randn(3, 4)).sum().backward()
@@ -221,7 +221,7 @@ def test_a_closure_is_called_with_gradients_on():
     optimizer = stepper(method, model)
 
     def closure():
-        loss = model(**tiny.batch()).loss
+        loss = model(**models.batch()).loss
         loss.backward()
         return loss
 
@@ -235,7 +235,7 @@ def test_what_projected_cannot_do_gets_one_clear_line():
     method = made(projected=True)
     model = attached(method)
     with pytest.raises(rw.InputError, match="ProjectedAdam"):  # else it would train without the projection
-        tiny.train(model, rw.SimplexAdam(method, model), 1)
+        models.train(model, rw.SimplexAdam(method, model), 1)
 
 
 def test_a_rank_change_is_refused_and_not_half_followed():
@@ -243,10 +243,10 @@ def test_a_rank_change_is_refused_and_not_half_followed():
     for plan in ({"rank": 1}, {"rank": 0}):
         model = attached(method)
         optimizer = stepper(method, model)
-        tiny.train(model, optimizer, 1)
+        models.train(model, optimizer, 1)
         rw.resize(model, {sites(model)[1].name: plan["rank"]})
         with pytest.raises(RuntimeError, match="ranks have changed"):
-            tiny.train(model, optimizer, 1)
+            models.train(model, optimizer, 1)
 
 
 def test_a_state_of_another_optimizer_or_of_other_ranks_is_refused():
@@ -284,7 +284,7 @@ def test_a_bare_loop_cut_anywhere_goes_on_bit_identically(cut, projected, shape,
         torch.manual_seed(5)
         losses = []
         for step in range(rw.load_checkpoint(resume, model, optimizer, schedule) if resume else 0, 5):
-            losses += tiny.train(model, optimizer, 1, start=step)
+            losses += models.train(model, optimizer, 1, start=step)
             schedule.step()
             if step + 1 == cut and not resume:
                 rw.save_checkpoint(tmp_path / "checkpoint", model, optimizer, schedule)
@@ -302,7 +302,7 @@ def trained(kind, method, folder, seed, resume=None):
         weight_decay=0.1, save_strategy="steps", save_steps=1, logging_steps=1, report_to=[], disable_tqdm=True,
         use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    given = {"model": model, "args": args, "train_dataset": tiny.rows(), "data_collator": default_data_collator}
+    given = {"model": model, "args": args, "train_dataset": models.rows(), "data_collator": default_data_collator}
     if kind == "rank":
         trainer = rw.RankTrainer(method=method, **given)
     else:
@@ -339,7 +339,7 @@ def test_the_callback_still_refuses_an_optimizer_that_is_not_the_methods(tmp_pat
         trainer = Trainer(
             model,
             args,
-            train_dataset=tiny.rows(),
+            train_dataset=models.rows(),
             callbacks=[rw.RankCallback(method)],
             data_collator=default_data_collator,
             optimizers=(wrong, None),

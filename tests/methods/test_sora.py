@@ -7,15 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.ranks import ranks, sites
 from rankwise.ranks.fold import fold
 
 
 def attached(method, shape="bert"):
     torch.manual_seed(1)
-    return method.attach(tiny.model(shape), head=tiny.head(shape))
+    return method.attach(models.model(shape), head=models.head(shape))
 
 
 def gates(model):
@@ -31,16 +31,16 @@ def with_products(model):
     return model
 
 
-@pytest.mark.parametrize("shape", tiny.SHAPES)
+@pytest.mark.parametrize("shape", models.SHAPES)
 def test_with_gates_held_at_1_and_no_threshold_it_is_lora_step_by_step(shape):
     lora, sora = rw.LoRA(rank=3), rw.SoRA(rank=3, sparsity=0.0, gates="ones")
     a, b = attached(lora, shape), attached(sora, shape)
     for site in sites(b):
         site.gates.requires_grad_(False)
     torch.manual_seed(5)
-    plain = tiny.train(a, rw.SimplexAdam(lora, a, lr=1e-2, weight_decay=0.1), 5)
+    plain = models.train(a, rw.SimplexAdam(lora, a, lr=1e-2, weight_decay=0.1), 5)
     torch.manual_seed(5)
-    assert tiny.train(b, rw.SimplexAdam(sora, b, lr=1e-2, weight_decay=0.1), 5) == plain
+    assert models.train(b, rw.SimplexAdam(sora, b, lr=1e-2, weight_decay=0.1), 5) == plain
     for x, y in zip(sites(a), sites(sora.fold(b)), strict=True):
         assert torch.equal(x.A, y.A) and torch.equal(x.B, y.B)
 
@@ -49,7 +49,7 @@ def test_a_rate_of_0_leaves_gates_and_everything_else_where_they_are():
     method = rw.SoRA(rank=3, sparsity=1e6, gates="normal", gate_rate=0.0)
     model = with_products(attached(method))
     before = copy.deepcopy(model.state_dict())
-    tiny.train(model, rw.SimplexAdam(method, model, lr=0.0), 2)
+    models.train(model, rw.SimplexAdam(method, model, lr=0.0), 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -59,7 +59,7 @@ def test_a_step_is_the_soft_threshold_of_the_gradient_step_at_rate_times_lambda(
     method = rw.SoRA(rank=3, sparsity=sparsity, gates="normal", gate_rate=rate)
     model = with_products(attached(method)).eval()
     before = gates(model)
-    model(**tiny.batch()).loss.backward()
+    model(**models.batch()).loss.backward()
     slopes = {site.name: site.gates.grad.clone() for site in sites(model)}
     rw.SimplexAdam(method, model, lr=1e-3, weight_decay=0.1).step()
     for name, g in before.items():
@@ -75,7 +75,7 @@ def test_the_threshold_follows_the_schedule():
     optimizer = rw.SimplexAdam(method, model, lr=1e-9)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1.0, 0.5, 0.0)[min(step, 2)])
     for expected in (0.9, 0.85, 0.85):
-        tiny.train(model, optimizer, 1)
+        models.train(model, optimizer, 1)
         schedule.step()
         assert all(torch.allclose(g, torch.full_like(g, expected), atol=1e-6) for g in gates(model).values())
 
@@ -92,8 +92,8 @@ def test_no_step_walks_the_modules_in_search_of_gates(monkeypatch):
     method = rw.SoRA(rank=2)
     model = attached(method)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
-    tiny.train(model, optimizer, 1)
-    model(**tiny.batch()).loss.backward()
+    models.train(model, optimizer, 1)
+    model(**models.batch()).loss.backward()
 
     def walk(*_, **__):
         raise AssertionError("a walk over all modules")
@@ -121,12 +121,12 @@ def test_a_larger_lambda_leaves_fewer_ranks():
     for sparsity in (0.0, 1.0, 4.0, 400.0):
         method = rw.SoRA(rank=4, sparsity=sparsity, gates="normal", gate_rate=0.05)
         model = attached(method)
-        tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), 6)
+        models.train(model, rw.SimplexAdam(method, model, lr=1e-2), 6)
         left.append(sum(ranks(model).values()))
     assert left[0] == 4 * len(sites(model)) > left[1] > left[2] > left[3] == 0
 
 
-@pytest.mark.parametrize("shape", tiny.SHAPES)
+@pytest.mark.parametrize("shape", models.SHAPES)
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_a_fold_cuts_closed_gates_and_changes_no_output(shape, data):
@@ -138,11 +138,11 @@ def test_a_fold_cuts_closed_gates_and_changes_no_output(shape, data):
             values = data.draw(st.lists(st.sampled_from([0.0, 0.0, 0.5, -1.5, 2.0]), min_size=3, max_size=3))
             site.gates.copy_(torch.tensor(values)[:, None])
             live[site.name] = sum(v != 0 for v in values)
-    before = tiny.logits(model)
+    before = models.logits(model)
     assert ranks(model) == live
     assert rw.rank_report(model).total == sum(live[s.name] * s.cost for s in sites(model))
     folded = method.fold(model)
-    assert torch.allclose(tiny.logits(folded), before, atol=1e-5)
+    assert torch.allclose(models.logits(folded), before, atol=1e-5)
     if any(live.values()):
         assert ranks(folded) == live and all(s.A.shape[0] == live[s.name] for s in sites(folded) if s.present)
     else:
@@ -156,16 +156,16 @@ def test_when_all_gates_are_closed_what_is_saved_is_the_base(tmp_path):
         for site in sites(model):
             site.gates.zero_()
     rw.save(model, tmp_path / "adapter")
-    again = rw.load(tiny.model(), tmp_path / "adapter")
-    assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-6)
-    assert torch.allclose(tiny.logits(again), tiny.logits(tiny.model()), atol=1e-6)
+    again = rw.load(models.model(), tmp_path / "adapter")
+    assert torch.allclose(models.logits(again), models.logits(model), atol=1e-6)
+    assert torch.allclose(models.logits(again), models.logits(models.model()), atol=1e-6)
 
 
 def test_the_moments_follow_a_fold():
     method = rw.SoRA(rank=3, sparsity=0.0, gates="normal")
     model = attached(method)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
-    tiny.train(model, optimizer, 3)
+    models.train(model, optimizer, 3)
     first = sites(model)[0]
     with torch.no_grad():
         first.gates[1] = 0.0
@@ -176,20 +176,20 @@ def test_the_moments_follow_a_fold():
     assert torch.allclose(optimizer.state[first.B]["exp_avg"], old[:, [0, 2]] / g)
     assert torch.equal(optimizer.state[first.A]["exp_avg"], kept)
     assert not next(group for group in optimizer.param_groups if group["name"] == "gates")["params"]
-    tiny.train(model, optimizer, 2, start=3)
+    models.train(model, optimizer, 2, start=3)
 
 
 def test_a_state_brings_its_gates_or_takes_them_away():
     method = rw.SoRA(rank=3, sparsity=2.0, gate_rate=0.1, gates="normal")
     gated = with_products(attached(method))
-    tiny.train(gated, rw.SimplexAdam(method, gated, lr=1e-2), 2)
-    state, before = copy.deepcopy(gated.state_dict()), tiny.logits(gated)
+    models.train(gated, rw.SimplexAdam(method, gated, lr=1e-2), 2)
+    state, before = copy.deepcopy(gated.state_dict()), models.logits(gated)
     folded = method.fold(gated)
     other = attached(method)
     other.load_state_dict(folded.state_dict())
-    assert ranks(other) == ranks(folded) and torch.equal(tiny.logits(other), tiny.logits(folded))
+    assert ranks(other) == ranks(folded) and torch.equal(models.logits(other), models.logits(folded))
     other.load_state_dict(state)
-    assert torch.equal(tiny.logits(other), before) and all(site.gates is not None for site in sites(other))
+    assert torch.equal(models.logits(other), before) and all(site.gates is not None for site in sites(other))
 
 
 def test_ranks_cannot_be_set_by_hand_while_gates_are_on():

@@ -6,16 +6,16 @@ from peft import LoraConfig, PeftModel
 from transformers import T5Config, T5ForConditionalGeneration, TrainingArguments, default_data_collator
 from transformers.pytorch_utils import Conv1D
 
+import models
 import rankwise as rw
-import stock
-import tiny
+import stock_peft
 from rankwise.methods import build
 from rankwise.ranks import sites
 from rankwise.ranks.kept import start_of
 
 RESIDUAL = ("svd_residual", "pissa")
 INITS = ("kaiming", "normal", "svd", "svd_residual", "svd_authors", "pissa")
-every_shape = pytest.mark.parametrize("shape", tiny.SHAPES)
+every_shape = pytest.mark.parametrize("shape", models.SHAPES)
 PARTS = {"targets": ["c_attn.q", "c_attn.v"], "rank": 2, "alpha": 4.0}  # of GPT-2's fused projection
 every_kind = pytest.mark.parametrize("kind", ["lora", "lora-fa"])
 every_init = pytest.mark.parametrize("init", INITS)
@@ -27,7 +27,7 @@ def made(kind="lora", init="kaiming", **more):
 
 def attached(method, shape="bert", seed=1):
     torch.manual_seed(seed)
-    return method.attach(tiny.model(shape), head=tiny.head(shape))
+    return method.attach(models.model(shape), head=models.head(shape))
 
 
 def stepper(method, model, lr=1e-2, **more):
@@ -36,7 +36,7 @@ def stepper(method, model, lr=1e-2, **more):
 
 def base_weights(shape):
     linear = (torch.nn.Linear, Conv1D)
-    named = tiny.model(shape).named_modules()
+    named = models.model(shape).named_modules()
     return {n: m.weight.T if isinstance(m, linear[1]) else m.weight for n, m in named if isinstance(m, linear)}
 
 
@@ -58,7 +58,7 @@ def test_svd_is_the_best_of_its_rank_beside_an_untouched_W(kind, shape):
 @pytest.mark.parametrize("init", RESIDUAL)
 def test_a_residual_start_keeps_the_function(kind, init, shape):
     model, W = attached(made(kind, init), shape), base_weights(shape)
-    assert torch.allclose(tiny.logits(model), tiny.logits(tiny.model(shape)), atol=1e-5)
+    assert torch.allclose(models.logits(model), models.logits(models.model(shape)), atol=1e-5)
     for site in sites(model):
         product = site.scaling * (site.B @ site.A)
         assert product.norm() > 0.01
@@ -84,7 +84,7 @@ def test_the_authors_start_reads_columns_for_rows(kind, shape):
 @every_shape
 def test_a_method_that_calls_its_start_exact_changes_no_bit(kind, init, shape):
     method = made(kind, init)
-    same = torch.equal(tiny.logits(attached(method, shape)), tiny.logits(tiny.model(shape)))
+    same = torch.equal(models.logits(attached(method, shape)), models.logits(models.model(shape)))
     assert method.exact_start == (init in ("kaiming", "normal"))
     assert same or not method.exact_start
 
@@ -93,7 +93,7 @@ def test_a_method_that_calls_its_start_exact_changes_no_bit(kind, init, shape):
 def test_dora_starts_exactly_and_its_magnitude_is_the_norm_of_W(shape):
     method = build({"name": "dora", "rank": 2})
     model, W = attached(method, shape), base_weights(shape)
-    assert method.exact_start and torch.equal(tiny.logits(model), tiny.logits(tiny.model(shape)))
+    assert method.exact_start and torch.equal(models.logits(model), models.logits(models.model(shape)))
     for site in sites(model):
         magnitude = site.layer.lora_magnitude_vector["default"].weight
         assert magnitude.requires_grad and torch.allclose(magnitude, W[site.name].norm(dim=1), atol=1e-6)
@@ -105,7 +105,7 @@ def test_dora_starts_exactly_and_its_magnitude_is_the_norm_of_W(shape):
 def test_on_the_meta_device_the_counts_are_those_of_lora(kind, init, shape):
     def count(method):
         with torch.device("meta"):
-            model = method.attach(tiny.model(shape), head=tiny.head(shape))
+            model = method.attach(models.model(shape), head=models.head(shape))
         assert all(p.is_meta for p in model.parameters())
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -139,13 +139,13 @@ def test_stock_peft_on_the_untouched_base_gives_the_trained_logits(shape, tmp_pa
     expected = {}
     for name, method in methods.items():
         model = attached(method, shape)
-        tiny.train(model, stepper(method, model), 3)
-        before = tiny.logits(model)
+        models.train(model, stepper(method, model), 3)
+        before = models.logits(model)
         rw.save(model, tmp_path / name)
-        assert torch.equal(tiny.logits(model), before)
-        assert (before - tiny.logits(attached(method, shape))).abs().max() > 1e-3  # it did learn something
+        assert torch.equal(models.logits(model), before)
+        assert (before - models.logits(attached(method, shape))).abs().max() > 1e-3  # it did learn something
         expected[tmp_path / name] = before
-    stock.agrees(tiny.model(shape), tiny.batch(), expected, tmp_path)
+    stock_peft.agrees(models.model(shape), models.batch(), expected, tmp_path)
 
 
 @every_kind
@@ -154,24 +154,24 @@ def test_a_residual_start_is_saved_at_twice_the_rank_and_the_others_at_their_own
     for given, rank in ((init, 4), ("svd", 2)):
         method = made(kind, given)
         rw.save(attached(method), tmp_path / given)
-        assert {site.rank for site in sites(rw.load(tiny.model(), tmp_path / given))} == {rank}
+        assert {site.rank for site in sites(rw.load(models.model(), tmp_path / given))} == {rank}
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-fa", "dora"])
 @every_init
 def test_on_parts_of_a_fused_projection_starts_export_and_resume_too(name, init, tmp_path):
     method = build({"name": name, "init": init, "pull": 0.05, **PARTS})
-    fresh = tiny.logits(tiny.model("gpt2"))
+    fresh = models.logits(models.model("gpt2"))
     if init not in ("svd", "svd_authors"):
-        assert torch.allclose(tiny.logits(attached(method, "gpt2")), fresh, atol=1e-5)
+        assert torch.allclose(models.logits(attached(method, "gpt2")), fresh, atol=1e-5)
     whole, model = in_a_bare_loop(method, "gpt2", 5, seed=1, save=tmp_path / "checkpoint", cut=2)
     rest, again = in_a_bare_loop(method, "gpt2", 5, seed=2, resume=tmp_path / "checkpoint")
     assert rest == whole[2:] and same_state(model, again)
     assert {site.name.rpartition(".")[2] for site in sites(model)} == {"q", "v"}
     rw.save(model, tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(tiny.model("gpt2"), str(tmp_path / "adapter")).eval()
-    assert (tiny.logits(loaded) - fresh).abs().max() > 1e-3
-    assert torch.allclose(tiny.logits(loaded), tiny.logits(model), atol=1e-5)
+    loaded = PeftModel.from_pretrained(models.model("gpt2"), str(tmp_path / "adapter")).eval()
+    assert (models.logits(loaded) - fresh).abs().max() > 1e-3
+    assert torch.allclose(models.logits(loaded), models.logits(model), atol=1e-5)
 
 
 # --- cut and resumed -------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def in_a_bare_loop(method, shape, steps, seed, resume=None, save=None, cut=0):
     begun = rw.load_checkpoint(resume, model, optimizer) if resume else 0
     losses = []
     for step in range(begun, steps):
-        losses += tiny.train(model, optimizer, 1, start=step)
+        losses += models.train(model, optimizer, 1, start=step)
         if step + 1 == cut:
             rw.save_checkpoint(save, model, optimizer)
     return losses, model
@@ -201,7 +201,7 @@ SOME = [("lora", "svd_residual"), ("lora", "pissa"), ("lora-fa", "svd"), ("dora"
 
 @pytest.mark.parametrize(
     ("kind", "init", "shape"),
-    [(*one, "gpt2") for one in RESUMED] + [(*one, shape) for one in SOME for shape in tiny.SHAPES if shape != "gpt2"],
+    [(*one, "gpt2") for one in RESUMED] + [(*one, shape) for one in SOME for shape in models.SHAPES if shape != "gpt2"],
 )
 def test_a_bare_loop_resumes_bit_identically(kind, init, shape, tmp_path):
     """Another seed at the second attach: what was drawn must come from the checkpoint."""
@@ -218,7 +218,7 @@ def in_a_trainer(method, shape, folder, seed, resume=None):
         save_strategy="steps", save_steps=1, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
         dataloader_pin_memory=False,
     )  # fmt: skip
-    data = {"train_dataset": tiny.rows(), "data_collator": default_data_collator}
+    data = {"train_dataset": models.rows(), "data_collator": default_data_collator}
     trainer = rw.RankTrainer(method=method, model=model, args=args, **data)
     trainer.train(resume_from_checkpoint=resume)
     return [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log], model
@@ -243,12 +243,12 @@ def test_a_checkpoint_of_one_start_fits_a_model_with_another(init, shape, tmp_pa
         again = attached(taking, shape, seed=2)
         optimizer = stepper(taking, again)
         assert rw.load_checkpoint(tmp_path / "checkpoint", again, optimizer) == 3
-        assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-5), other
+        assert torch.allclose(models.logits(again), models.logits(model), atol=1e-5), other
         assert (start_of(sites(again)[0]) is None) == (init not in RESIDUAL), other
-        assert not torch.isnan(torch.tensor(tiny.train(again, optimizer, 1, start=3))).any()
+        assert not torch.isnan(torch.tensor(models.train(again, optimizer, 1, start=3))).any()
         rw.save(again, tmp_path / "adapter")
-        loaded = rw.load(tiny.model(shape), tmp_path / "adapter")
-        assert torch.allclose(tiny.logits(loaded), tiny.logits(again), atol=1e-5), other
+        loaded = rw.load(models.model(shape), tmp_path / "adapter")
+        assert torch.allclose(models.logits(loaded), models.logits(again), atol=1e-5), other
 
 
 # --- pull: α_reg ‖B - B0‖²_F -----------------------------------------------------------------------------------------
@@ -260,8 +260,8 @@ def test_the_pull_is_the_gradient_of_its_term(kind, init):
     method = made(kind, init, pull=0.3)
     model = attached(method)
     begun = {site.name: site.B.detach().clone() for site in sites(model)}
-    tiny.train(model, stepper(method, model), 3)
-    model(**tiny.batch()).loss.backward()
+    models.train(model, stepper(method, model), 3)
+    model(**models.batch()).loss.backward()
     for site in sites(model):  # the loss's gradient is set aside, to see the other alone
         site.B.grad.zero_()
     method.before_step(model)
@@ -279,9 +279,9 @@ def test_with_gradient_accumulation_the_pull_counts_once(init):
     model = attached(method)
     begun = {site.name: site.B.detach().clone() for site in sites(model)}
     optimizer = stepper(method, model)
-    tiny.train(model, optimizer, 2)
+    models.train(model, optimizer, 2)
     for seed in range(3):
-        (model(**tiny.batch(seed=seed)).loss / 3).backward()
+        (model(**models.batch(seed=seed)).loss / 3).backward()
     before = {site.name: site.B.grad.clone() for site in sites(model)}
     away = {site.name: site.B.detach() - begun[site.name] for site in sites(model)}
     optimizer.step()
@@ -297,7 +297,7 @@ def test_a_strong_pull_holds_B_at_its_start(init):
         model = attached(method)
         begun = [site.B.detach().clone() for site in sites(model)]
         optimizer = stepper(method, model, lr=1e-3)
-        tiny.train(model, optimizer, 20)
+        models.train(model, optimizer, 20)
         return sum((site.B - B0).square().sum().item() for site, B0 in zip(sites(model), begun, strict=True))
 
     assert away(100.0) < 0.5 * away(0.0)
@@ -330,16 +330,16 @@ def test_what_peft_writes_of_a_residual_start_is_loud_and_of_pissa_right(tmp_pat
     for name, init in (("lora", "svd_residual"), ("lora-fa", "svd_residual"), ("pissa", "pissa")):
         method = build({"name": name, "rank": 2, **({} if name == "pissa" else {"init": init})})
         model = attached(method)
-        tiny.train(model, stepper(method, model), 3)
+        models.train(model, stepper(method, model), 3)
         model.save_pretrained(tmp_path / name / init)
         with pytest.raises(rw.InputError, match="holds the state of a training"):
-            rw.load(tiny.model(), tmp_path / name / init)
+            rw.load(models.model(), tmp_path / name / init)
         if init == "pissa":
-            again = PeftModel.from_pretrained(tiny.model(), tmp_path / name / init)
-            assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-5)
+            again = PeftModel.from_pretrained(models.model(), tmp_path / name / init)
+            assert torch.allclose(models.logits(again), models.logits(model), atol=1e-5)
         else:
             with pytest.raises(ValueError, match="not a finished adapter"):
-                PeftModel.from_pretrained(tiny.model(), tmp_path / name / init)
+                PeftModel.from_pretrained(models.model(), tmp_path / name / init)
 
 
 def test_an_adapter_beside_a_residual_start_is_not_saved_as_one_of_the_pretrained_weights(tmp_path):

@@ -6,13 +6,13 @@ import torch
 import transformers
 from torch import nn
 
+import models
 import rankwise as rw
-import tiny
-from every import goes_on_bit_identically
+from methods import goes_on_bit_identically
 from rankwise.methods import build
 from rankwise.methods.subset import biases
 
-SHAPES = (*tiny.SHAPES, "roberta")
+SHAPES = (*models.SHAPES, "roberta")
 MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
 LARGE = {"n_embd": 1280, "n_layer": 36, "n_head": 20}
 GPT3 = {"n_embd": 12288, "n_layer": 96, "n_head": 96, "n_positions": 2048}
@@ -23,10 +23,10 @@ every_shape = pytest.mark.parametrize("shape", SHAPES)
 
 def base(shape="bert"):
     if shape != "roberta":
-        return tiny.model(shape)
+        return models.model(shape)
     config = transformers.RobertaConfig(
-        vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        num_labels=tiny.LABELS, pad_token_id=0, max_position_embeddings=32,
+        vocab_size=models.VOCABULARY, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        num_labels=models.LABELS, pad_token_id=0, max_position_embeddings=32,
     )  # fmt: skip
     torch.manual_seed(0)
     return transformers.RobertaForSequenceClassification(config).eval()
@@ -37,11 +37,13 @@ def method(name):
 
 
 def attached(name, shape="bert"):
-    return method(name).attach(base(shape), head=tiny.head(shape))
+    return method(name).attach(base(shape), head=models.head(shape))
 
 
 def head(shape):
-    return {n for n, _ in base(shape).named_parameters() if any(n.startswith(f"{part}.") for part in tiny.head(shape))}
+    return {
+        n for n, _ in base(shape).named_parameters() if any(n.startswith(f"{part}.") for part in models.head(shape))
+    }
 
 
 def trains(model):
@@ -116,14 +118,14 @@ def test_bitfit_takes_a_model_that_is_no_transformer():
 def test_new_biases_have_the_type_of_their_weights():
     model = build({"name": "bitfit"}).attach(base("llama").bfloat16(), head=["score"])
     assert {p.dtype for p in biases(model)} == {torch.bfloat16}
-    assert torch.equal(tiny.logits(model), tiny.logits(base("llama").bfloat16()))
+    assert torch.equal(models.logits(model), models.logits(base("llama").bfloat16()))
     assert not model.score.bias
 
 
 @every_name
 @every_shape
 def test_the_outputs_are_the_base_models_bit_for_bit_at_the_start(name, shape):
-    assert torch.equal(tiny.logits(attached(name, shape)), tiny.logits(base(shape)))
+    assert torch.equal(models.logits(attached(name, shape)), models.logits(base(shape)))
 
 
 @every_name
@@ -131,7 +133,7 @@ def test_the_outputs_are_the_base_models_bit_for_bit_at_the_start(name, shape):
 def test_training_moves_what_trains_and_nothing_else(name, shape):
     model = attached(name, shape)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    tiny.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 3)
+    models.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 3)
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     # No softmax hears a key's bias: only rounding may move it.
     deaf = {n for n in trains(model) if n.endswith(("key.bias", "key_proj.bias", "k.bias", "k_proj.bias"))}
@@ -142,10 +144,10 @@ def test_training_moves_what_trains_and_nothing_else(name, shape):
 @every_shape
 def test_saved_and_loaded_again_gives_the_same_logits(name, shape, tmp_path):
     model = attached(name, shape)
-    tiny.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 3)
-    rw.save(model, tmp_path / "adapter", method(name), head=tiny.head(shape))
+    models.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 3)
+    rw.save(model, tmp_path / "adapter", method(name), head=models.head(shape))
     again = rw.load(base(shape), tmp_path / "adapter")
-    assert torch.equal(tiny.logits(again), tiny.logits(model))
+    assert torch.equal(models.logits(again), models.logits(model))
 
 
 @every_name
@@ -166,9 +168,9 @@ def test_activation_checkpointing_gives_the_same_gradients(name, shape):
         model = attached(name, shape).train()
         if checkpointing:
             model.config.use_cache = False
-            tiny.recompute(model)
+            models.recompute(model)
         torch.manual_seed(3)
-        model(**tiny.batch()).loss.backward()
+        model(**models.batch()).loss.backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
     plain, checkpointed = gradients(False), gradients(True)
@@ -182,17 +184,17 @@ def test_activation_checkpointing_gives_the_same_gradients(name, shape):
 def test_bf16_autocast_trains(name, shape):
     model = attached(name, shape)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = tiny.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 4)
+        losses = models.train(model, rw.SimplexAdam(method(name), model, lr=1e-2), 4)
     assert torch.isfinite(torch.tensor(losses)).all()
 
 
 def test_a_deep_copy_has_biases_of_its_own():
     model = attached("bitfit", "llama")
-    twin, before = copy.deepcopy(model), tiny.logits(model)
+    twin, before = copy.deepcopy(model), models.logits(model)
     with torch.no_grad():
         model.model.layers[0].mlp.down_proj.bias.add_(torch.arange(16.0))
-    assert torch.equal(tiny.logits(twin), before)
-    assert not torch.equal(tiny.logits(model), before)
+    assert torch.equal(models.logits(twin), before)
+    assert not torch.equal(models.logits(model), before)
 
 
 def language_model(shape):
@@ -209,13 +211,13 @@ def language_model(shape):
     }[shape]
     torch.manual_seed(0)
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
-    return kind(kind.config_class(vocab_size=tiny.VOCABULARY, **ends, **config)).eval()
+    return kind(kind.config_class(vocab_size=models.VOCABULARY, **ends, **config)).eval()
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "t5"])
 def test_a_language_model_trains_is_saved_and_writes_the_same_when_loaded(name, shape, tmp_path):
-    inputs = {k: v for k, v in tiny.batch(4).items() if k != "labels"}
+    inputs = {k: v for k, v in models.batch(4).items() if k != "labels"}
     plain = language_model(shape).generate(**inputs, max_new_tokens=6, do_sample=False)
     model = method(name).attach(language_model(shape))
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), plain)

@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.ranks import ranks, sites
 from rankwise.ranks.sites import omega
 
 
 def attached(method, shape="bert", seed=1):
-    model = tiny.model(shape)
+    model = models.model(shape)
     torch.manual_seed(seed)
-    return method.attach(model, head=tiny.head(shape))
+    return method.attach(model, head=models.head(shape))
 
 
 def test_k_sites_stay_and_the_others_leave_model_and_optimizer():
@@ -23,17 +23,17 @@ def test_k_sites_stay_and_the_others_leave_model_and_optimizer():
     model = attached(method)
     n = len(sites(model))
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
-    tiny.train(model, optimizer, 2)
+    models.train(model, optimizer, 2)
     assert omega(model).count_nonzero() == n
-    tiny.train(model, optimizer, 2, start=2)
+    models.train(model, optimizer, 2, start=2)
     assert omega(model).count_nonzero() == 4 and all(r == 2 for r in ranks(model).values())
-    tiny.train(model, optimizer, 1, start=4)
+    models.train(model, optimizer, 1, start=4)
     kept = {name for name, r in ranks(model).items() if r}
     assert len(kept) == 4
     assert kept == {s.name for s, w in zip(sites(model), omega(model).tolist(), strict=True) if w}
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
-    tiny.train(model, optimizer, 3, start=5)
+    models.train(model, optimizer, 3, start=5)
     assert {name for name, r in ranks(model).items() if r} == kept
 
 
@@ -51,14 +51,14 @@ def test_the_largest_weights_stay_whatever_their_sign():
 def test_with_b_at_0_the_first_projection_is_decided_by_ties():
     method = rw.WeightLoRA(rank=2, keep=2, start=1, every=2, omega_rate=1e3)
     model = attached(method)
-    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), 1)
+    models.train(model, rw.SimplexAdam(method, model, lr=1e-2), 1)
     assert omega(model).tolist() == [1.0, 1.0] + [0.0] * (len(sites(model)) - 2)
 
 
 def test_a_rate_of_0_moves_no_weight():
     method = rw.WeightLoRA(rank=2, keep=2, start=1, every=9)
     model = attached(method)
-    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), 1)
+    models.train(model, rw.SimplexAdam(method, model, lr=1e-2), 1)
     before = omega(model).clone()
     with torch.no_grad():
         omega(model)[0] = 7.0
@@ -77,7 +77,7 @@ def test_fat_lora_sets_the_weights_to_1_at_the_end_of_its_search():
     method = rw.FatLoRA(rank=2, every=2, times=1, omega_rate=100.0)
     model = attached(method)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
-    tiny.train(model, optimizer, 1)
+    models.train(model, optimizer, 1)
     with torch.no_grad():
         for site in sites(model):
             torch.nn.init.normal_(site.B, std=0.2)
@@ -95,7 +95,7 @@ def test_bad_options_get_one_clear_line(kind):
     with pytest.raises(rw.InputError, match="keep must be at least 1"):
         kind(keep=0)
     with pytest.raises(rw.InputError, match="keep 99 is more than the 13 adapted layers"):
-        kind(rank=2, keep=99).attach(tiny.model(), head=tiny.head())
+        kind(rank=2, keep=99).attach(models.model(), head=models.head())
     with pytest.raises(rw.InputError, match="changes ranks: init must be"):
         kind(init="svd_residual")
 
@@ -108,28 +108,28 @@ def test_the_projection_cannot_start_after_the_removal():
 def test_what_has_no_weight_is_gone_also_when_training_ends_before_the_removal(tmp_path):
     method = rw.WeightLoRA(rank=2, keep=3, start=1, every=50)
     model = attached(method)
-    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), 3)
-    before = tiny.logits(model)
+    models.train(model, rw.SimplexAdam(method, model, lr=1e-2), 3)
+    before = models.logits(model)
     rw.save(model, tmp_path / "adapter")
-    again = rw.load(tiny.model(), tmp_path / "adapter")
+    again = rw.load(models.model(), tmp_path / "adapter")
     folded = method.fold(model)
     for each in (again, folded):
         assert sorted(ranks(each).values())[-4:] == ([2, 2, 2] if each is again else [0, 2, 2, 2])
-        assert torch.allclose(tiny.logits(each), before, atol=1e-6)
+        assert torch.allclose(models.logits(each), before, atol=1e-6)
 
 
 def test_on_its_own_clock_omega_is_folded_where_the_sites_are_removed():
     method = rw.WeightLoRA(rank=2, keep=4, start=3, every=5)
     model = attached(method)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
-    tiny.train(model, optimizer, 4)
+    models.train(model, optimizer, 4)
     assert omega(model).count_nonzero() == 4
-    before = tiny.logits(model)
+    before = models.logits(model)
     method.fold(after := deepcopy(model))
-    assert torch.allclose(tiny.logits(after), before, atol=1e-6)
-    tiny.train(model, optimizer, 1, start=4)
+    assert torch.allclose(models.logits(after), before, atol=1e-6)
+    models.train(model, optimizer, 1, start=4)
     assert omega(model) is None and sorted(ranks(model).values())[-5:] == [0, 2, 2, 2, 2]
-    tiny.train(model, optimizer, 2, start=5)
+    models.train(model, optimizer, 2, start=5)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in model.parameters() if p.requires_grad}
 
@@ -139,6 +139,6 @@ def test_a_search_that_ties_have_decided_says_so():
         method = rw.WeightLoRA(rank=2, keep=2, start=4, every=5, omega_rate=rate)
         model = attached(method)
         optimizer = rw.SimplexAdam(method, model, lr=1e-2)
-        tiny.train(model, optimizer, 5)
+        models.train(model, optimizer, 5)
         found = optimizer.search()
         assert found.changed == 11 and ("the first sites of the model stayed" in found.advice) == decided, found

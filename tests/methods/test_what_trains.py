@@ -9,9 +9,9 @@ import transformers
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as FAMILIES
 
+import models
 import rankwise as rw
-import tiny
-from every import attached, every_method, every_shape, method
+from methods import attached, every_method, every_shape, method
 from rankwise.methods.base import _check_budget
 from rankwise.ranks import sites
 from rankwise.ranks.sites import omega
@@ -59,7 +59,7 @@ def test_no_method_can_leave_the_comparison_out():
 
     for kind in (Loose, Looser):
         with pytest.raises(rw.InputError, match=r"bert\.pooler\.dense trains but is no adapted layer"):
-            kind(rank=2, targets=["query"]).attach(tiny.model())
+            kind(rank=2, targets=["query"]).attach(models.model())
 
 
 @pytest.mark.parametrize("frozen", ["A", "B"])
@@ -67,7 +67,7 @@ def test_a_factor_that_does_not_train_is_no_budget_spent(frozen):
     model = attached("lora")
     getattr(sites(model)[1], frozen).requires_grad_(False)
     with pytest.raises(rw.InputError, match="but their ranks cost"):
-        _check_budget(method("lora"), model, tiny.head())
+        _check_budget(method("lora"), model, models.head())
 
 
 @pytest.mark.filterwarnings("ignore:.* of the weights of Qwen3MoeForCausalLM")

@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import tiny
+import models
 from rankwise.errors import InputError
 from rankwise.nets.blocks import outputs, stacks
 
@@ -86,9 +86,9 @@ def test_the_projections_that_write_to_the_residual_stream_are_found_by_form(for
     assert len(set(flat)) == len(flat)
 
 
-@pytest.mark.parametrize("shape", tiny.SHAPES)
+@pytest.mark.parametrize("shape", models.SHAPES)
 def test_all_that_a_block_adds_goes_through_what_was_found(shape):
-    model = tiny.model(shape)
+    model = models.model(shape)
     names = {part: name for name, part in model.named_modules()}
     ends = [names[part] for block in outputs(model) for part in (*block.attention, block.feed_forward)]
 
@@ -102,7 +102,7 @@ def test_all_that_a_block_adds_goes_through_what_was_found(shape):
             if part in inside:
                 for p in part.parameters():
                     p.zero_() if name in silent else p.normal_(std=0.5)
-        return tiny.logits(twin)
+        return models.logits(twin)
 
     assert torch.equal(logits(ends, 1), logits(ends, 2))
     last = [names[part] for part in stacks(model)[-1].modules() if names[part] in ends]
@@ -112,14 +112,14 @@ def test_all_that_a_block_adds_goes_through_what_was_found(shape):
 
 
 def test_encoder_and_decoder_are_two_stacks_in_this_order():
-    model = tiny.model("t5")
+    model = models.model("t5")
     assert stacks(model) == [model.transformer.encoder.block, model.transformer.decoder.block]
     cross = [len(block.attention) for block in outputs(model)]
     assert cross == [1, 2]
 
 
 def test_lists_without_attention_are_no_stacks():
-    model = tiny.model()
+    model = models.model()
     model.more_heads = nn.ModuleList([nn.Linear(16, 2), nn.Linear(16, 2)])
     assert stacks(model) == [model.bert.encoder.layer]
     with pytest.raises(InputError, match="no list of blocks with attention"):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.nets.fused import PARTS, Fused, Part, join, parts, split
 
 
@@ -159,20 +159,20 @@ def test_a_widened_factor_adds_to_its_own_outputs_only(place, rank, width):
 
 
 def test_what_only_looks_like_a_fused_projection_is_not_one():
-    assert list(parts(tiny.model("gpt2"))) == [
+    assert list(parts(models.model("gpt2"))) == [
         f"transformer.h.{i}.attn.c_attn.{part}" for i in range(2) for part in PARTS
     ]
-    for shape in set(tiny.SHAPES) - {"gpt2"}:
-        assert not parts(tiny.model(shape))
+    for shape in set(models.SHAPES) - {"gpt2"}:
+        assert not parts(models.model(shape))
     # Keys and values for attending to an encoder: two in one.
     config = transformers.GPT2Config(
-        vocab_size=tiny.VOCABULARY, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True,
+        vocab_size=models.VOCABULARY, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True,
         bos_token_id=1, eos_token_id=1,
     )  # fmt: skip
     assert set(parts(transformers.GPT2LMHeadModel(config)).values()) == {"transformer.h.0.attn.c_attn"}
     # Query, key and value of the first head, then of the second.
     config = transformers.GPTBigCodeConfig(
-        vocab_size=tiny.VOCABULARY, n_embd=16, n_layer=1, n_head=2, multi_query=False, bos_token_id=1, eos_token_id=1
+        vocab_size=models.VOCABULARY, n_embd=16, n_layer=1, n_head=2, multi_query=False, bos_token_id=1, eos_token_id=1
     )
     interleaved = transformers.GPTBigCodeForCausalLM(config)
     assert interleaved.transformer.h[0].attn.c_attn.weight.shape == (48, 16) and not parts(interleaved)

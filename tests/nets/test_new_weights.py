@@ -9,10 +9,10 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+import models
 import rankwise as rw
-import tiny
-from causal import base, stirred, write
-from every import every_method, method
+from methods import every_method, method
+from models import llama, stirred, write_llama
 from rankwise.nets.new_weights import new_weights
 
 Classifier = transformers.AutoModelForSequenceClassification
@@ -22,9 +22,9 @@ Classifier = transformers.AutoModelForSequenceClassification
 def bodies(tmp_path_factory):
     """A folder for each family with a body that has never had a classifier."""
     found = {}
-    for shape in tiny.SHAPES:
+    for shape in models.SHAPES:
         found[shape] = tmp_path_factory.mktemp(shape)
-        transformers.AutoModel.from_config(tiny.model(shape).config).save_pretrained(found[shape])
+        transformers.AutoModel.from_config(models.model(shape).config).save_pretrained(found[shape])
     return found
 
 
@@ -32,33 +32,33 @@ def loaded(folder):
     return Classifier.from_pretrained(folder, num_labels=3).eval()
 
 
-@pytest.mark.parametrize("shape", tiny.SHAPES)
+@pytest.mark.parametrize("shape", models.SHAPES)
 def test_a_head_that_the_checkpoint_lacks_is_drawn_and_nothing_else_is(shape, bodies):
     net = loaded(bodies[shape])
-    heads = (*tiny.head(shape), *(["pooler"] if shape == "deberta-v2" else []))  # whose pooler is no part of the body
+    heads = (*models.head(shape), *(["pooler"] if shape == "deberta-v2" else []))  # whose pooler is no part of the body
     assert new_weights(net) and all(name.startswith(heads) for name in new_weights(net))
     copied = [name for name in new_weights(copy.deepcopy(net)) if "pooler" not in name or name in new_weights(net)]
     assert copied == new_weights(net)
     assert new_weights(rw.LoRA(rank=2).attach(net, head=heads).get_base_model()) == []
-    assert new_weights(tiny.model(shape)) == new_weights(nn.Linear(2, 2)) == []
-    tiny.model(shape).save_pretrained(bodies[shape] / "whole")
+    assert new_weights(models.model(shape)) == new_weights(nn.Linear(2, 2)) == []
+    models.model(shape).save_pretrained(bodies[shape] / "whole")
     assert new_weights(loaded(bodies[shape] / "whole")) == []
     more = Classifier.from_pretrained(bodies[shape] / "whole", num_labels=5, ignore_mismatched_sizes=True)
     assert new_weights(more) and all(name.startswith(heads) for name in new_weights(more))
 
 
-@pytest.mark.parametrize("shape", tiny.SHAPES)
+@pytest.mark.parametrize("shape", models.SHAPES)
 def test_a_head_that_nobody_named_is_saved_all_the_same(shape, bodies, tmp_path):
     model = stirred(rw.LoRA(rank=2).attach(loaded(bodies[shape])))
     rw.save(model, tmp_path / "adapter")
     torch.manual_seed(7)  # another head
     fresh = loaded(bodies[shape])
-    assert not torch.allclose(tiny.logits(fresh), tiny.logits(model), atol=1e-3)
+    assert not torch.allclose(models.logits(fresh), models.logits(model), atol=1e-3)
     assert torch.allclose(
-        tiny.logits(PeftModel.from_pretrained(fresh, tmp_path / "adapter")), tiny.logits(model), atol=1e-6
+        models.logits(PeftModel.from_pretrained(fresh, tmp_path / "adapter")), models.logits(model), atol=1e-6
     )
     assert torch.allclose(
-        tiny.logits(rw.load(loaded(bodies[shape]), tmp_path / "adapter")), tiny.logits(model), atol=1e-6
+        models.logits(rw.load(loaded(bodies[shape]), tmp_path / "adapter")), models.logits(model), atol=1e-6
     )
 
 
@@ -74,11 +74,11 @@ def test_every_method_without_a_head_is_saved_with_the_one_that_was_drawn(name, 
     rw.save(model, tmp_path / "adapter", way)
     torch.manual_seed(7)
     again = rw.load(loaded(bodies["bert"]), tmp_path / "adapter")
-    assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-5)
+    assert torch.allclose(models.logits(again), models.logits(model), atol=1e-5)
 
 
 def test_of_a_deep_copy_a_pooler_and_rows_of_new_tokens_are_saved_too(tmp_path):
-    transformers.BertForMaskedLM(tiny.model("bert").config).save_pretrained(tmp_path / "base")  # has no pooler
+    transformers.BertForMaskedLM(models.model("bert").config).save_pretrained(tmp_path / "base")  # has no pooler
 
     def grown(seed):
         torch.manual_seed(seed)
@@ -113,7 +113,7 @@ def test_rows_of_new_tokens_are_saved(targets, tied, tmp_path):
         net.resize_token_embeddings(70)
         return net.eval()
 
-    config = transformers.LlamaForCausalLM.from_pretrained(write(tmp_path / "base")).config
+    config = transformers.LlamaForCausalLM.from_pretrained(write_llama(tmp_path / "base")).config
     config.tie_word_embeddings = tied
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     model = stirred(get_peft_model(grown(), LoraConfig(r=2, **TARGETS[targets])))
@@ -128,7 +128,7 @@ def test_rows_of_new_tokens_are_saved(targets, tied, tmp_path):
 
 
 def test_where_the_checkpoint_is_gone_the_embeddings_are_saved(tmp_path):
-    net = base(write(tmp_path / "base"))
+    net = llama(write_llama(tmp_path / "base"))
     assert new_weights(net) == []
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     assert new_weights(net) == ["model.embed_tokens.weight", "lm_head.weight"]

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import architectures
+import models
 import rankwise as rw
-import tiny
 from rankwise.nets.virtual_tokens import Layout, add_virtual_tokens
 
 PREFIX, INFIX = 3, 2
@@ -481,7 +480,7 @@ def test_gradient_checkpointing_leaves_the_gradients(shape, layers, reentrant):
             module.p = 0.0
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.0
-    tiny.recompute(model.train(), {"use_reentrant": reentrant})
+    models.recompute(model.train(), {"use_reentrant": reentrant})
     got = gradients(model)
     assert want.keys() == got.keys() == {f"virtual_tokens.{n}" for n, _ in model.virtual_tokens.named_parameters()}
     assert all(torch.allclose(want[name], got[name], atol=1e-6) and got[name].any() for name in want)
@@ -542,12 +541,12 @@ def test_compiled_it_is_the_same_also_beside_a_plain_model_that_is_compiled(shap
     plain = base(shape).requires_grad_(False)
     batch = padded([words(length) for length in (7, 4, 6)], "right", 0)
     before = compiled(plain)  # nothing but the hooks tells the next models from this one
-    models = [attached(plain, layers) for layers in (False, True)]
-    for model in models:
+    both = [attached(plain, layers) for layers in (False, True)]
+    for model in both:
         assert torch.allclose(compiled(model), model(**batch).logits, atol=1e-5)
     assert torch.allclose(compiled(plain), before) and torch.allclose(before, plain(**batch).logits, atol=1e-5)
-    assert not torch.allclose(before, compiled(models[0]), atol=1e-2)
-    for model in models:
+    assert not torch.allclose(before, compiled(both[0]), atol=1e-2)
+    for model in both:
         want = gradients(model)
         got = gradients(torch.compile(model, backend="aot_eager"))
         assert all(torch.allclose(got[f"_orig_mod.{name}"], want[name], atol=1e-5) for name in want)
@@ -557,12 +556,12 @@ def test_compiled_it_is_the_same_also_beside_a_plain_model_that_is_compiled(shap
 def test_a_copy_learns_by_itself(layers):
     model = attached(base("bert"), layers)
     twin = copy.deepcopy(model)
-    before = tiny.logits(model)
-    assert torch.equal(tiny.logits(twin), before)
+    before = models.logits(model)
+    assert torch.equal(models.logits(twin), before)
     with torch.no_grad():
         for p in twin.virtual_tokens.parameters():
             p.zero_()
-    assert torch.equal(tiny.logits(model), before) and not torch.allclose(tiny.logits(twin), before)
+    assert torch.equal(models.logits(model), before) and not torch.allclose(models.logits(twin), before)
 
 
 # What is refused
@@ -586,7 +585,7 @@ def test_inputs_that_do_not_fit_get_one_clear_line():
 
 @pytest.mark.parametrize("kind", ["canine", "perceiver"])
 def test_a_model_without_a_table_of_tokens_is_refused(kind):
-    config = architectures.small(kind)
+    config = models.small_config(kind)
     with torch.device("meta"):
         model = transformers.AutoModelForSequenceClassification.from_config(config)
     refuses("token embeddings, but .* has no table of them", add_virtual_tokens, model, 1, 1)

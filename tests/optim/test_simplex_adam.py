@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.ranks import ranks, sites
 from rankwise.ranks.sites import omega
 
@@ -11,7 +11,7 @@ SEARCH = rw.SimplexLoRA(rank=4, every=3, times=2, omega_rate=20.0)
 
 def attached(method, shape="bert"):
     torch.manual_seed(1)
-    return method.attach(tiny.model(shape), head=tiny.head(shape))
+    return method.attach(models.model(shape), head=models.head(shape))
 
 
 def test_lora_under_simplex_adam_is_adamw_step_by_step():
@@ -20,9 +20,9 @@ def test_lora_under_simplex_adam_is_adamw_step_by_step():
     mine = rw.SimplexAdam(method, ours, lr=1e-2, weight_decay=0.1)
     other = torch.optim.AdamW(method.param_groups(theirs), lr=1e-2, weight_decay=0.1)
     torch.manual_seed(2)
-    a = tiny.train(ours, mine, 5)
+    a = models.train(ours, mine, 5)
     torch.manual_seed(2)
-    b = tiny.train(theirs, other, 5)
+    b = models.train(theirs, other, 5)
     assert a == b
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), theirs.parameters(), strict=True))
 
@@ -46,7 +46,7 @@ def test_rate_0_leaves_omega_and_the_factors_where_they_are():
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     before = [p.detach().clone() for p in model.parameters()]
-    tiny.train(model, optimizer, 2)
+    models.train(model, optimizer, 2)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
@@ -57,9 +57,9 @@ def test_the_search_moves_rank_within_the_budget_and_ends_as_plain_lora(rounding
     model = attached(method)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
     budget = sum(s.parameters for s in sites(model))
-    tiny.train(model, optimizer, 3)
+    models.train(model, optimizer, 3)
     assert sum(omega(model).tolist()) == pytest.approx(len(sites(model)), rel=1e-6)
-    tiny.train(model, optimizer, 4, start=3)
+    models.train(model, optimizer, 4, start=3)
     assert omega(model) is None and not any("parametrizations" in n for n, _ in model.named_parameters())
     assert len(set(ranks(model).values())) > 1
     if rounding != "ceil":
@@ -72,12 +72,12 @@ def test_the_search_moves_rank_within_the_budget_and_ends_as_plain_lora(rounding
 def test_folding_at_the_end_does_not_move_the_function():
     method = rw.SimplexLoRA(rank=4, every=100, omega_rate=20.0)
     model = attached(method)
-    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), 4)
+    models.train(model, rw.SimplexAdam(method, model, lr=1e-2), 4)
     assert omega(model).std() > 0.01
-    before = tiny.logits(model)
+    before = models.logits(model)
     method.fold(model)
     assert omega(model) is None
-    assert torch.allclose(tiny.logits(model), before, atol=1e-5)
+    assert torch.allclose(models.logits(model), before, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:no gradient has reached 13 of 13 sites")  # there is no loss
@@ -94,14 +94,14 @@ def test_an_emptied_site_comes_back_when_its_weight_rises():
         omega(model)[0], omega(model)[1] = 1.5, 0.5
     optimizer.step()
     assert first.rank == 3 and first.scale is not None and not first.B.any()
-    tiny.train(model, optimizer, 1)
+    models.train(model, optimizer, 1)
     assert first.B.any()
 
 
 def test_restart_draws_every_site_afresh():
     method = rw.SimplexLoRA(rank=4, every=2, times=1, finish="restart")
     model = attached(method)
-    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), 2)
+    models.train(model, rw.SimplexAdam(method, model, lr=1e-2), 2)
     assert all(not s.B.any() for s in sites(model) if s.present)
 
 
@@ -109,13 +109,13 @@ def test_rewarming_scales_the_rate_and_leaves_the_schedule_alone():
     method = rw.SimplexLoRA(rank=4, every=2, times=1, rewarm=4, omega_rate=50.0)
     model = attached(method)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
-    tiny.train(model, optimizer, 2)
+    models.train(model, optimizer, 2)
     assert optimizer.changed == 2
     site = next(s for s in sites(model) if s.present)
     moved = []
     for step in range(2, 8):
         before = site.A.detach().clone()
-        tiny.train(model, optimizer, 1, start=step)
+        models.train(model, optimizer, 1, start=step)
         moved.append((site.A - before).abs().max().item())
         assert optimizer.param_groups[0]["lr"] == 1e-2
     assert moved[0] < 0.5 * moved[3]
@@ -133,7 +133,7 @@ def test_decay_pulls_omega_to_1():
 def test_state_of_other_ranks_is_refused():
     model = attached(SEARCH)
     optimizer = rw.SimplexAdam(SEARCH, model, lr=1e-2)
-    tiny.train(model, optimizer, 4)
+    models.train(model, optimizer, 4)
     fresh = attached(SEARCH)
     with pytest.raises(RuntimeError, match="other ranks"):
         rw.SimplexAdam(SEARCH, fresh, lr=1e-2).load_state_dict(optimizer.state_dict())
@@ -144,7 +144,7 @@ def test_state_of_other_ranks_is_refused():
 def test_a_checkpoint_from_before_groups_of_scales_were_marked_is_read_too():
     model = attached(SEARCH)
     optimizer = rw.SimplexAdam(SEARCH, model, lr=1e-2)
-    tiny.train(model, optimizer, 1)
+    models.train(model, optimizer, 1)
     state = optimizer.state_dict()
     assert [group.pop("scale", False) for group in state["param_groups"]] == [False, False, False, True]
     optimizer.load_state_dict(state)
@@ -158,7 +158,7 @@ def test_a_step_that_a_gradient_scaler_skips_changes_nothing():
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     with torch.no_grad():
         omega(model)[:2] = torch.tensor([0.0, 2.0])
-    scaler.scale(model(**tiny.batch()).loss * float("inf")).backward()
+    scaler.scale(model(**models.batch()).loss * float("inf")).backward()
     scaler.step(optimizer)
     scaler.update()
     assert optimizer.steps == 0 and set(ranks(model).values()) == {4}
@@ -193,7 +193,7 @@ def test_folding_carries_the_moments_of_b_to_its_new_gradient():
     method = rw.SimplexLoRA(rank=2, every=100)
     model = attached(method)
     optimizer = rw.SimplexAdam(method, model, lr=1e-3)
-    tiny.train(model, optimizer, 2)
+    models.train(model, optimizer, 2)
     with torch.no_grad():
         omega(model)[0] = 0.25
     site = sites(model)[0]
@@ -271,7 +271,7 @@ def test_neither_a_re_warm_up_nor_a_schedule_nor_a_checkpoint_rewrites_the_clock
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 4)
     for step in range(5):
-        tiny.train(model, optimizer, 1, start=step)
+        models.train(model, optimizer, 1, start=step)
         schedule.step()
     [group] = [group for group in optimizer.state_dict()["param_groups"] if group["name"] == "omega"]
     assert group["clock"] == 1.5 / 6 and group["lr"] < 1e-2
@@ -281,7 +281,7 @@ def test_the_moments_of_omega_go_along_with_a_rank_change():
     method = rw.SimplexLoRA(rank=4, every=3, times=2)
     model = attached(method)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
-    tiny.train(model, optimizer, 3)
+    models.train(model, optimizer, 3)
     assert optimizer.changed == 3 and set(ranks(model).values()) != {4}
     state = optimizer.state[omega(model)]
     assert state["step"] == 3 and state["exp_avg"].any()
@@ -302,6 +302,6 @@ def test_the_clock_moves_ranks_at_any_rate_of_the_run():
         method = rw.SimplexLoRA(rank=4, every=5, times=2)
         model = attached(method)
         optimizer = rw.SimplexAdam(method, model, lr=rate)
-        tiny.train(model, optimizer, 10)
+        models.train(model, optimizer, 10)
         found = optimizer.search()
         assert found.changed >= found.sites / 3 and found.moved > 0.5, found

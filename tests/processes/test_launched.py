@@ -2,8 +2,8 @@
 
 import pytest
 
+from asserts import refused
 from rankwise.processes.launched import NEEDED, is_main, launched
-from refused import refused
 
 COMPLETE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 

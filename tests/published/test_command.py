@@ -10,7 +10,7 @@ from rankwise import methods, tasks
 from rankwise.published import papers
 from rankwise.runs.store import Store
 from rankwise.settings import Schema, load
-from runs_made_up import config, finish
+from runs import config, finish
 
 Cli = Callable[..., str]
 

@@ -10,13 +10,13 @@ from packaging.version import Version
 from peft import PeftModel
 from peft.utils.hotswap import hotswap_adapter
 
-import every
+import methods
+import models
 import rankwise as rw
-import tiny
 from rankwise.ranks.sites import omega
 
 KINDS = {
-    **{name: {} for name in every.OPTIONS},
+    **{name: {} for name in methods.OPTIONS},
     "residual": {"name": "lora", "rank": 2, "init": "svd_residual"},
     "start": {"name": "lora", "rank": 2, "init": "svd"},
     "pull": {"name": "lora", "rank": 2, "init": "svd", "pull": 0.1},
@@ -32,25 +32,25 @@ LIVE = {
 
 
 def attached(kind):
-    method = rw.methods.build(KINDS[kind]) if KINDS[kind] else every.method(kind)
+    method = rw.methods.build(KINDS[kind]) if KINDS[kind] else methods.method(kind)
     shape = "gpt2" if kind == "parts" else "bert"
     torch.manual_seed(1)
-    return method, method.attach(tiny.model(shape), head=tiny.head(shape)), shape
+    return method, method.attach(models.model(shape), head=models.head(shape)), shape
 
 
 ADAPTERS = [kind for kind in KINDS if isinstance(attached(kind)[1], PeftModel)]
 
 
 def by_peft(shape, folder):
-    return PeftModel.from_pretrained(tiny.model(shape), folder).eval()
+    return PeftModel.from_pretrained(models.model(shape), folder).eval()
 
 
 def by_peft_without_memory(shape, folder):
-    return PeftModel.from_pretrained(tiny.model(shape), folder, low_cpu_mem_usage=True).eval()
+    return PeftModel.from_pretrained(models.model(shape), folder, low_cpu_mem_usage=True).eval()
 
 
 def by_transformers(shape, folder):
-    model = tiny.model(shape)
+    model = models.model(shape)
     model.load_adapter(str(folder))
     return model.eval()
 
@@ -77,9 +77,9 @@ def test_what_peft_writes_at_any_step_is_refused_by_peft_or_right(kind, tmp_path
                 assert "this is the state of a training, not a finished adapter" in str(error)
                 refused.append((step, load))
                 continue
-            assert torch.allclose(tiny.logits(again), tiny.logits(model), atol=1e-5), (step, load)
+            assert torch.allclose(models.logits(again), models.logits(model), atol=1e-5), (step, load)
         if step < STEPS:
-            tiny.train(model, optimizer, 1, start=step)
+            models.train(model, optimizer, 1, start=step)
     assert refused == [(step, load) for step in range(LIVE.get(kind, 0)) for load in READERS]
 
 
@@ -89,7 +89,7 @@ def test_the_configuration_in_memory_and_that_of_a_finished_adapter_keep_their_s
     model.save_pretrained(tmp_path / "live")
     rw.save(model, tmp_path / "adapter")
     assert model.peft_config["default"].init_lora_weights is True
-    assert torch.allclose(tiny.logits(by_peft("bert", tmp_path / "adapter")), tiny.logits(model), atol=1e-5)
+    assert torch.allclose(models.logits(by_peft("bert", tmp_path / "adapter")), models.logits(model), atol=1e-5)
     model.save_pretrained(tmp_path / "again")
     with pytest.raises(ValueError, match="not a finished adapter"):
         by_peft("bert", tmp_path / "again")
@@ -116,26 +116,26 @@ def referred(model):
 def test_an_adapter_copied_by_names_is_the_same_one_and_stays_so(kind, tmp_path):
     method, model, shape = attached(kind)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)
-    tiny.train(model, optimizer, 1)
-    then = tiny.logits(model)
+    models.train(model, optimizer, 1)
+    then = models.logits(model)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     referred(model)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     model.set_adapter("ref")
-    assert torch.equal(tiny.logits(model), then)
+    assert torch.equal(models.logits(model), then)
     model.set_adapter("default")
-    assert torch.equal(tiny.logits(model), then)
-    tiny.train(model, optimizer, STEPS - 1, start=1)
-    now = tiny.logits(model)
+    assert torch.equal(models.logits(model), then)
+    models.train(model, optimizer, STEPS - 1, start=1)
+    now = models.logits(model)
     assert not torch.allclose(now, then, atol=1e-4)
     if kind != "merge":  # whose W has moved
         model.set_adapter("ref")
-        assert torch.allclose(tiny.logits(model), then, atol=1e-5)
+        assert torch.allclose(models.logits(model), then, atol=1e-5)
         model.set_adapter("default")
     if kind != "merge":
         model = method.fold(model)
         rw.save(model, tmp_path / "adapter")
-        assert torch.allclose(tiny.logits(by_peft(shape, tmp_path / "adapter")), now, atol=1e-5)
+        assert torch.allclose(models.logits(by_peft(shape, tmp_path / "adapter")), now, atol=1e-5)
 
 
 def test_a_reference_that_peft_cannot_add_is_refused_in_one_line():
@@ -148,6 +148,6 @@ def test_a_reference_that_peft_cannot_add_is_refused_in_one_line():
 def test_copies_and_pickles_of_a_model_are_models():
     _, model, _ = attached("lora")
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(tiny.logits(again), tiny.logits(model))
+        assert torch.equal(models.logits(again), models.logits(model))
     _, model, _ = attached("simplex-lora")
     assert omega(copy.deepcopy(model)) is not omega(model)

@@ -6,9 +6,9 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 
+import models
 import rankwise as rw
-import tiny
-from every import goes_on_bit_identically
+from methods import goes_on_bit_identically
 from rankwise.ranks import sites
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e '.[dev]'")
@@ -42,14 +42,14 @@ def base(kind=None):
 def test_an_svd_start_is_that_of_the_numbers_that_the_codes_mean(kind):
     plain = {site.name: site.W for site in sites(rw.LoRA(rank=1).attach(base()))}
     codes = base(kind)
-    before = tiny.logits(codes)  # bitsandbytes puts the scales of 8-bit codes elsewhere when a layer runs
+    before = models.logits(codes)  # bitsandbytes puts the scales of 8-bit codes elsewhere when a layer runs
     model = rw.LoRA(rank=8, alpha=8, init="svd").attach(codes, head=["score"])
     for site in sites(model):
         assert (site.W - plain[site.name]).norm() < 0.15 * plain[site.name].norm()  # the codes are no finer than that
         assert torch.linalg.matrix_norm(site.W - site.B @ site.A, 2) <= 1.01 * torch.linalg.svdvals(site.W.float())[8]
     with model.disable_adapter():
-        assert torch.allclose(tiny.logits(model), before, atol=1e-2)
-    assert torch.isfinite(tiny.logits(model)).all()
+        assert torch.allclose(models.logits(model), before, atol=1e-2)
+    assert torch.isfinite(models.logits(model)).all()
 
 
 @every_kind
@@ -90,10 +90,10 @@ def test_a_checkpoint_holds_what_is_learnt_and_goes_on_exactly(kind, tmp_path):
 def test_what_is_saved_beside_codes_is_what_was_learnt(kind, made, tmp_path):
     method = made()
     model = method.attach(base(kind), head=["score"])
-    tiny.train(model, rw.SimplexAdam(method, model, lr=1e-2), 2)
-    before = tiny.logits(model)
+    models.train(model, rw.SimplexAdam(method, model, lr=1e-2), 2)
+    before = models.logits(model)
     rw.save(model, tmp_path / "made", method, head=["score"])
     with safe_open(tmp_path / "made" / "adapter_model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "absmax" in name or "SCB" in name or "quant" in name]  # noqa: SIM118
     again = rw.load(base(kind), tmp_path / "made")
-    assert torch.allclose(tiny.logits(again), before, atol=1e-3)
+    assert torch.allclose(models.logits(again), before, atol=1e-3)

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.ranks import RankPlan, ranks, sites
 
 
 @pytest.mark.parametrize("moments", ["reset", "keep"])
 @pytest.mark.parametrize("rank", [2, 6])
 def test_moments_are_reset_or_carried_and_those_of_other_sites_stay(moments, rank):
-    model = tiny.adapted()
+    model = models.adapted()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    tiny.train(model, optimizer, 2)
+    models.train(model, optimizer, 2)
     first, second, *_ = sites(model)
     others = {k: v.clone() for k, v in optimizer.state[second.A].items()}
     rw.resize(model, RankPlan({first.name: rank}, moments=moments), optimizer)
@@ -26,12 +26,12 @@ def test_moments_are_reset_or_carried_and_those_of_other_sites_stay(moments, ran
         assert optimizer.state[first.A]["step"] == 2
     assert all(torch.equal(optimizer.state[second.A][k], v) for k, v in others.items())
     before = first.B.detach().clone()
-    tiny.train(model, optimizer, 1)
+    models.train(model, optimizer, 1)
     assert not torch.equal(first.B, before)
 
 
 def test_a_site_that_returns_joins_the_other_sites_in_an_optimizer_without_group_names():
-    model = tiny.adapted()
+    model = models.adapted()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     name = sites(model)[0].name
     rw.resize(model, {name: 0}, optimizer)
@@ -50,11 +50,11 @@ def test_a_site_that_returns_joins_the_other_sites_in_an_optimizer_without_group
 )
 @pytest.mark.parametrize("rank", [2, 6])
 def test_moments_of_other_optimizers_fit_the_new_factors_too(made, rank):
-    model = tiny.adapted()
+    model = models.adapted()
     optimizer = made([p for p in model.parameters() if p.requires_grad])
-    tiny.train(model, optimizer, 2)
+    models.train(model, optimizer, 2)
     rw.resize(model, RankPlan(dict.fromkeys(ranks(model), rank), moments="keep"), optimizer)
     for site in sites(model):
         for value in optimizer.state.get(site.A, {}).values():
             assert value.dim() == 0 or value.shape == site.A.shape
-    tiny.train(model, optimizer, 1)
+    models.train(model, optimizer, 1)

@@ -1,12 +1,12 @@
 """The table of ranks."""
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.ranks import sites
 
 
 def test_report_counts_what_trains():
-    model = tiny.adapted()
+    model = models.adapted()
     rw.resize(model, {sites(model)[0].name: 0})
     report = rw.rank_report(model)
     assert report.total == sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.ranks import RankPlan, ranks, sites
 from rankwise.ranks.resize import extend, truncate
 
@@ -57,7 +57,7 @@ def test_a_shrunk_site_with_b_at_zero_can_still_learn():
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_any_plan_leaves_a_working_model_with_the_ranks_it_asked_for(data):
-    model = tiny.adapted()
+    model = models.adapted()
     wanted = {s.name: data.draw(st.integers(0, 7)) for s in sites(model)}
     if not any(wanted.values()):
         wanted[sites(model)[0].name] = 1
@@ -65,56 +65,56 @@ def test_any_plan_leaves_a_working_model_with_the_ranks_it_asked_for(data):
     rw.resize(model, wanted)
     assert ranks(model) == wanted
     assert {s.name: s.scaling for s in sites(model)} == scales
-    assert torch.isfinite(tiny.logits(model)).all()
+    assert torch.isfinite(models.logits(model)).all()
     names = [name for name, _ in model.named_parameters() if "lora_" in name]
     assert len(names) == 2 * sum(r > 0 for r in wanted.values())
 
 
 def test_growing_and_the_same_rank_leave_the_logits_as_they_were():
-    model = tiny.adapted()
-    before = tiny.logits(model)
+    model = models.adapted()
+    before = models.logits(model)
     parameters = list(model.parameters())
     assert rw.resize(model, ranks(model)) == {}
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
-    assert torch.equal(tiny.logits(model), before)
+    assert torch.equal(models.logits(model), before)
     rw.resize(model, dict.fromkeys(ranks(model), 7))
-    assert torch.allclose(tiny.logits(model), before, atol=1e-6)
+    assert torch.allclose(models.logits(model), before, atol=1e-6)
 
 
 def test_an_emptied_site_costs_nothing_and_can_come_back():
-    model = tiny.adapted()
+    model = models.adapted()
     optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if p.requires_grad], "name": "adapter"}])
     first, *rest = sites(model)
     rw.resize(model, {first.name: 0}, optimizer)
     assert first.rank == 0 and first.parameters == 0
     assert sum(p.numel() for g in optimizer.param_groups for p in g["params"]) == sum(s.parameters for s in rest)
-    without = tiny.logits(model)
+    without = models.logits(model)
     rw.resize(model, {first.name: 3})
     assert first.rank == 3 and not first.B.any()
-    assert torch.equal(tiny.logits(model), without)
+    assert torch.equal(models.logits(model), without)
     trained = [p for p in model.parameters() if p.requires_grad]
     assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [id(p) for p in trained]
 
 
 def test_merging_an_emptied_site_keeps_the_outputs():
-    model = tiny.adapted()
-    before = tiny.logits(model)
+    model = models.adapted()
+    before = models.logits(model)
     name = sites(model)[2].name
     rw.resize(model, RankPlan({name: 0}, empty="merge"))
-    assert torch.allclose(tiny.logits(model), before, atol=1e-5)
+    assert torch.allclose(models.logits(model), before, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Already unmerged")  # PEFT, of layers that hold no adapter
 def test_resized_pruned_and_merged_models_agree():
-    model = tiny.adapted()
+    model = models.adapted()
     rw.resize(model, {name: i % 5 for i, name in enumerate(ranks(model))})
-    before = tiny.logits(model)
+    before = models.logits(model)
     merged = copy.deepcopy(model).merge_and_unload()
-    assert torch.allclose(tiny.logits(merged), before, atol=1e-5)
+    assert torch.allclose(models.logits(merged), before, atol=1e-5)
     model.merge_adapter()
-    assert torch.allclose(tiny.logits(model), before, atol=1e-5)
+    assert torch.allclose(models.logits(model), before, atol=1e-5)
     model.unmerge_adapter()
-    assert torch.allclose(tiny.logits(model), before, atol=1e-5)
+    assert torch.allclose(models.logits(model), before, atol=1e-5)
 
 
 def test_carried_moments_are_the_gradient_of_the_new_factors():
@@ -136,7 +136,7 @@ def test_carried_moments_are_the_gradient_of_the_new_factors():
     ],
 )
 def test_plans_that_cannot_be_are_refused_and_change_nothing(plan, message):
-    model = tiny.adapted()
+    model = models.adapted()
     before = ranks(model)
     with pytest.raises(rw.InputError, match=message):
         rw.resize(model, plan(sites(model)))
@@ -145,7 +145,7 @@ def test_plans_that_cannot_be_are_refused_and_change_nothing(plan, message):
 
 def test_a_merged_adapter_is_not_resized():
     """PEFT's unmerge would subtract the new product from weights that hold the old one."""
-    model = tiny.adapted()
+    model = models.adapted()
     model.merge_adapter()
     with pytest.raises(rw.InputError, match="unmerge_adapter"):
         rw.resize(model, dict.fromkeys(ranks(model), 1))
@@ -153,27 +153,27 @@ def test_a_merged_adapter_is_not_resized():
 
 def test_a_site_that_returns_in_evaluation_has_no_dropout():
     torch.manual_seed(1)
-    model = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["query"], lora_dropout=0.5)).eval()
+    model = get_peft_model(models.model(), LoraConfig(r=2, target_modules=["query"], lora_dropout=0.5)).eval()
     name = sites(model)[0].name
     rw.resize(model, {name: 0})
     rw.resize(model, {name: 2})
     torch.nn.init.normal_(sites(model)[0].B)
-    assert torch.equal(tiny.logits(model), tiny.logits(model))
+    assert torch.equal(models.logits(model), models.logits(model))
     assert not sites(model)[0].layer.lora_dropout["default"].training
 
 
 def test_an_adapter_larger_than_its_layer_may_stay_and_shrink():
-    model = tiny.adapted(rank=20)
+    model = models.adapted(rank=20)
     assert rw.resize(model, ranks(model)) == {}
-    before = tiny.logits(model)
+    before = models.logits(model)
     rw.resize(model, dict.fromkeys(ranks(model), 16))
-    assert torch.allclose(tiny.logits(model), before, atol=1e-5)
+    assert torch.allclose(models.logits(model), before, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_what_cannot_be_emptied_is_refused_before_anything_changes():
     torch.manual_seed(1)
-    with_bias = get_peft_model(tiny.model(), LoraConfig(r=2, target_modules=["query"], lora_bias=True))
+    with_bias = get_peft_model(models.model(), LoraConfig(r=2, target_modules=["query"], lora_bias=True))
     first, second = ranks(with_bias)
     with pytest.raises(rw.InputError, match="more than A and B"):
         rw.resize(with_bias, {first: 1, second: 0})

@@ -2,14 +2,14 @@
 
 import torch
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.ranks import RankPlan, ranks, sites
 
 
 def attached():
     torch.manual_seed(1)
-    model = rw.LoRA(rank=2).attach(tiny.model(), head=["classifier"])
+    model = rw.LoRA(rank=2).attach(models.model(), head=["classifier"])
     for site in sites(model):
         torch.nn.init.normal_(site.B, std=0.3)
     return model
@@ -20,12 +20,12 @@ def test_a_state_from_before_a_merge_takes_the_product_out_of_the_weights_again(
     states, logits = [], []
     for name in list(ranks(model))[:3]:
         states.append({k: v.clone() for k, v in model.state_dict().items() if "lora_" in k})
-        logits.append(tiny.logits(model))
+        logits.append(models.logits(model))
         torch.nn.init.normal_(sites(model)[-1].B, std=0.3)
         rw.resize(model, RankPlan({name: 0}, empty="merge"))
     for i in (2, 0, 1):
         model.load_state_dict(states[i], strict=False)
-        assert torch.allclose(tiny.logits(model), logits[i], atol=1e-5)
+        assert torch.allclose(models.logits(model), logits[i], atol=1e-5)
 
 
 def test_a_state_with_another_adapter_is_loaded_under_its_own_name(tmp_path):
@@ -35,10 +35,10 @@ def test_a_state_with_another_adapter_is_loaded_under_its_own_name(tmp_path):
             site.B.neg_()
     rw.save(other, tmp_path / "other")
     model.load_adapter(str(tmp_path / "other"), "a+b")
-    before = tiny.logits(model)
+    before = models.logits(model)
     model.set_adapter("a+b")
-    assert torch.equal(tiny.logits(model), tiny.logits(other)) and not torch.equal(tiny.logits(model), before)
+    assert torch.equal(models.logits(model), models.logits(other)) and not torch.equal(models.logits(model), before)
     again = attached()
     again.load_adapter(str(tmp_path / "other"), "a+b")
     again.load_state_dict(model.state_dict())
-    assert torch.equal(tiny.logits(again), before)
+    assert torch.equal(models.logits(again), before)

@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import nn
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.ranks import ranks, sites
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* of the weights of .* are in no layer")
@@ -53,7 +53,7 @@ def loss(model, seed):
     elif kind.startswith("Transformer"):
         out = model(torch.randn(2, 5, 32))
     else:
-        out = model(input_ids=tiny.batch(2)["input_ids"]).logits
+        out = model(input_ids=models.batch(2)["input_ids"]).logits
     return (out * torch.randn(out.shape)).sum()
 
 
@@ -110,7 +110,7 @@ def test_in_a_run_whose_ranks_stay_they_are_named_at_step_10(tmp_path):
 
 
 def test_one_micro_batch_with_a_gradient_is_enough():
-    model = rw.LoRA(rank=2, targets=["used", "idle"]).attach(tiny.Half(4))
+    model = rw.LoRA(rank=2, targets=["used", "idle"]).attach(models.Half(4))
     optimizer = rw.SimplexAdam(rw.LoRA(rank=2), model)
     for step in range(11):
         x = torch.ones(1, 4)
@@ -147,7 +147,7 @@ def test_a_layer_that_is_not_used_in_an_expert_that_is_has_no_excuse():
     class Experts(nn.Module):
         def __init__(self):
             super().__init__()
-            self.experts = nn.ModuleList([tiny.Half(4) for _ in range(3)])
+            self.experts = nn.ModuleList([models.Half(4) for _ in range(3)])
 
         def forward(self, x):
             return self.experts[0](x)

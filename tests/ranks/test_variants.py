@@ -10,8 +10,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import layer as kinds
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.ranks import ranks, sites
 from rankwise.ranks.resize import truncate
 from rankwise.ranks.restore import follow_state_dict
@@ -44,7 +44,7 @@ NEED_DATA = {"corda", "eva", "loftq"}  # or scipy
 
 def base():
     torch.manual_seed(0)
-    return transformers.AutoModelForCausalLM.from_config(tiny.model("llama").config)
+    return transformers.AutoModelForCausalLM.from_config(models.model("llama").config)
 
 
 def made(options):
@@ -59,7 +59,7 @@ def made(options):
 
 @torch.no_grad()
 def logits(model):
-    return model(input_ids=tiny.batch()["input_ids"]).logits
+    return model(input_ids=models.batch()["input_ids"]).logits
 
 
 def variants():
@@ -100,7 +100,7 @@ def test_a_layer_changes_its_rank_rightly_or_is_refused(asked, tmp_path):
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     again = PeftModel.from_pretrained(base(), tmp_path).eval()
     assert torch.allclose(logits(again), shrunk, atol=1e-5)
-    batch = tiny.batch()
+    batch = models.batch()
     model(**batch | {"labels": batch["input_ids"]}).loss.backward()
     assert all(p.grad.isfinite().all() for s in sites(model) for p in (s.A, s.B))
 

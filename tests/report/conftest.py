@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from reported_runs import write_runs
+from runs import write_runs
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from rankwise.report import html
 from rankwise.report.answers import MATRIX, MISTAKES, answered
 from rankwise.runs.answers import FILE
 from rankwise.runs.store import Store
-from runs_made_up import config, finish, one_answer, predict
+from runs import config, finish, one_answer, predict
 
 WRONG = {"texts": ["a <b>long</b> text", "x" * 900], "true": 0, "given": 1, "confidence": 0.98765}
 

@@ -12,8 +12,7 @@ import yaml
 from rankwise.report import html
 from rankwise.runs.store import Store
 from rankwise.settings import RunConfig
-from reported_runs import finish, write_lines, write_runs
-from runs_made_up import one_answer
+from runs import finish_with_curves, one_answer, write_lines, write_runs
 
 CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
@@ -38,7 +37,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_runs(tmp_path_factory.mktemp("runs") / "quickstart")
     store = Store(folder)
     config = RunConfig(task="stdlib-module", method={"name": "full"}, learning_rate=1e-4, train_rows=4800)
-    finish(store, config, 0.65, parameters=22_713_216)
+    finish_with_curves(store, config, 0.65, parameters=22_713_216)
     failed = store.create(RunConfig(task="stdlib-module", seed=9), "x")
     (failed / "error.txt").write_text("out of memory\n\nTraceback\n", encoding="utf-8")
     return html.write(folder)

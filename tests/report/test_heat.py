@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from drawn import texts
+from asserts import texts
 from rankwise.report import heat, style
 from rankwise.report.heat import Place, places
 

@@ -17,9 +17,8 @@ from rankwise.errors import InputError
 from rankwise.report import figures, html
 from rankwise.runs.store import Store
 from rankwise.settings import RunConfig
-from reported_runs import finish, write_lines
-from runs_made_up import config, tune
-from runs_made_up import finish as made_up
+from runs import config, finish_with_curves, tune, write_lines
+from runs import finish as made_up
 
 VOID = {"meta", "img", "br"}
 
@@ -299,7 +298,9 @@ def test_several_ranks_and_rates_are_drawn_apart(tmp_path: Path) -> None:
         for rate in (1e-4, 1e-3):
             for init in ("kaiming", "svd"):
                 method = {"name": "lora-fa", "rank": rank, "init": init}
-                finish(store, RunConfig(task="mrpc", method=method, learning_rate=rate), 0.7, parameters=rank * 1000)
+                finish_with_curves(
+                    store, RunConfig(task="mrpc", method=method, learning_rate=rate), 0.7, parameters=rank * 1000
+                )
     alts = [str(image["alt"]) for image in page(tmp_path / "runs").images]
     assert sum(alt.endswith("a panel for each rank and learning rate") for alt in alts) == 2  # loss and accuracy
 
@@ -322,7 +323,7 @@ def test_a_thousand_runs_make_a_page_of_a_few_megabytes(runs: Path) -> None:
 def test_a_score_or_loss_that_is_no_number_leaves_no_picture_but_stays_in_the_table(tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     for rate in (1e-4, 1e-3):
-        folder = finish(store, RunConfig(task="mrpc", learning_rate=rate), float("nan"))
+        folder = finish_with_curves(store, RunConfig(task="mrpc", learning_rate=rate), float("nan"))
         write_lines(folder / "metrics.jsonl", [{"step": step, "loss": float("inf")} for step in (1, 2, 3)])
     found = page(tmp_path / "runs")
     assert "nan" in found.text and not found.images

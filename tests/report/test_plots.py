@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from drawn import texts
+from asserts import texts
 from rankwise.report import curves, plots, style
 from rankwise.report.curves import Line
 from rankwise.report.plots import Point, Tried

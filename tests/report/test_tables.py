@@ -14,7 +14,7 @@ from rankwise.results.columns import chosen, columns
 from rankwise.results.rows import Row, Score, best, summarise
 from rankwise.runs.result import Split
 from rankwise.runs.store import Store
-from runs_made_up import tune
+from runs import tune
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from rankwise.results.beside import Beside
 from rankwise.results.published import text
 from rankwise.results.summary import Summary
 from rankwise.runs.store import Store
-from runs_made_up import config, finish, result
+from runs import config, finish, result
 
 QV = ["c_attn.q", "c_attn.v"]
 FOUR = ["query", "key", "value", "attention.output.dense"]

@@ -13,7 +13,7 @@ from rankwise.results.summary import LORA, Summary
 from rankwise.runs.store import Store
 from rankwise.settings import Contest, RunConfig, Tune
 from rankwise.sweep.tune import RateSearch
-from runs_made_up import config, finish
+from runs import config, finish
 
 METHODS: dict[str, dict[str, Any]] = {
     "head": {"name": "head"},

@@ -6,7 +6,7 @@ import pytest
 
 from rankwise.results.predictions import predictions
 from rankwise.runs.store import Store
-from runs_made_up import REVISION, config, predict
+from runs import REVISION, config, predict
 
 
 @pytest.fixture

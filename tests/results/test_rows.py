@@ -8,7 +8,7 @@ from rankwise.results.formats import plain
 from rankwise.results.rows import Row, Score, averages, best, summarise
 from rankwise.results.summary import Summary
 from rankwise.runs.store import Store
-from runs_made_up import config, finish, tune
+from runs import config, finish, tune
 
 HEAD = {"name": "head"}
 

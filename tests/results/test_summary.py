@@ -16,7 +16,7 @@ from rankwise.results.stats import Difference, corrected
 from rankwise.results.summary import Summary
 from rankwise.runs.search import Search
 from rankwise.runs.store import Store
-from runs_made_up import config, finish, one_answer, predict
+from runs import config, finish, one_answer, predict
 
 HEAD = {"name": "head"}
 SIMPLEX = {"name": "simplex-lora", "rank": 4, "every": 10}

@@ -18,7 +18,7 @@ import rankwise
 from rankwise import methods, tasks
 from rankwise.runs.maker import ASIDE, Code, code_at, code_of, differing, digest
 from rankwise.train.run import run
-from small_run import SIMPLEX, make
+from runs import SIMPLEX, make
 
 SOURCE = Path(rankwise.__file__).parent
 ENGINE = ("rankwise.train.run", "run")

@@ -11,7 +11,7 @@ from rankwise.errors import InputError
 from rankwise.runs.answers import Answers
 from rankwise.runs.result import Benchmark, Cost, Parameters, Result, Split, Splits, read
 from rankwise.runs.search import Search
-from runs_made_up import config, one_answer, result
+from runs import config, one_answer, result
 
 FOUND = Result(
     run="0123456789ab",

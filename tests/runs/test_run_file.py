@@ -17,7 +17,7 @@ from rankwise.runs.grid import expand
 from rankwise.runs.store import Store
 from rankwise.settings import Experiment, RunConfig, Schema, load
 from rankwise.settings import run as run_settings
-from runs_made_up import REVISION, config, finish, result
+from runs import REVISION, config, finish, result
 
 OLDER = Path(__file__).parent / "before_format_1"
 """Runs as they were written before ids left out defaults: a chain of two stages, and a tuned rate of two."""

@@ -11,7 +11,7 @@ from rankwise.report import html
 from rankwise.results.summary import Summary
 from rankwise.runs.several import Several
 from rankwise.runs.store import Store
-from runs_made_up import config, finish
+from runs import config, finish
 
 HEAD = {"name": "head"}
 

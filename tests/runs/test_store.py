@@ -19,7 +19,7 @@ from rankwise.runs.record import progress
 from rankwise.runs.standing import State
 from rankwise.runs.store import Store
 from rankwise.settings import FORMAT, Experiment, RunConfig, as_yaml
-from runs_made_up import REVISION, config, finish, result
+from runs import REVISION, config, finish, result
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
+import models
 import side_by_side
-import tiny
 from rankwise.methods import build
 from rankwise.train.trainer import RankTrainer
 
@@ -33,7 +33,7 @@ def train_on(found: Path, saved: Path, kind: str, rows: int, **more: Any) -> tor
     )  # fmt: skip
     model = PeftModel.from_pretrained(side_by_side.bare(), str(found), is_trainable=True).double()
     trainer, method = KINDS[kind]
-    made = trainer(model=model, args=args, train_dataset=tiny.rows(24), **method)
+    made = trainer(model=model, args=args, train_dataset=models.rows(24), **method)
     made.train()
     made.save_model(str(saved))
     return made.model

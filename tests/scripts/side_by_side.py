@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments, default_data_collator
 
-import every
+import methods
+import models
 import rankwise as rw
-import tiny
 from rankwise.methods import Method, build
 from rankwise.processes import together
 from rankwise.processes.stop import Stop
@@ -33,7 +33,7 @@ SEARCH = {"name": "simplex-lora", "rank": 2, "every": 2, "times": 2, "omega_rate
 
 
 def bare(dropout: float = 0.0) -> torch.nn.Module:
-    base = tiny.model()
+    base = models.model()
     for module in base.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -44,7 +44,7 @@ def attached(method: Method, dropout: float = 0.0) -> torch.nn.Module:
     """The tiny BERT with the method on it, in float64."""
     base = bare(dropout)
     torch.manual_seed(1)
-    return method.attach(base, head=tiny.head()).double()
+    return method.attach(base, head=models.head()).double()
 
 
 def learnt(model: torch.nn.Module) -> State:
@@ -61,7 +61,7 @@ def trained(method: Method, folder: Path, micro_batch: int, dropout: float = 0.0
     )  # fmt: skip
     model = attached(method, dropout)
     RunTrainer(
-        micro_batch=micro_batch, stop=Stop(), method=method, model=model, args=args, train_dataset=tiny.rows(15),
+        micro_batch=micro_batch, stop=Stop(), method=method, model=model, args=args, train_dataset=models.rows(15),
         data_collator=default_data_collator,
     ).train()  # fmt: skip
     return model
@@ -69,14 +69,14 @@ def trained(method: Method, folder: Path, micro_batch: int, dropout: float = 0.0
 
 def every_one(folder: Path, micro_batch: int) -> dict[str, State]:
     """What every registered method has learnt."""
-    return {name: learnt(trained(every.method(name), folder, micro_batch)) for name in sorted(every.registry())}
+    return {name: learnt(trained(methods.method(name), folder, micro_batch)) for name in sorted(methods.registry())}
 
 
 def merging(folder: Path, micro_batch: int) -> State:
     """What a search leaves that adds the product of a site to W where its rank becomes 0."""
     model = trained(build({**SEARCH, "rank": 1, "omega_rate": 2e4, "empty": "merge"}), folder, micro_batch)
     assert not all(ranks(model).values())
-    return {**learnt(model), "logits": tiny.logits(model)}
+    return {**learnt(model), "logits": models.logits(model)}
 
 
 def by_hand(wrap: Callable[[torch.nn.Module], torch.nn.Module], average: bool, rewrap: bool) -> torch.nn.Module:
@@ -87,7 +87,7 @@ def by_hand(wrap: Callable[[torch.nn.Module], torch.nn.Module], average: bool, r
     here, many = (torch.distributed.get_rank(), 2) if together.count() > 1 else (0, 1)
     wrapped = wrap(model).train()
     for step in range(STEPS):
-        rows = {name: value[here::many] for name, value in tiny.batch(seed=step).items()}
+        rows = {name: value[here::many] for name, value in models.batch(seed=step).items()}
         wrapped(**rows).loss.backward()
         if average:
             rw.average_gradients(model)
@@ -100,7 +100,7 @@ def by_hand(wrap: Callable[[torch.nn.Module], torch.nn.Module], average: bool, r
 
 def found_adapter(folder: Path, name: str) -> None:
     """An adapter of the method as a search leaves it, of uneven ranks, some of them 0; DoRA has none."""
-    method = every.method(name)
+    method = methods.method(name)
     model = method.fold(attached(method))
     least = 1 if name == "dora" else 0
     rw.resize(model, {site: least + place % 3 for place, site in enumerate(ranks(model))})
@@ -116,10 +116,10 @@ def sharded(adapter: Path, saved: Path, name: str, shard: bool) -> tuple[State, 
         for layer in model.get_base_model().bert.encoder.layer:
             fully_shard(layer)
         fully_shard(model)
-    optimizer = rw.SimplexAdam(every.method(name), model, lr=1e-2)
+    optimizer = rw.SimplexAdam(methods.method(name), model, lr=1e-2)
     model.train()
     for step in range(STEPS):
-        rows = {name: value[here::many] for name, value in tiny.batch(seed=step).items()}
+        rows = {name: value[here::many] for name, value in models.batch(seed=step).items()}
         model(**rows).loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
         optimizer.step()
@@ -130,7 +130,7 @@ def sharded(adapter: Path, saved: Path, name: str, shard: bool) -> tuple[State, 
         whole.load_state_dict(state)
         rw.save(whole, saved)
     together.wait()
-    return learnt(model), tiny.logits(rw.load(bare(), saved))
+    return learnt(model), models.logits(rw.load(bare(), saved))
 
 
 def refusal(do: Callable[[], Any]) -> str:

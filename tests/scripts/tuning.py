@@ -11,7 +11,7 @@ from rankwise.runs.store import Store
 from rankwise.settings import Experiment
 from rankwise.sweep.runners import runner
 from rankwise.sweep.tune import tune_and_carry_out
-from runs_made_up import REVISION
+from runs import REVISION
 
 if __name__ == "__main__":
     experiment = Experiment.model_validate_json(sys.argv[1])

@@ -22,8 +22,8 @@ from pathlib import Path
 import filelock
 
 from rankwise.runs.store import Store
-from runs_made_up import result
-from small_run import alive
+from runs import result
+from waiting import alive
 
 folder = Path(sys.argv[1])
 config = Store(folder.parent).config(folder)

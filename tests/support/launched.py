@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import small_run
+import runs
 import warm
-from small_run import writers
+from waiting import writers
 
 
 def launcher(*how: str) -> list[str]:
@@ -44,7 +44,7 @@ def workers(launcher: subprocess.Popen[bytes], log: Path) -> list[int]:
 
 def bert(folder: Path) -> str:
     """A small BERT without dropout, whose random masks would differ between two processes and one."""
-    return small_run.bert(folder, dropout=0.0)
+    return runs.bert(folder, dropout=0.0)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import warm
 from rankwise.runs.store import Store
-from runs_made_up import REVISION, config
+from runs import REVISION, config
 
 SUPPORT = Path(__file__).parent
 SCRIPTS = SUPPORT.with_name("scripts")

@@ -11,7 +11,7 @@ import yaml
 from rankwise import methods, tasks
 from rankwise.settings import Schema, load, parse_yaml
 from rankwise.sweep.changed import as_text, differing, dotted
-from runs_made_up import config
+from runs import config
 
 Cli = Callable[..., tuple[int, str, str]]
 ONE = {

@@ -12,7 +12,7 @@ import pytest
 from rankwise.errors import InputError
 from rankwise.runs.store import Store
 from rankwise.sweep.clean import remove, unneeded
-from runs_made_up import REVISION, config, finish
+from runs import REVISION, config, finish
 
 Cli = Callable[..., tuple[int, str, str]]
 

@@ -14,9 +14,9 @@ from rankwise.processes.stop import this_process
 from rankwise.runs.store import Store
 from rankwise.sweep.compare import Outcome, carry_out
 from rankwise.sweep.runners.local import Local
-from runs_made_up import REVISION, config, finish
-from small_run import PATIENCE, alive, wait_for
+from runs import REVISION, config, finish
 from sweep_runs import WORKER, chain, check_told, runs, start, started
+from waiting import PATIENCE, alive, wait_for
 
 
 @pytest.fixture

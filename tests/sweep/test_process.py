@@ -11,8 +11,8 @@ import pytest
 from rankwise.processes.stop import this_process
 from rankwise.runs.store import Store
 from rankwise.sweep.runners.process import Order, carry, send
-from small_run import PATIENCE, alive, wait_for
 from sweep_runs import WORKER, runs, started
+from waiting import PATIENCE, alive, wait_for
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from rankwise.runs.store import Store
-from small_run import PATIENCE, alive, make, reached, wait_for
+from runs import make
 from sweep_runs import SCRIPTS, SUPPORT, chain, check_told, runs, start, started, tuned
+from waiting import PATIENCE, alive, reached, wait_for
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'rankwise[ray]'")
 

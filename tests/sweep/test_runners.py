@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from asserts import refused
 from rankwise.errors import InputError
 from rankwise.sweep.runners import Ended, Runner, registry, runner
 from rankwise.sweep.runners.local import Local, cores, default_jobs
-from refused import refused
 
 
 def test_a_runner_is_found_by_its_name() -> None:

@@ -15,8 +15,9 @@ from rankwise.runs.store import Store
 from rankwise.sweep.compare import carry_out
 from rankwise.sweep.runners import runner
 from rankwise.sweep.runners.process import Order, send, sent
-from small_run import PATIENCE, alive, make, reached, wait_for
+from runs import make
 from sweep_runs import SCRIPTS, check_told, runs, start, started
+from waiting import PATIENCE, alive, reached, wait_for
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'rankwise[slurm]'")
 

@@ -21,8 +21,8 @@ from rankwise.runs.store import Store
 from rankwise.settings import Contest, Span, Tune
 from rankwise.sweep.clean import unneeded
 from rankwise.sweep.tune import RateSearch, Rounds, rounds
-from small_run import PATIENCE, wait_for
 from sweep_runs import tuned
+from waiting import PATIENCE, wait_for
 
 
 def settings(runs: Path, tune: dict[str, Any], *methods: dict[str, Any], **more: Any) -> dict[str, Any]:

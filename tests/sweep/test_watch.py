@@ -17,9 +17,9 @@ from rankwise.runs.standing import FOREIGN
 from rankwise.runs.store import Store
 from rankwise.settings import Experiment
 from rankwise.sweep.watch import Watch
-from runs_made_up import config, finish, tune
-from small_run import PATIENCE, wait_for
+from runs import config, finish, tune
 from sweep_runs import runs
+from waiting import PATIENCE, wait_for
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 import transformers
 from datasets import Dataset
 
-import architectures
+import models
 import rankwise as rw
 from rankwise import tasks
 from rankwise.errors import InputError
@@ -34,7 +34,7 @@ def split(*texts: str) -> Split:
 
 def llama(**more: object) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = architectures.small("llama", **{"num_labels": 3, **more})
+    config = models.small_config("llama", **{"num_labels": 3, **more})
     return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
 
@@ -49,7 +49,7 @@ def spread(model: torch.nn.Module, tokenizer: object, *texts: str) -> float:
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_what_pads_is_what_the_model_looks_for(said: int | None, side: str) -> None:
     """A tokenizer that has an end token only, and a configuration that says another token, a word or none at all."""
-    model, tokenizer = llama(pad_token_id=said), architectures.words(ended=False, padding_side=side)
+    model, tokenizer = llama(pad_token_id=said), models.tokenizer(ended=False, padding_side=side)
     task().collate(model, tokenizer, 0)
     assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
     assert spread(model, tokenizer, *TEXTS) < 1e-5
@@ -57,36 +57,36 @@ def test_what_pads_is_what_the_model_looks_for(said: int | None, side: str) -> N
 
 def test_the_padding_hides_no_last_token() -> None:
     """An end token pads only where there is no other token for it; padding spelled out in a text is text."""
-    model, tokenizer = llama(pad_token_id=None), architectures.words("<s>", bos_token="<s>")
+    model, tokenizer = llama(pad_token_id=None), models.tokenizer("<s>", bos_token="<s>")
     agree(task(), model, tokenizer)
     assert tokenizer.pad_token == "<s>"
-    model, tokenizer = llama(), architectures.words("<pad>", pad_token="<pad>")
+    model, tokenizer = llama(), models.tokenizer("<pad>", pad_token="<pad>")
     agree(task(), model, tokenizer)
     read = task().encode(split("w1 <pad>", "w1 w2"), tokenizer, 32)["input_ids"][:]
     assert read == [[1, 55, 55, 55, 54], [1, 2, 54]]  # three unknown words: <, pad and >
 
 
 def test_padding_that_a_text_can_hold_gives_way_to_a_row_that_no_word_has() -> None:
-    tokenizer = architectures.words(ended=False, eos_token="?", pad_token="?")
+    tokenizer = models.tokenizer(ended=False, eos_token="?", pad_token="?")
     agree(task(), llama(), tokenizer)
     assert tokenizer.pad_token_id == len(tokenizer) - 1 and tokenizer.pad_token != "?"
-    full = architectures.words(*map(str, range(8)), ended=False, eos_token="?", pad_token="?")
+    full = models.tokenizer(*map(str, range(8)), ended=False, eos_token="?", pad_token="?")
     with pytest.raises(InputError, match="needs a padding token that cannot occur in texts"):
         agree(task(), llama(), full)
-    bert = transformers.AutoModelForSequenceClassification.from_config(architectures.small("bert", num_labels=3))
+    bert = transformers.AutoModelForSequenceClassification.from_config(models.small_config("bert", num_labels=3))
     agree(task(), bert, full)  # which masks it
 
 
 def test_a_word_that_positions_are_counted_without_is_refused() -> None:
     """RoBERTa skips what it was built to pad with, whatever the configuration says later."""
-    tokenizer = architectures.words("<pad>", pad_token="<pad>")
+    tokenizer = models.tokenizer("<pad>", pad_token="<pad>")
     for kind, auto in (
         ("roberta", transformers.AutoModelForSequenceClassification),
         ("m2m_100", transformers.AutoModelForSeq2SeqLM),  # which selects positions and looks none up
     ):
         asked, built = task() if kind == "roberta" else tasks.build("samsum"), {}
         for number in (3, 56):
-            config = architectures.small(kind, pad_token_id=number, num_labels=3)
+            config = models.small_config(kind, pad_token_id=number, num_labels=3)
             config.max_position_embeddings = 100
             built[number] = auto.from_config(config)
             assert skipped(built[number]) == {number}
@@ -103,7 +103,7 @@ def test_a_word_that_positions_are_counted_without_is_refused() -> None:
         else:  # M2M100 reads embeddings then, and counts all of them
             assert skipped(attached) == set()
     bert = transformers.AutoModelForSequenceClassification.from_config(
-        architectures.small("bert", pad_token_id=3, num_labels=3)
+        models.small_config("bert", pad_token_id=3, num_labels=3)
     )
     assert skipped(bert) == set()
     agree(task(), bert, tokenizer)
@@ -114,11 +114,9 @@ def test_no_classifier_says_other_things_in_a_batch() -> None:
     """Alone, in a batch, and as transformers reads a row that needs no padding."""
     same, refused = set(), {}
     auto = transformers.AutoModelForSequenceClassification
-    for kind, model in architectures.built(
-        auto, architectures.CLASSIFIERS, num_labels=3, eos_token_id=54, pad_token_id=0
-    ):
-        tokenizers = [architectures.words("<pad>", pad_token="<pad>"), architectures.words("<s>", bos_token="<s>")]
-        tokenizers += [architectures.words(pad_token=f"w{number}") for number in skipped(model)]
+    for kind, model in models.every_model(auto, models.CLASSIFIERS, num_labels=3, eos_token_id=54, pad_token_id=0):
+        tokenizers = [models.tokenizer("<pad>", pad_token="<pad>"), models.tokenizer("<s>", bos_token="<s>")]
+        tokenizers += [models.tokenizer(pad_token=f"w{number}") for number in skipped(model)]
         for tokenizer in tokenizers:
             model.config.pad_token_id = 0  # a word
             try:
@@ -140,13 +138,13 @@ def test_no_classifier_says_other_things_in_a_batch() -> None:
 
 
 def test_a_token_without_a_row_is_refused_before_training(tmp_path: Path) -> None:
-    tokenizer = architectures.words("<pad>", pad_token="<pad>")
+    tokenizer = models.tokenizer("<pad>", pad_token="<pad>")
     tokenizer.add_tokens([f"new{number}" for number in range(20)])
     with pytest.raises(
         InputError, match=r"13 tokens, the first 'new7', beyond the 64 of LlamaForSequenceClassification"
     ):
         task().collate(llama(), tokenizer, 0)
-    tokenizer = architectures.words("<pad>", pad_token="<pad>")
+    tokenizer = models.tokenizer("<pad>", pad_token="<pad>")
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<image{number}>" for number in range(9)]})
     collate = task().collate(llama(), tokenizer, 0)  # no text holds them but one that spells them
     examples = task().encode(split("w1", "w2 <image8>"), tokenizer, 32)
@@ -157,15 +155,15 @@ def test_a_token_without_a_row_is_refused_before_training(tmp_path: Path) -> Non
 
 
 def test_an_end_mark_in_a_text_is_refused_where_it_is_looked_for() -> None:
-    config = architectures.small("bart", num_labels=3, eos_token_id=54, pad_token_id=1)
+    config = models.small_config("bart", num_labels=3, eos_token_id=54, pad_token_id=1)
     bart = transformers.AutoModelForSequenceClassification.from_config(config)
-    tokenizer = architectures.words("<pad>", pad_token="<pad>")
+    tokenizer = models.tokenizer("<pad>", pad_token="<pad>")
     task().collate(bart, tokenizer, 0)
     examples = task().encode(split("w1 w2", "w1 </s> w2"), tokenizer, 32)
     with pytest.raises(InputError, match="row 1 of train holds '</s>', token 54, by which Bart"):
         task().check(bart, tokenizer, examples, "train")
     with pytest.raises(InputError, match="cannot read what its tokenizer returns for a text"):
-        task().collate(bart, architectures.words("<pad>", pad_token="<pad>", ended=False), 0)
+        task().collate(bart, models.tokenizer("<pad>", pad_token="<pad>", ended=False), 0)
 
 
 @pytest.mark.parametrize(
@@ -178,27 +176,27 @@ def test_an_end_mark_in_a_text_is_refused_where_it_is_looked_for() -> None:
 def test_a_head_for_something_else_is_refused(key: str, value: object, words: str) -> None:
     model = llama(**{key: value})
     with pytest.raises(InputError, match=words):
-        task().collate(model, architectures.words("<pad>", pad_token="<pad>"), 0)
+        task().collate(model, models.tokenizer("<pad>", pad_token="<pad>"), 0)
 
 
 def test_positions_are_counted_with_all_that_stands_in_a_row() -> None:
     """RoBERTa has two fewer than its configuration says, and a decoder reads what it is to write."""
-    roberta = architectures.small("roberta", pad_token_id=1, num_labels=3)
+    roberta = models.small_config("roberta", pad_token_id=1, num_labels=3)
     model = transformers.AutoModelForSequenceClassification.from_config(roberta)
-    tokenizer = architectures.words(pad_token="w1")
+    tokenizer = models.tokenizer(pad_token="w1")
     agree(task(), model, tokenizer, 38)
     with pytest.raises(
         InputError, match="max_length 39: more than the 38 tokens that RobertaFor.* reads; lower max_length"
     ):
         agree(task(), model, tokenizer, 39)
     writing = tasks.build({"name": "samsum", "target_length": 20})
-    gpt2 = transformers.AutoModelForCausalLM.from_config(architectures.small("gpt2"))
+    gpt2 = transformers.AutoModelForCausalLM.from_config(models.small_config("gpt2"))
     agree(writing, gpt2, tokenizer, 19)
     with pytest.raises(
         InputError, match=r"max_length 20 \+ end token 1 \+ target_length 20 = 41: more than the 40 tokens"
     ):
         agree(writing, gpt2, tokenizer, 20)
-    bart = transformers.AutoModelForSeq2SeqLM.from_config(architectures.small("bart"))
+    bart = transformers.AutoModelForSeq2SeqLM.from_config(models.small_config("bart"))
     agree(writing, bart, tokenizer, 40)
     with pytest.raises(InputError, match="target_length 41: more than the 40 tokens that Bart.* writes"):
         agree(tasks.build({"name": "samsum", "target_length": 41}), bart, tokenizer, 40)
@@ -207,5 +205,5 @@ def test_positions_are_counted_with_all_that_stands_in_a_row() -> None:
 def test_nothing_random_is_drawn_and_the_mode_stays() -> None:
     model = llama(attention_dropout=0.5).train()
     state = torch.get_rng_state()
-    task().collate(model, architectures.words("<pad>", pad_token="<pad>"), 0)
+    task().collate(model, models.tokenizer("<pad>", pad_token="<pad>"), 0)
     assert model.training and torch.equal(torch.get_rng_state(), state)

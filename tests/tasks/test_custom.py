@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from sklearn.metrics import f1_score
 
+from asserts import refused
 from rankwise import tasks
 from rankwise.errors import InputError
 from rankwise.metrics import METRICS, classification
@@ -19,8 +20,7 @@ from rankwise.settings import RunConfig, json_schema, load
 from rankwise.sweep.check import schema as known
 from rankwise.tasks.custom import Custom
 from rankwise.train.run import run
-from refused import refused
-from small_run import make
+from runs import make
 
 REVIEWS = [
     {"body": f"the film, number {i}, was {'good' if i % 3 else 'bad'}", "mood": "+" if i % 3 else "-"}

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import bootstrap
+from asserts import refused
 from rankwise import tasks
 from rankwise.metrics.e2e import bleu, bleu_of
 from rankwise.results.summary import Summary
 from rankwise.runs.store import Store
 from rankwise.tasks import Split
 from rankwise.train.run import run
-from refused import refused
-from small_run import make
+from runs import make
 
 REAL = os.environ.get("RANKWISE_DATA", "")
 real = pytest.mark.skipif(

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from asserts import refused
 from rankwise import tasks
 from rankwise.errors import InputError
 from rankwise.tasks.glue import GLUE
-from refused import refused
 
 REAL = os.environ.get("RANKWISE_DATA", "")
 NAMES = [name for name, task in tasks.registry().items() if issubclass(task, GLUE)]

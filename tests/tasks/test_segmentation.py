@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import bootstrap
+from asserts import refused
 from rankwise import tasks
 from rankwise.errors import InputError
 from rankwise.files import claim
@@ -29,8 +30,7 @@ from rankwise.tasks.base import Evaluation
 from rankwise.tasks.segmentation import _augmented
 from rankwise.train.model import build
 from rankwise.train.run import code_for, run
-from refused import refused
-from small_run import make
+from runs import make
 
 REAL = os.environ.get("RANKWISE_DATA")
 SIZE = {"height": 64, "width": 64}

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asserts import refused
 from rankwise.tasks.source import Origin, checked, read
-from refused import refused
 
 STRINGS = {"text": pa.string(), "target": pa.string()}
 

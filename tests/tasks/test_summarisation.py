@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from asserts import refused
 from rankwise import tasks
 from rankwise.train.run import run
-from refused import refused
-from small_run import make, reached, start, wait_for
+from runs import make, start
+from waiting import reached, wait_for
 
 REAL = os.environ.get("RANKWISE_DATA", "")
 

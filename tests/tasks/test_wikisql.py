@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from asserts import refused
 from rankwise import tasks
 from rankwise.metrics.wikisql import parse
 from rankwise.train.run import run
-from refused import refused
-from small_run import make
+from runs import make
 
 REAL = os.environ.get("RANKWISE_DATA", "")
 real = pytest.mark.skipif(

@@ -13,7 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-import small_run
+import runs
+from asserts import refused
 from launched import assert_equal
 from rankwise import methods, tasks
 from rankwise.settings import RunConfig, Schema, load
@@ -23,8 +24,7 @@ from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.model import build, quiet
 from rankwise.train.run import run
 from rankwise.train.trainer import RunTrainer
-from refused import refused
-from small_run import SIMPLEX, make
+from runs import SIMPLEX, make
 
 SORA = {"name": "sora", "rank": 4}
 
@@ -32,7 +32,7 @@ SORA = {"name": "sora", "rank": 4}
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Without dropout, whose masks depend on how many rows there are at once."""
-    return small_run.bert(tmp_path_factory.mktemp("base") / "bert", dropout=0.0)
+    return runs.bert(tmp_path_factory.mktemp("base") / "bert", dropout=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from rankwise.errors import InputError
 from rankwise.runs.store import Store
 from rankwise.train.run import run
-from small_run import make
+from runs import make
 
 HEAD = {"name": "head"}
 SORA = {"name": "sora", "rank": 2, "gate_rate": 0.1, "sparsity": 1.0}

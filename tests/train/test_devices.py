@@ -16,9 +16,9 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import launched
+import runs
 import sharded_trainer
 import side_by_side
-import small_run
 import warm
 from launched import assert_equal, lines
 from rankwise.errors import InputError
@@ -27,7 +27,8 @@ from rankwise.processes import together
 from rankwise.ranks import ranks
 from rankwise.train.checkpoint_files import cut_back
 from rankwise.train.run import run
-from small_run import LORA, PATIENCE, SIMPLEX, alive, reached, wait_for, writers
+from runs import LORA, SIMPLEX
+from waiting import PATIENCE, alive, reached, wait_for, writers
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def make(folder: Path, base: str, **settings: Any) -> Path:
     """Batches of 15 rows do not split evenly; the last of an epoch is one row, of which one process has none."""
     given = {"model": base, "method": SIMPLEX, "batch_size": 15, "train_rows": 61, **settings}
-    return small_run.make(folder, **given)
+    return runs.make(folder, **given)
 
 
 @pytest.fixture(scope="module")
@@ -263,12 +264,12 @@ def test_a_process_that_waits_for_others_says_so(base: str, tmp_path: Path) -> N
 
 def test_a_sweep_of_launched_runs_that_is_killed_leaves_none_and_goes_on(base: str, tmp_path: Path) -> None:
     """Killed by -9: a worker's parent, the launcher, lives on and tells it nothing."""
-    settings = {**small_run.SETTINGS, "model": base, "method": SIMPLEX, "train_rows": 61, "max_steps": 40}
+    settings = {**runs.SETTINGS, "model": base, "method": SIMPLEX, "train_rows": 61, "max_steps": 40}
     del settings["id"]
-    file, runs = tmp_path / "sweep.yaml", tmp_path / "runs"
+    file, folder_of_runs = tmp_path / "sweep.yaml", tmp_path / "runs"
     file.write_text(yaml.safe_dump({**settings, "checkpoint_every": 40, "eval_every": 0, "vary": {"seed": [0]}}))
     train = [*launched.launcher(), "-m", "rankwise", "train"]
-    command = [sys.executable, "-m", "rankwise", "compare", str(file), f"runs={runs}", "--jobs", "1"]
+    command = [sys.executable, "-m", "rankwise", "compare", str(file), f"runs={folder_of_runs}", "--jobs", "1"]
     command += ["--runner-option", f"command={json.dumps(train)}"]
 
     def sweep() -> subprocess.Popen[bytes]:
@@ -276,8 +277,8 @@ def test_a_sweep_of_launched_runs_that_is_killed_leaves_none_and_goes_on(base: s
             return warm.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
     first = sweep()
-    wait_for(lambda: any(reached(folder, 2) for folder in runs.glob("*/")) or first.poll() is not None)
-    [folder] = (path.parent for path in runs.glob("*/run.yaml"))
+    wait_for(lambda: any(reached(folder, 2) for folder in folder_of_runs.glob("*/")) or first.poll() is not None)
+    [folder] = (path.parent for path in folder_of_runs.glob("*/run.yaml"))
     started = writers(folder)
     assert len(started) == 3  # the launcher and two that train
     first.kill()

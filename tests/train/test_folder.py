@@ -21,7 +21,8 @@ from rankwise.files import WRITTEN, claim
 from rankwise.runs.store import MEMORY, Store
 from rankwise.train.checkpoint_files import last_complete, mark_complete
 from rankwise.train.run import run
-from small_run import PATIENCE, make, reached, start, wait_for
+from runs import make, start
+from waiting import PATIENCE, reached, wait_for
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,12 @@ import torch
 import transformers
 
 import warm
+from asserts import refused
 from rankwise import methods, tasks
 from rankwise.errors import InputError
 from rankwise.settings import Schema, load
 from rankwise.train import gguf
 from rankwise.train.model import build, label, quiet
-from refused import refused
 
 WORDS = 256 + 4
 needs_gguf = pytest.importorskip("gguf")

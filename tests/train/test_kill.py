@@ -22,7 +22,8 @@ from rankwise.files import MARKER
 from rankwise.processes.stop import this_process
 from rankwise.runs.store import Store
 from rankwise.train.checkpoint_files import last_complete
-from small_run import LORA, PATIENCE, SIMPLEX, alive, make, reached, start, wait_for
+from runs import LORA, SIMPLEX, make, start
+from waiting import PATIENCE, alive, reached, wait_for
 
 
 def cut(folder: Path, step: int, how: signal.Signals) -> int:

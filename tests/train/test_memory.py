@@ -22,7 +22,8 @@ from rankwise.results.rows import summarise
 from rankwise.runs.store import MEMORY, Store
 from rankwise.train.run import run
 from rankwise.train.trainer import RunTrainer
-from small_run import PATIENCE, SIMPLEX, make
+from runs import SIMPLEX, make
+from waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-import architectures
-import tiny
+import models
 from rankwise import methods, tasks
 from rankwise.errors import InputError
 from rankwise.tasks import Task
@@ -83,19 +82,19 @@ def test_no_labels_means_one_output_trained_as_a_regression() -> None:
 
 
 def test_a_head_for_other_labels_is_drawn_anew(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    folder = saved(tiny.model("bert"), words, tmp_path / "trained")
+    folder = saved(models.model("bert"), words, tmp_path / "trained")
     model, _, head = build(folder, labelled("a", "b", "c", "d", "e"), 16)
     assert head == ["classifier"] and model.classifier.out_features == 5
 
 
 def test_weights_in_half_precision_are_trained_in_fp32(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    folder = saved(tiny.model("bert").to(torch.bfloat16), words, tmp_path / "half")
+    folder = saved(models.model("bert").to(torch.bfloat16), words, tmp_path / "half")
     model, _, _ = build(folder, labelled("a", "b", "c"), 16)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 def test_a_base_with_missing_weights_is_refused(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    folder = saved(tiny.model("bert"), words, tmp_path / "base")
+    folder = saved(models.model("bert"), words, tmp_path / "base")
     config = AutoModel.from_pretrained(folder).config
     config.num_hidden_layers = 3
     config.save_pretrained(folder)
@@ -111,7 +110,7 @@ def test_a_model_that_cannot_be_had_is_one_line(name: str) -> None:
 
 
 def test_a_damaged_model_is_one_line(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    folder = saved(tiny.model("bert"), words, tmp_path / "base")
+    folder = saved(models.model("bert"), words, tmp_path / "base")
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(InputError, match="cannot load") as caught:
@@ -122,7 +121,7 @@ def test_a_damaged_model_is_one_line(words: PreTrainedTokenizerFast, tmp_path: P
 def test_a_family_without_a_classifier_is_told_without_the_names_of_all_that_have_one(
     words: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    folder = saved(AutoModelForCausalLM.from_config(architectures.small("granite")), words, tmp_path / "base")
+    folder = saved(AutoModelForCausalLM.from_config(models.small_config("granite")), words, tmp_path / "base")
     with pytest.raises(
         InputError, match=r"Unrecognized configuration class .*GraniteConfig.* AutoModelForSequenceClassification\.$"
     ):

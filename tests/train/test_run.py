@@ -33,7 +33,8 @@ from rankwise.train import model as models
 from rankwise.train.checkpoint_files import last_complete, mark_complete
 from rankwise.train.progress import DivergedError, Plan
 from rankwise.train.run import code_for, run
-from small_run import LORA, SETTINGS, SIMPLEX, make, reached, wait_for
+from runs import LORA, SETTINGS, SIMPLEX, make
+from waiting import reached, wait_for
 
 HEAD = {"name": "head"}
 

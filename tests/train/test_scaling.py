@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-import families
+import models
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.train.scaling import scales
 
@@ -17,14 +17,14 @@ def gradients(model, batches, **named):
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("task", families.TASKS)
+@pytest.mark.parametrize("task", models.CLASS_TASKS)
 def test_what_a_loss_answers_makes_accumulated_gradients_those_of_the_whole_batch(task):
     answers, wrong = {True: 0, False: 0}, []
-    for name in families.names(task):
-        model = families.build(name)
+    for name in models.class_names(task):
+        model = models.of_class(name)
         if model is None:
             continue
-        batch = families.batch(name)
+        batch = models.class_batch(name)
         # as the Trainer counts: causal models predict all tokens but the first
         labels = batch["labels"][:, 1:] if task == "causal" else batch["labels"]
 

@@ -22,9 +22,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import default_compute_objective
 from transformers.training_args import OptimizerNames
 
-import families
+import models
 import rankwise as rw
-import tiny
 from rankwise.methods import build
 from rankwise.ranks import ranks
 from rankwise.ranks.kept import merged_sites
@@ -71,13 +70,13 @@ class Stop(TrainerCallback):
 
 def trained(kind, method, folder, resume=None, shape="bert", stop=None, **more):
     torch.manual_seed(1)
-    model = method.attach(tiny.model(shape), head=tiny.head(shape))
+    model = method.attach(models.model(shape), head=models.head(shape))
     args = arguments(folder, **more)
     given = {
         "model": model,
         "args": args,
-        "train_dataset": tiny.rows(),
-        "eval_dataset": tiny.rows(8, seed=9),
+        "train_dataset": models.rows(),
+        "eval_dataset": models.rows(8, seed=9),
         "data_collator": default_data_collator,
         "callbacks": [Stop(stop)] if stop else [],
     }
@@ -166,7 +165,7 @@ def test_the_best_model_is_loaded_from_before_a_merge(tmp_path, monkeypatch):
     then = trained("rank", METHODS["merge"], tmp_path / "then", stop=1)
     assert merged_sites(trained("rank", METHODS["merge"], tmp_path / "whole").model) and not merged_sites(trainer.model)
     assert ranks(trainer.model) == ranks(then.model)
-    assert torch.allclose(tiny.logits(trainer.model), tiny.logits(then.model), atol=1e-5)
+    assert torch.allclose(models.logits(trainer.model), models.logits(then.model), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["rank", "plain"])
@@ -187,26 +186,28 @@ def test_the_best_model_is_loaded_across_rank_changes(kind, best, tmp_path, monk
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     then = trained(kind, method, tmp_path / "then", stop=best)
     assert ranks(trainer.model) == ranks(then.model)
-    assert torch.equal(tiny.logits(trainer.model), tiny.logits(then.model))
+    assert torch.equal(models.logits(trainer.model), models.logits(then.model))
     rw.save(trainer.model, tmp_path / "adapter")
-    assert torch.allclose(tiny.logits(rw.load(tiny.model(), tmp_path / "adapter")), tiny.logits(then.model), atol=1e-5)
+    assert torch.allclose(
+        models.logits(rw.load(models.model(), tmp_path / "adapter")), models.logits(then.model), atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("shape", tiny.SHAPES)
+@pytest.mark.parametrize("shape", models.SHAPES)
 def test_trains_searches_and_saves_on_every_architecture(shape, tmp_path):
     trainer = trained("rank", METHODS["simplex"], tmp_path, shape=shape)
     assert omega(trainer.model) is None
     first, last = losses(trainer)[0][1], losses(trainer)[-1][1]
     assert last < first
     rw.save(trainer.model, tmp_path / "adapter")
-    again = rw.load(tiny.model(shape), tmp_path / "adapter")
-    assert torch.allclose(tiny.logits(again), tiny.logits(trainer.model), atol=1e-5)
+    again = rw.load(models.model(shape), tmp_path / "adapter")
+    assert torch.allclose(models.logits(again), models.logits(trainer.model), atol=1e-5)
 
 
 def test_the_wrong_optimizer_is_refused(tmp_path):
     method = METHODS["simplex"]
-    model = method.attach(tiny.model(), head=tiny.head())
-    trainer = Trainer(model, arguments(tmp_path), train_dataset=tiny.rows(), callbacks=[rw.RankCallback(method)])
+    model = method.attach(models.model(), head=models.head())
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=models.rows(), callbacks=[rw.RankCallback(method)])
     with pytest.raises(RuntimeError, match="needs its own optimizer"):
         trainer.train()
 
@@ -251,14 +252,14 @@ def test_a_user_of_rank_trainer_gets_a_finished_adapter_at_any_step(tmp_path):
         for folder in (None, str(tmp_path / str(stop) / "elsewhere")):
             trainer.save_model(folder)
             made = Path(folder or trainer.args.output_dir)
-            again = PeftModel.from_pretrained(tiny.model(), made).eval()
-            assert torch.allclose(tiny.logits(again), tiny.logits(trainer.model), atol=1e-5)
+            again = PeftModel.from_pretrained(models.model(), made).eval()
+            assert torch.allclose(models.logits(again), models.logits(trainer.model), atol=1e-5)
             assert (made / "training_args.bin").is_file() and not list(made.glob(".*"))
     for step in range(1, 4):
         with pytest.raises(ValueError, match="not a finished adapter"):
-            PeftModel.from_pretrained(tiny.model(), tmp_path / str(STEPS) / f"checkpoint-{step}")
-    again = PeftModel.from_pretrained(tiny.model(), tmp_path / str(STEPS) / f"checkpoint-{STEPS}").eval()
-    assert torch.allclose(tiny.logits(again), tiny.logits(trainer.model), atol=1e-5)
+            PeftModel.from_pretrained(models.model(), tmp_path / str(STEPS) / f"checkpoint-{step}")
+    again = PeftModel.from_pretrained(models.model(), tmp_path / str(STEPS) / f"checkpoint-{STEPS}").eval()
+    assert torch.allclose(models.logits(again), models.logits(trainer.model), atol=1e-5)
 
 
 def test_the_best_model_of_a_search_is_saved_as_a_finished_adapter(tmp_path, monkeypatch):
@@ -267,8 +268,8 @@ def test_the_best_model_of_a_search_is_saved_as_a_finished_adapter(tmp_path, mon
     trainer = trained("rank", METHODS["simplex"], tmp_path, **more)
     assert omega(trainer.model) is not None
     trainer.save_model()
-    again = PeftModel.from_pretrained(tiny.model(), tmp_path).eval()
-    assert torch.allclose(tiny.logits(again), tiny.logits(trainer.model), atol=1e-5)
+    again = PeftModel.from_pretrained(models.model(), tmp_path).eval()
+    assert torch.allclose(models.logits(again), models.logits(trainer.model), atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_a_second_training_of_one_trainer_is_refused_and_of_a_new_one_goes_on(tm
         method=METHODS["simplex"],
         model=trainer.model,
         args=arguments(tmp_path / "again"),
-        train_dataset=tiny.rows(),
+        train_dataset=models.rows(),
         data_collator=default_data_collator,
     )
     again.train()
@@ -304,7 +305,7 @@ def test_a_second_training_of_one_trainer_is_refused_and_of_a_new_one_goes_on(tm
 def test_steps_that_a_gradient_scaler_skipped_do_not_hinder_a_resume(tmp_path):
     """The Trainer counts them, the optimizer does not."""
     method = METHODS["simplex"]
-    model = method.attach(tiny.model(), head=tiny.head())
+    model = method.attach(models.model(), head=models.head())
     optimizer = rw.SimplexAdam(method, model)
     optimizer.steps = 3
     state = TrainerState(global_step=5)
@@ -334,7 +335,7 @@ def accumulated(folder, size, pieces, kind=rw.RankTrainer, **more):
         max_grad_norm=0.0,
     )
     kept = Gradients()
-    given = {"args": args, "train_dataset": tiny.rows(8), "data_collator": default_data_collator, **more}
+    given = {"args": args, "train_dataset": models.rows(8), "data_collator": default_data_collator, **more}
     given["callbacks"] = [kept, *given.get("callbacks", [])]
     return kind(**given), kept
 
@@ -357,7 +358,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(method, shape, tmp_p
     found = []
     for size, pieces in ((8, 1), (2, 4)):
         torch.manual_seed(1)
-        model = method.attach(without_dropout(tiny.model(shape)), head=tiny.head(shape))
+        model = method.attach(without_dropout(models.model(shape)), head=models.head(shape))
         trainer, kept = accumulated(tmp_path, size, pieces, model=model, method=method)
         trainer.train()
         found.append(kept.found)
@@ -369,7 +370,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(method, shape, tmp_p
 @pytest.mark.parametrize("told", ["nothing", "smooth", "function", "function of the batch alone"])
 def test_whoever_computes_the_loss_is_asked_whether_it_scales(name, scales, told, tmp_path):
     """The model, the Trainer's label smoother, or a function of the user's, whatever its class is called."""
-    found, batch = [], families.batch(name)
+    found, batch = [], models.class_batch(name)
 
     def function(outputs, labels, num_items_in_batch):
         loss = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), reduction="sum")
@@ -378,7 +379,7 @@ def test_whoever_computes_the_loss_is_asked_whether_it_scales(name, scales, told
     for size, pieces in ((8, 1), (2, 4)):
         torch.manual_seed(1)
         method = rw.LoRA(rank=2)
-        model = method.attach(without_dropout(families.build(name)))
+        model = method.attach(without_dropout(models.of_class(name)))
         rows = [{key: value[i] for key, value in batch.items()} for i in range(8)]
         more = {"compute_loss_func": function} if told.startswith("function") else {}
         trainer, kept = accumulated(tmp_path, size, pieces, model=model, method=method, train_dataset=rows, **more)
@@ -396,7 +397,7 @@ def test_a_plain_trainer_whose_gradients_grow_with_accumulation_warns(shape, tmp
     found = []
     for size, pieces in ((8, 1), (2, 4)):
         torch.manual_seed(1)
-        model = method.attach(without_dropout(tiny.model(shape)), head=tiny.head(shape))
+        model = method.attach(without_dropout(models.model(shape)), head=models.head(shape))
         callbacks = [rw.RankCallback(method)]
         args = arguments(tmp_path)
         optimizers = (method.optimizer(model, args), None)
@@ -411,8 +412,8 @@ def test_a_plain_trainer_whose_gradients_grow_with_accumulation_warns(shape, tmp
 
 def test_a_plain_trainer_whose_loss_is_scaled_does_not_warn(tmp_path):
     method = rw.LoRA(rank=2)
-    model = method.attach(families.build("LlamaForCausalLM"))
-    batch = families.batch("LlamaForCausalLM")
+    model = method.attach(models.of_class("LlamaForCausalLM"))
+    batch = models.class_batch("LlamaForCausalLM")
     rows = [{key: value[i] for key, value in batch.items()} for i in range(8)]
     optimizers = (method.optimizer(model, arguments(tmp_path)), None)
     trainer, _ = accumulated(
@@ -442,7 +443,7 @@ def test_every_argument_of_the_optimizer_and_the_schedule_is_read(tmp_path):
     for restart in ("continue", "restart"):
         method = rw.SimplexLoRA(rank=2, every=2, times=2, finish=restart)
         for kind, more in ((Trainer, {}), (rw.RankTrainer, {"method": method})):
-            model = method.attach(tiny.model(), head=tiny.head())
+            model = method.attach(models.model(), head=models.head())
             trainer = kind(model=model, args=arguments(tmp_path, lr_scheduler_type="cosine_with_restarts"), **more)
             trainer.args = read = Read(trainer.args)
             trainer.create_optimizer_and_scheduler(10)
@@ -453,7 +454,7 @@ def test_every_argument_of_the_optimizer_and_the_schedule_is_read(tmp_path):
 
 @pytest.mark.parametrize("optim", OptimizerNames)
 def test_an_optimizer_that_would_not_be_used_is_refused(optim, tmp_path):
-    model = METHODS["lora"].attach(tiny.model(), head=tiny.head())
+    model = METHODS["lora"].attach(models.model(), head=models.head())
     args = arguments(tmp_path, optim=optim)
     if optim in ("adamw_torch", "adamw_torch_fused"):
         METHODS["lora"].optimizer(model, args)
@@ -467,7 +468,7 @@ def test_an_optimizer_that_would_not_be_used_is_refused(optim, tmp_path):
 
 @pytest.mark.parametrize("options", [{"optim_args": "momentum=0.9"}, {"optim_target_modules": ["query"]}])
 def test_options_of_another_optimizer_are_refused(options, tmp_path):
-    model = METHODS["lora"].attach(tiny.model(), head=tiny.head())
+    model = METHODS["lora"].attach(models.model(), head=models.head())
     with pytest.raises(rw.InputError, match=f"{next(iter(options))}=.* would be ignored"):
         rw.RankTrainer(method=METHODS["lora"], model=model, args=arguments(tmp_path, **options))
     given = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1.0})}
@@ -514,14 +515,14 @@ def test_a_hyperparameter_search_maximises_what_was_measured(tmp_path):
 
     def made():
         torch.manual_seed(1)
-        return method.attach(tiny.model(), head=tiny.head())
+        return method.attach(models.model(), head=models.head())
 
     trainer = rw.RankTrainer(
         method=method,
         model_init=made,
         args=arguments(tmp_path, eval_strategy="steps", eval_steps=STEPS, save=False),
-        train_dataset=tiny.rows(),
-        eval_dataset=tiny.rows(8, seed=9),
+        train_dataset=models.rows(),
+        eval_dataset=models.rows(8, seed=9),
         data_collator=default_data_collator,
     )
     optuna.logging.disable_default_handler()

@@ -10,7 +10,7 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import every
+import methods
 import rankwise as rw
 from rankwise.ranks import ranks
 
@@ -96,7 +96,7 @@ def test_the_reference_of_a_search_is_where_it_began(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["simplex-lora", "sora", "pissa"])
 def test_dpo_does_the_same_with_a_reference_of_its_own_and_resumes(kind, tmp_path):
-    method = every.method(kind)
+    method = methods.method(kind)
     whole = made("DPOTrainer", method, tmp_path)
     whole.train()
     alone = made("DPOTrainer", method, tmp_path / "alone", base(), save_strategy="no")
@@ -113,7 +113,7 @@ def test_dpo_does_the_same_with_a_reference_of_its_own_and_resumes(kind, tmp_pat
 
 
 def test_a_method_that_peft_lets_stand_alone_takes_a_reference_of_its_own(tmp_path):
-    method = every.method("adalora")
+    method = methods.method("adalora")
     with pytest.raises(rw.InputError, match="pass ref_model="):
         made("DPOTrainer", method, tmp_path)
     trainer = made("DPOTrainer", method, tmp_path, base(), save_strategy="no")

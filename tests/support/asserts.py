@@ -1,8 +1,10 @@
-"""What a user is told."""
+"""What a user sees: the one line of an error, the texts of a picture."""
 
 from collections.abc import Callable
 
+import matplotlib.text
 import pytest
+from matplotlib.figure import Figure
 
 from rankwise.errors import InputError
 
@@ -14,3 +16,7 @@ def refused(call: Callable[[], object]) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def texts(figure: Figure) -> list[str]:
+    return [each.get_text() for each in figure.findobj(matplotlib.text.Text)]

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import models
 import rankwise as rw
-import tiny
 from rankwise.methods import Method, build, registry
 
 OPTIONS = {
@@ -53,7 +53,7 @@ TRAINS = {
 }
 
 every_method = pytest.mark.parametrize("name", sorted(registry()))
-every_shape = pytest.mark.parametrize("shape", tiny.SHAPES)
+every_shape = pytest.mark.parametrize("shape", models.SHAPES)
 
 
 def method(name: str, **more: object) -> Method:
@@ -62,7 +62,7 @@ def method(name: str, **more: object) -> Method:
 
 def attached(name: str, shape: str = "bert") -> torch.nn.Module:
     torch.manual_seed(1)
-    return method(name).attach(tiny.model(shape), head=tiny.head(shape))
+    return method(name).attach(models.model(shape), head=models.head(shape))
 
 
 def goes_on_bit_identically(
@@ -71,11 +71,11 @@ def goes_on_bit_identically(
     """Assert that a bare loop of 5 steps, cut after `cut` and resumed from `folder`, ends as an uncut one does."""
     model, optimizer = start()
     torch.manual_seed(5)
-    losses = tiny.train(model, optimizer, cut)
+    losses = models.train(model, optimizer, cut)
     rw.save_checkpoint(folder, model, optimizer)
-    losses += tiny.train(model, optimizer, 5 - cut, start=cut)
+    losses += models.train(model, optimizer, 5 - cut, start=cut)
     resumed, optimizer = start()
     steps = rw.load_checkpoint(folder, resumed, optimizer)
-    assert tiny.train(resumed, optimizer, 5 - steps, start=steps) == losses[cut:]
+    assert models.train(resumed, optimizer, 5 - steps, start=steps) == losses[cut:]
     a, b = model.state_dict(), resumed.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
