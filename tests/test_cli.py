@@ -514,8 +514,9 @@ def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_comma
     assert (good / "result.json").read_bytes() == before
 
     # only the failed one is carried out again, and fails again
-    code, out, log = cli("retry", runs, "--json")
-    assert (code, json.loads(out)["failed"], json.loads(out)["done"]) == (3, [failed], []), log
+    again = rankwise("retry", runs, "--json")
+    out, log = again.communicate(timeout=PATIENCE)
+    assert (again.returncode, json.loads(out)["failed"], json.loads(out)["done"]) == (3, [failed], []), log
     assert "1 run failed and would again until what its error names is changed" in log.splitlines()[-1]
     assert (good / "result.json").read_bytes() == before
     assert (runs / failed / "log.txt").read_text().count("loss is") >= 2

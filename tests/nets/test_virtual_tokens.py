@@ -541,12 +541,12 @@ def test_compiled_it_is_the_same_also_beside_a_plain_model_that_is_compiled(shap
     plain = base(shape).requires_grad_(False)
     batch = padded([words(length) for length in (7, 4, 6)], "right", 0)
     before = compiled(plain)  # nothing but the hooks tells the next models from this one
-    both = [attached(plain, layers) for layers in (False, True)]
-    for model in both:
+    adapted = [attached(plain, layers) for layers in (False, True)]
+    for model in adapted:
         assert torch.allclose(compiled(model), model(**batch).logits, atol=1e-5)
     assert torch.allclose(compiled(plain), before) and torch.allclose(before, plain(**batch).logits, atol=1e-5)
-    assert not torch.allclose(before, compiled(both[0]), atol=1e-2)
-    for model in both:
+    assert not torch.allclose(before, compiled(adapted[0]), atol=1e-2)
+    for model in adapted:
         want = gradients(model)
         got = gradients(torch.compile(model, backend="aot_eager"))
         assert all(torch.allclose(got[f"_orig_mod.{name}"], want[name], atol=1e-5) for name in want)
