@@ -52,16 +52,6 @@ class Summarisation(Generation):
     main: ClassVar[str] = "rouge_l"
     metrics: ClassVar[tuple[str, ...]] = ("rouge_l", "rouge_1", "rouge_2")
 
-    def train(self) -> Split:
-        return self._read("train")
-
-    def evaluation(self) -> list[Split]:
-        return [self._read(self.split)]
-
-    @abstractmethod
-    def _read(self, name: str) -> Split:
-        """The split `name`: train, validation or test."""
-
     def score_texts(self, hypotheses: list[str], split: Split) -> Judged:
         references = split.data[REFERENCES if REFERENCES in split.data.column_names else self.target][:]
         scores = per_example(hypotheses, references)
@@ -72,8 +62,22 @@ class Summarisation(Generation):
         return Judged(metrics, scores[self.main].tolist(), (note,) if empty else ())
 
 
+class Published(Summarisation):
+    """A published dataset, read split by split."""
+
+    def train(self) -> Split:
+        return self._read("train")
+
+    def evaluation(self) -> list[Split]:
+        return [self._read(self.split)]
+
+    @abstractmethod
+    def _read(self, name: str) -> Split:
+        """The split `name`: train, validation or test."""
+
+
 @dataclass(frozen=True)
-class SAMSum(Summarisation, name="samsum"):
+class SAMSum(Published, name="samsum"):
     """The summary of a chat between friends; ROUGE-L first."""
 
     target_length: int = 96
@@ -87,7 +91,7 @@ class SAMSum(Summarisation, name="samsum"):
 
 
 @dataclass(frozen=True)
-class Titles(Summarisation, name="titles"):
+class Titles(Published, name="titles"):
     """The title of a paper on machine learning from its abstract; ROUGE-L first. Use max_length=512."""
 
     prefix: str = "summarize: "
@@ -107,7 +111,7 @@ class Titles(Summarisation, name="titles"):
 
 
 @dataclass(frozen=True)
-class MediumTitles(Summarisation, name="medium-titles"):
+class MediumTitles(Published, name="medium-titles"):
     """The title of an article from Medium, 190,000 of them; ROUGE-L first. Use max_length=512.
 
     All are in one file. A digest of each article puts 2 in 100 into validation and 2 into test; repeated articles count
