@@ -17,6 +17,8 @@ import runs
 from asserts import refused
 from launched import assert_equal
 from rankwise import methods, tasks
+from rankwise.results.rows import summarise
+from rankwise.runs.store import Store
 from rankwise.settings import RunConfig, Schema, load
 from rankwise.sweep.check import Checked
 from rankwise.train import arguments
@@ -72,6 +74,8 @@ def test_what_changes_only_the_cost_changes_no_result(
     assert_equal(folder, plain)
     cost = json.loads((folder / "result.json").read_text())["cost"]
     assert cost.get("micro_batch", 16) == min(settings.get("micro_batch", 16), 16)
+    [row] = summarise(Store(folder.parent).results([folder]))
+    assert "out of memory" not in " ".join(row.remarks)
 
 
 def test_fewer_activations_are_kept(monkeypatch: pytest.MonkeyPatch, base: str, tmp_path: Path) -> None:
@@ -153,6 +157,11 @@ def test_a_field_of_the_trainer_reaches_it(base: str, tmp_path: Path) -> None:
     assert losses(one)[:2] == losses(other)[:2] and losses(one) != losses(other)
 
 
+def test_what_can_be_given_to_the_trainer_is_taken() -> None:
+    given = {"adam_beta1": 0.8, "lr_scheduler_kwargs": {"num_cycles": 2}, "neftune_noise_alpha": 5}
+    arguments.check(config(trainer=given, schedule="cosine"))
+
+
 def config(**settings: Any) -> RunConfig:
     return RunConfig(task={"name": "stdlib-kind"}, **settings)
 
@@ -179,6 +188,20 @@ def test_no_field_of_the_trainer_is_ours_and_the_users_at_once() -> None:
         ({"trainer": {"num_train_epochs": 2}}, "trainer.num_train_epochs: a setting of the run does this: epochs"),
         ({"trainer": {"save_total_limit": 2}}, "trainer.save_total_limit: a run decides this itself; leave it out"),
         ({"trainer": {"adam_beta2": "high"}}, r"trainer.adam_beta2 = 'high': expected number"),
+        ({"trainer": {"adam_beta2": "0.9"}}, r"trainer.adam_beta2 = '0.9': expected number"),
+        ({"trainer": {"adam_beta2": 2.0}}, "trainer: Invalid beta parameter at index 1: 2.0"),
+        ({"trainer": {"adam_epsilon": -1}}, "trainer: Invalid epsilon value: -1"),
+        ({"trainer": {"dataloader_num_workers": 2}}, "trainer.dataloader_num_workers: a run decides this itself"),
+        (
+            {"trainer": {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, "schedule": "cosine"},
+            "trainer.lr_scheduler_kwargs: not for schedule = cosine: got an unexpected keyword argument 'min_lr_rate'",
+        ),
+        (
+            {"trainer": {"lr_scheduler_kwargs": {"num_cycles": 2}}, "schedule": "constant"},
+            "trainer.lr_scheduler_kwargs: not for schedule = constant: it has none",
+        ),
+        ({"trainer": {"lr_scheduler_kwargs": {"num_cycles": "x"}}, "schedule": "cosine"}, "for schedule = cosine: "),
+        ({"trainer": {"lr_scheduler_kwargs": "x"}}, "trainer.lr_scheduler_kwargs: not for schedule = linear: "),
         ({"dtype": "fp16"}, "fp16 needs a GPU; take bf16 or fp32"),
         ({"autocast": "fp16"}, "fp16 needs a GPU; take bf16 or fp32"),
         ({"dtype": "bf16", "autocast": "none"}, "autocast = none: weights of dtype bf16 compute in bf16"),

@@ -294,7 +294,7 @@ def _row(members: Sequence[Finished], label: str, contests: Contests) -> Row:
         remarks=[
             *remarks,
             *_nothing_learnt(by_seed, label),
-            *(_memory(result, label) for result in by_seed.values() if result.cost.micro_batch),
+            *(_memory(result, label) for result in by_seed.values() if _short(result)),
         ],
         tuned=contests.of(first),
         folders={seed: result.folder for seed, result in by_seed.items()},
@@ -326,6 +326,12 @@ def _setting(result: Finished) -> str:
     return json.dumps(
         [{key: value for key, value in stage.items() if key not in _MAY_DIFFER} for stage in stages], sort_keys=True
     )
+
+
+def _short(result: Finished) -> bool:
+    """Whether a run has run out of memory: it took fewer rows at once than it was to take."""
+    rows, most = result.cost.micro_batch, result.config.get("micro_batch")
+    return rows is not None and (most is None or rows < most)
 
 
 def _memory(result: Finished, label: str) -> str:

@@ -67,8 +67,8 @@ class Parameters:
 class Cost:
     """In seconds, in bytes of the main process's peak memory and of the saved adapter, and in training rows a second.
 
-    `processes` trained together; `micro_batch` is how many rows went through the model at once after memory had run
-    out. Both are None where that is nothing special.
+    `processes` trained together; `micro_batch` is how many rows went through the model at once, as set or after memory
+    had run out. Both are None where that is nothing special.
     """
 
     seconds: Amount

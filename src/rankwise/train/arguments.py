@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments, get_scheduler
 
 from rankwise.errors import InputError, nearest
 from rankwise.processes import together
@@ -40,19 +40,23 @@ _INSTEAD = {
 }
 """Fields of TrainingArguments that settings of a run stand for."""
 _OURS = """
-    accelerator_config activation_checkpointing average_tokens_across_devices batch_eval_metrics bf16_full_eval
-    dataloader_drop_last ddp_timeout debug deepspeed disable_tqdm do_eval do_predict do_train enable_jit_checkpoint
-    eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start eval_use_gather_object fp16_full_eval
-    fsdp fsdp_config greater_is_better hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy
-    hub_token ignore_data_skip include_for_metrics label_names length_column_name load_best_model_at_end local_rank
-    log_level log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter logging_steps
-    logging_strategy metric_for_best_model optim optim_args optim_target_modules output_dir parallelism_config
-    prediction_loss_only project push_to_hub remove_unused_columns report_to restore_callback_states_from_checkpoint
-    resume_from_checkpoint run_name save_on_each_node save_only_model save_total_limit torch_compile
-    torch_compile_backend torch_compile_mode trackio_bucket_id trackio_space_id trackio_static_space_id
-    train_sampling_strategy use_cpu
+    accelerator_config activation_checkpointing activation_checkpointing_kwargs average_tokens_across_devices
+    batch_eval_metrics bf16_full_eval dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
+    dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers
+    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval
+    do_predict do_train enable_jit_checkpoint eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start
+    eval_use_gather_object fp16_full_eval fsdp fsdp_config gradient_checkpointing_kwargs greater_is_better
+    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
+    include_for_metrics include_num_input_tokens_seen label_names length_column_name liger_kernel_config
+    load_best_model_at_end local_rank log_level log_level_replica log_on_each_node logging_first_step
+    logging_nan_inf_filter logging_steps logging_strategy metric_for_best_model optim optim_args optim_target_modules
+    output_dir parallelism_config prediction_loss_only project push_to_hub remove_unused_columns report_to
+    restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node save_only_model
+    save_total_limit skip_memory_metrics torch_compile torch_compile_backend torch_compile_mode trackio_bucket_id
+    trackio_space_id trackio_static_space_id train_sampling_strategy use_cache use_cpu use_liger_kernel
 """
-"""Fields that a run sets itself, or that would break its exact resume, its evaluations or its optimizer."""
+"""Fields that a run sets itself, that would change nothing in it, or break its exact resume, evaluations or optimizer.
+"""
 
 
 def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
@@ -95,12 +99,32 @@ def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
                 **config.trainer,
             },
         )
+        _check_values(config, made)
+    except InputError:
+        raise
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"trainer: {' '.join(str(error).split())}") from error
     # One GPU per process. With several the Trainer would use DataParallel, which copies the model in each step and does
     # not follow rank changes.
     made._n_gpu = min(made.n_gpu, 1)
     return made
+
+
+def _check_values(config: RunConfig, made: TrainingArguments) -> None:
+    """Make an optimizer and a schedule of these arguments, which raise what a run would raise at its first step."""
+    optimizer = torch.optim.AdamW(
+        [torch.zeros(1)], made.learning_rate, (made.adam_beta1, made.adam_beta2), made.adam_epsilon
+    )
+    if not (options := made.lr_scheduler_kwargs):
+        return
+    name = made.lr_scheduler_type
+    try:
+        if name == SchedulerType.CONSTANT_WITH_WARMUP:  # which would ignore them
+            raise TypeError("it has none")
+        get_scheduler(name, optimizer, 0, 2, options)  # type: ignore[arg-type]  # which asks for its first rate
+    except Exception as error:
+        reason = str(error).partition("() ")[2] or str(error)
+        raise InputError(f"trainer.lr_scheduler_kwargs: not for schedule = {config.schedule}: {reason}") from error
 
 
 def _checkpointing() -> dict[str, Any]:
@@ -141,7 +165,7 @@ def _check_names(config: RunConfig) -> None:
         if name not in known:
             raise InputError(f"trainer.{name}: TrainingArguments has no such field{nearest(name, known)}")
         try:
-            TypeAdapter(hints[name]).validate_python(config.trainer[name])
+            TypeAdapter(hints[name]).validate_python(config.trainer[name], strict=True)
         except ValidationError as error:
             raise InputError(explain(error, f"trainer.{name}")) from None
 
