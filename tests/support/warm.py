@@ -205,6 +205,8 @@ def _become(order: dict[str, Any], path: list[str]) -> None:
     added = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each and each not in path]
     what, *sys.argv = order["command"]
     sys.path[:] = [{"-m": order["cwd"], "-c": ""}.get(what, str(Path(what).parent)), *added, *path]
+    if added and (named := sys.modules.get("rankwise.named")):
+        named.load_installed.cache_clear()  # other packages may be installed there
     if what == "-m":
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     elif what == "-c":
