@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from rankwise.methods import Method
 from rankwise.metrics import METRICS, classification
 from rankwise.named import load_plugin
 from rankwise.runs import run_file
+from rankwise.runs.maker import code_of
 from rankwise.runs.store import Store
 from rankwise.settings import Schema, load
 from rankwise.tasks import Task
@@ -309,6 +311,80 @@ def test_a_plugin_imports_what_lies_next_to_it(tmp_path: Path) -> None:
     file.write_text("from next_to_it import TWIST\n" + file.read_text().replace("= 0.5", "= TWIST"))
     load_plugin(file)
     assert Method.build("importing").twist == 7.0  # type: ignore[attr-defined]
+
+
+def folder_with_helpers(folder: Path, name: str, factor: float = 2.0) -> Path:
+    """A plugin that imports a file and a package next to it."""
+    (folder / "helpers").mkdir(parents=True)
+    (folder / "helpers" / "__init__.py").write_text("from . import deep\n")
+    (folder / "helpers" / "deep.py").write_text(f"FACTOR = {factor}\ndef twice(x):\n    return FACTOR * x\n")
+    file = write(folder / f"{name}_helped.py", name)
+    body = "\n    def budget(self, model):\n        return int(helpers.deep.twice(super().budget(model)))\n"
+    file.write_text("import helpers.deep\n" + file.read_text().replace(" = 0.5\n", f" = 0.5\n{body}"))
+    return file
+
+
+def test_what_a_plugin_imports_from_a_package_next_to_it_counts_as_its_code(tmp_path: Path) -> None:
+    file = folder_with_helpers(tmp_path / "one füür", "counted")
+    load_plugin(file)
+    before = code_of(Method.registry()["counted"])
+    assert {"counted_helped.py", "deep.py"} <= before.keys()
+    with pytest.raises(InputError, match=r"deep\.py has changed since it was loaded: start Python again"):
+        (file.parent / "helpers" / "deep.py").write_text("FACTOR = 3.0\ndef twice(x):\n    return FACTOR * x\n")
+        load_plugin(file)
+
+
+def test_two_plugins_do_not_take_each_others_helpers(tmp_path: Path) -> None:
+    load_plugin(folder_with_helpers(tmp_path / "a", "first"))
+    with pytest.raises(InputError, match=r"imports 'helpers.*', and another module is called so: rename .*b/helpers"):
+        load_plugin(folder_with_helpers(tmp_path / "b", "second", 3.0))
+    assert "second" not in Method.registry()
+
+
+def test_one_file_by_two_paths_is_one_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "twice_named.py", "twice-named")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    assert load_plugin("../twice_named.py") == load_plugin(file) == file
+
+
+def test_a_method_of_a_notebook_counts_by_what_it_does_and_its_cell_can_be_run_again(tmp_path: Path) -> None:
+    """There is no file to read; the digest is the same in every process."""
+    cell = """
+from dataclasses import dataclass
+from rankwise.methods.lora import LoRA
+from rankwise.runs.maker import code_of
+
+LOUD = {loud}
+def louder(x):
+    return LOUD * x
+
+@dataclass(frozen=True)
+class Mine(LoRA, name="mine"):
+    "{words}"
+    often: int = {often}
+    def before_step(self, model):
+        for p in model.parameters():
+            if p.requires_grad and "x" in {{"x", "y", "z"}}:
+                p.grad = louder(p.grad)
+print(code_of(Mine)["__main__"]["Mine"])
+"""
+    usual = {"loud": 1.0, "often": 1, "words": "A."}
+    cells = [cell.format(**{**usual, **more}) for more in ({}, {"loud": 2.0}, {"often": 2}, {})]
+    digests = []
+    for seed in ("1", "2"):
+        done = subprocess.run(
+            [sys.executable, "-c", "for cell in open(0).read().split('====='): exec(cell)"],
+            input="=====".join(cells),
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        digests.append(done.stdout.split())
+    first, loud, often, again = digests[0]
+    assert digests[0] == digests[1] and first == again and len({first, loud, often}) == 3
 
 
 def test_what_a_plugin_prints_is_not_in_the_result(tmp_path: Path, cli: Cli) -> None:

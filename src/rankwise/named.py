@@ -10,6 +10,7 @@ and Python files that a configuration names at `plugins:`.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +18,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import operator
+import os
 import pkgutil
 import sys
 import traceback
@@ -59,7 +61,7 @@ class Named:
             return
         cls.name, cls.plugin = name, "" if _is_ours(cls) else loading()
         for word in (name, *aliases):
-            if other := cls.known.get(word):
+            if (other := cls.known.get(word)) and not _redefined(other, cls):
                 raise TypeError(f"two {cls.kind}s are called {word!r}: {other.__qualname__} and {cls.__qualname__}")
             cls.known[word] = cls
         _sort(cls.known)
@@ -108,8 +110,8 @@ class Named:
 
 _loading: list[str] = []
 """The plugins that are being loaded, the innermost last."""
-_digests: dict[Path, str] = {}
-"""The plugin files that are loaded -> digest of what was in them."""
+_digests: dict[Path, dict[Path, str]] = {}
+"""The plugin files that are loaded -> digests of what was in them and in the files next to them that they import."""
 
 
 def loading() -> str:
@@ -136,11 +138,14 @@ def load_plugin(path: str | Path) -> Path:
     Raises:
         InputError: no Python file, one that cannot be loaded or has changed since it was, or a name that is taken.
     """
-    file = Path(path).expanduser().absolute()
+    file = _absolute(Path(path))
     require(file.is_file(), f"{path} is no file: name the Python file of the plugin")
     require(file.suffix == ".py", f"{path} is no Python file: its name must end in .py")
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    require(_digests.get(file, digest) == digest, f"{path} has changed since it was loaded: start Python again")
+    parts = _parts(file)
+    digests = {part: hashlib.sha256(part.read_bytes()).hexdigest() for part in parts.values()}
+    for part, digest in _digests.get(file, {}).items():
+        changed = path if part == file else part
+        require(digests.get(part) == digest, f"{changed} has changed since it was loaded: start Python again")
     if _source(sys.modules.get(file.stem)) != file:
         if str(file.parent) not in sys.path:
             sys.path.append(str(file.parent))
@@ -148,10 +153,67 @@ def load_plugin(path: str | Path) -> Path:
         spec = None if "." in file.stem or file.stem in sys.modules else importlib.util.find_spec(file.stem)
         taken = spec is None or spec.origin != str(file)
         require(not taken, f"{path} cannot be imported as {file.stem!r}, as another module is: rename the file")
+        for name, part in parts.items():
+            require(
+                name == file.stem or _would_be(name) in (None, part),
+                f"{path} imports {name!r}, and another module is called so: rename {part}",
+            )
         with _plugin(str(file), str(path)), redirect_stdout(sys.stderr):
             importlib.import_module(file.stem)
-    _digests[file] = digest
+    _digests[file] = digests
     return file
+
+
+def _absolute(path: Path) -> Path:
+    """A path from the root without `..`, which is the same file for all who name it."""
+    file = path.expanduser().absolute()
+    plain = Path(os.path.normpath(file))
+    return plain if not file.exists() or (plain.exists() and plain.samefile(file)) else file.resolve()
+
+
+def _parts(file: Path) -> dict[str, Path]:
+    """By the names of their modules, a plugin file and the files next to it that it imports, at any depth."""
+    found: dict[str, Path] = {}
+    left = [(file.stem, file)]
+    while left:
+        module, part = left.pop()
+        if module in found:
+            continue
+        found[module] = part
+        for name in _imported(part, module if part.name == "__init__.py" else module.rpartition(".")[0]):
+            words = name.split(".") if name.partition(".")[0] not in sys.stdlib_module_names else []
+            for count in range(1, len(words) + 1):
+                base = file.parent.joinpath(*words[:count])
+                for each in (base / "__init__.py", base.with_suffix(".py")):
+                    if each.is_file():
+                        left.append((".".join(words[:count]), each))
+                        break
+    return found
+
+
+def _imported(file: Path, package: str) -> set[str]:
+    """What a file imports: modules, and names in them that may be modules. None of a file that cannot be read."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return set()
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {source, *(f"{source}.{each.name}" for each in node.names)} if source else set()
+    return found
+
+
+def _would_be(name: str) -> Path | None:
+    """The file that a module is, or would be, imported from; None where that is not known before it is imported."""
+    if name in sys.modules or "." in name:
+        return _source(sys.modules.get(name))
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).absolute() if spec and spec.origin else None
 
 
 def _source(module: types.ModuleType | None) -> Path | None:
@@ -186,6 +248,12 @@ def check_reachable(named: type[Named], plugins: Sequence[str]) -> None:
             f"{named.kind} {named.name} is defined in {named.__module__}, which the processes of the runs do not load: "
             "name its file at plugins, as in plugins=[my.py]"
         )
+
+
+def _redefined(old: type, new: type) -> bool:
+    """Whether a class is defined once more where there is no file, as by running a cell of a notebook again."""
+    same = (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
+    return same and new.__module__ == "__main__" and _source(sys.modules.get("__main__")) is None
 
 
 def _is_ours(named: type) -> bool:

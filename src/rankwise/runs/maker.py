@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import CodeType, FunctionType
 from typing import Any
 
 import rankwise
@@ -41,13 +42,16 @@ _Place = tuple[str, str]
 
 def code_of(*roots: Callable[..., Any]) -> Code:
     """The code that functions and classes need, including themselves and their bases: rankwise's or a plugin's."""
-    places = []
+    places, without_file = [], {}
     for root in roots:
         own = root.__module__.partition(".")[0]
         for each in root.__mro__ if isinstance(root, type) else (root,):
             if each.__module__.partition(".")[0] in ("rankwise", own):
                 places.append((each.__module__, each.__qualname__.partition(".")[0]))
-    return code_at(_ROOT, *places)
+                if each.__module__ == "__main__" and _loaded("__main__") is None:
+                    without_file[each.__qualname__] = _compiled(each)
+    code = code_at(_ROOT, *places)
+    return {**code, "__main__": without_file} if without_file else code
 
 
 FILE = "maker.json"
@@ -266,8 +270,17 @@ class _Reader:
                 both = (base / "__init__.py", base.with_suffix(".py"))
                 self._files[name] = next((file for file in both if file.is_file()), None)
             return self._files[name]
-        file = _loaded(name) if top in self._ours or self._beside else None
-        return file if file and (top in self._ours or file.parent in self._beside) else None
+        loaded = _loaded(name)
+        if loaded and (top in self._ours or loaded.parent in self._beside):
+            return loaded
+        if name not in self._files:
+            folders = [folder for folder in self._beside if not _INSTALLED & {*folder.parts}]
+            bases = [folder.joinpath(top, *parts) for folder in folders]
+            files = [file for base in bases for file in (base / "__init__.py", base.with_suffix(".py"))]
+            # a module that is yet to be imported counts, too
+            here = (file for file in files if file.is_file() and (name not in sys.modules or loaded == file))
+            self._files[name] = next(here, None)
+        return self._files[name]
 
     def _module(self, name: str) -> _Module | None:
         if name not in self._modules:
@@ -373,14 +386,61 @@ class _Bare(ast.NodeTransformer):
 _reader = functools.cache(_Reader)
 _ROOT = Path(rankwise.__file__).parent
 _STANDARD = sysconfig.get_path("stdlib")
+_INSTALLED = {"site-packages", "dist-packages"}
+"""Names of the folder of installed packages, which may lie in that of Python's own modules."""
 
 
 def _loaded(name: str) -> Path | None:
     """The source of a module that is loaded, and is none of Python's own."""
     file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None or not file.endswith(".py") or Path(file).is_relative_to(_STANDARD):
+    if file is None or not file.endswith(".py"):
         return None
-    return Path(file)
+    own = Path(file).is_relative_to(_STANDARD) and not _INSTALLED & {*Path(file).relative_to(_STANDARD).parts}
+    return None if own else Path(file)
+
+
+def _compiled(root: Callable[..., Any]) -> str:
+    """Digest of a function or class without a file, as in a notebook: its code and what it uses of its module."""
+    module, seen, texts = root.__module__, dict[int, Any](), list[str]()
+    left: list[Any] = [root]
+    while left:
+        each = left.pop()
+        if isinstance(each, bool | int | float | str | bytes | None):
+            texts.append(repr(each))
+            continue
+        if id(each) in seen:
+            continue
+        seen[id(each)] = each  # kept, so that no other gets its id
+        if isinstance(each, type) and each.__module__ == module:
+            own = {key: value for key, value in vars(each).items() if callable(value) or not key.startswith("__")}
+            texts += map(repr, sorted(own))
+            left += [own[key] for key in sorted(own)]
+        elif isinstance(each, FunctionType) and each.__module__ == module:
+            text, names = _of_code(each.__code__)
+            texts.append(text)
+            used = [each.__globals__[name] for name in sorted(names) if name in each.__globals__]
+            cells = [cell.cell_contents for cell in each.__closure__ or ()]
+            left += [*used, *cells, each.__defaults__, each.__kwdefaults__]
+        elif isinstance(each, classmethod | staticmethod | functools.partial | functools.cached_property | property):
+            left += [getattr(each, key, None) for key in ("__func__", "func", "args", "keywords", "fget", "fset")]
+        elif isinstance(each, dict):
+            left += [*each, *each.values()]
+        elif isinstance(each, tuple | list):
+            left += each
+    return _short(texts)
+
+
+def _of_code(code: CodeType) -> tuple[str, set[str]]:
+    """A text of what compiled code does, and the names of all that is not its own in it."""
+    names, texts = {*code.co_names}, [code.co_code.hex(), repr(code.co_names), repr(code.co_varnames)]
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            text, more = _of_code(each)
+            names |= more
+        else:
+            text = repr(sorted(map(repr, each)) if isinstance(each, frozenset) else each)
+        texts.append(text)
+    return repr(texts), names
 
 
 def _parsed(file: Path, name: str) -> _Module:
