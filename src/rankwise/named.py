@@ -253,7 +253,8 @@ def check_reachable(named: type[Named], plugins: Sequence[str]) -> None:
 def _redefined(old: type, new: type) -> bool:
     """Whether a class is defined once more where there is no file, as by running a cell of a notebook again."""
     same = (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
-    return same and new.__module__ == "__main__" and _source(sys.modules.get("__main__")) is None
+    file = _source(sys.modules.get("__main__"))
+    return same and new.__module__ == "__main__" and (file is None or not file.is_file())
 
 
 def _is_ours(named: type) -> bool:

@@ -243,6 +243,8 @@ def test_a_key_below_trainer_can_be_typed_and_varied() -> None:
     assert one.trainer == {"adam_beta2": 0.9}  # type: ignore[union-attr]
     many = load({"task": "cola", "vary": {"trainer.adam_beta2": [0.9, 0.99]}}, [], schema)
     assert [each.trainer for each in many.configs] == [{"adam_beta2": 0.9}, {"adam_beta2": 0.99}]  # type: ignore[union-attr]
+    many = load({"task": "cola", "vary": {"trainer": [{}, {"adam_beta2": 0.9}]}}, ["trainer.adam_beta1=0.5"], schema)
+    assert [each.trainer for each in many.configs] == [{"adam_beta1": 0.5}, {"adam_beta2": 0.9, "adam_beta1": 0.5}]  # type: ignore[union-attr]
 
 
 def test_settings_that_are_as_before_leave_the_ids_of_older_runs() -> None:

@@ -372,6 +372,8 @@ def _override_experiment(
             raise InputError(f"{key}: none of the varied {part}s has this option{nearest(option, names)}")
         for entry in having:
             entry |= with_nested(entry, option, value)
+    elif key.startswith("trainer.") and "trainer" in vary:
+        vary["trainer"] = [with_nested(entry, key.partition(".")[2], value) for entry in vary["trainer"]]
     else:
         put(data, key, value)
     for part, own in OWN.items():
