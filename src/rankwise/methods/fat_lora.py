@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from rankwise.methods.simplex_lora import SimplexLoRA
+from rankwise.ranks.allocate import Rounding
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class FatLoRA(SimplexLoRA, name="fat-lora"):
     """simplex-lora with the authors' defaults: SGD on ω, ranks rounded up, changed sites restarted, ω = 1 at last."""
 
     times: int = 2
-    rounding: Literal["floor", "ceil", "budget"] = "ceil"
+    rounding: Rounding = "ceil"
     change: Literal["svd", "reinit"] = "reinit"
     omega_rate: float | None = 5.0
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
+from rankwise.ranks.allocate import Rounding, may_exceed
 from rankwise.ranks.layers import check_own_weight
 from rankwise.ranks.sites import omega, peft_model
 from rankwise.runs.search import Search
@@ -53,7 +54,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
 
     every: Annotated[int, Field(ge=1)] = 10
     times: Annotated[int, Field(ge=1)] = 3
-    rounding: Literal["floor", "ceil", "budget"] = "budget"
+    rounding: Rounding = "budget"
     change: Literal["svd", "reinit"] = "svd"
     empty: Literal["drop", "merge"] = "drop"
     finish: Literal["continue", "restart"] = "continue"
@@ -112,7 +113,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         return project.softmax(weights, n, weights.new_tensor([s.rank for s in sites(model)]))
 
     def final(self, model: nn.Module) -> int | None:
-        if self.rounding == "ceil" or (self.rounding == "floor" and len({s.cost for s in sites(model)}) > 1):
+        if may_exceed(self.rounding, [site.cost for site in sites(model)]):
             return None
         return (super().final(model) or 0) - len(sites(model))
 

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from math import ceil, floor
+from typing import Literal, get_args
 
 EDGE = 1e-4  # so that ω r0 = 7.9999999, rounding noise of a projection, gives 8
 
-ROUNDINGS = ("floor", "ceil", "budget")
+Rounding = Literal["floor", "ceil", "budget"]
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 
 def allocate(
@@ -31,6 +33,11 @@ def allocate(
     if rounding == "ceil":
         return [min(max(ceil(w * rank - EDGE), 0), limit) for w, limit in zip(weights, limits, strict=True)]
     return _within(rank * sum(costs), weights, costs, limits)
+
+
+def may_exceed(rounding: str, costs: Sequence[int]) -> bool:
+    """Whether ranks rounded so may cost more than uniform ones, at sites with these costs per unit of rank."""
+    return rounding == "ceil" or (rounding == "floor" and len(set(costs)) > 1)
 
 
 def _within(budget: int, weights: Sequence[float], costs: Sequence[int], limits: Sequence[int]) -> list[int]:

@@ -21,7 +21,7 @@ from rankwise.ranks.layers import check_own_weight
 from rankwise.ranks.peft_records import record
 from rankwise.ranks.plan import RankPlan
 from rankwise.ranks.replace import Carry, follow, remove_factors, replace, set_rank, sort_groups
-from rankwise.ranks.scales import Omega
+from rankwise.ranks.scales import KINDS
 from rankwise.ranks.sites import Site, peft_model, sites, why_no_site
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
             if plan.empty == "merge":
                 A, B = site.layer.lora_A[site.adapter].weight, site.B  # A with its scale
                 merge_into_weight(site, MergedProduct(A.detach().flatten(1).clone(), B.detach().flatten(1).clone()))
+            if site.scale is not None:
+                site.scale.leave(peft)
             remove_factors(peft, site)
         elif not site.present:
             _refill(peft, site, rank)
@@ -196,4 +198,5 @@ def _refill(model: PeftModel, site: Site, rank: int) -> None:
     replace(model, A, "weight", fresh, trains=other.A.requires_grad)
     replace(model, B, "weight", torch.zeros(shape_B).to(like), trains=other.B.requires_grad)
     set_rank(site, rank)
-    Omega.put_on_site(model, site)
+    for kind in KINDS:
+        kind.put_on_refilled(model, site)

@@ -43,9 +43,22 @@ class Scale(nn.Module):
         """Indices of the units of rank that a fold keeps; by default all."""
         return torch.arange(site.rank, device=site.B.device)
 
+    def live(self, rank: int) -> int:
+        """How many of the `rank` units of its site add to the output; by default all."""
+        return rank
+
     def idle(self) -> bool:
         """Whether the whole site adds nothing, so that a saved adapter leaves it out."""
         return False
+
+    def leave(self, model: nn.Module) -> None:
+        """Called before its site is emptied. A parameter of that site alone goes with it."""
+        self.remove_parameter(model)
+
+    @classmethod
+    def put_on_refilled(cls, model: PeftModel, site: Site) -> None:
+        """Give a site that was empty its scale, if the sites of `model` have such scales; by default none."""
+        return
 
     @abstractmethod
     def copy_for(self, adapter: str) -> Scale:
@@ -88,6 +101,9 @@ class Omega(Scale):
     def idle(self) -> bool:
         return not self.value.any()
 
+    def leave(self, model: nn.Module) -> None:
+        """ω of the site stays, for when it gets rank again."""
+
     def copy_for(self, adapter: str) -> Omega:
         omegas, own, index = self.source
         if adapter not in omegas:
@@ -111,8 +127,8 @@ class Omega(Scale):
                 put_scale(site, cls(omegas, site.adapter, index))
 
     @classmethod
-    def put_on_site(cls, model: PeftModel, site: Site) -> None:
-        """Give a site its own entry of ω if the model has ω."""
+    def put_on_refilled(cls, model: PeftModel, site: Site) -> None:
+        """Its own entry of ω, if the model has ω."""
         omegas: Any = getattr(model.base_model, OMEGA_NAME, {})
         if site.adapter in omegas:
             put_scale(site, cls(omegas, site.adapter, [s.name for s in sites(model)].index(site.name)))
@@ -147,6 +163,9 @@ class Gates(Scale):
 
     def units(self, site: Site) -> Tensor:
         return self.gates.flatten().nonzero().flatten()
+
+    def live(self, rank: int) -> int:
+        return rank if self.gates.is_meta else int(self.gates.count_nonzero())
 
     def copy_for(self, adapter: str) -> Gates:
         return Gates(self.gates.detach().clone())

@@ -114,8 +114,8 @@ class Site:
 
     @property
     def live(self) -> int:
-        """Units of rank that add to the output: all, or those whose gate is not 0."""
-        return self.rank if self.gates is None or self.gates.is_meta else int(self.gates.count_nonzero())
+        """Units of rank that add to the output: all, unless its scale turns some off."""
+        return self.rank if self.scale is None else self.scale.live(self.rank)
 
     @property
     def in_features(self) -> int:

@@ -91,7 +91,7 @@ def rounds(contest: Contest) -> Rounds:
     if isinstance(contest.rates, Span):
         yield from _sampled(contest.rates, contest.tune.trials or 1, contest.tune.at_once, contest.tune.seeds[0])
     else:
-        yield list(contest.rates)
+        yield sorted(contest.rates)
 
 
 def _sampled(span: Span, trials: int, at_once: int, seed: int) -> Rounds:
