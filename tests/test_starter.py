@@ -118,7 +118,7 @@ def test_a_model_that_can_write_is_given_where_the_packaged_one_cannot(data: str
         ({"--label": "body"}, "--label body: is read already; the answer needs a column of its own"),
         ({"--type": "pair"}, "--text body: pair reads two columns, as in --text question,answer"),
         ({"--text": "body,reply"}, "--text body,reply: classification reads one column"),
-        ({"--label": ""}, "--label: is missing, and nobody can be asked where there is no terminal"),
+        ({"--label": ""}, "--label: is missing, and there is no terminal to ask on"),
     ],
 )
 def test_what_is_wrong_is_said_and_nothing_is_written(

@@ -387,7 +387,9 @@ def main() -> None:
         if hasattr(error, "format_message"):  # a usage error, which typer would spread over four lines
             _refuse_usage(error)
         line = " ".join(filter(None, map(str.strip, str(error).splitlines()))) or type(error).__name__
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # whoever opens it, the user gave it
+        if (
+            isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
+        ):  # the user gave the name, whatever opens it
             error, line = InputError(line), f"{line[:120]}… is no name of a file: give a shorter one"
         if isinstance(error, InputError):
             log(f"rankwise: {line}")
@@ -410,7 +412,7 @@ def _refuse_usage(error: Any) -> NoReturn:
 
 def _say_damage(found: Report) -> None:
     if found.damage:
-        log(f"rankwise: {found.damage}; without it nothing is told of the experiment")
+        log(f"rankwise: {found.damage}; without it the report says nothing about the experiment")
 
 
 def _conclude(found: Comparison, as_json: bool) -> None:

@@ -51,7 +51,7 @@ def unfinished(path: Path, folder: bool = False) -> Iterator[Path]:
     any new file, as the umask has it. Raises OSError where it cannot be made.
     """
     lock = None
-    while lock is None:  # else somebody has tidied up before it was locked
+    while lock is None:  # else another process has tidied up before it was locked
         made = path.parent / f".{path.name}.{secrets.token_hex(4)}.rankwise"
         if folder:
             made.mkdir()
@@ -114,7 +114,7 @@ def uncollected() -> Iterator[None]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace `path` by `content` so that whoever looks, even after a power cut, finds the old file or the new one."""
+    """Replace `path` by `content` so that a reader finds the old file or the new one, even after a power cut."""
     with unfinished(path) as made:
         with made.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -174,7 +174,7 @@ def read_bytes(path: Path, most: int = MOST) -> bytes:
     """The content of a regular file of at most `most` bytes. Raises as `opened` does."""
     with opened(path) as file:
         try:
-            content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)  # makes room for as much as it is told
+            content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)  # allocates as much as it is asked for
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {_reason(error)}") from None
     if len(content) > most:
@@ -262,7 +262,7 @@ def similar(path: Path) -> str:
 
 
 def written(folder: Path) -> set[str]:
-    """The names in a run folder that are the run's own, as `claim` has noted them; none where nobody can tell."""
+    """The names in a run folder that are the run's own, as `claim` has noted them; none if that is not known."""
     try:
         found = read_json(folder / WRITTEN)
     except (OSError, InputError):
@@ -273,7 +273,7 @@ def written(folder: Path) -> set[str]:
 def claim(folder: Path, name: str) -> None:
     """Note, before it is made, that what is called `name` in a run folder is the run's own, which it may delete.
 
-    Raises InputError where somebody else has put something there.
+    Raises InputError if something else is in its place.
     """
     if name in (names := written(folder)):
         return

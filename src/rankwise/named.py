@@ -67,7 +67,7 @@ class Named:
         _sort(cls.known)
 
     def __post_init__(self) -> None:
-        """Raise InputError for an option that is none of its choices, or beyond the bounds that its type has."""
+        """Raise InputError for an option that is not one of its choices, or out of the bounds of its type."""
         for option, choices, bounds in _limits(type(self)):  # type: ignore[arg-type]
             value = getattr(self, option)
             if choices:

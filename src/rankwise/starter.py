@@ -151,17 +151,17 @@ def asked(given: dict[str, str | None], ask: Ask | None) -> Start:
 
     Args:
         given: `data`, `type`, `text`, `label` and `model`, None or empty for what was not given.
-        ask: None where nobody can be asked.
+        ask: None without a terminal.
 
     Raises:
-        InputError: data without such a column, or a flag that is missing where nobody can be asked.
+        InputError: data without such a column, or a flag that is missing without a terminal.
     """
 
     def answer(key: str, question: str, usual: str = "") -> str:
         if found := given.get(key):
             return found
         if ask is None:
-            raise InputError(f"--{key}: is missing, and nobody can be asked where there is no terminal")
+            raise InputError(f"--{key}: is missing, and there is no terminal to ask on")
         found = ask(f"{question}{f' [{usual}]' if usual else ''} ").strip() or usual
         if not found:
             raise InputError(f"--{key}: is needed; nothing was answered")

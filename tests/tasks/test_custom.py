@@ -121,7 +121,7 @@ def unread(task: Any) -> str:
 def test_what_is_wrong_is_said_with_file_and_row(tmp_path: Path) -> None:
     train = write(tmp_path / "train.csv", REVIEWS[:20])
     write(tmp_path / "validation.csv", [*REVIEWS[20:23], {"body": "odd", "mood": "?"}])
-    assert f"{tmp_path / 'validation.csv'}: the label '?' in line 5 is none of the training rows'" in unread(
+    assert f"{tmp_path / 'validation.csv'}: the label '?' in line 5 is not among those of the training rows" in unread(
         reviews(tmp_path)
     )
     assert "no column 'bodies', only body, mood (did you mean \"body\"?)" in unread(

@@ -54,7 +54,7 @@ def unavailable() -> str:
     if java is None:
         return "METEOR, ROUGE-L and CIDEr need a Java runtime, and there is no java on the PATH"
     try:
-        # On macOS `java` exists without a runtime behind it, so that only starting it can tell.
+        # On macOS `java` exists without a runtime, so that only starting it can tell.
         answer = subprocess.run([java, "-version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"METEOR, ROUGE-L and CIDEr need a Java runtime, and {java} does not start: {type(error).__name__}"
@@ -221,7 +221,7 @@ def _meteor_process(patience: float) -> Iterator[Callable[[str, int], list[str]]
     jar = _jar("meteor.meteor", "meteor-1.5.jar")
     command = _java("-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm")
     late = threading.Event()
-    # A file for what it complains of: a pipe that nobody reads could fill up and stop it.
+    # A file for what it complains of: a pipe without a reader could fill up and stop it.
     with tempfile.TemporaryFile() as complaints:
         try:
             process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=complaints)

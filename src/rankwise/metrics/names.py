@@ -47,7 +47,7 @@ def spellings(known: Mapping[str, Metric]) -> dict[str, str]:
 def chosen(names: Sequence[str], known: Mapping[str, Metric], task: str) -> tuple[str, ...]:
     """The metrics of `known`, those of the type `task`, that a user names, in that order.
 
-    Raises InputError for no name, for one that is unknown or is none of this type, and for one that is there twice.
+    Raises InputError for no name, for one that is unknown or not of this type, and for one that is there twice.
     """
     if not names:
         raise InputError("metrics: is empty; name one metric or more, or leave it out")

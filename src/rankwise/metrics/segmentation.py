@@ -5,7 +5,7 @@ With TP, FP and FN the pixels of class c that are found, wrongly found and misse
     Dice_c = 2 TP / (2 TP + FP + FN)        IoU_c = TP / (TP + FP + FN)
 
 Pixels whose label is -100 count nowhere. `counts` does the counting, for a batch at a time where need be, and all
-scores are computed from counts put one behind the other:
+scores are computed from counts put one after the other:
 
     corpus      TP, FP and FN summed over all images, then the mean over the classes
     per class   the same without the mean

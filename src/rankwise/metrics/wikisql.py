@@ -8,7 +8,7 @@ Nothing in this form is escaped, and columns are not quoted, so that some texts 
 
 - A column may hold an operator (`1 usd =`, `y = 2008`). With the table's columns given, the longest one that fits is
   taken; without, the text up to the first operator.
-- ` AND ` ends a value only where a column and an operator follow it, and a quoted value only right behind a quote. So
+- ` AND ` ends a value only where a column and an operator follow it, and a quoted value only right after a quote. So
   `title = "salt AND pepper = dear"` is one condition, and `title = "a" AND b = "c"` is always two.
 - Keywords are in upper case, so that `and`, `from` or `max` in lower case are words of a column or value. In a text
   that does not start with `SELECT` in upper case they count in any case; a known column `max speed` goes before.
@@ -87,7 +87,7 @@ class Table:
 
 
 def parse(text: str, columns: Iterable[str] = ()) -> Query | None:
-    """The query that `text` is, or None where it is none; the module says how it is read.
+    """The query that `text` is, or None if it is not one; the module says how it is read.
 
     `columns` are the table's, where they are known; they only choose between readings. Some missing, or a query with
     others, does no harm.
@@ -122,7 +122,7 @@ def logical_form(predicted: str, gold: str, columns: Iterable[str] = ()) -> bool
 def execution(predicted: str, gold: str, table: Table) -> bool:
     """Whether both queries return the same rows of `table`, in its order.
 
-    The text never reaches SQLite: a SELECT is built anew from what was read, columns by number, values bound, on a
+    The text never reaches SQLite: a new SELECT is built from what was read, columns by number, values bound, on a
     database in memory that nothing can write to and that stops after a set number of steps. A prediction that is no
     query, names a column that is not there or cannot be run is wrong.
 
@@ -234,7 +234,7 @@ def _selected(text: str, columns: tuple[str, ...], anycase: re.RegexFlag) -> tup
 
 
 def _conditions(text: str, columns: tuple[str, ...], anycase: re.RegexFlag) -> list[Condition] | None:
-    """The conditions of what follows WHERE; None where some part of it is none."""
+    """The conditions of what follows WHERE; None if a part of it is not a condition."""
     joints = [(found.start(), found.end()) for found in re.finditer(r" AND (?=\S)", text, anycase)]
     heads = {start: _head(text, start, columns, anycase) for start in (0, *(end for _, end in joints))}
     conditions = []
@@ -247,7 +247,7 @@ def _conditions(text: str, columns: tuple[str, ...], anycase: re.RegexFlag) -> l
         ends = [(end, after) for end, after in joints if end > value_start and heads[after] is not None]
         ends.append((len(text), len(text)))
         if text[value_start] == '"':
-            # right behind a quote; a quote that is never closed belongs to a bare value
+            # right after a quote; a quote that is never closed belongs to a bare value
             ends = [place for place in ends if place[0] > value_start + 1 and text[place[0] - 1] == '"'] or ends
         end, after = ends[0]
         value = text[value_start:end].lower()

@@ -35,7 +35,7 @@ class Head:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Column(Head, Generic[T]):
-    """A column: the cell of a row, the values behind the cell, and what they mean.
+    """A column: the cell of a row, the values that it shows, and what they mean.
 
     Attributes:
         cell: what is shown for a row.

@@ -286,8 +286,8 @@ class _Reader:
         if name not in self._modules:
             file = self._file(name)
             parts = name.split(".")
-            aside = parts[0] == "rankwise" and (len(parts) == 1 or parts[1] in ASIDE)
-            self._modules[name] = None if file is None or aside else _parsed(file, name)
+            left_out = parts[0] == "rankwise" and (len(parts) == 1 or parts[1] in ASIDE)
+            self._modules[name] = None if file is None or left_out else _parsed(file, name)
         return self._modules[name]
 
     def resolve(self, module: str, name: str) -> _Place | str:
@@ -391,7 +391,7 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 def _loaded(name: str) -> Path | None:
-    """The source of a module that is loaded, and is none of Python's own."""
+    """The source of a module that is loaded, and is not one of Python's own."""
     file = getattr(sys.modules.get(name), "__file__", None)
     if file is None or not file.endswith(".py"):
         return None

@@ -158,7 +158,7 @@ def unreadable(folder: Path) -> str:
     try:
         read_bytes(folder / NAME)
     except FileNotFoundError:
-        return "there is no run.yaml in it, so nobody can say which run it was"
+        return "there is no run.yaml in it, so it is not known which run it was"
     except InputError as error:
         return str(error).replace(f"{folder}/", "")
     return ""

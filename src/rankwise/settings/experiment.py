@@ -87,7 +87,7 @@ class Tune(BaseModel):
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-    """One combination of an experiment with `tune`, its seed aside: the rates that compete for it."""
+    """One combination of an experiment with `tune`, without its seed: the rates that compete for it."""
 
     settings: Mapping[str, Any]
     """Of a run, without rate and seed."""

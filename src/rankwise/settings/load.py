@@ -312,8 +312,8 @@ def _report(given: Mapping[str, Any], schema: Schema) -> dict[str, Any]:
 
 def _changed(settings: Sequence[tuple[str, Any]]) -> list[str]:
     """Of what was set on the command line what may be against a paper's protocol and no table shows."""
-    aside = (*PLACE, "seed", "scale", "model", "report")
-    return [f"{key}={json.dumps(value)}" for key, value in settings if key.partition(".")[0] not in aside]
+    shown_anyway = (*PLACE, "seed", "scale", "model", "report")
+    return [f"{key}={json.dumps(value)}" for key, value in settings if key.partition(".")[0] not in shown_anyway]
 
 
 def _published(given: Any) -> Published | None:

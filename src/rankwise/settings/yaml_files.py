@@ -95,7 +95,7 @@ def as_yaml(content: Mapping[str, Any]) -> str:
 def parse_yaml(text: str) -> Any:
     """The value of a piece of YAML, numbers like 1e-3 included: None, bool, int, float, str, lists and mappings.
 
-    Raises InputError, one line, where it is broken, means too much, or holds what is none of these.
+    Raises InputError, one line, where it is broken, means too much, or holds anything else.
     """
     if len(text) > LONGEST:
         raise InputError(f"{len(text):,} characters of YAML: no configuration has more than {LONGEST:,}")

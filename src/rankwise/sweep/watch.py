@@ -121,7 +121,7 @@ class Look:
 
 
 def _awaited(standing: Standing) -> bool:
-    """Whether somebody carries this run out, or is going to."""
+    """Whether a process carries out this run, or is going to."""
     return standing.planned or standing.state == "running"
 
 

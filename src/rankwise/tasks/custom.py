@@ -9,11 +9,11 @@
     segmentation     image, mask                an image whose pixels are class numbers
 
 `metrics` names what the first three are scored by; runs are compared, and learning rates chosen, by the first of them.
-`columns` says which column has each role; a role that it does not name is a column of that name. No column has two, and
-none that is read gives the answer away in every row. Labels that look alike are refused or, where they differ in case
-alone, told. The dataset is a
-folder with a file for each split (`train.csv`, `validation.csv`; or .jsonl, or .parquet), one such file, or what the
-hub calls it. Of a single file a tenth of the rows, drawn by their content, is held out.
+`columns` names the column of each role; a role without one is the column of that name. No column has two roles, and
+none that is read may hold the answer of every row. Labels that look alike are refused; labels that differ in case alone
+give a warning. The dataset is a folder with a file for each split (`train.csv`, `validation.csv`; or .jsonl, or
+.parquet), one such file, or a name on the hub. A tenth of a single file, chosen by the content of its rows, is held
+out.
 """
 
 import functools
@@ -287,8 +287,8 @@ class Labelled(Measured):
         strange = next((row for row, name in enumerate(classes) if name not in number), None)
         if strange is not None:
             raise InputError(
-                f"{rows.where}: the label {classes[strange]!r} in {rows.at(strange)} is none of the training rows'"
-                f"{nearest(classes[strange], number)}: {rows.remedy}"
+                f"{rows.where}: the label {classes[strange]!r} in {rows.at(strange)} is not among those of the "
+                f"training rows{nearest(classes[strange], number)}: {rows.remedy}"
             )
         return table.append_column("label", pa.array([number[name] for name in classes], pa.int64()))
 

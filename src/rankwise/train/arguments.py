@@ -60,7 +60,7 @@ _OURS = """
 
 
 def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
-    """What transformers' Trainer is told.
+    """The arguments of transformers' Trainer.
 
     Raises:
         InputError: a field in `trainer` that there is not, that is ours, or that has a wrong value, and numbers that
