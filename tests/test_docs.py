@@ -188,6 +188,11 @@ def test_every_file_that_contributing_names_is_there() -> None:
     assert [name for name in sorted(named) if not any((place / name).exists() for place in places)] == []
 
 
+def test_no_source_file_is_too_long_to_know() -> None:
+    lines = {path: path.read_text().count("\n") for path in (ROOT / "src").rglob("*.py")}
+    assert [str(path) for path, count in lines.items() if count > 450] == []
+
+
 def test_every_room_is_in_the_tour() -> None:
     tour = page("CONTRIBUTING.md").split("## A tour of the house", 1)[1].split("\n\n## ", 1)[0]
     rooms = {path.name for path in (ROOT / "src" / "rankwise").iterdir() if not path.name.startswith("_")}

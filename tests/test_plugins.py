@@ -19,7 +19,7 @@ from rankwise.methods import Method
 from rankwise.metrics import METRICS, classification
 from rankwise.named import load_plugin
 from rankwise.runs import run_file
-from rankwise.runs.maker import code_of
+from rankwise.runs.code import code_of
 from rankwise.runs.store import Store
 from rankwise.settings import Schema, load
 from rankwise.tasks import Task
@@ -353,7 +353,7 @@ def test_a_method_of_a_notebook_counts_by_what_it_does_and_its_cell_can_be_run_a
     cell = """
 from dataclasses import dataclass
 from rankwise.methods.lora import LoRA
-from rankwise.runs.maker import code_of
+from rankwise.runs.code import code_of
 
 LOUD = {loud}
 def louder(x):

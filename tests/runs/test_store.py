@@ -14,7 +14,8 @@ from rankwise.errors import InputError
 from rankwise.files import claim
 from rankwise.results.summary import Summary
 from rankwise.runs import maker
-from rankwise.runs.maker import Code, Maker
+from rankwise.runs.code import Code
+from rankwise.runs.maker import Maker
 from rankwise.runs.record import progress
 from rankwise.runs.standing import State
 from rankwise.runs.store import Store

@@ -47,7 +47,8 @@ from rankwise.processes import together
 from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
 from rankwise.runs import run_file
-from rankwise.runs.maker import Code, Maker, code_of
+from rankwise.runs.code import Code, code_of
+from rankwise.runs.maker import Maker
 from rankwise.runs.result import Result
 from rankwise.runs.search import Search
 from rankwise.runs.store import FILES, Store

@@ -16,7 +16,7 @@ import pytest
 
 import rankwise
 from rankwise import methods, tasks
-from rankwise.runs.maker import ASIDE, Code, code_at, code_of, differing, digest
+from rankwise.runs.code import ASIDE, Code, code_at, code_of, differing, digest
 from rankwise.train.run import run
 from runs import SIMPLEX, make
 
@@ -231,4 +231,4 @@ def test_a_class_made_in_a_function_counts_with_its_file() -> None:
     class Local(methods.registry()["lora"]):  # type: ignore[misc]
         pass
 
-    assert {"test_maker.py", "methods/lora.py"} <= code_of(run, Local).keys()
+    assert {"test_code.py", "methods/lora.py"} <= code_of(run, Local).keys()
