@@ -47,9 +47,9 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# One test process per core, each with one thread.
+# Each test process has one thread; there is one more than cores, since some tests wait for processes of their own.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not large"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n "$$($(BIN)/python -c 'import os; print(os.cpu_count() + 1)')" -m "not large"
 
 test-large: $(READY)
 	OMP_NUM_THREADS=1 RANKWISE_FUZZ=10000 $(BIN)/python -m pytest -n auto -m "large or fuzz"

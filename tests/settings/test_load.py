@@ -211,3 +211,11 @@ def test_keys_below_keys_reach_what_lies_below() -> None:
     assert axes["vary"] == {"seed": [0], "task.columns.label": ["kind", "mood"]}
     with pytest.raises(InputError, match="only method, task, trainer, vary, tune and report have keys below them"):
         put(base, "epochs.more", 1)
+
+
+@pytest.mark.parametrize("name", ["[]", "{}", "1", "null", "[lora]"])
+@pytest.mark.parametrize("key", ["method", "task"])
+def test_a_name_that_is_no_text_is_refused_in_a_run_and_in_an_experiment(key: str, name: str) -> None:
+    for given in ({"task": "t"}, {"task": "t", "vary": {"seed": [0]}}):
+        with pytest.raises(InputError, match=f"^{key}: needs a name|^{key}.name = "):
+            load(given, [f"{key}.name={name}"], SCHEMA)

@@ -222,8 +222,9 @@ def _experiment(
             if key in stage:
                 stage[key] = _filled(key, named(key, stage[key]), known, {}, fitted)
     if data.get("model") is None and "model" not in vary:
-        for entry in vary.get("task", [data.get("task", {})]):
-            if entry.get("model") is None and (model := _usual_model(entry.get("name", ""), schema)):
+        for entry in vary.get("task", [data.get("task")]):
+            task = entry.get("name") if isinstance(entry, dict) and not entry.get("model") else None
+            if isinstance(task, str) and (model := _usual_model(task, schema)):
                 (entry if "task" in vary else data)["model"] = model
     try:
         experiment = Experiment(

@@ -102,7 +102,7 @@ def check_options(
     Where a budget is to be met (`fitted`) the options that say how much trains stay open, unless they are given.
     """
     name = given.get("name")
-    if name is None:
+    if not isinstance(name, str):
         raise InputError(f"{key}: needs a name, as in `{key}: {{name: {NAMED[key]}}}`")
     if name not in known:
         raise InputError(
