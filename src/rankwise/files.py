@@ -134,13 +134,14 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def appended(path: Path) -> io.BufferedWriter:
-    """A regular file, made where there is none, opened to be written to at its end.
+def appended(path: Path, create: bool = True) -> io.BufferedWriter:
+    """A regular file, opened to be written to at its end; with `create` it is made if there is none.
 
-    Raises OSError where it cannot be made, InputError where it is something else.
+    Raises OSError where it cannot be made or is not there, InputError where it is something else.
     """
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOCTTY, 0o666)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | (os.O_CREAT if create else 0)
+        handle = os.open(path, flags, 0o666)
     except OSError as error:
         if os.path.lexists(path):
             raise InputError(f"{path}: cannot be written to: {_reason(error)}; move it away") from None

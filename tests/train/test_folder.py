@@ -19,7 +19,7 @@ import warm
 from rankwise.errors import InputError
 from rankwise.files import WRITTEN, claim
 from rankwise.runs.store import MEMORY, Store
-from rankwise.train.checkpoint_files import last_complete, mark_complete
+from rankwise.train.checkpoint_files import append_line, last_complete, mark_complete
 from rankwise.train.run import run
 from runs import make, start
 from waiting import PATIENCE, reached, wait_for
@@ -155,3 +155,9 @@ def test_a_signal_in_the_first_moments_is_one_line(command: list[str], later: fl
         out, err = process.communicate(timeout=PATIENCE)
         assert process.returncode == code, err
         assert out == "" and err.count("\n") == 1 and err.startswith("rankwise: "), err
+
+
+def test_a_file_of_lines_is_not_made_in_a_folder_that_is_another(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        append_line(tmp_path / "metrics.jsonl", {"step": 1}, create=False)
+    assert not list(tmp_path.iterdir())

@@ -23,9 +23,9 @@ LINES = ("metrics.jsonl", "ranks.jsonl")
 """Files of a run that grow by lines. Results are computed from them, so a checkpoint covers the lines up to it."""
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add one JSON object as a line."""
-    with appended(path) as file:
+def append_line(path: Path, line: dict[str, Any], create: bool = True) -> None:
+    """Add one JSON object as a line; `create` as for `appended`."""
+    with appended(path, create) as file:
         file.write((json.dumps(line, allow_nan=False) + "\n").encode())
 
 

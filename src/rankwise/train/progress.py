@@ -89,10 +89,16 @@ class Progress(TrainerCallback):
         self.folder, self.plan, self.method, self.stop = folder, plan, method, stop
         self.evaluate, self.carried = evaluate, carried
         self._lock = _lock_identity(folder)
+        self._there = set[Path]()
         self.loaded = False
         """Whether the checkpoint to resume from, if any, has been loaded."""
         self.counts: list[int] = []
         """Trainable parameters at each line of ranks.jsonl, in the main process."""
+
+    def _append(self, file: Path, line: dict[str, Any]) -> None:
+        """A file that was there is not made again: its folder may have been deleted, and made again by another run."""
+        append_line(file, line, create=file not in self._there)
+        self._there.add(file)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Cut the lines on disk back to the checkpoint's step, or start them."""
@@ -106,7 +112,7 @@ class Progress(TrainerCallback):
         self.last: dict[str, Any] = {key: lines[-1][key] for key in ("ranks", "parameters")} if lines else {}
         self.counts = [line["parameters"] for line in lines]
         if step == 0:
-            append_line(self.metrics, {"step": 0, "steps": self.plan.steps})
+            self._append(self.metrics, {"step": 0, "steps": self.plan.steps})
             self._rank_line(kwargs["model"], 0, kwargs["optimizer"])
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -145,7 +151,7 @@ class Progress(TrainerCallback):
             loss = math.fsum(self.carried.losses) / len(self.carried.losses)
             line = {"step": step, "epoch": state.epoch, "loss": loss, "learning_rate": logs["learning_rate"]}
             if is_main():
-                append_line(self.metrics, line)
+                self._append(self.metrics, line)
             self.carried.losses.clear()
         if step % self.plan.eval_every == 0 and step < self.plan.steps:
             scores = self.evaluate()
@@ -177,7 +183,7 @@ class Progress(TrainerCallback):
 
     def evaluation_line(self, step: int, epoch: float | None, scores: dict[str, float]) -> None:
         """Write an evaluation to metrics.jsonl."""
-        append_line(self.metrics, {"step": step, "epoch": epoch, "eval": scores})
+        self._append(self.metrics, {"step": step, "epoch": epoch, "eval": scores})
 
     def _rank_line(self, model: nn.Module, step: int, optimizer: Any) -> None:
         """`rank_line` at a rank change, and at each check of a search."""
@@ -192,7 +198,7 @@ class Progress(TrainerCallback):
         current: dict[str, Any] = {"ranks": ranks(model)}
         current["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if current != self.last or weights is not None:
-            append_line(self.ranks, {"step": step, **current, **({} if weights is None else {"weights": weights})})
+            self._append(self.ranks, {"step": step, **current, **({} if weights is None else {"weights": weights})})
             self.last = current
             self.counts.append(current["parameters"])
 
