@@ -76,6 +76,7 @@ def test_every_table_has_its_experiment_and_every_experiment_its_tables(schema: 
     assert there == {(table.experiment, table.id) for table in TABLES.values()}
 
 
+@pytest.mark.large
 @both_scales
 @pytest.mark.parametrize("file", OF_PAPERS, ids=lambda file: file.stem)
 def test_every_method_of_a_papers_experiment_fits_its_model_without_the_hub(

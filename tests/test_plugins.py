@@ -404,6 +404,7 @@ def test_a_method_that_the_runs_processes_would_not_find_is_refused(tmp_path: Pa
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.large
 def test_plugins_of_installed_packages_are_there_without_being_named(tmp_path: Path) -> None:
     """Listed, in the schema, and in the process of each run."""
     write(tmp_path / "installed_methods.py", "installed")
