@@ -133,7 +133,7 @@ def test_what_stands_between_backticks_is_code(tmp_path: Path, make: Callable[..
         failed = Store(folder).create(RunConfig(task="stdlib-module", seed=seed), "x")
         (failed / "error.txt").write_text(error)
     text = html.write(folder).read_text(encoding="utf-8")
-    assert "so scores are slightly too good; use <code>tune:</code> to avoid this." in text
+    assert "so scores are slightly too high; use <code>tune:</code> to avoid this." in text
     assert "<code>&lt;b&gt;</code> or <code>x</code>" in text and "one ` alone &lt;b&gt;" in text
 
 

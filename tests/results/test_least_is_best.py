@@ -105,3 +105,8 @@ def test_the_text_says_that_lower_is_better(store: Store, score: str) -> None:
     assert ("(lower is better)" in text) == (score == "mean_absolute_error")
     page = report(store.folder).write_page().read_text()
     assert ("mean_absolute_error (lower is better)" in page) == (score == "mean_absolute_error")
+
+
+def test_chosen_on_the_rows_reported_an_error_is_too_low(store: Store, score: str) -> None:
+    way = "low" if score == "mean_absolute_error" else "high"
+    assert f"scores are slightly too {way}; use `tune:` to avoid this" in "\n".join(report(store.folder).notes)

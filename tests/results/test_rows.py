@@ -147,7 +147,7 @@ def test_runs_that_try_a_rate_make_no_row_and_say_how_it_was_chosen(store: Store
     ]
     text = Summary(store.results()).text()
     assert "chosen on 9 rows of train_held_out" in text and "were scored once, at the end" in text
-    assert "slightly too good" not in text and "might do better" not in text
+    assert "slightly too high" not in text and "might do better" not in text
     assert any(line.split()[2:] == ["0.001", "1", "0.800", "chosen"] for line in text.splitlines())
 
 

@@ -247,7 +247,7 @@ def test_the_text_holds_all_that_a_row_has_to_carry(store: Store) -> None:
     ]
     costs = [line for line in text.splitlines() if line.startswith("lora rank=4")][1]
     assert costs.split() == ["lora", "rank=4", "1.5", "GiB", "1", "min", "31", "s", "40.0", "2.0", "KiB"]
-    assert "Rates were chosen on the rows reported, so scores are slightly too good; use `tune:` to avoid this." in text
+    assert "Rates were chosen on the rows reported, so scores are slightly too high; use `tune:` to avoid this." in text
 
 
 def test_a_split_that_is_not_official_is_marked_and_explained(store: Store) -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rankwise.metrics import with_direction
+from rankwise.metrics import with_direction, worth
 from rankwise.results.contrasts import Contrast, spelled
 from rankwise.results.rows import Row, unofficial
 from rankwise.runs.answers import listed, shown
 from rankwise.runs.search import in_words
 
-TOO_HIGH = "Rates were chosen on the rows reported, so scores are slightly too good; use `tune:` to avoid this"
 WELL_USED = 0.9
 """The share of the budget below which a note says that a method may score lower because it is smaller."""
 
@@ -20,7 +19,9 @@ def notes(
     """Notes on rates, on methods that could not be compared, on budgets, and on each of the best rows."""
     lines = []
     if len([row for row in rows if row.tuned is None]) > len([row for row in best if row.tuned is None]):
-        lines.append(TOO_HIGH)
+        ways = {"too high" if worth(row.score, 1) > 0 else "too low" for row in best}
+        how = ways.pop() if len(ways) == 1 else "too good"
+        lines.append(f"Rates were chosen on the rows reported, so scores are slightly {how}; use `tune:` to avoid this")
     for task in dict.fromkeys(row.task for row in best):
         several = len({row.method for row in best if row.task == task}) > 1
         if several and not any(each.ours.task == task for each in contrasts):
