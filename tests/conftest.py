@@ -4,10 +4,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 
 import quick  # noqa: F401
 
+hypothesis.settings.register_profile("any machine", deadline=None)  # no test asserts a time
+hypothesis.settings.load_profile("any machine")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
