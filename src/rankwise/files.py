@@ -66,6 +66,14 @@ def unfinished(path: Path, folder: bool = False) -> Iterator[Path]:
         os.close(lock)
 
 
+def replace_folder(folder: Path, new: Path) -> None:
+    """Put the complete folder `new` in the place of `folder`; its files get the mode of any new file."""
+    as_new(new)
+    if folder.exists():
+        shutil.rmtree(folder)
+    new.rename(folder)
+
+
 def tidy(folder: Path) -> None:
     """Remove what killed processes have left unfinished in `folder`; what a live one is at work on stays."""
     with suppress(OSError):

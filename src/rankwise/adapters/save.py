@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Sequence, Set
 from contextlib import suppress
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from rankwise.adapters.auto import task
 from rankwise.adapters.plain import base_tensors, folded, joined, modules, state_of
 from rankwise.errors import InputError
-from rankwise.files import ADAPTER, as_new, check_files, check_replaceable, read_json, unfinished
+from rankwise.files import ADAPTER, check_files, check_replaceable, read_json, replace_folder, unfinished
 from rankwise.methods import Method, build
 from rankwise.methods.targets import check_bare
 from rankwise.nets.new_weights import buffers, new_weights
@@ -73,10 +72,7 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
             (written / DESCRIPTION).write_text(json.dumps(description, indent=2))
         else:
             raise InputError("this model has no adapter: pass the method that trained it, save(model, folder, method)")
-        as_new(written)
-        if folder.exists():
-            shutil.rmtree(folder)
-        written.rename(folder)
+        replace_folder(folder, written)
     return folder
 
 
@@ -179,7 +175,6 @@ def _load_adapter(model: nn.Module, folder: Path, settings: dict[str, Any], weig
         stored = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unfit(folder, error) from error
-    stored = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
     _check_keys(folder, stored - weights.keys(), weights.keys() - stored - loaded.state_dict().keys())
     return loaded
 

@@ -1,7 +1,6 @@
 """Checkpoints for a bare training loop; a Trainer writes its own."""
 
 import os
-import shutil
 from os import PathLike
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from rankwise.errors import InputError
-from rankwise.files import check_regular, check_replaceable, disk_errors, unfinished
+from rankwise.files import check_regular, check_replaceable, disk_errors, replace_folder, unfinished
 from rankwise.nets.new_weights import buffers
 from rankwise.optim import SimplexAdam
 from rankwise.optim.projected_adam import ProjectedAdam
@@ -45,9 +44,7 @@ def save_checkpoint(
         with disk_errors(temporary), (temporary / FILE).open("wb") as file:
             torch.save(state, file)
             os.fsync(file.fileno())
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+        replace_folder(folder, temporary)
     return folder
 
 

