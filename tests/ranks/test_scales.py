@@ -13,7 +13,7 @@ import rankwise as rw
 from rankwise.conformance import models as small
 from rankwise.ranks import RankPlan, ranks, sites
 from rankwise.ranks.replace import replace, sort_groups
-from rankwise.ranks.scales import Scale, put_scale
+from rankwise.ranks.scales import Scale, copy_scale, put_scale
 from rankwise.ranks.sites import Site
 
 
@@ -35,7 +35,9 @@ class Share(Scale):
         return self.share
 
     def copy_for(self, adapter: str) -> "Share":
-        raise NotImplementedError
+        scale = Share()
+        scale.share = nn.Parameter(self.parameter.detach().clone())
+        return scale
 
     @classmethod
     def put_on(cls, model: nn.Module) -> None:
@@ -84,3 +86,16 @@ def test_a_scale_with_a_parameter_for_each_site_goes_and_comes_with_its_site(mon
         assert set(map(id, optimizer.state)) <= trained
         small.train(model, optimizer, 1)
     assert ranks(model)[first] == 2
+
+
+def test_another_adapter_gets_a_frozen_copy_of_a_scale() -> None:
+    model = models.adapted(rank=2)
+    Share.put_on(model)
+    model.add_adapter("copy", model.peft_config["default"])
+    for value, site in enumerate(sites(model)):
+        with torch.no_grad():
+            site.scale.parameter.fill_(value)  # type: ignore[union-attr]
+        copy_scale(site, "copy")
+        copied = Site(site.name, site.layer, "copy").scale
+        assert isinstance(copied, Share) and copied.value == value and not copied.parameter.requires_grad
+        assert copied.parameter is not site.scale.parameter  # type: ignore[union-attr]

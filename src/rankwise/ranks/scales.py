@@ -40,25 +40,20 @@ class Scale(nn.Module):
         """The trainable parameter, which all sites may share."""
 
     def units(self, site: Site) -> Tensor:
-        """Indices of the units of rank that a fold keeps; by default all."""
+        """Indices of the units of rank that add to the output, which a fold keeps; by default all."""
         return torch.arange(site.rank, device=site.B.device)
-
-    def live(self, rank: int) -> int:
-        """How many of the `rank` units of its site add to the output; by default all."""
-        return rank
 
     def idle(self) -> bool:
         """Whether the whole site adds nothing, so that a saved adapter leaves it out."""
         return False
 
     def leave(self, model: nn.Module) -> None:
-        """Called before its site is emptied. A parameter of that site alone goes with it."""
+        """Called before its site is emptied: removes a parameter that belongs to this site alone."""
         self.remove_parameter(model)
 
     @classmethod
     def put_on_refilled(cls, model: PeftModel, site: Site) -> None:
-        """Give a site that was empty its scale, if the sites of `model` have such scales; by default none."""
-        return
+        """Give a site that was empty its scale, if the sites of `model` have such scales; by default none get one."""
 
     @abstractmethod
     def copy_for(self, adapter: str) -> Scale:
@@ -102,7 +97,7 @@ class Omega(Scale):
         return not self.value.any()
 
     def leave(self, model: nn.Module) -> None:
-        """ω of the site stays, for when it gets rank again."""
+        """ω of the site stays, in case the site gets rank again."""
 
     def copy_for(self, adapter: str) -> Omega:
         omegas, own, index = self.source
@@ -162,10 +157,7 @@ class Gates(Scale):
         return self.gates
 
     def units(self, site: Site) -> Tensor:
-        return self.gates.flatten().nonzero().flatten()
-
-    def live(self, rank: int) -> int:
-        return rank if self.gates.is_meta else int(self.gates.count_nonzero())
+        return super().units(site) if self.gates.is_meta else self.gates.flatten().nonzero().flatten()
 
     def copy_for(self, adapter: str) -> Gates:
         return Gates(self.gates.detach().clone())

@@ -115,7 +115,7 @@ class Site:
     @property
     def live(self) -> int:
         """Units of rank that add to the output: all, unless its scale turns some off."""
-        return self.rank if self.scale is None else self.scale.live(self.rank)
+        return self.rank if self.scale is None else len(self.scale.units(self))
 
     @property
     def in_features(self) -> int:

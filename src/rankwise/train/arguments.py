@@ -1,4 +1,4 @@
-"""The settings of a run as transformers' TrainingArguments, and the numbers that its layers compute with."""
+"""The settings of a run as transformers' TrainingArguments, and its autocast."""
 
 import dataclasses
 import os
@@ -38,44 +38,32 @@ _INSTEAD = {
     "save_strategy": "checkpoint_every",
     "save_steps": "checkpoint_every",
 }
-"""Fields of TrainingArguments that settings of a run stand for."""
-_OURS = """
-    accelerator_config activation_checkpointing activation_checkpointing_kwargs average_tokens_across_devices
-    batch_eval_metrics bf16_full_eval dataloader_drop_last dataloader_in_order dataloader_multiprocessing_context
-    dataloader_num_workers dataloader_persistent_workers dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers
-    ddp_bucket_cap_mb ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval
-    do_predict do_train enable_jit_checkpoint eval_accumulation_steps eval_delay eval_do_concat_batches eval_on_start
-    eval_use_gather_object fp16_full_eval fsdp fsdp_config gradient_checkpointing_kwargs greater_is_better
-    hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
-    include_for_metrics include_num_input_tokens_seen label_names length_column_name liger_kernel_config
-    load_best_model_at_end local_rank log_level log_level_replica log_on_each_node logging_first_step
-    logging_nan_inf_filter logging_steps logging_strategy metric_for_best_model optim optim_args optim_target_modules
-    output_dir parallelism_config prediction_loss_only project push_to_hub remove_unused_columns report_to
-    restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node save_only_model
-    save_total_limit skip_memory_metrics torch_compile torch_compile_backend torch_compile_mode trackio_bucket_id
-    trackio_space_id trackio_static_space_id train_sampling_strategy use_cache use_cpu use_liger_kernel
-"""
-"""Fields that a run sets itself, that would change nothing in it, or break its exact resume, evaluations or optimizer.
-"""
+"""Fields of TrainingArguments, and the settings of a run that take their place."""
+_PASSED_ON = (
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "lr_scheduler_kwargs", "neftune_noise_alpha"),
+    *("tf32", "full_determinism", "torch_empty_cache_steps", "dataloader_pin_memory"),
+)
+"""Fields that `trainer` may have. A run sets the others itself, or they would change nothing in it, or break its exact
+resume, its evaluations or its optimizer."""
 
 
 def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
     """The arguments of transformers' Trainer.
 
     Raises:
-        InputError: a field in `trainer` that there is not, that is ours, or that has a wrong value, and numbers that
-            the device cannot compute with.
+        InputError: `trainer` has a field that does not exist, that a run sets itself, or that has a wrong value, or the
+            device does not have the autocast dtype.
     """
     _check_names(config)
     _check_device(config)
     try:
-        made = TrainingArguments(
+        args = TrainingArguments(
             output_dir=str(folder),
             max_steps=plan.steps,
             per_device_train_batch_size=config.batch_size,
             learning_rate=config.learning_rate,
             lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),
-            # the Trainer takes 1.0 for one step, here it means all of them
+            # to the Trainer 1.0 is one step, here it is all of them
             warmup_steps=plan.steps if config.warmup == 1 else config.warmup,
             weight_decay=config.weight_decay,
             max_grad_norm=config.clip,
@@ -99,56 +87,56 @@ def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
                 **config.trainer,
             },
         )
-        _check_values(config, made)
+        _check_values(config, args)
     except InputError:
         raise
     except (TypeError, ValueError, RuntimeError, ImportError) as error:
         raise InputError(f"trainer: {' '.join(str(error).split())}") from error
     # One GPU per process. With several the Trainer would use DataParallel, which copies the model in each step and does
     # not follow rank changes.
-    made._n_gpu = min(made.n_gpu, 1)
-    return made
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
-def _check_values(config: RunConfig, made: TrainingArguments) -> None:
+def _check_values(config: RunConfig, args: TrainingArguments) -> None:
     """Make an optimizer and a schedule of these arguments, which raise what a run would raise at its first step."""
     optimizer = torch.optim.AdamW(
-        [torch.zeros(1)], made.learning_rate, (made.adam_beta1, made.adam_beta2), made.adam_epsilon
+        [torch.zeros(1)], args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon
     )
-    if not (options := made.lr_scheduler_kwargs):
+    if not (options := args.lr_scheduler_kwargs):
         return
-    name = made.lr_scheduler_type
+    name = args.lr_scheduler_type
     try:
-        if name == SchedulerType.CONSTANT_WITH_WARMUP:  # which would ignore them
-            raise TypeError("it has none")
-        get_scheduler(name, optimizer, 0, 2, options)  # type: ignore[arg-type]  # which asks for its first rate
+        if name == SchedulerType.CONSTANT_WITH_WARMUP:  # it would ignore them
+            raise TypeError("it takes none")
+        get_scheduler(name, optimizer, 0, 2, options)  # type: ignore[arg-type]  # computes the first rate
     except Exception as error:
         reason = str(error).partition("() ")[2] or str(error)
-        raise InputError(f"trainer.lr_scheduler_kwargs: not for schedule = {config.schedule}: {reason}") from error
+        raise InputError(f"trainer.lr_scheduler_kwargs: wrong for schedule = {config.schedule}: {reason}") from error
 
 
 def _checkpointing() -> dict[str, Any]:
-    """Gradient checkpointing, by the name that this version of transformers has for it."""
+    """Gradient checkpointing, under its name in this version of transformers."""
     name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
-    # the other way, the default of old, finds no gradient below frozen embeddings
+    # reentrant checkpointing, once the default, finds no gradient below frozen embeddings
     return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def check(config: RunConfig) -> None:
-    """Raise InputError for all that `arguments` would refuse."""
-    if os.environ.get("WORLD_SIZE") is None:  # else it joins the other processes
+    """Raise InputError for anything that `arguments` would refuse."""
+    if os.environ.get("WORLD_SIZE") is None:  # else TrainingArguments would join the other processes
         arguments(
             Path("run"), config, Plan(rows=1, batch_size=config.batch_size, steps=1, eval_every=1, checkpoint_every=1)
         )
 
 
 def autocast_of(config: RunConfig) -> str:
-    """The numbers that layers compute with, one of DTYPES or `none`."""
+    """The autocast dtype, a key of DTYPES, or `none`: fp32."""
     return config.autocast or ("none" if config.dtype == "fp32" else config.dtype)
 
 
 def computing(config: RunConfig) -> AbstractContextManager[Any]:
-    """Around an evaluation: layers compute with the numbers that they are trained with."""
+    """Context for an evaluation, with the autocast of the training."""
     if (kind := autocast_of(config)) == "none":
         return nullcontext()
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", DTYPES[kind])
@@ -159,11 +147,11 @@ def _check_names(config: RunConfig) -> None:
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     for name in config.trainer:
         if name in _INSTEAD:
-            raise InputError(f"trainer.{name}: a setting of the run does this: {_INSTEAD[name]}")
-        if name in _OURS.split():
-            raise InputError(f"trainer.{name}: a run decides this itself; leave it out")
+            raise InputError(f"trainer.{name}: set {_INSTEAD[name]} of the run instead")
         if name not in known:
             raise InputError(f"trainer.{name}: TrainingArguments has no such field{nearest(name, known)}")
+        if name not in _PASSED_ON:
+            raise InputError(f"trainer.{name}: a run decides this itself; leave it out")
         try:
             TypeAdapter(hints[name]).validate_python(config.trainer[name], strict=True)
         except ValidationError as error:
@@ -173,6 +161,6 @@ def _check_names(config: RunConfig) -> None:
 def _check_device(config: RunConfig) -> None:
     kind = autocast_of(config)
     if kind == "fp16" and not torch.cuda.is_available():
-        raise InputError("fp16 needs a GPU; take bf16 or fp32")
+        raise InputError("fp16 needs a GPU; use bf16 or fp32")
     if kind == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        raise InputError("this GPU has no bf16; take fp16 or fp32")
+        raise InputError("this GPU has no bf16; use fp16 or fp32")
