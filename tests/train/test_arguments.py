@@ -193,7 +193,8 @@ def test_no_field_of_the_trainer_is_ours_and_the_users_at_once() -> None:
         ({"trainer": {"dataloader_num_workers": 2}}, "trainer.dataloader_num_workers: a run decides this itself"),
         (
             {"trainer": {"lr_scheduler_kwargs": {"min_lr_rate": 0.1}}, "schedule": "cosine"},
-            "trainer.lr_scheduler_kwargs: wrong for schedule = cosine: got an unexpected keyword argument 'min_lr_rate'",
+            "trainer.lr_scheduler_kwargs: wrong for schedule = cosine: "
+            "got an unexpected keyword argument 'min_lr_rate'",
         ),
         (
             {"trainer": {"lr_scheduler_kwargs": {"num_cycles": 2}}, "schedule": "constant"},
@@ -219,7 +220,7 @@ def test_no_field_of_the_trainer_is_ours_and_the_users_at_once() -> None:
         ),
         (
             {"dtype": "bf16", "task": {"type": "segmentation", "dataset": "."}},
-            "a network for segmentation has one of each",
+            "networks for segmentation have only one of each",
         ),
         ({"micro_batch": 0}, "micro_batch = 0: expected"),
         ({"attention": "flash_attention_2"}, "(?i)flash"),

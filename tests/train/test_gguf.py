@@ -199,7 +199,7 @@ def write_nothing(file: Path) -> Path:
 def test_a_cache_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("in the way")
     said = refused(lambda: gguf.folder_of(str(write(tmp_path / "small.gguf"))))
-    assert said.endswith("choose another by XDG_CACHE_HOME")
+    assert said.endswith("choose another folder with XDG_CACHE_HOME")
 
 
 @pytest.mark.parametrize("name", ["e2e", "seq2seq", "causal"])

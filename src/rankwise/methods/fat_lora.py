@@ -14,7 +14,7 @@ from rankwise.ranks.allocate import Rounding
 
 @dataclass(frozen=True)
 class FatLoRA(SimplexLoRA, name="fat-lora"):
-    """simplex-lora with the authors' defaults: SGD on ω, ranks rounded up, changed sites restarted, ω = 1 at last."""
+    """simplex-lora with its authors' defaults: SGD on ω, ranks rounded up, changed sites restart, ω = 1 at the end."""
 
     times: int = 2
     rounding: Rounding = "ceil"

@@ -1,7 +1,7 @@
 """Models in GGUF files, such as the embedded decoder, as folders that transformers loads in seconds.
 
 A GGUF file has a model's configuration, tokenizer and quantised weights. De-quantising may take minutes, so the result
-is kept in the user's cache folder, under the digest of the file.
+is kept in the user's cache folder, in a folder named by the digest of the file.
 """
 
 import copy
@@ -33,7 +33,7 @@ def is_gguf(name: str) -> bool:
 
 
 def folder_of(name: str) -> Path:
-    """The folder with the de-quantised model of a GGUF file, written at the first call.
+    """The folder with the de-quantised model of a GGUF file, which the first call writes.
 
     Raises:
         InputError: a missing file or package, a file that transformers cannot read, or a read-only cache folder.
@@ -60,7 +60,9 @@ def folder_of(name: str) -> Path:
                     write_whole(temporary / _DIGESTS, json.dumps(digests, indent=1) + "\n")
                     replace_folder(folder, temporary)
     except OSError as error:
-        raise InputError(f"{cache}: cannot be written to: {error.strerror}; choose another by XDG_CACHE_HOME") from None
+        raise InputError(
+            f"{cache}: cannot be written to: {error.strerror}; choose another folder with XDG_CACHE_HOME"
+        ) from None
     return folder
 
 

@@ -110,7 +110,7 @@ def check(
     attention: str = "auto",
     gradient_checkpointing: bool = False,
 ) -> None:
-    """Raise InputError for all that a run would refuse, without reading weights.
+    """Raise InputError for anything that a run would refuse, without reading weights.
 
     It checks that each of `methods` can be attached to the model `name` for `task`, that its tokenizer fits, that it
     can read `max_length` tokens, and that `label_smoothing` fits the loss. With `shipped` a model in `rankwise.archs`
@@ -119,14 +119,14 @@ def check(
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
         raise InputError(f"label_smoothing: {task.name} is not trained with cross-entropy; leave it at 0")
     if task.family == "segmentation" and (dtype != "fp32" or attention != "auto"):
-        raise InputError("dtype and attention: a network for segmentation has one of each; leave them out")
+        raise InputError("dtype and attention: networks for segmentation have only one of each; leave them out")
     if dtype != "fp32" and (whole := [method.name for method in methods if method.whole]):
         raise InputError(f"dtype: {whole[0]} trains all weights, which are then fp32; use autocast = {dtype} instead")
     if task.family == "segmentation" and name is not None and name not in SEGMENTERS:
         return  # a folder: small, and read when the run starts
     model, head = _skeleton(name, task, shipped, trust_remote_code, dtype, attention)
     if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
-        raise InputError(f"gradient_checkpointing: {type(model).__name__} has none; leave it out")
+        raise InputError(f"gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
     if task.family != "segmentation":
         if name in random_model.CONFIGS:
             check_room(task, model, max_length, random_model.LENGTH)
@@ -261,7 +261,7 @@ def head_modules(model: PreTrainedModel, new: set[str]) -> list[str]:
 
 
 def train_in_fp32(model: nn.Module) -> None:
-    """Let what trains be fp32, whatever the frozen weights are; a norm, which does not mix them, as a whole."""
+    """Make what trains fp32, whatever dtype the frozen weights have, and all of a norm, which cannot mix dtypes."""
     for module in model.modules():
         own = [*module.parameters(recurse=False)]
         whole = all(p.dim() <= 1 for p in own)

@@ -23,11 +23,12 @@ class Count:
     """Parameters of a model with a method attached. A classifier's head counts as trainable only if it is named.
 
     Attributes:
-        trainable: at the start. head: the part of `trainable` in the head. final: the most that train after the last
-        rank change, including the head; None if training decides. total: all of the base, including its head, and all
-        that was added, frozen or not. per_site: {"name", "rank", "parameters"} for every site; for a method without
-        sites for every module that trains,
-            with rank None. Only what trains is counted.
+        trainable: at the start.
+        head: the part of `trainable` in the head.
+        final: the most that train after the last rank change, including the head; None if training decides.
+        total: all of the base, including its head, and all that was added, frozen or not.
+        per_site: {"name", "rank", "parameters"} for every site; for a method without sites for every module that
+            trains, with rank None. Only what trains is counted.
         other: {"name", "parameters"} of modules that train in addition to the sites: the head, ω.
     """
 

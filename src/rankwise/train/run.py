@@ -80,8 +80,8 @@ def run(folder: Path) -> dict[str, Any]:
     for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         if os.environ.get(variable, "").lower() == "true":
             raise InputError(
-                "a run cannot be sharded (FSDP, DeepSpeed): launch it without, or after a search train its adapter "
-                "sharded in Python; see docs/devices.md"
+                "a run cannot be sharded (FSDP, DeepSpeed): launch it without sharding; after a search its adapter can "
+                "be trained sharded in Python, see docs/devices.md"
             )
     together.join()
     if result := together.on_first(lambda: _finished(folder)):  # before the lock: the folder may be read-only
