@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 import runs
 import warm
+from runs import lines
 from waiting import writers
 
 
@@ -45,10 +45,6 @@ def workers(launcher: subprocess.Popen[bytes], log: Path) -> list[int]:
 def bert(folder: Path) -> str:
     """A small BERT without dropout, whose random masks would differ between two processes and one."""
     return runs.bert(folder, dropout=0.0)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def assert_equal(folder: Path, other: Path) -> None:

@@ -86,7 +86,7 @@ def tune(store: Store, scores: dict[float, float], chosen: float, seeds: int = 2
 def predict(
     folder: Path, predictions: list[int], labels: list[int], scores: list[float] | None = None, **columns: list[Any]
 ) -> None:
-    """The predictions of a run on its main split, and one row of another split behind them.
+    """The predictions of a run on its main split, followed by one row of another split.
 
     `columns` are others, or in place of these.
     """
@@ -205,6 +205,10 @@ def rank_lines(draw: random.Random, searching: bool, moving: bool) -> list[dict[
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 LORA = {"name": "lora", "rank": 2}

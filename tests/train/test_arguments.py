@@ -26,7 +26,7 @@ from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.model import build, quiet
 from rankwise.train.run import run
 from rankwise.train.trainer import RunTrainer
-from runs import SIMPLEX, make
+from runs import SIMPLEX, lines, make
 
 SORA = {"name": "sora", "rank": 4}
 
@@ -50,9 +50,7 @@ def trained(folder: Path, **settings: Any) -> Path:
 
 
 def losses(folder: Path) -> list[float]:
-    return [
-        line["loss"] for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in line
-    ]
+    return [line["loss"] for line in lines(folder / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +77,7 @@ def test_what_changes_only_the_cost_changes_no_result(
 
 
 def test_fewer_activations_are_kept(monkeypatch: pytest.MonkeyPatch, base: str, tmp_path: Path) -> None:
-    """By the blocks, which are run again in the backward pass."""
+    """The blocks run again in the backward pass."""
     from transformers.models.bert.modeling_bert import BertIntermediate
 
     calls: dict[bool, int] = {}
@@ -166,7 +164,7 @@ def config(**settings: Any) -> RunConfig:
 
 
 def test_no_field_of_the_trainer_is_ours_and_the_users_at_once() -> None:
-    """Whatever `arguments` sets can be set in one place only, and what is said to be there is there."""
+    """Each field that `arguments` sets can be set in one place only, and the setting that a message names exists."""
     source = inspect.getsource(arguments.arguments)
     known = {field.name for field in dataclasses.fields(TrainingArguments)}
     set_here = set(re.findall(r"^            (\w+)=", source, re.MULTILINE))

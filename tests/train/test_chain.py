@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -10,14 +9,10 @@ import torch
 from rankwise.errors import InputError
 from rankwise.runs.store import Store
 from rankwise.train.run import run
-from runs import make
+from runs import lines, make
 
 HEAD = {"name": "head"}
 SORA = {"name": "sora", "rank": 2, "gate_rate": 0.1, "sparsity": 1.0}
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_run_begins_with_what_the_one_before_has_learnt(tmp_path: Path) -> None:

@@ -20,14 +20,14 @@ import runs
 import sharded_trainer
 import side_by_side
 import warm
-from launched import assert_equal, lines
+from launched import assert_equal
 from rankwise.errors import InputError
 from rankwise.methods import registry
 from rankwise.processes import together
 from rankwise.ranks import ranks
 from rankwise.train.checkpoint_files import cut_back
 from rankwise.train.run import run
-from runs import LORA, SIMPLEX
+from runs import LORA, SIMPLEX, lines
 from waiting import PATIENCE, alive, reached, wait_for, writers
 
 

@@ -33,14 +33,10 @@ from rankwise.train import model as models
 from rankwise.train.checkpoint_files import last_complete, mark_complete
 from rankwise.train.progress import DivergedError, Plan
 from rankwise.train.run import code_for, run
-from runs import LORA, SETTINGS, SIMPLEX, make
+from runs import LORA, SETTINGS, SIMPLEX, lines, make
 from waiting import reached, wait_for
 
 HEAD = {"name": "head"}
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +442,7 @@ def test_the_ranks_of_gates_are_in_the_lines_and_what_is_left_in_the_result(tmp_
 
 
 def test_a_run_is_noted_as_made_by_the_code_that_trained_it(tmp_path: Path) -> None:
-    """Whatever made its folder, except where other code has begun the run."""
+    """Whichever code made its folder, unless other code has started the run."""
     store = Store(tmp_path / "runs")
     config = load(
         {**SETTINGS, "method": HEAD, "max_steps": 1, "id": "", "made_with": {}},
