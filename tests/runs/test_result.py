@@ -49,7 +49,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert FOUND.as_json()["splits"]["evaluation"][0]["own"] == "your own data"
 
 
-def test_what_there_is_nothing_of_is_not_in_the_file(tmp_path: Path) -> None:
+def test_empty_parts_are_not_in_the_file(tmp_path: Path) -> None:
     bare = replace(FOUND, benchmark=None, search=None, weights="", notes=[], cost=Cost(1.5, 10, 20.0, 30))
     content = bare.as_json()
     assert not {"search", "weights"} & content.keys() and content["benchmark"] == {} and content["notes"] == []
@@ -62,6 +62,7 @@ def test_an_older_result_lacks_what_came_later_and_a_newer_one_holds_more(tmp_pa
     older = read_back(tmp_path, made_up(tmp_path))
     assert (older.search, older.benchmark, older.notes, older.answers, older.weights) == (None, None, [], [], "")
     assert older.cost.processes is older.cost.micro_batch is None
+    assert read_back(tmp_path, made_up(tmp_path, search=None)) == older
     more = made_up(tmp_path, search={**asdict(Search(5, 9)), "of another version": 1}, later=True)
     assert read_back(tmp_path, more) == replace(older, search=Search(5, 9))
 

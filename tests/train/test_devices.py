@@ -66,7 +66,7 @@ def test_a_run_that_two_processes_share_ends_as_that_of_one(alone: Path, base: s
 def test_it_goes_on_after_a_kill_and_a_stop_also_in_one_process(base: str, tmp_path: Path) -> None:
     """One of the two is killed by -9; started again, the launcher is told to stop; one process alone ends the run."""
     steps = 90
-    settings = {"max_steps": steps, "checkpoint_every": 10}
+    settings = {"max_steps": steps, "checkpoint_every": 10, "method": {**SIMPLEX, "every": 10}}  # a search of 30 steps
     alone, folder = (make(tmp_path / name, base, **settings) for name in ("alone", "run"))
     launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder))
     wait_for(lambda: reached(folder, 11) or launcher.poll() is not None)
@@ -87,6 +87,8 @@ def test_it_goes_on_after_a_kill_and_a_stop_also_in_one_process(base: str, tmp_p
     run(folder)
     run(alone)
     assert_equal(folder, alone)
+    first, *_, last = lines(folder / "ranks.jsonl")
+    assert first["ranks"] != last["ranks"] and last["step"] == 30  # had the ranks stood still, this would prove little
 
 
 def newest(folder: Path) -> int:
