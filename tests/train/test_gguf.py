@@ -17,6 +17,7 @@ from asserts import refused
 from rankwise import methods, tasks
 from rankwise.errors import InputError
 from rankwise.settings import Schema, load
+from rankwise.sweep.check import expand
 from rankwise.train import gguf
 from rankwise.train.model import build, label, quiet
 
@@ -208,10 +209,17 @@ def test_a_task_that_generates_is_given_the_decoder_in_its_run_yaml(name: str) -
     task: dict[str, Any] = {"name": name, **({"dataset": "rows.csv"} if name != "e2e" else {})}
     config = load({"task": task}, [], schema)
     assert config.model == "smollm2"  # type: ignore[union-attr]
-    for given in ({"task": task, "vary": {"seed": [0]}}, {"vary": {"seed": [0], "task": [task, {"name": "cola"}]}}):
-        experiment = load(given, [], schema)
-        models = {each.task["name"]: each.model for each in experiment.configs}  # type: ignore[union-attr]
-        assert models == {name: "smollm2", **({"cola": None} if "task" in given["vary"] else {})}  # type: ignore[operator]
+    for given, models in (
+        ({"task": task, "vary": {"seed": [0]}}, {(name, "smollm2")}),
+        ({"vary": {"task": [task, {"name": "cola"}]}}, {(name, "smollm2"), ("cola", None)}),
+        ({"task": task, "vary": {"model": [None, "gpt2"]}}, {(name, "smollm2"), (name, "gpt2")}),
+        ({"task": task, "vary": {"task.name": [name]}}, {(name, "smollm2")}),
+        ({"vary": {"seed": [0]}, "chain": [{"task": task}, {"task": task}]}, {(name, "smollm2")}),
+        ({"task": task, "vary": {"seed": [0]}, "tune": {"learning_rate": [1, 2]}}, {(name, "smollm2")}),
+    ):
+        runs = expand(load(given, [], schema))  # type: ignore[arg-type]
+        assert {(each.task["name"], each.model) for each in runs} == models
+        assert {each.after for each in runs} <= {None, *(each.id for each in runs)}
     assert load({"task": task, "model": "gpt2"}, [], schema).model == "gpt2"  # type: ignore[union-attr]
     assert load({"task": "cola"}, [], schema).model is None  # type: ignore[union-attr]
 

@@ -165,18 +165,12 @@ def _plugins(value: Any) -> list[str]:
 
 
 def complete(config: RunConfig, schema: Schema) -> RunConfig:
-    """`config` with its plugins loaded, its task and its method checked, and their options filled in."""
-    for file in config.plugins:
-        load_plugin(file)
+    """`config` with its task and method checked, their defaults filled in, and the model of a task that generates."""
     task = check_options("task", schema.tasks, config.task)
     method = check_options("method", schema.methods, config.method, config.budget is not None)
-    model = config.model or _usual_model(task["name"], schema)
+    generates = getattr(schema.tasks[task["name"]], "family", "") == "generation"
+    model = config.model or (DECODER if generates else None)
     return config.model_copy(update={"task": task, "method": method, "model": model})
-
-
-def _usual_model(task: str, schema: Schema) -> str | None:
-    """The model of a task that names none, where it is to be written down: the decoder, for a task that generates."""
-    return DECODER if getattr(schema.tasks.get(task), "family", "") == "generation" else None
 
 
 def _experiment(
@@ -221,11 +215,6 @@ def _experiment(
         for stage in chain:
             if key in stage:
                 stage[key] = _filled(key, named(key, stage[key]), known, {}, fitted)
-    if data.get("model") is None and "model" not in vary:
-        for entry in vary.get("task", [data.get("task")]):
-            task = entry.get("name") if isinstance(entry, dict) and not entry.get("model") else None
-            if isinstance(task, str) and (model := _usual_model(task, schema)):
-                (entry if "task" in vary else data)["model"] = model
     try:
         experiment = Experiment(
             name=name, base=data, vary=vary, chain=chain, tune=tune, report=report, published=published, runs=runs

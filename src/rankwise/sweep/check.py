@@ -13,7 +13,7 @@ from rankwise.errors import InputError
 from rankwise.methods import Method
 from rankwise.named import check_reachable
 from rankwise.runs import grid
-from rankwise.settings import Experiment, RunConfig, Schema, load
+from rankwise.settings import Experiment, RunConfig, Schema, complete, load
 from rankwise.sweep.progress import counted
 from rankwise.train import arguments, budget, model
 
@@ -79,9 +79,9 @@ def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
 
 
 def fit(config: RunConfig) -> RunConfig:
-    """With the size that its budget allows."""
+    """`config` as its `run.yaml` has it: complete, at the size that its budget allows."""
     with redirect_stdout(sys.stderr):
-        return budget.fit(config)
+        return budget.fit(complete(config, schema()))
 
 
 def alone(config: RunConfig, tries: bool = False) -> RunConfig:

@@ -43,6 +43,7 @@ from rankwise.files import (
     written,
 )
 from rankwise.metrics import METRICS
+from rankwise.named import load_plugin
 from rankwise.processes import together
 from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
@@ -91,6 +92,8 @@ def run(folder: Path) -> dict[str, Any]:
             if is_main():
                 _check_files(folder)
             noted = run_file.load(folder)
+            for file in noted.config.plugins:
+                load_plugin(file)
             config = complete(noted.config, Schema(methods.registry(), tasks.registry()))
             result = together.on_first(lambda: _finished(folder)) or _until_done(folder, noted.id, config)
         except LostError:
