@@ -280,7 +280,7 @@ def test_plugins_are_no_axis() -> None:
 
 @pytest.mark.parametrize("name", ["torch", "rankwise", "json", "my.method"])
 def test_a_plugin_does_not_take_the_place_of_another_module(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="as another module is: rename the file"):
+    with pytest.raises(InputError, match="another module has that name: rename the file"):
         load_plugin(write(tmp_path / f"{name}.py"))
 
 
@@ -301,7 +301,7 @@ def test_a_plugin_is_loaded_once_and_its_later_edits_are_refused(tmp_path: Path)
     file = write(tmp_path / "once.py", "once")
     assert load_plugin(file) == load_plugin(str(file)) == file
     write(file, "once", twist=3)
-    with pytest.raises(InputError, match="has changed since it was loaded: start Python again"):
+    with pytest.raises(InputError, match="has changed since it was loaded: restart Python"):
         load_plugin(file)
 
 
@@ -329,14 +329,14 @@ def test_what_a_plugin_imports_from_a_package_next_to_it_counts_as_its_code(tmp_
     load_plugin(file)
     before = code_of(Method.registry()["counted"])
     assert {"counted_helped.py", "deep.py"} <= before.keys()
-    with pytest.raises(InputError, match=r"deep\.py has changed since it was loaded: start Python again"):
+    with pytest.raises(InputError, match=r"deep\.py has changed since it was loaded: restart Python"):
         (file.parent / "helpers" / "deep.py").write_text("FACTOR = 3.0\ndef twice(x):\n    return FACTOR * x\n")
         load_plugin(file)
 
 
 def test_two_plugins_do_not_take_each_others_helpers(tmp_path: Path) -> None:
     load_plugin(folder_with_helpers(tmp_path / "a", "first"))
-    with pytest.raises(InputError, match=r"imports 'helpers.*', and another module is called so: rename .*b/helpers"):
+    with pytest.raises(InputError, match=r"imports 'helpers.*', and another module has that name: rename .*b/helpers"):
         load_plugin(folder_with_helpers(tmp_path / "b", "second", 3.0))
     assert "second" not in Method.registry()
 

@@ -48,10 +48,10 @@ class Named:
 
     kind: ClassVar[str]
     known: ClassVar[dict[str, type[Any]]]
-    """Name -> class, of what has been imported by now, sorted by name."""
+    """Name -> class, for everything imported so far, sorted by name."""
     name: ClassVar[str] = ""
     plugin: ClassVar[str] = ""
-    """The plugin that the class comes from, a file or the name of a package; empty for all others."""
+    """The plugin that the class comes from, a file or the name of a package; empty without one."""
 
     def __init_subclass__(cls, name: str = "", aliases: Sequence[str] = (), kind: str = "", **rest: Any) -> None:
         super().__init_subclass__(**rest)
@@ -111,7 +111,7 @@ class Named:
 _loading: list[str] = []
 """The plugins that are being loaded, the innermost last."""
 _digests: dict[Path, dict[Path, str]] = {}
-"""The plugin files that are loaded -> digests of what was in them and in the files next to them that they import."""
+"""Loaded plugin file -> digests of that file and of the files next to it that it imports, as they were loaded."""
 
 
 def loading() -> str:
@@ -136,7 +136,8 @@ def load_plugin(path: str | Path) -> Path:
     """Load a plugin file, once in a process, and return its absolute path. It can import the modules next to it.
 
     Raises:
-        InputError: no Python file, one that cannot be loaded or has changed since it was, or a name that is taken.
+        InputError: no Python file, one that cannot be loaded or has changed since it was loaded, or a module name that
+            is taken.
     """
     file = _absolute(Path(path))
     require(file.is_file(), f"{path} is no file: name the Python file of the plugin")
@@ -145,19 +146,16 @@ def load_plugin(path: str | Path) -> Path:
     digests = {part: hashlib.sha256(part.read_bytes()).hexdigest() for part in parts.values()}
     for part, digest in _digests.get(file, {}).items():
         changed = path if part == file else part
-        require(digests.get(part) == digest, f"{changed} has changed since it was loaded: start Python again")
+        require(digests.get(part) == digest, f"{changed} has changed since it was loaded: restart Python")
     if _source(sys.modules.get(file.stem)) != file:
         if str(file.parent) not in sys.path:
             sys.path.append(str(file.parent))
         importlib.invalidate_caches()
-        spec = None if "." in file.stem or file.stem in sys.modules else importlib.util.find_spec(file.stem)
-        taken = spec is None or spec.origin != str(file)
-        require(not taken, f"{path} cannot be imported as {file.stem!r}, as another module is: rename the file")
+        own = _would_be(file.stem) == file
+        require(own, f"{path} cannot be imported as {file.stem!r}: another module has that name: rename the file")
         for name, part in parts.items():
-            require(
-                name == file.stem or _would_be(name) in (None, part),
-                f"{path} imports {name!r}, and another module is called so: rename {part}",
-            )
+            own = _would_be(name) in (None, part)
+            require(own, f"{path} imports {name!r}, and another module has that name: rename {part}")
         with _plugin(str(file), str(path)), redirect_stdout(sys.stderr):
             importlib.import_module(file.stem)
     _digests[file] = digests
@@ -165,14 +163,14 @@ def load_plugin(path: str | Path) -> Path:
 
 
 def _absolute(path: Path) -> Path:
-    """A path from the root without `..`, which is the same file for all who name it."""
+    """An absolute path without `..`, the same however the file is named."""
     file = path.expanduser().absolute()
     plain = Path(os.path.normpath(file))
     return plain if not file.exists() or (plain.exists() and plain.samefile(file)) else file.resolve()
 
 
 def _parts(file: Path) -> dict[str, Path]:
-    """By the names of their modules, a plugin file and the files next to it that it imports, at any depth."""
+    """Module name -> file, for a plugin file and all files next to it that it imports, itself or through others."""
     found: dict[str, Path] = {}
     left = [(file.stem, file)]
     while left:
@@ -192,24 +190,27 @@ def _parts(file: Path) -> dict[str, Path]:
 
 
 def _imported(file: Path, package: str) -> set[str]:
-    """What a file imports: modules, and names in them that may be modules. None of a file that cannot be read."""
+    """What a file imports: modules, and names in modules, which may be modules too. Empty if it cannot be parsed."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
         return set()
-    found = set()
+    return {f"{module}.{name}" if name else module for module, name, _ in imports(tree, package) if module}
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[str, str, str]]:
+    """The imports of a file in `package`, at any depth: a module, a name in it ("" for none), the name after `as`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {each.name for each in node.names}
+            yield from ((each.name, "", each.asname or "") for each in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            source = ".".join([*above, *([node.module] if node.module else [])])
-            found |= {source, *(f"{source}.{each.name}" for each in node.names)} if source else set()
-    return found
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            yield from ((module, each.name, each.asname or "") for each in node.names)
 
 
 def _would_be(name: str) -> Path | None:
-    """The file that a module is, or would be, imported from; None where that is not known before it is imported."""
+    """The file that a module is, or would be, imported from; None if only its import can tell."""
     if name in sys.modules or "." in name:
         return _source(sys.modules.get(name))
     spec = importlib.util.find_spec(name)
@@ -223,7 +224,7 @@ def _source(module: types.ModuleType | None) -> Path | None:
 
 @contextmanager
 def _plugin(name: str, words: str) -> Iterator[None]:
-    """Classes made in here come from the plugin `name`. If it fails, none of them stays, and an InputError says why."""
+    """Classes made in here come from the plugin `name`. If it fails, they are removed, and an InputError says why."""
     _loading.append(name)
     try:
         yield
@@ -240,18 +241,23 @@ def _plugin(name: str, words: str) -> Iterator[None]:
 
 
 def check_reachable(named: type[Named], plugins: Sequence[str]) -> None:
-    """Raise InputError for a class that another process does not find: it loads `plugins` and what is installed."""
+    """Raise InputError for a class that other processes do not find: they load `plugins` and installed packages."""
     if _is_ours(named) or (named.plugin and not named.plugin.endswith(".py")):
         return
-    if not {named.plugin, str(_source(sys.modules.get(named.__module__)))} & set(plugins):
+    if not any(comes_from(named, plugin) for plugin in plugins):
         raise InputError(
             f"{named.kind} {named.name} is defined in {named.__module__}, which the processes of the runs do not load: "
             "name its file at plugins, as in plugins=[my.py]"
         )
 
 
+def comes_from(named: type[Named], plugin: str) -> bool:
+    """Whether a class is in this plugin file, or was made while it was loaded."""
+    return plugin in (named.plugin, str(_source(sys.modules.get(named.__module__))))
+
+
 def _redefined(old: type, new: type) -> bool:
-    """Whether a class is defined once more where there is no file, as by running a cell of a notebook again."""
+    """Whether a class is defined again without a file, as when a cell of a notebook is run again."""
     same = (old.__module__, old.__qualname__) == (new.__module__, new.__qualname__)
     file = _source(sys.modules.get("__main__"))
     return same and new.__module__ == "__main__" and (file is None or not file.is_file())
@@ -274,7 +280,7 @@ def _files(package: str) -> list[str]:
 
 
 def written(value: Any) -> Any:
-    """A value that JSON does not have, as a file writes it: a method or a task as name and options, others as text."""
+    """What to write for a value that JSON does not have: a method or task as its name and options, others as text."""
     if not isinstance(value, Named):
         return str(value)
     options = (option.name for option in dataclasses.fields(value) if option.init)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from transformers.utils import logging
 from rankwise.conformance.checks import CHECKS, STEPS, Case
 from rankwise.errors import require
 from rankwise.methods import Method
-from rankwise.named import load_plugin
+from rankwise.named import comes_from, load_plugin
 from rankwise.settings import Schema, load_method
 
 
@@ -41,9 +40,7 @@ def check_file(file: Path, options: Sequence[str] = ()) -> Iterator[Finding]:
         UserWarning: the checks end before the method first looks at its ranks.
     """
     known, plugin = Method.registry(), str(load_plugin(file))
-    names = [
-        name for name, method in known.items() if plugin in (method.plugin, sys.modules[method.__module__].__file__)
-    ]
+    names = [name for name, method in known.items() if comes_from(method, plugin)]
     require(bool(names), f'{file} holds no method: write class X(Method, name="x")')
     schema = Schema(known, {})
     for method in [Method.build(load_method(name, options, schema)[0]) for name in names]:

@@ -21,6 +21,7 @@ from typing import Any
 
 import rankwise
 from rankwise.files import uncollected
+from rankwise.named import imports
 
 ASIDE = {
     *("about", "adapters", "api", "archs", "cli", "errors", "files", "named", "published", "report", "results", "runs"),
@@ -348,19 +349,14 @@ def _parsed(file: Path, name: str) -> _Module:
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     module = _Module()
     tree = ast.parse(file.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            for each in node.names:
-                top = each.name if each.asname else each.name.partition(".")[0]
-                module.imported[each.asname or top] = (top, "")
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            source = ".".join([*above, *([node.module] if node.module else [])])
-            for each in node.names:
-                if each.name == "*":
-                    module.stars.append(source)
-                else:
-                    module.imported[each.asname or each.name] = (source, each.name)
+    for source, there, here in imports(tree, package):
+        if there == "*":
+            module.stars.append(source)
+        elif there:
+            module.imported[here or there] = (source, there)
+        else:
+            top = source if here else source.partition(".")[0]
+            module.imported[here or top] = (top, "")
     _define(module, tree.body)
     return module
 
