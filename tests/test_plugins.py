@@ -352,12 +352,16 @@ def test_a_method_of_a_notebook_counts_by_what_it_does_and_its_cell_can_be_run_a
     """There is no file to read; the digest is the same in every process."""
     cell = """
 from dataclasses import dataclass
+from functools import cache
 from rankwise.methods.lora import LoRA
 from rankwise.runs.code import code_of
 
-LOUD = {loud}
+LOUD, NAMES = {loud}, {{"x", "y", {name!r}}}
+@cache
+def more():
+    return {more}
 def louder(x):
-    return LOUD * x
+    return LOUD * x * more()
 
 @dataclass(frozen=True)
 class Mine(LoRA, name="mine"):
@@ -365,12 +369,13 @@ class Mine(LoRA, name="mine"):
     often: int = {often}
     def before_step(self, model):
         for p in model.parameters():
-            if p.requires_grad and "x" in {{"x", "y", "z"}}:
+            if p.requires_grad and "x" in {{"x", "y", "z"}} and "x" in NAMES:
                 p.grad = louder(p.grad)
 print(code_of(Mine)["__main__"]["Mine"])
 """
-    usual = {"loud": 1.0, "often": 1, "words": "A."}
-    cells = [cell.format(**{**usual, **more}) for more in ({}, {"loud": 2.0}, {"often": 2}, {})]
+    usual = {"loud": 1.0, "often": 1, "words": "A.", "name": "z", "more": 1}
+    changes: list[dict[str, object]] = [{}, {"loud": 2.0}, {"often": 2}, {"name": "w"}, {"more": 2}, {}]
+    cells = [cell.format(**{**usual, **change}) for change in changes]
     digests = []
     for seed in ("1", "2"):
         done = subprocess.run(
@@ -383,8 +388,8 @@ print(code_of(Mine)["__main__"]["Mine"])
         )
         assert done.returncode == 0, done.stderr
         digests.append(done.stdout.split())
-    first, loud, often, again = digests[0]
-    assert digests[0] == digests[1] and first == again and len({first, loud, often}) == 3
+    first, *others, again = digests[0]
+    assert digests[0] == digests[1] and first == again and len({first, *others}) == len(changes) - 1
 
 
 def test_what_a_plugin_prints_is_not_in_the_result(tmp_path: Path, cli: Cli) -> None:

@@ -323,13 +323,22 @@ def _compiled(root: Callable[..., Any]) -> str:
             used = [each.__globals__[name] for name in sorted(names) if name in each.__globals__]
             cells = [cell.cell_contents for cell in each.__closure__ or ()]
             left += [*used, *cells, each.__defaults__, each.__kwdefaults__]
-        elif isinstance(each, classmethod | staticmethod | functools.partial | functools.cached_property | property):
-            left += [getattr(each, key, None) for key in ("__func__", "func", "args", "keywords", "fget", "fset")]
+        elif isinstance(each, _WRAPPERS):
+            left += [getattr(each, key, None) for key in ("__wrapped__", "func", "args", "keywords", "fget", "fset")]
         elif isinstance(each, dict):
             left += [*each, *each.values()]
         elif isinstance(each, tuple | list):
             left += each
+        elif isinstance(each, set | frozenset):
+            left += sorted(each, key=repr)
     return short(texts)
+
+
+_WRAPPERS = (
+    *(classmethod, staticmethod, property, functools.partial, functools.cached_property),
+    type(functools.cache(print)),
+)
+"""Kinds of objects that wrap a function."""
 
 
 def _of_code(code: CodeType) -> tuple[str, set[str]]:
