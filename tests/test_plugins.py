@@ -222,7 +222,7 @@ def test_the_metric_of_the_page_is_taken_by_the_schema_and_by_tasks(tmp_path: Pa
     assert code == 0 and out.count('"distance"') == 2  # of a class, and of a pair
     task = Task.build({"name": "classification", "dataset": "rows.csv", "metrics": ("distance",)})
     assert task.main == "distance" and METRICS["distance"]([0, 2, 1], [0, 0, 0]) == 1.0
-    assert "none of regression" in refused(
+    assert "no metric of regression" in refused(
         lambda: Task.build({"name": "regression", "dataset": "rows.csv", "metrics": ("distance",)})
     )
 

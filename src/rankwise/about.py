@@ -29,7 +29,7 @@ class Listing:
 def methods() -> Listing:
     """Every method with its options.
 
-    Our files are read and not imported: torch, transformers and PEFT take seconds, and nothing here needs them.
+    Files of rankwise are read, not imported: torch, transformers and PEFT take seconds, and nothing here needs them.
     """
     classes: dict[str, ast.ClassDef] = {}
     constants: dict[str, Any] = {}
@@ -126,8 +126,8 @@ def archs() -> Listing:
 def params(arch: str, method: str, settings: Sequence[str]) -> Listing:
     """What a method trains on an architecture, counted without weights, and what papers print for it.
 
-    `settings` are options of the method, `head=[MODULE,…]` and `plugins=[FILE.py,…]`. Raises InputError for a name or
-    an option that there is not.
+    `settings` are options of the method, `head=[MODULE,…]` and `plugins=[FILE.py,…]`. Raises InputError for an unknown
+    name or option.
     """
     chosen = architectures.find(arch)
     import rankwise.methods

@@ -1,7 +1,7 @@
 """What the command line does, one call each: `rw.compare("experiment.yaml")`, `rw.train(config)`, `rw.report(runs)`.
 
-Wrong input is an InputError of one line. At SIGTERM or Ctrl-C the runs write a checkpoint, then
-SystemExit is raised; the same call goes on from there.
+Wrong input is an InputError of one line. At SIGTERM or Ctrl-C the runs write a checkpoint, then SystemExit is raised;
+the same call goes on from there.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Settings = Mapping[str, Any] | Sequence[str]
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Summary):
-    """What the finished runs of a folder say, or of several: `rows`, `best`, `verdicts`, `notes`, and more.
+    """What the finished runs of one or more folders say: `rows`, `best`, `verdicts`, `notes`, and more.
 
     Attributes:
         store: the runs.
-        whole: whether it is of all runs in the folder.
+        whole: whether it is about all runs in the folder.
     """
 
     store: Store
@@ -142,7 +142,7 @@ class Trained:
 
 
 def report(*runs: Path | str) -> Report:
-    """What the finished runs in one folder or several say, several read as one.
+    """What the finished runs in one or more folders say; several are read as one.
 
     Raises InputError for a folder without a run, and if none has finished.
     """

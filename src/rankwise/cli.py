@@ -387,9 +387,7 @@ def main() -> None:
         if hasattr(error, "format_message"):  # a usage error, which typer would spread over four lines
             _refuse_usage(error)
         line = " ".join(filter(None, map(str.strip, str(error).splitlines()))) or type(error).__name__
-        if (
-            isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG
-        ):  # the user gave the name, whatever opens it
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # the user gave that name
             error, line = InputError(line), f"{line[:120]}… is no name of a file: give a shorter one"
         if isinstance(error, InputError):
             log(f"rankwise: {line}")

@@ -28,8 +28,8 @@ class Start:
     Attributes:
         data: a file, a folder with a file for each split, or a name on the hub.
         type: of the task, one of `TYPES`, or `IMAGES`.
-        read: the columns that the model reads: two for a pair, none of images, else one.
-        answer: the column that it learns; of images the classes, a comma between.
+        read: the columns that the model reads: two for a pair, none for images, else one.
+        answer: the column that it learns; for images the classes, separated by commas.
         model: folder or hub name; empty for the packaged one.
     """
 
@@ -68,10 +68,10 @@ class Start:
   method:
     - {name: full}  # all weights: what the others are measured against
     - {name: lora, rank: 4, targets: [bottleneck, conv1, conv2]}  # the same rank on every layer
-    - {name: simplex-lora, rank: 4, targets: [bottleneck, conv1, conv2]}  # rank where a search finds it worth it
+    - {name: simplex-lora, rank: 4, targets: [bottleneck, conv1, conv2]}  # rank where a search finds it useful
 """
         network = (
-            "# without weights of its own a network trains all of them; --model FOLDER adapts a saved one\nmethod: full"
+            "# an untrained network trains all of its weights; init --model FOLDER adapts a saved one\nmethod: full"
         )
         if self.model:
             network = f"# the folder of a saved network\nmodel: {_flow(self.model)}"
@@ -81,7 +81,7 @@ task:
   # a folder with train/images, train/masks, validation/images and validation/masks, or with parquet files
   dataset: {_flow(self.data)}
   names: {_flow(_words(self.answer))}  # the classes in the order of their numbers in the masks
-  height: 256  # pixels that images and masks are brought to
+  height: 256  # images and masks are resized to this, in pixels
   width: 256
 
 {network}
@@ -105,7 +105,9 @@ report:
         scored = self.type in ("classification", "pair", "regression")
         head = "    - {name: head, learning_rate: [3e-3, 1e-2, 3e-2]}  # the head alone: what no adapter at all gives\n"
         first = {"regression": "mean_absolute_error, pearson"}.get(self.type, "f1_macro, accuracy")
-        metrics = f"  # metrics: [{first}]  # scores in place of the usual ones; the first decides\n" if scored else ""
+        metrics = (
+            f"  # metrics: [{first}]  # instead of the usual scores; runs are compared by the first\n" if scored else ""
+        )
         model = self.model or MODELS.get(self.type, "")
         return f"""
 task:
@@ -200,7 +202,7 @@ def _columns(data: str) -> list[str]:
 
 
 def _words(text: str) -> list[str]:
-    """What stands between commas."""
+    """The parts between commas."""
     return [word.strip() for word in text.split(",")]
 
 

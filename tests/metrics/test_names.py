@@ -69,7 +69,7 @@ def test_every_scorer_of_scikit_learn_is_taken_or_refused_with_a_reason():
             with pytest.raises(InputError) as error:
                 chosen([name], known, task)
             assert str(error.value).startswith(f"metrics: {name!r} ")
-            assert "is none of" not in str(error.value), "no reason is given"
+            assert "is no metric of" not in str(error.value), "no reason is given"
             assert str(error.value).endswith(f"; there are {', '.join(known)}") and "\n" not in str(error.value)
     with_predictions = [name for name in SCORERS if sklearn.metrics.get_scorer(name)._response_method == "predict"]
     assert {*SCORERS} - {*with_predictions} <= {*REFUSED}, "these need probabilities"
@@ -89,13 +89,13 @@ def test_what_is_better_is_what_scikit_learn_says():
         ([], "metrics: is empty; name one metric or more, or leave it out"),
         (
             ["f1_marco"],
-            "metrics: 'f1_marco' is none of classification (did you mean \"f1_macro\"?); there are accuracy, ",
+            "metrics: 'f1_marco' is no metric of classification (did you mean \"f1_macro\"?); there are accuracy, ",
         ),
-        (["r2"], "metrics: 'r2' is none of classification; there are accuracy, balanced_accuracy, "),
-        (["neg_accuracy"], "metrics: 'neg_accuracy' is none of classification (did you mean"),
+        (["r2"], "metrics: 'r2' is no metric of classification; there are accuracy, balanced_accuracy, "),
+        (["neg_accuracy"], "metrics: 'neg_accuracy' is no metric of classification (did you mean"),
         (
             ["roc_auc"],
-            "metrics: 'roc_auc' is computed from probabilities, and these metrics are of the classes predicted",
+            "metrics: 'roc_auc' is computed from probabilities, and metrics here are computed from predicted classes",
         ),
         (["f1_macro", "macro_f1"], "metrics: f1_macro is named twice"),
     ],

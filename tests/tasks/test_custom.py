@@ -290,7 +290,7 @@ def test_metrics_left_out_are_accuracy_and_matthews_and_no_part_of_the_id(tmp_pa
         ([], "task classification: metrics: is empty; name one metric or more, or leave it out"),
         (
             ["f1_marco"],
-            "task classification: metrics: 'f1_marco' is none of classification (did you mean \"f1_macro\"?)",
+            "task classification: metrics: 'f1_marco' is no metric of classification (did you mean \"f1_macro\"?)",
         ),
         (["roc_auc"], "task classification: metrics: 'roc_auc' is computed from probabilities"),
     ],
@@ -319,7 +319,7 @@ def test_a_macro_mean_without_a_class_says_so(tmp_path: Path) -> None:
     write(tmp_path / "data" / "train.csv", rows)
     write(tmp_path / "data" / "validation.csv", [row for row in rows if row["mood"] != "b"])
     task = {"name": "classification", "dataset": str(tmp_path / "data"), "columns": {"text": "body", "label": "mood"}}
-    note = "no row that is scored is 'b': f1_macro is a mean over the classes that occur"
+    note = "no evaluation row is labelled 'b': f1_macro is a mean over the classes that occur"
     for metrics, noted in ((["accuracy", "f1_macro"], True), (["accuracy"], False)):
         folder = make(tmp_path / metrics[-1], task={**task, "metrics": metrics}, max_steps=2, batch_size=8)
         assert (note in run(folder)["notes"]) == noted

@@ -282,7 +282,7 @@ def a_plan_that_is_refused_leaves_the_model_as_it_was(case: Case) -> None:
             for refused in bad:
                 _refused(model, stepper, replace(plan, ranks=refused))
             if any(rank != first[site] > 0 for site, rank in plan.items()):
-                model.merge_adapter()  # which no rank change of a site that is there can go with
+                model.merge_adapter()  # and then no present site can change its rank
                 _refused(model, stepper, plan)
                 model.unmerge_adapter()
         stepper.step()

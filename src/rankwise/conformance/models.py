@@ -33,7 +33,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 def model(shape: str = "bert", seed: int = 0) -> nn.Module:
     """A sequence classifier with a few thousand random weights."""
     name, options = _CONFIGS[shape]
-    # which the first loss would else find out and note, so that a compiled model would be compiled once more
+    # without problem_type the first loss would set it, and a compiled model would be compiled again
     options = {"vocab_size": VOCABULARY, "num_labels": LABELS, "problem_type": "single_label_classification", **options}
     config = getattr(transformers, name)(**options)
     torch.manual_seed(seed)

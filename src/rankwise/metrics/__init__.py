@@ -31,14 +31,14 @@ _added: dict[str, str] = {}
 
 
 def add(name: str, metric: Metric, of: Literal["classes", "numbers"]) -> None:
-    """Let `metrics: [name]` name a metric of predicted classes or of numbers, in a plugin.
+    """Add a metric of predicted classes or numbers for `metrics: [name]`; to be called in a plugin.
 
     Raises:
         ValueError: another metric of that name.
-        TypeError: a metric whose statistics and value are not both functions, whose code is noted with each run.
+        TypeError: statistics or a value that is no function; the code of both is recorded with each run.
     """
     if not (isinstance(metric.value, FunctionType) and isinstance(metric.statistics, FunctionType)):
-        raise TypeError(f"the metric {name} needs statistics and a value that are functions")
+        raise TypeError(f"the metric {name} needs functions as its statistics and its value")
     plugin = loading()
     if name in METRICS and _added.get(name) != plugin:
         raise ValueError(f"two metrics are called {name!r}")
@@ -54,5 +54,5 @@ def worth(name: str, score: float | None) -> float:
 
 
 def with_direction(name: str) -> str:
-    """The name of a metric in a sentence, with `(lower is better)` where that is so."""
+    """The name of a metric in a sentence, with `(lower is better)` if it is."""
     return f"{name} (lower is better)" if METRICS.get(name, Metric()).least_is_best else name

@@ -25,8 +25,8 @@ class Metric:
         value: from sums (…, k) of the examples' statistics to scores (…), NaN where there is none; None for a metric
             that is no function of sums.
         statistics: from predictions and labels (n,) to what each example adds, an array (n, k) or a sparse one; None
-            where the task writes these beside its predictions. Raises ValueError for shapes that differ, for nothing
-            and for what is not finite.
+            if the task writes these next to its predictions. Raises ValueError for shapes that differ, for no rows
+            and for values that are not finite.
         of_any_sum: whether any set of examples has the score of its summed statistics. Ranks depend on the whole set.
         least_is_best: whether a lower score is the better one.
     """
@@ -56,7 +56,7 @@ def finite(values: ArrayLike) -> np.ndarray:
 
 
 def pair(predictions: ArrayLike, labels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays (n,). ValueError for shapes that differ, for no rows and for what is not finite."""
+    """Both as arrays (n,). ValueError for shapes that differ, for no rows and for values that are not finite."""
     predicted, true = finite(predictions), np.asarray(labels)
     if predicted.ndim != 1 or predicted.shape != true.shape or not predicted.size:
         raise ValueError(

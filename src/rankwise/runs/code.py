@@ -27,7 +27,7 @@ ASIDE = {
     *("about", "adapters", "api", "archs", "cli", "errors", "files", "named", "published", "report", "results", "runs"),
     *("settings", "starter", "sweep", "terminal"),
 }
-"""Rooms that do not decide a result."""
+"""Files and folders of rankwise that do not decide a result."""
 
 Code = dict[str, dict[str, str]]
 """File, as shown to people -> public function or class in it -> digest of it and of its details.
@@ -68,18 +68,18 @@ def code_at(package: Path, *roots: _Place) -> Code:
 
 
 def digest(code: Code) -> str:
-    """12 hex digits that name a code, wherever its definitions stand."""
+    """12 hex digits for a code, whichever files its definitions are in."""
     return short(sorted((name, each) for file in code.values() for name, each in file.items()))
 
 
 def differing(one: Code, other: Code, shared: bool = False) -> list[str]:
-    """The files in which two codes differ; with `shared` by definitions alone that both of them have."""
+    """The files in which two codes differ; with `shared` only in definitions that both have."""
     ours, theirs = _by_name(one), _by_name(other)
     names = {
         name
         for name in ours | theirs
         if (name in ours and name in theirs) or not shared
-        # two definitions of one name may be both in the one and one of them in the other
+        # two files may define one name, and one of the codes may have only one of these definitions
         if not (_within(ours, theirs, name) if shared else ours.get(name) == theirs.get(name))
     }
     return sorted({file for code in (one, other) for file, found in code.items() if not names.isdisjoint(found)})
@@ -98,7 +98,7 @@ def _within(ours: dict[str, set[str]], theirs: dict[str, set[str]], name: str) -
 
 
 def short(what: Any) -> str:
-    """12 hex digits that stand for anything with a text."""
+    """12 hex digits for anything with a `repr`."""
     return hashlib.sha256(repr(what).encode(errors="backslashreplace")).hexdigest()[:12]
 
 
@@ -137,7 +137,7 @@ class _Reader:
         here = self._module(module)
         if here is None:
             return []
-        # one that is made in a function: all that stands beside it
+        # made in a function: everything in its module counts
         return [root] if name in here.definitions else [(module, each) for each in here.definitions]
 
     def stands_alone(self, place: _Place) -> bool:
@@ -179,7 +179,7 @@ class _Reader:
             folders = [folder for folder in self._beside if not _INSTALLED & {*folder.parts}]
             bases = [folder.joinpath(top, *parts) for folder in folders]
             files = [file for base in bases for file in (base / "__init__.py", base.with_suffix(".py"))]
-            # a module that is yet to be imported counts, too
+            # a module that is not imported yet counts too
             here = (file for file in files if file.is_file() and (name not in sys.modules or loaded == file))
             self._files[name] = next(here, None)
         return self._files[name]
@@ -203,7 +203,7 @@ class _Reader:
         if name in here.imported:
             target, there = here.imported[name]
             package = self._module(target)
-            # a package may hold a function that is called as its file is
+            # a package may have a function with the name of its file
             held = package is not None and there in {*package.definitions, *package.imported}
             if not there or (self._file(f"{target}.{there}") and not (held and target != module)):
                 return self._as_module(f"{target}.{there}" if there else target)
@@ -229,7 +229,7 @@ class _Reader:
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes out of a definition what does not count; what is ours is called by its own name, wherever it comes from."""
+    """Removes what does not count from a definition, and undoes `import … as`: our definitions get their own names."""
 
     def __init__(self, reader: _Reader, module: str) -> None:
         self._reader, self._module = reader, module
@@ -289,11 +289,11 @@ _reader = functools.cache(_Reader)
 _ROOT = Path(rankwise.__file__).parent
 _STANDARD = sysconfig.get_path("stdlib")
 _INSTALLED = {"site-packages", "dist-packages"}
-"""Names of the folder of installed packages, which may lie in that of Python's own modules."""
+"""Names of the folder of installed packages, which may be inside that of the standard library."""
 
 
 def _loaded(name: str) -> Path | None:
-    """The source of a module that is loaded, and is not one of Python's own."""
+    """The source file of a loaded module that is not in the standard library."""
     file = getattr(sys.modules.get(name), "__file__", None)
     if file is None or not file.endswith(".py"):
         return None
@@ -312,7 +312,7 @@ def _compiled(root: Callable[..., Any]) -> str:
             continue
         if id(each) in seen:
             continue
-        seen[id(each)] = each  # kept, so that no other gets its id
+        seen[id(each)] = each  # kept alive, so that no other object gets its id
         if isinstance(each, type) and each.__module__ == module:
             own = {key: value for key, value in vars(each).items() if callable(value) or not key.startswith("__")}
             texts += map(repr, sorted(own))
@@ -342,7 +342,7 @@ _WRAPPERS = (
 
 
 def _of_code(code: CodeType) -> tuple[str, set[str]]:
-    """A text of what compiled code does, and the names of all that is not its own in it."""
+    """Compiled code as text, and the names in it that are not its own."""
     names, texts = {*code.co_names}, [code.co_code.hex(), repr(code.co_names), repr(code.co_varnames)]
     for each in code.co_consts:
         if isinstance(each, CodeType):

@@ -1,4 +1,4 @@
-"""What a run writes while it is at work, and why it failed; checked on reading."""
+"""What a run writes while it trains, and why it failed; checked on reading."""
 
 import json
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ _STEP, _RANKS = TypeAdapter(Step), TypeAdapter(Ranks)
 
 
 def damaged(path: Path, error: ValidationError) -> InputError:
-    """The error of a file that holds something else than it should."""
+    """The error for a file with content that does not belong there."""
     where = ".".join(map(str, error.errors()[0]["loc"]))
     return InputError(f"{path}: is damaged{f' at {where}' if where else ''}")
 

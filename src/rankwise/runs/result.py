@@ -1,7 +1,6 @@
-"""What a run has found: the content of its `result.json`, which `train.result` writes last and all else reads.
+"""The result of a run: the content of its `result.json`, which `train.result` writes last and everything else reads.
 
-What the run is for and whether its rate was tuned stand in its `run.yaml` and not here a second time; `Finished` has
-both files in one.
+What the run is for and whether its rate was tuned is only in its `run.yaml`; `Finished` has the content of both files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +54,7 @@ class Splits:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Trainable ones: the most there were at once, those at the end, the budget. The head's are in none of these."""
+    """Trainable parameters: the most at once, those at the end and the budget, all without the head; and the head's."""
 
     trainable: Count
     final: Count
@@ -68,7 +67,7 @@ class Cost:
     """In seconds, in bytes of the main process's peak memory and of the saved adapter, and in training rows a second.
 
     `processes` trained together; `micro_batch` is how many rows went through the model at once, as set or after memory
-    had run out. Both are None where that is nothing special.
+    had run out. Both are None if they are as usual.
     """
 
     seconds: Amount
@@ -93,7 +92,7 @@ class Benchmark:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a run has found.
+    """The result of a run.
 
     Attributes:
         run: the id of the run.
@@ -102,10 +101,10 @@ class Result:
         score: name of the main metric, "" without labels.
         benchmark: None for a task that is part of none, and for a run that only tries a rate.
         metrics: all metrics by name.
-        splits, parameters, cost: see there.
+        splits, parameters, cost: see their classes.
         search: the outcome of the search of a method that learns ranks; None for others.
         notes: what to know before quoting the metrics.
-        answers: how the answers to each split are spread, the main split first; empty where that is damaged.
+        answers: how often each answer was given, for each split, the main split first; empty if that is damaged.
         weights: SHA-256 of what the next stage of a chain begins with; "" if none follows.
     """
 
@@ -128,7 +127,7 @@ class Result:
     cost: Cost
 
     def as_json(self) -> dict[str, Any]:
-        """The content of the file. What there is nothing of is left out."""
+        """The content of the file, without optional parts that have no value."""
         content = {**asdict(self), "answers": [each.in_result() for each in self.answers]}
         benchmark, cost, splits = content["benchmark"] or {}, content["cost"], content["splits"]
         content["benchmark"] = benchmark
@@ -148,7 +147,7 @@ class Finished(Result):
     Attributes:
         folder: its folder.
         kind, tuned: what it is for, and whether `tune:` has chosen its rate.
-        config: all settings but those of where it is stored and how its rate was chosen.
+        config: all settings, except where it is stored and how its rate was chosen.
         lineage: settings, without the seed, of the runs before it in a chain, the first one first.
     """
 

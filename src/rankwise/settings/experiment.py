@@ -158,7 +158,7 @@ class Experiment(BaseModel):
 
         A method of the axis `method` that brings its own `learning_rate: [..]` is run at those rates and no others.
         With `tune` these are the runs that are reported, at the lowest rate in place of the one yet to be chosen.
-        What else of OWN an entry brings takes the place of the shared setting. Raises InputError for a combination that
+        The other settings in OWN that an entry brings replace the shared ones. Raises InputError for a combination that
         is no valid run, and for too many of them.
         """
         if self.tune is not None:
@@ -225,8 +225,8 @@ class Experiment(BaseModel):
 
 
 def _check_count(runs: int) -> None:
-    """Refuse an experiment of so many runs that listing them would not end."""
+    """Refuse an experiment with so many runs that it would take forever to list them."""
     if runs > MOST_RUNS:
         raise InputError(
-            f"vary: more than {MOST_RUNS:,} runs, and an experiment may have so many: leave out values, or split it"
+            f"vary: more than {MOST_RUNS:,} runs, the most that an experiment may have: leave out values, or split it"
         )

@@ -137,7 +137,7 @@ def _override(text: str) -> tuple[str, Any]:
 
 
 def _mapping(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of what a caller gives in Python, in which paths are text, and methods and tasks name and options."""
+    """A copy of settings given in Python; paths become text, methods and tasks mappings of name and options."""
     try:
         data: dict[str, Any] = json.loads(json.dumps(dict(source), default=written))
     except (TypeError, ValueError, RecursionError) as error:
@@ -155,7 +155,7 @@ def _smoke(data: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> list[tu
 
 
 def _plugins(value: Any) -> list[str]:
-    """The absolute paths of the plugins that stand at `plugins`, which are loaded."""
+    """Load the plugins that are listed at `plugins`, and return their absolute paths."""
     if not isinstance(value, list) or not all(isinstance(file, str) for file in value):
         raise InputError(f"plugins = {quoted(value)}: expected a list of Python files, as in `plugins: [my.py]`")
     try:

@@ -19,7 +19,7 @@ FORMAT = 1
 SECTIONS = ("vary", "chain", "tune", "report", "smoke", "published")
 # What rankwise itself writes into a run.yaml, beside the settings.
 WRITTEN = ("id", "format", "kind", "made_with", "begun_with", "digest")
-# Settings that say where files lie, in which no runs differ.
+# Settings that say where files are; runs do not differ in them.
 PLACE = ("runs", "plugins")
 # What is named and may have options below its name, each with an example.
 NAMED = {"method": "lora", "task": "mrpc"}
@@ -44,8 +44,8 @@ class RunConfig(BaseModel):
     model: str | None = Field(
         default=None,
         description="folder, GGUF file or hub name of the base model, or random-gpt2, random-t5, random-llama, "
-        "random-bert or random-deberta (small, untrained); when absent the embedded MiniLM, the embedded smollm2 where "
-        "text is written, the U-Net where masks are wanted",
+        "random-bert or random-deberta (small, untrained); when absent the embedded MiniLM, the embedded smollm2 for "
+        "tasks that write text, the U-Net for segmentation",
     )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": "lora"}, description="name of the method and its options"
@@ -54,10 +54,10 @@ class RunConfig(BaseModel):
         default=False, description="run the code that comes with the model; only for models whose code you have read"
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field(
-        default="fp32", description="numbers of the frozen weights; what trains is fp32 in any case"
+        default="fp32", description="number format of the frozen weights; what trains is fp32 in any case"
     )
     autocast: Literal["none", "bf16", "fp16"] | None = Field(
-        default=None, description="numbers that layers compute with; those of dtype when absent, none is fp32"
+        default=None, description="number format that layers compute in; that of dtype when absent, none is fp32"
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         default="auto", description="how attention is computed; auto leaves it to transformers"
@@ -69,7 +69,7 @@ class RunConfig(BaseModel):
         default=None,
         ge=1,
         le=LARGEST,
-        description="rows at once in each process; the rows of a step when absent. Memory that runs out halves it",
+        description="rows at once in each process; all rows of a step when absent; halved when memory runs out",
     )
     trainer: dict[str, Any] = Field(
         default_factory=dict, description="other fields of transformers.TrainingArguments, such as adam_beta2"
@@ -144,8 +144,8 @@ class RunConfig(BaseModel):
         """12 hex digits that name a run by what is asked, which is what differs from the defaults.
 
         So a setting or an option that is added later, with a default, leaves the ids of all older runs as they are.
-        Where a run is stored, where its plugins lie and what makes it are not in its id, nor is whether `tune:` has
-        chosen its rate.
+        Where a run is stored, where its plugins are, what makes it, and whether `tune:` has chosen its rate are not in
+        its id.
         """
         settings = self.model_dump(mode="json", exclude={*PLACE, "tuned", *NAMED}, exclude_defaults=True)
         settings |= {key: asked(key, getattr(self, key)) for key in NAMED}

@@ -256,7 +256,7 @@ class Labelled(Measured):
 
     @property
     def _of_two(self) -> list[str]:
-        """The metrics that are those of the second class."""
+        """The metrics that are computed for the second class alone."""
         return [name for name in self.metrics if name in classification.OF_TWO]
 
     def evaluate(self, *args: Any, **options: Any) -> Scored:
@@ -266,7 +266,9 @@ class Labelled(Measured):
         absent = [name for place, name in enumerate(self.labels) if place not in present]
         means = [name for name in self.metrics if name.endswith("_macro") or name == "balanced_accuracy"]
         if absent and means:
-            notes.append(f"no row that is scored is {listed(absent)}: {means[0]} is a mean over the classes that occur")
+            notes.append(
+                f"no evaluation row is labelled {listed(absent)}: {means[0]} is a mean over the classes that occur"
+            )
         return replace(scored, notes=(*scored.notes, *notes))
 
     def warning(self, table: "pa.Table") -> str:

@@ -34,7 +34,7 @@ class E2E(Generation, name="e2e"):
     """A text from a restaurant's attributes, trained and decoded as for LoRA's GPT-2; BLEU first.
 
     Decoding is as in the paper: 10 beams, length penalty 0.9 (0.8 in the README of its code), no 4-gram twice.
-    Published scores are on `split: test`: choose settings on `validation`, the default, and score only the best there.
+    Published scores are on `split: test`: choose settings on `validation`, the default; score only the best on `test`.
     """
 
     main: ClassVar[str] = "bleu"
