@@ -41,10 +41,10 @@ def main_split(folder: Path, columns: Sequence[str]) -> dict[str, list[Any]] | N
     """`columns` of a run's predictions for the main split; None if they cannot be read or a column is missing."""
     try:
         file = need("pyarrow.parquet", "bench").ParquetFile(check_regular(folder / "predictions.parquet"))
+        if not {"split", *columns} <= {*file.schema_arrow.names}:
+            return None
         rows = file.read(columns=["split", *columns]).to_pydict()
     except (OSError, ValueError):  # pyarrow's errors are of these kinds
-        return None
-    if not {"split", *columns} <= rows.keys():
         return None
     main = [place for place, split in enumerate(rows["split"]) if split == rows["split"][0]]
     return {name: [rows[name][place] for place in main] for name in columns}
