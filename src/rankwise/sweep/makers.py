@@ -1,4 +1,4 @@
-"""What would make runs now, their code and their data, and what has made those that are there."""
+"""What would make runs now, their code and their data, next to what made those that are there."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +80,6 @@ def settle_begun(store: Store, folders: Sequence[Path], reuse: bool, repeat: boo
 def made_by_others(store: Store, others: Mapping[Path, list[str]]) -> str:
     """How many runs were made with other code or data, and what differs."""
     done = sum(store.result(folder) is not None for folder in others)
-    counts = [f"{count} {what}" for count, what in ((done, "finished"), (len(others) - done, "begun")) if count]
+    counts = [f"{count} {what}" for count, what in ((done, "finished"), (len(others) - done, "unfinished")) if count]
     runs = "run was" if len(others) == 1 else "runs were"
     return f"{' and '.join(counts)} {runs} made with {in_words(each for found in others.values() for each in found)}"
