@@ -116,7 +116,7 @@ def test_what_is_wrong_is_an_input_error_of_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", registry())
 def test_python_builds_the_task_that_a_file_asks_for(name: str, tmp_path: Path) -> None:
-    """The objects themselves may stand where a file has their names and options."""
+    """Objects can be given in place of the names and options in a file."""
     own = issubclass(registry()[name], Custom)
     given = {"name": name, "dataset": "rows.csv", "split": "test"} if own else {"name": name}
     file = tmp_path / "run.yaml"

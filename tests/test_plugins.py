@@ -70,7 +70,7 @@ class Parity(Classification, name="parity-{name}"):
 
 @pytest.fixture(autouse=True)
 def guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """What a test loads is gone after it."""
+    """Unload after each test what it has loaded."""
     for kind in (Method, Task):
         kind.registry()
         monkeypatch.setattr(kind, "known", dict(kind.known))
@@ -84,7 +84,7 @@ def guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 METRIC = '''
-"""A metric: how far the predicted class is from the true one, and the least is the best."""
+"""A metric, of which less is better: how far the predicted class is from the true one."""
 
 import numpy as np
 
@@ -138,7 +138,7 @@ def rankwise(folder: Path, *arguments: object, **environment: str) -> tuple[int,
 
 
 def test_a_plugins_method_is_tuned_and_reported_as_ours_are(tmp_path: Path) -> None:
-    """Its runs are processes of their own, in other folders; moved, it goes on with the runs that it has."""
+    """In the processes of the runs, which are in other folders; when its file moves, its runs go on."""
     file = write(tmp_path / "plug.py")
     content = {**settings(file, tmp_path), "plugins": ["plug.py"]}
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(content))
@@ -175,7 +175,7 @@ def test_a_run_of_a_changed_plugin_is_one_of_other_code(tmp_path: Path) -> None:
 
 
 def test_a_plugins_metric_decides_in_its_direction_and_its_code_counts(tmp_path: Path) -> None:
-    """Also for a report in a process that has not loaded the plugin; without it nothing is reported in its place."""
+    """Also for a report in a new process; if the plugin is gone, there is no report without it."""
     file = tmp_path / "metric_file.py"
     file.write_text(METRIC.format(name="distance"))
     rows = "".join(f"text {number},{number % 3}\n" for number in range(60))
@@ -207,7 +207,7 @@ def test_a_plugins_metric_decides_in_its_direction_and_its_code_counts(tmp_path:
 
 
 @pytest.mark.parametrize(("name", "message"), [("accuracy", "two metrics are called 'accuracy'")])
-def test_a_metric_that_is_there_already_is_refused(name: str, message: str, tmp_path: Path) -> None:
+def test_a_metric_of_a_known_name_is_refused(name: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "twice.py"
     file.write_text(METRIC.format(name=name))
     with pytest.raises(InputError, match=message):
@@ -227,7 +227,7 @@ def test_the_metric_of_the_page_is_taken_by_the_schema_and_by_tasks(tmp_path: Pa
     )
 
 
-def test_where_a_plugin_lies_is_not_in_an_id(tmp_path: Path) -> None:
+def test_the_path_of_a_plugin_is_not_in_an_id(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     given = {"task": "parity-mine", "method": "mine"}
     one = load({**given, "plugins": [str(write(tmp_path / "plug.py"))]}, [], schema())
@@ -235,7 +235,7 @@ def test_where_a_plugin_lies_is_not_in_an_id(tmp_path: Path) -> None:
     assert one.id == other.id  # type: ignore[union-attr]
 
 
-def test_the_settings_of_a_plugin_stand_on_the_command_line_too(tmp_path: Path, cli: Cli) -> None:
+def test_the_options_of_a_plugin_can_be_given_on_the_command_line(tmp_path: Path, cli: Cli) -> None:
     file = write(tmp_path / "plug.py")
     (tmp_path / "one.yaml").write_text("task: parity-mine\nplugins: [missing.py]\n")
     code, out, err = cli("validate", tmp_path / "one.yaml", f"plugins=[{file}]", "method=mine", "method.twist=2")
@@ -305,7 +305,7 @@ def test_a_plugin_is_loaded_once_and_its_later_edits_are_refused(tmp_path: Path)
         load_plugin(file)
 
 
-def test_a_plugin_imports_what_lies_next_to_it(tmp_path: Path) -> None:
+def test_a_plugin_imports_a_file_next_to_it(tmp_path: Path) -> None:
     (tmp_path / "next_to_it.py").write_text("TWIST = 7.0\n")
     file = write(tmp_path / "importing.py", "importing")
     file.write_text("from next_to_it import TWIST\n" + file.read_text().replace("= 0.5", "= TWIST"))
@@ -400,7 +400,7 @@ def test_what_a_plugin_prints_is_not_in_the_result(tmp_path: Path, cli: Cli) -> 
 
 
 def test_a_method_that_the_runs_processes_would_not_find_is_refused(tmp_path: Path) -> None:
-    """It is defined in a notebook, say, or its plugin is not named in this experiment."""
+    """As when it is defined in a notebook, or its plugin is not named in this experiment."""
     file = write(tmp_path / "unnamed.py", "unnamed")
     load_plugin(file)
     given = {"task": "stdlib-kind", "vary": {"seed": [0], "method": ["unnamed"]}, "runs": str(tmp_path / "runs")}

@@ -97,7 +97,7 @@ def test_what_is_written_for_images_and_masks_is_valid(
     assert len(json.loads(cli("compare", "my.yaml", "--dry-run", "--json")[1])) == (9 if model else 6)
 
 
-def test_images_are_not_sought_in_a_table(data: str, cli: Cli) -> None:
+def test_images_are_not_looked_for_in_a_table(data: str, cli: Cli) -> None:
     code, _, err = cli("init", "--data", data, "--type", "segmentation", "--label", "a,b")
     assert code == 2 and f"--type segmentation: {data} has neither train/images nor the columns image and mask" in err
 

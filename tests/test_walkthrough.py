@@ -39,9 +39,8 @@ def tiny_bert() -> BertForSequenceClassification:
 
 @pytest.fixture
 def method_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setattr(
-        base.Method, "known", dict(base.Method.registry())
-    )  # the method is a guest, gone after the test
+    # so that the method is gone after the test
+    monkeypatch.setattr(base.Method, "known", dict(base.Method.registry()))
     monkeypatch.setattr(sys, "path", [*sys.path])
     file = tmp_path / "grad_lora.py"
     file.write_text(blocks()[0])

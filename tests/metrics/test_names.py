@@ -20,7 +20,7 @@ REFUSED = sorted({*SCORERS} - {*CLASSES, *NUMBERS})
 
 
 def theirs(name, predictions, labels):
-    """The score of scikit-learn's scorer, without the sign that it turns."""
+    """The score of scikit-learn's scorer, without the change of sign."""
     scorer = sklearn.metrics.get_scorer(name)
     with warnings.catch_warnings():  # of classes that are never predicted, or never true
         warnings.simplefilter("ignore")

@@ -24,7 +24,7 @@ KINDS = {
     "parts": {"name": "lora", "rank": 2, "targets": ["c_attn.q", "c_proj"]},
 }
 STEPS = 5
-# Before how many steps a model is not a finished adapter: until its scales are folded, for ever where W has changed.
+# The steps until a model is a finished adapter: its scales are folded by then; never if W has changed.
 LIVE = {
     **dict.fromkeys(("simplex-lora", "fat-lora", "weight-lora"), 4),
     **dict.fromkeys(("sora", "residual", "merge", "parts"), STEPS + 1),

@@ -1,4 +1,4 @@
-"""A scale of another kind than ours: a class is all that it takes, also where sites are emptied and get rank again."""
+"""A new kind of scale needs only its class, also when sites are emptied and get rank again."""
 
 import sys
 from collections.abc import Mapping

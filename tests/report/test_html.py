@@ -127,7 +127,7 @@ def test_what_comes_from_a_run_is_escaped(tmp_path: Path, make: Callable[..., Pa
     assert "failed, <img src=x onerror=alert(2)> & co" in Page(text).text
 
 
-def test_what_stands_between_backticks_is_code(tmp_path: Path, make: Callable[..., Path]) -> None:
+def test_what_is_between_backticks_is_code(tmp_path: Path, make: Callable[..., Path]) -> None:
     folder = make(tmp_path / "runs", seeds=(0,))
     for seed, error in ((8, "`<b>` or `x`"), (9, "one ` alone <b>")):
         failed = Store(folder).create(RunConfig(task="stdlib-module", seed=seed), "x")

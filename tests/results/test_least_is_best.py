@@ -1,4 +1,4 @@
-"""A metric of which less is better wins by being lower, as its negative wins by being higher."""
+"""With a metric of which less is better the lower score wins, as the higher one does with its negative."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ SCORES = ["mean_absolute_error", "r2"]
 
 
 def scored(score: str, error: float) -> dict[str, Any]:
-    """What a result holds of an error, by itself or as something of which more is better."""
+    """The part of a result with an error as its score, or with 1 - error, of which more is better."""
     return {"score": score, "metrics": {score: error if score == "mean_absolute_error" else 1 - error}}
 
 

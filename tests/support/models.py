@@ -35,7 +35,7 @@ from rankwise.ranks import sites
 
 
 def adapted(rank: int = 4, shape: str = "bert") -> PeftModel:
-    """A model that PEFT alone has adapted, with a B that is not 0 any more."""
+    """A model adapted by PEFT alone, whose B is no longer 0."""
     torch.manual_seed(1)
     config = LoraConfig(r=rank, lora_alpha=8, target_modules=["query", "value", "dense"])
     made = get_peft_model(model(shape), config)
@@ -45,7 +45,7 @@ def adapted(rank: int = 4, shape: str = "bert") -> PeftModel:
 
 
 class Half(nn.Module):
-    """Two linear layers of which the second has no part in the output."""
+    """Two linear layers; the second takes no part in the output."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def llama_logits(model: nn.Module, **more: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def stirred(model: nn.Module) -> nn.Module:
-    """The model with noise on all that trains."""
+    """The model, with noise added to everything that trains."""
     draw = torch.Generator().manual_seed(1)
     for p in model.parameters():
         if p.requires_grad:
@@ -112,13 +112,13 @@ SMALL: dict[str, Any] = {
 
 
 def small_config(kind: str, **more: Any) -> PreTrainedConfig:
-    """The configuration of a family, with what of SMALL it has a key for."""
+    """The configuration of a family, with the values of SMALL for the keys that it has."""
     keys = type(AutoConfig.for_model(kind))().to_dict()
     return AutoConfig.for_model(kind, **{key: value for key, value in SMALL.items() if key in keys}, **more)
 
 
 def every_model(auto: Any, kinds: Mapping[str, Any], **more: Any) -> Iterator[tuple[str, PreTrainedModel]]:
-    """A model of each family that can be built so small, with weights that are drawn at random and large."""
+    """A model of each family that can be built this small, with large random weights."""
     for kind in kinds:
         try:
             config = small_config(kind, **more)
@@ -168,7 +168,7 @@ CLASS_TASKS = {
     "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "text": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
-LARGEST_OF_CLASS = 100_000  # parameters; models that are larger even so are left out
+LARGEST_OF_CLASS = 100_000  # parameters; larger models are left out
 # The value for a number in a configuration, by a part of its name; the first match counts.
 CLASS_SIZES = (
     (("chunk",), None),
@@ -196,7 +196,7 @@ def class_names(task: str) -> list[str]:
 
 
 def of_class(name: str) -> nn.Module | None:
-    """A model with random weights, or None where such small numbers do not fit its architecture."""
+    """A model with random weights, or None if its architecture does not allow such small sizes."""
     kind = getattr(transformers, name)
     try:
         with warnings.catch_warnings():

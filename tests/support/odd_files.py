@@ -1,4 +1,4 @@
-"""What may lie where a file should be."""
+"""Pipes, sockets and links in the place of a file."""
 
 import os
 import socket

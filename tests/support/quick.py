@@ -1,4 +1,4 @@
-"""What takes time and no test can see is left out; imported by conftest.py, and by what processes are forked from."""
+"""Skips work that takes time and that no test can see. Imported by conftest.py and by the processes that fork."""
 
 import functools
 import gc
@@ -6,7 +6,7 @@ import os
 
 import jinja2
 
-# Waiting for the disk is for a power cut, which no test brings about; with much being written it can take seconds.
+# Waiting for the disk only matters in a power cut, which no test has; on a busy disk it takes seconds.
 os.fsync = os.fstat  # type: ignore[assignment]
 # PEFT compiles the template of its model card at every save.
 jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)  # type: ignore[method-assign]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-PATIENCE = 300  # seconds, for a machine that does much else
+PATIENCE = 300  # seconds, enough for a busy machine
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
@@ -32,9 +32,9 @@ def writers(place: Path) -> list[int]:
 
 
 def alive(process: int) -> bool:
-    """Whether a process runs; one that has ended and was not asked for its exit code does not.
+    """Whether a process runs; a zombie does not.
 
-    Its threads count too, of which any may be the last to end and to let go of locks.
+    It runs as long as any of its threads, each of which may be the last to end and to release locks.
     """
     try:
         threads = [path.read_text() for path in Path(f"/proc/{process}/task").glob("*/stat")]

@@ -295,7 +295,7 @@ def test_metrics_left_out_are_accuracy_and_matthews_and_no_part_of_the_id(tmp_pa
         (["roc_auc"], "task classification: metrics: 'roc_auc' is computed from probabilities"),
     ],
 )
-def test_metrics_that_there_are_not_are_refused_before_a_run(metrics: Any, message: str) -> None:
+def test_unknown_metrics_are_refused_before_a_run(metrics: Any, message: str) -> None:
     task = {"type": "classification", "dataset": "all.csv", "metrics": metrics}
     assert refused(lambda: load({"task": task}, schema=known())).startswith(message)
 
@@ -325,7 +325,7 @@ def test_a_macro_mean_without_a_class_says_so(tmp_path: Path) -> None:
         assert (note in run(folder)["notes"]) == noted
 
 
-def test_of_two_classes_as_common_the_one_of_the_higher_f1_is_the_constant_to_compare_with(tmp_path: Path) -> None:
+def test_of_two_equally_frequent_classes_the_one_with_the_higher_f1_is_the_constant_answer(tmp_path: Path) -> None:
     rows = [{"body": f"text {place}", "mood": "ab"[place % 2]} for place in range(20)]
     task = reviews(write(tmp_path / "train.csv", rows).parent, metrics=["f1"], split="train")
     split = task.evaluation()[0]
@@ -334,7 +334,7 @@ def test_of_two_classes_as_common_the_one_of_the_higher_f1_is_the_constant_to_co
     assert (found.majority, found.tied, found.metrics) == ("b", ["a"], {"f1": pytest.approx(2 / 3)})
 
 
-def test_of_classes_as_common_the_one_of_the_least_error_is_the_constant_to_compare_with(
+def test_of_equally_frequent_classes_the_one_with_the_least_error_is_the_constant_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(METRICS, "distance", METRICS["mean_absolute_error"])  # as of a plugin

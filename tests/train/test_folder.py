@@ -157,7 +157,7 @@ def test_a_signal_in_the_first_moments_is_one_line(command: list[str], later: fl
         assert out == "" and err.count("\n") == 1 and err.startswith("rankwise: "), err
 
 
-def test_a_file_of_lines_is_not_made_in_a_folder_that_is_another(tmp_path: Path) -> None:
+def test_a_file_of_lines_is_not_created_in_a_new_folder_of_the_same_name(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         append_line(tmp_path / "metrics.jsonl", {"step": 1}, create=False)
     assert not list(tmp_path.iterdir())

@@ -99,7 +99,7 @@ def test_a_file_is_read_as_transformers_reads_it(arch: str, tmp_path: Path) -> N
 
 
 def test_padding_is_not_the_token_that_ends_a_text(tmp_path: Path) -> None:
-    """Whoever leaves padding out of the loss would never train on the end."""
+    """Padding is left out of the loss, and the end of a text must not be."""
     _, tokenizer, _ = build(str(write(tmp_path / "small.gguf")), tasks.build("e2e"), 8)
     assert tokenizer.eos_token == "</s>" and tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
 
@@ -122,7 +122,7 @@ def test_it_is_converted_once_and_again_after_damage(tmp_path: Path, cache: Path
     assert (folder / "config.json").exists()
 
 
-def test_one_that_is_killed_while_converting_leaves_nothing_that_counts(tmp_path: Path, cache: Path) -> None:
+def test_a_kill_while_converting_leaves_nothing_that_counts(tmp_path: Path, cache: Path) -> None:
     file = write(tmp_path / "small.gguf")
     script = (
         "import os, signal, sys, transformers\n"
@@ -225,8 +225,8 @@ def test_a_task_that_generates_is_given_the_decoder_in_its_run_yaml(name: str) -
 
 
 @pytest.mark.large
-def test_the_embedded_decoder_writes_and_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """With its own tokens; the cache of the user serves all tests."""
+def test_the_embedded_decoder_writes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With its own tokens. It is converted into the cache of the user, which all tests share."""
     monkeypatch.delenv("XDG_CACHE_HOME")
     try:
         model, tokenizer, _ = build("smollm2", tasks.build("e2e"), 64)

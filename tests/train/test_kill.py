@@ -84,7 +84,7 @@ def test_a_run_killed_and_stopped_within_epochs_ends_as_the_uncut_one(tmp_path: 
 
 
 def test_a_run_of_plain_lora_killed_ends_as_the_uncut_one(tmp_path: Path) -> None:
-    """It ends in an interpreter of its own; most other tests fork theirs."""
+    """It ends in a new interpreter; most other tests fork theirs."""
     alone, folder = (make(tmp_path / name, model=None, method=LORA) for name in ("alone", "run"))
     undisturbed = start(alone)
     assert cut(folder, 8, signal.SIGKILL) == -signal.SIGKILL

@@ -1,7 +1,7 @@
 """What papers print, as they print it. Nothing here is computed.
 
 One YAML file per paper: its `source`, its `tables` and `figures` by name, and `claims` in its text. A number stays the
-text that is printed; if it is doubtful or stands below the wrong heading, a `reading` says how it is read, and why.
+text that is printed; if it is doubtful or printed below the wrong heading, a `reading` says how it is read, and why.
 """
 
 import re

@@ -82,7 +82,7 @@ def _side_by_side(written: dict[str, dict[int, dict[str, Any]]], count: int, lon
 
 
 def _written(folder: Path) -> dict[int, dict[str, Any]]:
-    """The rows of the main split by number; {} if there are none, or none of texts."""
+    """The rows of the main split by number; {} if there are none, or they are not texts."""
     return {row["idx"]: row for row in _rows(folder, ["idx", "source", "references", "prediction"])}
 
 

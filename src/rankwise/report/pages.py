@@ -41,7 +41,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Final ranks by projection and layer: rows of (rank, shade from 0 to 8), the rank "" without a site."""
+    """Final ranks by projection and layer: rows of (rank, shade from 0 to 8); the rank is "" where there is no site."""
 
     words: str
     layers: list[str]
@@ -65,7 +65,7 @@ class Page:
     error: str = ""
     answered: Answered | None = None
     nothing: str = ""
-    """A sentence if all rows got the same answer, else ""."""
+    """A sentence if all rows got the same answer; "" if not."""
 
 
 def anchor(folder: Path) -> str:

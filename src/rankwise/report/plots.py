@@ -186,7 +186,7 @@ def short_count(value: float) -> str:
 def _marks(
     figure: Figure, axes: Axes, points: Sequence[Point], near: Callable[[float, float], bool] | None = None
 ) -> bool:
-    """Draw the points with their bars; labels `near` each other are moved apart. Returns whether any was."""
+    """Draw the points with their bars, those of labels `near` each other moved apart; returns whether any were."""
     labels = list(dict.fromkeys(point.label for point in points))
     beside = {label: {label} for label in labels}
     for one, other in itertools.combinations(points, 2):
@@ -238,7 +238,7 @@ def _room(axes: Axes, points: Sequence[Point]) -> None:
 
 
 def _few_ticks(axes: Axes, low: float, high: float) -> None:
-    """Ticks at powers of ten; if there are fewer than three, also at their multiples."""
+    """Ticks at powers of ten, and also at multiples of these if there would be too few."""
     powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     for factors in ((1,), (1, 3), (1, 2, 5)):
         ticks = [power * factor for power in powers for factor in factors if low <= power * factor <= high]

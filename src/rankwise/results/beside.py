@@ -166,7 +166,7 @@ def _filled(
 
 
 def _like(rows: Sequence[Row], wanted: Mapping[str, Any]) -> list[Row]:
-    """Those of this method and these options; if none has them all, those that differ in MAY_DIFFER alone."""
+    """Those of this method and these options; if none has them all, those that differ only in MAY_DIFFER."""
     options = {key: value for key, value in wanted.items() if key not in ("name", *MAY_DIFFER)}
     like = [
         row

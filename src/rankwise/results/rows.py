@@ -219,7 +219,7 @@ class Average:
 def averages(chosen: Sequence[Row]) -> list[Average]:
     """Over the tasks of each benchmark, of the methods that have all of them; `chosen` is what `best` gives.
 
-    Only if two tasks or more of it are there.
+    Only for benchmarks of which there are at least two tasks.
     """
     results = []
     for benchmark in dict.fromkeys(row.benchmark for row in chosen if row.benchmark):
@@ -238,7 +238,7 @@ def averages(chosen: Sequence[Row]) -> list[Average]:
 
 
 def unofficial(row: Row) -> dict[str, str]:
-    """Why splits of a row are not the official ones, by name; the training split is one of them."""
+    """The splits of a row, the training split included, that are not official ones: name -> why."""
     return {split.name: split.note for split in (row.evaluated, row.trained) if split.unofficial}
 
 
@@ -329,7 +329,7 @@ def _setting(result: Finished) -> str:
 
 
 def _short(result: Finished) -> bool:
-    """Whether a run has run out of memory: it took fewer rows at once than it was to take."""
+    """Whether a run has run out of memory: it took fewer rows at once than its settings say."""
     rows, most = result.cost.micro_batch, result.config.get("micro_batch")
     return rows is not None and (most is None or rows < most)
 

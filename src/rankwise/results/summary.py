@@ -40,12 +40,11 @@ class Summary:
 
     @classmethod
     def of_store(cls, store: Store, folders: Sequence[Path] | None = None, /, **more: Any) -> Self:
-        """Of the finished runs of a folder, of those in `folders` alone where these are given.
+        """Of the finished runs of a folder, or of those in `folders`.
 
         An experiment that names an unknown table counts as damaged: its runs are shown without published numbers.
-        Plugins are loaded where runs are scored by a metric of theirs, which says how to compare; InputError where one
-        cannot be.
-        `more`: what a subclass has besides.
+        A plugin whose metric scores a run is loaded, because the metric says which scores are better; InputError if it
+        cannot be loaded. `more`: the fields that a subclass adds.
         """
         experiment, damage = store.described()
         results = store.results(folders)

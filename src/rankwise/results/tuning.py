@@ -131,7 +131,7 @@ class Contests:
 
 
 def _combination(result: Finished) -> str:
-    """What a combination's runs that try rates have in common with its reported ones."""
+    """What the runs of a combination that try rates have in common with those that are reported."""
     differing = {"seed", "learning_rate", "method", *_PHASE, *CHAIN}
     settings = {key: value for key, value in result.config.items() if key not in differing}
     return json.dumps([result.method, result.options, settings], sort_keys=True)

@@ -156,7 +156,7 @@ class _Sweep:
             self._display.say(f"failed: {self._names[folder]}: {self._store.standing(folder).error or ended.reason}")
 
     def _comes_further(self, folder: Path) -> bool:
-        """Note a loss; whether to start the run again, unless it has been lost too often at the same step."""
+        """Note a loss, and return whether to start the run again: not if it was lost too often at the same step."""
         step, (furthest, times) = steps_of(folder)[0], self._losses.get(folder, (-1, 0))
         self._losses[folder] = (step, 0) if step > furthest else (furthest, times + 1)
         return self._losses[folder][1] < LOSSES

@@ -1,6 +1,6 @@
-"""What is to be carried out, one run (`One`), an experiment (`Plan`) or what has failed (`retry`), and carrying it out.
+"""What is to be carried out: one run (`One`), an experiment (`Plan`) or failed runs (`retry`).
 
-Until then nothing is written.
+Nothing is written before it is carried out.
 """
 
 import sys

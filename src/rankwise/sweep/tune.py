@@ -157,7 +157,7 @@ def tune_and_carry_out(
         total.failed += [folder for folder in outcome.failed if not store.failure(folder).diverged]
         for search in found:
             search.go_on()
-        store.plan(folder for search in found for folder in search.configs)  # finished ones of a later round, too
+        store.plan(folder for search in found for folder in search.configs)  # also finished ones of later rounds
     for search in found:
         if search.contest.settled:
             say(f"{_called(search)}: learning rate {search.rate:g}, the only one given")
@@ -167,8 +167,8 @@ def tune_and_carry_out(
         elif how is None:
             say(f"{_called(search)}: not tuned yet")
         else:
-            worth = next(rate.mean for rate in how.rates if rate.learning_rate == how.learning_rate)
-            where = f"{how.score} {worth:.3f} on {how.split.rows} rows of {how.split.name}"
+            score = next(rate.mean for rate in how.rates if rate.learning_rate == how.learning_rate)
+            where = f"{how.score} {score:.3f} on {how.split.rows} rows of {how.split.name}"
             say(f"{_called(search)}: learning rate {how.learning_rate:g} of {len(how.rates)} tried, {where}")
     total.done += [folder for search in found for folder in search.configs if store.state(folder) == "done"]
     final = list(dict.fromkeys(map(place, reported(found))))
@@ -185,7 +185,7 @@ def _pending(searches: Sequence[RateSearch], tried: set[Path]) -> list[Path]:
 
 
 def _worth(chosen: Tuned) -> float:
-    """Of the only rate that was tried."""
+    """What the only rate of `chosen` is worth."""
     return worth(chosen.score, chosen.rates[0].mean)
 
 

@@ -109,7 +109,7 @@ class Order:
 
     @property
     def token(self) -> Path:
-        """A file of this order alone: a node that finds it sees the same folder as the sweep."""
+        """A file of only this order: a node that finds it sees the same folder as the sweep."""
         return self.folder / f"{TOKEN}{self.mark}"
 
 

@@ -33,7 +33,7 @@ class Ray(Runner, name="ray"):
 
     Attributes:
         address: of a cluster: HOST:PORT, or auto for the one started on this machine; when absent RAY_ADDRESS, and
-            without that a cluster of this machine alone, which ends with the sweep.
+            without that a cluster of only this machine, which ends with the sweep.
         cpus: CPUs of each run, also the most threads it starts.
         gpus: GPUs of each run; a part of one lets several runs share it.
         memory: GiB that Ray sets aside for each run.
