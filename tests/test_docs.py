@@ -21,6 +21,7 @@ from rankwise.settings import RunConfig, Schema, load, parse_yaml
 
 ROOT = Path(__file__).parent.parent
 METHODS = sorted(registry())
+every_page = pytest.mark.parametrize("name", METHODS)
 SECTIONS = ("Equation", "Options", "Parameters", "In the paper", "In the released code", "Here", "Use")
 
 
@@ -65,7 +66,7 @@ def test_every_setting_is_described() -> None:
     assert not missing
 
 
-@every_method
+@every_page
 def test_the_page_of_a_method_has_its_sections_in_order(name: str) -> None:
     assert list(sections(name)) == [f"`{name}`", *SECTIONS]
     assert all(sections(name).values())
@@ -80,7 +81,7 @@ def test_every_page_is_of_a_method_and_both_tables_list_them_all() -> None:
         assert all(shown == linked for shown, linked in rows)
 
 
-@every_method
+@every_page
 def test_every_option_is_described_with_its_default_and_no_other(name: str) -> None:
     fields = {field.name: field for field in dataclasses.fields(registry()[name])}
     described = options(name)
@@ -89,7 +90,7 @@ def test_every_option_is_described_with_its_default_and_no_other(name: str) -> N
         assert default == written(fields[option].default), f"{option}: {default}"
 
 
-@every_method
+@every_page
 def test_the_yaml_of_a_page_is_a_valid_run_of_that_method(name: str) -> None:
     [snippet] = re.findall(r"^```yaml\n(.*?)^```", sections(name)["Use"], re.MULTILINE | re.DOTALL)
     config = load({"task": "stdlib-kind", **parse_yaml(snippet)}, [], Schema(registry(), tasks.registry()))
@@ -97,7 +98,7 @@ def test_the_yaml_of_a_page_is_a_valid_run_of_that_method(name: str) -> None:
     assert config.method["name"] == name
 
 
-@every_method
+@every_page
 def test_the_count_of_a_page_is_what_the_command_prints(name: str, cli: Callable[..., tuple[int, str, str]]) -> None:
     [example] = re.findall(r"^(?: {4}\S.*\n)+", sections(name)["Parameters"], re.MULTILINE)
     command, *lines = [line.strip() for line in example.splitlines()]

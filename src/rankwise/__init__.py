@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rankwise.methods.random_lora import RandomLoRA
     from rankwise.methods.simplex_lora import SimplexLoRA
     from rankwise.methods.sora import SoRA
-    from rankwise.methods.subset import BitFit, Full, FullTop, Head
+    from rankwise.methods.subset import BitFit, Full, FullTop, Head, Untrained
     from rankwise.methods.weight_lora import WeightLoRA
     from rankwise.nets.gated import Gated
     from rankwise.optim import SimplexAdam

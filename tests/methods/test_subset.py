@@ -284,3 +284,27 @@ def test_quantised_weights_cannot_train_but_biases_beside_them_can():
             method(name).attach(packed())
     model = method("bitfit").attach(packed())
     assert model.model.layers[0].mlp.down_proj.bias.dtype == torch.float32
+
+
+def test_none_trains_nothing_and_keeps_the_model(tmp_path):
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, vocab_size=models.VOCABULARY)
+    ids = models.batch()["input_ids"]
+
+    def written(model):
+        with torch.no_grad():
+            return model.eval()(input_ids=ids).logits
+
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config)
+    before = written(model)
+    nothing = rw.Untrained()
+    assert trains(nothing.attach(model)) == set() and nothing.peak(model) == nothing.budget(model) == 0
+    assert torch.equal(written(nothing.fold(model)), before)
+    rw.save(model, tmp_path / "adapter", nothing)
+    assert torch.equal(written(rw.load(model, tmp_path / "adapter")), before)
+
+
+@every_shape
+def test_none_refuses_a_model_with_a_head_that_must_train(shape):
+    with pytest.raises(rw.InputError, match=f"^the method none trains nothing, and {models.head(shape)[0]} must: use"):
+        rw.Untrained().attach(base(shape), head=models.head(shape))

@@ -49,6 +49,18 @@ def test_findings_say_how_far_the_head_is_behind_and_whether_methods_differ(stor
     assert simplex.endswith(": 3 seeds cannot tell these two apart; that does not mean they are equal.")
 
 
+def test_the_model_as_it_comes_is_measured_against_the_best_reference(store: Store) -> None:
+    for seed in range(3):
+        for rank, score in ((2, 0.7), (4, 0.8)):
+            finish(store, config(seed=seed, method={"name": "lora", "rank": rank}), score + seed / 100)
+        nothing = {"trainable": 0, "final": 0, "budget": 0, "head": 0}
+        finish(store, config(seed=seed, method={"name": "none"}), 0.3, parameters=nothing)
+    [floor] = [each for each in summary(store).verdicts if "as it comes" in each]
+    assert floor.startswith("cola, accuracy: the model as it comes is 0.510 behind lora rank=4 (95 % intervals: -0.53")
+    row = next(line for line in summary(store).text().splitlines() if line.startswith("none"))
+    assert row.split()[:2] == ["none", "3"]  # no learning rate
+
+
 APART = [("model", "random-bert", "random-gpt2"), ("epochs", 1.0, 9.0), ("train_rows", 10, 99), ("warmup", 0.0, 9.0)]
 APART += [("task", {"name": "cola", "max": 1}, {"name": "cola", "max": 2})]  # whose labels are the same
 

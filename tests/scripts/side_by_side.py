@@ -69,7 +69,10 @@ def trained(method: Method, folder: Path, micro_batch: int, dropout: float = 0.0
 
 def every_one(folder: Path, micro_batch: int) -> dict[str, State]:
     """What every registered method has learnt."""
-    return {name: learnt(trained(methods.method(name), folder, micro_batch)) for name in sorted(methods.registry())}
+    return {
+        name: learnt(trained(methods.method(name), folder, micro_batch))
+        for name in sorted(methods.registry().keys() - {"none"})
+    }
 
 
 def merging(folder: Path, micro_batch: int) -> State:

@@ -120,6 +120,25 @@ def test_what_smoke_sets_is_taken_at_that_scale_alone() -> None:
     assert runs({**SMALL, "scale": "smoke"}, "scale=full")[0].max_steps is None
 
 
+def test_the_section_small_sets_what_it_says_and_no_more() -> None:
+    both = {**SMALL, "small": {"model": "smollm2", "train_rows": 900, "vary.seed": [4, 5]}}
+    small = runs(both, "scale=small")
+    assert {(c.seed, c.model, c.train_rows, c.epochs, c.scale) for c in small} == {
+        (seed, "smollm2", 900, 9.0, "small") for seed in (4, 5)
+    }
+    assert {c.train_rows for c in runs(both, "scale=small", "train_rows=5000")} == {5000}
+    assert runs(both) == runs(SMALL) and runs(both, "scale=smoke") == runs(SMALL, "scale=smoke")
+    for setting in ({}, {"small": None}):
+        with pytest.raises(InputError, match="^scale = small: there is no section `small`; add one, as in `small: {"):
+            load({**SMALL, **setting}, ["scale=small"], SCHEMA)
+
+
+def test_the_run_of_a_section_small_is_read_again_from_its_run_yaml() -> None:
+    [run] = runs({**SMALL, "vary": {"seed": [3]}, "small": {"epochs": 2}}, "scale=small")
+    again = load({**run.model_dump(mode="json"), "id": run.id, "made_with": {}}, [], SCHEMA)
+    assert isinstance(again, RunConfig) and (again.id, again.scale, again.epochs) == (run.id, "small", 2.0)
+
+
 def test_the_command_line_wins_over_smoke() -> None:
     for setting in ("seed=[4,5]", "vary.seed=[4,5]"):
         assert {c.seed for c in runs(SMALL, "scale=smoke", setting)} == {4, 5}
@@ -178,13 +197,14 @@ def test_published_keeps_what_changes_the_protocol_and_is_seen_nowhere_else() ->
     assert isinstance(experiment, Experiment) and experiment.published is not None
     assert (experiment.published.tables, experiment.published.differs) == (["lora/gpt3"], "all")
     assert experiment.published.changed == ["epochs=3"]
-    assert {"smoke", "published"} <= json_schema(SCHEMA)["properties"].keys()
+    assert {"smoke", "small", "published"} <= json_schema(SCHEMA)["properties"].keys()
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"smoke": 3}, "smoke = 3: expected settings"),
+        ({"small": [1]}, "small = [1]: expected settings, as in `small: {model: smollm2"),
         ({"smoke": {"epoch": 1}, "scale": "smoke"}, 'epoch: there is no such key (did you mean "epochs"?)'),
         ({"published": {"table": ["x"]}}, "published = {'changed': [], 'table': ['x']}: expected `tables: [NAME, …]`"),
         ({"published": {"tables": []}}, "published = {"),

@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from sklearn.metrics import f1_score
+from transformers import set_seed
 
+import rankwise as rw
 from asserts import refused
 from rankwise import tasks
 from rankwise.errors import InputError
@@ -19,8 +21,10 @@ from rankwise.metrics import METRICS, classification
 from rankwise.settings import RunConfig, json_schema, load
 from rankwise.sweep.check import schema as known
 from rankwise.tasks.custom import Custom
+from rankwise.tasks.generation import Generation
+from rankwise.train import model as models
 from rankwise.train.run import run
-from runs import make
+from runs import lines, make
 
 REVIEWS = [
     {"body": f"the film, number {i}, was {'good' if i % 3 else 'bad'}", "mood": "+" if i % 3 else "-"}
@@ -112,6 +116,30 @@ def test_a_text_is_written_for_own_data(tmp_path: Path, name: str, model: str) -
     assert set(run(folder)["metrics"]) == {"rouge_l", "rouge_1", "rouge_2"}
     rows = pyarrow.parquet.read_table(folder / "predictions.parquet").to_pylist()
     assert rows[0]["source"] == "say 3" and rows[0]["references"] == ["it is 3"]
+
+
+def test_none_scores_the_model_as_it_comes(tmp_path: Path) -> None:
+    """It takes no step, whatever the settings say of steps, and writes what the base model writes."""
+    write(tmp_path / "data" / "train.csv", [{"in": f"say {i}", "out": f"it is {i}"} for i in range(16)])
+    write(tmp_path / "data" / "test.csv", [{"in": f"say {i}", "out": f"it is {i}"} for i in range(5)])
+    options = {"columns": {"text": "in", "label": "out"}, "split": "test", "target_length": 8, "beams": 1}
+    task = {"name": "causal", "dataset": str(tmp_path / "data"), **options}
+    settings = {"task": task, "model": "random-llama", "batch_size": 8, "eval_every": 1, "checkpoint_every": 1}
+    folders = [make(tmp_path / str(n), method={"name": "none"}, max_steps=n, **settings) for n in (1, 3)]
+    results = [run(folder) for folder in folders]
+    assert results[0]["parameters"] == {"trainable": 0, "final": 0, "budget": 0, "head": 0}
+    first, evaluation = lines(folders[0] / "metrics.jsonl")
+    assert first == {"step": 0, "steps": 0} and evaluation["step"] == 0 and evaluation["eval"]
+    rows = [pyarrow.parquet.read_table(folder / "predictions.parquet").to_pylist() for folder in folders]
+    assert rows[0] == rows[1] and results[0]["metrics"] == results[1]["metrics"]
+    built = tasks.build(task)
+    set_seed(0)
+    model, tokenizer, _ = models.build("random-llama", built, 16, built.train())
+    again = rw.load(model, folders[0] / "adapter").eval()
+    [split] = built.evaluation()
+    assert isinstance(built, Generation)
+    written = built.generate(again, built.encode(split, tokenizer, 16), tokenizer, 8)
+    assert written == [row["prediction"] for row in rows[0]] and any(written)
 
 
 def unread(task: Any) -> str:

@@ -1,4 +1,4 @@
-"""Methods that train existing parts of the model: the head, all weights, the last blocks, the biases.
+"""Methods that train existing parts of the model: the head, nothing, all weights, the last blocks, the biases.
 
 FT and FT-Top2 are baselines of Hu et al. 2021 (arXiv 2106.09685, section 5.1 and table 3). BitFit is Ben Zaken et al.
 2022 (arXiv 2106.10199). Its released code also trains the classifier and the pooler's bias; here `head` names them.
@@ -30,6 +30,16 @@ class Head(Method, name="head"):
     def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
         if not head:
             raise InputError('the method head trains only the head: name its modules, as in head=["classifier"]')
+        freeze(model, head)
+        return model
+
+
+@dataclass(frozen=True)
+class Untrained(Method, name="none"):
+    """Nothing trains: a run only scores the model as it comes, the lower bound for a model without a head."""
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        require(not head, f"the method none trains nothing, and {', '.join(head)} must: use the method head")
         freeze(model, head)
         return model
 

@@ -248,7 +248,7 @@ INTERVAL: Column[Row] = Column(
 )
 RATE: Column[Row] = Column(
     "learning rate",
-    cell=lambda row: f"{row.learning_rate:g}",
+    cell=lambda row: f"{row.learning_rate:g}" if row.trainable + row.head else "",
     values={"learning_rate": _of("learning_rate")},
     meaning="of the adapters and the head",
 )

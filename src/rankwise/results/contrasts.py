@@ -13,6 +13,9 @@ from rankwise.results.predictions import predictions
 from rankwise.results.rows import Row
 from rankwise.results.stats import Difference, corrected, difference, paired_bootstrap
 
+FLOORS = {"head": "training the head only", "none": "the model as it comes"}
+"""Methods without an adapter that every other one should beat, in words."""
+
 
 @dataclass(frozen=True)
 class Contrast:
@@ -26,9 +29,9 @@ class Contrast:
         """The contrast in words: the size of the difference, its intervals, and whether it counts."""
         ours, theirs, gap = self.ours.method, self.theirs.method, self.gap
         where = f"{self.ours.task}, {with_direction(self.ours.score)}"
-        if ours == "head":
+        if ours in FLOORS:
             way = "behind" if worth(self.ours.score, gap.mean) <= 0 else "ahead of"
-            text = f"{where}: training the head only is {abs(gap.mean):.3f} {way} {theirs}"
+            text = f"{where}: {FLOORS[ours]} is {abs(gap.mean):.3f} {way} {theirs}"
         else:
             text = f"{where}: {ours} against {theirs}: {gap.mean:+.3f}"
         if gap.seeds is None:
@@ -90,7 +93,7 @@ def spelled(reference: Mapping[str, Any]) -> str:
 
 
 def _other(row: Row, rows: Sequence[Row], reference: Mapping[str, Any]) -> Row | None:
-    """What to measure `row` against: the reference at the nearest size (the best one for a head alone).
+    """What to measure `row` against: the reference at the nearest size (the best one where no adapter trains).
 
     Where runs differ in warm-up too, one with the same warm-up is preferred.
     """
@@ -98,7 +101,7 @@ def _other(row: Row, rows: Sequence[Row], reference: Mapping[str, Any]) -> Row |
     others = [other for other in others if other.warmup == row.warmup] or others
     if _is(reference, row) or not others:
         return None
-    if row.name == "head":
+    if row.name in FLOORS:
         return max(others, key=lambda other: worth(other.score, other.mean))
     return min(others, key=lambda other: abs(other.budget - row.budget))
 

@@ -17,6 +17,7 @@ from rankwise.settings.run import (
     DECODER,
     NAMED,
     PLACE,
+    SCALED,
     SECTIONS,
     WRITTEN,
     RunConfig,
@@ -47,7 +48,7 @@ def load(
     A file with `vary:` is an Experiment, any other a RunConfig. Method options come back complete, defaults filled in.
     In an experiment an override of a varied key replaces that axis (`seed=0`, `seed=[0,1]`), `method=NAME` keeps the
     varied methods of that name, and `method.OPTION=value` reaches every varied method that has the option.
-    At `scale: smoke` what stands in the file's `smoke:` comes first, as if given in the same way.
+    At `scale: smoke` or `small` what is in the file's section of that name comes first, as if given in the same way.
     Raises InputError for everything that is wrong with the file or the values.
     """
     name, where = "experiment", ""
@@ -58,13 +59,13 @@ def load(
     else:
         name, where = Path(source).stem, f"{source}: "
         data = read_yaml(Path(source))
-    if {"id", "made_with"} <= data.keys():
+    if made := {"id", "made_with"} <= data.keys():
         data = {key: value for key, value in data.items() if key not in WRITTEN}
     settings = [_override(text) for text in overrides]
     try:
         if isinstance(published := data.get("published"), dict):
             data["published"] = {"changed": _changed(settings), **published}
-        groups = [_smoke(data, settings), settings]
+        groups = [[] if made else _at_scale(data, settings), settings]
         plugins = [value for group in (data.items(), *groups) for key, value in group if key == "plugins"]
         if plugins:
             data["plugins"] = _plugins(plugins[-1])
@@ -145,13 +146,18 @@ def _mapping(source: Mapping[str, Any]) -> dict[str, Any]:
     return plain_data(data)
 
 
-def _smoke(data: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """What `smoke:`, which is taken out of `data`, sets at the scale that is asked for."""
-    given = data.pop("smoke", None)
-    if given is not None and not isinstance(given, dict):
-        raise InputError(f"smoke = {quoted(given)}: expected settings, as in `smoke: {{model: random-gpt2}}`")
+def _at_scale(data: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """What the section of the scale that is asked for sets; `smoke:` and `small:` are taken out of `data`."""
+    sections = {name: data.pop(name, None) for name in SCALED}
+    for name, given in sections.items():
+        if given is not None and not isinstance(given, dict):
+            raise InputError(f"{name} = {quoted(given)}: expected settings, as in `{name}: {SCALED[name]}`")
     scale = dict(settings).get("scale", data.get("scale"))
-    return [(str(key), value) for key, value in (given or {}).items()] if scale == "smoke" else []
+    if scale == "small" and sections["small"] is None:
+        raise InputError(f"scale = small: there is no section `small`; add one, as in `small: {SCALED['small']}`")
+    return [
+        (str(key), value) for name, given in sections.items() if name == scale for key, value in (given or {}).items()
+    ]
 
 
 def _plugins(value: Any) -> list[str]:

@@ -15,8 +15,10 @@ from rankwise.settings.yaml_files import quoted
 
 FORMAT = 1
 """Number of the format of ids. They leave out what has its default, so it rises when any default changes its value."""
+SCALED = {"smoke": "{model: random-gpt2}", "small": "{model: smollm2, train_rows: 1000}"}
+"""The scales that a file may have a section for, each with an example."""
 # What an experiment has beside the settings of its runs.
-SECTIONS = ("vary", "chain", "tune", "report", "smoke", "published")
+SECTIONS = ("vary", "chain", "tune", "report", *SCALED, "published")
 # What rankwise itself writes into a run.yaml, beside the settings.
 WRITTEN = ("id", "format", "kind", "made_with", "begun_with", "digest")
 # Settings that say where files are; runs do not differ in them.
@@ -124,8 +126,9 @@ class RunConfig(BaseModel):
         lt=1,
         description="share of the training rows held out and scored, in place of those to evaluate on; `tune:` sets it",
     )
-    scale: Literal["smoke", "full"] = Field(
-        default="full", description="smoke: a few rows and steps, to try the whole way"
+    scale: Literal["smoke", "small", "full"] = Field(
+        default="full",
+        description="smoke: a few rows and steps, to try the whole way; small: as the file's section `small` says",
     )
     runs: str = Field(default="runs", min_length=1, description="folder in which the folder of the run is made")
     plugins: list[str] = Field(

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from rankwise.errors import InputError, nearest
 from rankwise.named import defaults, options_of
 from rankwise.settings.experiment import Published, Tune
-from rankwise.settings.run import NAMED, RunConfig, explain
+from rankwise.settings.run import NAMED, SCALED, RunConfig, explain
 from rankwise.settings.yaml_files import quoted
 
 
@@ -57,10 +57,11 @@ def json_schema(schema: Schema) -> dict[str, Any]:
         },
         "additionalProperties": False,
     }
-    properties["smoke"] = {
-        "type": "object",
-        "description": "settings that `scale: smoke` takes before those of the command line: dotted key -> value",
-    }
+    for name in SCALED:
+        properties[name] = {
+            "type": "object",
+            "description": f"settings that `scale: {name}` takes before those of the command line: dotted key -> value",
+        }
     properties["published"] = Published.model_json_schema()
     result["anyOf"] = [{"required": ["task"]}, {"required": ["vary"]}]
     result.pop("required", None)

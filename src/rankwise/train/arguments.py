@@ -60,6 +60,7 @@ def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
         args = TrainingArguments(
             output_dir=str(folder),
             max_steps=plan.steps,
+            num_train_epochs=0,  # or with max_steps=0 the Trainer would take three epochs
             per_device_train_batch_size=config.batch_size,
             learning_rate=config.learning_rate,
             lr_scheduler_type={"constant": "constant_with_warmup"}.get(config.schedule, config.schedule),

@@ -110,11 +110,12 @@ def _save_model(folder: Path, parts: Parts) -> int:
 
 def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> Cost:
     processes = together.count()
+    spent = progress.carried.step_seconds
     halved = parts.rows < math.ceil(parts.config.batch_size / processes)
     return Cost(
         seconds=round(progress.carried.seconds, 3),
         peak_memory_bytes=progress.carried.peak_memory_bytes,
-        examples_per_second=round(parts.plan.examples(parts.plan.steps) / progress.carried.step_seconds, 3),
+        examples_per_second=round(parts.plan.examples(parts.plan.steps) / spent, 3) if spent else 0.0,
         adapter_bytes=adapter_bytes,
         processes=processes if processes > 1 else None,
         micro_batch=parts.rows if halved else None,

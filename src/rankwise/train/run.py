@@ -238,15 +238,15 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
         head=head,
         head_parameters=head_parameters,
         budget=method.budget(model),
-        plan=_plan(config, len(examples)),
+        plan=_plan(config, len(examples), any(p.requires_grad for p in model.parameters())),
         rows=rows,
         before=before,
     )
 
 
-def _plan(config: RunConfig, rows: int) -> Plan:
+def _plan(config: RunConfig, rows: int, trains: bool) -> Plan:
     per_epoch = math.ceil(rows / config.batch_size)
-    steps = config.max_steps or math.ceil(config.epochs * per_epoch)
+    steps = (config.max_steps or math.ceil(config.epochs * per_epoch)) if trains else 0
     return Plan(
         rows=rows,
         batch_size=config.batch_size,
