@@ -73,6 +73,9 @@ class RunConfig(BaseModel):
         le=LARGEST,
         description="rows at once in each process; all rows of a step when absent; halved when memory runs out",
     )
+    packing: bool = Field(
+        default=False, description="several rows of a step in one sequence of max_length tokens, read apart"
+    )
     trainer: dict[str, Any] = Field(
         default_factory=dict, description="other fields of transformers.TrainingArguments, such as adam_beta2"
     )
@@ -182,6 +185,11 @@ class RunConfig(BaseModel):
             raise ValueError(f"warmup = {self.warmup}: expected a share up to 1 or a whole number of steps")
         if self.dtype != "fp32" and self.autocast not in (None, self.dtype):
             raise ValueError(f"autocast = {self.autocast}: weights of dtype {self.dtype} compute in {self.dtype}")
+        if self.packing and self.trainer.get("neftune_noise_alpha") is not None:
+            raise ValueError(
+                "trainer.neftune_noise_alpha: its noise is scaled by the length of a sequence, which packing changes; "
+                "leave one of them out"
+            )
         return self
 
 

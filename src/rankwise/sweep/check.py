@@ -62,7 +62,7 @@ def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
     """
     settings = (
         *("model", "task", "max_length", "label_smoothing"),
-        *("trust_remote_code", "dtype", "attention", "gradient_checkpointing"),
+        *("trust_remote_code", "dtype", "attention", "gradient_checkpointing", "packing"),
     )
     wanted: dict[str, dict[str, Method]] = {}
     for config in configs:

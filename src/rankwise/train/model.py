@@ -109,6 +109,7 @@ def check(
     dtype: str = "fp32",
     attention: str = "auto",
     gradient_checkpointing: bool = False,
+    packing: bool = False,
 ) -> None:
     """Raise InputError for anything that a run would refuse, without reading weights.
 
@@ -127,6 +128,8 @@ def check(
     model, head = _skeleton(name, task, shipped, trust_remote_code, dtype, attention)
     if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise InputError(f"gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
+    if packing and (task.family != "generation" or model.config.is_encoder_decoder):
+        raise InputError("packing: only a decoder that writes text (GPT-2, Llama, …) reads packed rows; leave it out")
     if task.family != "segmentation":
         if name in random_model.CONFIGS:
             check_room(task, model, max_length, random_model.LENGTH)
@@ -142,7 +145,11 @@ def check(
     for index, method in enumerate(methods):
         if index:  # the previous method has changed the model
             model, head = _skeleton(name, task, shipped, trust_remote_code, dtype, attention)
-        _attached(model, head, task, method, max_length)
+        attached = _attached(model, head, task, method, max_length)
+        if packing and _virtual(attached):
+            raise InputError(
+                f"packing: {method.name} puts virtual tokens before a sequence, not each row; leave it out"
+            )
 
 
 def peak(
@@ -204,9 +211,13 @@ def _attached(model: Any, head: list[str], task: Task, method: Method, max_lengt
         except ValueError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{method.name} cannot be attached to {type(model).__name__}: {reason}") from error
-    if any(isinstance(module, VirtualTokens) for module in attached.children()):
+    if _virtual(attached):
         check_room(task, attached, max_length)
     return attached
+
+
+def _virtual(model: nn.Module) -> bool:
+    return any(isinstance(module, VirtualTokens) for module in model.children())
 
 
 def label(name: str | None, task: Task | None = None) -> str:

@@ -11,6 +11,7 @@ the lock. If memory runs out, the run resumes from the newest checkpoint and tak
 
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -61,6 +62,7 @@ from rankwise.train.arguments import arguments, computing
 from rankwise.train.callback import unwrapped
 from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.memory import halve, rows_at_once
+from rankwise.train.packing import Packing
 from rankwise.train.parts import Parts
 from rankwise.train.progress import MOVED, Carried, DivergedError, Plan, Progress
 from rankwise.train.result import finish
@@ -271,8 +273,11 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
         args = arguments(folder, parts.config, parts.plan)
     with computing(parts.config):  # it asks the model what it does with padding
         collate = parts.task.collate(parts.model, parts.processor, parts.config.seed)
+    joined = parts.config.attention == "flash_attention_2"
+    packing = Packing(parts.config.max_length, joined) if parts.config.packing else None
     trainer = RunTrainer(
         micro_batch=parts.rows,
+        packing=packing,
         stop=stop,
         method=parts.method,
         model=parts.model,
@@ -282,6 +287,9 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
         callbacks=[progress],
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for results
+    if packing is not None:
+        with computing(parts.config):
+            packing.check(parts.model, [*itertools.chain(*parts.examples[:100]["input_ids"])])
     if parts.task.family == "segmentation" and parts.rows < parts.config.batch_size and is_main():
         print(
             f"Dice loss and batch norms are computed over {parts.rows} images at a time, not {parts.config.batch_size}",

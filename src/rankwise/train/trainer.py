@@ -2,7 +2,7 @@
 
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,8 +28,8 @@ from rankwise.optim.simplex_adam import SHARDED
 from rankwise.processes import together
 from rankwise.processes.launched import LostError
 from rankwise.processes.stop import Stop
-from rankwise.tasks.base import Batch
 from rankwise.train.callback import MethodCallback
+from rankwise.train.packing import Packing
 from rankwise.train.scaling import scales
 
 
@@ -185,7 +185,7 @@ class RankTrainer(Trainer):
 class Piece(NamedTuple):
     """Rows that go through the model together."""
 
-    batch: Batch
+    batch: dict[str, Any]
     items: int
     """The number of rows or tokens that the loss of the batch averages."""
 
@@ -197,14 +197,15 @@ class RunTrainer(RankTrainer):
     processes or the size of the pieces, so gradients and losses differ only by the order of sums.
 
     Args:
-        micro_batch: rows that a process takes at once.
+        micro_batch: rows, or packs of them, that a process takes at once.
         stop: gets `agreed` set at each step: whether any of the processes was asked to stop.
+        packing: how the rows of a step that a process takes are packed; None leaves them as they are.
         **kwargs: the arguments of a RankTrainer.
     """
 
-    def __init__(self, *, micro_batch: int, stop: Stop, **kwargs: Any) -> None:
+    def __init__(self, *, micro_batch: int, stop: Stop, packing: Packing | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.micro_batch, self.stop = micro_batch, stop
+        self.micro_batch, self.stop, self.packing = micro_batch, stop, packing
         self._weight = 1.0
 
     def get_train_dataloader(self) -> DataLoader:
@@ -222,10 +223,13 @@ class RunTrainer(RankTrainer):
     def _pieces(self, rows: Sequence[dict[str, Any]]) -> list[Piece]:
         """This process's share of the rows of one step, in pieces of `micro_batch`; it may be empty."""
         index, count = self.args.process_index, self.args.world_size
-        share = rows[len(rows) * index // count : len(rows) * (index + 1) // count]
+        share: Sequence[Any] = rows[len(rows) * index // count : len(rows) * (index + 1) // count]
+        collate: Callable[..., dict[str, Any]] = self.data_collator
+        if self.packing is not None and share:
+            share, collate = self.packing.packs(self.data_collator(list(share))), self.packing.join
         pieces = [share[start : start + self.micro_batch] for start in range(0, len(share), self.micro_batch)]
-        batches = [self.data_collator(list(piece)) for piece in pieces]
-        return [Piece(batch, items(batch["labels"])) for batch in batches]
+        batches = [collate(list(piece)) for piece in pieces]
+        return [Piece(batch, items(batch)) for batch in batches]
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # not used, and slow to count
@@ -260,9 +264,16 @@ class RunTrainer(RankTrainer):
         return self._weight * loss
 
 
-def items(labels: Tensor) -> int:
-    """What a loss averages over: tokens that are not ignored if a row has several labels, else rows."""
-    return int((labels != -100).sum()) if labels.dim() == 2 else len(labels)
+def items(batch: Mapping[str, Tensor]) -> int:
+    """What a loss averages over: tokens that are not ignored if a row has several labels, else rows.
+
+    A decoder predicts each token from those before it, so the label of the first counts for nothing.
+    """
+    labels = batch["labels"]
+    if labels.dim() != 2:
+        return len(labels)
+    predicted = labels if "decoder_input_ids" in batch else labels[:, 1:]
+    return int((predicted != -100).sum())
 
 
 class EpochSampler(Sampler[int]):

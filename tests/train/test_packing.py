@@ -1,0 +1,278 @@
+"""Rows that share a sequence: all are there, none is cut, and each is read as if it were alone."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForCausalLM
+
+import models
+from asserts import refused
+from rankwise.errors import InputError
+from rankwise.results.rows import summarise
+from rankwise.runs.store import Store
+from rankwise.sweep.check import Checked
+from rankwise.tasks.generation import IGNORE
+from rankwise.train.packing import Packing, best_fit
+from rankwise.train.run import run
+from rankwise.train.trainer import RunTrainer, items
+from runs import SIMPLEX, lines, make
+
+TOKENS = range(10, 50)
+LENGTHS = st.lists(st.integers(2, 12), min_size=1, max_size=12)
+SMALL = settings(max_examples=5)
+
+
+def batch(lengths: list[int]) -> dict[str, Tensor]:
+    """Rows of these lengths, padded on the right; the last token has a label, and about half of the others."""
+    draw = torch.Generator().manual_seed(sum(lengths))
+    rows = [torch.randint(2, models.VOCABULARY, (length,), generator=draw) for length in lengths]
+    labels = [torch.where(torch.rand(len(row), generator=draw) < 0.5, row, IGNORE) for row in rows]
+    for row, own in zip(rows, labels, strict=True):
+        own[-1] = row[-1]
+    return {
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+    }
+
+
+def family(kind: str, attention: str) -> nn.Module:
+    [(_, model)] = models.every_model(AutoModelForCausalLM, [kind], attn_implementation=attention)
+    return model
+
+
+def learnt(model: nn.Module, batches: list[dict[str, Any]]) -> tuple[float, dict[str, Tensor]]:
+    """The loss per token and its gradients, summed over the batches."""
+    model.zero_grad()
+    counts = [int((each["labels"][:, 1:] != IGNORE).sum()) for each in batches]
+    losses = [model(**each).loss * count / sum(counts) for each, count in zip(batches, counts, strict=True)]
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@given(LENGTHS, st.integers(1, 40))
+def test_each_row_is_in_one_pack_which_is_not_too_long_and_could_not_join_another(
+    lengths: list[int], most: int
+) -> None:
+    packs = best_fit(lengths, most)
+    assert sorted(row for pack in packs for row in pack) == [*range(len(lengths))]
+    sizes = [sum(lengths[row] for row in pack) for pack in packs]
+    assert all(size <= most or len(pack) == 1 for size, pack in zip(sizes, packs, strict=True))
+    assert all(one + other > most for place, one in enumerate(sizes) for other in sizes[:place])
+
+
+@given(LENGTHS, st.integers(4, 40), st.booleans())
+def test_a_batch_of_packs_has_every_row_once_and_beside_them_only_padding(
+    lengths: list[int], most: int, joined: bool
+) -> None:
+    single, packing = batch(lengths), Packing(most, joined)
+    joint = packing.join(packing.packs(single))
+    assert len(joint["input_ids"]) == 1 or not joined
+    starts = (joint["position_ids"].flatten() == 0).nonzero().flatten().tolist()
+    parts = [part.tolist() for part in joint["input_ids"].flatten().tensor_split(starts[1:])]
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(single["input_ids"], single["attention_mask"], strict=True)]
+    assert sorted(part for part in parts if part != [0]) == sorted(rows)  # no row has the token 0
+    assert items(joint) == int((single["labels"][:, 1:] != IGNORE).sum())
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "gemma"])
+def test_loss_and_gradients_are_those_of_rows_alone(kind: str, attention: str) -> None:
+    """Up to the order of sums, in packs that are longer than what GPT-2 reads, too."""
+    model = family(kind, attention)
+    Packing(models.POSITIONS).check(model, TOKENS)
+
+    @SMALL
+    @given(LENGTHS, st.integers(12, 60), st.integers(1, 3), st.booleans())
+    def same(lengths: list[int], most: int, at_once: int, joined: bool) -> None:
+        single, packing = batch(lengths), Packing(most, joined)
+        packs = packing.packs(single)
+        pieces = [packing.join(packs[start : start + at_once]) for start in range(0, len(packs), at_once)]
+        expected, gradients = learnt(model, [single])
+        loss, found = learnt(model, pieces)
+        assert loss == pytest.approx(expected, rel=1e-5) and gradients.keys() == found.keys()
+        most_of_all = max(float(gradient.abs().max()) for gradient in gradients.values())
+        for name, gradient in gradients.items():
+            assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-5 * most_of_all), name
+
+    same()
+
+
+READ_ON = ("mamba", "mamba2", "jamba", "rwkv", "qwen3_next", "qwen3_5_text", "recurrent_gemma", "falcon_mamba")
+"""Families that carry a state from token to token. (Public trainers have packed them, which went unnoticed.)"""
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_family_is_right_or_refused(attention: str) -> None:
+    right, wrong = [], {}
+    single = batch([7, 11, 5, 12, 3])
+    packing = Packing(24)
+    for kind, model in models.every_model(AutoModelForCausalLM, models.WRITERS, attn_implementation=attention):
+        try:
+            packing.check(model, TOKENS)
+        except InputError as error:
+            wrong[kind] = str(error)
+            assert str(error).startswith("packing: ") and "\n" not in str(error)
+            continue
+        right.append(kind)
+        expected, _ = learnt(model, [single])
+        loss, _ = learnt(model, [packing.join(packing.packs(single))])
+        assert loss == pytest.approx(expected, rel=1e-4), kind
+    print(right, wrong)
+    assert {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2", "gpt_neox"} <= set(right)
+    assert not {*READ_ON} & set(right)
+
+
+class Masked(nn.Module):
+    """A model that is given a mask of ones with packed rows, which tells transformers that the rows are one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, **more: Any) -> Any:
+        return self.model(input_ids, attention_mask=torch.ones_like(input_ids), **more)
+
+
+class Cached(Masked):
+    def forward(self, input_ids: Tensor, **more: Any) -> Any:
+        return self.model(input_ids, **{**more, "use_cache": True})
+
+
+class Lost(Masked):
+    def forward(self, input_ids: Tensor, **more: Any) -> Any:
+        output = self.model(input_ids, **more)
+        output.logits[:, -1] = torch.nan
+        return output
+
+
+class Counting(Masked):
+    """It knows only how long a sequence is."""
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return self.model(input_ids)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Masked, "packing: Masked does not keep rows apart"),
+        (Cached, "packing: Cached does not keep rows apart"),
+        (Lost, "packing: Lost does not keep rows apart"),
+        (Counting, "packing: Counting cannot read packed rows (.*unexpected keyword argument"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_kept_apart_is_found(kind: type[nn.Module], message: str, dtype: torch.dtype) -> None:
+    [(_, model)] = models.every_model(AutoModelForCausalLM, ["llama"])
+    Packing(24).check(model.to(dtype), TOKENS)
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        Packing(24).check(kind(model), TOKENS)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Rows of a prompt and an answer of 2 to 20 words."""
+    draw, folder = random.Random(0), tmp_path_factory.mktemp("data")
+    for name, count in (("train", 40), ("validation", 6)):
+        answers = [" ".join(draw.choices(["ash", "oak", "elm"], k=draw.randint(2, 20))) for _ in range(count)]
+        rows = [{"text": f"tree {place}", "target": answer} for place, answer in enumerate(answers)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"name": "causal", "dataset": str(folder), "target_length": 24, "beams": 1}
+
+
+def prepared(folder: Path, task: dict[str, Any], **more: Any) -> Path:
+    usual = {"model": "random-llama", "max_length": 64, "batch_size": 16, "method": SIMPLEX, "max_steps": 10}
+    return make(folder, task=task, train_rows=40, eval_rows=6, **{**usual, **more})
+
+
+def test_a_packed_run_comes_to_what_it_comes_to_unpacked(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With as many steps, epochs, rows in a step, and the same ranks."""
+    seen: list[torch.Size] = []
+    pieces = RunTrainer._pieces
+
+    def noted(*args: Any) -> Any:
+        found = pieces(*args)
+        seen.extend(piece.batch["input_ids"].shape for piece in found)
+        return found
+
+    monkeypatch.setattr(RunTrainer, "_pieces", noted)
+    plain, packed = prepared(tmp_path / "plain", task), prepared(tmp_path / "packed", task, packing=True, micro_batch=2)
+    run(plain)
+    rows, seen[:] = len(seen), []
+    run(packed)
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        for one, two in zip(lines(packed / name), lines(plain / name), strict=True):
+            assert (one["step"], one.get("ranks")) == (two["step"], two.get("ranks"))
+            assert one.get("loss", 0.0) == pytest.approx(two.get("loss", 0.0), rel=1e-3)
+    assert len(seen) > rows and all(len(shape) == 2 and shape[0] <= 2 and shape[1] <= 64 for shape in seen)
+    assert any(shape[1] > 50 for shape in seen)
+    settings = {row.setting for each in (plain, packed) for row in summarise(Store(tmp_path).results([each]))}
+    assert len(settings) == 1  # they may be compared
+
+
+def test_a_packed_run_that_is_cut_goes_on_bit_for_bit(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = (prepared(tmp_path / name, task, packing=True, micro_batch=1) for name in ("whole", "cut"))
+    run(whole)
+    step = RunTrainer.training_step
+
+    class Cut(BaseException):
+        pass
+
+    def stop(trainer: RunTrainer, *args: Any, **more: Any) -> Any:
+        if trainer.state.global_step == 5:
+            raise Cut
+        return step(trainer, *args, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(Cut):
+        patched.setattr(RunTrainer, "training_step", stop)
+        run(cut)
+    run(cut)
+    for name in ("metrics.jsonl", "ranks.jsonl", "adapter/adapter_model.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task": "stdlib-kind"}, "packing: only a decoder that writes text"),
+        ({"model": "random-t5"}, "packing: only a decoder that writes text"),
+        ({"method": {"name": "pre-embed", "prefix": 2, "infix": 0}}, "packing: pre-embed puts virtual tokens"),
+        ({"trainer": {"neftune_noise_alpha": 5.0}}, "trainer.neftune_noise_alpha: its noise is scaled by the length"),
+        ({"packing": "yes"}, "packing = 'yes': expected boolean"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_before_a_run_begins(
+    given: dict[str, Any], message: str, task: dict[str, Any]
+) -> None:
+    said = refused(lambda: Checked.of({"task": task, "model": "random-llama", "packing": True, **given}, []))
+    assert message in said
+
+
+def test_a_run_of_a_model_that_reads_on_is_refused_before_its_first_step(task: dict[str, Any], tmp_path: Path) -> None:
+    base = tmp_path / "mamba"
+    tokenizer = models.tokenizer(*{*["ash", "oak", "elm", "tree"]}, pad_token="</s>")
+    config = models.small_config("mamba")
+    config.vocab_size = len(tokenizer)
+    transformers.MambaForCausalLM(config).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    method = {"name": "lora", "rank": 2, "targets": ["in_proj"]}
+    folder = prepared(tmp_path / "run", task, model=str(base), method=method, packing=True)
+    said = refused(lambda: run(folder))
+    assert said.startswith("packing: MambaForCausalLM does not keep rows apart")
+    assert not (folder / "metrics.jsonl").exists()
