@@ -15,8 +15,25 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from rankwise.cli import files as files  # its commands come first in the help
+from rankwise.cli.options import (
+    All,
+    Debug,
+    DryRun,
+    Jobs,
+    Json,
+    OneRun,
+    Repeat,
+    Reuse,
+    RunnerName,
+    RunnerOptions,
+    Runs,
+    Settings,
+    app,
+    source_of,
+)
 from rankwise.errors import FAILED, INPUT, INTERRUPTED, InputError
-from rankwise.terminal import agreed, ask, drop_unwritten, log, show, show_json
+from rankwise.terminal import agreed, drop_unwritten, log, show, show_json
 
 if TYPE_CHECKING:
     from rankwise.api import Comparison, Report
@@ -25,33 +42,6 @@ if TYPE_CHECKING:
 TELL_AFTER = 20.0
 """Seconds until one of several processes tells its error. One line is enough: where all fail alike, the main one tells
 at once and ends, upon which the launcher ends the others; and so where another process is lost."""
-
-app = typer.Typer(
-    name="rankwise",
-    help="Fine-tune with low-rank adapters, learn where the rank belongs, compare methods fairly.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings that win over the file's")]
-Runs = Annotated[Path, typer.Argument(metavar="RUNS", help="folder of runs")]
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done and do nothing")]
-Reuse = Annotated[bool, typer.Option("--reuse", help="keep and go on with what other code or data has made")]
-Repeat = Annotated[bool, typer.Option("--repeat", help="carry out again what other code or data has made")]
-All = Annotated[bool, typer.Option("--all", help="print all settings, those that differ from the defaults first")]
-Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
-Jobs = Annotated[
-    int | None,
-    typer.Option("--jobs", "-j", min=1, help="runs at once; as many as there is room for when not given"),
-]
-RunnerName = Annotated[str, typer.Option("--runner", metavar="NAME", help="where the runs are carried out; see below")]
-RunnerOptions = Annotated[
-    list[str] | None,
-    typer.Option("--runner-option", "-o", metavar="KEY=VALUE", help="an option of the runner; may be given again"),
-]
 
 
 class _Sweeping(typer.core.TyperCommand):
@@ -65,10 +55,7 @@ class _Sweeping(typer.core.TyperCommand):
 
 @app.command()
 def train(
-    what: Annotated[
-        list[str],
-        typer.Argument(metavar="CONFIG.yaml|RUN_FOLDER|KEY=VALUE", help="one run: a file or folder, then settings"),
-    ],
+    what: OneRun,
     reuse: Reuse = False,
     repeat: Repeat = False,
     as_json: Json = False,
@@ -81,8 +68,7 @@ def train(
     from rankwise.processes.launched import is_main
     from rankwise.sweep.changed import as_text
 
-    source, settings = (None, what) if _is_setting(what[0]) else (Path(what[0]), what[1:])
-    one = api.one(source, settings, dry_run)
+    one = api.one(*source_of(what), dry_run)
     if one.differs:
         log(one.differs)
     if dry_run:
@@ -97,36 +83,6 @@ def train(
     else:
         show(trained.text())
         show(f"\nrun: {trained.folder}")
-
-
-def _is_setting(word: str) -> bool:
-    """Whether a word is `key=value` and no file with a `=` in its name."""
-    try:
-        return "=" in word and not Path(word).exists()
-    except OSError:  # too long for a name
-        return True
-
-
-@app.command()
-def init(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="the file to write")] = Path("experiment.yaml"),
-    data: Annotated[
-        str | None, typer.Option("--data", help="a .csv, .jsonl or .parquet file, a folder, a name")
-    ] = None,
-    kind: Annotated[
-        str | None, typer.Option("--type", help="classification, pair, regression, seq2seq, causal, segmentation")
-    ] = None,
-    text: Annotated[str | None, typer.Option("--text", help="column to read; two for a pair, a comma between")] = None,
-    label: Annotated[str | None, typer.Option("--label", help="column to learn, or the classes of masks")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="folder or hub name of the base model")] = None,
-    debug: Debug = False,
-) -> None:
-    """Write a commented experiment for data of your own, after four questions or from flags."""
-    from rankwise import starter
-
-    given = {"data": data, "type": kind, "text": text, "label": label, "model": model}
-    starter.asked(given, ask if sys.stdin.isatty() else None).write(file)
-    log(f"wrote {file}; next: rankwise validate {file}")
 
 
 @app.command(cls=_Sweeping)
@@ -270,37 +226,6 @@ def clean(
         show_json({"deleted": [*kept]})
     elif found:
         log(f"deleted {summary(found)}")
-
-
-@app.command()
-def validate(
-    source: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a run or an experiment")],
-    settings: Settings = None,
-    everything: All = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Check a configuration and print what differs from the defaults."""
-    from rankwise.sweep.changed import as_text
-    from rankwise.sweep.check import Checked
-
-    checked = Checked.of(source, settings or [])
-    show_json(checked.config.model_dump(mode="json")) if as_json else show(as_text(checked.config, everything))
-    if not as_json:
-        log(f"{source} is valid: {checked}")
-
-
-@app.command()
-def schema(
-    plugins: Annotated[
-        list[Path] | None, typer.Argument(metavar="[PLUGIN.py ...]", help="files with methods and tasks of your own")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Print the JSON schema of configuration files, for editors."""
-    from rankwise import about
-
-    show_json(about.schema(plugins or []))
 
 
 def _list_command(name: str, summary: str) -> None:

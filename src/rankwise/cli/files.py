@@ -1,0 +1,65 @@
+"""The commands about configuration files and the data that they name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankwise.cli.options import All, Debug, Json, Settings, app
+from rankwise.terminal import ask, log, show, show_json
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="the file to write")] = Path("experiment.yaml"),
+    data: Annotated[
+        str | None, typer.Option("--data", help="a .csv, .jsonl or .parquet file, a folder, a name")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option("--type", help="classification, pair, regression, seq2seq, causal, segmentation")
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", help="column to read; two for a pair, a comma between")] = None,
+    label: Annotated[str | None, typer.Option("--label", help="column to learn, or the classes of masks")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="folder or hub name of the base model")] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a commented experiment for data of your own, after four questions or from flags."""
+    from rankwise import starter
+
+    given = {"data": data, "type": kind, "text": text, "label": label, "model": model}
+    starter.asked(given, ask if sys.stdin.isatty() else None).write(file)
+    log(f"wrote {file}; next: rankwise validate {file}")
+
+
+@app.command()
+def validate(
+    source: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="a run or an experiment")],
+    settings: Settings = None,
+    everything: All = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check a configuration and print what differs from the defaults."""
+    from rankwise.sweep.changed import as_text
+    from rankwise.sweep.check import Checked
+
+    checked = Checked.of(source, settings or [])
+    show_json(checked.config.model_dump(mode="json")) if as_json else show(as_text(checked.config, everything))
+    if not as_json:
+        log(f"{source} is valid: {checked}")
+
+
+@app.command()
+def schema(
+    plugins: Annotated[
+        list[Path] | None, typer.Argument(metavar="[PLUGIN.py ...]", help="files with methods and tasks of your own")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON schema of configuration files, for editors."""
+    from rankwise import about
+
+    show_json(about.schema(plugins or []))

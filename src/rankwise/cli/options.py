@@ -1,0 +1,50 @@
+"""The program, and the arguments that several of its commands take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="rankwise",
+    help="Fine-tune with low-rank adapters, learn where the rank belongs, compare methods fairly.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+OneRun = Annotated[
+    list[str],
+    typer.Argument(metavar="CONFIG.yaml|RUN_FOLDER|KEY=VALUE", help="one run: a file or folder, then settings"),
+]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings that win over the file's")]
+Runs = Annotated[Path, typer.Argument(metavar="RUNS", help="folder of runs")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done and do nothing")]
+Reuse = Annotated[bool, typer.Option("--reuse", help="keep and go on with what other code or data has made")]
+Repeat = Annotated[bool, typer.Option("--repeat", help="carry out again what other code or data has made")]
+All = Annotated[bool, typer.Option("--all", help="print all settings, those that differ from the defaults first")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Jobs = Annotated[
+    int | None,
+    typer.Option("--jobs", "-j", min=1, help="runs at once; as many as there is room for when not given"),
+]
+RunnerName = Annotated[str, typer.Option("--runner", metavar="NAME", help="where the runs are carried out; see below")]
+RunnerOptions = Annotated[
+    list[str] | None,
+    typer.Option("--runner-option", "-o", metavar="KEY=VALUE", help="an option of the runner; may be given again"),
+]
+
+
+def source_of(what: list[str]) -> tuple[Path | None, list[str]]:
+    """What `OneRun` took: a file or a folder, None without one, and settings."""
+    return (None, what) if _is_setting(what[0]) else (Path(what[0]), what[1:])
+
+
+def _is_setting(word: str) -> bool:
+    """Whether a word is `key=value` and no file with a `=` in its name."""
+    try:
+        return "=" in word and not Path(word).exists()
+    except OSError:  # too long for a name
+        return True
