@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -12,6 +13,16 @@ from rankwise.errors import InputError, shown
 def show(text: object) -> None:
     """A result, on stdout."""
     print(shown(str(text)))
+
+
+def show_marked(lines: Iterable[tuple[str, bool]]) -> None:
+    """A result in lines, of which those that are marked have a colour where the terminal shows colours."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for line, marked in lines:
+        console.print(Text(shown(line), "green" if marked else ""), soft_wrap=True)
 
 
 def log(text: object) -> None:

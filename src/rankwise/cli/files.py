@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from rankwise.cli.options import All, Debug, Json, Settings, app
-from rankwise.terminal import ask, log, show, show_json
+from rankwise.cli.options import All, Debug, Json, OneRun, Settings, app, source_of
+from rankwise.terminal import ask, log, show, show_json, show_marked
 
 
 @app.command()
@@ -32,6 +33,23 @@ def init(
     given = {"data": data, "type": kind, "text": text, "label": label, "model": model}
     starter.asked(given, ask if sys.stdin.isatty() else None).write(file)
     log(f"wrote {file}; next: rankwise validate {file}")
+
+
+@app.command()
+def data(
+    what: OneRun,
+    row: Annotated[
+        int | None, typer.Option("--row", min=0, help="one row in full, by its number or line in the file")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what the model will see: tokens, which are learnt, lengths, what is cut, what is repeated."""
+    with redirect_stdout(sys.stderr):
+        from rankwise.data_view import View
+
+        view = View.of(*source_of(what), row)
+    show_json(view.as_json()) if as_json else show_marked(view.lines())
 
 
 @app.command()

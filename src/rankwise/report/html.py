@@ -19,6 +19,7 @@ from rankwise.files import read_json, write_whole
 from rankwise.metrics import with_direction
 from rankwise.report import examples, figures
 from rankwise.report.answers import Answered, answered
+from rankwise.report.data import Data, data
 from rankwise.report.examples import Example
 from rankwise.report.figures import Picture, RankCourse
 from rankwise.report.pages import Page, anchor, pages
@@ -27,6 +28,7 @@ from rankwise.results.columns import Column, Head
 from rankwise.results.formats import plus_minus, word
 from rankwise.results.notes import always, scored_on
 from rankwise.results.rows import Average, Row
+from rankwise.results.seen import Lines
 from rankwise.results.stats import mean, sd
 from rankwise.results.summary import Summary
 from rankwise.runs.answers import WRONG
@@ -64,6 +66,7 @@ class TaskPart:
         name, split: its heading, and which rows were scored.
         best, cost, every, tried: tables: each method at its best rate, what that costs, all rates, and the rates tried.
         figures, pictures: pictures of all methods, and one that a method's runs left, with its label.
+        data: what the models read: the rows of each split, those of each class, and more.
         examples, answered: what the methods wrote for the same rows, and which class they gave, by label.
         ranks: of methods whose ranks can move, where the rank went.
     """
@@ -75,6 +78,7 @@ class TaskPart:
     every: Grid | None
     tried: Sequence[Grid]
     figures: Sequence[Picture]
+    data: Sequence[tuple[Grid, Grid | None, Data]]
     examples: Sequence[Example]
     answered: Sequence[tuple[str, Answered]]
     pictures: Sequence[tuple[str, Picture]]
@@ -202,12 +206,20 @@ def _task(name: str, summary: Summary) -> TaskPart:
             for shown, lines in columns.tried(best)
         ],
         figures=figures.of_task(best, rows, title),
+        data=[(_lines(each.splits), each.classes and _lines(each.classes), each) for each in data(best)],
         examples=examples.examples(best),
         answered=[(method, each) for method, each in answers if each],
         pictures=[
             (method, Picture.png(png, f"what {method} makes of some images")) for method, png in examples.pictures(best)
         ],
         ranks=[each for each in ranks if each is not None],
+    )
+
+
+def _lines(lines: Lines) -> Grid:
+    heads, rows = lines
+    return Grid(
+        [Head(head, number=bool(place)) for place, head in enumerate(heads)], [[*map(Cell, row)] for row in rows]
     )
 
 

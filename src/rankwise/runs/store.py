@@ -25,6 +25,7 @@ from rankwise.files import (
 )
 from rankwise.runs import record, result, run_file
 from rankwise.runs.answers import FILE as ANSWERS
+from rankwise.runs.data import FILE as DATA
 from rankwise.runs.maker import FILE as MAKER
 from rankwise.runs.maker import Maker, in_words
 from rankwise.runs.noted import Noted
@@ -51,7 +52,7 @@ LEFT = {
 
 BEGUN = ("metrics.jsonl", "ranks.jsonl", *ERROR, "predictions.parquet", ANSWERS, WEIGHTS)
 """Files, apart from checkpoints and the result, to delete before a run starts again from its beginning."""
-FILES = (*BEGUN, "env.json", PICTURE, "result.json", "run.lock", MEMORY, MAKER)
+FILES = (*BEGUN, DATA, "env.json", PICTURE, "result.json", "run.lock", MEMORY, MAKER)
 """Files that a run writes into its folder."""
 
 

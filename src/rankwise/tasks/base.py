@@ -33,6 +33,7 @@ REFERENCES = "references"
 class Split:
     """Rows of one task, in the columns of its family; `idx` numbers them.
 
+    Rows of a user's file also have a column `number`, by which messages name them; `unit` is what it counts.
     `official` is True only for the rows that published numbers are computed on; else `note` says why not. `own` is the
     name in messages of a user's own rows, without published numbers, such as "your own data". `suffix` is appended to
     the names of metrics, so that one table can have two evaluation splits.
@@ -44,6 +45,7 @@ class Split:
     note: str = ""
     suffix: str = ""
     own: str = ""
+    unit: str = "row"
 
     @property
     def labelled(self) -> bool:

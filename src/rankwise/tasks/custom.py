@@ -126,7 +126,6 @@ class Custom(Task):
         return set(map(hash, _reads(self._train[1])))
 
     def _split(self, name: str) -> Split:
-        datasets = need("datasets", "bench")
         pa = need("pyarrow", "bench")
         file = Path(self.dataset).expanduser()
         rows, table = self._train
@@ -138,6 +137,7 @@ class Custom(Task):
             known = 0 if file.is_file() else sum(hash(each) in self._trained_on for each in _reads(table))
             warning = f"{known:,} of {table.num_rows:,} rows are read in training too" if known else ""
         own = "your own data"
+        table = table.append_column("number", pa.array(rows.counted, pa.int64()))
         if warning:
             _tell(f"{rows.where}: {warning}")
         if file.is_file():
@@ -147,7 +147,7 @@ class Custom(Task):
             if table.num_rows == 0:
                 raise InputError(f"{rows.where} has too few rows to hold some out: give a folder with a file per split")
         table = table.append_column("idx", pa.array(range(table.num_rows), pa.int64()))
-        return Split(name, datasets.Dataset(table), False, warning, own=own)
+        return Split(name, need("datasets", "bench").Dataset(table), False, warning, own=own, unit=rows.unit)
 
     def fetch(self, name: str) -> Rows:
         """The rows of the split `name`, as they are in the file."""

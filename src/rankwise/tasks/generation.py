@@ -248,14 +248,19 @@ class Generation(Task):
             ids, mask = _padded([source for source, _ in pairs], pad)
             labels, _ = _padded([target for _, target in pairs], IGNORE)
         else:
-            prompts = [[*source, _end(processor)] for source, _ in pairs]
-            targets = [target for _, target in pairs]
-            ids, mask = _padded([p + t for p, t in zip(prompts, targets, strict=True)], pad)
-            labels, _ = _padded([[IGNORE] * len(p) + t for p, t in zip(prompts, targets, strict=True)], IGNORE)
+            rows = [joined(source, target, _end(processor)) for source, target in pairs]
+            ids, mask = _padded([row for row, _ in rows], pad)
+            labels, _ = _padded([own for _, own in rows], IGNORE)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if _encodes(model):  # the model computes them from labels, which a Trainer with label smoothing does not pass
             batch["decoder_input_ids"] = _inner(model).prepare_decoder_input_ids_from_labels(labels)
         return batch
+
+
+def joined(source: list[int], target: list[int], end: int) -> tuple[list[int], list[int]]:
+    """The row of a decoder for a source and its target, and the labels of that row."""
+    prompt = [*source, end]
+    return prompt + target, [IGNORE] * len(prompt) + target
 
 
 class _NoRepeat(LogitsProcessor):

@@ -7,6 +7,7 @@ scored at that size.
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -68,6 +69,20 @@ class Segmentation(Task):
         pa = need("pyarrow", "bench")
         table = split.data.select_columns(["idx", "image", "mask"]).with_format("arrow")[:]
         return datasets.Dataset(table.append_column("length", pa.array([1] * table.num_rows)))
+
+    def seen(self, split: Split) -> tuple[dict[str, int], dict[str, int]]:
+        """How many images of `split` have each size, the most frequent first, and how many pixels have each class.
+
+        Sizes are those of the files, `width×height`; pixels are counted after resizing.
+        """
+        sizes: Counter[str] = Counter()
+        pixels = np.zeros(len(self.labels), dtype=np.int64)
+        for row in split.data:
+            picture = need("PIL.Image", "vision").open(io.BytesIO(row["image"]))
+            sizes[f"{picture.width}×{picture.height}"] += 1
+            _, mask = self._read(row["image"], row["mask"], row["where"])
+            pixels += np.bincount(mask[mask != IGNORE], minlength=len(self.labels))
+        return dict(sizes.most_common()), dict(zip(self.labels, pixels.tolist(), strict=True))
 
     def collate(self, model: nn.Module, processor: None, seed: int) -> Callable[[list[dict[str, Any]]], Batch]:
         def batch(rows: list[dict[str, Any]]) -> Batch:

@@ -52,9 +52,14 @@ class Rows:
     unit: str = "row"
     numbers: Sequence[int] | None = None
 
+    @property
+    def counted(self) -> Sequence[int]:
+        """The number of each row of the table in messages."""
+        return range(self.table.num_rows) if self.numbers is None else self.numbers
+
     def at(self, row: int) -> str:
         """The name of row `row` of the table in messages."""
-        return f"{self.unit} {row if self.numbers is None else self.numbers[row]}"
+        return f"{self.unit} {self.counted[row]}"
 
     def take(self, rows: Sequence[int]) -> "Rows":
         """Some of the rows, with the same numbers in messages."""

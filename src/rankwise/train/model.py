@@ -137,11 +137,10 @@ def check(
             check_room(task, model, max_length)
         else:
             with quiet(), _input_errors(name or EMBEDDED):
-                source = _source(name, task)
-                if Path(source).is_dir() and not [*Path(source).glob("*.safetensors"), *Path(source).glob("*.bin")]:
+                source = Path(_source(name, task))
+                if source.is_dir() and not [*source.glob("*.safetensors"), *source.glob("*.bin")]:
                     raise InputError(f"model: {name} has no weights: there is no file *.safetensors in it")
-                tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            agree(task, model, tokenizer, max_length)
+            agree(task, model, _tokenizer(name, task, trust_remote_code), max_length)
     for index, method in enumerate(methods):
         if index:  # the previous method has changed the model
             model, head = _skeleton(name, task, shipped, trust_remote_code, dtype, attention)
@@ -169,6 +168,29 @@ def peak(
     model, head = _skeleton(name, task, shipped, trust_remote_code)
     in_head = sum(p.numel() for part in head for p in model.get_submodule(part).parameters())
     return method.peak(_attached(model, head, task, method, max_length)) - in_head
+
+
+def without_weights(
+    name: str | None, task: Task, max_length: int, train: Split, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """The model `name` for `task` on the meta device, and its tokenizer as `build` gives it; arguments as there.
+
+    For segmentation there is no tokenizer. InputError if they do not fit together, or are not there.
+    """
+    model, _ = _skeleton(name, task, shipped=False, trust_remote_code=trust_remote_code)
+    if task.family == "segmentation":
+        return model, None
+    if name in random_model.CONFIGS:
+        tokenizer, _ = random_model.build(name, task, train)
+    else:
+        tokenizer = _tokenizer(name, task, trust_remote_code)
+    agree(task, model, tokenizer, max_length)
+    return model, tokenizer
+
+
+def _tokenizer(name: str | None, task: Task, trust_remote_code: bool) -> Any:
+    with quiet(), _input_errors(name or EMBEDDED):
+        return AutoTokenizer.from_pretrained(_source(name, task), trust_remote_code=trust_remote_code)
 
 
 def _attention(name: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers import PrinterCallback, set_seed
 
 import rankwise
 from rankwise import methods, tasks
+from rankwise import seen as sight
 from rankwise.errors import InputError, NotFiniteError
 from rankwise.files import (
     ADAPTER,
@@ -50,6 +52,7 @@ from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
 from rankwise.runs import run_file
 from rankwise.runs.code import Code, code_of
+from rankwise.runs.data import FILE as DATA
 from rankwise.runs.maker import Maker
 from rankwise.runs.result import Result
 from rankwise.runs.search import Search
@@ -226,8 +229,13 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     models.train_in_fp32(model)
     examples = task.encode(train, processor, config.max_length)
     evaluations = [Evaluation(split, task.encode(split, processor, config.max_length)) for split in splits]
-    for encoded in (Evaluation(train, examples), *evaluations):
+    train_rows = Evaluation(train, examples)
+    for encoded in (train_rows, *evaluations):
         task.check(base, processor, encoded.examples, encoded.split.name)
+    if config.tuning is None and processor is not None:
+        reader = sight.Reader.of(base, processor, config.max_length)
+        seen = lambda: sight.few(task, models.label(config.model, task), [train_rows, *evaluations], reader)  # noqa: E731
+        together.on_first(lambda: write_whole(folder / DATA, json.dumps(asdict(seen()), ensure_ascii=False) + "\n"))
     return Parts(
         config=config,
         task=task,
