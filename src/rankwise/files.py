@@ -39,6 +39,8 @@ ADAPTER = ("adapter_config.json", "rankwise.json", "adapter_model.safetensors", 
 """Files of a saved adapter: PEFT's configuration, our description of the method, the weights, and PEFT's card."""
 CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,15}")
 """Names of checkpoints."""
+EVENTS = "tensorboard"
+"""In a run folder: the folder of the event files that a run writes for TensorBoard."""
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}\.rankwise", re.DOTALL)
 """Names of what `unfinished` makes."""
 
@@ -311,6 +313,15 @@ def remove_checkpoint(checkpoint: Path) -> None:
         write_whole(checkpoint.parent / WRITTEN, json.dumps(sorted(left)) + "\n")
     else:
         (checkpoint.parent / WRITTEN).unlink(missing_ok=True)
+
+
+def remove_events(folder: Path) -> None:
+    """Delete the event files that a run has written for TensorBoard, and their folder if nothing else is in it."""
+    if EVENTS in written(folder) and not (folder / EVENTS).is_symlink():
+        for path in (folder / EVENTS).glob("events.out.tfevents.*"):
+            path.unlink()
+        with suppress(OSError):
+            (folder / EVENTS).rmdir()
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from asserts import texts
-from rankwise.report import curves, plots, style
+from rankwise.pictures import style
+from rankwise.report import curves, plots
 from rankwise.report.curves import Line
 from rankwise.report.plots import Point, Tried
 from rankwise.results.tuning import Rate

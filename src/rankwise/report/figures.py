@@ -9,7 +9,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from rankwise.metrics import with_direction
-from rankwise.report import curves, heat, plots, style
+from rankwise.pictures import heat, style
+from rankwise.report import curves, plots
 from rankwise.results.formats import duration, plus_minus, size
 from rankwise.results.rows import Row
 from rankwise.results.tuning import Rate

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from rankwise.errors import InputError
-from rankwise.report import examples, figures, heat
+from rankwise.pictures import heat
+from rankwise.report import examples, figures
 from rankwise.report.answers import Answered, answered
 from rankwise.results.formats import duration, size, word
 from rankwise.results.rows import Row

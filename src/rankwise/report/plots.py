@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rankwise.report.style import (
+from rankwise.pictures.style import (
     COLOURS,
     DASHES,
     MARKERS,

@@ -24,8 +24,8 @@ from rankwise.files import uncollected
 from rankwise.named import imports
 
 ASIDE = {
-    *("about", "adapters", "api", "archs", "cli", "data_view", "errors", "files", "named", "published", "report"),
-    *("results", "runs", "seen", "settings", "starter", "sweep", "terminal"),
+    *("about", "adapters", "api", "archs", "cli", "data_view", "errors", "files", "named", "pictures", "published"),
+    *("report", "reporters", "results", "runs", "seen", "settings", "starter", "sweep", "terminal"),
 }
 """Files and folders of rankwise that do not decide a result."""
 

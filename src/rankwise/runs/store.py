@@ -101,8 +101,9 @@ class Store(Noted):
         folder = self.place(config)
         run, noted = run_file.read(folder), self.maker(folder)
         if run and (noted == maker or self.begun(folder)):
-            # it was trained before rates were tried, or its plugins have moved
-            stale = (config.tuned and not run.config.tuned) or config.plugins != run.config.plugins
+            # it was trained before rates were tried, its plugins have moved, or it reports to others
+            other = (config.plugins, config.report_to) != (run.config.plugins, run.config.report_to)
+            stale = (config.tuned and not run.config.tuned) or other
             if run.maker and stale:
                 self._write(folder, replace(run, config=config), run.maker)
             return folder

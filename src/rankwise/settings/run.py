@@ -21,8 +21,8 @@ SCALED = {"smoke": "{model: random-gpt2}", "small": "{model: smollm2, train_rows
 SECTIONS = ("vary", "chain", "tune", "report", *SCALED, "published")
 # What rankwise itself writes into a run.yaml, beside the settings.
 WRITTEN = ("id", "format", "kind", "made_with", "begun_with", "digest")
-# Settings that say where files are; runs do not differ in them.
-PLACE = ("runs", "plugins")
+# Settings that say where files are and who is told; runs do not differ in them.
+PLACE = ("runs", "plugins", "report_to")
 # What is named and may have options below its name, each with an example.
 NAMED = {"method": "lora", "task": "mrpc"}
 DECODER = "smollm2"
@@ -137,6 +137,9 @@ class RunConfig(BaseModel):
     plugins: list[str] = Field(
         default_factory=list, description="Python files with methods, tasks or metrics of your own; their code is run"
     )
+    report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
+        default_factory=list, description="what gets losses, scores, ranks and their picture while the run trains"
+    )
     tuned: bool = Field(default=False, description="whether `tune:` has chosen the learning rate; `tune:` sets it")
     after: str | None = Field(
         default=None, description="id of the run whose trained weights this one begins with; `chain:` sets it"
@@ -150,8 +153,8 @@ class RunConfig(BaseModel):
         """12 hex digits that name a run by what is asked, which is what differs from the defaults.
 
         So a setting or an option that is added later, with a default, leaves the ids of all older runs as they are.
-        Where a run is stored, where its plugins are, what makes it, and whether `tune:` has chosen its rate are not in
-        its id.
+        Where a run is stored, where its plugins are, whom it reports to, what makes it, and whether `tune:` has chosen
+        its rate are not in its id.
         """
         settings = self.model_dump(mode="json", exclude={*PLACE, "tuned", *NAMED}, exclude_defaults=True)
         settings |= {key: asked(key, getattr(self, key)) for key in NAMED}

@@ -11,7 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rankwise.errors import InputError, nearest
-from rankwise.files import ADAPTER, WRITTEN, checkpoints, opened, remove_checkpoint, tidy, unwritable, written
+from rankwise.files import (
+    ADAPTER,
+    WRITTEN,
+    checkpoints,
+    opened,
+    remove_checkpoint,
+    remove_events,
+    tidy,
+    unwritable,
+    written,
+)
 from rankwise.runs.standing import FOREIGN, Standing
 from rankwise.runs.store import FILES, LEFT, Store
 from rankwise.sweep.runners.process import SENT, TOKEN
@@ -87,6 +97,7 @@ def remove(folder: Path) -> list[str]:
 
 def _remove(folder: Path) -> list[str]:
     model = "model" in written(folder)
+    remove_events(folder)
     for checkpoint in checkpoints(folder):
         remove_checkpoint(checkpoint)
     tidy(folder)

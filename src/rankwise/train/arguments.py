@@ -11,6 +11,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import SchedulerType, TrainingArguments, get_scheduler
 
+from rankwise import reporters
 from rankwise.errors import InputError, nearest
 from rankwise.processes import together
 from rankwise.settings import RunConfig
@@ -37,6 +38,7 @@ _INSTEAD = {
     "eval_steps": "eval_every",
     "save_strategy": "checkpoint_every",
     "save_steps": "checkpoint_every",
+    "report_to": "report_to",
 }
 """Fields of TrainingArguments, and the settings of a run that take their place."""
 _PASSED_ON = (
@@ -52,9 +54,10 @@ def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
 
     Raises:
         InputError: `trainer` has a field that does not exist, that a run sets itself, or that has a wrong value, or the
-            device does not have the autocast dtype.
+            device does not have the autocast dtype, or what is in `report_to` is not installed.
     """
     _check_names(config)
+    reporters.check(config)
     _check_device(config)
     try:
         args = TrainingArguments(
@@ -81,7 +84,7 @@ def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
             ddp_timeout=int(together.PATIENCE.total_seconds()),
             remove_unused_columns=False,  # the task's collate chooses the columns
             disable_tqdm=True,
-            report_to=[],
+            report_to=[],  # Progress reports scores too, and goes on if a reporter fails
             **{
                 "dataloader_pin_memory": torch.cuda.is_available(),
                 **(_checkpointing() if config.gradient_checkpointing else {}),

@@ -16,6 +16,7 @@ from transformers.trainer_callback import CallbackHandler
 from rankwise.methods import Method
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.ranks import ranks, sites
+from rankwise.reporters import rank_scalars
 from rankwise.train.scaling import scales
 
 _log = logging.getLogger(__name__)
@@ -82,10 +83,8 @@ class MethodCallback(TrainerCallback):
     def _report(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         current = ranks(kwargs["model"])
         if current and current != self._reported:
-            scalars = {"total": sum(current.values()), "empty": sum(not rank for rank in current.values()), **current}
             for reporter in _reporters():
-                logs = {f"ranks/{name}": value for name, value in scalars.items()}
-                reporter.on_log(args, state, control, logs=logs, **kwargs)
+                reporter.on_log(args, state, control, logs=rank_scalars(current), **kwargs)
         self._reported = current
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

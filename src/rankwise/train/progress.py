@@ -14,12 +14,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from rankwise.errors import InputError
-from rankwise.files import as_new, checkpoints, claim, flush, read_lines, remove_checkpoint
+from rankwise.files import as_new, checkpoints, claim, flush, read_lines, remove_checkpoint, remove_events
 from rankwise.methods import Method
 from rankwise.processes import together
 from rankwise.processes.launched import is_main
 from rankwise.processes.stop import Stop
 from rankwise.ranks import ranks
+from rankwise.reporters import Reporters
 from rankwise.train.callback import unwrapped
 from rankwise.train.checkpoint_files import append_line, cut_back, mark_complete
 
@@ -84,10 +85,11 @@ class Progress(TrainerCallback):
         evaluate: Callable[[], dict[str, float]],
         carried: Carried,
         stop: Stop,
+        reporters: Reporters,
     ) -> None:
         self.metrics, self.ranks = folder / "metrics.jsonl", folder / "ranks.jsonl"
         self.folder, self.plan, self.method, self.stop = folder, plan, method, stop
-        self.evaluate, self.carried = evaluate, carried
+        self.evaluate, self.carried, self.reporters = evaluate, carried, reporters
         self._lock = _lock_identity(folder)
         self._there = set[Path]()
         self.loaded = False
@@ -111,6 +113,9 @@ class Progress(TrainerCallback):
         lines = read_lines(self.ranks)
         self.last: dict[str, Any] = {key: lines[-1][key] for key in ("ranks", "parameters")} if lines else {}
         self.counts = [line["parameters"] for line in lines]
+        if step == 0:
+            remove_events(self.folder)
+        self.reporters.start(step, self.last.get("ranks", {}))
         if step == 0:
             self._append(self.metrics, {"step": 0, "steps": self.plan.steps})
             self._rank_line(kwargs["model"], 0, kwargs["optimizer"])
@@ -146,6 +151,8 @@ class Progress(TrainerCallback):
                 )
         if control.should_save and not all(p.isfinite().all() for p in kwargs["model"].parameters() if p.requires_grad):
             raise DivergedError(f"weights are not finite after step {step}")
+        told = {name: logs[name] for name in ("loss", "grad_norm", "learning_rate") if name in logs}
+        self.reporters.scalars(told, step, "train")
         self.carried.losses.append(logs["loss"])
         if step % self.plan.line_every == 0 or step == self.plan.steps:
             loss = math.fsum(self.carried.losses) / len(self.carried.losses)
@@ -182,8 +189,10 @@ class Progress(TrainerCallback):
         self.carried.peak_memory_bytes = max(self.carried.peak_memory_bytes, peak_memory())
 
     def evaluation_line(self, step: int, epoch: float | None, scores: dict[str, float]) -> None:
-        """Write an evaluation to metrics.jsonl."""
+        """Write an evaluation to metrics.jsonl, and report it."""
         self._append(self.metrics, {"step": step, "epoch": epoch, "eval": scores})
+        self.reporters.scalars(scores, step, "eval")
+        self.reporters.picture(step)
 
     def _rank_line(self, model: nn.Module, step: int, optimizer: Any) -> None:
         """`rank_line` at a rank change, and at each check of a search."""
@@ -193,12 +202,14 @@ class Progress(TrainerCallback):
             self.rank_line(model, step)
 
     def rank_line(self, model: nn.Module, step: int) -> None:
-        """Write ranks, number of trainable parameters and ω to ranks.jsonl if they are new."""
+        """Write ranks, number of trainable parameters and ω to ranks.jsonl if they are new, and report new ranks."""
         weights = self.method.weights(model)
         current: dict[str, Any] = {"ranks": ranks(model)}
         current["parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         if current != self.last or weights is not None:
             self._append(self.ranks, {"step": step, **current, **({} if weights is None else {"weights": weights})})
+            if current["ranks"] != self.last.get("ranks"):
+                self.reporters.ranks(current["ranks"], step)
             self.last = current
             self.counts.append(current["parameters"])
 

@@ -3,7 +3,8 @@
 The folder is the state. It starts with `run.yaml`; the run adds `env.json`, `metrics.jsonl`, `ranks.jsonl` and
 checkpoints, at the end `predictions.parquet` and `adapter/`, and last `result.json`, after which checkpoints are
 deleted. Killed at any moment and started again, it resumes from the newest complete checkpoint and ends with the same
-files, byte for byte, as a run that was never interrupted, except `env.json` and the `cost` in `result.json`.
+files, byte for byte, as a run that was never interrupted, except `env.json`, the `cost` in `result.json`, and what it
+has reported to TensorBoard.
 
 Several processes may share a run (`accelerate launch`, `torchrun`): all train; the main one evaluates, writes and holds
 the lock. If memory runs out, the run resumes from the newest checkpoint and takes half as many rows at once.
@@ -50,6 +51,7 @@ from rankwise.named import load_plugin
 from rankwise.processes import together
 from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
+from rankwise.reporters import Reporters
 from rankwise.runs import run_file
 from rankwise.runs.code import Code, code_of
 from rankwise.runs.data import FILE as DATA
@@ -194,9 +196,10 @@ def _carry_out(folder: Path, name: str, parts: Parts, stop: Stop) -> Result:
     if checkpoint is None and before is not None and before.same:
         chain.load_weights(parts.model, before)
     evaluate = lambda: together.on_first(parts.metrics)  # noqa: E731
-    progress = Progress(folder, parts.plan, parts.method, evaluate, carried, stop)
-    search = _train(folder, parts, checkpoint, progress, stop)
-    return together.on_first(lambda: finish(folder, name, parts, progress, search))
+    with Reporters(folder, parts.config) as reporters:
+        progress = Progress(folder, parts.plan, parts.method, evaluate, carried, stop, reporters)
+        search = _train(folder, parts, checkpoint, progress, stop)
+        return together.on_first(lambda: finish(folder, name, parts, progress, search))
 
 
 def code_for(config: RunConfig) -> Code:

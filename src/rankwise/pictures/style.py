@@ -1,4 +1,4 @@
-"""How all pictures of a report look: matplotlib without a display, figures, titles, legends and SVG.
+"""How all pictures look: matplotlib without a display, figures, titles, legends, SVG and pixels.
 
 Figures are five inches wide, so that their text is still ten pixels tall on a phone. Methods differ by colour
 (those of Okabe and Ito, which colour-blind readers can separate), marker and dash at once, chosen by their `look`: one
@@ -11,8 +11,11 @@ import functools
 import io
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec
+
+import numpy as np
 
 from rankwise.errors import need
 
@@ -56,16 +59,30 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return inside
 
 
-def svg(figure: Figure) -> str:
-    """The figure as the text of an SVG file; the same figure gives the same text."""
+@contextmanager
+def _drawing() -> Iterator[None]:
     import matplotlib
 
-    buffer = io.StringIO()
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         # A script that the font lacks is drawn as boxes; the page has the name as text too.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
+        yield
+
+
+def svg(figure: Figure) -> str:
+    """The figure as the text of an SVG file; the same figure gives the same text."""
+    buffer = io.StringIO()
+    with _drawing():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     return buffer.getvalue()
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """The figure in 160 pixels an inch, (height, width, 3) bytes of red, green and blue."""
+    figure.set_dpi(160)
+    with _drawing():
+        figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()  # type: ignore[attr-defined]  # Agg's canvas
 
 
 def new_figure(height: float, width: float = WIDTH) -> tuple[Figure, Axes]:

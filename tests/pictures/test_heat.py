@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from asserts import texts
-from rankwise.report import heat, style
-from rankwise.report.heat import Place, places
+from rankwise.pictures import heat, style
+from rankwise.pictures.heat import Place, places
 
 RANKS = {f"encoder.layer.{layer}.attention.self.{name}": layer + 1 for layer in range(3) for name in ("query", "value")}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rankwise.report.style import WIDTH, bare_figure, new_figure, set_title, short, styled, wrapped
+from rankwise.pictures.style import WIDTH, bare_figure, new_figure, set_title, short, styled, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
