@@ -24,6 +24,7 @@ from rankwise.runs import run_file
 from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
 from rankwise.sweep.compare import Outcome
+from rankwise.train.arguments import Loading
 from rankwise.train.model import build, quiet
 from runs import REVISION, config, finish, result, tune
 from waiting import PATIENCE, wait_for, writers
@@ -641,5 +642,5 @@ def test_code_that_comes_with_a_model_is_run_where_a_setting_says_so_and_nobody_
     code, out, err = cli("train", file, *settings, "trust_remote_code=true", "--dry-run", "--json")
     assert code == 0 and ran.exists(), err
     assert json.loads(out)["trust_remote_code"] is True
-    model, _, head = build(str(folder), tasks.build("stdlib-kind"), 30, trust_remote_code=True)
+    model, _, head = build(str(folder), tasks.build("stdlib-kind"), 30, loading=Loading(trust_remote_code=True))
     assert type(model).__name__ == "OwnModel" and head == ["classifier"]

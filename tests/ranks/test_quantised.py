@@ -97,3 +97,15 @@ def test_what_is_saved_beside_codes_is_what_was_learnt(kind, made, tmp_path):
         assert not [name for name in file.keys() if "absmax" in name or "SCB" in name or "quant" in name]  # noqa: SIM118
     again = rw.load(base(kind), tmp_path / "made")
     assert torch.allclose(models.logits(again), before, atol=1e-3)
+
+
+@every_kind
+def test_gradients_reach_every_site_after_evaluations(kind):
+    """On CPUs with AVX512-BF16 bitsandbytes rewrites 4-bit codes in an evaluation, and no gradient passes them."""
+    model = base(kind)
+    models.logits(model)
+    model = rw.LoRA(rank=2).attach(model, head=["score"])
+    before = models.logits(model)
+    model.train()(**models.batch()).loss.backward()
+    assert all(site.B.grad.any() for site in sites(model))
+    assert torch.equal(models.logits(model), before)

@@ -137,7 +137,7 @@ def test_a_run_that_is_cut_goes_on_bit_for_bit(
 
 def test_weights_of_bf16_are_loaded_as_such_and_the_adapter_fits_them(base: str, tmp_path: Path) -> None:
     task = tasks.build("stdlib-kind")
-    model, _, _ = build(base, task, 16, dtype="bf16")
+    model, _, _ = build(base, task, 16, loading=arguments.Loading(dtype="bf16"))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     folder = trained(tmp_path / "run", model=base, dtype="bf16")
     with quiet():
@@ -221,7 +221,7 @@ def test_no_field_of_the_trainer_is_ours_and_the_users_at_once() -> None:
         ),
         (
             {"dtype": "bf16", "task": {"type": "segmentation", "dataset": "."}},
-            "networks for segmentation have only one of each",
+            "not for segmentation; leave them out",
         ),
         ({"micro_batch": 0}, "micro_batch = 0: expected"),
         ({"attention": "flash_attention_2"}, "(?i)flash"),

@@ -13,6 +13,7 @@ from rankwise.errors import InputError
 from rankwise.named import Named
 from rankwise.optim import SimplexAdam
 from rankwise.ranks import RankPlan, rank_report, ranks, sites
+from rankwise.ranks.layers import keep_codes
 from rankwise.ranks.resize import resize
 from rankwise.ranks.scales import trained_scales
 from rankwise.runs.search import Search
@@ -174,6 +175,7 @@ def _exact(attach: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 
     @wraps(attach)
     def checked(self: Method, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        keep_codes(model)
         attached = attach(self, model, head)
         if type(self).attach is checked:  # not when a subclass calls it with super()
             if (plan := self.first_plan(attached)) is not None:

@@ -5,11 +5,14 @@
 The norm is a constant in the backward pass, as the paper proposes in section 4.3.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
+from rankwise.errors import require
 from rankwise.methods.lora import LoRA
 
 
@@ -18,6 +21,12 @@ class DoRA(LoRA, name="dora"):
     """LoRA on the direction of each weight, with a trained magnitude for each output (by PEFT)."""
 
     peft_options: ClassVar[dict[str, Any]] = {"use_dora": True}
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        # PEFT 0.21 reads each weight in every pass; on a CPU that takes bitsandbytes the scales of an 8-bit one.
+        on_cpu = [type(p).__name__ for p in model.parameters() if not (p.is_cuda or torch.cuda.is_available())]
+        require("Int8Params" not in on_cpu, "dora cannot run on 8-bit weights on a CPU: use quantise = 4bit")
+        return super().attach(model, head)
 
     def beside(self, model: nn.Module) -> list[nn.Parameter]:
         """The magnitudes m, (out,) for each site."""

@@ -121,5 +121,5 @@ def freeze(model: nn.Module, head: Sequence[str]) -> None:
 
 def _train(parameters: Iterable[nn.Parameter]) -> None:
     for p in parameters:
-        require(not holds_codes(p), "quantised weights cannot train: load the model in a floating-point dtype")
+        require(not holds_codes(p), "quantised weights cannot train: load the model without quantising it")
         p.requires_grad_(True)

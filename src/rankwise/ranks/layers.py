@@ -188,10 +188,25 @@ def shaped(matrix: Tensor, like: Tensor) -> Tensor:
     return matrix.reshape(len(matrix), -1, *like.shape[2:]) if like.dim() > 2 else matrix
 
 
-def holds_codes(weight: Tensor) -> bool:
-    """Whether a weight holds quantised codes, as far as its class and dtype show."""
+def holds_codes(weight: Any) -> bool:
+    """Whether `weight` is a tensor of quantised codes, as far as its class and dtype show."""
+    if not isinstance(weight, Tensor):
+        return False
     wrapped = type(weight).__module__.startswith(("bitsandbytes.", "torchao."))  # 4-bit codes may be stored as floats
     return wrapped or weight.dtype not in FLOATS
+
+
+def keep_codes(model: nn.Module) -> None:
+    """Keep bitsandbytes from rewriting 4-bit codes when a model is evaluated on a CPU with AVX512-BF16.
+
+    Version 0.50 then rounds the scales to bf16, lets no gradient through the layer from there on, and fails if the
+    layer has a width that is no multiple of 64. What has been rewritten already is turned back, but stays rounded.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # turns it back
 
 
 def is_quantised(layer: Any) -> bool:

@@ -61,6 +61,9 @@ class RunConfig(BaseModel):
     autocast: Literal["none", "bf16", "fp16"] | None = Field(
         default=None, description="number format that layers compute in; that of dtype when absent, none is fp32"
     )
+    quantise: Literal["none", "8bit", "4bit"] = Field(
+        default="none", description="codes that frozen linear layers are held in, by bitsandbytes; 4bit is QLoRA's nf4"
+    )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         default="auto", description="how attention is computed; auto leaves it to transformers"
     )

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +60,8 @@ def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
 
     `shipped` does not ask the hub for what `rankwise archs` lists: nothing is to be trained.
     """
-    settings = (
-        *("model", "task", "max_length", "label_smoothing"),
-        *("trust_remote_code", "dtype", "attention", "gradient_checkpointing", "packing"),
-    )
+    loading = [field.name for field in fields(arguments.Loading)]
+    settings = ("model", "task", "max_length", "label_smoothing", "gradient_checkpointing", "packing", *loading)
     wanted: dict[str, dict[str, Method]] = {}
     for config in configs:
         arguments.check(config)
@@ -75,7 +73,8 @@ def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
         for given, known in sorted(wanted.items()):
             own = json.loads(given)
             task = tasks.build(own.pop("task"))
-            model.check(own.pop("model"), task, [*known.values()], shipped=shipped, **own)
+            how = arguments.Loading(**{name: own.pop(name) for name in loading})
+            model.check(own.pop("model"), task, [*known.values()], shipped=shipped, loading=how, **own)
 
 
 def fit(config: RunConfig) -> RunConfig:

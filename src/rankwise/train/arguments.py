@@ -4,6 +4,7 @@ import dataclasses
 import os
 import typing
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ from rankwise.settings.run import explain
 from rankwise.train.progress import Plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+RECOMPUTE = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, name)
+)
+"""The name of gradient checkpointing in this version of transformers."""
+HOW = {"use_reentrant": False}  # reentrant checkpointing, once the default, finds no gradient below frozen embeddings
 _INSTEAD = {
     **{name: name for name in ("max_steps", "learning_rate", "weight_decay", "seed")},
     "gradient_checkpointing": "gradient_checkpointing",
@@ -49,6 +55,41 @@ _PASSED_ON = (
 resume, its evaluations or its optimizer."""
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded: the settings of a run with these names."""
+
+    trust_remote_code: bool = False
+    dtype: str = "fp32"
+    autocast: str | None = None
+    quantise: str = "none"
+    attention: str = "auto"
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Loading":
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` and `from_config`."""
+        chosen = {} if self.attention == "auto" else {"attn_implementation": self.attention}
+        return {"dtype": DTYPES[self.dtype], "trust_remote_code": self.trust_remote_code, **chosen}
+
+    @property
+    def computing(self) -> str:
+        """What layers compute in, a key of DTYPES; `none` without autocast: fp32."""
+        return self.autocast or ("none" if self.dtype == "fp32" else self.dtype)
+
+    @property
+    def plain(self) -> bool:
+        """Whether weights are fp32, and attention is left to the model."""
+        return (self.dtype, self.quantise, self.attention) == ("fp32", "none", "auto")
+
+
+LOADING = Loading()
+"""By default."""
+
+
 def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
     """The arguments of transformers' Trainer.
 
@@ -74,8 +115,8 @@ def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
             label_smoothing_factor=config.label_smoothing,
             seed=config.seed,
             data_seed=config.seed,
-            bf16=autocast_of(config) == "bf16",
-            fp16=autocast_of(config) == "fp16",
+            bf16=Loading.of(config).computing == "bf16",
+            fp16=Loading.of(config).computing == "fp16",
             train_sampling_strategy="group_by_length",
             logging_steps=1,  # Progress checks every loss
             logging_nan_inf_filter=False,  # and ends the run at the first that is not finite
@@ -87,7 +128,7 @@ def arguments(folder: Path, config: RunConfig, plan: Plan) -> TrainingArguments:
             report_to=[],  # Progress reports scores too, and goes on if a reporter fails
             **{
                 "dataloader_pin_memory": torch.cuda.is_available(),
-                **(_checkpointing() if config.gradient_checkpointing else {}),
+                **({RECOMPUTE: True, f"{RECOMPUTE}_kwargs": HOW} if config.gradient_checkpointing else {}),
                 **config.trainer,
             },
         )
@@ -119,13 +160,6 @@ def _check_values(config: RunConfig, args: TrainingArguments) -> None:
         raise InputError(f"trainer.lr_scheduler_kwargs: wrong for schedule = {config.schedule}: {reason}") from error
 
 
-def _checkpointing() -> dict[str, Any]:
-    """Gradient checkpointing, under its name in this version of transformers."""
-    name = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
-    # reentrant checkpointing, once the default, finds no gradient below frozen embeddings
-    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": {"use_reentrant": False}}
-
-
 def check(config: RunConfig) -> None:
     """Raise InputError for anything that `arguments` would refuse."""
     if os.environ.get("WORLD_SIZE") is None:  # else TrainingArguments would join the other processes
@@ -134,14 +168,9 @@ def check(config: RunConfig) -> None:
         )
 
 
-def autocast_of(config: RunConfig) -> str:
-    """The autocast dtype, a key of DTYPES, or `none`: fp32."""
-    return config.autocast or ("none" if config.dtype == "fp32" else config.dtype)
-
-
 def computing(config: RunConfig) -> AbstractContextManager[Any]:
     """Context for an evaluation, with the autocast of the training."""
-    if (kind := autocast_of(config)) == "none":
+    if (kind := Loading.of(config).computing) == "none":
         return nullcontext()
     return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", DTYPES[kind])
 
@@ -163,7 +192,7 @@ def _check_names(config: RunConfig) -> None:
 
 
 def _check_device(config: RunConfig) -> None:
-    kind = autocast_of(config)
+    kind = Loading.of(config).computing
     if kind == "fp16" and not torch.cuda.is_available():
         raise InputError("fp16 needs a GPU; use bf16 or fp32")
     if kind == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from rankwise.files import check_files
 from rankwise.methods import Method
 from rankwise.nets.unet import RefinedUNet, Segmenter, UNet
 from rankwise.nets.virtual_tokens import VirtualTokens
+from rankwise.ranks.layers import keep_codes
 from rankwise.settings import DECODER
 from rankwise.tasks import Split, Task
 from rankwise.tasks.agreement import agree, check_room
 from rankwise.train import random_model
-from rankwise.train.arguments import DTYPES
+from rankwise.train.arguments import DTYPES, LOADING, Loading
 from rankwise.train.gguf import folder_of, is_gguf
+from rankwise.train.quantise import check_biases, quantisation, quantise_skeleton
 
 EMBEDDED, UNET = "minilm-l6", "unet"
 SEGMENTERS: dict[str, type[Segmenter]] = {UNET: UNet, "unet-refined": RefinedUNet}
@@ -44,9 +47,7 @@ def build(
     task: Task,
     max_length: int,
     train: Split | None = None,
-    trust_remote_code: bool = False,
-    dtype: str = "fp32",
-    attention: str = "auto",
+    loading: Loading = LOADING,
 ) -> tuple[nn.Module, Any, list[str]]:
     """A model ready for `Method.attach`, its tokenizer, and the names of the modules of its head.
 
@@ -55,8 +56,9 @@ def build(
     or `unet-refined` with random weights, or a folder with a saved one; there is no tokenizer.
 
     `name` is a folder, a hub name, or one of `random_model.CONFIGS`, with random weights and a vocabulary from the rows
-    in `train` (by default all of the task); None is the embedded MiniLM-L6. Weights are loaded in `dtype`, so that
-    runs compare across models. Code next to the weights is run only with `trust_remote_code`; HF_HUB_OFFLINE is kept.
+    in `train` (by default all of the task); None is the embedded MiniLM-L6. Weights are loaded in the dtype of
+    `loading`, so that runs compare across models. Code next to them is run only with its `trust_remote_code`.
+    HF_HUB_OFFLINE is kept.
 
     Raises:
         InputError: a model that cannot be loaded, lacks weights outside its head, or does not fit its tokenizer, the
@@ -70,20 +72,25 @@ def build(
             kind = _kind(task, config)
             for key, value in _outputs(task).items():
                 setattr(config, key, value)
-            model, new = kind.from_config(config, dtype=DTYPES[dtype], **_attention(attention)), set()
+            model, new = kind.from_config(config, **loading.options), set()
         else:
             source = _source(name, task)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-            config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-            model, report = _kind(task, config).from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=loading.trust_remote_code)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=loading.trust_remote_code)
+            kind, codes = _kind(task, config), None
+            if loading.quantise != "none":
+                codes = _codes(loading, *_skeleton(name, task, False, replace(loading, quantise="none")))
+            model, report = kind.from_pretrained(
                 source,
-                dtype=DTYPES[dtype],
+                quantization_config=codes,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-                **_attention(attention),
+                **loading.options,
                 **_outputs(task),
             )
+            if codes is not None:
+                model.is_quantized = False  # a Trainer would take only PEFT's adapters for something to train
+            keep_codes(model)
             # A mismatched key comes with its two shapes.
             keys = (*report["missing_keys"], *report["mismatched_keys"])
             new = {key if isinstance(key, str) else key[0] for key in keys}
@@ -105,11 +112,9 @@ def check(
     max_length: int,
     label_smoothing: float = 0.0,
     shipped: bool = False,
-    trust_remote_code: bool = False,
-    dtype: str = "fp32",
-    attention: str = "auto",
     gradient_checkpointing: bool = False,
     packing: bool = False,
+    loading: Loading = LOADING,
 ) -> None:
     """Raise InputError for anything that a run would refuse, without reading weights.
 
@@ -119,13 +124,15 @@ def check(
     """
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
         raise InputError(f"label_smoothing: {task.name} is not trained with cross-entropy; leave it at 0")
-    if task.family == "segmentation" and (dtype != "fp32" or attention != "auto"):
-        raise InputError("dtype and attention: networks for segmentation have only one of each; leave them out")
-    if dtype != "fp32" and (whole := [method.name for method in methods if method.whole]):
+    if task.family == "segmentation" and not loading.plain:
+        raise InputError("dtype, quantise and attention: not for segmentation; leave them out")
+    if name in random_model.CONFIGS and loading.quantise != "none":
+        raise InputError(f"quantise: {name} has random weights, which are not worth it; leave it out")
+    if (dtype := loading.dtype) != "fp32" and (whole := [method.name for method in methods if method.whole]):
         raise InputError(f"dtype: {whole[0]} trains all weights, which are then fp32; use autocast = {dtype} instead")
     if task.family == "segmentation" and name is not None and name not in SEGMENTERS:
         return  # a folder: small, and read when the run starts
-    model, head = _skeleton(name, task, shipped, trust_remote_code, dtype, attention)
+    model, head = _skeleton(name, task, shipped, loading)
     if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise InputError(f"gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
     if packing and (task.family != "generation" or model.config.is_encoder_decoder):
@@ -140,11 +147,12 @@ def check(
                 source = Path(_source(name, task))
                 if source.is_dir() and not [*source.glob("*.safetensors"), *source.glob("*.bin")]:
                     raise InputError(f"model: {name} has no weights: there is no file *.safetensors in it")
-            agree(task, model, _tokenizer(name, task, trust_remote_code), max_length)
+            agree(task, model, _tokenizer(name, task, loading.trust_remote_code), max_length)
     for index, method in enumerate(methods):
         if index:  # the previous method has changed the model
-            model, head = _skeleton(name, task, shipped, trust_remote_code, dtype, attention)
+            model, head = _skeleton(name, task, shipped, loading)
         attached = _attached(model, head, task, method, max_length)
+        check_biases(attached, loading.computing)
         if packing and _virtual(attached):
             raise InputError(
                 f"packing: {method.name} puts virtual tokens before a sequence, not each row; leave it out"
@@ -165,7 +173,7 @@ def peak(
     that in `rankwise.archs` if there is one, without the hub. InputError if the method cannot be attached, or its
     virtual tokens leave no room for inputs of `max_length` tokens.
     """
-    model, head = _skeleton(name, task, shipped, trust_remote_code)
+    model, head = _skeleton(name, task, shipped, Loading(trust_remote_code))
     in_head = sum(p.numel() for part in head for p in model.get_submodule(part).parameters())
     return method.peak(_attached(model, head, task, method, max_length)) - in_head
 
@@ -177,7 +185,7 @@ def without_weights(
 
     For segmentation there is no tokenizer. InputError if they do not fit together, or are not there.
     """
-    model, _ = _skeleton(name, task, shipped=False, trust_remote_code=trust_remote_code)
+    model, _ = _skeleton(name, task, False, Loading(trust_remote_code))
     if task.family == "segmentation":
         return model, None
     if name in random_model.CONFIGS:
@@ -193,13 +201,11 @@ def _tokenizer(name: str | None, task: Task, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(_source(name, task), trust_remote_code=trust_remote_code)
 
 
-def _attention(name: str) -> dict[str, str]:
-    return {} if name == "auto" else {"attn_implementation": name}
+def _codes(loading: Loading, model: Any, head: list[str]) -> Any:
+    return quantisation(loading.quantise, DTYPES[loading.dtype], model, head)
 
 
-def _skeleton(
-    name: str | None, task: Task, shipped: bool, trust_remote_code: bool, dtype: str = "fp32", attention: str = "auto"
-) -> tuple[Any, list[str]]:
+def _skeleton(name: str | None, task: Task, shipped: bool, loading: Loading) -> tuple[Any, list[str]]:
     """The model `name` for `task` on the meta device (a saved network for segmentation: loaded), and its head."""
     if task.family == "segmentation":
         saved = name is not None and name not in SEGMENTERS
@@ -213,13 +219,16 @@ def _skeleton(
         elif shipped and (arch := behind(name or "")):
             config = AutoConfig.for_model(**arch.config)
         else:
-            config = AutoConfig.from_pretrained(_source(name, task), trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(_source(name, task), trust_remote_code=loading.trust_remote_code)
         for key, value in _outputs(task).items():
             setattr(config, key, value)
-        model = _kind(task, config).from_config(
-            config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, **_attention(attention)
-        )
-        return model, head_modules(model, set()) if task.family == "classification" else []
+        model = _kind(task, config).from_config(config, **loading.options)
+        head = head_modules(model, set()) if task.family == "classification" else []
+        if loading.quantise != "none":
+            if getattr(config, "quantization_config", None):
+                raise InputError(f"quantise: {name} is quantised already; leave it out")
+            quantise_skeleton(model, _codes(loading, model, head))
+        return model, head
 
 
 def _attached(model: Any, head: list[str], task: Task, method: Method, max_length: int) -> nn.Module:

@@ -63,7 +63,7 @@ from rankwise.settings import RunConfig, Schema, complete
 from rankwise.tasks import Evaluation, subset
 from rankwise.train import chain
 from rankwise.train import model as models
-from rankwise.train.arguments import arguments, computing
+from rankwise.train.arguments import Loading, arguments, computing
 from rankwise.train.callback import unwrapped
 from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.memory import halve, rows_at_once
@@ -221,9 +221,7 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
         splits = [held_out]
     splits = [subset(split, config.eval_rows) for split in splits]
     set_seed(config.seed)  # before the model, whose head and adapters start at random
-    base, processor, head = models.build(
-        config.model, task, config.max_length, train, config.trust_remote_code, config.dtype, config.attention
-    )
+    base, processor, head = models.build(config.model, task, config.max_length, train, Loading.of(config))
     if before is not None and not before.same:
         chain.load_weights(base, before)
     head_parameters = sum(p.numel() for name in head for p in base.get_submodule(name).parameters())
