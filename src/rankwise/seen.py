@@ -66,7 +66,7 @@ def of_splits(task: Task, splits: Sequence[Evaluation], reader: Reader) -> list[
         seen = SeenSplit(
             split=each.split.name,
             rows=len(each.examples),
-            dropped=len(inputs) - len(set(_sources(each))),
+            dropped=len(inputs) - len(task.kept(each.split, each.examples).data),
             repeated=len(inputs) - len(set(inputs)),
             shared=sum(key in known for key in inputs) if place else 0,
             contradicted=_contradicted(task, each.split, inputs),

@@ -7,7 +7,7 @@ import math
 from types import FunctionType
 from typing import Literal
 
-from rankwise.metrics import classification, regression, rouge, segmentation, wikisql
+from rankwise.metrics import classification, language, regression, rouge, segmentation, wikisql
 from rankwise.metrics.e2e import METRICS as OF_TEXTS
 from rankwise.metrics.e2e import e2e
 from rankwise.metrics.metric import FROM_ZERO, Metric
@@ -22,6 +22,7 @@ METRICS: dict[str, Metric] = {
     **OF_TEXTS,
     **rouge.METRICS,
     **wikisql.METRICS,
+    **language.METRICS,
     "loss": Metric(FROM_ZERO, least_is_best=True),
 }
 

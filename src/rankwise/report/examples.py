@@ -82,8 +82,9 @@ def _side_by_side(written: dict[str, dict[int, dict[str, Any]]], count: int, lon
 
 
 def _written(folder: Path) -> dict[int, dict[str, Any]]:
-    """The rows of the main split by number; {} if there are none, or they are not texts."""
-    return {row["idx"]: row for row in _rows(folder, ["idx", "source", "references", "prediction"])}
+    """The rows of the main split for which a text was written, by number; {} if there are none."""
+    rows = _rows(folder, ["idx", "source", "references", "prediction"])
+    return {row["idx"]: row for row in rows if row["prediction"] is not None}
 
 
 def _rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:

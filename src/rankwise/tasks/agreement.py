@@ -79,8 +79,10 @@ def check_room(task: Any, model: nn.Module, max_length: int, most: int | None = 
     read = {"max_length": max_length}
     if (tokens := _virtual(model)) is not None:
         read |= {"prefix": tokens.prefix, "infix": tokens.infix}
-    if writes and not encodes:
-        read |= {"end token": 1, "target_length": task.target_length}
+    if encodes and task.decoder_only:
+        raise InputError(f"model: {name} is an encoder-decoder, but {task.name} needs a decoder (Llama, Qwen, …)")
+    if not encodes:
+        read |= task.written()
     _compare(read, [most, context(model)], f"that {name} reads")
     if encodes:
         written = {"target_length": task.target_length} if writes else {"max_length": max_length}

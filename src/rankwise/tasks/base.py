@@ -55,7 +55,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A split to be scored: its rows, and the same rows encoded for the model, in the same order."""
+    """A split to be scored: its rows, and the same rows encoded for the model, in the same order.
+
+    Unless the encoded rows have a column `idx` with the place in the split of the row that each is (the beginning) of.
+    """
 
     split: Split
     examples: "Dataset"
@@ -101,6 +104,8 @@ class Task(Named, ABC, kind="task"):
     """Name of the benchmark that the task is part of."""
     averaged: ClassVar[tuple[str, ...]] = ()
     """The metrics, with suffixes, whose mean counts in the benchmark's average."""
+    decoder_only: ClassVar[bool] = False
+    """Whether an encoder-decoder is refused."""
 
     @property
     def label(self) -> str:
@@ -170,8 +175,18 @@ class Task(Named, ABC, kind="task"):
     def encode(self, split: Split, processor: Any, max_length: int) -> "Dataset":
         """The rows of `split`, in their order, encoded for `collate` and `evaluate`, with `length` to group them by.
 
+        A family whose rows may be too long to learn from may leave some out; a column `idx` then has their places.
+
         `processor` is the tokenizer of a text model, None for segmentation.
         """
+
+    def kept(self, split: Split, examples: "Dataset") -> Split:
+        """`split` without the rows that `encode` left out of `examples`, with a note of what became of long ones."""
+        return split
+
+    def written(self) -> dict[str, int]:
+        """What a decoder reads in training after `max_length` tokens, by name, in tokens."""
+        return {}
 
     def check(self, model: nn.Module, processor: Any, examples: "Dataset", name: str) -> None:  # noqa: B027
         """InputError if `model` cannot take a row of the encoded `examples` of the split `name`."""

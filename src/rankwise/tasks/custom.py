@@ -139,7 +139,7 @@ class Custom(Task):
         own = "your own data"
         table = table.append_column("number", pa.array(rows.counted, pa.int64()))
         if warning:
-            _tell(f"{rows.where}: {warning}")
+            tell(f"{rows.where}: {warning}")
         if file.is_file():
             held = [_drawn(row) for row in table.to_pylist()]
             table = table.filter(pa.array([each == (name != "train") for each in held]))
@@ -187,7 +187,7 @@ def _drawn(row: dict[str, Any]) -> bool:
 
 
 @functools.cache
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     """Print a warning, once."""
     print(f"warning: {text}", file=sys.stderr)
 

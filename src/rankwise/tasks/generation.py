@@ -91,6 +91,9 @@ class Generation(Task):
         if not math.isfinite(self.length_penalty):
             raise InputError(f"length_penalty must be a finite number, not {self.length_penalty}")
 
+    def written(self) -> dict[str, int]:
+        return {"end token": 1, "target_length": self.target_length}
+
     def apart(self) -> Split | None:
         """The validation rows, with `split: test`."""
         return replace(self, split="validation").evaluation()[0] if self.split == "test" else None
@@ -137,7 +140,7 @@ class Generation(Task):
     ) -> Callable[[list[dict[str, Any]]], Batch]:
         """From encoded rows to a batch with `labels`; InputError for a model that reads what it has to predict."""
         agree(self, model, processor)
-        _check_direction(model)
+        check_direction(model)
         most = context(model, decoder=_encodes(model))
 
         def collate(rows: list[dict[str, Any]]) -> Batch:
@@ -188,8 +191,8 @@ class Generation(Task):
         The task's options apply, not the generation settings that came with the model.
         """
         self._check_outputs(model, examples)
-        encodes, inner = _encodes(model), _inner(model)
-        end, pad = _end(processor), _pad(processor)
+        encodes, inner = _encodes(model), inner_model(model)
+        end, pad = _end(processor), pad_token(processor)
         config = GenerationConfig(
             max_new_tokens=self.target_length,
             num_beams=self.beams,
@@ -201,14 +204,14 @@ class Generation(Task):
         )
         device = next(model.parameters()).device
         texts = [""] * len(examples)
-        for rows in _batches(examples["length"][:], batch_size):
+        for rows in batches(examples["length"][:], batch_size):
             sources = examples[rows]["input_ids"]
             if not encodes:
                 sources = [[*source, end] for source in sources]
-            ids, mask = _padded(sources, pad, left=not encodes)  # a decoder continues the end of the row
+            ids, mask = padded(sources, pad, left=not encodes)  # a decoder continues the end of the row
             start = 1 if encodes else ids.shape[1]
             rules = LogitsProcessorList([_NoRepeat(self.no_repeat, start)] if self.no_repeat else [])
-            with _settings(inner, config):
+            with settings(inner, config):
                 outputs = inner.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
@@ -230,7 +233,7 @@ class Generation(Task):
         pairs = [(row["input_ids"], target) for row in examples for target in row["targets"]]
         device = next(model.parameters()).device
         total = tokens = 0.0
-        for rows in _batches([len(source) + len(target) for source, target in pairs], size):
+        for rows in batches([len(source) + len(target) for source, target in pairs], size):
             batch = self._batch(model, processor, [pairs[row] for row in rows])
             loss = model(**{name: values.to(device) for name, values in batch.items()}).loss.item()
             if not math.isfinite(loss):
@@ -243,17 +246,17 @@ class Generation(Task):
         self, model: nn.Module, processor: PreTrainedTokenizerBase, pairs: Sequence[tuple[list[int], list[int]]]
     ) -> Batch:
         """Pairs of source and target as inputs of the model with labels, padded on the right."""
-        pad = _pad(processor)
+        pad = pad_token(processor)
         if _encodes(model):
-            ids, mask = _padded([source for source, _ in pairs], pad)
-            labels, _ = _padded([target for _, target in pairs], IGNORE)
+            ids, mask = padded([source for source, _ in pairs], pad)
+            labels, _ = padded([target for _, target in pairs], IGNORE)
         else:
             rows = [joined(source, target, _end(processor)) for source, target in pairs]
-            ids, mask = _padded([row for row, _ in rows], pad)
-            labels, _ = _padded([own for _, own in rows], IGNORE)
+            ids, mask = padded([row for row, _ in rows], pad)
+            labels, _ = padded([own for _, own in rows], IGNORE)
         batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
         if _encodes(model):  # the model computes them from labels, which a Trainer with label smoothing does not pass
-            batch["decoder_input_ids"] = _inner(model).prepare_decoder_input_ids_from_labels(labels)
+            batch["decoder_input_ids"] = inner_model(model).prepare_decoder_input_ids_from_labels(labels)
         return batch
 
 
@@ -274,7 +277,7 @@ class _NoRepeat(LogitsProcessor):
 
 
 @contextmanager
-def _settings(model: Any, config: GenerationConfig) -> Iterator[None]:
+def settings(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Context with `config` as the model's own settings, which `generate` uses for what `config` does not set."""
     own = model.generation_config
     model.generation_config = config
@@ -288,7 +291,7 @@ def _encodes(model: nn.Module) -> bool:
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
-def _inner(model: nn.Module) -> Any:
+def inner_model(model: nn.Module) -> Any:
     """The transformers model, with the adapter's layers in it."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not hasattr(inner, "generate"):
@@ -302,11 +305,11 @@ def _end(processor: PreTrainedTokenizerBase) -> int:
     return processor.eos_token_id
 
 
-def _pad(processor: PreTrainedTokenizerBase) -> int:
+def pad_token(processor: PreTrainedTokenizerBase) -> int:
     return processor.pad_token_id if isinstance(processor.pad_token_id, int) else _end(processor)
 
 
-def _padded(rows: Sequence[list[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[list[int]], value: int, left: bool = False) -> tuple[Tensor, Tensor]:
     """Rows padded to one length, and a mask with 0 for padding."""
     width = max(map(len, rows))
     ids, mask = torch.full((len(rows), width), value), torch.zeros((len(rows), width), dtype=torch.long)
@@ -316,7 +319,7 @@ def _padded(rows: Sequence[list[int]], value: int, left: bool = False) -> tuple[
     return ids, mask
 
 
-def _batches(lengths: Sequence[int], size: int) -> list[list[int]]:
+def batches(lengths: Sequence[int], size: int) -> list[list[int]]:
     """Indices in groups of similar length, the longest first, so that a lack of memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     return [order[start : start + size] for start in range(0, len(order), size)]
@@ -329,7 +332,7 @@ def _check_room(model: nn.Module, width: int, most: int | None) -> None:
         raise InputError(f"{what} {width} tokens, more than the {most} of the model: lower max_length or target_length")
 
 
-def _check_direction(model: nn.Module) -> None:
+def check_direction(model: nn.Module) -> None:
     """InputError for a model without encoder whose output depends on later tokens: it would read the target."""
     if _encodes(model):
         return
@@ -342,8 +345,8 @@ def _check_direction(model: nn.Module) -> None:
     model.train(training)
     if not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
         raise InputError(
-            f"{type(_inner(model)).__name__} reads the tokens after the one that it predicts, so it cannot write text: "
-            "use a decoder (GPT-2, Llama, …) or an encoder-decoder (T5, …)"
+            f"{type(inner_model(model)).__name__} reads the tokens after the one that it predicts, so it cannot write "
+            "text: use a decoder (GPT-2, Llama, …) or an encoder-decoder (T5, …)"
         )
 
 

@@ -131,17 +131,18 @@ class Origin:
         return _from_hub(self.hub, split, remedy, self.name, revision=self.revision, data_files=file)
 
 
-def read(dataset: str, split: str) -> Rows:
+def read(dataset: str, split: str, nested: bool = False) -> Rows:
     """The rows of `split` of a user's dataset: a folder, a file, or a name on the hub.
 
     Relative paths start at the working directory. A file has no splits: all its rows are returned for any `split`.
+    With `nested` the lists and objects of JSONL are kept as JSON, since a column of a table has one type for all.
     InputError if the rows cannot be read.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return replace(_from_folder(path, (split,), "the dataset needs a file for each split"), remedy=MEND)
+        return replace(_from_folder(path, (split,), "the dataset needs a file for each split", nested), remedy=MEND)
     if path.is_file() and path.suffix in ENDINGS:
-        return replace(_from_file(path, split), remedy=MEND)
+        return replace(_from_file(path, split, nested), remedy=MEND)
     if path.exists() or path.is_absolute() or dataset.startswith((".", "~")) or path.suffix in ENDINGS:
         if not path.exists():
             raise InputError(f"dataset: {dataset}: there is no such file or folder{similar(path)}")
@@ -212,22 +213,22 @@ def _wrong_type(rows: Rows, column: str, kind: Any, error: Exception) -> str:
     return f"{rows.where}: column {column!r} does not hold {kind} ({_line(error)})"
 
 
-def _from_folder(folder: Path, splits: Sequence[str], remedy: str) -> Rows:
+def _from_folder(folder: Path, splits: Sequence[str], remedy: str, nested: bool = False) -> Rows:
     """The rows of the first of `splits` for which the folder has a file."""
     for split in splits:
         files = [file for ending in ENDINGS if (file := folder / f"{split}{ending}").is_file()]
         if len(files) > 1:
             raise InputError(f"{folder} has both {files[0].name} and {files[1].name}: keep only one of them")
         if files:
-            return _from_file(files[0], split)
+            return _from_file(files[0], split, nested)
     endings = f" (nor {' or '.join(ENDINGS[1:])})"
     raise InputError(f"{folder / splits[0]}.parquet does not exist{endings}: {remedy}")
 
 
-def _from_file(file: Path, split: str) -> Rows:
+def _from_file(file: Path, split: str, nested: bool = False) -> Rows:
     if file.suffix == ".parquet":
         return Rows(_parquet(file), split, str(file))
-    table, lines = _table(file, _csv(file) if file.suffix == ".csv" else _jsonl(file))
+    table, lines = _table(file, _csv(file) if file.suffix == ".csv" else _jsonl(file, nested))
     return Rows(table, split, str(file), unit="line", numbers=lines)
 
 
@@ -322,7 +323,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(file: Path, nested: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
@@ -334,6 +335,8 @@ def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             ) from error
         if not isinstance(row, dict):
             raise InputError(f"{file}: line {number} is not a JSON object: write one per line, with columns as keys")
+        if nested:
+            row = {key: json.dumps(each) if isinstance(each, list | dict) else each for key, each in row.items()}
         yield number, row
 
 

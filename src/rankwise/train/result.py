@@ -51,7 +51,10 @@ def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Se
         score=parts.task.main,
         benchmark=_benchmark(parts.task, scores, scored) if parts.config.tuning is None else None,
         metrics={key: value for key, value in scores.items() if not key.startswith("loss")},
-        splits=Splits(_rows(parts.train), [_rows(each.split) for each in parts.evaluations]),
+        splits=Splits(
+            _rows(parts.task.kept(parts.train, parts.examples)),
+            [_rows(parts.task.kept(each.split, each.examples)) for each in parts.evaluations],
+        ),
         parameters=Parameters(max(counts), counts[-1], parts.budget, parts.head_parameters),
         search=search,
         notes=list(dict.fromkeys(note for each in scored for note in each.notes)),

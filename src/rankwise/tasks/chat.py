@@ -1,0 +1,308 @@
+"""Conversations of anyone's own: `task: {type: chat | instruct, dataset: …}`.
+
+    type       columns
+    chat       messages, or conversations: a list of turns, each with role and content, or with from and value
+    instruct   prompt, completion; or instruction, input, output
+
+A turn of a list is OpenAI's or ShareGPT's; a list may also be JSON in a text. `chat` reads a column `tools` too, and
+`system`, which comes before the list; so does `instruct`. The answers are learnt, as `templates` tells them apart.
+"""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+from transformers import PreTrainedTokenizerBase
+
+from rankwise.errors import InputError, nearest, need
+from rankwise.tasks.base import Split
+from rankwise.tasks.custom import Custom, tell
+from rankwise.tasks.generation import IGNORE
+from rankwise.tasks.language import Language, Row
+from rankwise.tasks.source import Rows, checked, read
+from rankwise.tasks.templates import Conversation, Template, own
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "observation": "tool",
+    "function_call": "assistant",
+}
+"""ShareGPT's names of roles."""
+AFTER: dict[str, tuple[str, ...]] = {
+    "system": ("",),
+    "developer": ("",),
+    "user": ("", "system", "developer", "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+"""Role -> those that it may come after, "" being the beginning."""
+AT_TURN, IN_ANSWER, LEFT_OUT = "cut after an answer", "cut within an answer", "left out, whose answers all come later"
+"""What becomes of a row that is longer than max_length."""
+
+
+@dataclass(frozen=True)
+class Conversations(Custom, Language):
+    """Conversations, of which the answers are learnt.
+
+    Attributes:
+        template: file of a chat template in Jinja, instead of the tokenizer's own.
+    """
+
+    text = ("source",)
+    target = "conversation"
+
+    template: str = ""
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        return tuple(self.columns)
+
+    @abstractmethod
+    def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
+        """The turns of each row, and its tools, as they are in the file. InputError for a column that is missing."""
+
+    def changed_options(self, omit: Sequence[str] = ()) -> list[str]:
+        options = super().changed_options((*omit, "template"))
+        return [*options, f"template={Path(self.template).name}"] if self.template else options
+
+    def revision(self, splits: Sequence[Split] | None = None, tuning: bool = False) -> str:
+        found = super().revision(splits, tuning)
+        return hashlib.sha256(f"{found}\n{self._own}".encode()).hexdigest()[:12] if self.template else found
+
+    def same(self, read: Any, answer: Any) -> bool:
+        return False
+
+    def fetch(self, name: str) -> Rows:
+        return read(self.dataset, name, nested=True)
+
+    def table(self, rows: Rows) -> "pa.Table":
+        """`source`, the turns before the last answer as a text; `conversation`, all as JSON; `where`, file and row."""
+        pa = need("pyarrow", "bench")
+        assert self._own is not None  # to fail now, not after hours
+        columns: dict[str, list[str]] = {"source": [], "conversation": [], "where": []}
+        style = ""
+        for place, (turns, tools) in enumerate(self.conversations(rows)):
+            where = f"{rows.where}, {rows.at(place)}"
+            style = style or ("from" if isinstance(turns[0], dict) and "from" in turns[0] else "role")
+            messages, learnt = _checked(turns, where, style)
+            source = [f"{message['role']}: {message['content']}" for message in messages[:-1]]
+            columns["source"].append("\n".join([*source, *([json.dumps(tools)] if tools else [])]))
+            columns["conversation"].append(json.dumps([messages, tools, learnt], ensure_ascii=False))
+            columns["where"].append(where)
+        return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
+
+    def rows(self, split: Split, processor: PreTrainedTokenizerBase, max_length: int) -> Iterator[Row]:
+        template, cuts = Template.of(processor, self._own, self.template), Counter[str]()
+        place = -1
+        for block in split.data.iter(1_000):
+            conversations = [
+                Conversation(messages, where, tools, learnt)
+                for (messages, tools, learnt), where in zip(
+                    map(json.loads, block["conversation"]), block["where"], strict=True
+                )
+            ]
+            for place, (ids, answers) in enumerate(template.encode(conversations), place + 1):
+                whole = [stop for _, stop in answers if stop <= max_length]
+                cut = "" if len(ids) <= max_length else AT_TURN if whole else IN_ANSWER
+                ids = ids[: whole[-1]] if cut == AT_TURN else ids[:max_length]
+                labels = [IGNORE] * len(ids)
+                for start, stop in answers:
+                    start = max(start, 1)  # the first token has nothing to be predicted from
+                    labels[start:stop] = ids[start:stop]
+                learns = any(label != IGNORE for label in labels)
+                cuts[cut if learns else LEFT_OUT] += 1
+                if learns:
+                    yield Row(place, ids, labels, cut)
+        if note := _note(cuts, len(split.data), f"max_length = {max_length}"):
+            tell(f"{split.name} rows of {self.label}: {note}")
+
+    def kept(self, split: Split, examples: "Dataset") -> Split:
+        places = examples["idx"][:]
+        cuts = Counter(examples["cut"][:])
+        cuts[LEFT_OUT] = len(split.data) - len(places)
+        note = _note(cuts, len(split.data))
+        data = split.data.select(places, keep_in_memory=True) if cuts[LEFT_OUT] else split.data
+        return replace(split, data=data, note="; ".join(filter(None, (split.note, note))))
+
+    @cached_property
+    def _own(self) -> str:
+        """The text of the template's file, "" for none."""
+        return own(self.template) if self.template else ""
+
+    def _cells(self, rows: Rows, role: str) -> list[Any]:
+        """The values of an optional column; None where there is none."""
+        column = self.columns.get(role, role)
+        if role in self.columns or column in rows.table.column_names:
+            if column not in rows.table.column_names:
+                checked(rows, {column: None})
+            return rows.table[column].to_pylist()
+        return [None] * rows.table.num_rows
+
+
+@dataclass(frozen=True)
+class Chat(Conversations, name="chat"):
+    """Your own conversations, whose answers a decoder learns. Perplexity and accuracy of the answers' tokens.
+
+    Attributes:
+        columns: from role to column: messages, system, tools.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("messages", "system", "tools")
+
+    def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
+        names = [name for name in ("messages", "conversations") if name in rows.table.column_names]
+        if "messages" not in self.columns and len(names) == 2:
+            raise InputError(
+                f"{rows.where} has the columns messages and conversations: name one of them, columns: {{messages: …}}"
+            )
+        column = self.columns.get("messages", next(iter(names), "messages"))
+        checked(rows, {column: None})
+        cells = zip(
+            rows.table[column].to_pylist(), self._cells(rows, "system"), self._cells(rows, "tools"), strict=True
+        )
+        for place, (turns, system, tools) in enumerate(cells):
+            where = f"{rows.where}, {rows.at(place)}"
+            turns = _listed(turns, where, column)
+            if isinstance(system, str) and system.strip():
+                style = ("from", "value") if isinstance(turns[0], dict) and "from" in turns[0] else ("role", "content")
+                turns = [dict(zip(style, ("system", system), strict=True)), *turns]
+            yield turns, _listed(tools, where, "tools") if tools and tools != "[]" else None
+
+
+@dataclass(frozen=True)
+class Instruct(Conversations, name="instruct"):
+    """Your own prompts and what to answer, learnt by a decoder. Perplexity and accuracy of the answers' tokens.
+
+    Attributes:
+        columns: from role to column: prompt and completion, or instruction, input and output; and system.
+    """
+
+    roles: ClassVar[tuple[str, ...]] = ("prompt", "completion", "instruction", "input", "output", "system")
+
+    def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
+        pa = need("pyarrow", "bench")
+        pairs, names = (("prompt", "completion"), ("instruction", "output")), rows.table.column_names
+        named = [pair for pair in pairs if {*pair} & {*self.columns}]
+        there = named or [pair for pair in pairs if {*pair} & {*names}]
+        if len(there) != 1:
+            found = "not both" if there else f"not {', '.join(names)}"
+            raise InputError(
+                f"{rows.where} needs the columns prompt and completion, or instruction and output, {found}: name them "
+                "at columns"
+            )
+        table = self._named(rows, dict.fromkeys(there[0], pa.string()), there[0])
+        inputs = self._cells(rows, "input") if there[0][0] == "instruction" else [None] * table.num_rows
+        systems = self._cells(rows, "system")
+        for asked, answer, more, system in zip(*table.columns, inputs, systems, strict=True):
+            asked = f"{asked}\n\n{more}" if more and str(more).strip() else str(asked)
+            first = [{"role": "system", "content": system}] if system and str(system).strip() else []
+            yield [*first, {"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}], None
+
+
+def _listed(value: Any, where: str, what: str) -> list[Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise InputError(f"{where}: {what} is no list, nor one in JSON: {value[:40]!r}") from None
+    else:
+        value = _without_nulls(value)
+    if not isinstance(value, list):
+        raise InputError(f"{where}: {what} is no list but {type(value).__name__}")
+    if not value:
+        raise InputError(f"{where}: {what} is an empty list")
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without keys that are null, and that a row may not have had: a column has one type for all rows."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _checked(turns: list[Any], where: str, style: str) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Turns with role and content, in an order that can be, and whether each is learnt.
+
+    `style` is the key that has the roles of the file. InputError for whatever is wrong.
+    """
+    messages: list[dict[str, Any]] = []
+    learnt, before, content_key = [], "", "content" if style == "role" else "value"
+
+    def wrong(reason: str) -> NoReturn:
+        raise InputError(f"{where}, turn {len(messages) + 1}: {reason}")
+
+    for turn in turns:
+        if not isinstance(turn, dict) or not {"role", "from"} & turn.keys():
+            wrong("it has neither role and content nor from and value")
+        if style not in turn or {"role", "from"} <= turn.keys():
+            wrong("role and content are mixed with from and value in one file; use one of them")
+        if "function_call" in turn:
+            wrong("function_call is not read; use tool_calls")
+        turn = {key: each for key, each in turn.items() if each is not None}
+        if turn.get(style) == "function_call":
+            turn = {style: "gpt", "tool_calls": [{"type": "function", "function": turn.get(content_key)}]}
+        role = ROLES.get(str(turn[style]), turn[style])
+        if role not in AFTER:
+            wrong(f"no role is called {role!r}{nearest(str(role), AFTER)}; known: {', '.join((*AFTER, *ROLES))}")
+        if before not in AFTER[role]:
+            wrong(f"the role {role} cannot come {f'after {before}' if before else 'first'}")
+        content = _text(turn.get(content_key, ""))
+        calls = [_call(each) for each in turn.get("tool_calls", [])] if role == "assistant" else []
+        if content is None or None in calls:
+            wrong("its content is no text" if content is None else "its tool_calls are not those of functions")
+        if not content.strip() and role in ("user", "assistant") and not calls:
+            wrong(f"the {'answer' if role == 'assistant' else 'content'} is empty")
+        if (weight := turn.get("weight", 1)) not in (0, 1):
+            wrong(f"weight is {weight}, not 0 or 1")
+        more = {key: each for key, each in turn.items() if key not in (style, content_key, "weight", "tool_calls")}
+        messages.append({**more, "role": role, "content": content, **({"tool_calls": calls} if calls else {})})
+        learnt.append(role == "assistant" and weight == 1)
+        before = role
+    if not any(learnt):
+        raise InputError(f"{where}: no turn of the assistant is there to be learnt")
+    if before != "assistant":
+        raise InputError(f"{where}: the last turn is of the role {before}, and no answer follows; leave it out")
+    return messages, learnt
+
+
+def _text(content: Any) -> str | None:
+    """A text, or the joined texts of a list of parts; None for anything else, such as a picture."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    return content if isinstance(content, str) else None
+
+
+def _call(call: Any) -> dict[str, Any] | None:
+    """A call with its arguments as a mapping, which templates expect and OpenAI's files have as JSON; None for none."""
+    function = _parsed(call.get("function")) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return None
+    arguments = _parsed(function.get("arguments")) or {}
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else None
+
+
+def _parsed(value: Any) -> Any:
+    """What a text has as JSON, if it has that."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _note(cuts: Counter[str], total: int, limit: str = "max_length") -> str:
+    """How many rows are longer than the limit, and what becomes of them; "" for none."""
+    parts = [f"{cuts[where]:,} {where}" for where in (AT_TURN, IN_ANSWER, LEFT_OUT) if cuts[where]]
+    return f"{limit}: of {total:,} rows {', '.join(parts)}" if parts else ""

@@ -1,0 +1,203 @@
+"""Conversations as tokens, by a model's chat template, and which tokens are the assistant's.
+
+Templates do not say which part of their text is an answer. So a conversation is written several times: up to each turn
+of the assistant with the template's prompt for one (`add_generation_prompt`), up to the end of that turn, and whole.
+What the second has after the first is the answer, with the token that ends the turn. This only holds if each text is
+how the next one starts; a template that writes earlier turns differently later on is refused.
+"""
+
+import datetime
+import functools
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from rankwise.errors import InputError
+
+CHATML = (
+    "{{ begin }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + end + "
+    "'\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""What a tokenizer without a template gets; where it has no <|im_end|> its own end token ends a turn."""
+TODAY = datetime.date(2024, 7, 26)
+"""The date for templates that write today's, or rows would differ from day to day; Llama 3.1 has it without a clock."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns of one conversation, as templates take them.
+
+    Attributes:
+        messages: with `role` and `content`, the last one of the assistant.
+        where: file and row, for messages.
+        tools: what the assistant may call.
+        learnt: of each turn whether it is learnt, if it is the assistant's.
+    """
+
+    messages: list[dict[str, Any]]
+    where: str
+    tools: list[Any] | None = None
+    learnt: Sequence[bool] = ()
+
+
+class Answer(NamedTuple):
+    """The tokens of one turn of the assistant: from `start` to before `stop`."""
+
+    start: int
+    stop: int
+
+
+def own(file: str) -> str:
+    """The text of a template's file. InputError if it cannot be read."""
+    try:
+        return Path(file).expanduser().read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"template: {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"template: {file} is not text in UTF-8") from None
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template with its tokenizer."""
+
+    tokenizer: PreTrainedTokenizerBase
+    text: str
+    """Jinja; empty for the tokenizer's own."""
+    name: str
+    """In messages."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, text: str, file: str) -> "Template":
+        """The template `text` of `file` if there is one, else the tokenizer's, else CHATML."""
+        if text:
+            return cls(tokenizer, text, f"the template {file}")
+        if tokenizer.chat_template is not None:
+            return cls(tokenizer, "", "the tokenizer's chat template")
+        begins = tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+        end = "'<|im_end|>'" if "<|im_end|>" in tokenizer.get_vocab() else "eos_token"
+        text = CHATML.replace("{{ begin }}", "{{ bos_token }}" if begins else "").replace(" end ", f" {end} ")
+        return cls(tokenizer, text, "ChatML")
+
+    def encode(self, conversations: Sequence[Conversation]) -> Iterator[tuple[list[int], list[Answer]]]:
+        """Of each conversation its tokens, and the turns that are learnt.
+
+        InputError, with file and row, for a conversation that the template does not take as it is.
+        """
+        written = [self._texts(each) for each in conversations]
+        texts = {text: None for texts in written for text in texts}
+        tokens = dict(zip(texts, self._tokens([*texts]), strict=True))
+        for conversation, (whole, *parts) in zip(conversations, written, strict=True):
+            ids, stops = tokens[whole], [len(tokens[part]) for part in parts]
+            if any(tokens[part] != ids[:stop] for part, stop in zip(parts, stops, strict=True)):
+                ids, stops = self._in_pieces(whole, parts, ids, [tokens[part] for part in parts])
+            turns = [place for place, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+            answers = [Answer(*pair) for pair in zip(stops[::2], stops[1::2], strict=True)]
+            learnt = conversation.learnt or [True] * len(conversation.messages)
+            yield ids, [answer for place, answer in zip(turns, answers, strict=True) if learnt[place]]
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(  # without what the tokenizer would add: the template has written it
+            texts, add_special_tokens=False, verbose=False
+        )["input_ids"]
+        return ids
+
+    def _in_pieces(
+        self, whole: str, parts: list[str], ids: list[int], starts: list[list[int]]
+    ) -> tuple[list[int], list[int]]:
+        """The tokens of `whole`, and how many are before the end of each part, if one token is on both sides of it.
+
+        A model that writes an answer reads the tokens of its prompt alone. So a conversation is then put together from
+        the tokens of its pieces, unless the tokenizer reads something else at the start of a piece, as those of Llama 2
+        do. In that case the token on both sides belongs to what comes after.
+        """
+        ends = [0, *map(len, parts), len(whole)]
+        pieces = self._tokens([whole[start:end] for start, end in itertools.pairwise(ends)])
+        joined = [*itertools.chain(*pieces)]
+        if self.tokenizer.decode(joined) == self.tokenizer.decode(ids):
+            return joined, [*itertools.accumulate(map(len, pieces[:-1]))]
+        return ids, [_shared(start, ids) for start in starts]
+
+    def _texts(self, conversation: Conversation) -> list[str]:
+        """The whole conversation, and for each turn of the assistant the text before it and the text with it."""
+        messages, where = conversation.messages, conversation.where
+        whole, texts = self._write(conversation, len(messages)), []
+        if conversation.tools and whole == self._write(conversation, len(messages), tools=False):
+            raise InputError(f"{where}: {self.name} leaves out the tools: {_REMEDY}")
+        self._check_order(conversation, whole)
+        for place, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            prompt, turn = self._write(conversation, place, prompt=True), self._write(conversation, place + 1)
+            if not turn.startswith(prompt) or not whole.startswith(turn):
+                raise InputError(
+                    f"{where}: {self.name} writes turn {place + 1} differently "
+                    + ("after its prompt" if whole.startswith(turn) else "once others follow")
+                    + f", so that its tokens cannot be told from the others: {_REMEDY}"
+                )
+            text = message["content"].strip()
+            ending = turn[len(prompt) :].partition(text)[2] if text else turn[len(prompt) :]
+            if not any(end in ending for end in self._ends):
+                raise InputError(
+                    f"{where}: {self.name} ends turn {place + 1} without a special token, so that a model would not "
+                    f"learn to stop: {_REMEDY}"
+                )
+            texts += [prompt, turn]
+        return [whole, *texts]
+
+    def _check_order(self, conversation: Conversation, whole: str) -> None:
+        """InputError if the template does not write the content of each turn, one after another."""
+        place = 0
+        for turn, message in enumerate(conversation.messages, 1):
+            calls = [call["function"]["name"] for call in message.get("tool_calls", [])]
+            for text in (message["content"].strip(), *calls):
+                found = whole.find(text, place)
+                if found < 0:
+                    raise InputError(
+                        f"{conversation.where}: {self.name} leaves out or changes turn {turn}, of the role "
+                        f"{message['role']}: {_REMEDY}"
+                    )
+                place = found + len(text)
+
+    @cached_property
+    def _ends(self) -> set[str]:
+        added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
+        return {token for token in (*added, *self.tokenizer.all_special_tokens) if token.strip()}
+
+    def _write(self, conversation: Conversation, count: int, prompt: bool = False, tools: bool = True) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    conversation.messages[:count],
+                    tools=conversation.tools if tools else None,
+                    chat_template=_dated(self.text or self.tokenizer.get_chat_template(tools=conversation.tools)),
+                    add_generation_prompt=prompt,
+                    tokenize=False,
+                )
+            )
+        except Exception as error:  # a template may raise anything
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{conversation.where}: {self.name} does not take this conversation: {reason}") from error
+
+
+_REMEDY = "correct the row, or give a template of your own (template: FILE)"
+
+
+@functools.cache
+def _dated(text: str) -> str:
+    """A template with TODAY in place of the day's date."""
+    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(TODAY.strftime(call[2])), text)
+
+
+def _shared(part: Sequence[int], whole: Sequence[int]) -> int:
+    """How many tokens the two begin with: a token across the end of `part` is not one of them."""
+    if part == whole[: len(part)]:
+        return len(part)
+    pairs = enumerate(zip(part, whole, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), len(whole))
