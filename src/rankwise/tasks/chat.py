@@ -9,6 +9,7 @@ A turn of a list is OpenAI's or ShareGPT's; a list may also be JSON in a text. `
 """
 
 import hashlib
+import itertools
 import json
 from abc import abstractmethod
 from collections import Counter
@@ -105,26 +106,22 @@ class Conversations(Custom, Language):
 
     def rows(self, split: Split, processor: PreTrainedTokenizerBase, max_length: int) -> Iterator[Row]:
         template, cuts = Template.of(processor, self._own, self.template), Counter[str]()
-        place = -1
-        for block in split.data.iter(1_000):
-            conversations = [
-                Conversation(messages, where, tools, learnt)
-                for (messages, tools, learnt), where in zip(
-                    map(json.loads, block["conversation"]), block["where"], strict=True
-                )
-            ]
-            for place, (ids, answers) in enumerate(template.encode(conversations), place + 1):
-                whole = [stop for _, stop in answers if stop <= max_length]
-                cut = "" if len(ids) <= max_length else AT_TURN if whole else IN_ANSWER
-                ids = ids[: whole[-1]] if cut == AT_TURN else ids[:max_length]
-                labels = [IGNORE] * len(ids)
-                for start, stop in answers:
-                    start = max(start, 1)  # the first token has nothing to be predicted from
-                    labels[start:stop] = ids[start:stop]
-                learns = any(label != IGNORE for label in labels)
-                cuts[cut if learns else LEFT_OUT] += 1
-                if learns:
-                    yield Row(place, ids, labels, cut)
+        encoded = (
+            template.encode([*map(_conversation, block["conversation"], block["where"])])
+            for block in split.data.iter(1_000)
+        )
+        for place, (ids, answers) in enumerate(itertools.chain.from_iterable(encoded)):
+            whole = [stop for _, stop in answers if stop <= max_length]
+            cut = "" if len(ids) <= max_length else AT_TURN if whole else IN_ANSWER
+            ids = ids[: whole[-1]] if cut == AT_TURN else ids[:max_length]
+            labels = [IGNORE] * len(ids)
+            for start, stop in answers:
+                start = max(start, 1)  # the first token has nothing to be predicted from
+                labels[start:stop] = ids[start:stop]
+            learns = any(label != IGNORE for label in labels)
+            cuts[cut if learns else LEFT_OUT] += 1
+            if learns:
+                yield Row(place, ids, labels, cut)
         if note := _note(cuts, len(split.data), f"max_length = {max_length}"):
             tell(f"{split.name} rows of {self.label}: {note}")
 
@@ -209,6 +206,11 @@ class Instruct(Conversations, name="instruct"):
             asked = f"{asked}\n\n{more}" if more and str(more).strip() else str(asked)
             first = [{"role": "system", "content": system}] if system and str(system).strip() else []
             yield [*first, {"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}], None
+
+
+def _conversation(text: str, where: str) -> Conversation:
+    messages, tools, learnt = json.loads(text)
+    return Conversation(messages, where, tools, learnt)
 
 
 def _listed(value: Any, where: str, what: str) -> list[Any]:

@@ -41,9 +41,9 @@ class PlainText(Custom, Language, name="text"):
     def rows(self, split: Split, processor: PreTrainedTokenizerBase, max_length: int) -> Iterator[Row]:
         left: list[int] = []
         texts: list[int] = []  # of each token the place of its text
-        place = -1
-        for block in split.data.iter(1_000):
-            for place, ids in enumerate(processor(block["text"], verbose=False)["input_ids"], place + 1):
+        for first in range(0, len(split.data), 1_000):
+            block = split.data[first : first + 1_000]["text"]
+            for place, ids in enumerate(processor(block, verbose=False)["input_ids"], first):
                 ended = ids if ids[-1:] == [processor.eos_token_id] else [*ids, processor.eos_token_id]
                 left += ended
                 texts += [place] * len(ended)
