@@ -11,6 +11,7 @@ import quick  # noqa: F401
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # no test asserts a time
 hypothesis.settings.load_profile("any machine")
+os.environ.setdefault("RANKWISE_TESTS", str(os.getpid()))  # of pytest itself: its workers inherit it
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

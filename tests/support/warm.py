@@ -6,7 +6,7 @@ its exit handlers; the processes of Python that it starts are forked as well. Wh
 loaded, its parent is the process that it was forked from, and its command line is that of this.
 """
 
-import atexit
+import fcntl
 import gc
 import importlib
 import json
@@ -40,8 +40,10 @@ run.code_for(RunConfig(task="stdlib-kind", method="simplex-lora"))
     "stock": "import peft, safetensors.torch, torch, transformers.trainer",
 }
 """Imports and preparations before the fork: for commands of rankwise, and for scripts that must not import it."""
+OWNER = int(os.environ["RANKWISE_TESTS"])
+"""The process id of pytest, with which the processes that are forked from end."""
 _servers: dict[str, str] = {}
-"""The addresses of the processes that are forked from."""
+"""Their addresses."""
 
 
 class Popen(subprocess.Popen):
@@ -129,34 +131,49 @@ def run(
 
 
 def _connected(kind: str) -> socket.socket:
-    """A connection to the process that forks itself on demand, which is started at the first call."""
-    if kind not in _servers:
-        address = f"\0rankwise-tests-{kind}-{os.getpid()}"
-        ours, theirs = os.pipe()  # the server ends when our end is closed, however this process ends
-        environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-        command = [sys.executable, __file__, kind, address[1:]]
-        process = subprocess.Popen(command, stdin=ours, stdout=subprocess.PIPE, env=environment)
-        os.close(ours)
+    """A connection to the process that forks itself on demand; started at the first call, for all workers of pytest."""
+    if kind in _servers:
+        return _connect(_servers[kind])
+    address = f"\0rankwise-tests-{kind}-{OWNER}"
+    with Path(__file__).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # or two workers could both start it
+        try:
+            server = _connect(address)
+        except ConnectionRefusedError:
+            _start(kind, address)
+            server = _connect(address)
+    _servers[kind] = address
+    return server
+
+
+def _connect(address: str) -> socket.socket:
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        server.connect(address)
+    except BaseException:
+        server.close()
+        raise
+    return server
+
+
+def _start(kind: str, address: str) -> None:
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    command = [sys.executable, __file__, kind, address[1:]]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
-        process.stdout.close()
-        _servers[kind] = address
-        atexit.register(process.wait)
-        atexit.register(os.close, theirs)
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    server.connect(_servers[kind])
-    return server
 
 
 def _serve(listening: socket.socket) -> dict[str, Any]:
     """Fork for each order; returns, in the forked process, its order."""
     running: dict[int, tuple[int, int]] = {}
+    owner = os.pidfd_open(OWNER)
     ready = selectors.DefaultSelector()
     ready.register(listening, selectors.EVENT_READ)
-    ready.register(0, selectors.EVENT_READ)
+    ready.register(owner, selectors.EVENT_READ)
     while True:
         for key, _ in ready.select():
-            if key.fileobj == 0:
+            if key.fileobj == owner:
                 os._exit(0)
             if key.fileobj is not listening:
                 pid, status = running.pop(key.fd)
@@ -182,6 +199,7 @@ def _serve(listening: socket.socket) -> dict[str, Any]:
         break
     ready.close()
     listening.close()
+    os.close(owner)
     for watched, (_, status) in running.items():
         os.close(watched)
         os.close(status)
@@ -218,6 +236,8 @@ def _become(order: dict[str, Any], path: list[str]) -> None:
 
 
 def _main(kind: str, address: str) -> None:
+    if os.fork():
+        os._exit(0)  # it outlives the worker that has started it
     subprocess.Popen = Popen  # type: ignore[misc]
     importlib.import_module("quick")
     exec(PREPARED[kind], {})
