@@ -15,7 +15,12 @@ from asserts import refused
 from chats import sharegpt, tokenizer_for, turns, write
 from rankwise import tasks
 from rankwise.errors import InputError
+from rankwise.metrics import METRICS
+from rankwise.report.examples import of_run
+from rankwise.results.predictions import predictions
 from rankwise.tasks.generation import IGNORE
+from rankwise.train.run import run
+from runs import make
 
 ROWS = [turns(f"What is {n} + {n}?", f"It is {n + n}.", system="Count." * (n % 2)) for n in range(40)]
 
@@ -283,3 +288,44 @@ def test_what_is_cut_is_said_once_on_stderr(tmp_path, capsys):
         task.encode(train, tokenizer, 90)
     said = capsys.readouterr().err
     assert said.count("warning: train rows of told (chat): max_length = 90: of ") == 1
+
+
+def test_a_run_counts_what_was_cut_and_shows_sample_answers(tmp_path):
+    rows = [turns(f"What is {n} + {n}?", f"It is {n + n}." * (1 + 3 * (n % 5 == 0))) for n in range(150)]
+    rows += [turns("long " * 60, "No.")] * 3
+    file = write(tmp_path / "sums.jsonl", [{"messages": row} for row in rows])
+    task = {"type": "chat", "dataset": str(file)}
+    settings = {"model": "random-llama", "max_length": 56, "eval_every": 6, "train_rows": None, "eval_rows": None}
+    result = run(make(tmp_path / "runs" / "chat", task=task, **settings))
+    train, [held] = result["splits"]["train"], result["splits"]["evaluation"]
+    left = chat(file).train().data["source"][:].count("user: " + "long " * 60)
+    assert train["rows"] + held["rows"] == 150 and "max_length: of " in train["note"] + held["note"]
+    assert (f"{left} left out" in train["note"]) == (left > 0)
+    assert result["score"] == "perplexity" and set(result["metrics"]) == {"perplexity", "token_accuracy"}
+    found = predictions(tmp_path / "runs" / "chat")
+    assert found is not None and found.kind == "statistics"
+    value = METRICS["perplexity"].value
+    assert value is not None and value(found.values.sum(axis=0)) == pytest.approx(result["metrics"]["perplexity"])
+    for example in of_run(tmp_path / "runs" / "chat"):
+        assert "What is " in example.source and example.references[0].startswith("It is ")
+
+
+@pytest.mark.parametrize("kind", ["chat", "text"])
+def test_packed_rows_are_learnt_as_unpacked_ones_are(tmp_path, kind):
+    rows = [{"messages": turns(f"What is {n}?", f"It is {n}."), "text": f"The number {n}."} for n in range(40)]
+    file = write(tmp_path / "a.jsonl", rows)
+    losses = []
+    for packing in (False, True):
+        folder = make(
+            tmp_path / "runs" / str(packing),
+            task={"type": kind, "dataset": str(file)},
+            model="random-llama",
+            packing=packing,
+            max_length=64,
+            max_steps=4,
+            eval_every=1,
+        )
+        run(folder)
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([value for line in lines for key, value in line.items() if "loss" in key])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) >= 4
