@@ -112,7 +112,7 @@ report:
         return f"""
 task:
   type: {self.type}
-  # a .csv, .jsonl or .parquet file, of which a tenth is held out to score, or a folder with train and validation
+  # a .csv, .json(l) or .parquet file, of which a tenth is held out to score, or a folder with train and validation
   dataset: {_flow(self.data)}
   columns: {_flow(self.columns)}
 {metrics}
@@ -169,7 +169,7 @@ def asked(given: dict[str, str | None], ask: Ask | None) -> Start:
             raise InputError(f"--{key}: is needed; nothing was answered")
         return found
 
-    data = answer("data", "Your data, a .csv, .jsonl or .parquet file, or a folder with train and validation:")
+    data = answer("data", "Your data, a .csv, .json(l) or .parquet file, or a folder with train and validation:")
     images = (Path(data).expanduser() / "train" / "images").is_dir()
     columns = [] if images else _columns(data)
     kinds = ", ".join((*TYPES, IMAGES))

@@ -61,6 +61,8 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form_gives_the_same_conversations(tmp_path, form):
     assert messages(write(tmp_path / "a.jsonl", FORMS[form])) == ROWS
+    (tmp_path / "a.json").write_text(json.dumps(FORMS[form], indent=1))
+    assert messages(tmp_path / "a.json") == ROWS
     if form != "content in parts here and there":  # a column of parquet has one type
         pyarrow.parquet.write_table(pa.Table.from_pylist(FORMS[form]), tmp_path / "a.parquet")
         assert messages(tmp_path / "a.parquet") == ROWS

@@ -156,7 +156,7 @@ def test_what_is_wrong_is_said_with_file_and_row(tmp_path: Path) -> None:
         reviews(tmp_path, columns={"text": "bodies", "label": "mood"})
     )
     (tmp_path / "validation.csv").unlink()
-    assert "validation.parquet does not exist (nor .csv or .jsonl)" in unread(reviews(tmp_path))
+    assert "validation.parquet does not exist (nor .csv or .jsonl or .json)" in unread(reviews(tmp_path))
     write(train, [{"body": " ", "mood": "+"}, *REVIEWS])
     assert f"{train} has an empty body in line 2" in unread(reviews(tmp_path))
     train.write_bytes("body,mood\nhällo,+\n".encode("latin-1"))

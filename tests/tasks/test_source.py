@@ -25,7 +25,7 @@ TEXT = st.text(st.characters(exclude_characters="\r\x00", exclude_categories=["C
 
 @given(rows=st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=6))
 @settings(deadline=None)
-def test_the_three_kinds_of_files_give_the_same_texts(rows, tmp_path_factory):
+def test_the_kinds_of_files_give_the_same_texts(rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     texts, targets = [text for text, _ in rows], [target for _, target in rows]
     pq.write_table(pa.table({"text": texts, "target": targets}), folder / "a.parquet")
@@ -33,7 +33,8 @@ def test_the_three_kinds_of_files_give_the_same_texts(rows, tmp_path_factory):
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("text", "target"), *rows])
     lines = [json.dumps({"target": b, "text": a}, ensure_ascii=False) for a, b in rows]
     (folder / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    for ending in ("parquet", "csv", "jsonl"):
+    (folder / "a.json").write_text(f"[{', '.join(lines)}]", encoding="utf-8-sig")
+    for ending in ("parquet", "csv", "jsonl", "json"):
         table = checked(read(str(folder / f"a.{ending}"), "train"), STRINGS)
         assert table.to_pydict() == {"text": texts, "target": targets}
         assert table.schema.types == [pa.string()] * 2
@@ -46,7 +47,7 @@ def test_a_folder_has_a_file_for_each_split(tmp_path, monkeypatch):
     for folder in (str(tmp_path), tmp_path.name, f"./{tmp_path.name}"):
         assert read(folder, "train").table.to_pydict() == {"text": ["a"], "target": ["b"]}
         assert read(folder, "validation").table["text"].to_pylist() == ["c"]
-    assert "test.parquet does not exist (nor .csv or .jsonl)" in refused(lambda: read(str(tmp_path), "test"))
+    assert "test.parquet does not exist (nor .csv or .jsonl or .json)" in refused(lambda: read(str(tmp_path), "test"))
     (tmp_path / "train.parquet").write_bytes(b"")
     assert "both train.parquet and train.csv" in refused(lambda: read(str(tmp_path), "train"))
     assert "there is no such file or folder" in refused(lambda: read(str(tmp_path / "nowhere"), "train"))
@@ -118,6 +119,27 @@ JSONL = {
     "has no rows": "\n",
     "has an empty target in line 1": '{"text": "a", "target": "\\u3000"}\n',
 }
+
+
+JSON = {
+    "train.json is not JSON (": '[{"text": "a", "target": "b"},\n]',
+    "it has the key 'text' twice": '[{"text": "a", "target": "b", "text": "c"}]',
+    "train.json is not a list of objects": '{"text": "a", "target": "b"}',
+    "row 1 is not a JSON object": '[{"text": "a", "target": "b"}, "a"]',
+    "has no target in row 1": '[{"text": "a", "target": "b"}, {"text": "a"}]',
+    "'target' has values of several types in row 1": '[{"text": "a", "target": "b"}, {"text": "a", "target": 1}]',
+    "has no rows": "[]",
+    "is not text in UTF-8": b"\xff[]",
+}
+
+
+@pytest.mark.parametrize("wanted", JSON)
+def test_a_bad_json(tmp_path, wanted):
+    text = JSON[wanted]
+    (tmp_path / "train.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    message = fails(tmp_path)
+    assert wanted in message
+    assert str(tmp_path / "train.json") in message
 
 
 @pytest.mark.parametrize("wanted", JSONL)

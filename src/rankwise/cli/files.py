@@ -17,7 +17,7 @@ from rankwise.terminal import ask, log, show, show_json, show_marked
 def init(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="the file to write")] = Path("experiment.yaml"),
     data: Annotated[
-        str | None, typer.Option("--data", help="a .csv, .jsonl or .parquet file, a folder, a name")
+        str | None, typer.Option("--data", help="a .csv, .json(l) or .parquet file, a folder, a name")
     ] = None,
     kind: Annotated[
         str | None, typer.Option("--type", help="classification, pair, regression, seq2seq, causal, segmentation")

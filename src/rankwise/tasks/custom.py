@@ -11,9 +11,9 @@
 `metrics` names what the first three are scored by; runs are compared, and learning rates chosen, by the first of them.
 `columns` names the column of each role; a role without one is the column of that name. No column has two roles, and
 none that is read may hold the answer of every row. Labels that look alike are refused; labels that differ in case alone
-give a warning. The dataset is a folder with a file for each split (`train.csv`, `validation.csv`; or .jsonl, or
-.parquet), one such file, or a name on the hub. A tenth of a single file, chosen by the content of its rows, is held
-out.
+give a warning. The dataset is a folder with a file for each split (`train.csv`, `validation.csv`; or .jsonl,
+.json or .parquet), one such file, or a name on the hub. A tenth of a single file, chosen by the content of its rows, is
+held out.
 """
 
 import functools
@@ -66,7 +66,7 @@ class Custom(Task):
     def __post_init__(self) -> None:
         if not self.dataset:
             raise InputError(
-                f"task {self.name} needs a dataset: a folder with train.csv (or .jsonl, .parquet), or a name"
+                f"task {self.name} needs a dataset: a folder with train.csv (or .jsonl, .json, .parquet), or a name"
             )
         for role in self.columns:
             if role not in self.roles:

@@ -3,10 +3,10 @@
 `read` reads one split, from a folder or the hub; `Origin` is a published dataset, which may be in both. Neither checks
 columns. `checked` does, and reports the file and row of the first error.
 
-A folder holds `train.parquet`, `train.csv` or `train.jsonl`, and the same for its other splits. CSV is UTF-8 with a
-header line and commas (or the semicolons or tabs of spreadsheets, if the header has those and no comma), and all fields
-are text until `checked` casts them; an empty field is an empty text. JSONL is UTF-8 with one object per line; a missing
-key is a null. Rows count from 0, lines of a file from 1.
+A folder holds `train.parquet`, `train.csv`, `train.jsonl` or `train.json`, and the same for its other splits. CSV is
+UTF-8 with a header line and commas (or the semicolons or tabs of spreadsheets, if the header has those and no comma),
+and all fields are text until `checked` casts them; an empty field is an empty text. JSONL is UTF-8 with one object per
+line, JSON a list of objects; a missing key is a null. Rows count from 0, lines of a file from 1.
 """
 
 import csv
@@ -27,7 +27,7 @@ from rankwise.files import check_regular, read_bytes, similar
 if TYPE_CHECKING:
     import pyarrow as pa
 
-ENDINGS = (".parquet", ".csv", ".jsonl")
+ENDINGS = (".parquet", ".csv", ".jsonl", ".json")
 AGAIN = "fetch the file again"
 MEND = "correct it or leave it out"
 
@@ -135,7 +135,7 @@ def read(dataset: str, split: str, nested: bool = False) -> Rows:
     """The rows of `split` of a user's dataset: a folder, a file, or a name on the hub.
 
     Relative paths start at the working directory. A file has no splits: all its rows are returned for any `split`.
-    With `nested` the lists and objects of JSONL are kept as JSON, since a column of a table has one type for all.
+    With `nested` the lists and objects of JSON files are kept as text, since a column has one type for all rows.
     InputError if the rows cannot be read.
     """
     path = Path(dataset).expanduser()
@@ -228,8 +228,14 @@ def _from_folder(folder: Path, splits: Sequence[str], remedy: str, nested: bool 
 def _from_file(file: Path, split: str, nested: bool = False) -> Rows:
     if file.suffix == ".parquet":
         return Rows(_parquet(file), split, str(file))
-    table, lines = _table(file, _csv(file) if file.suffix == ".csv" else _jsonl(file, nested))
-    return Rows(table, split, str(file), unit="line", numbers=lines)
+    if file.suffix == ".csv":
+        numbered = _csv(file)
+    else:
+        numbered = _json(file) if file.suffix == ".json" else _jsonl(file)
+        numbered = ((number, _as_json(row)) for number, row in numbered) if nested else numbered
+    unit = "row" if file.suffix == ".json" else "line"
+    table, numbers = _table(file, numbered, unit)
+    return Rows(table, split, str(file), unit=unit, numbers=numbers)
 
 
 def _parquet(file: Path) -> "pa.Table":
@@ -241,8 +247,8 @@ def _parquet(file: Path) -> "pa.Table":
         raise InputError(f"{file} cannot be read as parquet ({_line(error)}): fetch or write the file again") from error
 
 
-def _table(file: Path, numbered: Iterator[tuple[int, dict[str, Any]]]) -> tuple["pa.Table", list[int]]:
-    """The rows of a text file as a table, and the line on which each starts."""
+def _table(file: Path, numbered: Iterator[tuple[int, dict[str, Any]]], unit: str) -> tuple["pa.Table", list[int]]:
+    """The rows of a text file as a table, and the number of each, or of the line on which it starts."""
     pa = need("pyarrow", "bench")
     lines, rows = [], []
     for line, row in numbered:
@@ -261,7 +267,7 @@ def _table(file: Path, numbered: Iterator[tuple[int, dict[str, Any]]]) -> tuple[
                 for line, value in zip(lines, values, strict=True)
                 if value is not None and type(value) is not kind and {type(value), kind} != {int, float}
             ]
-            place = f" in line {other[0]}" if other else ""
+            place = f" in {unit} {other[0]}" if other else ""
             raise InputError(
                 f"{file}: column {column!r} has values of several types{place} ({_line(error)}): give all the same type"
             ) from error
@@ -323,7 +329,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _jsonl(file: Path, nested: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(_text(file).split("\n"), 1):
         if not line.strip():
             continue
@@ -335,9 +341,29 @@ def _jsonl(file: Path, nested: bool = False) -> Iterator[tuple[int, dict[str, An
             ) from error
         if not isinstance(row, dict):
             raise InputError(f"{file}: line {number} is not a JSON object: write one per line, with columns as keys")
-        if nested:
-            row = {key: json.dumps(each) if isinstance(each, list | dict) else each for key, each in row.items()}
         yield number, row
+
+
+def _json(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        rows = json.loads(_text(file), object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{file} is not JSON ({_line(error)}): write a list of objects, with columns as keys"
+        ) from error
+    if not isinstance(rows, list):
+        raise InputError(
+            f"{file} is not a list of objects: write one, with columns as keys, or one object per line (.jsonl)"
+        )
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise InputError(f"{file}: row {number} is not a JSON object: write one, with columns as keys")
+        yield number, row
+
+
+def _as_json(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its lists and objects as text."""
+    return {key: json.dumps(each) if isinstance(each, list | dict) else each for key, each in row.items()}
 
 
 def _from_hub(dataset: str, split: str, remedy: str, name: str | None = None, **options: Any) -> Rows:
