@@ -1,16 +1,13 @@
 """What `train/test_devices.py` has two processes do under `accelerate launch --use_fsdp`: `sharded_trainer.py FOLDER`.
 
-accelerate shards on GPUs only and is told here that the CPUs are some; what follows is its own FSDP2, over gloo.
+`on_cpus.py` carries it out.
 """
 
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import DistributedType, PartialState
 from peft import PeftModel
-from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
 import models
@@ -24,7 +21,7 @@ KINDS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
 }
 
 
-def train_on(found: Path, saved: Path, kind: str, rows: int, **more: Any) -> torch.nn.Module:
+def train_on(found: Path, saved: Path, kind: str, rows: int, **more: Any) -> Trainer:
     """The found adapter after a few steps of `rows` rows a process, in float64; it is saved as the Trainer does."""
     args = TrainingArguments(
         str(saved), max_steps=4, per_device_train_batch_size=rows, learning_rate=1e-2, seed=3, max_grad_norm=0.5,
@@ -36,17 +33,10 @@ def train_on(found: Path, saved: Path, kind: str, rows: int, **more: Any) -> tor
     made = trainer(model=model, args=args, train_dataset=models.rows(24), **method)
     made.train()
     made.save_model(str(saved))
-    return made.model
-
-
-def main(folder: Path) -> None:
-    state: Any = PartialState
-    state._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-    state.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-    for kind in KINDS:
-        assert isinstance(train_on(folder / "found", folder / kind, kind, rows=4), FSDPModule)
-    torch.distributed.destroy_process_group()
+    return made
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    for kind in KINDS:
+        trainer = train_on(folder / "found", folder / kind, kind, rows=4)

@@ -16,6 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 import launched
+import on_cpus
+import rankwise as rw
 import runs
 import sharded_trainer
 import side_by_side
@@ -26,6 +28,7 @@ from rankwise.methods import registry
 from rankwise.processes import together
 from rankwise.ranks import ranks
 from rankwise.train.checkpoint_files import cut_back
+from rankwise.train.model import build
 from rankwise.train.run import run
 from runs import LORA, SIMPLEX, lines
 from waiting import PATIENCE, alive, reached, wait_for, writers
@@ -175,7 +178,7 @@ def test_a_search_on_a_sharded_model_is_refused(both: dict[str, Any]) -> None:
 
 SHARDED = (
     "--use_fsdp", "--fsdp_version", "2", "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
-    "--fsdp_transformer_layer_cls_to_wrap", "BertLayer", "--fsdp_state_dict_type", "FULL_STATE_DICT",
+    "--fsdp_state_dict_type", "FULL_STATE_DICT", "--fsdp_transformer_layer_cls_to_wrap",
 )  # fmt: skip
 
 
@@ -184,7 +187,8 @@ def by_fsdp(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which two processes have carried out `sharded_trainer.py`."""
     folder = tmp_path_factory.mktemp("fsdp")
     side_by_side.found_adapter(folder / "found", "lora")
-    launcher = launched.start(folder / "log", sharded_trainer.__file__, str(folder), how=SHARDED)
+    script = (on_cpus.__file__, sharded_trainer.__file__)
+    launcher = launched.start(folder / "log", *script, str(folder), how=(*SHARDED, "BertLayer"))
     assert launcher.wait(PATIENCE) == 0, (folder / "log").read_text()
     return folder
 
@@ -200,6 +204,60 @@ def test_a_trainer_under_fsdp_trains_a_found_adapter_on_as_one_process_does(
         ranks(PeftModel.from_pretrained(side_by_side.bare(), str(by_fsdp / name))) for name in ("found", kind)
     )
     assert found == after and len(set(found.values())) > 1
+
+
+@pytest.mark.parametrize(
+    "weights", [{"dtype": "bf16"}, pytest.param({"quantise": "4bit"}, marks=pytest.mark.large)], ids=["bf16", "4bit"]
+)
+def test_what_two_processes_have_found_trains_on_sharded_as_the_page_says(
+    weights: dict[str, str], tmp_path: Path
+) -> None:
+    """Both commands of docs/devices.md, on a small decoder, next to the same in one process."""
+    if "quantise" in weights:
+        pytest.importorskip("bitsandbytes")
+    foods = ("thai", "french", "indian")
+    rows = [
+        f"name: place {row} | food: {foods[row % 3]},Place {row} serves {foods[row % 3]} food." for row in range(80)
+    ]
+    (tmp_path / "rows.csv").write_text("\n".join(["prompt,answer", *rows]))
+    columns = {"text": "prompt", "target": "answer"}
+    task = {"type": "causal", "dataset": str(tmp_path / "rows.csv"), "columns": columns}
+    model, tokenizer, _ = build("random-llama", rw.task(task), 48)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    settings = {"task": task, "max_steps": 6, "train_rows": None, "max_length": 48, **weights}
+    settings |= {"gradient_checkpointing": True, "micro_batch": 4, "method": {**SIMPLEX, "every": 2, "times": 2}}
+    found, alone = (make(tmp_path / "runs" / name, str(tmp_path / "base"), **settings) for name in ("found", "alone"))
+    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(found))
+    assert launcher.wait(PATIENCE) == 0, (tmp_path / "log").read_text()
+    run(alone)
+    for one, other in zip(lines(found / "metrics.jsonl"), lines(alone / "metrics.jsonl"), strict=True):
+        assert one.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=2e-3)
+    assert [line["ranks"] for line in lines(found / "ranks.jsonl")] == [
+        line["ranks"] for line in lines(alone / "ranks.jsonl")
+    ]
+
+    page = (Path(__file__).parents[2] / "docs" / "devices.md").read_text()
+    [script] = re.findall(r"^```python\n(\"\"\"continue.py .*?)^```", page, re.MULTILINE | re.DOTALL)
+    shorter = script.replace("max_steps=1000", "max_steps=4").replace("warmup_steps=50", "warmup_steps=1")
+    whole = shorter.replace("per_device_train_batch_size=2", "per_device_train_batch_size=4, use_cpu=True")
+    assert len({script, shorter, whole}) == 3
+    (tmp_path / "continue.py").write_text(shorter)
+    (tmp_path / "whole.py").write_text(whole)
+    given = (str(tmp_path / "continue.py"), str(found), str(tmp_path / "sharded"))
+    launcher = launched.start(tmp_path / "log", on_cpus.__file__, *given, how=(*SHARDED, "LlamaDecoderLayer"))
+    assert launcher.wait(PATIENCE) == 0, (tmp_path / "log").read_text()
+    warm.run([sys.executable, str(tmp_path / "whole.py"), str(found), str(tmp_path / "whole")], check=True)
+    before, ours, theirs = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (found / "adapter", tmp_path / "sharded", tmp_path / "whole")
+    )
+    assert before.keys() == ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=3e-4, rtol=0, msg=name)  # measured: 1e-5
+    moved = max(float((ours[name] - before[name]).abs().max()) for name in ours)
+    assert 2e-4 < moved < 2e-3  # by the learning rate in some of the steps
+    assert len({len(value) for name, value in ours.items() if "lora_A" in name}) > 1  # uneven ranks
 
 
 def test_a_sharded_launch_is_refused(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
