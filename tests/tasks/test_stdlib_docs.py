@@ -1,17 +1,22 @@
 """The tasks made of the standard library's docstrings, built for real from the library that runs the tests."""
 
 import ast
+import inspect
 import json
 import os
+import posixpath
+import shutil
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 
 import pytest
 
+import chats
 from rankwise import tasks
 from rankwise.errors import InputError
-from rankwise.tasks import stdlib_docs
+from rankwise.tasks import stdlib_docs, subset
 
 NAMES = ["stdlib-module", "stdlib-kind", "stdlib-match"]
 
@@ -127,7 +132,7 @@ def none(): pass
 def empty():
     f"""not {1} docstring"""
 '''
-    assert list(stdlib_docs._walk(ast.parse(source).body, in_class=False)) == [
+    assert [(kind, text) for kind, text, _ in stdlib_docs._walk(ast.parse(source).body, in_class=False)] == [
         ("class", "class A"),
         ("method", "method of A"),
         ("function", "function in a method"),
@@ -191,3 +196,36 @@ def test_a_library_without_sources_is_told(monkeypatch, tmp_path):
         stdlib_docs._docstrings.cache_clear()
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_signatures_are_those_of_the_functions_that_the_lines_describe():
+    task = tasks.build("stdlib-signature")
+    train, [validation] = task.train(), task.evaluation()
+    rows = [json.loads(text) for split in (train, validation) for text in split.data["conversation"]]
+    assert len(rows) > 1_000 and len(validation.data) > 200
+    assert not set(train.data["source"]) & set(validation.data["source"])
+    answers = {}
+    for (user, assistant), _, _ in rows:
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        [function] = ast.parse(f"{assistant['content']} pass").body
+        assert isinstance(function, ast.FunctionDef) and len(assistant["content"]) <= stdlib_docs.LONGEST
+        line = user["content"].removeprefix(f"{stdlib_docs.ASKED} ")
+        answers[line] = function.name, [arg.arg for arg in ast.walk(function.args) if isinstance(arg, ast.arg)]
+    found = 0
+    for module in (posixpath, shutil, textwrap):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            line = " ".join((inspect.getdoc(function) or "").partition("\n")[0].split())
+            if line in answers and not name.startswith("_"):
+                assert answers[line] == (name, [*inspect.signature(function).parameters])
+                found += 1
+    assert found > 5
+
+
+@pytest.mark.large
+def test_the_answers_of_the_signatures_are_learnt_and_their_questions_are_not():
+    task, tokenizer = tasks.build("stdlib-signature"), chats.tokenizer("smollm2")
+    split = subset(task.evaluation()[0], 20)
+    for row, text in zip(task.encode(split, tokenizer, 256), split.data["conversation"], strict=True):
+        (_, answer), _, _ = json.loads(text)
+        learnt = tokenizer.decode([id for id, label in zip(row["input_ids"], row["labels"], strict=True) if label >= 0])
+        assert learnt == f"{answer['content']}<|im_end|>\n"

@@ -13,7 +13,7 @@ import itertools
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,7 +54,7 @@ AT_TURN, IN_ANSWER, LEFT_OUT = "cut after an answer", "cut within an answer", "l
 
 
 @dataclass(frozen=True)
-class Conversations(Custom, Language):
+class Conversations(Language):
     """Conversations, of which the answers are learnt.
 
     Attributes:
@@ -66,14 +66,6 @@ class Conversations(Custom, Language):
 
     template: str = ""
 
-    @property
-    def used(self) -> tuple[str, ...]:
-        return tuple(self.columns)
-
-    @abstractmethod
-    def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
-        """The turns of each row, and its tools, as they are in the file. InputError for a column that is missing."""
-
     def changed_options(self, omit: Sequence[str] = ()) -> list[str]:
         options = super().changed_options((*omit, "template"))
         return [*options, f"template={Path(self.template).name}"] if self.template else options
@@ -81,28 +73,6 @@ class Conversations(Custom, Language):
     def revision(self, splits: Sequence[Split] | None = None, tuning: bool = False) -> str:
         found = super().revision(splits, tuning)
         return hashlib.sha256(f"{found}\n{self._own}".encode()).hexdigest()[:12] if self.template else found
-
-    def same(self, read: Any, answer: Any) -> bool:
-        return False
-
-    def fetch(self, name: str) -> Rows:
-        return read(self.dataset, name, nested=True)
-
-    def table(self, rows: Rows) -> "pa.Table":
-        """`source`, the turns before the last answer as a text; `conversation`, all as JSON; `where`, file and row."""
-        pa = need("pyarrow", "bench")
-        assert self._own is not None  # to fail now, not after hours
-        columns: dict[str, list[str]] = {"source": [], "conversation": [], "where": []}
-        style = ""
-        for place, (turns, tools) in enumerate(self.conversations(rows)):
-            where = f"{rows.where}, {rows.at(place)}"
-            style = style or ("from" if isinstance(turns[0], dict) and "from" in turns[0] else "role")
-            messages, learnt = _checked(turns, where, style)
-            source = [f"{message['role']}: {message['content']}" for message in messages[:-1]]
-            columns["source"].append("\n".join([*source, *([json.dumps(tools)] if tools else [])]))
-            columns["conversation"].append(json.dumps([messages, tools, learnt], ensure_ascii=False))
-            columns["where"].append(where)
-        return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
     def rows(self, split: Split, processor: PreTrainedTokenizerBase, max_length: int) -> Iterator[Row]:
         template, cuts = Template.of(processor, self._own, self.template), Counter[str]()
@@ -138,6 +108,37 @@ class Conversations(Custom, Language):
         """The text of the template's file, "" for none."""
         return own(self.template) if self.template else ""
 
+
+@dataclass(frozen=True)
+class OwnConversations(Custom, Conversations):
+    """Conversations of a user's files."""
+
+    @property
+    def used(self) -> tuple[str, ...]:
+        return tuple(self.columns)
+
+    @abstractmethod
+    def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
+        """The turns of each row, and its tools, as they are in the file. InputError for a column that is missing."""
+
+    def same(self, read: Any, answer: Any) -> bool:
+        return False
+
+    def fetch(self, name: str) -> Rows:
+        return read(self.dataset, name, nested=True)
+
+    def table(self, rows: Rows) -> "pa.Table":
+        assert self._own is not None  # to fail now, not after hours
+        return table_of(self._checked(rows))
+
+    def _checked(self, rows: Rows) -> Iterator[Conversation]:
+        style = ""
+        for place, (turns, tools) in enumerate(self.conversations(rows)):
+            where = f"{rows.where}, {rows.at(place)}"
+            style = style or ("from" if isinstance(turns[0], dict) and "from" in turns[0] else "role")
+            messages, learnt = _checked(turns, where, style)
+            yield Conversation(messages, where, tools, learnt)
+
     def _cells(self, rows: Rows, role: str) -> list[Any]:
         """The values of an optional column; None where there is none."""
         column = self.columns.get(role, role)
@@ -149,7 +150,7 @@ class Conversations(Custom, Language):
 
 
 @dataclass(frozen=True)
-class Chat(Conversations, name="chat"):
+class Chat(OwnConversations, name="chat"):
     """Your own conversations, whose answers a decoder learns. Perplexity and accuracy of the answers' tokens.
 
     Attributes:
@@ -179,7 +180,7 @@ class Chat(Conversations, name="chat"):
 
 
 @dataclass(frozen=True)
-class Instruct(Conversations, name="instruct"):
+class Instruct(OwnConversations, name="instruct"):
     """Your own prompts and what to answer, learnt by a decoder. Perplexity and accuracy of the answers' tokens.
 
     Attributes:
@@ -206,6 +207,18 @@ class Instruct(Conversations, name="instruct"):
             asked = f"{asked}\n\n{more}" if more and str(more).strip() else str(asked)
             first = [{"role": "system", "content": system}] if system and str(system).strip() else []
             yield [*first, {"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}], None
+
+
+def table_of(conversations: Iterable[Conversation]) -> "pa.Table":
+    """`source`, the turns before the last answer as a text; `conversation`, all as JSON; `where`, file and row."""
+    pa = need("pyarrow", "bench")
+    columns: dict[str, list[str]] = {"source": [], "conversation": [], "where": []}
+    for each in conversations:
+        source = [f"{message['role']}: {message['content']}" for message in each.messages[:-1]]
+        columns["source"].append("\n".join([*source, *([json.dumps(each.tools)] if each.tools else [])]))
+        columns["conversation"].append(json.dumps([each.messages, each.tools, each.learnt], ensure_ascii=False))
+        columns["where"].append(each.where)
+    return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})
 
 
 def _conversation(text: str, where: str) -> Conversation:

@@ -1,4 +1,4 @@
-"""Three tasks made from the docstrings of the Python standard library on the user's own disk.
+"""Four tasks made from the docstrings of the Python standard library on the user's own disk.
 
 They have real English and real labels without a download: the sources are parsed, never imported. A *summary line* is
 the first line of the docstring of a class, method or function, the *body* is the rest. The split of a line, and its
@@ -18,14 +18,20 @@ import warnings
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rankwise.errors import InputError, need
 from rankwise.files import uncollected
 from rankwise.tasks.base import Split
+from rankwise.tasks.chat import Conversations, table_of
 from rankwise.tasks.classification import Classification
+from rankwise.tasks.templates import Conversation
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 # Tests are not documentation; idlelib, lib2to3 and turtledemo are programs in the library's folder.
 NOT_LIBRARY = {
@@ -33,6 +39,10 @@ NOT_LIBRARY = {
     *("idlelib", "lib2to3", "turtledemo"),
 }
 LARGEST = 24
+ASKED = "Write the first line of a Python function."
+LONGEST = 80
+"""Characters of that line."""
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class Docstring(NamedTuple):
@@ -65,16 +75,10 @@ class StdlibTask(Classification):
         return sorted(self.examples(), key=lambda example: (_draw(example[0][0]), example))
 
     def _split(self, name: str, validation: bool) -> Split:
-        datasets = need("datasets", "bench")
         rows = [example for example in self._examples if _in_validation(example[0][0]) == validation]
-        if not rows:
-            raise InputError(
-                f"{_folder()} has no docstrings for {self.name}: use a Python whose library has its docstrings"
-            )
         columns: dict[str, list] = {column: [texts[i] for texts, _ in rows] for i, column in enumerate(self.text)}
-        columns |= {"label": [label for _, label in rows], "idx": list(range(len(rows)))}
-        note = f"split by rankwise from Python {platform.python_version()}'s own docstrings"
-        return Split(name, datasets.Dataset.from_dict(columns), False, note)
+        columns |= {"label": [label for _, label in rows]}
+        return _as_split(name, need("pyarrow", "bench").table(columns), self.name)
 
 
 class StdlibModule(StdlibTask, name="stdlib-module", aliases=("stdlib-docs",)):
@@ -136,6 +140,52 @@ class StdlibMatch(StdlibTask, name="stdlib-match"):
         return examples
 
 
+@dataclass(frozen=True)
+class StdlibSignature(Conversations, name="stdlib-signature"):
+    """Which function does this? Its first line, asked for by its summary line. Perplexity of the answers' tokens.
+
+    Each row is a conversation. Private functions and lines of more than 80 characters are left out.
+    """
+
+    def train(self) -> Split:
+        return self._split("train", False)
+
+    def evaluation(self) -> list[Split]:
+        return [self._split("validation", True)]
+
+    def _split(self, name: str, validation: bool) -> Split:
+        lines = sorted(_signatures(), key=_draw)
+        pairs = [(line, _signatures()[line]) for line in lines if _in_validation(line) == validation]
+        conversations = [
+            [{"role": "user", "content": f"{ASKED} {line}"}, {"role": "assistant", "content": signature}]
+            for line, signature in pairs
+        ]
+        where = [f"{name}, row {row}" for row in range(len(pairs))]
+        table = table_of(map(Conversation, conversations, where))
+        return _as_split(name, table, self.name)
+
+
+@cache
+@uncollected()
+def _signatures() -> dict[str, str]:
+    """The first line of a function by the summary line of its docstring, without lines that several have."""
+    pairs = []
+    for docstring, node in _documented():
+        if not isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            first = f"def {node.name}({ast.unparse(node.args)}):"
+            if len(first) <= LONGEST:
+                pairs.append((docstring.line, first))
+    return _agreed(pairs)
+
+
+def _as_split(name: str, table: "pa.Table", task: str) -> Split:
+    if table.num_rows == 0:
+        raise InputError(f"{_folder()} has no docstrings for {task}: use a Python whose library has its docstrings")
+    table = table.append_column("idx", [list(range(table.num_rows))])
+    note = f"split by rankwise from Python {platform.python_version()}'s own docstrings"
+    return Split(name, need("datasets", "bench").Dataset(table), False, note)
+
+
 @cache
 def _draw(line: str) -> str:
     """A pseudo-random hex number for a line, the same in every process."""
@@ -169,7 +219,16 @@ def _folder() -> Path:
 @uncollected()
 def _docstrings() -> tuple[Docstring, ...]:
     """The docstrings of the library with a summary line of three words or more, by file name and line."""
-    docstrings = []
+    docstrings = tuple(docstring for docstring, _ in _documented())
+    if not docstrings:
+        raise InputError(
+            f"{_folder()} holds no Python sources with docstrings: use a Python with its library's sources"
+        )
+    return docstrings
+
+
+def _documented() -> Iterator[tuple[Docstring, Definition]]:
+    """Every class and function of the library whose docstring has a summary line of three words or more."""
     for name in _files():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about old escapes in the library's sources
@@ -178,15 +237,10 @@ def _docstrings() -> tuple[Docstring, ...]:
             except (OSError, SyntaxError, ValueError):
                 continue  # this Python cannot import it either
         module = name.partition("/")[0].removesuffix(".py")
-        for kind, text in _walk(tree.body, in_class=False):
+        for kind, text, node in _walk(tree.body, in_class=False):
             line, _, body = inspect.cleandoc(text).partition("\n")
             if len(re.findall(r"[A-Za-z]{2,}", line)) >= 3:
-                docstrings.append(Docstring(module, kind, " ".join(line.split()), body.strip()))
-    if not docstrings:
-        raise InputError(
-            f"{_folder()} holds no Python sources with docstrings: use a Python with its library's sources"
-        )
-    return tuple(docstrings)
+                yield Docstring(module, kind, " ".join(line.split()), body.strip()), node
 
 
 def _files() -> list[str]:
@@ -200,14 +254,14 @@ def _files() -> list[str]:
     return sorted(name for name in names if name.partition("/")[0].removesuffix(".py") in sys.stdlib_module_names)
 
 
-def _walk(body: list, in_class: bool) -> Iterator[tuple[str, str]]:
-    """Kind and docstring of every class and function in a list of statements, at any depth."""
+def _walk(body: list, in_class: bool) -> Iterator[tuple[str, str, Definition]]:
+    """Kind, docstring and node of every class and function in a list of statements, at any depth."""
     for node in body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, Definition):
             is_class = isinstance(node, ast.ClassDef)
             match node.body[0]:
                 case ast.Expr(ast.Constant(str() as text)):
-                    yield "class" if is_class else "method" if in_class else "function", text
+                    yield "class" if is_class else "method" if in_class else "function", text, node
             yield from _walk(node.body, is_class)
         else:  # only statements contain definitions: expressions, most of the tree, are skipped
             for field in ("body", "orelse", "handlers", "finalbody", "cases"):
