@@ -148,6 +148,40 @@ def test_the_revision_changes_with_every_text_and_with_the_template(tmp_path):
     assert chat(tmp_path / "a.jsonl", **template).label == "a (chat) template=t.jinja"
 
 
+def test_history_comes_before_an_instruction(tmp_path):
+    """As LLaMA-Factory's alpaca format has it."""
+    row = {
+        "instruction": "And 2 + 2?",
+        "input": "",
+        "output": "4",
+        "system": "You count.",
+        "history": [["1 + 1?", "2"]],
+    }
+    file = write(tmp_path / "a.jsonl", [row, {**row, "history": []}, {**row, "history": None}])
+    wanted = turns("1 + 1?", "2", "And 2 + 2?", "4", system="You count.")
+    assert messages(file, kind="instruct") == [wanted, *[[wanted[0], *wanted[3:]]] * 2]
+    write(file, [{**row, "history": ["1 + 1?", "2"]}])
+    assert "history in line 1 is no list of pairs" in refused(lambda: chat(file, "instruct").train())
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("loss_weight", 0.0), ("train", False), ("training", False)])
+def test_each_tools_way_to_leave_a_turn_out_of_the_loss_is_read(tmp_path, key, value):
+    first, second, *rest = turns("a", "b", "c", "d")
+    task = chat(write(tmp_path / "a.jsonl", [{"messages": [first, {**second, key: value}, *rest]}]))
+    assert json.loads(task._train[1]["conversation"][0].as_py())[2] == [False, False, False, True]
+    assert read(task) == [turns("a", "b", "c", "d")]
+
+
+def test_parts_of_a_content_may_have_their_text_as_value(tmp_path):
+    """As in LLaMA-Factory's v1_sft_demo.jsonl; else a system turn would be read as if it were empty."""
+    row = turns("a", "b", system="Be short.")
+    parts = [{**each, "content": [{"type": "text", "value": each["content"]}]} for each in row]
+    assert messages(write(tmp_path / "a.jsonl", [{"messages": parts}])) == [row]
+    parts[0]["content"] = [{"type": "text"}]
+    said = refused(lambda: chat(write(tmp_path / "a.jsonl", [{"messages": parts}])).train())
+    assert said.endswith("line 1, turn 1: its content is no text")
+
+
 def test_the_notes_of_openais_files_are_read(tmp_path):
     """`weight: 0` of a turn, null content next to calls, and arguments in JSON."""
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}

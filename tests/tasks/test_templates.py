@@ -188,6 +188,15 @@ def test_tools_and_calls_are_read_and_calls_are_learnt():
     assert "leaves out or changes turn 2, of the role assistant" in said
 
 
+def test_a_result_that_is_written_as_json_is_there():
+    """Llama 3.2's template writes what a tool returns with quotes, which are escaped inside."""
+    call = {"type": "function", "function": {"name": "area", "arguments": {"a": 3}}}
+    messages = [*turns("Area?"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    messages += [{"role": "tool", "content": '{"area": "9 m²"}'}, {"role": "assistant", "content": "It is 9 m²."}]
+    said = marked(chats.tokenizer("llama3_2"), messages)
+    assert said.count("*<|eot_id|>") == 2
+
+
 def test_turns_that_are_not_to_be_learnt_are_read_only():
     said = marked(chats.tokenizer("gemma"), TWO, learnt=[False, False, False, True])
     assert "*Hello" not in said and said.endswith("*2 *<end_of_turn> *Ċ")

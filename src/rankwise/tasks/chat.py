@@ -41,6 +41,8 @@ ROLES = {
     "function_call": "assistant",
 }
 """ShareGPT's names of roles."""
+WEIGHTS = ("weight", "loss_weight", "train", "training")
+"""Keys of a turn that say whether it is learnt, in the files of OpenAI, LLaMA-Factory and axolotl."""
 AFTER: dict[str, tuple[str, ...]] = {
     "system": ("",),
     "developer": ("",),
@@ -176,7 +178,7 @@ class Chat(OwnConversations, name="chat"):
             if isinstance(system, str) and system.strip():
                 style = ("from", "value") if isinstance(turns[0], dict) and "from" in turns[0] else ("role", "content")
                 turns = [dict(zip(style, ("system", system), strict=True)), *turns]
-            yield turns, _listed(tools, where, "tools") if tools and tools != "[]" else None
+            yield turns, _listed(tools, where, "tools") if tools not in _NONE else None
 
 
 @dataclass(frozen=True)
@@ -184,10 +186,11 @@ class Instruct(OwnConversations, name="instruct"):
     """Your own prompts and what to answer, learnt by a decoder. Perplexity and accuracy of the answers' tokens.
 
     Attributes:
-        columns: from role to column: prompt and completion, or instruction, input and output; and system.
+        columns: from role to column: prompt and completion, or instruction, input and output; system; and history, a
+            list of earlier questions with their answers.
     """
 
-    roles: ClassVar[tuple[str, ...]] = ("prompt", "completion", "instruction", "input", "output", "system")
+    roles: ClassVar[tuple[str, ...]] = ("prompt", "completion", "instruction", "input", "output", "system", "history")
 
     def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
         pa = need("pyarrow", "bench")
@@ -202,11 +205,27 @@ class Instruct(OwnConversations, name="instruct"):
             )
         table = self._named(rows, dict.fromkeys(there[0], pa.string()), there[0])
         inputs = self._cells(rows, "input") if there[0][0] == "instruction" else [None] * table.num_rows
-        systems = self._cells(rows, "system")
-        for asked, answer, more, system in zip(*table.columns, inputs, systems, strict=True):
+        others = self._cells(rows, "system"), self._cells(rows, "history")
+        for place, (asked, answer, more, system, history) in enumerate(
+            zip(*table.columns, inputs, *others, strict=True)
+        ):
+            earlier: list[Any] = []
+            for pair in _listed(history, f"{rows.where}, {rows.at(place)}", "history") if history not in _NONE else ():
+                if not isinstance(pair, list) or len(pair) != 2:
+                    raise InputError(f"{rows.where}: history in {rows.at(place)} is no list of pairs: {rows.remedy}")
+                earlier += [
+                    {"role": role, "content": each} for role, each in zip(("user", "assistant"), pair, strict=True)
+                ]
             asked = f"{asked}\n\n{more}" if more and str(more).strip() else str(asked)
             first = [{"role": "system", "content": system}] if system and str(system).strip() else []
-            yield [*first, {"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}], None
+            yield (
+                [*first, *earlier, {"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}],
+                None,
+            )
+
+
+_NONE: tuple[Any, ...] = (None, "", "[]", [])
+"""Cells without a list."""
 
 
 def table_of(conversations: Iterable[Conversation]) -> "pa.Table":
@@ -280,11 +299,12 @@ def _checked(turns: list[Any], where: str, style: str) -> tuple[list[dict[str, A
             wrong("its content is no text" if content is None else "its tool_calls are not those of functions")
         if not content.strip() and role in ("user", "assistant") and not calls:
             wrong(f"the {'answer' if role == 'assistant' else 'content'} is empty")
-        if (weight := turn.get("weight", 1)) not in (0, 1):
-            wrong(f"weight is {weight}, not 0 or 1")
-        more = {key: each for key, each in turn.items() if key not in (style, content_key, "weight", "tool_calls")}
+        for key in WEIGHTS:
+            if turn.get(key, 1) not in (0, 1):
+                wrong(f"{key} is {turn[key]}, not 0 or 1")
+        more = {key: each for key, each in turn.items() if key not in (style, content_key, "tool_calls", *WEIGHTS)}
         messages.append({**more, "role": role, "content": content, **({"tool_calls": calls} if calls else {})})
-        learnt.append(role == "assistant" and weight == 1)
+        learnt.append(role == "assistant" and all(turn.get(key, 1) for key in WEIGHTS))
         before = role
     if not any(learnt):
         raise InputError(f"{where}: no turn of the assistant is there to be learnt")
@@ -295,8 +315,10 @@ def _checked(turns: list[Any], where: str, style: str) -> tuple[list[dict[str, A
 
 def _text(content: Any) -> str | None:
     """A text, or the joined texts of a list of parts; None for anything else, such as a picture."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+    if isinstance(content, list):
+        parts = [part.get("text", part.get("value")) if isinstance(part, dict) else None for part in content]
+        texts = all(isinstance(part, str) for part in parts) and all(part.get("type") == "text" for part in content)
+        content = "".join(map(str, parts)) if texts else None
     return content if isinstance(content, str) else None
 
 

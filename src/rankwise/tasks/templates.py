@@ -9,6 +9,7 @@ how the next one starts; a template that writes earlier turns differently later 
 import datetime
 import functools
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,13 +158,15 @@ class Template:
         for turn, message in enumerate(conversation.messages, 1):
             calls = [call["function"]["name"] for call in message.get("tool_calls", [])]
             for text in (message["content"].strip(), *calls):
-                found = whole.find(text, place)
+                forms = (text, json.dumps(text)[1:-1], json.dumps(text, ensure_ascii=False)[1:-1])
+                places = {form: whole.find(form, place) for form in forms}
+                form, found = next(((form, at) for form, at in places.items() if at >= 0), ("", -1))
                 if found < 0:
                     raise InputError(
                         f"{conversation.where}: {self.name} leaves out or changes turn {turn}, of the role "
                         f"{message['role']}: {_REMEDY}"
                     )
-                place = found + len(text)
+                place = found + len(form)
 
     @cached_property
     def _ends(self) -> set[str]:
