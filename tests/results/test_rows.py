@@ -204,6 +204,17 @@ def test_a_budget_is_shown_with_what_of_it_is_used(store: Store) -> None:
     assert line.split()[-1] == "outside"
 
 
+def test_what_trains_nothing_is_outside_of_no_budget(store: Store) -> None:
+    """The note that lists those outside would end with `: none`."""
+    finish(store, config(budget=4100), 0.8)
+    nothing = {"trainable": 0, "final": 0, "budget": 0, "head": 0}
+    finish(store, config(method={"name": "none"}), 0.4, parameters=nothing)
+    text = Summary(store.results()).text()
+    scores, costs = (line.split() for line in text.splitlines() if line.startswith("none "))
+    assert "outside" not in scores and "Outside the budget" not in text
+    assert scores[:3] == ["none", "1", "0.400"] and "40.0" not in costs  # neither a rate nor a speed
+
+
 def test_a_budget_that_was_overspent_is_said(store: Store) -> None:
     finish(store, config(budget=4000), 0.8)
     assert "101% of the budget of 4,000 parameters, because its ranks grew" in Summary(store.results()).text()

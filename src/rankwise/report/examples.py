@@ -8,6 +8,7 @@ from typing import Any
 
 from rankwise.errors import InputError
 from rankwise.files import read_bytes
+from rankwise.results.contrasts import FLOORS
 from rankwise.results.predictions import main_split
 from rankwise.results.rows import Row
 from rankwise.runs.store import PICTURE
@@ -32,9 +33,12 @@ class Example:
 def examples(best: Sequence[Row]) -> list[Example]:
     """A few rows of the main evaluation split, evenly spread, by what the first seed of each method wrote for them.
 
-    Empty if the runs wrote no texts. A method without a text for a row is left out there.
+    What the model wrote before training, if it was asked, comes first. Empty if the runs wrote no texts. A method
+    without a text for a row is left out there.
     """
-    return _side_by_side({row.method: _written(row.first) for row in best}, SHOWN, LONGEST)
+    rows = sorted(best, key=lambda row: row.name not in FLOORS)
+    names = [f"{row.method} ({FLOORS[row.name]})" if row.name in FLOORS else row.method for row in rows]
+    return _side_by_side({name: _written(row.first) for name, row in zip(names, rows, strict=True)}, SHOWN, LONGEST)
 
 
 def of_run(folder: Path) -> list[Example]:

@@ -115,10 +115,10 @@ def score_by_cost(
         _marks(figure, axes, points)
         low, high = min(point.x for point in points), max(point.x for point in points)
         pad = 0.2 * (high - low or high or 1.0)
-        low, high = max(0.0, low - pad), high + pad
+        low, high = max(0.0, low - pad) if low else -pad / 4, high + pad  # all of a mark at 0 is seen
         step = next((each for each in steps if each > (high - low) / 4), steps[-1])
         if math.ceil(low / step) >= math.floor(high / step):  # fewer than two ticks show no scale
-            low, high = math.floor(low / step) * step, (math.floor(high / step) + 1) * step
+            low, high = math.floor(max(0.0, low) / step) * step, (math.floor(high / step) + 1) * step
         ticks = np.arange(math.ceil(low / step), math.floor(high / step) + 1) * step
         axes.set_xlim(low, high)
         axes.set_xticks(ticks, [_cost(shown, tick) for tick in ticks], fontsize=8.5)

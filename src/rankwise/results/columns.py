@@ -248,7 +248,7 @@ INTERVAL: Column[Row] = Column(
 )
 RATE: Column[Row] = Column(
     "learning rate",
-    cell=lambda row: f"{row.learning_rate:g}" if row.trainable + row.head else "",
+    cell=lambda row: f"{row.learning_rate:g}" if row.trains else "",
     values={"learning_rate": _of("learning_rate")},
     meaning="of the adapters and the head",
 )
@@ -266,7 +266,7 @@ SIZES = (
 )
 SHARE: Column[Row] = Column(
     "of budget",
-    cell=lambda row: "outside" if row.used is None else f"{row.used:.1%}",
+    cell=lambda row: f"{row.used:.1%}" if row.used is not None else "outside" if row.trains else "",
     values={"used": _of("used")},
     meaning="the peak as a share of what the experiment's budget allows every method",
 )
@@ -286,7 +286,7 @@ COSTS: tuple[Column[Row], ...] = (
     Column(
         "speed",
         "rows/s",
-        cell=lambda row: f"{row.examples_per_second:.1f}",
+        cell=lambda row: f"{row.examples_per_second:.1f}" if row.trains else "",
         values={"examples_per_second": _of("examples_per_second")},
         meaning="training rows per second, mean",
         on_terminal="examples/s",

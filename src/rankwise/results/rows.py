@@ -133,6 +133,11 @@ class Row:
         return None if equal(values) else t_interval(values, *limits)
 
     @property
+    def trains(self) -> bool:
+        """Whether anything trains."""
+        return self.trainable + self.head > 0
+
+    @property
     def used(self) -> float | None:
         """The peak as a share of the budget; None without one."""
         return None if self.asked is None else self.trainable / self.asked
