@@ -238,6 +238,38 @@ def test_a_packed_run_comes_to_what_it_comes_to_unpacked(
     assert len(settings) == 1  # they may be compared
 
 
+@pytest.mark.large
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"dtype": "bf16"},
+        {"autocast": "bf16"},
+        {"quantise": "4bit"},
+        {"quantise": "8bit"},
+        {"gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_packing_with_the_settings_that_save_memory(more: dict[str, Any], task: dict[str, Any], tmp_path: Path) -> None:
+    if "quantise" in more:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e '.[dev]'")
+    tokenizer = models.tokenizer("ash", "oak", "elm", "tree", pad_token="</s>")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    more = {"model": str(tmp_path / "base"), "max_steps": 4, "method": "lora", **more}
+    found = []
+    for packing in (False, True):
+        folder = prepared(tmp_path / str(packing), task, packing=packing, **more)
+        run(folder)
+        found.append([line["loss"] for line in lines(folder / "metrics.jsonl") if "loss" in line])
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
 def test_a_packed_run_that_is_cut_goes_on_bit_for_bit(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,8 +89,8 @@ class Packing:
                 reason = " ".join(str(error).split())[:200]
                 raise InputError(f"packing: {name} cannot read packed rows ({reason}): leave it out") from error
         packed, unmarked = torch.tensor(differences).amax(0).tolist()
-        weights = next(model.parameters())
-        exact = weights.dtype == torch.float32 and not torch.is_autocast_enabled(weights.device.type)
+        weights = [*model.parameters()]
+        exact = not torch.is_autocast_enabled(weights[0].device.type) and all(p.dtype == torch.float32 for p in weights)
         if not packed <= (0.01 if exact else 0.1) * unmarked:  # nor if it is not a number
             raise InputError(f"packing: {name} does not keep rows apart that share a sequence: leave it out")
 
