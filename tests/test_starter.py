@@ -69,6 +69,31 @@ def test_four_questions_are_asked_and_have_usual_answers(data: str, cli: Cli, mo
     assert "dataset: my tickets.csv" in text and "name: head" in text and "# model: roberta-base" in text
 
 
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        ("chat", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}),
+        ("chat", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}),
+        ("instruct", {"prompt": "a", "completion": "b"}),
+        ("instruct", {"instruction": "a", "input": "", "output": "b"}),
+        ("text", {"text": "a"}),
+    ],
+)
+def test_a_file_for_conversations_needs_no_columns(
+    kind: str, row: dict[str, object], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text("".join(json.dumps(row).replace('"a"', f'"a {n}"') + "\n" for n in range(60)))
+    terminal(monkeypatch, "a.jsonl\n" + (f"{kind}\n" if kind == "text" else "\n"))
+    code, _, err = cli("init", "my.yaml")
+    assert code == 0 and f"[{'classification' if kind == 'text' else kind}]" in err and "column" not in err
+    found = load("my.yaml", [], Schema(methods.registry(), tasks.registry()))
+    assert isinstance(found, Experiment) and found.base["task"]["name"] == kind and found.base["model"] == "smollm2"
+    assert tasks.build(found.base["task"])
+    planned = json.loads(cli("compare", "my.yaml", "model=random-llama", "--dry-run", "--json")[1])
+    assert len(planned) == 9  # three rates for each of two methods, and three seeds of the model as it comes
+
+
 def images(folder: Path) -> str:
     for split, rows in (("train", 30), ("validation", 4)):
         for part in ("images", "masks"):

@@ -14,6 +14,8 @@ TYPES = {"classification": "label", "pair": "label", "regression": "label", "seq
 """Type of a task on texts -> the role of the column that is learnt."""
 IMAGES = "segmentation"
 """The type of a task on images and their masks."""
+CHATS = {"chat": ("messages", "conversations"), "instruct": ("completion", "output"), "text": ()}
+"""Types whose columns are found by their names -> columns by which a file is taken for one."""
 MODELS = {"seq2seq": "t5-small", "causal": "gpt2-medium"}
 """What a file starts with where the packaged model cannot do the task."""
 
@@ -27,9 +29,9 @@ class Start:
 
     Attributes:
         data: a file, a folder with a file for each split, or a name on the hub.
-        type: of the task, one of `TYPES`, or `IMAGES`.
-        read: the columns that the model reads: two for a pair, none for images, else one.
-        answer: the column that it learns; for images the classes, separated by commas.
+        type: of the task, one of `TYPES` or `CHATS`, or `IMAGES`.
+        read: the columns that the model reads: two for a pair, none for images and `CHATS`, else one.
+        answer: the column that it learns; for images the classes, separated by commas; "" for `CHATS`.
         model: folder or hub name; empty for the packaged one.
     """
 
@@ -40,10 +42,10 @@ class Start:
     model: str = ""
 
     def __post_init__(self) -> None:
-        known = (*TYPES, IMAGES)
+        known = (*TYPES, *CHATS, IMAGES)
         if self.type not in known:
             raise InputError(f"--type {self.type}: no such type{nearest(self.type, known)}; known: {', '.join(known)}")
-        wanted = 2 if self.type == "pair" else 0 if self.type == IMAGES else 1
+        wanted = 2 if self.type == "pair" else 0 if self.type in (*CHATS, IMAGES) else 1
         if len(self.read) != wanted:
             columns = "two columns, as in --text question,answer" if wanted == 2 else "one column"
             raise InputError(f"--text {','.join(self.read)}: {self.type} reads {columns}")
@@ -61,7 +63,43 @@ class Start:
 #   rankwise compare {file} --dry-run
 #   rankwise compare {file}
 """
+        if self.type in CHATS:
+            return start + self._of_chats()
         return start + (self._of_images() if self.type == IMAGES else self._of_texts())
+
+    def _of_chats(self) -> str:
+        own = "  # template: my.jinja  # a chat template of your own, instead of the tokenizer's\n"
+        answers, longer = (
+            ("tokens", "") if self.type == "text" else ("answers", "; longer rows are cut after an answer")
+        )
+        return f"""
+task:
+  type: {self.type}
+  # a .csv, .json(l) or .parquet file, of which a tenth is held out to score, or a folder with train and validation
+  dataset: {_flow(self.data)}
+{"" if self.type == "text" else own}
+# a decoder: a folder, a GGUF file or a hub name
+model: {_flow(self.model or "smollm2")}
+max_length: 512  # tokens of a row{longer}
+batch_size: 16  # rows in one optimizer step
+micro_batch: 4  # rows at once: fewer need less memory and give the same result
+epochs: 1  # passes over the training rows
+# train_rows: 1000  # fewer rows, to try things out
+
+vary:
+  seed: [0, 1, 2]  # fewer than three seeds tell hardly anything apart
+  method:
+    - {{name: none, learning_rate: [1e-3]}}  # the model as it comes
+    - {{name: lora, rank: 8}}  # the same rank on every layer: what the others are measured against
+    - {{name: simplex-lora, rank: 8}}  # as many parameters, on the layers that a search finds worth it
+
+# The learning rate of each method is chosen on training rows that are held out, before anything is reported.
+tune:
+  learning_rate: [1e-4, 3e-4, 1e-3]
+
+report:
+  title: {_flow(f"{Path(self.data).stem}: perplexity of the {answers}")}
+"""
 
     def _of_images(self) -> str:
         methods = """\
@@ -172,13 +210,16 @@ def asked(given: dict[str, str | None], ask: Ask | None) -> Start:
     data = answer("data", "Your data, a .csv, .json(l) or .parquet file, or a folder with train and validation:")
     images = (Path(data).expanduser() / "train" / "images").is_dir()
     columns = [] if images else _columns(data)
-    kinds = ", ".join((*TYPES, IMAGES))
-    kind = answer("type", f"What is to be learnt, {kinds}?", IMAGES if images else "classification")
+    kinds = ", ".join((*TYPES, *CHATS, IMAGES))
+    likely = next((kind for kind, names in CHATS.items() if {*names} & {*columns}), "classification")
+    kind = answer("type", f"What is to be learnt, {kinds}?", IMAGES if images else likely)
     if kind == IMAGES:
         if not images and not {"image", "mask"} <= {*columns}:
             raise InputError(f"--type {kind}: {data} has neither train/images nor the columns image and mask")
         classes = answer("label", "Which classes, in the order of their numbers in the masks?", "background,foreground")
         return Start(data, kind, (), classes, given.get("model") or "")
+    if kind in CHATS:
+        return Start(data, kind, (), "", given.get("model") or "")
     columns = columns or _columns(data)
     usual = ",".join(columns[: 2 if kind == "pair" else 1])
     read = _words(answer("text", f"Read which column of {', '.join(columns)}?", usual))
@@ -198,7 +239,7 @@ def _columns(data: str) -> list[str]:
     """The columns of the training rows. Raises InputError if they cannot be read."""
     from rankwise.tasks.source import read
 
-    return list(read(data, "train").table.column_names)
+    return list(read(data, "train", nested=True).table.column_names)
 
 
 def _words(text: str) -> list[str]:

@@ -20,7 +20,10 @@ def init(
         str | None, typer.Option("--data", help="a .csv, .json(l) or .parquet file, a folder, a name")
     ] = None,
     kind: Annotated[
-        str | None, typer.Option("--type", help="classification, pair, regression, seq2seq, causal, segmentation")
+        str | None,
+        typer.Option(
+            "--type", help="classification, pair, regression, seq2seq, causal, chat, instruct, text, segmentation"
+        ),
     ] = None,
     text: Annotated[str | None, typer.Option("--text", help="column to read; two for a pair, a comma between")] = None,
     label: Annotated[str | None, typer.Option("--label", help="column to learn, or the classes of masks")] = None,
