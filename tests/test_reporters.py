@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -272,6 +273,20 @@ def test_mlflow_gets_a_run_for_each_attempt_and_how_it_ended(tmp_path: Path) -> 
     unreachable = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     ended = carried_out(away, **env | unreachable)
     assert ended.returncode == 0 and ended.stderr.count("report_to: mlflow has failed, and the run goes on") == 1
+
+
+def test_runs_that_start_at_once_make_one_database_of_mlflow(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    env = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    folders = [make(tmp_path / "runs" / name, report_to=["mlflow"]) for name in ("one", "two")]
+    with ThreadPoolExecutor() as pool:
+        ended = [*pool.map(lambda folder: carried_out(folder, **env), folders)]
+    assert [(each.returncode, "has failed" in each.stderr) for each in ended] == [(0, False)] * 2, ended
+    assert sorted((name, state) for name, state, *_ in read(MLFLOW, **env)) == [
+        ("one", "FINISHED"),
+        ("two", "FINISHED"),
+    ]
 
 
 def records(file: Path) -> Iterator[bytes]:

@@ -7,13 +7,14 @@ A run resumes at a checkpoint, and repeats the steps after it. TensorBoard drops
 written. The others cannot take back what they were sent, so there a resumed run is a new one, called NAME from step N.
 """
 
+import fcntl
 import functools
 import importlib.util
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -146,8 +147,9 @@ class _MLflow:
         from mlflow.entities import Metric, Param
 
         self._metric = Metric
-        self._client = mlflow.MlflowClient()
-        experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", attempt.project))
+        with _one_at_a_time(attempt.folder.resolve().parent):  # the first makes a database, where the second would fail
+            self._client = mlflow.MlflowClient()
+            experiment = mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", attempt.project))
         self._run = self._client.create_run(experiment.experiment_id, run_name=attempt.name).info.run_id
         settings = [Param(name, str(value)) for name, value in attempt.settings.items()]
         for start in range(0, len(settings), self.MOST):
@@ -165,6 +167,18 @@ class _MLflow:
     def close(self, error: BaseException | None) -> None:
         failed = "FAILED" if isinstance(error, Exception) else "KILLED"
         self._client.set_terminated(self._run, "FINISHED" if error is None else failed)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Around what the runs in a folder must not do at once."""
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 _KINDS: dict[str, type[_Reporter]] = {

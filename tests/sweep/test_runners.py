@@ -40,7 +40,7 @@ def test_options_are_checked_and_typed() -> None:
         ("local", ["jobs=two"], "runner.jobs = 'two': expected integer"),
         ("local", ["job=2"], 'runner.job: local has no such option (did you mean "jobs"?)'),
         ("local", ["jobs"], "'jobs': expected key=value, as in learning_rate=1e-3"),
-        ("local", ["command=python"], "runner.command = 'python': expected array"),
+        ("local", ["command=python"], "runner.command = 'python': expected list"),
         ("ray", ["adress=auto"], 'runner.adress: ray has no such option (did you mean "address"?)'),
         ("ray", ["cpus=0"], "runner ray: cpus must be above 0, not 0"),
         ("ray", ["cpus=nan"], "runner.cpus = 'nan': expected number"),

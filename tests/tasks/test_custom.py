@@ -314,7 +314,7 @@ def test_metrics_left_out_are_accuracy_and_matthews_and_no_part_of_the_id(tmp_pa
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
-        ("f1_macro", "task.metrics = 'f1_macro': expected array"),
+        ("f1_macro", "task.metrics = 'f1_macro': expected list"),
         ([], "task classification: metrics: is empty; name one metric or more, or leave it out"),
         (
             ["f1_marco"],

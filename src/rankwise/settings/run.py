@@ -258,7 +258,7 @@ def explain(error: ValidationError, key: str = "") -> str:
         return str(first["ctx"]["error"])
     place = key or ".".join(map(str, first["loc"][:1])) or "settings"
     expected = dict.fromkeys(
-        item["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+        item["msg"].removeprefix("Input should be ").removeprefix("a valid ").replace("array", "list")
         for item in error.errors()
         if key or item["loc"][:1] == first["loc"][:1]
     )
