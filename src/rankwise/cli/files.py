@@ -38,6 +38,26 @@ def init(
     log(f"wrote {file}; next: rankwise validate {file}")
 
 
+@app.command("import")
+def carry_over(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="of axolotl or LLaMA-Factory, or adapter_config.json")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="the file to write, else NAME-rankwise.yaml"),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the nearest file of rankwise for one of another trainer, and list what it could not carry over."""
+    from rankwise import foreign
+
+    out = out or Path(f"{file.stem}-rankwise.yaml")
+    carried = foreign.carried(file)
+    carried.write(out)
+    show_json({"file": str(out), **carried.as_json()}) if as_json else show(carried.summary())
+    log(f"wrote {out}; next: rankwise validate {out}")
+
+
 @app.command()
 def data(
     what: OneRun,

@@ -24,7 +24,20 @@ from rankwise.files import uncollected
 from rankwise.named import imports
 
 ASIDE = {
-    *("about", "adapters", "api", "archs", "cli", "data_view", "errors", "files", "named", "pictures", "published"),
+    *(
+        "about",
+        "adapters",
+        "api",
+        "archs",
+        "cli",
+        "data_view",
+        "errors",
+        "files",
+        "foreign",
+        "named",
+        "pictures",
+        "published",
+    ),
     *("report", "reporters", "results", "runs", "seen", "settings", "starter", "sweep", "terminal"),
 }
 """Files and folders of rankwise that do not decide a result."""

@@ -87,9 +87,9 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
-def as_yaml(content: Mapping[str, Any]) -> str:
-    """`content` in YAML, which `parse_yaml` reads as just that."""
-    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def as_yaml(content: Mapping[str, Any], width: int | None = None) -> str:
+    """`content` in YAML, which `parse_yaml` reads as just that, in lines of about `width` characters, by default 80."""
+    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
 
 
 def parse_yaml(text: str) -> Any:
