@@ -4,11 +4,13 @@ import io
 import json
 import re
 from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from chats import turns, write
 from rankwise import terminal
 from rankwise.data_view import visible
 from runs import make
@@ -97,6 +99,44 @@ def test_what_is_learnt_is_marked_with_and_without_colour(
         assert screen.getvalue() == f"read\n{'' if no_color else chr(27) + '[32m'}learnt \\x1b[2J" + (
             "\n" if no_color else "\x1b[0m\n"
         )
+
+
+def test_of_conversations_the_answers_are_learnt(cli: Cli, tmp_path: Path) -> None:
+    asked = {5: "much too long " * 40, 9: "two"}
+    rows = [turns(asked.get(number, "short"), f"answer {number}", "again", "the end") for number in range(40)]
+    write(tmp_path / "chat.jsonl", [{"messages": row} for row in rows])
+    given = ["data", "task.type=chat", f"task.dataset={tmp_path / 'chat.jsonl'}", "model=random-llama"]
+    code, out, _ = cli(*given, "max_length=128", "--json")
+    splits = json.loads(out)["splits"]
+    assert code == 0 and sum(each["given"] for each in splits) == 40
+    assert [each["dropped"] for each in splits if each["dropped"]] == [1]
+    assert sum(each["rows"] for each in splits) == 39
+    assert (
+        "1 rows of " in (text := cli(*given, "max_length=128")[1])
+        and "nothing to learn in what the model reads" in text
+    )
+    [row] = json.loads(cli(*given, "--row", "10", "--json")[1])["rows"]
+    pairs = zip(row["learnt"], row["words"], strict=True)
+    parts = ["".join(word for _, word in part) for own, part in groupby(pairs, lambda pair: pair[0]) if own]
+    assert parts == ["answer 9</s>\n", "the end</s>\n"]
+    assert cli(*given, "max_length=128", "--row", "6")[0] == 2  # left out
+
+
+def test_texts_are_read_in_blocks(cli: Cli, tmp_path: Path) -> None:
+    write(tmp_path / "plain.jsonl", [{"text": f"text number {number}"} for number in range(60)])
+    given = [
+        "data",
+        "task.type=text",
+        f"task.dataset={tmp_path / 'plain.jsonl'}",
+        "model=random-llama",
+        "max_length=32",
+    ]
+    train = json.loads(cli(*given, "--json")[1])["splits"][0]
+    assert train["rows"] < train["given"] and train["dropped"] == train["lost"] == 0
+    assert train["learnt"] == train["tokens"] - train["rows"]  # the first token of a block is predicted from nothing
+    text = cli(*given)[1]
+    assert f"{train['given']} rows of train follow one another in {train['rows']} blocks" in text
+    assert re.search(r"^line \d+ on of train: 32 tokens, 31 learnt$", text, re.MULTILINE)
 
 
 def test_an_experiment_shows_its_data_once_and_a_run_its_own(cli: Cli, tmp_path: Path, tickets: Path) -> None:

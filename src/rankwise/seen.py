@@ -14,6 +14,7 @@ from rankwise.errors import need
 from rankwise.runs.data import Lengths, Seen, SeenRow, SeenSplit
 from rankwise.tasks.base import Evaluation, Split, Task
 from rankwise.tasks.generation import IGNORE, Generation, joined
+from rankwise.tasks.language import Language
 from rankwise.tasks.segmentation import Segmentation
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def of_splits(task: Task, splits: Sequence[Evaluation], reader: Reader) -> list[
         seen = SeenSplit(
             split=each.split.name,
             rows=len(each.examples),
+            given=len(inputs),
             dropped=len(inputs) - len(task.kept(each.split, each.examples).data),
             repeated=len(inputs) - len(set(inputs)),
             shared=sum(key in known for key in inputs) if place else 0,
@@ -78,6 +80,11 @@ def of_splits(task: Task, splits: Sequence[Evaluation], reader: Reader) -> list[
         else:
             found.append(_with_tokens(seen, task, each, reader))
     return found
+
+
+def _in_blocks(task: Task) -> bool:
+    """Whether an example is a block of several rows."""
+    return isinstance(task, Language) and not task.answers
 
 
 def _inputs(task: Task, split: Split) -> Iterator[int]:
@@ -160,7 +167,7 @@ def _count(row: dict[str, Any]) -> int:
 
 
 def _sources(each: Evaluation) -> Sequence[int]:
-    """The row of the split that each example is of: `encode` may leave rows out, and then says which it took."""
+    """The place in the split of the row that each example is, or begins in: `encode` may leave rows out."""
     names = each.examples.column_names
     return each.examples["idx"][:] if "idx" in names and "length" in names else range(len(each.examples))
 
@@ -202,7 +209,7 @@ def row(task: Task, each: Evaluation, place: int, reader: Reader, most: int = WH
     return SeenRow(
         split=each.split.name,
         number=number,
-        place=f"{each.split.unit} {number}",
+        place=f"{each.split.unit} {number}{' on' if _in_blocks(task) else ''}",
         label=_label(task, each.split.data[_sources(each)[place]]),
         ids=ids[:most],
         words=words(ids[:most], reader.processor),

@@ -27,8 +27,8 @@ SEEN = Seen(
     model="smollm2",
     max_length=128,
     splits=[
-        SeenSplit("train", 200, 3, Lengths(4, 9, 20, 128), 2000, 500, 1, 7, 90, 2, contradicted=4),
-        SeenSplit("validation", 50, 0, Lengths(4, 9, 20, 99), 450, 100, shared=5, classes={"yes": 30, "no": 20}),
+        SeenSplit("train", 200, 203, 3, Lengths(4, 9, 20, 128), 2000, 500, 1, 7, 90, 2, contradicted=4),
+        SeenSplit("validation", 50, 50, 0, Lengths(4, 9, 20, 99), 450, 100, shared=5, classes={"yes": 30, "no": 20}),
     ],
     rows=[ROW],
 )
@@ -65,7 +65,7 @@ def test_models_that_read_other_tokens_have_tables_of_their_own(tmp_path: Path) 
         None,
         {},
         {**asdict(SEEN), "splits": []},
-        {**asdict(SEEN), "splits": [asdict(SEEN.splits[0]), {"split": "x", "rows": 1}]},
+        {**asdict(SEEN), "splits": [asdict(SEEN.splits[0]), {"split": "x", "rows": 1, "given": 1}]},
         {**asdict(SEEN), "rows": [{**asdict(ROW), "learnt": [True]}]},
         {**asdict(SEEN), "max_length": "long"},
     ],

@@ -14,10 +14,10 @@ def carry(file: Carried) -> None:
         raise InputError(f"{file.file}: peft_type is {kind}, but only LORA can be imported; see rankwise methods")
     file.move("base_model_name_or_path", "model")
     file.lose("revision", "the newest revision is loaded: download this one, and name its folder as model")
-    task = file.take("task_type")
+    task = str(file.take("task_type"))
     if task not in TASKS:
         file.lose("task_type", f"{task} is not known here; chat is in its place")
-    file.put("task.type", TASKS.get(str(task), "chat"), f"task_type {task}; the adapter does not say what it learnt")
+    file.put("task.type", TASKS.get(task, "chat"), f"task_type {task}; the adapter does not say what it learnt")
     file.put("task.dataset", "train.jsonl", "put your own here")
     dora, start = bool(file.take("use_dora")), file.take("init_lora_weights", True)
     pissa = start == "pissa" and not dora

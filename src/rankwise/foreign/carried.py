@@ -1,9 +1,7 @@
 """What becomes of each key of another trainer's file."""
 
-import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from rankwise.errors import InputError
 from rankwise.files import unwritable, write_whole
 from rankwise.settings import RunConfig
-from rankwise.settings.yaml_files import as_yaml, quoted
+from rankwise.settings.yaml_files import in_line, quoted
 
 NOTHING = "rankwise has nothing like it"
 
@@ -212,7 +210,7 @@ class Carried:
                 lines.append(f"{head}:")
             below = head if dot else ""
             comment = f"  # {_line(self.sources[key])}" if self.sources[key] else ""
-            lines.append(f"{'  ' if dot else ''}{_pair(rest or head, self.settings[key])}{comment}")
+            lines.append(f"{'  ' if dot else ''}{rest or head}: {in_line(self.settings[key])}{comment}")
         return "\n".join(lines) + "\n"
 
     def summary(self) -> str:
@@ -229,13 +227,6 @@ class Carried:
         """What became of each key."""
         keys = [key for key in self.content if key not in self.lost and key not in self.meaningless]
         return {"carried": keys, "not_carried": self.lost, "meaningless": self.meaningless, "settings": self.settings}
-
-
-def _pair(key: str, value: Any) -> str:
-    """A key and its value on one line of YAML; a JSON list or mapping is one in YAML, too."""
-    if isinstance(value, list | dict):
-        return f"{key}: {json.dumps(value)}"
-    return as_yaml({key: value}, width=sys.maxsize).removesuffix("\n")
 
 
 def _line(text: Any) -> str:

@@ -38,10 +38,10 @@ def carry(file: Carried) -> None:
     if file.given("output_dir"):
         file.put("runs", str(file.take("output_dir")), "output_dir; each run has a folder of its own in it")
     given = file.take("report_to", [])
-    names = [given] if isinstance(given, str) else list(given)
+    names = given if isinstance(given, list) else [given]
     if known := [name for name in names if name in ("tensorboard", "wandb", "trackio", "mlflow")]:
         file.put("report_to", known, "report_to")
-    elif names not in ([], ["none"]):
+    elif names not in ([], ["none"], [False]):
         file.lose("report_to", "tensorboard, wandb, trackio and mlflow are known")
     for key in ("deepspeed", "fsdp", "fsdp_config", "fsdp_transformer_layer_cls_to_wrap"):
         file.lose(key, "a run is not sharded; see docs/devices.md")

@@ -24,7 +24,6 @@ def by_split(splits: Sequence[SeenSplit]) -> Lines:
 
 def _cells(each: SeenSplit, tokens: bool, first: bool) -> dict[str, str]:
     """A line of that table by its heads; `tokens`: whether tokens are learnt."""
-    given = each.rows + each.dropped
     cells = {"split": each.split, "rows": f"{each.rows:,}"}
     if each.sizes:
         cells["sizes"] = ", ".join(f"{size} ({count:,})" for size, count in each.sizes.items())
@@ -33,8 +32,8 @@ def _cells(each: SeenSplit, tokens: bool, first: bool) -> dict[str, str]:
         cells |= {head: f"{number:,}" for head, number in zip(heads, asdict(each.lengths).values(), strict=True)}
         cells |= {"rows cut": _part(each.cut, each.rows), "tokens cut": _part(each.lost, each.tokens + each.lost)}
         cells |= {"learnt": _part(each.learnt, each.tokens)} if tokens else {}
-    also = "" if first else _part(each.shared, given)
-    return {**cells, "repeated": _part(each.repeated, given), "also in train": also}
+    also = "" if first else _part(each.shared, each.given)
+    return {**cells, "repeated": _part(each.repeated, each.given), "also in train": also}
 
 
 def by_class(splits: Sequence[SeenSplit]) -> Lines:
@@ -56,4 +55,7 @@ def remarks(split: SeenSplit) -> list[str]:
         split.nothing: "rows of {} have no token that is learnt",
         split.contradicted: "rows of {} have the input of another row, but another class",
     }
-    return [f"{count:,} {words.format(split.split)}" for count, words in found.items() if count]
+    lines = [f"{count:,} {words.format(split.split)}" for count, words in found.items() if count]
+    if split.rows != split.given - split.dropped:
+        lines.append(f"{split.given:,} rows of {split.split} follow one another in {split.rows:,} blocks")
+    return lines

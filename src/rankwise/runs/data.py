@@ -30,8 +30,8 @@ class SeenSplit:
 
     Attributes:
         split: its name.
-        rows: how many the model sees.
-        dropped: rows of the data that it does not see.
+        rows: how many the model sees: rows, or blocks of several.
+        given: rows of the data, of which `dropped` have nothing to learn in what the model reads.
         lengths: None for images.
         tokens, learnt: tokens of all rows, and those of them that the loss is computed on.
         nothing: rows without such a token, where others have some.
@@ -45,6 +45,7 @@ class SeenSplit:
 
     split: str
     rows: Count
+    given: Count
     dropped: Count = 0
     lengths: Lengths | None = None
     tokens: Count = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import sys
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,18 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
-def as_yaml(content: Mapping[str, Any], width: int | None = None) -> str:
-    """`content` in YAML, which `parse_yaml` reads as just that, in lines of about `width` characters, by default 80."""
-    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=width)
+def as_yaml(content: Mapping[str, Any]) -> str:
+    """`content` in YAML, which `parse_yaml` reads as just that."""
+    return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def in_line(value: Any) -> str:
+    """The same for one value, on one line."""
+    options: dict[str, Any] = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True}
+    text = yaml.dump(value, Dumper=_Dumper, width=sys.maxsize, **options).removesuffix("\n...\n").strip("\n")
+    if "\n" not in text:
+        return text
+    return yaml.dump(value, Dumper=_Dumper, width=sys.maxsize, default_style='"', **options).strip("\n")
 
 
 def parse_yaml(text: str) -> Any:
