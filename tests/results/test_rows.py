@@ -215,6 +215,13 @@ def test_what_trains_nothing_is_outside_of_no_budget(store: Store) -> None:
     assert scores[:3] == ["none", "1", "0.400"] and "40.0" not in costs  # neither a rate nor a speed
 
 
+def test_where_no_budget_is_set_nothing_is_outside_of_it(store: Store) -> None:
+    finish(store, config(), 0.8)
+    nothing = {"trainable": 0, "final": 0, "budget": 0, "head": 0}
+    finish(store, config(method={"name": "none"}), 0.4, parameters=nothing)
+    assert "Outside the budget" not in Summary(store.results()).text()
+
+
 def test_a_budget_that_was_overspent_is_said(store: Store) -> None:
     finish(store, config(budget=4000), 0.8)
     assert "101% of the budget of 4,000 parameters, because its ranks grew" in Summary(store.results()).text()

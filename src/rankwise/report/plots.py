@@ -115,7 +115,7 @@ def score_by_cost(
         _marks(figure, axes, points)
         low, high = min(point.x for point in points), max(point.x for point in points)
         pad = 0.2 * (high - low or high or 1.0)
-        low, high = max(0.0, low - pad) if low else -pad / 4, high + pad  # all of a mark at 0 is seen
+        low, high = max(-pad / 4, low - pad), high + pad  # all of a mark at 0 is seen
         step = next((each for each in steps if each > (high - low) / 4), steps[-1])
         if math.ceil(low / step) >= math.floor(high / step):  # fewer than two ticks show no scale
             low, high = math.floor(max(0.0, low) / step) * step, (math.floor(high / step) + 1) * step

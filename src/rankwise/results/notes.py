@@ -32,7 +32,7 @@ def notes(
     for row in best:
         lines += [*_of_tuning(row), *_of_budget(row), *_of_search(row)]
     unsized = [row.method for row in best if row.asked is None and row.trains]
-    if unsized and len(unsized) < len(best):
+    if unsized and any(row.asked for row in best):
         names = ", ".join(dict.fromkeys(unsized))
         lines.append(f"Outside the budget, because none was set or the method has no size to choose: {names}")
     for row in best:
