@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -166,6 +167,19 @@ def test_models_that_are_no_decoders_or_too_short_are_refused(tmp_path):
     assert "reads the tokens after the one that it predicts" in refused(lambda: task.collate(bert, tokenizer, 0))
     said = refused(lambda: task.check(model, tokenizer, evaluation.examples, "train"))
     assert said.startswith("a row of train has ") and said.endswith("tokens, more than the 32 of the model")
+
+
+def test_an_encoder_decoder_is_refused_before_a_run(tmp_path, cli):
+    for kind in (conversations, texts):
+        task = kind(tmp_path)
+        file = tmp_path / f"{task.name}.yaml"
+        file.write_text(yaml.safe_dump({"task": {"type": task.name, "dataset": task.dataset}}))
+        code, out, err = cli("validate", file, "model=random-t5")
+        assert code == 2 and not out and err.count("\n") == 1
+        assert f"is an encoder-decoder, but {task.name} needs a decoder (Llama, Qwen, …)" in err
+        assert cli("validate", file, "model=random-llama", "max_length=512")[0] == 0
+        code, _, err = cli("validate", file, "model=random-llama", "max_length=513")
+        assert code == 2 and "max_length 513: more than the 512 tokens that LlamaForCausalLM reads" in err
 
 
 WORDS = st.lists(

@@ -92,12 +92,14 @@ class Template:
         InputError, with file and row, for a conversation that the template does not take as it is.
         """
         written = [self._texts(each) for each in conversations]
-        texts = {text: None for texts in written for text in texts}
+        pieces = [[whole[start:end] for start, end in itertools.pairwise(ends)] for whole, ends in written]
+        texts = dict.fromkeys(itertools.chain((whole for whole, _ in written), *pieces))
         tokens = dict(zip(texts, self._tokens([*texts]), strict=True))
-        for conversation, (whole, *parts) in zip(conversations, written, strict=True):
-            ids, stops = tokens[whole], [len(tokens[part]) for part in parts]
-            if any(tokens[part] != ids[:stop] for part, stop in zip(parts, stops, strict=True)):
-                ids, stops = self._in_pieces(whole, parts, ids, [tokens[part] for part in parts])
+        for conversation, (whole, ends), parts in zip(conversations, written, pieces, strict=True):
+            ids, joined = tokens[whole], [*itertools.chain(*(tokens[part] for part in parts))]
+            stops = [*itertools.accumulate(len(tokens[part]) for part in parts[:-1])]
+            if ids != joined:
+                ids, stops = self._across(whole, ends, ids, joined, stops)
             turns = [place for place, message in enumerate(conversation.messages) if message["role"] == "assistant"]
             answers = [Answer(*pair) for pair in zip(stops[::2], stops[1::2], strict=True)]
             learnt = conversation.learnt or [True] * len(conversation.messages)
@@ -109,26 +111,25 @@ class Template:
         )["input_ids"]
         return ids
 
-    def _in_pieces(
-        self, whole: str, parts: list[str], ids: list[int], starts: list[list[int]]
+    def _across(
+        self, whole: str, ends: list[int], ids: list[int], joined: list[int], stops: list[int]
     ) -> tuple[list[int], list[int]]:
-        """The tokens of `whole`, and how many are before the end of each part, if one token is on both sides of it.
+        """The tokens of `whole`, and how many are before each end, where they are not `joined`, those of its pieces.
 
-        A model that writes an answer reads the tokens of its prompt alone. So a conversation is then put together from
-        the tokens of its pieces, unless the tokenizer reads something else at the start of a piece, as those of Llama 2
-        do. In that case the token on both sides belongs to what comes after.
+        They are those of the whole, if what it begins with has the same tokens alone, up to each end; a model that is
+        to answer reads that. Else a token is on both sides of an end, and they are `joined`; unless the tokenizer reads
+        something else at the start of a piece, as those of Llama 2 do, and such a token belongs to what comes after.
         """
-        ends = [0, *map(len, parts), len(whole)]
-        pieces = self._tokens([whole[start:end] for start, end in itertools.pairwise(ends)])
-        joined = [*itertools.chain(*pieces)]
-        if self.tokenizer.decode(joined) == self.tokenizer.decode(ids):
-            return joined, [*itertools.accumulate(map(len, pieces[:-1]))]
+        starts = self._tokens([whole[:end] for end in ends[1:-1]])
+        alike = all(start == ids[: len(start)] for start in starts)
+        if not alike and self.tokenizer.decode(joined) == self.tokenizer.decode(ids):
+            return joined, stops
         return ids, [_shared(start, ids) for start in starts]
 
-    def _texts(self, conversation: Conversation) -> list[str]:
-        """The whole conversation, and for each turn of the assistant the text before it and the text with it."""
+    def _texts(self, conversation: Conversation) -> tuple[str, list[int]]:
+        """The whole conversation, and where it is cut: at 0, where each answer starts and ends, and at its end."""
         messages, where = conversation.messages, conversation.where
-        whole, texts = self._write(conversation, len(messages)), []
+        whole, ends = self._write(conversation, len(messages)), [0]
         if conversation.tools and whole == self._write(conversation, len(messages), tools=False):
             raise InputError(f"{where}: {self.name} leaves out the tools: {_REMEDY}")
         self._check_order(conversation, whole)
@@ -149,8 +150,8 @@ class Template:
                     f"{where}: {self.name} ends turn {place + 1} without a special token, so that a model would not "
                     f"learn to stop: {_REMEDY}"
                 )
-            texts += [prompt, turn]
-        return [whole, *texts]
+            ends += [len(prompt), len(turn)]
+        return whole, [*ends, len(whole)]
 
     def _check_order(self, conversation: Conversation, whole: str) -> None:
         """InputError if the template does not write the content of each turn, one after another."""
