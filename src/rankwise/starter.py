@@ -239,7 +239,7 @@ def _columns(data: str) -> list[str]:
     """The columns of the training rows. Raises InputError if they cannot be read."""
     from rankwise.tasks.source import read
 
-    return list(read(data, "train", nested=True).table.column_names)
+    return list(read(data, "train", texts=()).table.column_names)
 
 
 def _words(text: str) -> list[str]:

@@ -8,9 +8,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader
 
+import rankwise as rw
 from asserts import refused
 from chats import sharegpt, tokenizer_for, turns, write
 from rankwise import tasks
@@ -18,7 +21,9 @@ from rankwise.errors import InputError
 from rankwise.metrics import METRICS
 from rankwise.report.examples import of_run
 from rankwise.results.predictions import predictions
+from rankwise.tasks import Evaluation
 from rankwise.tasks.generation import IGNORE
+from rankwise.train.model import build
 from rankwise.train.run import run
 from runs import make
 
@@ -146,6 +151,15 @@ def test_the_revision_changes_with_every_text_and_with_the_template(tmp_path):
     known.append(revision({"messages": row}, **template))
     assert len({*known}) == len(known)
     assert chat(tmp_path / "a.jsonl", **template).label == "a (chat) template=t.jinja"
+
+
+def test_a_list_of_turns_is_no_text(tmp_path):
+    """TRL's prompts and completions may be lists; their JSON would be a strange question."""
+    row = turns("a", "b")
+    for name, values in (("prompt", [row[:1], "c"]), ("completion", ["d", row[1:]]), ("system", [None, row[:1]])):
+        rows = [{"prompt": "a", "completion": "b", name: value} for value in values]
+        said = refused(lambda rows=rows: chat(write(tmp_path / "a.jsonl", rows), "instruct").train())
+        assert f"column '{name}'" in said or name == "system" and "turn 1: its content is no text" in said
 
 
 def test_history_comes_before_an_instruction(tmp_path):
@@ -365,3 +379,22 @@ def test_packed_rows_are_learnt_as_unpacked_ones_are(tmp_path, kind):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses.append([value for line in lines for key, value in line.items() if "loss" in key])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) >= 4
+
+
+def test_a_loop_of_ones_own_learns_from_conversations(tmp_path):
+    file = write(tmp_path / "sums.jsonl", [{"messages": turns(f"What is {n}?", f"It is {n}.")} for n in range(60)])
+    task = rw.task({"type": "chat", "dataset": str(file)})
+    model, tokenizer, head = build("random-llama", task, max_length=64)
+    assert head == []
+    rows = task.encode(task.train(), tokenizer, max_length=64)
+    [held] = task.evaluation()
+    evaluation = Evaluation(held, task.encode(held, tokenizer, max_length=64))
+    before = task.evaluate(model, evaluation, tokenizer, batch_size=8, final=False).metrics
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    collate = task.collate(model, tokenizer, seed=0)
+    for batch in DataLoader(rows, batch_size=16, collate_fn=collate):  # type: ignore[arg-type]
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = task.evaluate(model, evaluation, tokenizer, batch_size=8, final=True).metrics
+    assert after["perplexity"] < before["perplexity"] / 2

@@ -41,6 +41,8 @@ ROLES = {
     "function_call": "assistant",
 }
 """ShareGPT's names of roles."""
+LISTS = ("messages", "tools", "history")
+"""Roles of columns that have lists."""
 WEIGHTS = ("weight", "loss_weight", "train", "training")
 """Keys of a turn that say whether it is learnt, in the files of OpenAI, LLaMA-Factory and axolotl."""
 AFTER: dict[str, tuple[str, ...]] = {
@@ -127,7 +129,8 @@ class OwnConversations(Custom, Conversations):
         return False
 
     def fetch(self, name: str) -> Rows:
-        return read(self.dataset, name, nested=True)
+        texts = {self.columns.get(role, role) for role in self.roles if role not in LISTS}
+        return read(self.dataset, name, texts)
 
     def table(self, rows: Rows) -> "pa.Table":
         assert self._own is not None  # to fail now, not after hours

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -131,18 +131,19 @@ class Origin:
         return _from_hub(self.hub, split, remedy, self.name, revision=self.revision, data_files=file)
 
 
-def read(dataset: str, split: str, nested: bool = False) -> Rows:
+def read(dataset: str, split: str, texts: Collection[str] | None = None) -> Rows:
     """The rows of `split` of a user's dataset: a folder, a file, or a name on the hub.
 
     Relative paths start at the working directory. A file has no splits: all its rows are returned for any `split`.
-    With `nested` the lists and objects of JSON files are kept as text, since a column has one type for all rows.
+    If `texts` are given, lists and objects in JSON files are kept as text, except in these columns: as values of a
+    table they would need one type in all rows.
     InputError if the rows cannot be read.
     """
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return replace(_from_folder(path, (split,), "the dataset needs a file for each split", nested), remedy=MEND)
+        return replace(_from_folder(path, (split,), "the dataset needs a file for each split", texts), remedy=MEND)
     if path.is_file() and path.suffix in ENDINGS:
-        return replace(_from_file(path, split, nested), remedy=MEND)
+        return replace(_from_file(path, split, texts), remedy=MEND)
     if path.exists() or path.is_absolute() or dataset.startswith((".", "~")) or path.suffix in ENDINGS:
         if not path.exists():
             raise InputError(f"dataset: {dataset}: there is no such file or folder{similar(path)}")
@@ -213,26 +214,26 @@ def _wrong_type(rows: Rows, column: str, kind: Any, error: Exception) -> str:
     return f"{rows.where}: column {column!r} does not hold {kind} ({_line(error)})"
 
 
-def _from_folder(folder: Path, splits: Sequence[str], remedy: str, nested: bool = False) -> Rows:
+def _from_folder(folder: Path, splits: Sequence[str], remedy: str, texts: Collection[str] | None = None) -> Rows:
     """The rows of the first of `splits` for which the folder has a file."""
     for split in splits:
         files = [file for ending in ENDINGS if (file := folder / f"{split}{ending}").is_file()]
         if len(files) > 1:
             raise InputError(f"{folder} has both {files[0].name} and {files[1].name}: keep only one of them")
         if files:
-            return _from_file(files[0], split, nested)
+            return _from_file(files[0], split, texts)
     endings = f" (nor {' or '.join(ENDINGS[1:])})"
     raise InputError(f"{folder / splits[0]}.parquet does not exist{endings}: {remedy}")
 
 
-def _from_file(file: Path, split: str, nested: bool = False) -> Rows:
+def _from_file(file: Path, split: str, texts: Collection[str] | None = None) -> Rows:
     if file.suffix == ".parquet":
         return Rows(_parquet(file), split, str(file))
     if file.suffix == ".csv":
         numbered = _csv(file)
     else:
         numbered = _json(file) if file.suffix == ".json" else _jsonl(file)
-        numbered = ((number, _as_json(row)) for number, row in numbered) if nested else numbered
+        numbered = numbered if texts is None else ((number, _as_json(row, texts)) for number, row in numbered)
     unit = "row" if file.suffix == ".json" else "line"
     table, numbers = _table(file, numbered, unit)
     return Rows(table, split, str(file), unit=unit, numbers=numbers)
@@ -361,9 +362,12 @@ def _json(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _as_json(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with its lists and objects as text."""
-    return {key: json.dumps(each) if isinstance(each, list | dict) else each for key, each in row.items()}
+def _as_json(row: dict[str, Any], texts: Collection[str]) -> dict[str, Any]:
+    """A row with its lists and objects as JSON, except in the columns `texts`."""
+    return {
+        key: json.dumps(each) if isinstance(each, list | dict) and key not in texts else each
+        for key, each in row.items()
+    }
 
 
 def _from_hub(dataset: str, split: str, remedy: str, name: str | None = None, **options: Any) -> Rows:
