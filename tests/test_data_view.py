@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+import rankwise as rw
 from chats import turns, write
 from rankwise import terminal
 from rankwise.data_view import visible
@@ -183,3 +184,10 @@ def test_a_run_notes_what_its_model_sees(cli: Cli, tmp_path: Path) -> None:
     assert found["splits"] == noted["splits"] and found["splits"][0]["cut"] > 0
     assert [row["number"] for row in found["rows"]] != [row["number"] for row in noted["rows"]]
     assert len(found["rows"]) == 3 and found["splits"][0]["rows"] == 72
+
+
+def test_the_same_in_python(cli: Cli, tickets: Path) -> None:
+    task = {"type": "classification", "dataset": str(tickets)}
+    view = rw.data({"task": task, "model": "random-bert"}, {"max_length": 32}, row=7)
+    assert view.as_json() == json.loads(cli(*settings(tickets, "--row", "7", "--json"))[1])
+    assert "".join(f"{line}\n" for line, _ in view.lines()) == cli(*settings(tickets, "--row", "7"))[1]

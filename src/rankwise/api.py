@@ -22,6 +22,7 @@ from rankwise.sweep.compare import Outcome
 from rankwise.sweep.progress import counted
 
 if TYPE_CHECKING:
+    from rankwise.data_view import View
     from rankwise.sweep.check import Source
     from rankwise.sweep.plan import One, Plan
     from rankwise.sweep.runners import Runner
@@ -231,6 +232,19 @@ def task(given: str | Mapping[str, Any]) -> Task:
     from rankwise.tasks import build, registry
 
     return build(load_task(given, Schema({}, registry())))
+
+
+def data(config: Source | None = None, settings: Settings = (), *, row: int | None = None) -> View:
+    """What the model of a run will see of its rows, without reading weights: `seen`, `lines()` and `as_json()`.
+
+    Args:
+        config, settings: as for `train`.
+        row: this row alone, by its number or line in the file.
+    """
+    _check_readable(config)
+    from rankwise.data_view import View
+
+    return View.of(config, overrides(settings, None), row)
 
 
 def plan(experiment: Source, settings: Sequence[str], dry: bool = False) -> Plan:

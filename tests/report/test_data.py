@@ -45,10 +45,17 @@ def test_the_page_has_a_section_on_what_the_model_reads(tmp_path: Path) -> None:
     page = html.write(tmp_path).read_text()
     assert page.count("What the model reads: tickets as smollm2 reads it, at most 128 tokens of an input") == 1
     assert "<dt>line 17 of train</dt>" in page and "(1,200 more tokens)" in page
-    assert "&lt;b&gt;bold&lt;/b&gt; read\n <mark>learnt &lt;i&gt;too&lt;/i&gt;</mark>" in page
+    assert "&lt;b&gt;bold&lt;/b&gt; read\n<mark>learnt &lt;i&gt;too&lt;/i&gt;</mark>" in page
     for text in (">7 (3.5%)<", ">90 (4.3%)<", ">500 (25.0%)<", ">5 (10.0%)<", ">30 (60.0%)<"):
         assert text in page, text
     assert "3 rows of train have nothing to learn" in page and "4 rows of train have the input of another row" in page
+
+
+def test_a_class_stands_below_what_is_read(tmp_path: Path) -> None:
+    row = replace(ROW, label="<billing>", learnt=[False] * 4, more=0)
+    note(finish(Store(tmp_path), config(), 0.7), asdict(replace(SEEN, rows=[row])))
+    page = html.write(tmp_path).read_text()
+    assert "learnt &lt;i&gt;too&lt;/i&gt;<br><mark>&lt;billing&gt;</mark></dd>" in page
 
 
 def test_models_that_read_other_tokens_have_tables_of_their_own(tmp_path: Path) -> None:

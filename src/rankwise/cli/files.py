@@ -69,9 +69,9 @@ def data(
 ) -> None:
     """Show what the model will see: tokens, which are learnt, lengths, what is cut, what is repeated."""
     with redirect_stdout(sys.stderr):
-        from rankwise.data_view import View
+        from rankwise import api
 
-        view = View.of(*source_of(what), row)
+        view = api.data(*source_of(what), row=row)
     show_json(view.as_json()) if as_json else show_marked(view.lines())
 
 

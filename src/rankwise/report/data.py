@@ -10,11 +10,12 @@ from rankwise.runs.data import Seen, SeenRow, seen
 
 @dataclass(frozen=True)
 class Shown:
-    """A row: where it is, its text in parts that are learnt or only read, and how many tokens are left out."""
+    """A row: where it is, its text in parts that are learnt or only read, how many tokens are left out, its class."""
 
     place: str
     segments: Sequence[tuple[str, bool]]
     more: int
+    label: str
 
 
 @dataclass(frozen=True)
@@ -54,5 +55,4 @@ def _of(each: Seen) -> Data:
 
 
 def _row(row: SeenRow) -> Shown:
-    label = [(row.label, True)] if row.label else []
-    return Shown(f"{row.place} of {row.split}", [*row.segments, *label], row.more)
+    return Shown(f"{row.place} of {row.split}", row.segments, row.more, row.label)

@@ -217,10 +217,8 @@ def _task(name: str, summary: Summary) -> TaskPart:
 
 
 def _lines(lines: Lines) -> Grid:
-    heads, rows = lines
-    return Grid(
-        [Head(head, number=bool(place)) for place, head in enumerate(heads)], [[*map(Cell, row)] for row in rows]
-    )
+    heads = [Head(head, number=bool(place)) for place, head in enumerate(lines[0])]
+    return Grid(heads, [[*map(Cell, row)] for row in lines[1]], sortable=False)
 
 
 def _settings(results: Sequence[Finished], rows: Sequence[Row]) -> Grid:
