@@ -67,13 +67,15 @@ def train(
     from rankwise import api
     from rankwise.processes.launched import is_main
     from rankwise.sweep.changed import as_text
+    from rankwise.sweep.check import memory_note
 
     one = api.one(*source_of(what), dry_run)
     if one.differs:
         log(one.differs)
     if dry_run:
         show_json(one.config.model_dump(mode="json")) if as_json else show(as_text(one.config, everything))
-        log(f"dry run: would be carried out in {one.folder}")
+        for line in (*memory_note([one.config]), f"dry run: would be carried out in {one.folder}"):
+            log(line)
         return
     trained = api.Trained(one.folder, one.carry_out(reuse, repeat))
     if not is_main():

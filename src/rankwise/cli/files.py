@@ -85,12 +85,13 @@ def validate(
 ) -> None:
     """Check a configuration and print what differs from the defaults."""
     from rankwise.sweep.changed import as_text
-    from rankwise.sweep.check import Checked
+    from rankwise.sweep.check import Checked, memory_note
 
     checked = Checked.of(source, settings or [])
     show_json(checked.config.model_dump(mode="json")) if as_json else show(as_text(checked.config, everything))
     if not as_json:
-        log(f"{source} is valid: {checked}")
+        for line in (*memory_note(checked.runs), f"{source} is valid: {checked}"):
+            log(line)
 
 
 @app.command()

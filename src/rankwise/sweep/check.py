@@ -15,7 +15,7 @@ from rankwise.named import check_reachable
 from rankwise.runs import grid
 from rankwise.settings import Experiment, RunConfig, Schema, complete, load
 from rankwise.sweep.progress import counted
-from rankwise.train import arguments, budget, model
+from rankwise.train import arguments, budget, memory_need, model
 
 Source = str | Path | Mapping[str, Any]
 """A YAML file, or its content as a mapping."""
@@ -75,6 +75,13 @@ def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
             task = tasks.build(own.pop("task"))
             how = arguments.Loading(**{name: own.pop(name) for name in loading})
             model.check(own.pop("model"), task, [*known.values()], shipped=shipped, loading=how, **own)
+
+
+def memory_note(configs: Sequence[RunConfig]) -> list[str]:
+    """A line about the memory that these runs need, if that is much; see `train.memory_need`."""
+    with redirect_stdout(sys.stderr):
+        line = memory_need.note(configs, shipped=True)
+    return [line] if line else []
 
 
 def fit(config: RunConfig) -> RunConfig:

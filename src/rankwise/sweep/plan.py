@@ -19,7 +19,7 @@ from rankwise.runs.run_file import maker_of
 from rankwise.runs.store import Store
 from rankwise.settings import Experiment, RunConfig, Span
 from rankwise.sweep.changed import as_text, differing, dotted
-from rankwise.sweep.check import Source, alone, check_models, expand, fit, load_run
+from rankwise.sweep.check import Source, alone, check_models, expand, fit, load_run, memory_note
 from rankwise.sweep.compare import Outcome, carry_out
 from rankwise.sweep.makers import made_by_others, makers, settle, settle_begun
 from rankwise.sweep.progress import counted
@@ -159,9 +159,11 @@ class Plan:
         return made_by_others(self.store, others) if others else ""
 
     def following(self, as_json: bool) -> list[str]:
-        """How many runs there are, unless that is in the JSON, and which will follow from their results, in words."""
+        """How much memory the runs need if that is much, how many there are, unless that is in the JSON, and which will
+        follow from their results, in words."""
         left = sum(self.store.state(folder) != "done" for folder in self.runs)
-        lines = [] if as_json else [f"{counted(len(self.runs))} in {self.store.folder}, {left} to carry out"]
+        lines = memory_note([*self.runs.values()])
+        lines += [] if as_json else [f"{counted(len(self.runs))} in {self.store.folder}, {left} to carry out"]
         if self.experiment.tune is None:
             return lines
         waiting = [search.contest for search in self.searches if search.rate is None]

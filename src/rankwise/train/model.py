@@ -1,6 +1,7 @@
 """The pretrained model of a run, its tokenizer, and the modules that are its head."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -199,6 +200,23 @@ def without_weights(
 def _tokenizer(name: str | None, task: Task, trust_remote_code: bool) -> Any:
     with quiet(), _input_errors(name or EMBEDDED):
         return AutoTokenizer.from_pretrained(_source(name, task), trust_remote_code=trust_remote_code)
+
+
+def attached_skeleton(
+    name: str | None, task: Task, method: Method, max_length: int, shipped: bool, loading: Loading
+) -> nn.Module:
+    """`method` attached to the model `name` on the meta device; arguments as for `check`."""
+    return _attached(*_skeleton(name, task, shipped, loading), task, method, max_length)
+
+
+def file_bytes(name: str | None, task: Task) -> int:
+    """The size of the files with the weights of the model `name`, a huge number if it is not in a folder."""
+    if name in random_model.CONFIGS:
+        return 0
+    path = Path(_source(name, task))
+    if not path.is_dir():
+        return sys.maxsize
+    return sum(file.stat().st_size for kind in ("safetensors", "bin") for file in path.glob(f"*.{kind}"))
 
 
 def _codes(loading: Loading, model: Any, head: list[str]) -> Any:

@@ -67,6 +67,7 @@ from rankwise.train.arguments import Loading, arguments, computing
 from rankwise.train.callback import unwrapped
 from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.memory import halve, rows_at_once
+from rankwise.train.memory_need import note
 from rankwise.train.packing import Packing
 from rankwise.train.parts import Parts
 from rankwise.train.progress import MOVED, Carried, DivergedError, Plan, Progress
@@ -165,6 +166,10 @@ def _first_line(error: Exception) -> str:
 def _until_done(folder: Path, name: str, config: RunConfig) -> Result:
     """Carry out the run, again with fewer rows at once when memory runs out."""
     follow_parent()
+    if is_main():
+        with suppress(Exception):  # what is wrong with a model is said when it is loaded
+            if line := note([config]):
+                print(line, file=sys.stderr)
     with stoppable() as stop, models.quiet():
         if is_main():
             Store(folder.parent).forget_error(folder)  # of an earlier attempt
