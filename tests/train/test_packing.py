@@ -1,7 +1,9 @@
 """Rows that share a sequence: all are there, none is cut, and each is read as if it were alone."""
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
+import launched
 import models
 from asserts import refused
 from rankwise.errors import InputError
@@ -21,10 +24,12 @@ from rankwise.results.rows import summarise
 from rankwise.runs.store import Store
 from rankwise.sweep.check import Checked
 from rankwise.tasks.generation import IGNORE
+from rankwise.train.checkpoint_files import last_complete
 from rankwise.train.packing import Packing, best_fit
 from rankwise.train.run import run
 from rankwise.train.trainer import RunTrainer, items
 from runs import SIMPLEX, lines, make
+from waiting import PATIENCE, reached, wait_for
 
 TOKENS = range(10, 50)
 LENGTHS = st.lists(st.integers(2, 12), min_size=1, max_size=12)
@@ -211,6 +216,14 @@ def prepared(folder: Path, task: dict[str, Any], **more: Any) -> Path:
     return make(folder, task=task, train_rows=40, eval_rows=6, **{**usual, **more})
 
 
+def assert_alike(folder: Path, other: Path) -> None:
+    """Two runs have the same losses, up to the order of sums, and the same ranks."""
+    for name in ("metrics.jsonl", "ranks.jsonl"):
+        for one, two in zip(lines(folder / name), lines(other / name), strict=True):
+            assert (one["step"], one.get("ranks")) == (two["step"], two.get("ranks"))
+            assert one.get("loss", 0.0) == pytest.approx(two.get("loss", 0.0), rel=1e-3)
+
+
 def test_a_packed_run_comes_to_what_it_comes_to_unpacked(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,10 +241,7 @@ def test_a_packed_run_comes_to_what_it_comes_to_unpacked(
     run(plain)
     rows, seen[:] = len(seen), []
     run(packed)
-    for name in ("metrics.jsonl", "ranks.jsonl"):
-        for one, two in zip(lines(packed / name), lines(plain / name), strict=True):
-            assert (one["step"], one.get("ranks")) == (two["step"], two.get("ranks"))
-            assert one.get("loss", 0.0) == pytest.approx(two.get("loss", 0.0), rel=1e-3)
+    assert_alike(packed, plain)
     assert len(seen) > rows and all(len(shape) == 2 and shape[0] <= 2 and shape[1] <= 64 for shape in seen)
     assert any(shape[1] > 50 for shape in seen)
     settings = {row.setting for each in (plain, packed) for row in summarise(Store(tmp_path).results([each]))}
@@ -291,6 +301,21 @@ def test_a_packed_run_that_is_cut_goes_on_bit_for_bit(
     run(cut)
     for name in ("metrics.jsonl", "ranks.jsonl", "adapter/adapter_model.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.large
+def test_two_processes_pack_their_shares_and_one_goes_on_where_they_were_killed(
+    task: dict[str, Any], tmp_path: Path
+) -> None:
+    alone, folder = (prepared(tmp_path / name, task, packing=True) for name in ("alone", "run"))
+    launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder))
+    wait_for(lambda: reached(folder, 5) or launcher.poll() is not None)
+    os.kill(launched.workers(launcher, tmp_path / "log")[1], signal.SIGKILL)
+    assert launcher.wait(PATIENCE) != 0
+    assert last_complete(folder) is not None and not (folder / "result.json").exists()
+    run(folder)
+    run(alone)
+    assert_alike(folder, alone)
 
 
 @pytest.mark.parametrize(
