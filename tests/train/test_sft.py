@@ -17,7 +17,7 @@ from rankwise.train import gguf
 from rankwise.train.trainer import RunTrainer
 from runs import lines
 
-trl = pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[dev]'")
+trl = pytest.importorskip("trl", minversion="1.16", reason="no TRL with these templates: pip install -e '.[dev]'")
 pytestmark = [pytest.mark.large, pytest.mark.filterwarnings("ignore")]  # the warnings are theirs
 STEPS, LONGEST = 5, 160
 TEMPLATES = Path(str(trl.__file__)).parent / "chat_templates"
@@ -66,7 +66,7 @@ class InOrder(trl.SFTTrainer):
         return SequentialSampler(dataset if dataset is not None else self.train_dataset)
 
 
-def ours(folder: Path, base: Path, data: Path, **more: Any) -> tuple[list[float], list[list[int]]]:
+def ours(folder: Path, base: Path, data: Path, kind: str = "chat", **more: Any) -> tuple[list[float], list[list[int]]]:
     """The losses of a run, and the rows of each step."""
     steps: list[list[int]] = []
     pieces = RunTrainer._pieces
@@ -75,7 +75,7 @@ def ours(folder: Path, base: Path, data: Path, **more: Any) -> tuple[list[float]
         steps.append([row["idx"] for row in rows])
         return pieces(trainer, rows)
 
-    task = {"type": "chat", "dataset": str(data)}
+    task = {"type": kind, "dataset": str(data)}
     method = {"name": "lora", "rank": 4, "alpha": 8.0}
     usual = {"learning_rate": 2e-2, "seed": 3, "max_length": LONGEST, "max_steps": STEPS, "eval_every": 0}
     with pytest.MonkeyPatch.context() as patched:
@@ -84,22 +84,26 @@ def ours(folder: Path, base: Path, data: Path, **more: Any) -> tuple[list[float]
     return [line["loss"] for line in lines(trained.folder / "metrics.jsonl") if "loss" in line], steps[:STEPS]
 
 
-def theirs(folder: Path, base: Path, data: Path, rows: list[int], **more: Any) -> list[float]:
+def rows_of(data: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+
+
+def theirs(folder: Path, base: Path, rows: list[dict[str, Any]], **more: Any) -> list[float]:
     """The losses of SFTTrainer with a stock LoraConfig on these rows, in their order."""
-    file = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     args = trl.SFTConfig(
         str(folder), max_steps=STEPS, learning_rate=2e-2, lr_scheduler_type="linear", warmup_steps=0.06, seed=3,
-        max_length=LONGEST, assistant_only_loss=True, max_grad_norm=1.0, logging_steps=1, bf16=False, use_cpu=True,
+        max_length=LONGEST, assistant_only_loss="messages" in rows[0], max_grad_norm=1.0, logging_steps=1, bf16=False,
+        use_cpu=True,
         gradient_checkpointing=False, save_strategy="no", report_to=[], disable_tqdm=True, **more,
     )  # fmt: skip
     trainer = InOrder(
         model=LlamaForCausalLM.from_pretrained(base),
         args=args,
-        train_dataset=Dataset.from_list([file[row] for row in rows]),
+        train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(base),
         peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
-    assert (len(trainer.train_dataset) < len(rows)) == args.packing
+    assert (len(trainer.train_dataset) != len(rows)) == args.packing
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -110,7 +114,8 @@ def test_losses_without_packing(at_once: int, base: Path, data: Path, tmp_path: 
     losses, steps = ours(tmp_path / "ours", base, data, batch_size=4, micro_batch=at_once)
     assert len({tuple(rows) for rows in steps}) > 3
     more = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": 4 // at_once}
-    other = theirs(tmp_path / "theirs", base, data, [row for rows in steps for row in rows], **more)
+    file = rows_of(data)
+    other = theirs(tmp_path / "theirs", base, [file[row] for rows in steps for row in rows], **more)
     assert other[-1] < other[0] - 0.2
     assert losses == pytest.approx(other, abs=1e-4)
 
@@ -121,7 +126,32 @@ def test_losses_with_packing(at_once: int, base: Path, data: Path, tmp_path: Pat
     losses, steps = ours(tmp_path / "ours", base, data, batch_size=12, packing=True, micro_batch=at_once)
     assert [sorted(rows) for rows in steps] == [[*range(12)]] * STEPS
     more = {"per_device_train_batch_size": at_once, "gradient_accumulation_steps": 12 // at_once}
-    other = theirs(tmp_path / "theirs", base, data, [*range(12)], packing=True, **more)
+    other = theirs(tmp_path / "theirs", base, rows_of(data), packing=True, **more)
+    assert other[-1] < other[0] - 0.2
+    assert losses == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["instruct", "text"])
+def test_losses_of_instructions_and_of_texts_in_blocks(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """TRL makes the blocks of texts when it packs without regard to where one ends ("wrapped")."""
+    for file in data.glob("*.jsonl"):
+        pairs = [row["messages"][:2] for row in map(json.loads, file.read_text().splitlines())]
+        rows = [{"prompt": asked["content"], "completion": answer["content"]} for asked, answer in pairs]
+        if kind == "text":
+            rows = [{"text": f"{row['prompt']} {row['completion']}"} for row in rows]
+        (tmp_path / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses, _ = ours(tmp_path / "ours", base, tmp_path, kind, batch_size=12)
+    more: dict[str, Any] = {"packing": True, "packing_strategy": "wrapped"} if kind == "text" else {}
+    judged = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+        if kind == "instruct"
+        else row
+        for row in rows_of(tmp_path)
+    ]
+    other = theirs(tmp_path / "theirs", base, judged, per_device_train_batch_size=12, **more)
     assert other[-1] < other[0] - 0.2
     assert losses == pytest.approx(other, abs=1e-4)
 
@@ -134,9 +164,8 @@ def test_what_is_learnt_of_a_turn(base: Path, data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.chat_template = (TEMPLATES / "qwen2_5.jinja").read_text()
     task = rw.task({"type": "chat", "dataset": str(data)})
-    file = (data / "train.jsonl").read_text().splitlines()
-    for row, line in zip(task.encode(task.train(), tokenizer, 512), file, strict=True):
-        messages = json.loads(line)["messages"]
+    for row, file in zip(task.encode(task.train(), tokenizer, 512), rows_of(data), strict=True):
+        messages = file["messages"]
         judged = tokenizer.apply_chat_template(
             messages,
             chat_template=trl.chat_template_utils.get_training_chat_template(tokenizer),
