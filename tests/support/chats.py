@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,14 @@ SPECIAL: dict[str, tuple[str, str, list[str]]] = {
     "qwen2_5": ("<|im_start|>", "<|im_end|>", ["<tool_call>", "</tool_call>"]),
     "qwen3": ("<|im_start|>", "<|im_end|>", ["<think>", "</think>"]),
 }
-"""Of each template the tokens that begin a text and end it, and other special ones."""
+"""Of some templates the tokens that begin and end a text, and other special ones; of others all marks are special."""
 
 
 def tokenizer(name: str) -> PreTrainedTokenizerBase:
     """SmolLM2's tokenizer with the chat template and the special tokens of another model."""
     text, found = _template(name), copy.deepcopy(_smollm2())
-    begin, end, others = SPECIAL[name]
+    marks = sorted(set(re.findall(r"<[|a-zA-Z_]+\|?>", text)))
+    begin, end, others = SPECIAL.get(name, ("<|im_start|>", "<|im_end|>", marks))
     found.add_special_tokens({"bos_token": begin, "eos_token": end, "additional_special_tokens": others})
     found.chat_template = text
     return found

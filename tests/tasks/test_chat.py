@@ -326,9 +326,9 @@ def test_rows_are_cut_after_answers_and_what_became_of_them_is_told(tmp_path_fac
     counts = [
         (sum(cut == what for cut in rows["cut"]), what) for what in ("cut after an answer", "cut within an answer")
     ]
-    told = [*counts, (len(full), "left out, whose answers all come later")]
-    parts = ", ".join(f"{count} {what}" for count, what in told if count)
-    assert kept.note == (f"max_length: of {len(train.data)} rows {parts}" if parts else "")
+    told = [*counts, (len(full), "left out, since no answer begins before that")]
+    parts = ", ".join(f"{count} are {what}" for count, what in told if count)
+    assert kept.note == (f"max_length: of {len(train.data)} rows, {parts}" if parts else "")
 
 
 def test_what_is_cut_is_said_once_on_stderr(tmp_path, capsys):
@@ -350,7 +350,7 @@ def test_a_run_counts_what_was_cut_and_shows_sample_answers(tmp_path):
     train, [held] = result["splits"]["train"], result["splits"]["evaluation"]
     left = chat(file).train().data["source"][:].count("user: " + "long " * 60)
     assert train["rows"] + held["rows"] == 150 and "max_length: of " in train["note"] + held["note"]
-    assert (f"{left} left out" in train["note"]) == (left > 0)
+    assert (f"{left} are left out" in train["note"]) == (left > 0)
     assert result["score"] == "perplexity" and set(result["metrics"]) == {"perplexity", "token_accuracy"}
     found = predictions(tmp_path / "runs" / "chat")
     assert found is not None and found.kind == "statistics"

@@ -96,6 +96,21 @@ def test_a_prompt_has_the_tokens_that_a_model_is_asked_with(name, texts):
         assert written == whole[len(asked) :] and tokenizer.decode(ids[:start]) == asked
 
 
+@pytest.mark.parametrize("name", ["cohere", "gemma3", "glm4moe", "lfm2", "phi3_5", "qwen2_5_vl", "qwen3"])
+def test_the_learnt_tokens_are_those_that_trl_marks_in_its_templates(name):
+    """TRL has put the marks that `return_assistant_tokens_mask` needs into copies of the models' templates.
+
+    Phi 3.5 is the model of https://github.com/axolotl-ai-cloud/axolotl/issues/1916.
+    """
+    tokenizer = chats.tokenizer(f"{name}_training")
+    for messages in (TWO[:2], TWO):
+        ids, answers = encoded(tokenizer, messages)
+        theirs = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+        assert theirs["input_ids"] == ids
+        learnt = [place for place, mask in enumerate(theirs["assistant_masks"]) if mask]
+        assert learnt == [place for start, stop in answers for place in range(start, stop)]
+
+
 def test_a_system_turn_is_read_and_not_learnt():
     said = marked(chats.tokenizer("llama3"), turns("Hi", "Yes", system="Be short."))
     assert said.startswith("<|begin_of_text|> <|start_header_id|> system <|end_header_id|> Ċ Ċ Be Ġshort . <|eot_id|> ")

@@ -53,7 +53,8 @@ AFTER: dict[str, tuple[str, ...]] = {
     "tool": ("assistant", "tool"),
 }
 """Role -> those that it may come after, "" being the beginning."""
-AT_TURN, IN_ANSWER, LEFT_OUT = "cut after an answer", "cut within an answer", "left out, whose answers all come later"
+AT_TURN, IN_ANSWER = "cut after an answer", "cut within an answer"
+LEFT_OUT = "left out, since no answer begins before that"
 """What becomes of a row that is longer than max_length."""
 
 
@@ -344,5 +345,5 @@ def _parsed(value: Any) -> Any:
 
 def _note(cuts: Counter[str], total: int, limit: str = "max_length") -> str:
     """How many rows are longer than the limit, and what becomes of them; "" for none."""
-    parts = [f"{cuts[where]:,} {where}" for where in (AT_TURN, IN_ANSWER, LEFT_OUT) if cuts[where]]
-    return f"{limit}: of {total:,} rows {', '.join(parts)}" if parts else ""
+    parts = [f"{cuts[where]:,} are {where}" for where in (AT_TURN, IN_ANSWER, LEFT_OUT) if cuts[where]]
+    return f"{limit}: of {total:,} rows, {', '.join(parts)}" if parts else ""

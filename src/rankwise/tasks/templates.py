@@ -137,6 +137,8 @@ class Template:
             if message["role"] != "assistant":
                 continue
             prompt, turn = self._write(conversation, place, prompt=True), self._write(conversation, place + 1)
+            if not whole.startswith(turn):  # Phi-3's template ends each text with the end token, whatever comes before
+                turn = turn.removesuffix(str(self.tokenizer.eos_token))
             if not turn.startswith(prompt) or not whole.startswith(turn):
                 raise InputError(
                     f"{where}: {self.name} writes turn {place + 1} differently "
