@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -330,9 +331,13 @@ def test_wandb_gets_a_run_for_each_attempt_offline(tmp_path: Path) -> None:
     assert [*(tmp_path / "wandb").glob("offline-run-*/files/media/images/ranks/picture*.png")]
 
     new = make(tmp_path / "runs" / "new", report_to=["wandb"])
-    ended = carried_out(new, WANDB_MODE="online", WANDB_API_KEY="", **home)
-    assert ended.returncode == 2
-    assert "report_to: W&B has no login: run `wandb login`, or set WANDB_MODE=offline" in ended.stderr
+    for key, words in (
+        ("", " has no login: run `wandb login`, or set WANDB_MODE=offline"),
+        ("mine", ": .* API key must"),
+    ):
+        ended = carried_out(new, WANDB_MODE="online", WANDB_API_KEY=key, **home)
+        assert ended.returncode == 2
+        assert re.search(f"^rankwise: report_to: W&B{words}", ended.stderr, re.MULTILINE), ended.stderr
 
 
 TRACKIO = """

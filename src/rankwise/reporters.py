@@ -199,7 +199,13 @@ def check(config: RunConfig) -> None:
     if "wandb" in config.report_to:
         import wandb
 
-        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False, verify=False):
+        try:
+            ready = wandb.setup().settings.mode != "online" or wandb.login(prompt=False, verify=False)
+        except TypeError:  # an older W&B, which can only ask
+            ready = True
+        except wandb.Error as error:
+            raise InputError(f"report_to: W&B: {' '.join(str(error).split())}") from None
+        if not ready:
             raise InputError("report_to: W&B has no login: run `wandb login`, or set WANDB_MODE=offline")
 
 
