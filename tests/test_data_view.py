@@ -174,6 +174,9 @@ def test_images_have_sizes_and_classes(cli: Cli, tmp_path: Path) -> None:
     assert "20×10 (1), 20×11 (1), 20×12 (1)" in out
     assert re.search(r"^foreground +4,096 \(33\.3%\) +0$", out, re.MULTILINE)
     assert cli(*given, "--row", "0")[0] == 2
+    task = f"{{type: segmentation, dataset: {tmp_path}, height: 64, width: 64}}"
+    (tmp_path / "two.yaml").write_text(f"task: {task}\nmethod: full\nvary: {{model: [unet, unet-refined]}}\n")
+    assert cli("data", tmp_path / "two.yaml")[1] == out  # which do not read them differently
 
 
 def test_a_run_notes_what_its_model_sees(cli: Cli, tmp_path: Path) -> None:

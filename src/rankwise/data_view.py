@@ -22,8 +22,8 @@ from rankwise.train import model as models
 
 ROWS = 10
 """Rows that are shown at random."""
-DECIDES = ("task", "model", "max_length", "train_rows", "eval_rows", "trust_remote_code")
-"""Settings that decide what a model sees."""
+DECIDES = ("task", "train_rows", "eval_rows", "model", "max_length", "trust_remote_code")
+"""Settings that decide what a model sees; of images, the first three."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def _config(source: Source | None, settings: Sequence[str]) -> RunConfig:
     if not isinstance(config, Experiment):
         return config
     runs = [complete(each, schema()) for each in config.configs]
-    for key in DECIDES:
+    images = tasks.registry()[runs[0].task["name"]].family == "segmentation"
+    for key in DECIDES[:-3] if images else DECIDES:
         values = [getattr(each, key) for each in runs]
         if others := [value for value in values if value != values[0]]:
             first, second = (quoted(value["name"] if key == "task" else value) for value in (values[0], others[0]))

@@ -60,6 +60,7 @@ class Start:
         start = f"""\
 # Which method is worth it on this data? Check the file, see what it means, then run it:
 #   rankwise validate {file}
+#   rankwise data {file}
 #   rankwise compare {file} --dry-run
 #   rankwise compare {file}
 """
