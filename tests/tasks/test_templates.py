@@ -153,6 +153,8 @@ def test_a_template_that_writes_earlier_turns_differently_is_refused():
     qwen3 = chats.tokenizer("qwen3")
     said = refused(lambda: encoded(qwen3, TWO))
     assert "the tokenizer's chat template writes turn 2 differently once others follow" in said
+    ids, [answer] = encoded(qwen3, TWO, learnt=[False, False, False, True])  # no other answer has to be found
+    assert qwen3.decode(ids[answer.start : answer.stop]) == "<think>\n\n</think>\n\n2\n<|im_end|>\n"
     thought = turns("Hi", "<think>\nHm.\n</think>\n\nHello", "Sum?", "2")
     assert "leaves out or changes turn 2, of the role assistant" in refused(lambda: encoded(qwen3, thought))
     assert marked(qwen3, TWO[:2]).endswith("ass istant Ċ *<think> *ĊĊ *</think> *Ċ *Ċ *Hello *Ġyou *! *<|im_end|> *Ċ")

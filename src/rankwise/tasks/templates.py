@@ -95,15 +95,12 @@ class Template:
         pieces = [[whole[start:end] for start, end in itertools.pairwise(ends)] for whole, ends in written]
         texts = dict.fromkeys(itertools.chain((whole for whole, _ in written), *pieces))
         tokens = dict(zip(texts, self._tokens([*texts]), strict=True))
-        for conversation, (whole, ends), parts in zip(conversations, written, pieces, strict=True):
+        for (whole, ends), parts in zip(written, pieces, strict=True):
             ids, joined = tokens[whole], [*itertools.chain(*(tokens[part] for part in parts))]
             stops = [*itertools.accumulate(len(tokens[part]) for part in parts[:-1])]
             if ids != joined:
                 ids, stops = self._across(whole, ends, ids, joined, stops)
-            turns = [place for place, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-            answers = [Answer(*pair) for pair in zip(stops[::2], stops[1::2], strict=True)]
-            learnt = conversation.learnt or [True] * len(conversation.messages)
-            yield ids, [answer for place, answer in zip(turns, answers, strict=True) if learnt[place]]
+            yield ids, [Answer(*pair) for pair in zip(stops[::2], stops[1::2], strict=True)]
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(  # without what the tokenizer would add: the template has written it
@@ -127,14 +124,14 @@ class Template:
         return ids, [_shared(start, ids) for start in starts]
 
     def _texts(self, conversation: Conversation) -> tuple[str, list[int]]:
-        """The whole conversation, and where it is cut: at 0, where each answer starts and ends, and at its end."""
+        """The whole conversation, and where it is cut: at 0, where each learnt answer starts and ends, and its end."""
         messages, where = conversation.messages, conversation.where
         whole, ends = self._write(conversation, len(messages)), [0]
         if conversation.tools and whole == self._write(conversation, len(messages), tools=False):
             raise InputError(f"{where}: {self.name} leaves out the tools: {_REMEDY}")
         self._check_order(conversation, whole)
         for place, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not (conversation.learnt or [True] * len(messages))[place]:
                 continue
             prompt, turn = self._write(conversation, place, prompt=True), self._write(conversation, place + 1)
             if not whole.startswith(turn):  # Phi-3's template ends each text with the end token, whatever comes before
@@ -143,7 +140,8 @@ class Template:
                 raise InputError(
                     f"{where}: {self.name} writes turn {place + 1} differently "
                     + ("after its prompt" if whole.startswith(turn) else "once others follow")
-                    + f", so that its tokens cannot be told from the others: {_REMEDY}"
+                    + ", so that its tokens cannot be told from the others: put weight: 0 into the turn, or give a "
+                    "template of your own (template: FILE)"
                 )
             text = message["content"].strip()
             ending = turn[len(prompt) :].partition(text)[2] if text else turn[len(prompt) :]
