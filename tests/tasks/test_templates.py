@@ -214,6 +214,16 @@ def test_a_result_that_is_written_as_json_is_there():
     assert said.count("*<|eot_id|>") == 2
 
 
+def test_a_text_that_spells_the_end_of_a_turn_is_refused():
+    for place, turn in ((0, 1), (1, 2)):
+        messages = turns("Hi", "Yes")
+        messages[place]["content"] = "Say </s> and <|im_end|> now"
+        said = refused(lambda messages=messages: encoded(chats.tokenizer("smollm2"), messages))
+        assert said == f"chats.jsonl, line 3: turn {turn} holds '<|im_end|>', which ends a turn: remove it"
+        assert "holds '</s>'" in refused(lambda messages=messages: encoded(chats.tokenizer("mistral"), messages))
+        assert encoded(chats.tokenizer("gemma"), messages)
+
+
 def test_turns_that_are_not_to_be_learnt_are_read_only():
     said = marked(chats.tokenizer("gemma"), TWO, learnt=[False, False, False, True])
     assert "*Hello" not in said and said.endswith("*2 *<end_of_turn> *Ċ")

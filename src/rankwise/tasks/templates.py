@@ -145,11 +145,15 @@ class Template:
                 )
             text = message["content"].strip()
             ending = turn[len(prompt) :].partition(text)[2] if text else turn[len(prompt) :]
-            if not any(end in ending for end in self._ends):
+            closing = [end for end in self._ends if end in ending]
+            if not closing:
                 raise InputError(
                     f"{where}: {self.name} ends turn {place + 1} without a special token, so that a model would not "
                     f"learn to stop: {_REMEDY}"
                 )
+            for number, each in enumerate(messages, 1):
+                if spelt := [end for end in closing if end in each["content"]]:
+                    raise InputError(f"{where}: turn {number} holds {spelt[0]!r}, which ends a turn: remove it")
             ends += [len(prompt), len(turn)]
         return whole, [*ends, len(whole)]
 
@@ -170,9 +174,9 @@ class Template:
                 place = found + len(form)
 
     @cached_property
-    def _ends(self) -> set[str]:
+    def _ends(self) -> list[str]:
         added = {token.content for token in self.tokenizer.added_tokens_decoder.values()}
-        return {token for token in (*added, *self.tokenizer.all_special_tokens) if token.strip()}
+        return sorted(token for token in added.union(self.tokenizer.all_special_tokens) if token.strip())
 
     def _write(self, conversation: Conversation, count: int, prompt: bool = False, tools: bool = True) -> str:
         try:
