@@ -67,17 +67,18 @@ class Packing:
             batch = {name: values.reshape(1, -1) for name, values in batch.items()}
         return {**batch, "use_cache": False}
 
-    def check(self, model: nn.Module, tokens: Sequence[int]) -> None:
+    def check(self, model: nn.Module, tokens: Sequence[int], at_once: int = 2) -> None:
         """InputError unless rows of these tokens have the logits in packs that they have alone.
 
-        The difference is compared with that of sequences which do not say where their rows begin.
+        The difference is compared with that of sequences which do not say where their rows begin. Takes less memory
+        than a training with `at_once` packs at once.
         """
         draw, known = random.Random(0), sorted(set(tokens))
         half, third = self.most // 2, self.most // 3
         lengths = [half, third, self.most - half - third, third]  # a full pack, and one to be padded
         rows = [torch.tensor(draw.choices(known, k=length)) for length in lengths if length]
         ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
-        packs = self.packs({"input_ids": ids, "labels": ids, "attention_mask": mask})
+        packs = self.packs({"input_ids": ids, "labels": ids, "attention_mask": mask})[:at_once]
         name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
         with undisturbed(model):
             model.eval()
@@ -104,7 +105,7 @@ class Packing:
             starts = [*(pack.positions == 0).nonzero().flatten().tolist(), len(pack.ids)]
             for row in map(slice, starts, starts[1:]):
                 alone = _logits(model, input_ids=pack.ids[None, row])[0]
-                yield float((logits[row] - alone).abs().max()), float((unmarked[row] - alone).abs().max())
+                yield _distance(logits[row], alone), _distance(unmarked[row], alone)
 
 
 def best_fit(lengths: Sequence[int], most: int) -> list[list[int]]:
@@ -129,4 +130,8 @@ def _logits(model: Any, **batch: Any) -> Tensor:
     device = next(model.parameters()).device
     inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     logits: Tensor = model(**inputs).logits
-    return logits.float()
+    return logits
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one.float() - other.float()).abs().max())

@@ -303,7 +303,7 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
     trainer.remove_callback(PrinterCallback)  # stdout is for results
     if packing is not None:
         with computing(parts.config):
-            packing.check(parts.model, [*itertools.chain(*parts.examples[:100]["input_ids"])])
+            packing.check(parts.model, [*itertools.chain(*parts.examples[:100]["input_ids"])], parts.rows)
     if parts.task.family == "segmentation" and parts.rows < parts.config.batch_size and is_main():
         print(
             f"Dice loss and batch norms are computed over {parts.rows} images at a time, not {parts.config.batch_size}",
