@@ -3,7 +3,10 @@
 import json
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +319,17 @@ def test_two_processes_pack_their_shares_and_one_goes_on_where_they_were_killed(
     run(folder)
     run(alone)
     assert_alike(folder, alone)
+
+
+@pytest.mark.large
+@pytest.mark.skipif("RANKWISE_DATA" not in os.environ, reason="needs the rows of E2E")
+def test_the_benchmark_of_the_documents_runs() -> None:
+    script = Path(__file__).parents[2] / "benchmarks" / "packing.py"
+    options = ["--model", "random-llama", "--rows", "16", "--at-once", "2", "--max-length", "512", "--times", "1"]
+    done = subprocess.run([sys.executable, script, "e2e", *options], capture_output=True, text=True, check=True)
+    unpacked, packed, ratio = done.stdout.splitlines()
+    passes = [int(line.split()[1]) for line in (unpacked, packed)]
+    assert passes[0] > passes[1] and re.fullmatch(r"packed is \d+\.\d\d times as fast", ratio)
 
 
 @pytest.mark.parametrize(
