@@ -99,12 +99,20 @@ def test_a_run_that_reports_has_the_id_and_the_result_of_one_that_does_not(repor
     assert store.create(other, runs.REVISION) == folder and store.config(folder).report_to == ["wandb"]
 
 
+LONG = {"method": {**SIMPLEX, "every": 10}, "max_steps": 40, "checkpoint_every": 1000, "report_to": ["tensorboard"]}
+
+
+@pytest.fixture(scope="module")
+def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make(tmp_path_factory.mktemp("runs") / "uncut", **LONG)
+    run(folder)
+    return folder
+
+
 @pytest.mark.parametrize("begun", [True, False])
-def test_a_run_that_was_killed_and_resumed_shows_each_step_once(begun: bool, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_and_resumed_shows_each_step_once(begun: bool, uncut: Path, tmp_path: Path) -> None:
     """Killed by -9 after two checkpoints, of which the newer is lost, or (`begun` false) before its first."""
-    settings = {"method": {**SIMPLEX, "every": 10}, "max_steps": 60, "report_to": ["tensorboard"]}
-    settings |= {"checkpoint_every": 10 if begun else 1000}
-    folder, uncut = (make(tmp_path / name, **settings) for name in ("run", "uncut"))
+    folder = make(tmp_path / "run", **{**LONG, "checkpoint_every": 12 if begun else 1000})
     process = start(folder)
     wait_for(lambda: reached(folder, 25) or process.poll() is not None)
     process.kill()
@@ -114,7 +122,6 @@ def test_a_run_that_was_killed_and_resumed_shows_each_step_once(begun: bool, tmp
     if begun:
         remove_checkpoint(checkpoints(folder)[0])  # so steps are repeated that TensorBoard has
     run(folder)
-    run(uncut)
     assert len([*(folder / EVENTS).iterdir()]) == (2 if begun else 1)
     found = scalars(folder)
     assert found == scalars(uncut)
