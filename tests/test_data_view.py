@@ -14,7 +14,7 @@ import rankwise as rw
 from chats import turns, write
 from rankwise import terminal
 from rankwise.data_view import visible
-from runs import make
+from runs import bert, make
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -194,3 +194,10 @@ def test_the_same_in_python(cli: Cli, tickets: Path) -> None:
     view = rw.data({"task": task, "model": "random-bert"}, {"max_length": 32}, row=7)
     assert view.as_json() == json.loads(cli(*settings(tickets, "--row", "7", "--json"))[1])
     assert "".join(f"{line}\n" for line, _ in view.lines()) == cli(*settings(tickets, "--row", "7"))[1]
+
+
+def test_weights_are_not_read(cli: Cli, tmp_path: Path, tickets: Path) -> None:
+    bert(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"no weights")
+    code, out, err = cli(*settings(tickets, f"model={tmp_path / 'model'}"))
+    assert code == 0 and out.startswith("tickets (classification) as model reads it"), err

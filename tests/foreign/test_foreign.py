@@ -70,6 +70,11 @@ AXOLOTL: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         {"quantise": "4bit", "method.dropout": 0.05, "epochs": 4.0, "warmup": 10, "schedule": "cosine"},
         set(),
     ),
+    "llama-3/qlora on weights of 4 bits": (
+        {"adapter": "qlora", "load_in_4bit": True, "base_model": "unsloth/Meta-Llama-3.1-8B-bnb-4bit"},
+        {"quantise": "none", "model": "unsloth/Meta-Llama-3.1-8B-bnb-4bit"},
+        {"load_in_4bit"},
+    ),
     "llama-2/fft_optimized": (
         {"adapter": None, "lora_r": None, "lora_alpha": None, "lora_target_linear": None, "bf16": "auto"},
         {"method.name": "full", "autocast": "bf16", "dtype": "fp32"},
@@ -208,7 +213,7 @@ def test_files_of_axolotl(tmp_path: Path, name: str) -> None:
     found, config = run(tmp_path / "axolotl.yml", {**BASE, **content})
     assert values(config, expected) == expected
     assert lost <= found.lost.keys(), found.lost
-    assert config.model == BASE["base_model"] and config.max_length == 2048
+    assert config.model == {**BASE, **content}["base_model"] and config.max_length == 2048
 
 
 @pytest.mark.parametrize("name", FACTORY)
@@ -306,6 +311,21 @@ def test_what_an_adapter_becomes_adapts_the_same_layers_in_the_same_way(
     modules = [module for module in ours.modules() if hasattr(module, "lora_dropout")]
     assert all(getattr(each.lora_dropout["default"], "p", 0.0) == options.get("lora_dropout", 0.0) for each in modules)
     assert all(bool(each.use_dora["default"]) == options.get("use_dora", False) for each in modules)
+
+
+def test_adapters_that_others_have_published(tmp_path: Path) -> None:
+    """What stands in some of them: a classifier's head, models of other kinds."""
+    file = tmp_path / "adapter_config.json"
+    usual = {"peft_type": "LORA", "r": 8, "lora_alpha": 32, "target_modules": ["q", "v"], "loftq_config": {}}
+    usual |= {"rank_pattern": {}, "modules_to_save": None, "lora_bias": False, "eva_config": None, "bias": "none"}
+    head = {"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}
+    found, config = run(file, {**usual, **head, "base_model_name_or_path": "bert-base-uncased"})
+    assert found.lost == {} and config.task["name"] == "classification"
+    whisper = {"base_model_class": "WhisperForConditionalGeneration", "parent_library": "transformers.models.whisper"}
+    found, _ = run(file, {**usual, "task_type": None, "auto_mapping": whisper})
+    assert found.lost.keys() == {"task_type", "auto_mapping"} and "WhisperFor" in found.lost["auto_mapping"]
+    found, config = run(file, {**usual, "task_type": "SEQ_2_SEQ_LM", "base_model_name_or_path": "google/flan-t5-base"})
+    assert found.lost == {} and (config.task["name"], config.model) == ("seq2seq", "google/flan-t5-base")
 
 
 def test_what_an_adapter_has_beyond_ours_is_said(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """PEFT's `adapter_config.json`, as PEFT 0.21 writes it; it says nothing about data or training."""
 
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+
 from rankwise.errors import InputError
 from rankwise.foreign.carried import Carried
 
@@ -16,7 +18,9 @@ def carry(file: Carried) -> None:
     file.lose("revision", "the newest revision is loaded: download this one, and name its folder as model")
     task = str(file.take("task_type"))
     if task not in TASKS:
-        file.lose("task_type", f"{task} is not known here; chat is in its place")
+        file.lost["task_type"] = f"{task} is not known here; chat is in its place"
+    if isinstance(kind := file.take("auto_mapping"), dict):
+        file.lose("auto_mapping", f"it adapts a {kind.get('base_model_class')}; models of other kinds may not be read")
     file.put("task.type", TASKS.get(task, "chat"), f"task_type {task}; the adapter does not say what it learnt")
     file.put("task.dataset", "train.jsonl", "put your own here")
     dora, start = bool(file.take("use_dora")), file.take("init_lora_weights", True)
@@ -38,12 +42,12 @@ def carry(file: Carried) -> None:
             file.put("method.targets", "all-linear", "target_modules is a regular expression: name modules")
     for key in ("rank_pattern", "alpha_pattern"):
         file.lose(key, "all layers start at one rank and alpha; simplex-lora learns where rank belongs")
-    file.lose("modules_to_save", "the head of a classifier trains with every method, and nothing else does")
+    saved = file.take("modules_to_save")
+    if task != "SEQ_CLS" or not isinstance(saved, list) or not {*map(str, saved)} <= {*SEQ_CLS_HEAD_NAMES}:
+        file.lose("modules_to_save", "the head of a classifier trains with every method, and nothing else does")
     if file.take("bias", "none") != "none":
         file.lose("bias", "biases stay frozen; bitfit trains them, and nothing else")
     for key in ("layers_to_transform", "layers_pattern", "exclude_modules", "target_parameters"):
         file.lose(key, "layers are chosen by name; name them at method.targets")
-    file.mean_nothing(
-        "inference_mode", "auto_mapping", "fan_in_fan_out", "peft_version", "megatron_core", "qalora_group_size"
-    )
+    file.mean_nothing("inference_mode", "fan_in_fan_out", "peft_version", "megatron_core", "qalora_group_size")
     file.finish()

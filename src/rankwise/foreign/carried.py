@@ -151,9 +151,11 @@ class Carried:
 
     def quantised(self, bits: int, keys: str, whole: bool) -> None:
         """A base in 8 or 4 bits."""
-        if whole:
+        name = str(self.settings.get("model", ""))
+        if whole or re.search(r"-(bnb|nf4|awq|gptq|fp8)\b", name.lower()):
+            why = "only a frozen base can be quantised, and all weights train"
             for key in keys.split(", "):
-                self.lose(key, "only a frozen base can be quantised, and all weights train")
+                self.lose(key, why if whole else f"{name} is quantised already, by its name, so quantise is left out")
         else:
             self.put("quantise", f"{bits}bit", keys)
 
