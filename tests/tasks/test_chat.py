@@ -156,10 +156,20 @@ def test_the_revision_changes_with_every_text_and_with_the_template(tmp_path):
 def test_a_list_of_turns_is_no_text(tmp_path):
     """TRL's prompts and completions may be lists; their JSON would be a strange question."""
     row = turns("a", "b")
-    for name, values in (("prompt", [row[:1], "c"]), ("completion", ["d", row[1:]]), ("system", [None, row[:1]])):
+    for name, values in (("prompt", [row[:1], "c"]), ("completion", ["d", row[1:]])):
         rows = [{"prompt": "a", "completion": "b", name: value} for value in values]
         said = refused(lambda rows=rows: chat(write(tmp_path / "a.jsonl", rows), "instruct").train())
-        assert f"column '{name}'" in said or name == "system" and "turn 1: its content is no text" in said
+        assert f"column '{name}'" in said
+    both = {"messages": row, "instruction": "a", "output": "b"}
+    for name, kind in (("system", "chat"), ("system", "instruct"), ("input", "instruct")):
+        file = write(tmp_path / "a.jsonl", [{**both, name: None}, {**both, name: row[:1]}])
+        said = refused(lambda file=file, kind=kind: chat(file, kind).train())
+        assert said == f"{file}: {name} in line 2 is no text: correct it or leave it out"
+
+
+def test_a_system_column_of_numbers_is_read_as_texts(tmp_path):
+    file = write(tmp_path / "a.jsonl", [{**OPENAI, "prompt": "Hi", "completion": "Yes", "system": 3}])
+    assert messages(file) == messages(file, kind="instruct") == [turns("Hi", "Yes", system="3")]
 
 
 def test_history_comes_before_an_instruction(tmp_path):
@@ -239,6 +249,10 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no content": ([*turns("Hi"), {"role": "assistant", "content": None}], ", turn 2: the answer is empty"),
     "an unknown role": ([{"role": "usr", "content": "Hi"}], """no role is called 'usr' (did you mean "user"?); kno"""),
     "a role that is no text": ([{"role": 3, "content": "Hi"}], "no role is called 3"),
+    "a role in a list": ([{"role": ["user"], "content": "Hi"}], "no role is called ['user']"),
+    "a role that is null": ([{"role": None, "content": "Hi"}], ", turn 1: it has neither role and content nor from "),
+    "calls that are no list": ([*turns("Hi"), {"role": "assistant", "tool_calls": 3}], ", turn 2: its tool_calls are"),
+    "too many brackets": ("[" * 100_000, ": messages is no list, nor one in JSON: '[[["),
     "no list": ("Hi", ": messages is no list, nor one in JSON: 'Hi'"),
     "a number": (7, ": messages is no list but int"),
     "an object": ({"role": "user"}, ": messages is no list but dict"),
@@ -259,11 +273,12 @@ WRONG: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_fault_is_told_with_file_and_line(tmp_path, fault):
     row, wanted = WRONG[fault]
-    file = write(
-        tmp_path / "a.jsonl", [OPENAI, {"messages": json.dumps(row) if fault in ("a number", "an object") else row}]
-    )
+    file = write(tmp_path / "a.jsonl", [OPENAI, {"messages": row if isinstance(row, list | str) else json.dumps(row)}])
     said = refused(lambda: chat(file).train())
     assert said.startswith(f"{file}, line 2") and wanted in said
+    if isinstance(row, list):  # as a CSV has it
+        write(file, [OPENAI, {"messages": json.dumps(row)}])
+        assert refused(lambda: chat(file).train()) == said
 
 
 def test_columns_that_are_missing_or_there_twice_are_told(tmp_path):

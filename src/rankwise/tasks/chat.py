@@ -146,13 +146,19 @@ class OwnConversations(Custom, Conversations):
             yield Conversation(messages, where, tools, learnt)
 
     def _cells(self, rows: Rows, role: str) -> list[Any]:
-        """The values of an optional column; None where there is none."""
+        """The values of an optional column, as texts if it is none of LISTS; None where there is none or a blank."""
         column = self.columns.get(role, role)
-        if role in self.columns or column in rows.table.column_names:
-            if column not in rows.table.column_names:
-                checked(rows, {column: None})
-            return rows.table[column].to_pylist()
-        return [None] * rows.table.num_rows
+        if role not in self.columns and column not in rows.table.column_names:
+            return [None] * rows.table.num_rows
+        if column not in rows.table.column_names:
+            checked(rows, {column: None})
+        values = rows.table[column].to_pylist()
+        if role in LISTS:
+            return values
+        for place, value in enumerate(values):
+            if isinstance(value, list | dict):
+                raise InputError(f"{rows.where}: {column} in {rows.at(place)} is no text: {rows.remedy}")
+        return [None if value is None or not str(value).strip() else str(value) for value in values]
 
 
 @dataclass(frozen=True)
@@ -179,7 +185,7 @@ class Chat(OwnConversations, name="chat"):
         for place, (turns, system, tools) in enumerate(cells):
             where = f"{rows.where}, {rows.at(place)}"
             turns = _listed(turns, where, column)
-            if isinstance(system, str) and system.strip():
+            if system:
                 style = ("from", "value") if isinstance(turns[0], dict) and "from" in turns[0] else ("role", "content")
                 turns = [dict(zip(style, ("system", system), strict=True)), *turns]
             yield turns, _listed(tools, where, "tools") if tools not in _NONE else None
@@ -220,8 +226,8 @@ class Instruct(OwnConversations, name="instruct"):
                 earlier += [
                     {"role": role, "content": each} for role, each in zip(("user", "assistant"), pair, strict=True)
                 ]
-            asked = f"{asked}\n\n{more}" if more and str(more).strip() else str(asked)
-            first = [{"role": "system", "content": system}] if system and str(system).strip() else []
+            asked = f"{asked}\n\n{more}" if more else str(asked)
+            first = [{"role": "system", "content": system}] if system else []
             yield (
                 [*first, *earlier, {"role": "user", "content": asked}, {"role": "assistant", "content": str(answer)}],
                 None,
@@ -253,7 +259,7 @@ def _listed(value: Any, where: str, what: str) -> list[Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise InputError(f"{where}: {what} is no list, nor one in JSON: {value[:40]!r}") from None
     else:
         value = _without_nulls(value)
@@ -283,22 +289,23 @@ def _checked(turns: list[Any], where: str, style: str) -> tuple[list[dict[str, A
         raise InputError(f"{where}, turn {len(messages) + 1}: {reason}")
 
     for turn in turns:
-        if not isinstance(turn, dict) or not {"role", "from"} & turn.keys():
+        turn = {key: each for key, each in turn.items() if each is not None} if isinstance(turn, dict) else {}
+        if not {"role", "from"} & turn.keys():
             wrong("it has neither role and content nor from and value")
         if style not in turn or {"role", "from"} <= turn.keys():
             wrong("role and content are mixed with from and value in one file; use one of them")
         if "function_call" in turn:
             wrong("function_call is not read; use tool_calls")
-        turn = {key: each for key, each in turn.items() if each is not None}
         if turn.get(style) == "function_call":
             turn = {style: "gpt", "tool_calls": [{"type": "function", "function": turn.get(content_key)}]}
         role = ROLES.get(str(turn[style]), turn[style])
-        if role not in AFTER:
+        if not isinstance(role, str) or role not in AFTER:
             wrong(f"no role is called {role!r}{nearest(str(role), AFTER)}; known: {', '.join((*AFTER, *ROLES))}")
         if before not in AFTER[role]:
             wrong(f"the role {role} cannot come {f'after {before}' if before else 'first'}")
         content = _text(turn.get(content_key, ""))
-        calls = [_call(each) for each in turn.get("tool_calls", [])] if role == "assistant" else []
+        given = turn.get("tool_calls", []) if role == "assistant" else []
+        calls = [_call(each) for each in given] if isinstance(given, list) else [None]
         if content is None or None in calls:
             wrong("its content is no text" if content is None else "its tool_calls are not those of functions")
         if not content.strip() and role in ("user", "assistant") and not calls:
@@ -339,7 +346,7 @@ def _parsed(value: Any) -> Any:
     """What a text has as JSON, if it has that."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
