@@ -321,6 +321,31 @@ def test_two_processes_pack_their_shares_and_one_goes_on_where_they_were_killed(
     assert_alike(folder, alone)
 
 
+def test_memory_that_runs_out_halves_the_packs(
+    task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said of packs, and what is learnt stays as it is."""
+    folder, whole = (prepared(tmp_path / name, task, packing=True, micro_batch=4) for name in ("run", "whole"))
+    step = RunTrainer.training_step
+
+    def short(trainer: RunTrainer, model: nn.Module, inputs: Any, *more: Any) -> Any:
+        if any(len(piece.batch["input_ids"]) > 2 for piece in inputs):
+            raise torch.OutOfMemoryError("no memory")
+        return step(trainer, model, inputs, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunTrainer, "training_step", short)
+        run(folder)
+    assert (
+        "out of memory with 4 packs at once; going on from the last checkpoint with 2 at once; a step still has 16"
+        in (capsys.readouterr().err)
+    )
+    [row] = summarise(Store(tmp_path).results([folder]))
+    assert "ran out of memory and took 2 packs at once, 16 rows a step" in " ".join(row.remarks)
+    run(whole)
+    assert_alike(folder, whole)
+
+
 @pytest.mark.large
 @pytest.mark.skipif("RANKWISE_DATA" not in os.environ, reason="needs the rows of E2E")
 def test_the_benchmark_of_the_documents_runs() -> None:

@@ -342,4 +342,5 @@ def _short(result: Finished) -> bool:
 
 def _memory(result: Finished, label: str) -> str:
     rows, most = result.cost.micro_batch, result.config["batch_size"]
-    return f"seed {result.seed} of {label} ran out of memory and took {rows} rows at once, {most} a step"
+    what = f"packs at once, {most} rows" if result.config.get("packing") else f"rows at once, {most}"
+    return f"seed {result.seed} of {label} ran out of memory and took {rows} {what} a step"

@@ -21,14 +21,16 @@ def rows_at_once(folder: Path, most: int) -> int:
 
 def halve(folder: Path, config: RunConfig, rows: int, reason: str) -> None:
     """Record and report that from now on half as many rows are processed at once; OutOfMemory for one row."""
+    what = "pack" if config.packing else "row"
     if rows == 1:
         raise together.OutOfMemory(
-            f"out of memory even with one row at a time ({reason}): lower max_length, or use a smaller model or a "
+            f"out of memory even with one {what} at a time ({reason}): lower max_length, or use a smaller model or a "
             "machine with more memory"
         )
     write_whole(folder / MEMORY, json.dumps({"rows": rows // 2}) + "\n")
+    passes = "" if config.packing else f", {math.ceil(config.batch_size / (rows // 2))} times per step"
     print(
-        f"out of memory with {rows} rows at once; going on from the last checkpoint with {rows // 2} at once, "
-        f"{math.ceil(config.batch_size / (rows // 2))} times per step; a step still has {config.batch_size} rows",
+        f"out of memory with {rows} {what}s at once; going on from the last checkpoint with {rows // 2} at once"
+        f"{passes}; a step still has {config.batch_size} rows",
         file=sys.stderr,
     )
