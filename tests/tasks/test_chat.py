@@ -281,6 +281,37 @@ def test_a_fault_is_told_with_file_and_line(tmp_path, fault):
         assert refused(lambda: chat(file).train()) == said
 
 
+KEYS = st.sampled_from(
+    ["role", "content", "from", "value", "weight", "tool_calls", "function", "name", "arguments", "type", "text", "x"]
+)
+WORDS = st.sampled_from(
+    ["user", "assistant", "human", "gpt", "tool", "function_call", "text", "{}", "[]", "null", "", "a"]
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.floats(allow_nan=False) | WORDS,
+    lambda some: st.lists(some, max_size=3) | st.dictionaries(KEYS, some, max_size=4),
+    max_leaves=12,
+)
+TURN = st.fixed_dictionaries(
+    {"role": WORDS | JSON, "content": WORDS | JSON},
+    optional={"tool_calls": JSON, "weight": JSON, "function_call": JSON},
+)
+
+
+@settings(max_examples=300)
+@given(rows=st.lists(st.lists(TURN | JSON, max_size=4) | JSON, min_size=1, max_size=2), more=st.tuples(JSON, JSON))
+def test_whatever_a_file_holds_is_read_or_refused_in_one_line(rows, more, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "anything.jsonl"
+    write(file, [{"messages": row, "system": more[0], "tools": more[1]} for row in rows])
+    try:
+        found = messages(file)
+    except InputError as error:
+        assert "\n" not in str(error) and str(file) in str(error)
+        return
+    for row in found:
+        assert row[-1]["role"] == "assistant" and all(isinstance(turn["content"], str) for turn in row)
+
+
 def test_columns_that_are_missing_or_there_twice_are_told(tmp_path):
     file = write(tmp_path / "a.jsonl", [{"dialog": turns("Hi", "Yes")}])
     assert refused(lambda: chat(file).train()) == f"{file} has no column 'messages', only dialog: name another"
