@@ -227,6 +227,18 @@ def test_files_of_llama_factory(tmp_path: Path, name: str) -> None:
     assert lost <= found.lost.keys(), found.lost
 
 
+def test_the_data_is_found_from_where_the_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its examples are to be started in the folder above theirs, which has data/dataset_info.json."""
+    for folder in ("data", "examples/train_lora", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(INFO))
+    file = tmp_path / "examples" / "train_lora" / "one.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert run(file.relative_to(tmp_path), FACTORY_BASE)[1].task["dataset"] == "data/mine.jsonl"
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run(file, FACTORY_BASE)[1].task["dataset"] == str(tmp_path / "data" / "mine.jsonl")
+
+
 def keys_of(module: Any) -> list[str]:
     """Keys that a module reads or knows, as they stand in its source."""
     import ast

@@ -97,8 +97,7 @@ def _data(file: Carried, plain: bool) -> None:
     names = [name.strip() for name in (value.split(",") if isinstance(value, str) else map(str, value)) if name.strip()]
     if len(names) > 1:
         file.lost[f"dataset: {', '.join(names[1:])}"] = "a task has one data set: put all rows into one file"
-    folder = Path(str(file.take("dataset_dir", "data")))
-    known = _known(file.file, folder)
+    folder, known = _known(file.file, Path(str(file.take("dataset_dir", "data"))))
     about = known.get(names[0])
     if not isinstance(about, Mapping):
         file.lost[f"dataset: {names[0]}"] = (
@@ -140,13 +139,17 @@ def _data(file: Carried, plain: bool) -> None:
     file.lose("default_system", "put it into the rows: a column system, or a first turn")
 
 
-def _known(file: Path, folder: Path) -> Mapping[str, Any]:
-    """The data sets of `dataset_info.json`, looked for from here and from where the file is."""
-    for place in (folder, file.parent / folder, *(parent / folder for parent in file.resolve().parents)):
+def _known(file: Path, folder: Path) -> tuple[Path, Mapping[str, Any]]:
+    """The folder of the data, looked for from here and from where the file is, and what its `dataset_info.json` has."""
+    for place in (
+        folder,
+        *(parent / folder for parent in file.parents),
+        *(up / folder for up in file.resolve().parents),
+    ):
         if (place / "dataset_info.json").is_file():
             found = read_json(place / "dataset_info.json")
-            return found if isinstance(found, dict) else {}
-    return {}
+            return place, found if isinstance(found, dict) else {}
+    return folder, {}
 
 
 def _steps(file: Carried) -> None:
