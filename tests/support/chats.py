@@ -48,7 +48,8 @@ def tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 @functools.cache
 def _smollm2() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(gguf.folder_of("smollm2"))
+    file = gguf._embedded()  # whose weights take a minute, and are not needed
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def _template(name: str) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.errors import InputError, nearest, need
+from rankwise.processes.launched import is_main
 from rankwise.tasks.base import Split
 from rankwise.tasks.custom import Custom, tell
 from rankwise.tasks.generation import IGNORE
@@ -97,7 +98,7 @@ class Conversations(Language):
             cuts[cut if learns else LEFT_OUT] += 1
             if learns:
                 yield Row(place, ids, labels, cut)
-        if note := _note(cuts, len(split.data), f"max_length = {max_length}"):
+        if (note := _note(cuts, len(split.data), f"max_length = {max_length}")) and is_main():
             tell(f"{split.name} rows of {self.label}: {note}")
 
     def kept(self, split: Split, examples: "Dataset") -> Split:
