@@ -131,6 +131,16 @@ def test_samples_fit_the_model_and_stop_at_the_token_that_ends_a_turn(tmp_path):
     assert {row["prediction"] for row in rows} == {None, ""}
 
 
+def test_samples_leave_room_for_virtual_tokens(tmp_path):
+    task = conversations(tmp_path)
+    _, tokenizer, evaluation = parts(task, 44)
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    model = transformers.GPT2LMHeadModel(config)
+    attached = methods.build({"name": "pre-embed", "prefix": 20, "infix": 0}).attach(model)
+    rows = task.evaluate(attached, evaluation, tokenizer, 16, final=True).rows
+    assert rows["prediction"].null_count == len(rows) - SAMPLES
+
+
 def test_virtual_tokens_come_where_they_are_in_training(tmp_path):
     """An infix comes before the first answer, which only the labels show."""
     task = conversations(tmp_path)

@@ -151,6 +151,15 @@ def test_rows_are_as_long_as_the_task_and_packing_make_them(monkeypatch: pytest.
     assert lengths == [32 + 1 + 20, 32, 32]
 
 
+def test_the_model_as_it_comes_does_not_stand_for_runs_that_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    large(monkeypatch, 1)
+    none, trains = (
+        RunConfig(task={"name": "e2e"}, model="random-llama", method={"name": name}) for name in ("none", "lora")
+    )
+    assert memory_note([none]) == []
+    assert memory_note([none, trains]) == memory_note([trains]) != []
+
+
 def test_a_small_run_is_not_worth_a_note_nor_the_time() -> None:
     assert need(config()) is None
     assert memory_note([config(), config(method={"name": "full"})]) == []

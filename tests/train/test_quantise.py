@@ -231,3 +231,14 @@ def test_a_model_that_is_quantised_already_is_refused(base: str, tmp_path: Path)
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "codes")
     settings = {"task": "stdlib-kind", "model": str(tmp_path / "codes"), "max_length": 16, "quantise": "4bit"}
     assert "is quantised already; leave it out" in refused(lambda: Checked.of(settings, []))
+
+
+def test_a_stage_that_takes_over_all_weights_cannot_hold_them_as_codes(base: str) -> None:
+    def checked(*methods: str) -> Checked:
+        chain = [{"method": methods[0]}, {"method": methods[1], "quantise": "4bit"}]
+        settings = {"task": "stdlib-kind", "model": base, "max_length": 16, "vary": {"seed": [0]}}
+        return Checked.of({**settings, "chain": chain}, [])
+
+    said = refused(lambda: checked("full", "lora"))
+    assert said.startswith("quantise: a stage of a chain that starts from the weights of full reads them as numbers")
+    assert len(checked("lora", "lora").runs) == 2

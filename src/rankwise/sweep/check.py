@@ -63,8 +63,14 @@ def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
     loading = [field.name for field in fields(arguments.Loading)]
     settings = ("model", "task", "max_length", "label_smoothing", "gradient_checkpointing", "packing", *loading)
     wanted: dict[str, dict[str, Method]] = {}
+    method_of = {config.id: config.method["name"] for config in configs}
     for config in configs:
         arguments.check(config)
+        if config.quantise != "none" and config.after in method_of and method_of[config.after] != config.method["name"]:
+            raise InputError(
+                f"quantise: a stage of a chain that starts from the weights of {method_of[config.after]} reads them as "
+                "numbers; leave it out of that stage"
+            )
         given = json.dumps({key: getattr(config, key) for key in settings}, sort_keys=True)
         option = json.dumps(config.method, sort_keys=True)
         if option not in (known := wanted.setdefault(given, {})):

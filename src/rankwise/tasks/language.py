@@ -172,6 +172,8 @@ class Language(Task):
     ) -> dict[int, tuple[str, str, str]]:
         """By place in `examples` the prompt, the model's most likely answer and the right one, for a few rows."""
         most, inner = context(model), inner_model(model)
+        if most is not None:
+            most -= sum(len(each) for each in model.modules() if isinstance(each, VirtualTokens))
         places = dict.fromkeys(len(examples) * each // SAMPLES for each in range(SAMPLES if self.answers else 0))
         rows = {place: _last_answer(examples[place]) for place in places}
         rows = {place: row for place, row in rows.items() if most is None or len(row[0]) < most}

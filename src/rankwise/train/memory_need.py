@@ -75,6 +75,8 @@ def note(configs: Sequence[RunConfig], shipped: bool = False) -> str:
     """
     chosen: dict[str, RunConfig] = {}
     for config in configs:
+        if config.method["name"] == "none":  # nothing trains
+            continue
         key = config.model_dump_json(include={*_DECIDES})
         if key not in chosen or methods.registry()[config.method["name"]].whole:
             chosen[key] = config
