@@ -67,6 +67,9 @@ class RunConfig(BaseModel):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         default="auto", description="how attention is computed; auto leaves it to transformers"
     )
+    compile: bool = Field(
+        default=False, description="compile the training step by torch.compile; evaluations are not compiled"
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations again in the backward pass instead of keeping them"
     )
@@ -189,6 +192,8 @@ class RunConfig(BaseModel):
                 raise ValueError(f"{key}: needs a name, as in `{key}: {{name: {NAMED[key]}}}`")
         if self.warmup > 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup = {self.warmup}: expected a share up to 1 or a whole number of steps")
+        if self.compile and self.quantise != "none":
+            raise ValueError("compile: not for quantised weights; leave out compile or quantise")
         if self.dtype != "fp32" and self.autocast not in (None, self.dtype):
             raise ValueError(f"autocast = {self.autocast}: weights of dtype {self.dtype} compute in {self.dtype}")
         if self.packing and self.trainer.get("neftune_noise_alpha") is not None:

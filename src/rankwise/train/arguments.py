@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import typing
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -161,18 +162,30 @@ def _check_values(config: RunConfig, args: TrainingArguments) -> None:
 
 
 def check(config: RunConfig) -> None:
-    """Raise InputError for anything that `arguments` would refuse."""
+    """Raise InputError for anything that `arguments` would refuse, and for `compile` without a compiler."""
+    if config.compile and not torch.cuda.is_available():
+        from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds
+
+        try:
+            get_cpp_compiler()
+        except RuntimeError:
+            raise InputError("compile: there is no C++ compiler: install g++, or leave it out") from None
     if os.environ.get("WORLD_SIZE") is None:  # else TrainingArguments would join the other processes
         arguments(
             Path("run"), config, Plan(rows=1, batch_size=config.batch_size, steps=1, eval_every=1, checkpoint_every=1)
         )
 
 
-def computing(config: RunConfig) -> AbstractContextManager[Any]:
-    """Context for an evaluation, with the autocast of the training."""
-    if (kind := Loading.of(config).computing) == "none":
-        return nullcontext()
-    return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", DTYPES[kind])
+@contextmanager
+def computing(config: RunConfig) -> Iterator[None]:
+    """Context for an evaluation, with the autocast of the training. It is not compiled."""
+    with ExitStack() as stack:
+        if config.compile:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if (kind := Loading.of(config).computing) != "none":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            stack.enter_context(torch.autocast(device, DTYPES[kind]))
+        yield
 
 
 def _check_names(config: RunConfig) -> None:

@@ -309,6 +309,10 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
             f"Dice loss and batch norms are computed over {parts.rows} images at a time, not {parts.config.batch_size}",
             file=sys.stderr,
         )
+    if parts.config.compile:
+        # One program for rows of all lengths, whichever came first; but another one after each rank change.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = sys.maxsize
+        parts.model.compile(dynamic=True)
     with stop.patient():
         try:
             with disk_errors(folder):
@@ -319,6 +323,10 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
             raise InputError(
                 f"{checkpoint} cannot be loaded, since it was not written by a run ({_first_line(error)[:200]}): "
                 "delete it, and the same command resumes from the checkpoint before it"
+            ) from error
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise InputError(
+                f"compile: {type(parts.model).__name__} cannot be compiled ({_first_line(error)})"
             ) from error
         except NotFiniteError as error:  # gates or ω; `Parts.evaluate` catches those of evaluations
             raise DivergedError(str(error)) from error
