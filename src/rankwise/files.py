@@ -135,6 +135,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
         flush(path.parent)
 
 
+def write_new(path: Path, text: str, other: str) -> None:
+    """Write a file of the user's. InputError, which tells of an `other` name, if it is there already or cannot be."""
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path}: is there already; give another name, {other}")
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {_reason(error)}; give another name, {other}") from None
+
+
 def flush(path: Path) -> None:
     """Wait until what was written to a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

@@ -3,12 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from rankwise.errors import InputError, nearest
-from rankwise.files import unwritable, write_whole
+from rankwise.files import write_new
+from rankwise.settings.yaml_files import in_line
 
 TYPES = {"classification": "label", "pair": "label", "regression": "label", "seq2seq": "target", "causal": "target"}
 """Type of a task on texts -> the role of the column that is learnt."""
@@ -77,10 +75,10 @@ class Start:
 task:
   type: {self.type}
   # a .csv, .json(l) or .parquet file, of which a tenth is held out to score, or a folder with train and validation
-  dataset: {_flow(self.data)}
+  dataset: {in_line(self.data)}
 {"" if self.type == "text" else own}
 # a decoder: a folder, a GGUF file or a hub name
-model: {_flow(self.model or "smollm2")}
+model: {in_line(self.model or "smollm2")}
 max_length: 512  # tokens of a row{longer}
 batch_size: 16  # rows in one optimizer step
 micro_batch: 4  # rows at once: fewer need less memory and give the same result
@@ -99,7 +97,7 @@ tune:
   learning_rate: [1e-4, 3e-4, 1e-3]
 
 report:
-  title: {_flow(f"{Path(self.data).stem}: perplexity of the {answers}")}
+  title: {in_line(f"{Path(self.data).stem}: perplexity of the {answers}")}
 """
 
     def _of_images(self) -> str:
@@ -113,13 +111,13 @@ report:
             "# an untrained network trains all of its weights; init --model FOLDER adapts a saved one\nmethod: full"
         )
         if self.model:
-            network = f"# the folder of a saved network\nmodel: {_flow(self.model)}"
+            network = f"# the folder of a saved network\nmodel: {in_line(self.model)}"
         return f"""
 task:
   type: {self.type}
   # a folder with train/images, train/masks, validation/images and validation/masks, or with parquet files
-  dataset: {_flow(self.data)}
-  names: {_flow(_words(self.answer))}  # the classes in the order of their numbers in the masks
+  dataset: {in_line(self.data)}
+  names: {in_line(_words(self.answer))}  # the classes in the order of their numbers in the masks
   height: 256  # images and masks are resized to this, in pixels
   width: 256
 
@@ -136,7 +134,7 @@ tune:
   learning_rate: [1e-3, 3e-3, 1e-2]
 
 report:
-  title: {_flow(f"{Path(self.data).stem}: {', '.join(_words(self.answer))}")}
+  title: {in_line(f"{Path(self.data).stem}: {', '.join(_words(self.answer))}")}
   reference: full
 """
 
@@ -152,11 +150,11 @@ report:
 task:
   type: {self.type}
   # a .csv, .json(l) or .parquet file, of which a tenth is held out to score, or a folder with train and validation
-  dataset: {_flow(self.data)}
-  columns: {_flow(self.columns)}
+  dataset: {in_line(self.data)}
+  columns: {in_line(self.columns)}
 {metrics}
 # a folder or a hub name{"; without it the small MiniLM of rankwise[demo]" if scored else ""}
-{"model: " + _flow(model) if model else "# model: roberta-base"}
+{"model: " + in_line(model) if model else "# model: roberta-base"}
 max_length: 128  # tokens; longer texts are cut
 batch_size: 32  # rows in one optimizer step
 epochs: 3  # passes over the training rows
@@ -174,17 +172,12 @@ tune:
   learning_rate: [3e-4, 1e-3, 3e-3]
 
 report:
-  title: {_flow(f"{Path(self.data).stem}: {', '.join(self.read)} to {self.answer}")}
+  title: {in_line(f"{Path(self.data).stem}: {', '.join(self.read)} to {self.answer}")}
 """
 
     def write(self, file: Path) -> None:
         """Write the file. Raises InputError if there is one already, or none can be."""
-        if file.exists() or file.is_symlink():
-            raise InputError(f"{file}: is there already; give another name, rankwise init FILE")
-        try:
-            write_whole(file, self.text(file))
-        except OSError as error:
-            raise unwritable(file.parent, error) from None
+        write_new(file, self.text(file), "rankwise init FILE")
 
 
 def asked(given: dict[str, str | None], ask: Ask | None) -> Start:
@@ -246,9 +239,3 @@ def _columns(data: str) -> list[str]:
 def _words(text: str) -> list[str]:
     """The parts between commas."""
     return [word.strip() for word in text.split(",")]
-
-
-def _flow(value: Any) -> str:
-    """A value in YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**6)
-    return text.removesuffix("...\n").strip()

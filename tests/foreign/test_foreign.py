@@ -130,6 +130,16 @@ AXOLOTL: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         {"method.name": "dora", "method.alpha": 32.0},
         set(),
     ),
+    "noise": (
+        {"neftune_noise_alpha": 5, "adam_eps": 1e-6},
+        {"trainer": {"neftune_noise_alpha": 5.0, "adam_epsilon": 1e-6}},
+        set(),
+    ),
+    "noise on packed rows": (
+        {"neftune_noise_alpha": 5, "sample_packing": True, "adam_beta2": 0.95},
+        {"packing": True, "trainer": {"adam_beta2": 0.95}},
+        {"neftune_noise_alpha"},
+    ),
     "pythia/lora": (
         {"lr_scheduler": "constant", "warmup_steps": 20, "evals_per_epoch": 0, "max_steps": 1000, "eval_steps": 50},
         {"schedule": "constant", "warmup": 0, "max_steps": 1000, "eval_every": 50},
@@ -180,6 +190,11 @@ FACTORY: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         {"pissa_init": True, "pissa_iter": 16, "pissa_convert": True, "lora_alpha": 16},
         {"method.name": "pissa", "method.alpha": 16.0},
         {"pissa_iter", "pissa_convert"},
+    ),
+    "noise on packed rows": (
+        {"neftune_noise_alpha": 5, "packing": True, "adam_beta2": 0.95},
+        {"packing": True, "trainer": {"adam_beta2": 0.95}},
+        {"neftune_noise_alpha"},
     ),
     "extras/oft": ({"finetuning_type": "oft", "oft_block_size": 32}, {"method.name": "lora"}, {"finetuning_type"}),
     "extras/loraplus": ({"loraplus_lr_ratio": 16.0}, {"method.name": "lora"}, {"loraplus_lr_ratio"}),
@@ -250,13 +265,14 @@ def keys_of(module: Any) -> list[str]:
     )
 
 
+LETTERS = st.characters(exclude_categories=["Cs"], exclude_characters="\0")  # which are refused when a file is read
 ANY = (
     st.none()
     | st.booleans()
     | st.integers(-3, 99)
     | st.floats(0, 2)
-    | st.text(max_size=12)
-    | st.lists(st.text(max_size=5))
+    | st.text(LETTERS, max_size=12)
+    | st.lists(st.text(LETTERS, max_size=5))
 )
 CASES = [
     (axolotl, BASE, {*axolotl.OTHER_AIMS, "datasets", "pretraining_dataset"}),
@@ -367,6 +383,8 @@ def test_what_an_adapter_has_beyond_ours_is_said(tmp_path: Path) -> None:
         ({**BASE, "datasets": []}, "it has no datasets, so there is nothing to train on"),
         ({**BASE, "datasets": [3]}, "datasets: expected a list of data sets, each with a path and a type"),
         ({**BASE, "lora_r": "many"}, "lora_r = 'many': expected a number"),
+        ({**BASE, "lora_alpha": "NaN"}, "lora_alpha = nan: expected a number"),
+        ({**BASE, "lora_r": "1e999"}, "lora_r = inf: expected a number"),
         ({**BASE, "lora_r": 0}, "method lora: rank must be at least 1, not 0"),
         ({**FACTORY_BASE, "stage": "dpo"}, "stage is dpo, but rankwise trains on given answers only: sft and pt"),
         ({**FACTORY_BASE, "dataset": None}, "it trains nothing: it has no dataset, or do_predict"),

@@ -159,16 +159,18 @@ def test_what_decides_no_result_is_left_out(copy: Copy) -> None:
 
 
 @functools.cache
-def room_of(file: str) -> str:
+def rooms_of(file: str) -> frozenset[str]:
+    """A file's folder and the file itself, as ASIDE names them; none for files of others."""
     path = Path(file)
-    return path.relative_to(SOURCE).parts[0].removesuffix(".py") if path.is_relative_to(SOURCE) else ""
+    parts = path.relative_to(SOURCE).with_suffix("").parts if path.is_relative_to(SOURCE) else ()
+    return frozenset({*parts[:1], *(["/".join(parts)] if parts else [])})
 
 
 def rooms(frame: FrameType | None) -> set[str]:
     """The rooms that a call has come through."""
-    found = set()
+    found = set[str]()
     while frame is not None:
-        found.add(room_of(frame.f_code.co_filename))
+        found |= rooms_of(frame.f_code.co_filename)
         frame = frame.f_back
     return found
 
@@ -182,7 +184,7 @@ def test_all_that_a_run_carries_out_is_in_its_code(tmp_path: Path) -> None:
     def note(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
         outer = code.co_flags & inspect.CO_OPTIMIZED and "<locals>" not in code.co_qualname  # no body of a class
-        ours = event == "call" and outer and room_of(code.co_filename)
+        ours = event == "call" and outer and rooms_of(code.co_filename)
         if ours and ASIDE.isdisjoint(rooms(frame)):  # what only saves uses the engine, too
             called.add((code.co_filename, code.co_qualname.partition(".")[0]))
 

@@ -4,7 +4,7 @@ import pytest
 
 from rankwise.errors import InputError
 from rankwise.settings import RunConfig, as_yaml, load, parse_yaml
-from rankwise.settings.yaml_files import LONGEST
+from rankwise.settings.yaml_files import LONGEST, in_line
 from small_schema import SCHEMA, one
 
 
@@ -20,10 +20,11 @@ def test_a_learning_rate_is_a_number_however_it_is_written(text: str, value: flo
     assert config.learning_rate == one(f"learning_rate={text}").learning_rate == value
 
 
-@pytest.mark.parametrize("word", ["1285e1020756", "012345670123", "1e5", "null", "0x1f", "plain"])
+@pytest.mark.parametrize("word", ["1285e1020756", "012345670123", "1e5", "null", "0x1f", "plain", "a\x85b", "\u2028"])
 def test_a_word_is_read_as_it_was_written(word: str) -> None:
-    """Twelve hex digits may look like a number, and then a run would not know its own id."""
+    """Twelve hex digits may look like a number, and then a run would not know its own id; YAML has more line ends."""
     assert parse_yaml(as_yaml({"id": word, "rate": 1e-05})) == {"id": word, "rate": 1e-05}
+    assert parse_yaml(in_line([word])) == [word] and len(in_line([word]).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

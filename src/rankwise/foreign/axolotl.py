@@ -239,12 +239,7 @@ def _numbers(file: Carried, whole: bool) -> None:
     for key, setting in (("weight_decay", "weight_decay"), ("max_grad_norm", "clip"), ("seed", "seed")):
         if (value := file.number(key)) is not None:
             file.put(setting, value if key == "seed" else float(value), key)
-    for key in ("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"):
-        if (value := file.number(key, file.number("adam_eps") if key == "adam_epsilon" else None)) is not None:
-            if key == "neftune_noise_alpha" and "packing" in file.settings:
-                file.lose(key, "its noise depends on the length of a sequence, which packing changes")
-            else:
-                file.put(f"trainer.{key}", float(value), key)
+    file.trainer(file.number("adam_eps"))
 
 
 def _other(file: Carried) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import InputError
-from rankwise.files import unwritable, write_whole
+from rankwise.files import write_new
 from rankwise.settings import RunConfig
 from rankwise.settings.yaml_files import in_line, quoted
 
@@ -60,7 +60,8 @@ class Carried:
                 pass
             else:
                 value = int(value) if value.is_integer() and "." not in self.content[key] else value
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if value is not None and not number:
             raise InputError(f"{self.file}: {key} = {quoted(value)}: expected a number")
         return value
 
@@ -144,6 +145,16 @@ class Carried:
         if name not in ("adamw_torch", "adamw_torch_fused", "adamw_hf"):
             self.lose(key, f"AdamW in fp32 is in the place of {name}")
 
+    def trainer(self, epsilon: float | None = None) -> None:
+        """Numbers that TrainingArguments have under the same name; `epsilon` where the file has none."""
+        for key in ("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"):
+            if (value := self.number(key, epsilon if key == "adam_epsilon" else None)) is None:
+                continue
+            if key == "neftune_noise_alpha" and "packing" in self.settings:
+                self.lose(key, "its noise depends on the length of a sequence, which packing changes")
+            else:
+                self.put(f"trainer.{key}", float(value), key)
+
     def precision(self, bf16: bool, fp16: bool, keys: str, whole: bool) -> None:
         """Frozen weights in 16 bits; a method that trains them keeps them in fp32 and only computes in 16."""
         if bf16 or fp16:
@@ -184,12 +195,7 @@ class Carried:
 
     def write(self, file: Path) -> None:
         """Write the file. Raises InputError if there is one already, or none can be."""
-        if file.exists() or file.is_symlink():
-            raise InputError(f"{file}: is there already; give another name, -o FILE")
-        try:
-            write_whole(file, self.text(file))
-        except OSError as error:
-            raise unwritable(file.parent, error) from None
+        write_new(file, self.text(file), "-o FILE")
 
     def text(self, file: Path) -> str:
         """The content of our file."""

@@ -192,6 +192,4 @@ def _numbers(file: Carried, whole: bool) -> None:
         if (value := file.number(key)) is not None:
             file.put(setting, value if key == "seed" else float(value), key)
     file.move("label_smoothing_factor", "label_smoothing")
-    for key in ("adam_beta1", "adam_beta2", "adam_epsilon", "neftune_noise_alpha"):
-        if (value := file.number(key)) is not None:
-            file.put(f"trainer.{key}", float(value), key)
+    file.trainer()

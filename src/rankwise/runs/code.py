@@ -24,21 +24,9 @@ from rankwise.files import uncollected
 from rankwise.named import imports
 
 ASIDE = {
-    *(
-        "about",
-        "adapters",
-        "api",
-        "archs",
-        "cli",
-        "data_view",
-        "errors",
-        "files",
-        "foreign",
-        "named",
-        "pictures",
-        "published",
-    ),
-    *("report", "reporters", "results", "runs", "seen", "settings", "starter", "sweep", "terminal"),
+    *("about", "adapters", "api", "archs", "cli", "data_view", "errors", "files", "foreign", "named", "pictures"),
+    *("published", "report", "reporters", "results", "runs", "seen", "settings", "starter", "sweep", "terminal"),
+    "train/memory_need",
 }
 """Files and folders of rankwise that do not decide a result."""
 
@@ -201,7 +189,7 @@ class _Reader:
         if name not in self._modules:
             file = self._file(name)
             parts = name.split(".")
-            left_out = parts[0] == "rankwise" and (len(parts) == 1 or parts[1] in ASIDE)
+            left_out = parts[0] == "rankwise" and (len(parts) == 1 or bool({parts[1], "/".join(parts[1:])} & ASIDE))
             self._modules[name] = None if file is None or left_out else _parsed(file, name)
         return self._modules[name]
 

@@ -88,6 +88,16 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """A text whose ends of lines YAML would read as line feeds is put in double quotes, which spell them out."""
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, '"' if re.search("[\x85\u2028\u2029]", text) else None
+    )
+
+
+_Dumper.add_representer(str, _text)
+
+
 def as_yaml(content: Mapping[str, Any]) -> str:
     """`content` in YAML, which `parse_yaml` reads as just that."""
     return yaml.dump(dict(content), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
