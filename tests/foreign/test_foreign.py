@@ -383,6 +383,11 @@ def test_what_an_adapter_has_beyond_ours_is_said(tmp_path: Path) -> None:
         ({**BASE, "datasets": []}, "it has no datasets, so there is nothing to train on"),
         ({**BASE, "datasets": [3]}, "datasets: expected a list of data sets, each with a path and a type"),
         ({**BASE, "lora_r": "many"}, "lora_r = 'many': expected a number"),
+        (
+            {**BASE, "micro_batch_size": 0, "batch_size": 8, "gradient_accumulation_steps": 0},
+            "batch_size = 0: expected",
+        ),
+        ({**FACTORY_BASE, "dataset": " , "}, "dataset = ' , ': names none"),
         ({**BASE, "lora_alpha": "NaN"}, "lora_alpha = nan: expected a number"),
         ({**BASE, "lora_r": "1e999"}, "lora_r = inf: expected a number"),
         ({**BASE, "lora_r": 0}, "method lora: rank must be at least 1, not 0"),

@@ -188,7 +188,7 @@ def _columns(part: Carried, kind: Mapping[str, Any]) -> dict[str, str]:
 def _steps(file: Carried) -> None:
     micro, steps = file.number("micro_batch_size", 1), file.number("gradient_accumulation_steps", 0)
     if total := file.number("batch_size"):
-        steps = steps or max(1, total // micro)
+        steps = steps or max(1, total // (micro or 1))
     file.batch(micro, steps or 1, "micro_batch_size × gradient_accumulation_steps")
     file.put("epochs", float(file.number("num_epochs", 1)), "num_epochs" if file.given("num_epochs") else "")
     file.move("max_steps", "max_steps")

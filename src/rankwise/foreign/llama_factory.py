@@ -7,6 +7,7 @@ from typing import Any
 from rankwise.errors import InputError
 from rankwise.files import read_json
 from rankwise.foreign.carried import Carried
+from rankwise.settings.yaml_files import quoted
 
 HOW = (
     *("preprocessing_*", "overwrite_*", "dataloader_*", "plot_loss", "ddp_*", "do_train", "do_eval", "dataset_dir"),
@@ -95,6 +96,8 @@ def _data(file: Carried, plain: bool) -> None:
     """The task: the first data set that is given, as `dataset_info.json` describes it."""
     value = file.take("dataset")
     names = [name.strip() for name in (value.split(",") if isinstance(value, str) else map(str, value)) if name.strip()]
+    if not names:
+        raise InputError(f"{file.file}: dataset = {quoted(value)}: names none")
     if len(names) > 1:
         file.lost[f"dataset: {', '.join(names[1:])}"] = "a task has one data set: put all rows into one file"
     folder, known = _known(file.file, Path(str(file.take("dataset_dir", "data"))))
