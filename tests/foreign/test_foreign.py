@@ -70,6 +70,12 @@ AXOLOTL: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         {"quantise": "4bit", "method.dropout": 0.05, "epochs": 4.0, "warmup": 10, "schedule": "cosine"},
         set(),
     ),
+    "compiled": ({"torch_compile": True, "bf16": False}, {"compile": True, "dtype": "fp32"}, set()),
+    "compiled on 8 bits": (
+        {"torch_compile": True, "load_in_8bit": True},
+        {"compile": False, "quantise": "8bit"},
+        {"torch_compile"},
+    ),
     "llama-3/qlora on weights of 4 bits": (
         {"adapter": "qlora", "load_in_4bit": True, "base_model": "unsloth/Meta-Llama-3.1-8B-bnb-4bit"},
         {"quantise": "none", "model": "unsloth/Meta-Llama-3.1-8B-bnb-4bit"},

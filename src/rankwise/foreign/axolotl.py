@@ -262,4 +262,4 @@ def _other(file: Carried) -> None:
         file.lose(key, SHARDED)
     file.lose("tokens", "no tokens are added to the vocabulary")
     file.lose("processor_type", "pictures and sound are not read")
-    file.lose("torch_compile", "the model is not compiled")
+    file.compiled()

@@ -170,6 +170,13 @@ class Carried:
         else:
             self.put("quantise", f"{bits}bit", keys)
 
+    def compiled(self) -> None:
+        """`torch_compile`, except on a quantised base."""
+        if self.take("torch_compile") and "quantise" in self.settings:
+            self.lose("torch_compile", "a run on a quantised base is not compiled")
+        elif self.content.get("torch_compile"):
+            self.put("compile", True, "torch_compile")
+
     def targets(self, value: Any, key: str) -> None:
         """The modules that are adapted: names, or all linear layers."""
         if value in ("all", "all-linear"):

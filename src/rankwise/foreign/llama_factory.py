@@ -196,3 +196,4 @@ def _numbers(file: Carried, whole: bool) -> None:
             file.put(setting, value if key == "seed" else float(value), key)
     file.move("label_smoothing_factor", "label_smoothing")
     file.trainer()
+    file.compiled()
