@@ -25,7 +25,7 @@ from rankwise.sweep.check import Checked, memory_note
 from rankwise.train import memory_need
 from rankwise.train.arguments import Loading
 from rankwise.train.memory_need import GIB, _peak, available, kept_by_step, need, weight_bytes
-from rankwise.train.model import _skeleton, build, quiet
+from rankwise.train.model import _skeleton, attached_skeleton, build, quiet
 from runs import make, start
 from waiting import PATIENCE
 
@@ -60,6 +60,22 @@ def test_a_count_without_numbers_is_what_a_step_keeps(kind: str, how: str) -> No
         kept = kept_by_step(adapted(kind, method), config, task, 4, 24)
         # the masks of a decoder with cross-attention are simpler in a step without padding
         assert kept <= counted <= kept * (1.04 if FAMILIES[kind] is BOTH else 1.0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+def test_so_it_is_on_codes_of_which_a_layer_is_dequantised_at_a_time(
+    kind: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    """8-bit layers keep their inputs in spite of checkpointing."""
+    pytest.importorskip("bitsandbytes")
+    base, task = runs.bert(tmp_path / "bert", dropout=0.0), tasks.build("stdlib-kind")
+    loading, one = Loading(quantise=kind), RunConfig(task={"name": "stdlib-kind"}, gradient_checkpointing=checkpointing)
+    for method in (rw.LoRA(rank=2), rw.Head()):
+        counted = _peak(attached_skeleton(base, task, method, 16, False, loading), one, task, 8, 60)
+        model, _, head = build(base, task, 16, loading=loading)
+        kept = kept_by_step(method.attach(model, head), one, task, 8, 60)
+        assert abs(counted - kept) <= 4 * 4 * 32 * 64, (counted, kept)
 
 
 @pytest.mark.large

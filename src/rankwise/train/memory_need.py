@@ -3,7 +3,7 @@
 A training step is taken with torch's fake tensors, which have shapes, dtypes and a device but no numbers, and the bytes
 of all storages that are alive are added up. So what counts is what the model really keeps, with checkpointing,
 autocast and the attention in use. Not counted are torch itself (on a CPU about 0.7 GiB), what a kernel needs for
-itself, and memory lost between allocations; 8-bit layers without an adapter keep their inputs too.
+itself, and memory lost between allocations.
 """
 
 import logging
@@ -202,19 +202,41 @@ def _labels(task: Any, model: Any, ids: Tensor) -> Tensor:
 
 
 def _without_codes(model: nn.Module, dtype: torch.dtype) -> int:
-    """Turn quantised layers into frozen ones of `dtype`, which keep the same; returns the bytes of the largest.
+    """Turn quantised layers into frozen ones of `dtype` that keep the same; returns the bytes of the largest.
 
     So much does a layer need when it runs, for its weight as numbers.
     """
     most = 0
     for module in model.modules():
-        if holds_codes(module._parameters.get("weight")):
-            module.__class__ = nn.Linear
+        if holds_codes(codes := module._parameters.get("weight")):
+            module.__class__ = KeepsInput if type(codes).__name__ == "Int8Params" else nn.Linear
             inputs, outputs = features(module)
             weight = torch.empty(outputs, inputs, dtype=dtype, device="meta")
             module.weight = nn.Parameter(weight, requires_grad=False)
             most = max(most, weight.nbytes)
     return most
+
+
+class KeepsInput(nn.Linear):
+    """A frozen layer that keeps its input until the backward pass, as bitsandbytes' 8-bit layers do.
+
+    These keep it outside of autograd's saved tensors, where checkpointing cannot drop it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Kept.apply(x, self.weight, self.bias)
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.x, ctx.weight = x, weight
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
+        bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return grad @ ctx.weight.to(grad.dtype), None, bias
 
 
 def _made_fake(model: nn.Module, device: str) -> None:
