@@ -391,7 +391,7 @@ def test_what_an_adapter_has_beyond_ours_is_said(tmp_path: Path) -> None:
         ({**BASE, "lora_r": "many"}, "lora_r = 'many': expected a number"),
         (
             {**BASE, "micro_batch_size": 0, "batch_size": 8, "gradient_accumulation_steps": 0},
-            "batch_size = 0: expected",
+            "micro_batch = 0: expected greater than or equal to 1",
         ),
         ({**FACTORY_BASE, "dataset": " , "}, "dataset = ' , ': names none"),
         ({**BASE, "lora_alpha": "NaN"}, "lora_alpha = nan: expected a number"),
