@@ -104,7 +104,8 @@ def test_what_is_learnt_is_marked_with_and_without_colour(
 
 def test_of_conversations_the_answers_are_learnt(cli: Cli, tmp_path: Path) -> None:
     asked = {5: "much too long " * 40, 9: "two"}
-    rows = [turns(asked.get(number, "short"), f"answer {number}", "again", "the end") for number in range(40)]
+    asked |= {number: f"short {number}" for number in range(40) if number not in asked}
+    rows = [turns(asked[number], f"answer {number}", "again", "the end") for number in range(40)]
     write(tmp_path / "chat.jsonl", [{"messages": row} for row in rows])
     given = ["data", "task.type=chat", f"task.dataset={tmp_path / 'chat.jsonl'}", "model=random-llama"]
     code, out, _ = cli(*given, "max_length=128", "--json")

@@ -128,6 +128,23 @@ def test_a_tenth_of_a_single_file_is_held_out_by_what_is_asked(tmp_path):
     assert task.label == "a (chat)" and held.own == "your file that were held out of training"
 
 
+def test_a_conversation_and_its_continuation_are_on_the_same_side(tmp_path):
+    rows = [
+        {"messages": turns(f"Question {n % 60}", "First", *["More?", f"Answer {n}"] * (n // 60))} for n in range(180)
+    ]
+    task = chat(write(tmp_path / "a.jsonl", rows))
+    train, [held] = task.train(), task.evaluation()
+    rest, tuned_on = task.tuning(train, 0.1)
+    for one, other in ((train, held), (rest, tuned_on)):
+        assert one.data.num_rows % 3 == other.data.num_rows % 3 == 0 < len(other.data)
+        assert not {*map(opening, one.data["conversation"])} & {*map(opening, other.data["conversation"])}
+
+
+def opening(conversation: str) -> str:
+    content: str = json.loads(conversation)[0][0]["content"]
+    return content
+
+
 def test_a_folder_has_a_file_for_each_split_and_repeated_rows_are_told(tmp_path, capsys):
     write(tmp_path / "train.jsonl", [{"messages": row} for row in ROWS[:30]])
     write(tmp_path / "validation.jsonl", [{"messages": row} for row in ROWS[28:]])
@@ -138,7 +155,8 @@ def test_a_folder_has_a_file_for_each_split_and_repeated_rows_are_told(tmp_path,
 
 def test_the_revision_changes_with_every_text_and_with_the_template(tmp_path):
     def revision(row: Any, **options: Any) -> str:
-        return chat(write(tmp_path / "a.jsonl", [*({"messages": each} for each in ROWS), row]), **options).revision()
+        rows = [*ROWS, *(turns(f"Say {n}.", str(n)) for n in range(40))]
+        return chat(write(tmp_path / "a.jsonl", [*({"messages": each} for each in rows), row]), **options).revision()
 
     (tmp_path / "t.jinja").write_text("one")
     row = turns("a", "b", "c", "d")

@@ -95,6 +95,8 @@ class Task(Named, ABC, kind="task"):
     """The columns that the model reads."""
     target: ClassVar[str] = "label"
     """The column that it learns."""
+    grouped: ClassVar[tuple[str, ...]] = ()
+    """The columns by which rows stay together when some are held out; empty for those that the model reads."""
     labels: ClassVar[tuple[str, ...]] = ()
     """Names of the classes by number; empty without classes."""
     main: ClassVar[str] = ""
@@ -147,7 +149,7 @@ class Task(Named, ABC, kind="task"):
             )
         if (rows := self.apart()) is not None:
             return train, rows
-        columns = zip(*(train.data[column][:] for column in self.text), strict=True)
+        columns = zip(*(train.data[column][:] for column in self.grouped or self.text), strict=True)
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, inputs in enumerate(columns):
             groups.setdefault(inputs, []).append(index)

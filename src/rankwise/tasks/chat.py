@@ -69,6 +69,7 @@ class Conversations(Language):
 
     text = ("source",)
     target = "conversation"
+    grouped = ("opening",)
 
     template: str = ""
 
@@ -240,12 +241,18 @@ _NONE: tuple[Any, ...] = (None, "", "[]", [])
 
 
 def table_of(conversations: Iterable[Conversation]) -> "pa.Table":
-    """`source`, the turns before the last answer as a text; `conversation`, all as JSON; `where`, file and row."""
+    """`source`, the turns before the last answer as a text; `opening`, those before the first answer as JSON;
+    `conversation`, all as JSON; `where`, file and row.
+
+    Rows are grouped by `opening`, since a file may have a conversation and a longer one that begins with it.
+    """
     pa = need("pyarrow", "bench")
-    columns: dict[str, list[str]] = {"source": [], "conversation": [], "where": []}
+    columns: dict[str, list[str]] = {"source": [], "opening": [], "conversation": [], "where": []}
     for each in conversations:
         source = [f"{message['role']}: {message['content']}" for message in each.messages[:-1]]
         columns["source"].append("\n".join([*source, *([json.dumps(each.tools)] if each.tools else [])]))
+        opening = itertools.takewhile(lambda message: message["role"] != "assistant", each.messages)
+        columns["opening"].append(json.dumps([*opening]))
         columns["conversation"].append(json.dumps([each.messages, each.tools, each.learnt], ensure_ascii=False))
         columns["where"].append(each.where)
     return pa.table({name: pa.array(values, pa.string()) for name, values in columns.items()})

@@ -141,7 +141,8 @@ class Custom(Task):
         if warning:
             tell(f"{rows.where}: {warning}")
         if file.is_file():
-            held = [_drawn(row) for row in table.to_pylist()]
+            grouped = self.grouped or [role for role in table.column_names if role in _READ]
+            held = [_drawn([row[role] for role in grouped]) for row in table.to_pylist()]
             table = table.filter(pa.array([each == (name != "train") for each in held]))
             own = "your file that were " + ("held out of training" if name != "train" else "not held out")
             if table.num_rows == 0:
@@ -180,10 +181,9 @@ def _reads(table: "pa.Table") -> Iterator[tuple[Any, ...]]:
     return (tuple(each.as_py() for each in row) for row in zip(*columns, strict=True))
 
 
-def _drawn(row: dict[str, Any]) -> bool:
+def _drawn(content: list[Any]) -> bool:
     """Whether a row is held out: by what is read alone, so that equal texts stay together whatever their order."""
-    content = repr([value for role, value in row.items() if role in _READ])
-    return int(hashlib.sha256(content.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
+    return int(hashlib.sha256(repr(content).encode()).hexdigest()[:8], 16) % HELD_OUT == 0
 
 
 @functools.cache
