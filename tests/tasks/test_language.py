@@ -150,7 +150,13 @@ def test_virtual_tokens_come_where_they_are_in_training(tmp_path):
     some = Evaluation(evaluation.split, evaluation.examples.select(range(20)))
     with torch.no_grad():
         wanted = attached(**batch).loss.item()
-    assert task.evaluate(attached, some, tokenizer, 20, False).metrics["loss"] == pytest.approx(wanted, rel=1e-4)
+    scored = task.evaluate(attached, some, tokenizer, 20, True)
+    assert scored.metrics["loss"] == pytest.approx(wanted, rel=1e-4)
+    for row, prompt in zip(some.examples, scored.rows["source"].to_pylist(), strict=True):
+        first = next(place for place, label in enumerate(row["labels"]) if label != IGNORE)
+        assert prompt in (None, tokenizer.decode(row["input_ids"][:first]).strip())
+    later = [np.flatnonzero(np.diff(np.flatnonzero(np.array(row["labels"]) != IGNORE)) > 1) for row in some.examples]
+    assert any(map(len, later)) and scored.rows["source"].null_count == 20 - SAMPLES
 
 
 def test_a_model_that_has_diverged_is_told(tmp_path):

@@ -172,10 +172,12 @@ class Language(Task):
     ) -> dict[int, tuple[str, str, str]]:
         """By place in `examples` the prompt, the model's most likely answer and the right one, for a few rows."""
         most, inner = context(model), inner_model(model)
+        virtual = [each for each in model.modules() if isinstance(each, VirtualTokens)]
         if most is not None:
-            most -= sum(len(each) for each in model.modules() if isinstance(each, VirtualTokens))
+            most -= sum(map(len, virtual))
         places = dict.fromkeys(len(examples) * each // SAMPLES for each in range(SAMPLES if self.answers else 0))
-        rows = {place: _last_answer(examples[place]) for place in places}
+        infix = any(each.infix for each in virtual)  # which is trained before the first answer of a row
+        rows = {place: _answer(examples[place], infix) for place in places}
         rows = {place: row for place, row in rows.items() if most is None or len(row[0]) < most}
         if not rows:
             return {}
@@ -204,12 +206,13 @@ class Language(Task):
         return samples
 
 
-def _last_answer(row: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """The last tokens in one piece that an encoded row learns, after those before them."""
-    ids, labels = row["input_ids"], row["labels"]
-    stop = max(place for place, label in enumerate(labels) if label != IGNORE) + 1
-    start = max((place for place in range(stop) if labels[place] == IGNORE), default=0) + 1
-    return ids[:start], ids[start:stop]
+def _answer(row: dict[str, Any], first: bool) -> tuple[list[int], list[int]]:
+    """The tokens of an encoded row's last answer, or of its first one, after those before it."""
+    ids = row["input_ids"]
+    learnt = [place for place, label in enumerate(row["labels"]) if label != IGNORE]
+    answers = np.split(learnt, np.flatnonzero(np.diff(learnt) > 1) + 1)
+    start, stop = answers[0 if first else -1][[0, -1]]
+    return ids[:start], ids[start : stop + 1]
 
 
 def _table(split: Split, examples: "Dataset", sums: np.ndarray, samples: dict[int, tuple[str, str, str]]) -> "pa.Table":
