@@ -296,6 +296,7 @@ def test_an_option_may_be_written_as_in_a_configuration() -> None:
     assert (options["name"], options["rank"], options["targets"], head) == ("lora", 3, "all-linear", ["classifier"])
 
 
+@pytest.mark.large
 def test_the_largest_model_takes_under_2_gigabytes() -> None:
     """All of the process counts: torch, transformers and peft among it. 175 billion weights would be 349 GB."""
     script = (

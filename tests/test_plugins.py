@@ -348,6 +348,7 @@ def test_one_file_by_two_paths_is_one_plugin(tmp_path: Path, monkeypatch: pytest
     assert load_plugin("../twice_named.py") == load_plugin(file) == file
 
 
+@pytest.mark.large
 def test_a_method_of_a_notebook_counts_by_what_it_does_and_its_cell_can_be_run_again(tmp_path: Path) -> None:
     """There is no file to read; the digest is the same in every process."""
     cell = """

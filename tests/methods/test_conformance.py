@@ -25,7 +25,11 @@ def optimizer(name, model, lr=1e-2):
 @pytest.mark.parametrize(
     ("check", "shape"),
     [
-        pytest.param(check, shape, id=f"{check.__name__}-{shape}")
+        pytest.param(
+            *(check, shape),
+            id=f"{check.__name__}-{shape}",
+            marks=[pytest.mark.large] if "compiled" in check.__name__ else [],
+        )
         for check, shapes in CHECKS.items()
         for shape in shapes
     ],

@@ -529,6 +529,7 @@ def test_hooks_that_run_again_without_knowing_their_forward_are_refused():
         gradients(model)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("shape", ["bert", "gpt2"])
 def test_compiled_it_is_the_same_also_beside_a_plain_model_that_is_compiled(shape):
     torch._dynamo.reset()

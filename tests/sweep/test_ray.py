@@ -91,6 +91,7 @@ def said(folder: Path) -> dict[str, Any]:
     return {**result, "metrics.jsonl": (folder / "metrics.jsonl").read_text()}
 
 
+@pytest.mark.large
 def test_the_runs_of_a_node_that_dies_go_on_elsewhere(cluster: Cluster, second: Node, tmp_path: Path) -> None:
     """Real runs. All processes of one node are killed by -9 while a run there is in the midst of its training."""
     for seed in (0, 1):
@@ -118,7 +119,14 @@ def test_the_runs_of_a_node_that_dies_go_on_elsewhere(cluster: Cluster, second: 
     assert said(cut) == said(alone)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.large),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.large),
+    ],
+)
 def test_a_sweep_that_ends_leaves_no_worker(
     number: signal.Signals, code: int, cluster: Cluster, second: Node, tmp_path: Path
 ) -> None:
@@ -144,6 +152,7 @@ def test_a_sweep_that_ends_leaves_no_worker(
     assert out.split() == ["4", "0", "0"], log
 
 
+@pytest.mark.large
 def test_what_becomes_of_a_run_is_told_as_on_this_machine(cluster: Cluster, second: Node, tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     folders = runs(store, None, 2, 3, 4)
@@ -185,6 +194,7 @@ def test_two_sweeps_in_one_folder_share_the_runs_chains_among_them(
     assert (before / "result.json").stat().st_mtime_ns <= (after / "started").stat().st_mtime_ns
 
 
+@pytest.mark.large
 def test_rates_are_tried_on_a_cluster_and_the_chosen_one_is_carried_out_there(tmp_path: Path) -> None:
     """Two phases, and so twice a cluster of this machine alone."""
     experiment = {

@@ -274,6 +274,7 @@ def test_a_debug_sweep_is_told_to_stop(store: Store) -> None:
     assert not alive(started(folders[0])[0])
 
 
+@pytest.mark.large
 def test_a_real_run_goes_on_after_the_notice(tmp_path: Path, slurm: Path) -> None:
     """SIGUSR2 reaches all processes of the job, as under SLURM; the run itself must not die of it."""
     folder = make(tmp_path / "runs" / "run", model=None, max_steps=40, checkpoint_every=40)

@@ -206,9 +206,8 @@ def test_a_trainer_under_fsdp_trains_a_found_adapter_on_as_one_process_does(
     assert found == after and len(set(found.values())) > 1
 
 
-@pytest.mark.parametrize(
-    "weights", [{"dtype": "bf16"}, pytest.param({"quantise": "4bit"}, marks=pytest.mark.large)], ids=["bf16", "4bit"]
-)
+@pytest.mark.large
+@pytest.mark.parametrize("weights", [{"dtype": "bf16"}, {"quantise": "4bit"}], ids=["bf16", "4bit"])
 def test_what_two_processes_have_found_trains_on_sharded_as_the_page_says(
     weights: dict[str, str], tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def assert_same(folder: Path, other: Path) -> None:
     assert tables[0].equals(tables[1])
 
 
+@pytest.mark.large
 def test_a_run_killed_and_stopped_within_epochs_ends_as_the_uncut_one(tmp_path: Path) -> None:
     """Killed by -9 within the search, told to stop by SIGTERM near the end of it; both in the middle of an epoch."""
     alone, folder = (make(tmp_path / name, model=None, method=SIMPLEX) for name in ("alone", "run"))

@@ -283,6 +283,7 @@ def test_packing_with_the_settings_that_save_memory(more: dict[str, Any], task: 
     assert found[1] == pytest.approx(found[0], rel=0.02)
 
 
+@pytest.mark.large
 def test_a_packed_run_that_is_cut_goes_on_bit_for_bit(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -321,6 +322,7 @@ def test_two_processes_pack_their_shares_and_one_goes_on_where_they_were_killed(
     assert_alike(folder, alone)
 
 
+@pytest.mark.large
 def test_memory_that_runs_out_halves_the_packs(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

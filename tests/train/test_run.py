@@ -50,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_finished_run_leaves_all_its_files_and_no_others(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         *("run.yaml", "run.lock", "env.json", "metrics.jsonl", "ranks.jsonl", "predictions.parquet", "adapter"),
-        *("answers.json", "result.json"),
+        *("answers.json", "data.json", "result.json"),
     }
 
 
