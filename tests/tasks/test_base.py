@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from rankwise import tasks
 from rankwise.errors import InputError
 from rankwise.tasks import Split, Task, subset
+from rankwise.tasks.base import evaluating
 from rankwise.tasks.classification import Classification
 
 NAMES = {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli", "ax"}
@@ -179,3 +181,12 @@ def test_the_revision_follows_the_data():
 
     assert Pair(4).revision() == Pair(4).revision()
     assert len({Pair(4).revision(), Pair(5).revision(), Other(4).revision()}) == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_in_its_mode_again_also_after_an_evaluation_that_fails(training: bool) -> None:
+    model = torch.nn.Dropout().train(training)
+    with pytest.raises(ZeroDivisionError), evaluating(model):
+        assert not model.training and torch.is_inference_mode_enabled()
+        raise ZeroDivisionError
+    assert model.training is training and not torch.is_inference_mode_enabled()

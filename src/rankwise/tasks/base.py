@@ -8,10 +8,12 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from rankwise.errors import InputError
@@ -226,6 +228,18 @@ class Task(Named, ABC, kind="task"):
                         for value in batch[column]:
                             digest.update(value if isinstance(value, bytes) else json.dumps(value).encode())
         return digest.hexdigest()[:12]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Context for forward passes in evaluation mode, without gradients; afterwards the model is in its mode again."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
 
 
 def subset(split: Split, rows: int | None, seed: int = 0) -> Split:

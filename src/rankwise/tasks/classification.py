@@ -15,7 +15,7 @@ from rankwise.metrics import METRICS, worth
 from rankwise.metrics.metric import finite
 from rankwise.runs.answers import LONGEST, WRONG, Answers, Wrong
 from rankwise.tasks.agreement import agree, check_rows
-from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
+from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task, evaluating
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -225,16 +225,13 @@ def logits(model: nn.Module, examples: "Dataset", tokenizer: PreTrainedTokenizer
     inputs = examples.remove_columns([name for name in ("length", "labels") if name in examples.column_names])
     collate = DataCollatorWithPadding(tokenizer)
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     found = []
-    with torch.inference_mode():
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             rows = inputs[order[start : start + batch_size].tolist()]
             batch = collate([dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)])
             outputs = model(**{name: values.to(device) for name, values in batch.items()})
             found.append(outputs.logits.float().cpu().numpy())
-    model.train(training)
     result = np.empty((len(order), found[0].shape[1]), dtype=np.float32)
     result[order] = np.concatenate(found)
     return result

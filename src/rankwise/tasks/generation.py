@@ -35,7 +35,7 @@ from transformers import (
 from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.runs.answers import LONGEST, Answers
 from rankwise.tasks.agreement import agree, check_rows, context
-from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
+from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task, evaluating
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -166,14 +166,9 @@ class Generation(Task):
         """`loss` per target token, over all references; if `final` also the model's outputs and their metrics."""
         split, examples = evaluation.split, evaluation.examples
         self._check_outputs(model, examples)  # at the first evaluation, before a long training is lost
-        training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode():
-                metrics = {"loss": self._loss(model, examples, processor, batch_size)}
-                hypotheses = self.generate(model, examples, processor, batch_size) if final else None
-        finally:
-            model.train(training)
+        with evaluating(model):
+            metrics = {"loss": self._loss(model, examples, processor, batch_size)}
+            hypotheses = self.generate(model, examples, processor, batch_size) if final else None
         judged = Judged({}) if hypotheses is None else self.score_texts(hypotheses, split)
         metrics |= judged.metrics
         return Scored(
@@ -337,12 +332,10 @@ def check_direction(model: nn.Module) -> None:
     if _encodes(model):
         return
     config: Any = model.config
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    with torch.inference_mode():
+    device = next(model.parameters()).device
+    with evaluating(model):
         last = config.get_text_config().vocab_size - 1
         first = model(input_ids=torch.tensor([[0, 0], [0, last]], device=device)).logits[:, 0]
-    model.train(training)
     if not torch.allclose(first[0], first[1], rtol=1e-3, atol=1e-3):
         raise InputError(
             f"{type(inner_model(model)).__name__} reads the tokens after the one that it predicts, so it cannot write "

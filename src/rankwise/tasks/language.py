@@ -21,7 +21,7 @@ from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.metrics import METRICS
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.tasks.agreement import agree, check_rows, context
-from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
+from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task, evaluating
 from rankwise.tasks.generation import IGNORE, batches, check_direction, inner_model, pad_token, padded, settings
 
 if TYPE_CHECKING:
@@ -120,14 +120,9 @@ class Language(Task):
     ) -> Scored:
         """Loss, perplexity and accuracy over all tokens that are learnt; if `final` also some answers."""
         split, examples = evaluation.split, evaluation.examples
-        training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode():
-                sums = self._sums(model, examples, processor, batch_size)
-                samples = self._samples(model, examples, processor) if final else {}
-        finally:
-            model.train(training)
+        with evaluating(model):
+            sums = self._sums(model, examples, processor, batch_size)
+            samples = self._samples(model, examples, processor) if final else {}
         loss, right, tokens = sums.sum(axis=0)
         perplexity = METRICS["perplexity"].value
         assert perplexity is not None

@@ -22,7 +22,7 @@ from rankwise.metrics.segmentation import CORPUS, PER_IMAGE, counts
 from rankwise.nets.unet import IGNORE, masks
 from rankwise.runs.answers import Answers
 from rankwise.runs.store import PICTURE
-from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task
+from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task, evaluating
 from rankwise.tasks.source import MEND
 
 if TYPE_CHECKING:
@@ -99,10 +99,9 @@ class Segmentation(Task):
         """`loss`, the mean of the batches' Dice losses, and Dice and IoU of the whole split; if `final` a picture."""
         pa = need("pyarrow", "bench")
         split = evaluation.split
-        device, training = next(model.parameters()).device, model.training
-        model.eval()
+        device = next(model.parameters()).device
         losses, overlaps, predicted, frequencies = [], [], [], []
-        with torch.inference_mode():
+        with evaluating(model):
             for start in range(0, len(evaluation.examples), batch_size):
                 rows = evaluation.examples[start : start + batch_size]
                 pairs = [self._read(*pair, split.name) for pair in zip(rows["image"], rows["mask"], strict=True)]
@@ -117,7 +116,6 @@ class Segmentation(Task):
                 counted = (classes[truth != IGNORE] for classes in (prediction, truth))
                 frequencies.append([np.bincount(classes, minlength=len(self.labels)) for classes in counted])
                 predicted.append(prediction.astype(np.uint8))
-        model.train(training)
         overlap, predictions = np.concatenate(overlaps), np.concatenate(predicted)
         metrics = {"loss": sum(loss * size for loss, size in losses) / sum(size for _, size in losses)}
         metrics |= {name: CORPUS[name](overlap) for name in self.metrics}
