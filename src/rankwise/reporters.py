@@ -27,7 +27,7 @@ from rankwise.files import EVENTS, claim
 from rankwise.pictures.heat import rank_picture
 from rankwise.pictures.style import pixels
 from rankwise.processes.launched import is_main
-from rankwise.settings import PLACE, RunConfig, as_yaml
+from rankwise.settings import PLACE, RunConfig, as_yaml, flattened
 
 PICTURE = "ranks/picture"
 
@@ -53,15 +53,7 @@ class _Attempt:
     @property
     def settings(self) -> dict[str, Any]:
         """What is asked for, by dotted names such as `method.rank`."""
-        return dict(_dotted(self.config.model_dump(mode="json", exclude={*PLACE, "tuned"})))
-
-
-def _dotted(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
+        return flattened(self.config.model_dump(mode="json", exclude={*PLACE, "tuned"}))
 
 
 class _Reporter(Protocol):

@@ -84,20 +84,29 @@ batch_size: 16  # rows in one optimizer step
 micro_batch: 4  # rows at once: fewer need less memory and give the same result
 epochs: 1  # passes over the training rows
 # train_rows: 1000  # fewer rows, to try things out
+""" + self._compared(
+            "{name: none, learning_rate: [1e-3]}  # the model as it comes",
+            "[1e-4, 3e-4, 1e-3]",
+            f"perplexity of the {answers}",
+        )
 
+    def _compared(self, lower_bound: str, rates: str, title: str) -> str:
+        """The methods, the learning rates that are tried, and the title."""
+        first = f"    - {lower_bound}\n" if lower_bound else ""
+        return f"""
 vary:
   seed: [0, 1, 2]  # fewer than three seeds tell hardly anything apart
   method:
-    - {{name: none, learning_rate: [1e-3]}}  # the model as it comes
+{first}\
     - {{name: lora, rank: 8}}  # the same rank on every layer: what the others are measured against
     - {{name: simplex-lora, rank: 8}}  # as many parameters, on the layers that a search finds worth it
 
 # The learning rate of each method is chosen on training rows that are held out, before anything is reported.
 tune:
-  learning_rate: [1e-4, 3e-4, 1e-3]
+  learning_rate: {rates}
 
 report:
-  title: {in_line(f"{Path(self.data).stem}: perplexity of the {answers}")}
+  title: {in_line(f"{Path(self.data).stem}: {title}")}
 """
 
     def _of_images(self) -> str:
@@ -140,7 +149,7 @@ report:
 
     def _of_texts(self) -> str:
         scored = self.type in ("classification", "pair", "regression")
-        head = "    - {name: head, learning_rate: [3e-3, 1e-2, 3e-2]}  # the head alone: what no adapter at all gives\n"
+        head = "{name: head, learning_rate: [3e-3, 1e-2, 3e-2]}  # the head alone: what no adapter at all gives"
         first = {"regression": "mean_absolute_error, pearson"}.get(self.type, "f1_macro, accuracy")
         metrics = (
             f"  # metrics: [{first}]  # instead of the usual scores; runs are compared by the first\n" if scored else ""
@@ -159,21 +168,7 @@ max_length: 128  # tokens; longer texts are cut
 batch_size: 32  # rows in one optimizer step
 epochs: 3  # passes over the training rows
 # train_rows: 1000  # fewer rows, to try things out
-
-vary:
-  seed: [0, 1, 2]  # fewer than three seeds tell hardly anything apart
-  method:
-{head if scored else ""}\
-    - {{name: lora, rank: 8}}  # the same rank on every layer: what the others are measured against
-    - {{name: simplex-lora, rank: 8}}  # as many parameters, on the layers that a search finds worth it
-
-# The learning rate of each method is chosen on training rows that are held out, before anything is reported.
-tune:
-  learning_rate: [3e-4, 1e-3, 3e-3]
-
-report:
-  title: {in_line(f"{Path(self.data).stem}: {', '.join(self.read)} to {self.answer}")}
-"""
+""" + self._compared(head if scored else "", "[3e-4, 1e-3, 3e-3]", f"{', '.join(self.read)} to {self.answer}")
 
     def write(self, file: Path) -> None:
         """Write the file. Raises InputError if there is one already, or none can be."""

@@ -236,9 +236,6 @@ def _numbers(file: Carried, whole: bool) -> None:
     if file.given("attn_implementation"):
         file.attention(str(file.take("attn_implementation")), "attn_implementation")
     file.optimizer("optimizer")
-    for key, setting in (("weight_decay", "weight_decay"), ("max_grad_norm", "clip"), ("seed", "seed")):
-        if (value := file.number(key)) is not None:
-            file.put(setting, value if key == "seed" else float(value), key)
     file.trainer(file.number("adam_eps"))
 
 

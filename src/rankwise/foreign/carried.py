@@ -140,10 +140,13 @@ class Carried:
             self.put("warmup", usual if ratio is None else ratio, "" if ratio is None else "warmup_ratio")
 
     def optimizer(self, key: str) -> None:
-        """Ours is AdamW, in fp32."""
+        """Ours is AdamW, in fp32; with its weight decay, and the clipping and the seed of a run."""
         name = str(self.take(key, "adamw_torch"))
         if name not in ("adamw_torch", "adamw_torch_fused", "adamw_hf"):
             self.lose(key, f"AdamW in fp32 is in the place of {name}")
+        for number, setting in (("weight_decay", "weight_decay"), ("max_grad_norm", "clip"), ("seed", "seed")):
+            if (value := self.number(number)) is not None:
+                self.put(setting, value if number == "seed" else float(value), number)
 
     def trainer(self, epsilon: float | None = None) -> None:
         """Numbers that TrainingArguments have under the same name; `epsilon` where the file has none."""

@@ -191,9 +191,6 @@ def _numbers(file: Carried, whole: bool) -> None:
     if file.given("flash_attn"):
         file.attention(str(file.take("flash_attn")), "flash_attn")
     file.optimizer("optim")
-    for key, setting in (("weight_decay", "weight_decay"), ("max_grad_norm", "clip"), ("seed", "seed")):
-        if (value := file.number(key)) is not None:
-            file.put(setting, value if key == "seed" else float(value), key)
     file.move("label_smoothing_factor", "label_smoothing")
     file.trainer()
     file.compiled()

@@ -8,7 +8,7 @@ import base64
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from rankwise.results.summary import Summary
 from rankwise.runs.answers import WRONG
 from rankwise.runs.result import Finished
 from rankwise.runs.store import Store
+from rankwise.settings import flattened
 
 TEMPLATE = Path(__file__).with_name("template.html")
 SCRIPT = Path(__file__).with_name("page.js")
@@ -243,7 +244,7 @@ def _environment(folders: Sequence[Path]) -> Grid:
             contents.append(read_json(folder / "env.json"))
         except (OSError, InputError):
             continue
-    flat = [dict(_flat(each)) for each in contents if isinstance(each, dict)]
+    flat = [flattened(each, " ") for each in contents if isinstance(each, dict)]
     keys = dict.fromkeys(key for each in flat for key in each)
     return _pairs("what", "value", [(key, _values(each.get(key) for each in flat)) for key in keys])
 
@@ -251,14 +252,6 @@ def _environment(folders: Sequence[Path]) -> Grid:
 def _pairs(left: str, right: str, lines: Sequence[tuple[str, str]]) -> Grid:
     heads = [Head(left, number=False), Head(right, number=False)]
     return Grid(heads, [[Cell(key), Cell(value)] for key, value in lines], sortable=False)
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key} ")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _values(values: Iterable[Any]) -> str:

@@ -7,7 +7,7 @@ Whatever is wrong comes back as one `InputError`, one line that says what is wro
 
 from rankwise.settings.experiment import OWN, Contest, Experiment, Published, Span, Tune
 from rankwise.settings.load import complete, load, load_method, load_options, load_task
-from rankwise.settings.run import DECODER, FORMAT, PLACE, SECTIONS, WRITTEN, Kind, RunConfig, run_config
+from rankwise.settings.run import DECODER, FORMAT, PLACE, SECTIONS, WRITTEN, Kind, RunConfig, flattened, run_config
 from rankwise.settings.schema import Schema, json_schema
 from rankwise.settings.yaml_files import as_yaml, parse_yaml, read_yaml
 
@@ -28,6 +28,7 @@ __all__ = [
     "Tune",
     "as_yaml",
     "complete",
+    "flattened",
     "json_schema",
     "load",
     "load_method",

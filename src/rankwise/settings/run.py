@@ -240,6 +240,15 @@ def with_nested(data: Any, key: str, value: Any) -> dict[str, Any]:
     return {**below, head: with_nested(below.get(head), rest, value) if dot else value}
 
 
+def flattened(data: Mapping[str, Any], joint: str = ".", above: str = "") -> dict[str, Any]:
+    """Nested keys as one, joined by `joint`: {"method": {"rank": 4}} is {"method.rank": 4}."""
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        name = f"{above}{key}"
+        flat |= flattened(value, joint, name + joint) if isinstance(value, Mapping) else {name: value}
+    return flat
+
+
 def run_config(data: Mapping[str, Any]) -> RunConfig:
     known = [*RunConfig.model_fields, *SECTIONS]
     for key in data:
