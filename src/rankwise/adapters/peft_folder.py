@@ -1,0 +1,167 @@
+"""A PEFT adapter's folder: its configuration, the names of its tensors, and how both are written."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+from rankwise.adapters.layers import Layer, StoredAdapter, sizes
+from rankwise.adapters.tensors import Tensors
+from rankwise.errors import InputError
+from rankwise.files import ADAPTER, read_json
+
+CONFIG, _, WEIGHTS, _ = ADAPTER
+INDEX = f"{WEIGHTS}.index.json"
+"""Which file has which tensor, where transformers has written an adapter to several."""
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of a module of the base model."""
+RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""PEFT's starts that subtract from the base weights, at the rank in the file, when the adapter is loaded."""
+UNREAD = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "target_parameters")
+"""Options of PEFT's LoRA with which ΔW is not s · B A of a layer."""
+STATE = re.compile(r"\.(?:lora_start|lora_omega|lora_merged|parametrizations)\b")
+"""Names of tensors that training needs and plain LoRA does not have."""
+PARTS = {
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
+    ".lora_B.bias": "bias",
+    ".lora_magnitude_vector": "magnitude",
+    ".lora_magnitude_vector.weight": "magnitude",
+}
+"""Ends of the names of PEFT's tensors for one layer -> what they are."""
+
+
+def read(folder: Path) -> StoredAdapter:
+    """Open the adapter in a folder that has PEFT's configuration. Raises as `stored` does."""
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / CONFIG}: is damaged, it holds no JSON object")
+    _check(folder / CONFIG, config)
+    tensors = Tensors(_weight_files(folder))
+    found: dict[str, dict[str, str]] = {}
+    others = []
+    for key in tensors.shape:
+        if STATE.search(key):
+            raise _training(folder, key)
+        end = next((end for end in PARTS if key.endswith(end)), None)
+        if end is not None:
+            found.setdefault(key.removesuffix(end).removeprefix(PREFIX), {})[PARTS[end]] = key
+        elif ".lora_" in key:
+            raise InputError(f"{folder}: holds {key}, which is no tensor of plain LoRA")
+        else:
+            others.append(key)
+    if not found:
+        raise InputError(f"{folder}: adapts no layer")
+    layers = {name: _layer(folder, name, parts, tensors, config) for name, parts in found.items()}
+    return StoredAdapter(folder, "peft", config, tensors, layers, others)
+
+
+def module(name: str) -> str:
+    """The module that PEFT's configuration names for an adapted layer: nn.MultiheadAttention has two such layers."""
+    return name.partition(".base_layer.")[0]
+
+
+def key(name: str, part: str, embedding: bool) -> str:
+    """The name of the tensor A or B of a layer."""
+    return f"{PREFIX}{name}.lora_embedding_{part}" if embedding else f"{PREFIX}{name}.lora_{part}.weight"
+
+
+def compact(config: Mapping[str, Any], ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
+    """`config` for layers of these ranks, all with the scale alpha / rank, each named in full.
+
+    r is the largest rank, so that a consumer that looks at nothing else has room for all.
+    """
+    by_module = {module(name): rank for name, rank in ranks.items()}
+    most = max(by_module.values())
+    return {
+        **config,
+        "r": most,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in sorted(by_module.items()) if rank != most},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "target_modules": [*by_module],
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "inference_mode": True,
+    }
+
+
+def _check(file: Path, config: dict[str, Any]) -> None:
+    """Raise InputError for a configuration of something else than a finished LoRA adapter."""
+    if (kind := config.get("peft_type")) != "LORA":
+        raise InputError(f"{file}: peft_type is {kind}, but only LORA can be read here")
+    if config.get("start_written"):
+        raise _training(file.parent, "start_written in its configuration")
+    start = str(config.get("init_lora_weights"))
+    if start.lower().startswith(RESIDUAL):
+        raise InputError(
+            f"{file}: its start, {start}, is subtracted from the base weights when it is loaded: make plain LoRA of it "
+            "with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…) first"
+        )
+    for option in UNREAD:
+        if config.get(option):
+            raise InputError(f"{file}: has {option}, with which ΔW is not the product B A of a layer; not read here")
+
+
+def _training(folder: Path, what: str) -> InputError:
+    return InputError(
+        f"{folder}: holds the state of a training ({what}), not a finished adapter: resume from it, and write the "
+        "adapter with rankwise.save(model, folder)"
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of the adapter in a folder."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        files = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(files, dict) or not files:
+            raise InputError(f"{folder / INDEX}: is damaged, it has no weight_map")
+        for name in files.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(f"{folder / INDEX}: names {name!r}, which is no safetensors file in this folder")
+        return [folder / name for name in sorted({*files.values()})]
+    for pickle in sorted(folder.glob("adapter_model*")):
+        if pickle.suffix in (".bin", ".pt", ".pth"):
+            raise InputError(
+                f"{pickle}: is a pickle, which can run any code when it is read: if you trust it, load it with PEFT "
+                "and save it again, which writes safetensors"
+            )
+    raise InputError(f"{folder}: has no {WEIGHTS}: get it, or save the adapter, again")
+
+
+def _layer(folder: Path, name: str, parts: Mapping[str, str], tensors: Tensors, config: dict[str, Any]) -> Layer:
+    layer = sizes(folder, name, parts, tensors)
+    fixed = "its attention has another layer at the same rank" if _in_attention(name, tensors) else layer.fixed
+    rank = _of(config, "r", "rank_pattern", name)
+    if rank != layer.rank:
+        raise InputError(
+            f"{folder}: {name} has rank {layer.rank}, but {rank} in {CONFIG}, with which PEFT does not load it"
+        )
+    alpha = _of(config, "lora_alpha", "alpha_pattern", name)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise InputError(f"{folder / CONFIG}: lora_alpha of {name} is {alpha!r}, which is no number")
+    scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+    return replace(layer, scale=scale, embedding="lora_embedding" in parts["A"], fixed=fixed)
+
+
+def _of(config: Mapping[str, Any], option: str, pattern: str, name: str) -> Any:
+    """What PEFT reads from the configuration for a layer: the first key of the pattern that matches, or the option."""
+    from peft.utils.other import get_pattern_key
+
+    found = config.get(pattern) or {}
+    return found.get(get_pattern_key([*found], module(name)), config.get(option))
+
+
+def _in_attention(name: str, tensors: Tensors) -> bool:
+    """Whether the layer is one of the two that PEFT adapts in an nn.MultiheadAttention, at one rank."""
+    return ".base_layer." in name or f"{PREFIX}{name}.base_layer.out_proj.lora_A.weight" in tensors.shape
