@@ -153,7 +153,7 @@ REFUSED = {
     "PiSSA": ({"init_lora_weights": "pissa_niter_4"}, "its start, pissa_niter_4, is subtracted"),
     "QALoRA": ({"use_qalora": True}, "has use_qalora"),
     "parameters": ({"target_parameters": ["experts"]}, "has target_parameters"),
-    "rank": ({"rank_pattern": {"first": 3}}, "first has rank 4, but 3 in adapter_config.json"),
+    "rank": ({"rank_pattern": {"first": 3}}, "adapter_config.json: says rank 3 of first, which has rank 4"),
     "alpha": ({"lora_alpha": "16"}, "lora_alpha of first is '16'"),
 }
 
@@ -306,7 +306,7 @@ def test_tensors_are_written_as_they_came(tmp_path_factory, kinds):
     folder = tmp_path_factory.mktemp("tensors")
     draw = torch.Generator().manual_seed(0)
     made = {name: torch.randint(0, 200, shape, generator=draw).to(kind) for name, (kind, shape) in kinds.items()}
-    write_tensors(folder / "a", made.items(), {"format": "pt"})
+    write_tensors(folder / "a", made.items(), lambda: {"format": "pt"})
     loaded, one_by_one = load_file(folder / "a"), Tensors([folder / "a"])
     assert loaded.keys() == made.keys() == one_by_one.shape.keys() and [*folder.iterdir()] == [folder / "a"]
     for name, tensor in made.items():

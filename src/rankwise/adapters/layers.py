@@ -72,8 +72,8 @@ class StoredAdapter:
 
     Attributes:
         path: the folder, or the file where the format has no folder.
-        format: whose names its tensors have: "peft".
-        config: the fields of PEFT's LoraConfig; None where there are none.
+        format: whose names its tensors have: "peft", "kohya", "diffusers" or "comfyui".
+        config: the fields of PEFT's LoraConfig; None for a single file, as all but PEFT's are.
         tensors: all tensors by their names in the file.
         layers: the adapted layers by name: that of the base model's module, as far as the format has it.
         others: names of the tensors that belong to no adapted layer: heads, biases, embeddings, statistics.

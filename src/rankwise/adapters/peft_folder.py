@@ -142,16 +142,24 @@ def _weight_files(folder: Path) -> list[Path]:
 def _layer(folder: Path, name: str, parts: Mapping[str, str], tensors: Tensors, config: dict[str, Any]) -> Layer:
     layer = sizes(folder, name, parts, tensors)
     fixed = "its attention has another layer at the same rank" if _in_attention(name, tensors) else layer.fixed
-    rank = _of(config, "r", "rank_pattern", name)
-    if rank != layer.rank:
-        raise InputError(
-            f"{folder}: {name} has rank {layer.rank}, but {rank} in {CONFIG}, with which PEFT does not load it"
-        )
-    alpha = _of(config, "lora_alpha", "alpha_pattern", name)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise InputError(f"{folder / CONFIG}: lora_alpha of {name} is {alpha!r}, which is no number")
-    scale = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+    scale = scale_of(folder / CONFIG, name, layer.rank, config)
     return replace(layer, scale=scale, embedding="lora_embedding" in parts["A"], fixed=fixed)
+
+
+def scale_of(file: Path, name: str, rank: int, config: Mapping[str, Any]) -> float:
+    """The scale s of a layer by PEFT's configuration, which is in `file`.
+
+    Raises:
+        InputError: it has another rank there, or an alpha that is no number.
+    """
+    expected, alpha = (
+        _of(config, *options, name) for options in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+    )
+    if expected != rank:
+        raise InputError(f"{file}: says rank {expected} of {name}, which has rank {rank}, so PEFT would not load it")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise InputError(f"{file}: lora_alpha of {name} is {alpha!r}, which is no number")
+    return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _of(config: Mapping[str, Any], option: str, pattern: str, name: str) -> Any:

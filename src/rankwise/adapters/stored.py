@@ -1,17 +1,19 @@
 """An adapter on disk, without its base model: read and written one layer at a time."""
 
 import json
+import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from rankwise.adapters import peft_folder
-from rankwise.adapters.layers import Factors, StoredAdapter
+from rankwise.adapters import peft_folder, single_file
+from rankwise.adapters.layers import Factors, Layer, StoredAdapter
 from rankwise.adapters.peft_folder import CONFIG, INDEX, WEIGHTS
 from rankwise.adapters.tensors import write_tensors
 from rankwise.errors import InputError
@@ -26,7 +28,7 @@ OWN = {CONFIG, INDEX, WEIGHTS, "trainer_state.json"}
 
 
 def stored(path: str | PathLike[str]) -> StoredAdapter:
-    """Open an adapter on disk: the folder of a PEFT adapter, or of a run that has one.
+    """Open an adapter on disk: the folder of a PEFT adapter, or of a run; or a file of kohya's, diffusers or ComfyUI.
 
     Only headers are read; `StoredAdapter.factors` reads a layer.
 
@@ -35,13 +37,23 @@ def stored(path: str | PathLike[str]) -> StoredAdapter:
             other or its configuration, or it has tensors that are not known here.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise InputError(f"{path}: is no folder of an adapter; one from a hub has to be downloaded first")
-    if not (path / CONFIG).exists() and (path / "adapter" / CONFIG).exists():
-        path = path / "adapter"  # of a run
-    if not (path / CONFIG).exists():
-        raise InputError(f"{path}: holds no adapter: it has no {CONFIG}")
-    return peft_folder.read(path)
+    if not path.exists():
+        raise InputError(f"{path}: is not there; an adapter on a hub has to be downloaded first")
+    if path.is_dir() and not (path / CONFIG).exists():
+        files = sorted(path.glob("*.safetensors"))
+        if (path / "adapter" / CONFIG).exists():
+            path = path / "adapter"  # of a run
+        elif len(files) == 1:
+            path = files[0]
+        else:
+            raise InputError(f"{path}: holds no adapter: neither {CONFIG} nor one safetensors file")
+    if path.name == WEIGHTS and (path.parent / CONFIG).exists():
+        path = path.parent
+    if path.is_dir():
+        return peft_folder.read(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: is no safetensors file; only those are read, as others can run any code")
+    return single_file.read(path)
 
 
 def write(
@@ -54,11 +66,14 @@ def write(
     """Write an adapter as `like` with other factors, completely or not at all, one layer at a time.
 
     A layer of `like` that `factors` does not have, or has at rank 0, is left out, except one whose rank cannot change.
-    Numbers have the type that they have in `like`, and all that belongs to no layer is copied. The scales s go into B,
-    so that with one alpha each layer is scaled by alpha / its rank: B ← B · s · r / alpha, with alpha the commonest
-    s · r of `like`, without `alpha_pattern` and rslora. Layers are named in full.
+    Numbers have the type that they have in `like`, and all that belongs to no layer is copied.
+
+    In PEFT's format the scales s go into B, so that with one alpha each layer is scaled by alpha / its rank: B ← B · s
+    · r / alpha, with alpha the commonest s · r of `like`, without `alpha_pattern` and rslora, and each layer named in
+    full. In a single file each layer has its own alpha = s · r, or s goes into B where `like` has no alphas.
 
     Args:
+        out: a folder; a name that ends in .safetensors where `like` is a single file.
         factors: by layer, in any order; an iterator is read as it is written. The rank may be any.
         force: replace an adapter that is there already.
 
@@ -67,82 +82,129 @@ def write(
             out that has a bias or a magnitude.
     """
     out = Path(out)
-    _check_free(out, force)
+    check_free(out, like, force)
     out.parent.mkdir(parents=True, exist_ok=True)
+    pairs = factors.items() if isinstance(factors, Mapping) else factors
+    configs = single_file.configurations(like.path, like.tensors.metadata) if like.config is None else {}
+    alphas = {model: _commonest(like, configs, model) for model in (None, *configs)}
+    ranks: dict[str, int] = {}
+
+    def alpha(name: str, s: float, rank: int) -> float:
+        """The alpha that the file has for a layer."""
+        model, layer = single_file.model_of(name, configs), like.layers.get(name)
+        if like.config is not None or model is not None:
+            return alphas[model]
+        kind = like.tensors.dtype.get(layer.parts.get("alpha", "")) if layer else torch.float32
+        return rank if kind is None else float(torch.tensor(s * rank, dtype=kind))
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        yield from _tensors(like, pairs, alpha, ranks)
+        if not ranks:
+            raise InputError(f"{out}: no layer would have any rank; allow more")
+
+    if like.config is None:
+        with unfinished(out) as new:
+            write_tensors(new, tensors(), lambda: single_file.metadata(like, ranks, alphas))
+            new.replace(out)
+        return out
     with unfinished(out, folder=True) as temporary:
         new = temporary / "adapter"
         new.mkdir()
         for file in sorted(like.path.iterdir()):
             if COPIED.fullmatch(file.name) and file.name not in OWN and file.is_file():
                 shutil.copyfile(file, new / file.name)
-        alpha, ranks = _alpha(like), dict[str, int]()
-        write_tensors(new / WEIGHTS, _tensors(like, factors, alpha, ranks), {"format": "pt"})
-        if not ranks:
-            raise InputError(f"{out}: no layer would have any rank; allow more")
-        config = peft_folder.compact(like.config or {}, ranks, alpha)
+        write_tensors(new / WEIGHTS, tensors(), lambda: {"format": "pt"})
+        config = peft_folder.compact(like.config, ranks, alphas[None])
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         replace_folder(out, new)
     return out
 
 
-def _check_free(out: Path, force: bool) -> None:
-    """Raise InputError unless `out` can be written: it is new or empty, or, with `force`, an adapter."""
-    if not out.exists() and not out.is_symlink():
+def check_free(out: Path, like: StoredAdapter, force: bool) -> None:
+    """Raise InputError unless an adapter as `like` can be written to `out`: a new name, or an adapter with `force`."""
+    if like.config is None and out.suffix != ".safetensors":
+        raise InputError(f"{out}: as {like.path.name} is a single file, give a name that ends in .safetensors")
+    if like.config is not None and out.suffix == ".safetensors":
+        raise InputError(f"{out}: as {like.path.name} is a folder, give the name of a folder")
+    if not os.path.lexists(out):
         return
-    if not out.is_dir():
-        raise InputError(f"{out}: is a file; give another name")
-    if any(out.iterdir()):
-        if not force:
-            raise InputError(f"{out}: is there already; give another name, or --force to replace it")
-        if not (out / CONFIG).is_file():
-            raise InputError(f"{out}: holds something else than an adapter, which would be lost; give another name")
+    if out.is_dir() != (like.config is not None):
+        raise InputError(f"{out}: is a {'folder' if out.is_dir() else 'file'}; give another name")
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if not force:
+        raise InputError(f"{out}: is there already; give another name, or --force to replace it")
+    if out.is_dir() and not (out / CONFIG).is_file():
+        raise InputError(f"{out}: holds something else than an adapter, which would be lost; give another name")
 
 
-def _alpha(like: StoredAdapter) -> int:
+def _commonest(like: StoredAdapter, configs: Mapping[str, object], model: str | None) -> int:
     """The commonest s · r, with which most of B need not change; a whole number, as some consumers expect it."""
-    products = Counter(max(1, round(layer.scale * layer.rank)) for layer in like.layers.values())
-    return products.most_common(1)[0][0]
+    own = [layer for name, layer in like.layers.items() if single_file.model_of(name, configs) == model]
+    found = Counter(max(1, round(layer.scale * layer.rank)) for layer in own)
+    return found.most_common(1)[0][0] if found else 1
 
 
 def _tensors(
     like: StoredAdapter,
-    factors: Mapping[str, Factors] | Iterable[tuple[str, Factors]],
-    alpha: float,
+    pairs: Iterable[tuple[str, Factors]],
+    alpha: Callable[[str, float, int], float],
     ranks: dict[str, int],
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the new adapter by name; `ranks` takes the rank of each layer."""
-    for name, new in factors.items() if isinstance(factors, Mapping) else factors:
+    for name, new in pairs:
         layer = like.layers.get(name)
         if layer is not None and (layer.fixed or layer.size != (new.A.shape[1], new.B.shape[0])):
             raise InputError(f"{like.path}: {name} is {layer.size[::-1]}, but its new factors are not")
-        extra = layer and layer.parts.keys() - {"A", "B"}
         if not new.rank:
-            if layer and extra:
+            if extra := layer and layer.parts.keys() - {"A", "B", "alpha"}:
                 raise InputError(f"{like.path}: {name} has a {min(extra)} besides A and B, so its rank cannot be 0")
             continue
         ranks[name] = new.rank
-        A, B = new.A, new.B * (new.scale * new.rank / alpha)
-        if new.kernel:
-            A, B = A.reshape(new.rank, -1, *new.kernel), B.reshape(*B.shape, *(1 for _ in new.kernel))
-        for part, value in (("A", A), ("B", B)):
-            kind = value.dtype if layer is None else like.tensors.dtype[layer.parts[part]]
-            yield peft_folder.key(name, part, new.embedding), value.to(kind)
-        if layer is not None:
-            yield from _extra(like, name, layer.scale * new.rank / alpha)
+        kernel = (len(new.B), new.rank, *(1 for _ in new.kernel))
+        A, B = new.A.reshape(new.rank, -1, *new.kernel), new.B.reshape(kernel)
+        yield from _layer(like, name, {"A": A, "B": B}, new, alpha(name, new.scale, new.rank))
     for name, layer in like.layers.items():
         if layer.fixed:
-            ranks[name], factor = layer.rank, layer.scale * layer.rank / alpha
-            yield layer.parts["A"], like.tensor(layer.parts["A"])
-            yield layer.parts["B"], like.tensor(layer.parts["B"]) * factor
-            yield from _extra(like, name, factor)
+            ranks[name] = layer.rank
+            old = {part: like.tensor(layer.parts[part]) for part in ("A", "B")}
+            yield from _layer(like, name, old, layer, alpha(name, layer.scale, layer.rank))
     for key in like.others:
         yield key, like.tensor(key)
 
 
-def _extra(like: StoredAdapter, name: str, factor: float) -> Iterator[tuple[str, Tensor]]:
-    """What a layer has besides A and B: the bias of B, which is scaled as B is, and DoRA's magnitude, which is not."""
-    parts = like.layers[name].parts
-    if "bias" in parts:
-        yield parts["bias"], like.tensor(parts["bias"]) * factor
-    if "magnitude" in parts:
-        yield parts["magnitude"], like.tensor(parts["magnitude"])
+def _layer(
+    like: StoredAdapter, name: str, factors: dict[str, Tensor], new: Factors | Layer, alpha: float
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a layer that is scaled by `alpha` / r: A and B in the shape of its file, and what else it has."""
+    layer = like.layers.get(name)
+    first_name, first = next(iter(like.layers.items()))
+    for part, value in factors.items():
+        if layer is not None:
+            key, kind = layer.parts[part], like.tensors.dtype[layer.parts[part]]
+        elif like.config is not None:
+            key, kind = peft_folder.key(name, part, new.embedding), value.dtype
+        else:
+            key, kind = name + first.parts[part].removeprefix(first_name), value.dtype
+        yield key, _scaled(value, 1 if part == "A" else new.scale * new.rank / alpha, kind)
+    parts = layer.parts if layer is not None else {"alpha": f"{name}.alpha"} if "alpha" in first.parts else {}
+    for part in [each for each in parts if each not in factors]:
+        if part == "alpha":
+            yield parts[part], torch.tensor(alpha, dtype=like.tensors.dtype.get(parts[part], torch.float32))
+        elif part == "bias":  # of B, and scaled as B is
+            assert layer is not None
+            yield parts[part], like.tensor(parts[part]) * (layer.scale * new.rank / alpha)
+        else:
+            yield parts[part], like.tensor(parts[part])
+
+
+def _scaled(tensor: Tensor, factor: float, kind: torch.dtype) -> Tensor:
+    """`factor` times a tensor, as numbers of a type. InputError where they are too large for it."""
+    scaled = (
+        tensor.to(kind)
+        if factor == 1
+        else (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor).to(kind)
+    )
+    if not scaled.isfinite().all() and tensor.isfinite().all():
+        raise InputError(f"an adapter of {kind} numbers cannot hold B times {factor:g}: convert it to float32 first")
+    return scaled

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -84,11 +84,12 @@ def _opened(file: Path) -> Any:
         raise InputError(f"{file}: is damaged, or no safetensors file ({error}): get it again") from None
 
 
-def write_tensors(file: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> None:
+def write_tensors(file: Path, tensors: Iterable[tuple[str, Tensor]], metadata: Callable[[], Mapping[str, str]]) -> None:
     """Write a safetensors file from tensors that come one at a time.
 
     Their shapes are known only at the end, but stand at the beginning of the file: the numbers are collected in a file
-    for each type first. Types with wide numbers come first, as safetensors has them, so that all are aligned.
+    for each type first, and `metadata` is asked for after the last. Types with wide numbers come first, as safetensors
+    has them, so that all are aligned.
     """
     held: dict[torch.dtype, list[tuple[str, list[int], int]]] = {}
     with ExitStack() as stack:
@@ -101,7 +102,7 @@ def write_tensors(file: Path, tensors: Iterable[tuple[str, Tensor]], metadata: M
                 parts[kind] = stack.enter_context(part.open("w+b"))
             parts[kind].write(_bytes(tensor))
             held.setdefault(kind, []).append((name, list(tensor.shape), tensor.nbytes))
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        header: dict[str, Any] = {"__metadata__": dict(metadata())}
         kinds, place = sorted(parts, key=lambda kind: (-kind.itemsize, NAMES[kind])), 0
         for kind in kinds:
             for name, shape, size in held[kind]:
