@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 
 import peft
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import rankwise as rw
+import warm
 from models import stirred
 from rankwise.adapters.stored import Factors, stored, write
 from rankwise.adapters.tensors import Tensors, write_tensors
@@ -294,6 +296,38 @@ def test_files_next_to_the_weights_go_with_them(linear, tmp_path):
         "tokenizer.json",
         "chat_template.jinja",
     }
+
+
+MEMORY = """
+import resource, sys
+from rankwise.adapters.stored import stored, write
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+found = stored(sys.argv[1])
+write(sys.argv[2], found, ((name, found.factors(name)) for name in found.names))
+print(peak() - before)
+"""
+
+
+def test_a_large_adapter_takes_little_memory(tmp_path):
+    rank, layers, header, place = 1000, 40, {}, 0
+    for layer in range(layers):
+        for part, shape in (("A", [rank, 600]), ("B", [600, rank])):
+            end = place + 4 * rank * 600
+            name = f"base_model.model.layers.{layer}.lora_{part}.weight"
+            header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [place, end]}
+            place = end
+    text = json.dumps(header).encode()
+    with (tmp_path / "adapter_model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + place)  # zeros that take no room on the disk
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": 8}))
+    command = [sys.executable, "-c", MEMORY, str(tmp_path), str(tmp_path / "out")]
+    done = warm.run(command, kind="stock", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 0.6 * place
+    assert stored(tmp_path / "out").names == [f"layers.{layer}" for layer in range(layers)]
 
 
 KINDS = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8])

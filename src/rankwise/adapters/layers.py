@@ -1,5 +1,6 @@
 """What an adapter on disk consists of: the layers it adapts, and the tensors of each."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -88,7 +89,7 @@ class StoredAdapter:
 
     @property
     def names(self) -> list[str]:
-        """The adapted layers whose rank can change, in the order of the file; `write` keeps the others as they are."""
+        """The adapted layers whose rank can change, in the order of the model; `write` keeps the others as they are."""
         return [name for name, layer in self.layers.items() if not layer.fixed]
 
     def rank(self, name: str) -> int:
@@ -120,6 +121,11 @@ class StoredAdapter:
             for part, kind in (("magnitude", "a magnitude (DoRA)"), ("bias", "a bias of its own (lora_bias)")):
                 if part in layer.parts:
                     raise InputError(f"{self.path}: {name} has {kind} besides A and B, and {what} has no room for it")
+
+
+def in_order(name: str) -> list[tuple[int, str]]:
+    """For sorting the names of layers: numbers by their size, so that layer 10 comes after layer 2."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def sizes(where: Path, name: str, parts: Mapping[str, str], tensors: Tensors) -> Layer:

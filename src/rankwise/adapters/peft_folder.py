@@ -7,7 +7,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from rankwise.adapters.layers import Layer, StoredAdapter, sizes
+from rankwise.adapters.layers import Layer, StoredAdapter, in_order, sizes
 from rankwise.adapters.tensors import Tensors
 from rankwise.errors import InputError
 from rankwise.files import ADAPTER, read_json
@@ -56,7 +56,10 @@ def read(folder: Path) -> StoredAdapter:
             others.append(key)
     if not found:
         raise InputError(f"{folder}: adapts no layer")
-    layers = {name: _layer(folder, name, parts, tensors, config) for name, parts in found.items()}
+    layers = {
+        name: _layer(folder, name, parts, tensors, config)
+        for name, parts in sorted(found.items(), key=lambda each: in_order(each[0]))
+    }
     return StoredAdapter(folder, "peft", config, tensors, layers, others)
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rankwise.adapters.layers import Layer, StoredAdapter, sizes
+from rankwise.adapters.layers import Layer, StoredAdapter, in_order, sizes
 from rankwise.adapters.peft_folder import compact, scale_of
 from rankwise.adapters.tensors import Tensors
 from rankwise.errors import InputError
@@ -77,7 +77,10 @@ def read(file: Path) -> StoredAdapter:
         raise InputError(
             f"{file}: is the file of a PEFT adapter ({first}): give its folder, whose configuration has alpha"
         )
-    layers = {name: _layer(file, name, parts, tensors, configs) for name, parts in found.items()}
+    layers = {
+        name: _layer(file, name, parts, tensors, configs)
+        for name, parts in sorted(found.items(), key=lambda each: in_order(each[0]))
+    }
     starts = {"lora_": "kohya", "diffusion_model.": "comfyui"}
     form = next((form for start, form in starts.items() if all(name.startswith(start) for name in layers)), "diffusers")
     return StoredAdapter(file, form, None, tensors, layers, others)

@@ -30,7 +30,7 @@ DTYPES = {
 }
 """The types of a safetensors file that torch has."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_MAPPED = 128 * 1024**2
+_MAPPED = 32 * 1024**2
 """Bytes read from a file before it is mapped into memory again: pages once read count as memory of this process."""
 
 
