@@ -1,0 +1,86 @@
+"""Programs that load LoRA adapters, and what each makes of the three layouts that an adapter can be saved in.
+
+`patterns` is what PEFT writes: factors as trained, `rank_pattern` and `alpha_pattern`. `compact` has the scales in B,
+so that one alpha is enough, and `rank_pattern`. `portable` has one rank for all layers, padded with zeros, and no
+pattern. docs/adapters.md says how each was tried.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Layout = Literal["patterns", "compact", "portable"]
+Reading = Literal["right", "refused", "wrong"]
+"""`refused`: an error when the adapter is loaded. `wrong`: other weights than the trained ones, without an error."""
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A program that loads adapters.
+
+    Attributes:
+        name: with the versions that it is true of.
+        target: the name that `rankwise export --for` knows it by.
+        patterns, compact, portable: how it reads an adapter with mixed ranks in that layout.
+        why: what decides it, a short sentence.
+    """
+
+    name: str
+    target: str
+    patterns: Reading
+    compact: Reading
+    portable: Reading
+    why: str
+
+    def reads(self, layout: Layout) -> Reading:
+        return getattr(self, layout)
+
+
+CONSUMERS = (
+    Consumer("PEFT", "peft", "right", "right", "right", "the reference"),
+    Consumer("transformers", "peft", "right", "right", "right", "its load_adapter is PEFT"),
+    Consumer("axolotl", "peft", "right", "right", "right", "loads and merges through PEFT"),
+    Consumer("Unsloth", "peft", "right", "right", "right", "loads through PEFT; its MLX code reads both patterns"),
+    Consumer("vLLM 0.32 and newer", "vllm", "right", "right", "right", "reads both patterns"),
+    Consumer(
+        "vLLM up to 0.31",
+        "vllm",
+        "right",
+        "wrong",
+        "right",
+        "scales every layer by lora_alpha / r and ignores both patterns",
+    ),
+    Consumer("SGLang", "sglang", "refused", "refused", "right", "q, k and v must have the rank r, and all be there"),
+    Consumer(
+        "TGI and LoRAX",
+        "tgi",
+        "wrong",
+        "wrong",
+        "right",
+        "drop all layers of a name of which one is missing, and scale by lora_alpha / the padded r",
+    ),
+    Consumer("llama.cpp", "llama.cpp", "wrong", "right", "right", "scales by lora_alpha / the rank of the tensor"),
+    Consumer("diffusers", "diffusers", "refused", "refused", "refused", "wants files of its own, with other names"),
+    Consumer("ComfyUI", "diffusers", "wrong", "wrong", "wrong", "ignores names that it does not know"),
+    Consumer("mlx-lm", "mlx", "refused", "refused", "refused", "wants files of its own, with other names"),
+)
+
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What --max-lora-rank of vLLM takes."""
+PUNICA_BLOCK = 16
+"""TGI and LoRAX pad ranks to 8 or to a multiple of this, and then scale by lora_alpha / the padded rank."""
+
+
+def not_served(layout: Layout) -> list[Consumer]:
+    """The consumers that do not read an adapter of mixed ranks right in this layout, the silently wrong ones first."""
+    found = [consumer for consumer in CONSUMERS if consumer.reads(layout) != "right"]
+    return sorted(found, key=lambda consumer: consumer.reads(layout) != "wrong")
+
+
+def portable_rank(largest: int) -> int:
+    """The rank to pad to: the smallest that TGI and LoRAX leave as it is on one GPU."""
+    return 8 if largest <= 8 else -(-largest // PUNICA_BLOCK) * PUNICA_BLOCK
+
+
+def max_lora_rank(largest: int) -> int | None:
+    """The smallest --max-lora-rank of vLLM for adapters of this rank, None if it has none."""
+    return next((rank for rank in VLLM_RANKS if rank >= largest), None)
