@@ -3,6 +3,7 @@
 # make check   linter, types, direction of imports
 # make test    check, then all tests but the large ones
 # make test-large  the large tests, and more fuzzing; CI runs both
+# make installed  the wheel alone in an environment of its own (by hand; PYTHON=python3.13 for another Python)
 # make oldest  the Python interface on the oldest versions admitted (by hand: torch 2.6 with CUDA is some 3 GB)
 
 # Where pip finds torch alone, e.g. https://download.pytorch.org/whl/cpu. Empty: the default index.
@@ -17,7 +18,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-large oldest clean
+.PHONY: help setup demo check test test-large installed oldest clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -53,6 +54,15 @@ test: check
 
 test-large: $(READY)
 	OMP_NUM_THREADS=1 RANKWISE_FUZZ=10000 $(BIN)/python -m pytest -n auto -m "large or fuzz"
+
+# Trains, and tries every command, without any of the extras.
+installed: $(READY)
+	rm -rf dist .venv-installed
+	$(BIN)/python -m hatchling build -t wheel -d dist
+	"$(PYTHON)" -m venv .venv-installed
+	$(if $(TORCH_INDEX),.venv-installed/bin/python -m pip install --index-url $(TORCH_INDEX) torch)
+	.venv-installed/bin/python -m pip install dist/rankwise-*.whl
+	RANKWISE_ALONE=$(CURDIR)/.venv-installed/bin/python $(BIN)/python -m pytest -k extras tests/test_packaging.py
 
 # transformers 5.0 and 5.1 cannot be imported, and up to 5.5 its Trainer divides accumulated gradients twice. Left out:
 # torch 2.6 cannot compile the models of transformers 5.6, whose Jamba calls a layer that later ones do not.

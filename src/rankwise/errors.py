@@ -37,7 +37,25 @@ def need(module: str, extra: str) -> ModuleType:
         if error.name is None or not module.startswith(error.name.partition(".")[0]):
             raise
         package = module.partition(".")[0]
-        raise InputError(f"{package} is not installed: pip install 'rankwise[{extra}]'") from None
+        raise InputError(f"{package} is not installed: {installing(extra)}") from None
+
+
+def installing(extra: str) -> str:
+    """The command that installs the optional dependencies `extra`, from where rankwise came: index, clone or file."""
+    import json  # as below: for a message that few see, and `rankwise.__main__` has no time
+    import shlex
+    from importlib import metadata
+    from urllib.parse import unquote, urlsplit
+
+    try:
+        origin = json.loads(metadata.distribution("rankwise").read_text("direct_url.json") or "{}")  # PEP 610
+    except metadata.PackageNotFoundError:
+        origin = {}
+    url, system = origin.get("url"), origin.get("vcs_info", {}).get("vcs")
+    if origin.get("dir_info", {}).get("editable"):
+        return f"pip install -e {shlex.quote(f'{unquote(urlsplit(url).path)}[{extra}]')}"
+    place = f" @ {system}+{url}" if system else f" @ {url}" if url else ""
+    return f"pip install {shlex.quote(f'rankwise[{extra}]{place}')}"
 
 
 def require(holds: bool, message: str) -> None:

@@ -18,6 +18,7 @@ import warm
 from asserts import refused
 from rankwise import tasks
 from rankwise.adapters import load
+from rankwise.errors import installing
 from rankwise.ranks.layers import holds_codes
 from rankwise.results.rows import summarise
 from rankwise.runs.store import Store
@@ -222,7 +223,7 @@ def test_what_cannot_be_done_with_codes_is_refused_in_one_line(
 def test_without_bitsandbytes_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch, base: str) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     said = refused(lambda: Checked.of({"task": "stdlib-kind", "model": base, "max_length": 16, "quantise": "4bit"}, []))
-    assert said == "bitsandbytes is not installed: pip install 'rankwise[quantised]'"
+    assert said == f"bitsandbytes is not installed: {installing('quantised')}"
 
 
 def test_a_model_that_is_quantised_already_is_refused(base: str, tmp_path: Path) -> None:
