@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 # The public names, looked up on first use: `rankwise --help` need not wait for torch.
 if TYPE_CHECKING:
     from rankwise.adapters import load, save
-    from rankwise.api import compare, data, report, retry, task, train
+    from rankwise.api import compare, data, report, retry, suggest, task, train
     from rankwise.errors import InputError
     from rankwise.methods.adalora import AdaLoRA
     from rankwise.methods.adapter import AdapterH, AdapterL

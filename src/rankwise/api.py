@@ -23,6 +23,7 @@ from rankwise.sweep.progress import counted
 
 if TYPE_CHECKING:
     from rankwise.data_view import View
+    from rankwise.suggestion import Suggestion
     from rankwise.sweep.check import Source
     from rankwise.sweep.plan import One, Plan
     from rankwise.sweep.runners import Runner
@@ -245,6 +246,45 @@ def data(config: Source | None = None, settings: Settings = (), *, row: int | No
     from rankwise.data_view import View
 
     return View.of(config, overrides(settings, None), row)
+
+
+def suggest(
+    config: Source | None = None,
+    settings: Settings = (),
+    *,
+    budget: int,
+    steps: int | None = None,
+    out: Path | str | None = None,
+    force: bool = False,
+    runs: Path | str | None = None,
+    jobs: int | None = None,
+    reuse: bool = False,
+    repeat: bool = False,
+) -> Suggestion:
+    """Ranks for a LoRA of at most `budget` parameters, from two short searches with a model on data: `config`, `ranks`.
+
+    >>> mine = {"type": "classification", "dataset": "train.csv", "columns": {"text": "review", "label": "stars"}}
+    >>> LoraConfig(**rw.suggest({"model": "roberta-base", "task": mine}, budget=300_000).config)
+
+    Args:
+        config, settings: model and data, as for `train`; targets and scale are those of its method.
+        budget: parameters at most, without the head.
+        steps: of each search; 100 when absent.
+        out: file or folder to write to, see `Suggestion.write`; `force` replaces what is there.
+        runs: folder in whose folder `suggest` the searches are kept; that of the configuration when absent.
+        jobs, reuse, repeat: as for `compare`.
+    """
+    _check_readable(config)
+    from rankwise.suggestion import STEPS, Wanted, check_free
+
+    if out is not None:
+        check_free(Path(out), force)
+    runner = runner_of("local", [], jobs)
+    wanted = Wanted.of(config, overrides(settings, runs), budget, STEPS if steps is None else steps)
+    suggestion = wanted.carry_out(runner, reuse, repeat)
+    if out is not None:
+        suggestion.write(Path(out))
+    return suggestion
 
 
 def plan(experiment: Source, settings: Sequence[str], dry: bool = False) -> Plan:

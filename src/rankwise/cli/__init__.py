@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from rankwise.cli import files as files  # its commands come first in the help
+from rankwise.cli import use as use
 from rankwise.cli.options import (
     All,
     Debug,

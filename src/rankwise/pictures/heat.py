@@ -149,22 +149,27 @@ def ranks_in_steps(
         raise ValueError("no ranks to draw: the history is empty")
     count = min(FRAMES, len(history))
     chosen = sorted({round(place * (len(history) - 1) / max(1, count - 1)) for place in range(count)})
-    sites = dict.fromkeys((site for _, ranks in history for site in ranks), 0)
+    return rank_pictures({f"step {step}": ranks for step, ranks in (history[place] for place in chosen)}, title)
+
+
+@styled
+def rank_pictures(by_title: Mapping[str, Mapping[str, int]], title: str) -> Figure:
+    """The grids of `rank_picture`, small, under a title each; a site that one of them does not have is empty there."""
+    sites = dict.fromkeys((site for ranks in by_title.values() for site in ranks), 0)
     rows, layers, _ = rank_grid(sites)
-    down = -(-len(chosen) // (3 if len(layers) <= 10 else 2 if len(layers) <= 20 else 1))
-    across = -(-len(chosen) // down)
+    down = -(-len(by_title) // (3 if len(layers) <= 10 else 2 if len(layers) <= 20 else 1))
+    across = -(-len(by_title) // down)
     figure = bare_figure(1.1 + down * (0.35 + 0.15 * len(rows)))
-    top = max(max(ranks.values()) for _, ranks in history)
+    top = max(max(ranks.values()) for ranks in by_title.values())
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
-    for axes in panels.flat[len(chosen) :]:
+    for axes in panels.flat[len(by_title) :]:
         axes.set_visible(False)
-    for axes, place in zip(panels.flat, chosen, strict=False):
-        step, ranks = history[place]
+    for axes, (name, ranks) in zip(panels.flat, by_title.items(), strict=False):
         grid = rank_grid(sites | dict(ranks))[2]
         image = axes.pcolormesh(
             np.ma.masked_invalid(grid), edgecolors="white", linewidth=0.5, **_rank_colours(grid, top)
         )
-        axes.set_title(f"step {step}", fontsize=8.5, loc="center")
+        axes.set_title(name, fontsize=8.5, loc="center")
         _bare(axes)
     gap = -(-len(layers) // (7 * 3 // across))
     shown = range(0, len(layers), gap)
