@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rankwise.optim import SimplexAdam
     from rankwise.processes.together import average_gradients
     from rankwise.ranks import RankPlan, rank_report, resize, sites
+    from rankwise.resizing import resize_adapter
     from rankwise.train.bare_loop import load_checkpoint, save_checkpoint
     from rankwise.train.callback import RankCallback
     from rankwise.train.trainer import RankTrainer

@@ -15,7 +15,7 @@ from torch import Tensor
 from rankwise.adapters import peft_folder, single_file
 from rankwise.adapters.layers import Factors, Layer, StoredAdapter
 from rankwise.adapters.peft_folder import CONFIG, INDEX, WEIGHTS
-from rankwise.adapters.tensors import write_tensors
+from rankwise.adapters.tensors import Held, file_size, write_tensors
 from rankwise.errors import InputError
 from rankwise.files import replace_folder, unfinished
 
@@ -86,7 +86,7 @@ def write(
     out.parent.mkdir(parents=True, exist_ok=True)
     pairs = factors.items() if isinstance(factors, Mapping) else factors
     configs = single_file.configurations(like.path, like.tensors.metadata) if like.config is None else {}
-    alphas = {model: _commonest(like, configs, model) for model in (None, *configs)}
+    alphas = _alphas(like)
     ranks: dict[str, int] = {}
 
     def alpha(name: str, s: float, rank: int) -> float:
@@ -120,6 +120,23 @@ def write(
     return out
 
 
+def size(like: StoredAdapter, ranks: Mapping[str, int]) -> int:
+    """Bytes of the file of weights that `write` makes of the layers of `like` at these ranks."""
+    at = {**ranks, **{name: layer.rank for name, layer in like.layers.items() if layer.fixed}}
+    at = {name: rank for name, rank in at.items() if rank}
+    held: list[Held] = []
+    for name, rank in at.items():
+        layer = like.layers[name]
+        for part in sorted(layer.parts, key=lambda each: ("A", "B", each).index(each)):
+            shape = [*like.tensors.shape[key := layer.parts[part]]]
+            if part in ("A", "B") and not layer.fixed:
+                shape["AB".index(part)] = rank
+            held.append((key, like.tensors.dtype[key], () if part == "alpha" else tuple(shape)))
+    held += [(key, like.tensors.dtype[key], like.tensors.shape[key]) for key in like.others]
+    folder = like.config is not None
+    return file_size(held, {"format": "pt"} if folder else single_file.metadata(like, at, _alphas(like)))
+
+
 def check_free(out: Path, like: StoredAdapter, force: bool) -> None:
     """Raise InputError unless an adapter as `like` can be written to `out`: a new name, or an adapter with `force`."""
     if like.config is None and out.suffix != ".safetensors":
@@ -136,6 +153,12 @@ def check_free(out: Path, like: StoredAdapter, force: bool) -> None:
         raise InputError(f"{out}: is there already; give another name, or --force to replace it")
     if out.is_dir() and not (out / CONFIG).is_file():
         raise InputError(f"{out}: holds something else than an adapter, which would be lost; give another name")
+
+
+def _alphas(like: StoredAdapter) -> dict[str | None, int]:
+    """The alpha of all layers, of each model of a pipeline that has a configuration."""
+    configs = single_file.configurations(like.path, like.tensors.metadata) if like.config is None else {}
+    return {model: _commonest(like, configs, model) for model in (None, *configs)}
 
 
 def _commonest(like: StoredAdapter, configs: Mapping[str, object], model: str | None) -> int:

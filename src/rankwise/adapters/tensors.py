@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ DTYPES = {
 }
 """The types of a safetensors file that torch has."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Held = tuple[str, torch.dtype, tuple[int, ...]]
+"""Name, type and shape of a tensor."""
 _MAPPED = 32 * 1024**2
 """Bytes read from a file before it is mapped into memory again: pages once read count as memory of this process."""
 
@@ -91,7 +94,7 @@ def write_tensors(file: Path, tensors: Iterable[tuple[str, Tensor]], metadata: C
     for each type first, and `metadata` is asked for after the last. Types with wide numbers come first, as safetensors
     has them, so that all are aligned.
     """
-    held: dict[torch.dtype, list[tuple[str, list[int], int]]] = {}
+    held: list[Held] = []
     with ExitStack() as stack:
         parts: dict[torch.dtype, Any] = {}
         for name, tensor in tensors:
@@ -101,20 +104,36 @@ def write_tensors(file: Path, tensors: Iterable[tuple[str, Tensor]], metadata: C
                 stack.callback(part.unlink, missing_ok=True)
                 parts[kind] = stack.enter_context(part.open("w+b"))
             parts[kind].write(_bytes(tensor))
-            held.setdefault(kind, []).append((name, list(tensor.shape), tensor.nbytes))
-        header: dict[str, Any] = {"__metadata__": dict(metadata())}
-        kinds, place = sorted(parts, key=lambda kind: (-kind.itemsize, NAMES[kind])), 0
-        for kind in kinds:
-            for name, shape, size in held[kind]:
-                header[name] = {"dtype": NAMES[kind], "shape": shape, "data_offsets": [place, place + size]}
-                place += size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+            held.append((name, kind, tuple(tensor.shape)))
         with file.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for kind in kinds:
+            out.write(_header(held, metadata())[0])
+            for kind in _order(parts):
                 parts[kind].seek(0)
                 shutil.copyfileobj(parts[kind], out, 2**20)
+
+
+def file_size(held: Iterable[Held], metadata: Mapping[str, str]) -> int:
+    """Bytes of the file that `write_tensors` makes of tensors with these names, types and shapes."""
+    header, numbers = _header([*held], metadata)
+    return len(header) + numbers
+
+
+def _order(kinds: Iterable[torch.dtype]) -> list[torch.dtype]:
+    return sorted(kinds, key=lambda kind: (-kind.itemsize, NAMES[kind]))
+
+
+def _header(held: Sequence[Held], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """What stands before the numbers, and how many bytes they have."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for kind in _order({kind for _, kind, _ in held}):
+        for name, _, shape in [each for each in held if each[1] == kind]:
+            size = prod(shape) * kind.itemsize
+            header[name] = {"dtype": NAMES[kind], "shape": shape, "data_offsets": [place, place + size]}
+            place += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, place
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -374,3 +374,6 @@ def _print_plan(plan: Plan, as_json: bool, everything: bool) -> None:
     show_json(plan.as_json()) if as_json else show(plan.text(everything))
     for line in plan.following(as_json):
         log(line)
+
+
+from rankwise.cli import adapters as adapters  # noqa: E402 - its commands come last in the help

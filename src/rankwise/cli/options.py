@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from rankwise.errors import InputError
+
 app = typer.Typer(
     name="rankwise",
     help="Fine-tune with low-rank adapters, learn where the rank belongs, compare methods fairly.",
@@ -13,6 +15,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _svg(file: Path | None) -> Path | None:
+    if file is not None and file.suffix != ".svg":
+        raise InputError(f"{file}: pictures are SVG: give a name that ends in .svg")
+    return file
+
 
 OneRun = Annotated[
     list[str],
@@ -26,6 +35,12 @@ Reuse = Annotated[bool, typer.Option("--reuse", help="keep and go on with what o
 Repeat = Annotated[bool, typer.Option("--repeat", help="carry out again what other code or data has made")]
 All = Annotated[bool, typer.Option("--all", help="print all settings, those that differ from the defaults first")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="where to write it, in the same format")]
+Force = Annotated[bool, typer.Option("--force", help="replace an adapter that is there already")]
+Picture = Annotated[
+    Path | None,
+    typer.Option("--picture", metavar="FILE.svg", callback=_svg, help="draw the ranks, by layer and projection"),
+]
 Jobs = Annotated[
     int | None,
     typer.Option("--jobs", "-j", min=1, help="runs at once; as many as there is room for when not given"),

@@ -1,0 +1,109 @@
+"""Adapters on disk made smaller, and what is said about it."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from rankwise.adapters.cut import Cut, Limit, cut
+from rankwise.adapters.stored import stored
+from rankwise.files import write_whole
+from rankwise.pictures.heat import rank_picture
+from rankwise.pictures.style import svg
+from rankwise.results.formats import plain
+
+
+@dataclass(frozen=True)
+class Resized(Cut):
+    """An adapter before and after, in words."""
+
+    on_data: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """All numbers, with totals; the shares of energy lost are on data if there were any."""
+        return {**asdict(self), "before": self.before, "parameters": self.parameters}
+
+    def text(self) -> str:
+        """A table with a line for each layer, and what it comes to."""
+        header = ["layer", "rank before", "rank", "parameters", "norm of ΔW", "error"]
+        if self.on_data:
+            header.append("energy lost on data")
+        rows = [
+            [
+                site.site,
+                str(site.before),
+                str(site.rank),
+                f"{site.parameters:,}",
+                f"{site.norm:.4g}",
+                _share(site.error / site.norm if site.norm else 0.0),
+                *([_share(site.loss)] if self.on_data else []),
+            ]
+            for site in self.sites
+        ]
+        return "\n".join([plain(header, rows), "", *self._total()])
+
+    def _total(self) -> Iterator[str]:
+        share = f" ({100 * self.parameters / self.before:.1f} %)" if self.parameters < self.before else ""
+        if not share:
+            yield f"{self.before:,} parameters fit already, so every rank stays as it is"
+        else:
+            yield f"{self.before:,} parameters before, {self.parameters:,} after{share}"
+        if self.fixed:
+            yield f"{self.fixed:,} of them are in layers whose rank cannot change"
+        kept = _share(1 - self.loss)
+        yield f"error {_share(self.error)} of ‖ΔW‖; {kept} of the energy{' on data' if self.on_data else ''} is kept"
+        if self.uniform and share:
+            rank, loss = self.uniform
+            yield f"rank {rank} for every layer, as far as the same parameters go, would keep {_share(1 - loss)}"
+        if empty := sum(not site.rank for site in self.sites):
+            yield f"{empty} of {len(self.sites)} layers have no rank left and are no longer adapted"
+
+    def save_picture(self, file: str | PathLike[str]) -> Path:
+        """Draw the ranks after the cut, projections down and layers across, as an SVG file."""
+        title = f"Ranks at {self.parameters:,} of {self.before:,} parameters"
+        return save_ranks({site.site: site.rank for site in self.sites}, title, Path(file))
+
+
+def save_ranks(ranks: Mapping[str, int], title: str, file: Path) -> Path:
+    """Draw ranks by module name. In kohya's names, which have `_` for each dot, those around numbers become dots."""
+    dotted = {re.sub(r"_(\d+)_", r".\1.", name) if "." not in name else name: rank for name, rank in ranks.items()}
+    write_whole(file, svg(rank_picture(dotted, title)))
+    return file
+
+
+def _share(value: float) -> str:
+    """A share in percent; small ones keep their digits."""
+    percent = 100 * value
+    return f"{percent:.2f} %" if percent >= 0.01 or percent < 1e-9 else f"{percent:.1e} %"
+
+
+def resize_adapter(
+    adapter: str | PathLike[str],
+    out: str | PathLike[str] | None = None,
+    *,
+    budget: int | None = None,
+    rank: int | None = None,
+    keep_energy: float | None = None,
+    bytes: int | None = None,
+    force: bool = False,
+) -> Resized:
+    """The best smaller adapter, without its base model: globally the least error ‖ΔW - ΔW'‖ there is within the limit.
+
+    Args:
+        adapter: the folder of a PEFT adapter, of anyone's, or of a run; or a safetensors file of kohya's, diffusers'
+            or ComfyUI's.
+        out: where to write it, in the same format; nothing is written without it.
+        budget: the most parameters of A and B. rank: the largest rank of a layer. keep_energy: the share of Σ‖ΔW‖² to
+            keep, at the fewest parameters. bytes: the most bytes of the file of weights. One of them is given.
+        force: replace an adapter that is there already.
+    Raises:
+        InputError: the limit leaves no rank, or the adapter is none that can be cut: not LoRA alone, damaged, or with
+            numbers that are not finite.
+    """
+    limit = Limit(budget, rank, keep_energy, bytes)
+    limit.check()
+    found = stored(adapter)
+    done = cut(found, found, limit, Path(out) if out is not None else None, force=force)
+    return Resized(**vars(done))
