@@ -1,11 +1,14 @@
 """Sweeps in processes of their own, and the stand-in workers that they start; see scripts/worker.py. All are forked."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import warm
 from rankwise.runs.store import Store
@@ -29,6 +32,19 @@ def chain(store: Store, *kinds: int | None) -> list[Path]:
         before = config(max_steps=5 + place, train_rows=kind, after=before and before.id)
         folders.append(store.create(before, REVISION))
     return folders
+
+
+def slurm_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put the commands of a stand-in for SLURM on the PATH, which keeps its jobs in `folder`."""
+    commands = folder.with_name("bin")
+    folder.mkdir()
+    commands.mkdir()
+    for name in ("sbatch", "squeue", "sacct", "scancel", "srun"):
+        (commands / name).write_text(f'#!/bin/sh\nexec {sys.executable} {SCRIPTS / "slurm_stand_in.py"} {name} "$@"\n')
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_STAND_IN", str(folder))
+    return folder
 
 
 def start(store: Store, runner: str = "local", *options: str) -> subprocess.Popen[str]:

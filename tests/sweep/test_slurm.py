@@ -1,6 +1,5 @@
 """Sweeps through submitit: with its debug executor, and with a SLURM that only the commands of stand in for."""
 
-import os
 import signal
 import socket
 import subprocess
@@ -16,13 +15,12 @@ from rankwise.sweep.compare import carry_out
 from rankwise.sweep.runners import runner
 from rankwise.sweep.runners.process import Order, send, sent
 from runs import make
-from sweep_runs import SCRIPTS, check_told, runs, start, started
+from sweep_runs import check_told, runs, slurm_on_path, start, started
 from waiting import PATIENCE, alive, reached, wait_for
 
 pytest.importorskip("submitit", reason="submitit is not installed: pip install 'rankwise[slurm]'")
 
 TRAIN = f"command=[{sys.executable},-m,rankwise,train]"
-STAND_IN = SCRIPTS / "slurm_stand_in.py"
 
 
 @pytest.fixture
@@ -33,14 +31,7 @@ def store(tmp_path: Path) -> Store:
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder of the stand-in, whose commands are on the PATH."""
-    home, commands = tmp_path / "slurm", tmp_path / "bin"
-    home.mkdir()
-    commands.mkdir()
-    for name in ("sbatch", "squeue", "sacct", "scancel", "srun"):
-        (commands / name).write_text(f'#!/bin/sh\nexec {sys.executable} {STAND_IN} {name} "$@"\n')
-        (commands / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_STAND_IN", str(home))
+    home = slurm_on_path(tmp_path / "slurm", monkeypatch)
     yield home
     call("scancel", *(job.parent.name for job in home.glob("*/state")))
     wait_for(lambda: not call("squeue", "--array", "%i|%K|%j"))

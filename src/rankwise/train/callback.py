@@ -81,16 +81,17 @@ class MethodCallback(TrainerCallback):
             _log.log(logging.INFO if search.changed else logging.WARNING, "%s: %s", self.method.name, search)
 
     def _report(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        current = ranks(kwargs["model"])
+        current = ranks(unwrapped(kwargs["optimizer"]).model)  # which may be a part of the Trainer's
         if current and current != self._reported:
             for reporter in _reporters():
                 reporter.on_log(args, state, control, logs=rank_scalars(current), **kwargs)
         self._reported = current
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        changed = getattr(unwrapped(kwargs["optimizer"]), "changed", 0)
+        optimizer = unwrapped(kwargs["optimizer"])
+        changed = getattr(optimizer, "changed", 0)
         if changed != self._counts[0]:  # in a large model finding the sites takes as long as a small step
-            all_sites = sites(kwargs["model"])
+            all_sites = sites(getattr(optimizer, "model", kwargs["model"]))
             parameters, empty = sum(site.parameters for site in all_sites), sum(not site.present for site in all_sites)
             self._counts = changed, {"adapter_parameters": parameters, "empty_sites": empty} if all_sites else {}
         if state.log_history:  # not `logs`, which is the caller's, such as the metrics that evaluate() returns
