@@ -4,6 +4,7 @@
 # make test    check, then all tests but the large ones
 # make test-large  the large tests, and more fuzzing; CI runs both
 # make installed  the wheel alone in an environment of its own (by hand; PYTHON=python3.13 for another Python)
+# make conformance  PEFT's own LoRA tests with rankwise in their models (by hand: fetches PEFT's source)
 # make oldest  the Python interface on the oldest versions admitted (by hand: torch 2.6 with CUDA is some 3 GB)
 
 # Where pip finds torch alone, e.g. https://download.pytorch.org/whl/cpu. Empty: the default index.
@@ -18,7 +19,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-large installed oldest clean
+.PHONY: help setup demo check test test-large conformance installed oldest clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -63,6 +64,9 @@ installed: $(READY)
 	$(if $(TORCH_INDEX),.venv-installed/bin/python -m pip install --index-url $(TORCH_INDEX) torch)
 	.venv-installed/bin/python -m pip install dist/rankwise-*.whl
 	RANKWISE_ALONE=$(CURDIR)/.venv-installed/bin/python $(BIN)/python -m pytest -k extras tests/test_packaging.py
+
+conformance: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/scripts/peft_conformance.py
 
 # transformers 5.0 and 5.1 cannot be imported, and up to 5.5 its Trainer divides accumulated gradients twice. Left out:
 # torch 2.6 cannot compile the models of transformers 5.6, whose Jamba calls a layer that later ones do not.

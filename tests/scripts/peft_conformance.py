@@ -91,9 +91,8 @@ KINDS = ("passed", "untouched", "refused", "skipped", "set aside", "failed")
 LOUD = {
     "parametrizations.weight.original": "the raw state of a search, whose names fit no plain adapter",
     "this is the state of a training": "the raw state of a search, by its configuration",
-    "InputError: ": "an InputError",
 }
-"""Errors by which a raw state, or a call that rankwise has no meaning for, is refused."""
+"""Errors by which the raw state of a search is told from an adapter."""
 
 
 def fetched(folder: Path) -> Path:
@@ -148,7 +147,7 @@ def fate(row: dict[str, Any]) -> tuple[str, str]:
     for words, why in LOUD.items():
         if words in reason:
             return "refused", why
-    return "failed", reason
+    return "refused" if reason.startswith("InputError: ") else "failed", reason
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -173,6 +172,11 @@ if __name__ == "__main__":
     parser.add_argument("-k", default="", help="only tests with this in their names, as pytest selects them")
     parser.add_argument("--json", action="store_true", help="one line for each test")
     arguments = parser.parse_args()
+    try:
+        fetched(arguments.folder.absolute())
+    except subprocess.CalledProcessError as error:
+        print(f"PEFT's source cannot be fetched: {error}", file=sys.stderr)
+        sys.exit(2)
     rows = [{"way": way, **row} for way in peft_ways.WAYS for row in run(way, arguments.folder.absolute(), arguments.k)]
     print("\n".join(map(json.dumps, rows)) if arguments.json else table(rows))
     sys.exit(any(fate(row)[0] == "failed" for row in rows))

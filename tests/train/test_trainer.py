@@ -206,6 +206,37 @@ def test_trains_searches_and_saves_on_every_architecture(shape, tmp_path):
     assert torch.allclose(models.logits(again), models.logits(trainer.model), atol=1e-5)
 
 
+class Larger(torch.nn.Module):
+    """A model of which the adapted one is a part, as in sentence-transformers."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, **batch):
+        return self.part(**batch)
+
+
+def test_the_callback_works_where_the_adapted_model_is_a_part_of_the_trainers(tmp_path):
+    def history(wrap, folder):
+        torch.manual_seed(1)
+        method = METHODS["simplex"]
+        part = method.attach(models.model("bert"), head=models.head("bert"))
+        args = arguments(folder, save=False, reporting=["tensorboard"], remove_unused_columns=False)
+        trainer = Trainer(
+            wrap(part), args, train_dataset=models.rows(), data_collator=default_data_collator,
+            callbacks=[rw.RankCallback(method)], optimizers=(method.optimizer(part, args), None),
+        )  # fmt: skip
+        trainer.train()
+        assert len(set(ranks(part).values())) > 1
+        return [
+            {key: row.get(key) for key in ("loss", "adapter_parameters", "empty_sites")}
+            for row in trainer.state.log_history
+        ]
+
+    assert history(Larger, tmp_path / "part") == history(lambda part: part, tmp_path / "whole")
+
+
 def test_the_wrong_optimizer_is_refused(tmp_path):
     method = METHODS["simplex"]
     model = method.attach(models.model(), head=models.head())

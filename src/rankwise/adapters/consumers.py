@@ -37,6 +37,14 @@ class Consumer:
 
 CONSUMERS = (
     Consumer("PEFT", "peft", "right", "right", "right", "the reference"),
+    Consumer(
+        "PEFT's hotswap_adapter up to 0.21",
+        "hotswap",
+        "refused",
+        "wrong",
+        "right",
+        "wants equal alpha patterns, and scales every layer by lora_alpha / r",
+    ),
     Consumer("transformers", "peft", "right", "right", "right", "its load_adapter is PEFT"),
     Consumer("axolotl", "peft", "right", "right", "right", "loads and merges through PEFT"),
     Consumer("Unsloth", "peft", "right", "right", "right", "loads through PEFT; its MLX code reads both patterns"),

@@ -1,0 +1,50 @@
+"""A part of PEFT's own tests with rankwise in their models; `make conformance` runs all that are about LoRA."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import peft_conformance
+import peft_ways
+
+PART = "hotswap or merge_layers_multi or (Vanilla and (merge_layers or roundtrip or delete or dtype_autocast))"
+
+
+def row(**other: object) -> dict:
+    return {"way": "stock", "outcome": "passed", "reason": "", "where": "", "touched": 1, "refused": [], **other}
+
+
+@pytest.mark.parametrize(
+    ("expected", "of"),
+    [
+        ("passed", {}),
+        ("skipped", {"outcome": "skipped"}),
+        ("set aside", {"outcome": "failed", "reason": "OSError: We couldn't connect to 'https://…'"}),
+        ("passed", {"way": "in a search"}),
+        ("untouched", {"way": "in a search", "touched": 0}),
+        ("refused", {"way": "in a search", "refused": ["adapts a Embedding"]}),
+        ("failed", {"way": "in a search", "outcome": "failed", "reason": "AssertionError: no", "refused": ["adapts"]}),
+        ("failed", {"way": "after a search", "outcome": "failed", "reason": "OSError: We couldn't connect to"}),
+    ],
+)
+def test_a_failure_is_never_counted_as_anything_else(expected: str, of: dict) -> None:
+    assert peft_conformance.fate(row(**of))[0] == expected
+
+
+@pytest.mark.large
+def test_what_stock_peft_passes_passes_with_rankwise_or_is_refused_by_name(tmp_path: Path) -> None:
+    script = str(peft_conformance.__file__)
+    done = subprocess.run(
+        [sys.executable, script, "--folder", tmp_path, "--json", "-k", PART], capture_output=True, text=True
+    )
+    if done.returncode == 2:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    fates = Counter((each["way"], peft_conformance.fate(each)[0]) for each in rows)
+    for way in peft_ways.WAYS:
+        assert fates[way, "passed"] > 50 and not fates[way, "failed"], fates
