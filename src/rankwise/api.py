@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from rankwise.errors import SOME_FAILED, STOPPED, InputError
 from rankwise.named import written
 from rankwise.results.summary import Summary
+from rankwise.runs import use
+from rankwise.runs.record import rank_course
 from rankwise.runs.several import Several
 from rankwise.runs.store import Store
 from rankwise.settings import read_yaml
@@ -132,6 +134,21 @@ class Trained:
     def adapter(self) -> Path:
         """Folder of the trained adapter."""
         return self.folder / "adapter"
+
+    def ending(self) -> str:
+        """The ranks, where the adapter is (or the model, if all of it has changed), and a command that uses it."""
+        from rankwise.ranks.report import by_kind
+
+        folder = next((self.folder / name for name in ("adapter", "model") if (self.folder / name).is_dir()), None)
+        if folder is None:
+            return ""
+        parts, course = [], rank_course(self.folder)
+        if course and course[-1].ranks:
+            parts.append(f"ranks, block by block\n{by_kind(course[-1].ranks)}\n")
+        parts.append(f"{folder.name}: {folder}")
+        if (found := use.read(folder)) is not None:
+            parts.append(f"use it:  {found.command(self.folder)}")
+        return "\n".join(parts)
 
     def text(self) -> str:
         """Tables and notes of this run alone, as the terminal shows them."""

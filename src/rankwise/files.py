@@ -35,8 +35,16 @@ KINDS = {
 }
 WRITTEN = "written.json"
 """In a run folder: the names of what the run has made there and may delete, a checkpoint or a model."""
-ADAPTER = ("adapter_config.json", "rankwise.json", "adapter_model.safetensors", "README.md")
-"""Files of a saved adapter: PEFT's configuration, our description of the method, the weights, and PEFT's card."""
+USE = "use.json"
+"""Beside an adapter: what must be known to use it."""
+TOKENIZER = (
+    *("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+"""Files of a tokenizer."""
+ADAPTER = ("adapter_config.json", "rankwise.json", "adapter_model.safetensors", "README.md", USE, *TOKENIZER)
+"""Files of a saved adapter: PEFT's configuration, our description of the method, the weights, the card, and the rest of
+what is needed to use it."""
 CHECKPOINT = re.compile(r"checkpoint-[0-9]{1,15}")
 """Names of checkpoints."""
 EVENTS = "tensorboard"

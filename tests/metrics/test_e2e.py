@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 import bootstrap
 import rankwise.metrics
 from rankwise.errors import InputError
+from rankwise.metrics.bootstrap import paired_bootstrap
 from rankwise.metrics.e2e import bleu, bleu_of, bleu_statistics, e2e, nist, unavailable
-from rankwise.results.stats import paired_bootstrap
 
 sacrebleu = pytest.importorskip("sacrebleu.metrics", reason="needs the extra [nlg]")
 pytest.importorskip("pycocoevalcap.meteor.meteor", reason="needs the extra [nlg]")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import bootstrap
+from rankwise.metrics.bootstrap import paired_bootstrap
 from rankwise.metrics.segmentation import (
     CORPUS,
     IGNORE,
@@ -26,7 +27,6 @@ from rankwise.metrics.segmentation import (
     iou_per_class,
     iou_per_image,
 )
-from rankwise.results.stats import paired_bootstrap
 
 WITHOUT = "torchmetrics comes with the extra vision"
 torchmetrics = pytest.importorskip("torchmetrics", reason=WITHOUT)

@@ -9,17 +9,16 @@ from scipy import stats as scipy_stats
 
 from bootstrap import by_hand, few
 from rankwise import tasks
-from rankwise.metrics import METRICS
+from rankwise.metrics import METRICS, bootstrap
+from rankwise.metrics.bootstrap import paired_bootstrap
 from rankwise.metrics.classification import right
 from rankwise.metrics.metric import mean_of_sums
-from rankwise.results import stats
 from rankwise.results.stats import (
     Difference,
     corrected,
     difference,
     holm,
     mean,
-    paired_bootstrap,
     paired_p,
     sd,
     t_interval,
@@ -111,9 +110,9 @@ def test_the_ends_of_an_interval_do_not_hang_on_the_draws(monkeypatch: pytest.Mo
 
 def test_what_is_held_in_memory_does_not_grow_with_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = right(np.arange(7) < 4, np.ones(7, bool))
-    monkeypatch.setattr(stats, "AT_ONCE", 70)
-    shapes = [each.shape for each in stats.drawn(7)]
-    assert set(shapes) == {(10, 7)} and len(shapes) == stats.DRAWS // 10
+    monkeypatch.setattr(bootstrap, "AT_ONCE", 70)
+    shapes = [each.shape for each in bootstrap.drawn(7)]
+    assert set(shapes) == {(10, 7)} and len(shapes) == bootstrap.DRAWS // 10
     found = paired_bootstrap(mean_of_sums, [rows], [right(np.arange(7) < 2, np.ones(7, bool))])
     assert found is not None and found[0] < found[1]
 

@@ -6,17 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from rankwise.results import stats
+from rankwise.metrics import bootstrap
 
 
 @contextmanager
 def few(draws: int = 100) -> Iterator[None]:
     """Fewer draws, where a score takes its time."""
-    before, stats.DRAWS = stats.DRAWS, draws
+    before, bootstrap.DRAWS = bootstrap.DRAWS, draws
     try:
         yield
     finally:
-        stats.DRAWS = before
+        bootstrap.DRAWS = before
 
 
 def by_hand(
@@ -24,8 +24,8 @@ def by_hand(
 ) -> tuple[float, float]:
     """The interval of the mean score of `ours` minus that of `theirs`, of answers (n, …) to `labels` (n, …)."""
     gaps = []
-    for rows in (each for several in stats.drawn(len(labels)) for each in several):
+    for rows in (each for several in bootstrap.drawn(len(labels)) for each in several):
         ours_now, theirs_now = ([score(each[rows], labels[rows]) for each in side] for side in (ours, theirs))
         gaps.append(np.mean(ours_now) - np.mean(theirs_now))
-    low, high = np.quantile(gaps, [(1 - stats.LEVEL) / 2, (1 + stats.LEVEL) / 2])
+    low, high = np.quantile(gaps, [(1 - bootstrap.LEVEL) / 2, (1 + bootstrap.LEVEL) / 2])
     return float(low), float(high)

@@ -20,7 +20,10 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from rankwise.adapters import card
 from rankwise.adapters.auto import task
+from rankwise.adapters.beside import write_tokenizer
+from rankwise.adapters.card import Base, Facts
 from rankwise.adapters.plain import base_tensors, folded, joined, modules, state_of
 from rankwise.errors import InputError
 from rankwise.files import ADAPTER, check_files, check_replaceable, read_json, replace_folder, unfinished
@@ -31,23 +34,36 @@ from rankwise.ranks.kept import adapters_subtracted, merged_sites, peft_residual
 from rankwise.ranks.peft_records import alpha, write_ranks
 from rankwise.ranks.sites import peft_model, sites
 from rankwise.ranks.triplets import to_lora, triplets
+from rankwise.runs.use import Use
 
-CONFIG, DESCRIPTION, WEIGHTS, _ = ADAPTER
+CONFIG, DESCRIPTION, WEIGHTS, CARD = ADAPTER[:4]
 LIVE = re.compile(r"\.(?:lora_start|lora_omega|lora_merged|parametrizations)\b")
 """Names of tensors that training needs and plain LoRA does not have."""
 REPEATABLE = ("pissa", "olora")
 """PEFT's starts that change the base weights, and change them again in the same way when the adapter is loaded."""
 
 
-def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = None, head: Sequence[str] = ()) -> Path:
+def save(
+    model: nn.Module,
+    folder: str | PathLike[str],
+    method: Method | None = None,
+    head: Sequence[str] = (),
+    use: Use | None = None,
+    tokenizer: Any = None,
+    facts: Facts | None = None,
+) -> Path:
     """Write the adapter to `folder`, completely or not at all.
 
     A PEFT model is written as PEFT does, except where that would not give the same outputs in PEFT without rankwise: ω
     is folded into the file (not into the model), sites of rank 0 are left out, adapters on parts of a fused projection
     become one on the whole, and weights that the model's checkpoint does not have are included (`new_weights`). For
     methods without an adapter (such as `head`), what trains, such weights and buffers are written, together with
-    `method` and `head`, and `rankwise.load` reads them.
+    `method` and `head`, and `rankwise.load` reads them. A model card says what it is and how to load it.
 
+    Args:
+        use: what must be known to use it, for `rankwise predict` and `evaluate`.
+        tokenizer: written beside it.
+        facts: for the card.
     Raises:
         InputError: products were merged into the base weights (`empty: merge`), a model without adapter is given
             without its method, the base weights were changed by a start that PEFT cannot repeat or by that of another
@@ -61,6 +77,7 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
     with unfinished(folder, folder=True) as temporary:
         written = temporary / "adapter"
         written.mkdir()
+        base = Base.of(model, use)
         if isinstance(model, PeftModel):
             if triplets(model):  # AdaLoRA
                 model = to_lora(model)
@@ -72,6 +89,11 @@ def save(model: nn.Module, folder: str | PathLike[str], method: Method | None = 
             (written / DESCRIPTION).write_text(json.dumps(description, indent=2))
         else:
             raise InputError("this model has no adapter: pass the method that trained it, save(model, folder, method)")
+        if use is not None:
+            use.write(written)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, model, written)
+        (written / CARD).write_text(card.text(written, base, use, facts), encoding="utf-8")
         replace_folder(folder, written)
     return folder
 

@@ -85,7 +85,7 @@ def train(
         show_json(trained.result)
     else:
         show(trained.text())
-        show(f"\nrun: {trained.folder}")
+        show("\n" + "\n".join(filter(None, [trained.ending(), f"run: {trained.folder}"])))
 
 
 @app.command(cls=_Sweeping)

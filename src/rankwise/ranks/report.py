@@ -1,6 +1,8 @@
 """The ranks of an adapter as a table and as JSON."""
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import StringIO
 
@@ -57,3 +59,18 @@ class RankReport:
 def rank_report(model: nn.Module) -> RankReport:
     """Live rank, cost and parameters of every site of `model`, emptied ones included."""
     return RankReport([RankRow(s.name, s.live, s.cost, s.parameters) for s in sites(model)])
+
+
+def by_kind(ranks: Mapping[str, int]) -> str:
+    """Ranks by site, a line for each kind of layer with its rank in every block: 0 where it has none."""
+    grid: dict[str, dict[int, int]] = {}
+    for name, rank in ranks.items():
+        block, kind = re.fullmatch(r"(?:.*?\.(\d+)\.)?(.*)", name).groups()  # type: ignore[union-attr]
+        grid.setdefault(kind, {})[int(block or -1)] = rank
+    blocks = sorted({block for row in grid.values() for block in row} - {-1})
+    wide, high = max(map(len, grid), default=0), len(str(max(ranks.values(), default=0)))
+    lines = []
+    for kind, row in sorted(grid.items()):
+        own = [row[-1]] if -1 in row else [row.get(block, 0) for block in blocks]
+        lines.append(f"{kind:<{wide}}  {' '.join(f'{rank:>{high}}' for rank in own)}")
+    return "\n".join(lines)

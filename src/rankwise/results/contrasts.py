@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from rankwise.metrics import METRICS, Metric, with_direction, worth
-from rankwise.metrics.metric import Interval, mean_of_sums
+from rankwise.metrics import with_direction, worth
+from rankwise.metrics.bootstrap import interval
+from rankwise.metrics.metric import Interval
 from rankwise.results.formats import span
 from rankwise.results.predictions import predictions
 from rankwise.results.rows import Row
-from rankwise.results.stats import Difference, corrected, difference, paired_bootstrap
+from rankwise.results.stats import Difference, corrected, difference
 
 FLOORS = {"head": "training the head only", "none": "the model as it comes"}
 """Methods without an adapter that every other one should beat, in words."""
@@ -117,20 +116,4 @@ def _bootstrap(ours: Row, theirs: Row) -> Interval | None:
     given = [each for each in found if each is not None]
     if len(given) < len(found) or not given:
         return None
-    kind, guess, labels = given[0]
-    if not all(
-        each.kind == kind and each.values.shape == guess.shape and np.array_equal(labels, each.labels) for each in given
-    ):
-        return None
-    metric = METRICS.get(ours.score, Metric())
-    score, statistics = metric.value if metric.of_any_sum else None, metric.statistics
-    if kind == "score":  # whose mean is the metric
-        counted = [np.stack([each.values, np.ones(len(labels))], axis=1) for each in given]
-        score = mean_of_sums
-    elif kind == "statistics":
-        counted = [each.values for each in given]
-    elif statistics is not None:
-        counted = [statistics(each.values, labels) for each in given]
-    else:
-        return None
-    return score and paired_bootstrap(score, counted[: len(seeds)], counted[len(seeds) :])
+    return interval(ours.score, given[: len(seeds)], given[len(seeds) :])

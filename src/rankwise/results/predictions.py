@@ -2,38 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from rankwise.errors import need
 from rankwise.files import check_regular
-
-Kind = Literal["prediction", "score", "statistics"]
-"""The column of predictions.parquet that a main metric is computed from."""
-
-
-class Predictions(NamedTuple):
-    """The answers of a run to the examples of its main evaluation split."""
-
-    kind: Kind
-    values: np.ndarray
-    """Predictions or scores (n,), or statistics (n, k)."""
-    labels: np.ndarray
-    """(n,); the numbers of the examples where these are scores or statistics."""
+from rankwise.metrics.bootstrap import KINDS, Predictions
 
 
 def predictions(folder: Path) -> Predictions | None:
     """The answers of a finished run; None if they cannot be read or there are no labels to compare them with."""
-    kinds: tuple[Kind, ...] = ("score", "statistics", "prediction")
-    for kind in kinds:
+    for kind in KINDS:
         columns = main_split(folder, [kind, "label" if kind == "prediction" else "idx"])
         if columns is not None:
-            try:
-                values, labels = map(np.asarray, columns.values())
-            except ValueError:  # of numpy, for statistics of uneven length
-                return None
-            return None if (labels == -1).all() else Predictions(kind, values, labels)
+            return Predictions.of(columns)
     return None
 
 

@@ -1,19 +1,15 @@
-"""Statistics over a few seeds: mean, standard deviation, Student's t, Holm's correction, the paired bootstrap."""
+"""Statistics over a few seeds: mean, standard deviation, Student's t, Holm's correction."""
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from rankwise.errors import need
+from rankwise.metrics.bootstrap import LEVEL
 from rankwise.metrics.metric import Interval
 
-LEVEL = 0.95  # of every interval
-DRAWS = 5000  # of the bootstrap: chance then moves an end of its interval by a hundredth of the width
 ROUNDING = 1e-9  # a standard deviation up to this is what rounding leaves of equal values
-AT_ONCE = 2**20  # examples of several draws that are held in memory together
 
 
 def mean(values: Sequence[float]) -> float:
@@ -127,38 +123,3 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
     adjusted = iter(holm([each.p for each in differences if each.p is not None]))
     count = sum(each.p is not None for each in differences)
     return [gap if gap.p is None else replace(gap, adjusted=next(adjusted), comparisons=count) for gap in differences]
-
-
-def paired_bootstrap(
-    score: Callable[[np.ndarray], np.ndarray], ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]
-) -> Interval | None:
-    """Percentile interval of our score minus theirs, the examples resampled with replacement, the same ones for both.
-
-    A draw of nothing but examples that do not count, such as images without a labelled pixel, has no score. It is left
-    out, because such a set would never be scored; None if no draw has one.
-
-    Args:
-        score: summed statistics (…, k), as floats, -> scores (…); NaN for none.
-        ours, theirs: statistics of each seed's examples, (n, k) each, whose sums decide the score; the mean score over
-            the seeds is compared.
-    """
-    n = ours[0].shape[0]  # a sparse array has no length
-    gaps = []
-    for rows in drawn(n):
-        places = rows + n * np.arange(len(rows))[:, None]
-        times = np.bincount(places.ravel(), minlength=rows.size).reshape(rows.shape).astype(float)
-        gaps.append(np.subtract(*(np.mean([score(times @ each) for each in side], axis=0) for side in (ours, theirs))))
-    spread = np.concatenate(gaps)
-    spread = spread[~np.isnan(spread)]
-    if not spread.size:
-        return None
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(spread, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def drawn(n: int) -> Iterator[np.ndarray]:
-    """Rows of n examples, drawn with replacement, (m, n) for some of the `DRAWS` draws at a time; always the same."""
-    draw = np.random.default_rng(0)
-    for start in range(0, DRAWS, at_once := max(1, AT_ONCE // n)):
-        yield draw.integers(0, n, (min(at_once, DRAWS - start), n))

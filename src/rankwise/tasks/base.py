@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from rankwise.errors import InputError
+from rankwise.errors import InputError, nearest, need
 from rankwise.named import Named
 from rankwise.runs.answers import Answers
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
+
+    from rankwise.tasks.source import Rows
 
 Family = Literal["classification", "generation", "segmentation"]
 Batch = dict[str, Tensor]
@@ -110,6 +112,41 @@ class Task(Named, ABC, kind="task"):
     """The metrics, with suffixes, whose mean counts in the benchmark's average."""
     decoder_only: ClassVar[bool] = False
     """Whether an encoder-decoder is refused."""
+
+    form: ClassVar[str] = ""
+    """What an answer to a row is, see `runs.use.Use`; "" where a model has none to give."""
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """The roles that a row must have to be answered, each with its column."""
+        return {role: role for role in self.text} if self.form else {}
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """The columns that an answer has."""
+        probabilities = (f"probability_{label}" for label in self.labels) if self.form == "class" else ()
+        return ("prediction", *probabilities)
+
+    def question(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """What `row`, a row of a user's by its columns, asks, as a row of the family; `where` names it in messages.
+
+        InputError for a column of `asked` that is missing or holds no text.
+        """
+        return {role: text_of(row, column, where) for role, column in self.asked.items()}
+
+    def answer(
+        self, model: nn.Module, questions: Sequence[Mapping[str, Any]], processor: Any, max_length: int, batch_size: int
+    ) -> list[dict[str, Any]]:
+        """The columns `added` for each of `questions`, which `question` has made; no random number is drawn."""
+        raise InputError(f"task: {self.name} has no answers to give to rows of yours; `rankwise evaluate` scores it")
+
+    def own_rows(self, rows: "Rows") -> Split:
+        """A user's labelled rows, all of them, to be scored. InputError where the task cannot read such rows."""
+        raise InputError(f"task: {self.name} cannot be scored on a file of yours, only on its own rows")
+
+    def dressed(self, processor: Any) -> Any:
+        """The tokenizer as it is saved for whoever asks the model: with the template of its prompts."""
+        return processor
 
     @property
     def label(self) -> str:
@@ -228,6 +265,22 @@ class Task(Named, ABC, kind="task"):
                         for value in batch[column]:
                             digest.update(value if isinstance(value, bytes) else json.dumps(value).encode())
         return digest.hexdigest()[:12]
+
+
+def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
+    """The text in a column of a user's row. InputError if there is none."""
+    if column not in row:
+        names = ", ".join(row) + nearest(column, row)
+        raise InputError(f"{where} has no column {column!r}, only {names}: name another, as in task.columns.text=NAME")
+    value = row[column]
+    if isinstance(value, int | float) and not isinstance(value, bool):  # in JSON, as `checked` reads it for training
+        pa = need("pyarrow", "bench")
+        value = pa.array([value]).cast(pa.string())[0].as_py()
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{where}: {column!r} is no text but {type(value).__name__}")
+    if not (value or "").strip():
+        raise InputError(f"{where} has an empty {column}: fill it in or leave the row out")
+    return str(value)
 
 
 @contextmanager

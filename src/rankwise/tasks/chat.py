@@ -13,21 +13,23 @@ import itertools
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from rankwise.errors import InputError, nearest, need
 from rankwise.processes.launched import is_main
-from rankwise.tasks.base import Split
+from rankwise.tasks.base import Split, evaluating, text_of
 from rankwise.tasks.custom import Custom, tell
-from rankwise.tasks.generation import IGNORE
-from rankwise.tasks.language import Language, Row
-from rankwise.tasks.source import Rows, checked, read
+from rankwise.tasks.generation import IGNORE, batches
+from rankwise.tasks.language import Language, Row, continued, end_tokens, room
+from rankwise.tasks.source import MEND, Rows, checked, read
 from rankwise.tasks.templates import Conversation, Template, own
 
 if TYPE_CHECKING:
@@ -67,11 +69,52 @@ class Conversations(Language):
         template: file of a chat template in Jinja, instead of the tokenizer's own.
     """
 
+    form = "chat"
     text = ("source",)
     target = "conversation"
     grouped = ("opening",)
 
     template: str = ""
+
+    @property
+    def asked(self) -> dict[str, str]:
+        return {"messages": "messages"}
+
+    def question(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """A conversation up to what is asked; an answer that comes last in the row is left out."""
+        return self._asked(_listed(row.get("messages"), where, "messages"), None, where)
+
+    def _asked(self, turns: list[Any], tools: list[Any] | None, where: str) -> dict[str, Any]:
+        """A conversation, of which the last turn asks, as JSON; `turns` are checked as for training."""
+        style = "from" if isinstance(turns[0], dict) and "from" in turns[0] else "role"
+        last = turns[-1] if isinstance(turns[-1], dict) else {}
+        if last.get(style) in ("assistant", *(name for name, role in ROLES.items() if role == "assistant")):
+            turns = turns[:-1]
+        stand_in = {style: "assistant", "content" if style == "role" else "value": "?"}
+        messages, _ = _checked([*turns, stand_in], where, style)
+        return {"conversation": json.dumps([messages[:-1], tools, []], ensure_ascii=False), "where": where}
+
+    def answer(
+        self, model: nn.Module, questions: Sequence[Mapping[str, Any]], processor: Any, max_length: int, batch_size: int
+    ) -> list[dict[str, Any]]:
+        """What the model answers, in at most `max_length` tokens."""
+        template, most = Template.of(processor, self._own, self.template), room(model)
+        prompts = template.prompts([_conversation(each["conversation"], each["where"]) for each in questions])
+        for each, prompt in zip(questions, prompts, strict=True):
+            if most is not None and len(prompt) >= most:
+                raise InputError(f"{each['where']}: {len(prompt)} tokens are too many for the {most} of the model")
+        ends, texts = end_tokens(processor, [template.example()]), [""] * len(prompts)
+        with evaluating(model):
+            for rows in batches([*map(len, prompts)], batch_size):
+                written = continued(model, [prompts[row] for row in rows], ends, max_length, processor)
+                for row, text in zip(rows, written, strict=True):
+                    texts[row] = text
+        return [{"prediction": text} for text in texts]
+
+    def dressed(self, processor: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        own = copy(processor)
+        own.chat_template = Template.of(processor, self._own, self.template).text or processor.chat_template
+        return own
 
     def changed_options(self, omit: Sequence[str] = ()) -> list[str]:
         options = super().changed_options((*omit, "template"))
@@ -124,6 +167,35 @@ class OwnConversations(Custom, Conversations):
     def used(self) -> tuple[str, ...]:
         return tuple(self.columns)
 
+    @property
+    def asked(self) -> dict[str, str]:
+        return {(role := self._question): self.columns.get(role, role)}
+
+    @property
+    @abstractmethod
+    def _question(self) -> str:
+        """The role of what is asked."""
+
+    def question(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """As in training, but without an answer."""
+        pa, row = need("pyarrow", "bench"), dict(row)
+        [column] = self.asked.values()
+        if column not in row:
+            text_of(row, column, where)
+        lists = {key: json.dumps(each) if isinstance(each, list | dict) else each for key, each in row.items()}
+        table = pa.table({key: [each] for key, each in {**lists, **self._stand_in(row)}.items()})
+        [(turns, tools)] = self.conversations(Rows(table, "", where, MEND, "row"))
+        return self._asked(turns, tools, where)
+
+    def _stand_in(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Columns in the place of answers, which a row need not have."""
+        return {}
+
+    def _has(self, role: str) -> bool:
+        """Whether a column is named for the role, or the training rows, if they were read, have one of its name."""
+        read = vars(self).get("_train")
+        return role in self.columns or (read is not None and role in read[0].table.column_names)
+
     @abstractmethod
     def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
         """The turns of each row, and its tools, as they are in the file. InputError for a column that is missing."""
@@ -173,6 +245,10 @@ class Chat(OwnConversations, name="chat"):
 
     roles: ClassVar[tuple[str, ...]] = ("messages", "system", "tools")
 
+    @property
+    def _question(self) -> str:
+        return "conversations" if "messages" not in self.columns and self._has("conversations") else "messages"
+
     def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
         names = [name for name in ("messages", "conversations") if name in rows.table.column_names]
         if "messages" not in self.columns and len(names) == 2:
@@ -203,6 +279,14 @@ class Instruct(OwnConversations, name="instruct"):
     """
 
     roles: ClassVar[tuple[str, ...]] = ("prompt", "completion", "instruction", "input", "output", "system", "history")
+
+    @property
+    def _question(self) -> str:
+        return "instruction" if self._has("instruction") and not self._has("prompt") else "prompt"
+
+    def _stand_in(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        role = {"prompt": "completion", "instruction": "output"}[self._question]
+        return {self.columns.get(role, role): "?"}
 
     def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
         pa = need("pyarrow", "bench")

@@ -1,6 +1,6 @@
 """The family of tasks that give a text, or a pair of texts, a class or a value."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +10,16 @@ from torch import nn
 from torch.nn import functional
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from rankwise.errors import InputError, need
+from rankwise.errors import InputError, nearest, need
 from rankwise.metrics import METRICS, worth
 from rankwise.metrics.metric import finite
 from rankwise.runs.answers import LONGEST, WRONG, Answers, Wrong
 from rankwise.tasks.agreement import agree, check_rows
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task, evaluating
+from rankwise.tasks.source import Rows, checked, own_split
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 
@@ -29,6 +31,10 @@ class Classification(Task):
     """
 
     family = "classification"
+
+    @property
+    def form(self) -> str:  # type: ignore[override]
+        return "class" if self.labels else "value"
 
     def encode(self, split: Split, processor: PreTrainedTokenizerBase, max_length: int) -> "Dataset":
         """`split` as token numbers: what the tokenizer's model takes, `length` in tokens and, when labelled, `labels`.
@@ -112,6 +118,43 @@ class Classification(Task):
         answers = self.answers(evaluation.split, outputs, predicted) if final else None
         return Scored(self.scores(evaluation.split, outputs, predicted), rows, files=files, answers=answers)
 
+    def answer(
+        self, model: nn.Module, questions: Sequence[Mapping[str, Any]], processor: Any, max_length: int, batch_size: int
+    ) -> list[dict[str, Any]]:
+        """The name of the most probable class and the probability of each, or the value of a regression."""
+        pa = need("pyarrow", "bench")
+        data = need("datasets", "bench").Dataset(pa.Table.from_pylist([*questions]))
+        outputs = logits(model, self.encode(Split("", data, False), processor, max_length), processor, batch_size)
+        predicted = self.decode(outputs)
+        if not self.labels:
+            return [{"prediction": float(str(np.float32(value)))} for value in predicted]
+        shares = softmax(outputs)
+        return [
+            {"prediction": self.labels[place], **dict(zip(self.added[1:], np.round(row, 6).tolist(), strict=True))}
+            for place, row in zip(predicted, shares, strict=True)
+        ]
+
+    def own_rows(self, rows: Rows) -> Split:
+        pa = need("pyarrow", "bench")
+        kinds = {column: pa.string() for column in self.text} | {"label": pa.string() if self.labels else pa.float32()}
+        table = checked(rows, kinds, (*self.text, *(["label"] if self.labels else [])))
+        if self.labels:
+            table = table.set_column(table.column_names.index("label"), "label", self._numbers(rows, table["label"]))
+        return own_split(rows, table)
+
+    def _numbers(self, rows: Rows, names: "pa.ChunkedArray") -> "pa.Array":
+        """The numbers of classes by their names. InputError for another name."""
+        pa = need("pyarrow", "bench")
+        number = {name: place for place, name in enumerate(self.labels)}
+        found = names.to_pylist()
+        strange = next((row for row, name in enumerate(found) if name not in number), None)
+        if strange is not None:
+            raise InputError(
+                f"{rows.where}: the label {found[strange]!r} in {rows.at(strange)} is not among those of the "
+                f"training rows{nearest(found[strange], number)}: {rows.remedy}"
+            )
+        return pa.array([number[name] for name in found], pa.int64())
+
     def answers(self, split: Split, outputs: np.ndarray, predicted: np.ndarray) -> Answers:
         """How often each class is predicted, from logits (n, outputs) and `predicted` (n,).
 
@@ -151,9 +194,7 @@ class Classification(Task):
 
     def _wrong(self, split: Split, outputs: np.ndarray, predicted: np.ndarray, labels: np.ndarray) -> list[Wrong]:
         """The wrong answers with the greatest probability, in that order; equal ones in the order of the rows."""
-        logits = np.asarray(outputs, dtype=np.float64)
-        shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-        confidence = shares[np.arange(len(predicted)), predicted] / shares.sum(axis=1)
+        confidence = softmax(outputs)[np.arange(len(predicted)), predicted]
         places = np.flatnonzero((predicted != labels) & (labels >= 0))
         places = places[np.argsort(-confidence[places], kind="stable")][:WRONG]
         return [
@@ -213,6 +254,13 @@ class Classification(Task):
                 "logits": pa.array(outputs.tolist(), pa.list_(pa.float32())),
             }
         )
+
+
+def softmax(outputs: np.ndarray) -> np.ndarray:
+    """Probabilities (n, classes) in double precision from logits (n, classes)."""
+    logits = np.asarray(outputs, dtype=np.float64)
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shares / shares.sum(axis=1, keepdims=True)
 
 
 def logits(model: nn.Module, examples: "Dataset", tokenizer: PreTrainedTokenizerBase, batch_size: int) -> np.ndarray:

@@ -37,7 +37,7 @@ from rankwise.runs.answers import listed
 from rankwise.tasks.base import Scored, Split, Task
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.segmentation import Segmentation
-from rankwise.tasks.source import Rows, checked, folded, read
+from rankwise.tasks.source import Rows, checked, folded, own_split, read
 from rankwise.tasks.summarisation import Summarisation
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ class Custom(Task):
     def used(self) -> tuple[str, ...]:
         """The roles that a column is read for."""
         return self.roles
+
+    @property
+    def asked(self) -> dict[str, str]:
+        words = {role: "text" if role == "source" else role for role in self.text if self.form}
+        return {role: self.columns.get(word, word) for role, word in words.items()}
 
     @property
     def label(self) -> str:
@@ -153,6 +158,9 @@ class Custom(Task):
     def fetch(self, name: str) -> Rows:
         """The rows of the split `name`, as they are in the file."""
         return read(self.dataset, name)
+
+    def own_rows(self, rows: Rows) -> Split:
+        return own_split(rows, self.table(rows))
 
     def _check_told(self, rows: Rows, table: "pa.Table") -> None:
         """InputError where a column that is read has the answer of every row."""
@@ -284,15 +292,7 @@ class Labelled(Measured):
     def table(self, rows: Rows) -> "pa.Table":
         pa = need("pyarrow", "bench")
         table = self._named(rows, {role: pa.string() for role in self.text}, self.text)
-        number = {name: place for place, name in enumerate(self.labels)}
-        classes = self._classes(rows).to_pylist()
-        strange = next((row for row, name in enumerate(classes) if name not in number), None)
-        if strange is not None:
-            raise InputError(
-                f"{rows.where}: the label {classes[strange]!r} in {rows.at(strange)} is not among those of the "
-                f"training rows{nearest(classes[strange], number)}: {rows.remedy}"
-            )
-        return table.append_column("label", pa.array([number[name] for name in classes], pa.int64()))
+        return table.append_column("label", self._numbers(rows, self._classes(rows)))
 
     def _classes(self, rows: Rows) -> Any:
         pa = need("pyarrow", "bench")

@@ -14,7 +14,7 @@ import itertools
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -36,6 +36,7 @@ from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.runs.answers import LONGEST, Answers
 from rankwise.tasks.agreement import agree, check_rows, context
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task, evaluating
+from rankwise.tasks.source import Rows, checked, own_split
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -76,6 +77,7 @@ class Generation(Task):
     """
 
     family = "generation"
+    form = "target"
     text: ClassVar[tuple[str, ...]] = ("source",)
     target: ClassVar[str] = "target"
 
@@ -218,6 +220,20 @@ class Generation(Task):
                 text = processor.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
                 texts[row] = str(text).strip()
         return texts
+
+    def answer(
+        self, model: nn.Module, questions: Sequence[Mapping[str, Any]], processor: Any, max_length: int, batch_size: int
+    ) -> list[dict[str, Any]]:
+        """What the model writes, without white space around it."""
+        pa = need("pyarrow", "bench")
+        data = need("datasets", "bench").Dataset(pa.Table.from_pylist([{**each, "target": ""} for each in questions]))
+        examples = self.encode(Split("", data, False), processor, max_length)
+        with evaluating(model):
+            return [{"prediction": text} for text in self.generate(model, examples, processor, batch_size)]
+
+    def own_rows(self, rows: Rows) -> Split:
+        kinds = dict.fromkeys((*self.text, self.target), need("pyarrow", "bench").string())
+        return own_split(rows, checked(rows, kinds, [*kinds]))
 
     def _check_outputs(self, model: nn.Module, examples: "Dataset") -> None:
         prompt = 0 if _encodes(model) else 1 + max(map(len, examples["input_ids"][:]))

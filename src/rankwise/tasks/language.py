@@ -166,39 +166,60 @@ class Language(Task):
         self, model: Any, examples: "Dataset", processor: PreTrainedTokenizerBase
     ) -> dict[int, tuple[str, str, str]]:
         """By place in `examples` the prompt, the model's most likely answer and the right one, for a few rows."""
-        most, inner = context(model), inner_model(model)
+        most = room(model)
         virtual = [each for each in model.modules() if isinstance(each, VirtualTokens)]
-        if most is not None:
-            most -= sum(map(len, virtual))
         places = dict.fromkeys(len(examples) * each // SAMPLES for each in range(SAMPLES if self.answers else 0))
         infix = any(each.infix for each in virtual)  # which is trained before the first answer of a row
         rows = {place: _answer(examples[place], infix) for place in places}
         rows = {place: row for place, row in rows.items() if most is None or len(row[0]) < most}
         if not rows:
             return {}
-        special = {*processor.all_special_ids, *processor.added_tokens_decoder}
-        last = [next((id for id in reversed(answer) if id in special), None) for _, answer in rows.values()]
-        ends = sorted({processor.eos_token_id, *(id for id in last if id is not None)})
-        room = [] if most is None else [most - max(len(prompt) for prompt, _ in rows.values())]
-        config = GenerationConfig(
-            max_new_tokens=min(LONGEST_SAMPLE, *room),
-            do_sample=False,
-            eos_token_id=ends,
-            pad_token_id=pad_token(processor),
-        )
-        ids, mask = padded([prompt for prompt, _ in rows.values()], pad_token(processor), left=True)
-        device = next(model.parameters()).device
-        with settings(inner, config):
-            outputs = inner.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+        ends = end_tokens(processor, [answer for _, answer in rows.values()])
+        prompts = [prompt for prompt, _ in rows.values()]
         samples = {}
-        for (place, (prompt, answer)), output in zip(rows.items(), outputs[:, ids.shape[1] :].tolist(), strict=True):
-            written = [*itertools.takewhile(lambda id: id not in ends, output)]
-            samples[place] = (
-                str(processor.decode(prompt)).strip(),
-                str(processor.decode(written, skip_special_tokens=True)).strip(),
-                str(processor.decode(answer, skip_special_tokens=True)).strip(),
-            )
+        written = continued(model, prompts, ends, LONGEST_SAMPLE, processor)
+        for (place, (prompt, answer)), text in zip(rows.items(), written, strict=True):
+            right = str(processor.decode(answer, skip_special_tokens=True)).strip()
+            samples[place] = (str(processor.decode(prompt)).strip(), text, right)
         return samples
+
+
+def end_tokens(processor: PreTrainedTokenizerBase, answers: Iterable[Sequence[int]]) -> list[int]:
+    """What ends an answer: the end token, and the last special one of each of `answers`."""
+    special = {*processor.all_special_ids, *processor.added_tokens_decoder}
+    last = [next((id for id in reversed(answer) if id in special), None) for answer in answers]
+    return sorted({processor.eos_token_id, *(id for id in last if id is not None)})
+
+
+def room(model: nn.Module) -> int | None:
+    """Tokens that `model` reads and writes in one row, without virtual ones; None for no limit."""
+    most = context(model)
+    return (
+        most if most is None else most - sum(len(each) for each in model.modules() if isinstance(each, VirtualTokens))
+    )
+
+
+def continued(
+    model: nn.Module, prompts: Sequence[list[int]], ends: list[int], longest: int, processor: PreTrainedTokenizerBase
+) -> list[str]:
+    """What `model`, in evaluation mode, most likely writes after each prompt, up to one of `ends` or `longest` tokens.
+
+    All prompts must be shorter than the `room`. The texts are without special tokens and white space around them.
+    """
+    most, inner = room(model), inner_model(model)
+    left = [] if most is None else [most - max(map(len, prompts))]
+    config = GenerationConfig(
+        max_new_tokens=min([longest, *left]), do_sample=False, eos_token_id=ends, pad_token_id=pad_token(processor)
+    )
+    ids, mask = padded(prompts, pad_token(processor), left=True)
+    device = next(model.parameters()).device
+    with settings(inner, config):
+        outputs = inner.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+    texts = []
+    for output in outputs[:, ids.shape[1] :].tolist():
+        written = [*itertools.takewhile(lambda id: id not in ends, output)]
+        texts.append(str(processor.decode(written, skip_special_tokens=True)).strip())
+    return texts
 
 
 def _answer(row: dict[str, Any], first: bool) -> tuple[list[int], list[int]]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.errors import InputError, nearest, need
 from rankwise.files import check_regular, read_bytes, similar
+from rankwise.tasks.base import Split
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -189,6 +190,16 @@ def checked(rows: Rows, types: Mapping[str, Any], filled: Sequence[str] = ()) ->
                 raise InputError(f"{rows.where} has an empty {column} in {rows.at(row)}: {rows.remedy}")
         columns[column] = values
     return pa.table(columns)
+
+
+def own_split(rows: Rows, table: "pa.Table") -> Split:
+    """A user's rows, all of them: `table` has them in the columns of a family."""
+    pa = need("pyarrow", "bench")
+    columns = {"number": pa.array(rows.counted, pa.int64()), "idx": pa.array(range(table.num_rows), pa.int64())}
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    data = need("datasets", "bench").Dataset(table)
+    return Split(Path(rows.where).stem, data, False, own="your own data", unit=rows.unit)
 
 
 def folded(text: str) -> str:

@@ -102,6 +102,16 @@ class Template:
                 ids, stops = self._across(whole, ends, ids, joined, stops)
             yield ids, [Answer(*pair) for pair in zip(stops[::2], stops[1::2], strict=True)]
 
+    def prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        """The tokens of each conversation, whose last turn asks, up to where the assistant answers."""
+        return self._tokens([self._write(each, len(each.messages), prompt=True) for each in conversations])
+
+    def example(self) -> list[int]:
+        """The tokens of an answer, with the one that ends it."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        [(ids, [answer])] = self.encode([Conversation(turns, "a conversation of two turns")])
+        return ids[answer.start : answer.stop]
+
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(  # without what the tokenizer would add: the template has written it
             texts, add_special_tokens=False, verbose=False

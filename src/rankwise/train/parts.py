@@ -40,6 +40,8 @@ class Parts:
     rows: int
     """Rows that go through the model at once."""
     before: Before | None
+    base: str
+    """Digest of the base weights, see `adapters.beside`."""
 
     def evaluate(self, final: bool) -> list[Scored]:
         """Scores of the model on each evaluation split."""

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 from peft import PeftModel
 
 from rankwise.adapters import save
+from rankwise.adapters.card import CARD, Facts
 from rankwise.errors import need
-from rankwise.files import claim, flush, replace_folder, unfinished, write_whole
+from rankwise.files import TOKENIZER, USE, claim, flush, replace_folder, unfinished, write_whole
 from rankwise.processes import together
 from rankwise.ranks.kept import merged_sites
 from rankwise.runs import answers
@@ -19,6 +21,7 @@ from rankwise.runs.result import FILE, Benchmark, Cost, Parameters, Result, Spli
 from rankwise.runs.result import Split as Rows
 from rankwise.runs.search import Search
 from rankwise.runs.store import WEIGHTS, clear
+from rankwise.runs.use import Use
 from rankwise.tasks import Scored, Split, Task
 from rankwise.train import model as models
 from rankwise.train.chain import keep_weights
@@ -60,7 +63,7 @@ def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Se
         notes=list(dict.fromkeys(note for each in scored for note in each.notes)),
         answers=[each.answers for each in scored if each.answers],
         weights=file_digest(folder / WEIGHTS) if parts.config.followed else "",
-        cost=_cost(progress, parts, _save_model(folder, parts)),
+        cost=_cost(progress, parts, _save_model(folder, parts, scored)),
     )
     for name in ("predictions.parquet", "adapter/*", "model/*", WEIGHTS):
         for path in folder.glob(name):
@@ -90,8 +93,8 @@ def _write_predictions(folder: Path, scored: list[Scored]) -> None:
         write_whole(folder / answers.FILE, json.dumps(details, ensure_ascii=False) + "\n")
 
 
-def _save_model(folder: Path, parts: Parts) -> int:
-    """Save what was learnt and return its size in bytes: an adapter, or the whole model if all of it has changed."""
+def _save_model(folder: Path, parts: Parts, scored: Sequence[Scored]) -> int:
+    """Save what was learnt and return the size of its weights in bytes: an adapter, or all of a model that changed."""
     model: Any = None
     if isinstance(parts.model, PeftModel):
         if merged_sites(parts.model):
@@ -99,16 +102,22 @@ def _save_model(folder: Path, parts: Parts) -> int:
     elif all(p.requires_grad for p in parts.model.parameters()):
         model = parts.model
     target = folder / ("adapter" if model is None else "model")
+    use = Use.of(parts.config, parts.task, parts.base, parts.rows)
+    processor = parts.processor and parts.task.dressed(parts.processor)
     if model is None:
-        save(parts.model, target, parts.method, parts.head)
+        splits = [parts.train, *(each.split for each in parts.evaluations)]
+        facts = Facts.of(parts.config, parts.task, parts.budget, splits, scored)
+        save(parts.model, target, parts.method, parts.head, use, processor, facts)
     else:
         claim(folder, target.name)
         with unfinished(target, folder=True) as temporary:
             model.save_pretrained(temporary)
-            if parts.processor is not None:
-                parts.processor.save_pretrained(temporary)  # so that the folder can be used as `model:`
+            if processor is not None:
+                processor.save_pretrained(temporary)  # so that the folder can be used as `model:`
+            replace(use, base="").write(temporary)
             replace_folder(target, temporary)
-    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    own = {*TOKENIZER, USE, CARD} if model is None else {USE}
+    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file() and path.name not in own)
 
 
 def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> Cost:

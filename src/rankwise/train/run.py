@@ -34,6 +34,7 @@ from transformers import PrinterCallback, set_seed
 import rankwise
 from rankwise import methods, tasks
 from rankwise import seen as sight
+from rankwise.adapters.beside import base_digest
 from rankwise.errors import InputError, NotFiniteError
 from rankwise.files import (
     ADAPTER,
@@ -229,6 +230,7 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     base, processor, head = models.build(config.model, task, config.max_length, train, Loading.of(config))
     if before is not None and not before.same:
         chain.load_weights(base, before)
+    digest = base_digest(base, head)
     head_parameters = sum(p.numel() for name in head for p in base.get_submodule(name).parameters())
     method = methods.build(config.method)
     model = method.attach(base, head=head)
@@ -257,6 +259,7 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
         plan=_plan(config, len(examples), any(p.requires_grad for p in model.parameters())),
         rows=rows,
         before=before,
+        base=digest,
     )
 
 
