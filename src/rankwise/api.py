@@ -7,7 +7,7 @@ the same call goes on from there.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,9 @@ from rankwise.sweep.compare import Outcome
 from rankwise.sweep.progress import counted
 
 if TYPE_CHECKING:
+    from rankwise.answering import Predicted
     from rankwise.data_view import View
+    from rankwise.scoring import Evaluated
     from rankwise.suggestion import Suggestion
     from rankwise.sweep.check import Source
     from rankwise.sweep.plan import One, Plan
@@ -302,6 +304,55 @@ def suggest(
     if out is not None:
         suggestion.write(Path(out))
     return suggestion
+
+
+def predict(
+    source: Path | str,
+    rows: Path | str | Iterable[Mapping[str, Any] | str],
+    out: Path | str | None = None,
+    settings: Settings = (),
+    *,
+    force: bool = False,
+) -> list[dict[str, Any]] | Predicted:
+    """Answer rows with an adapter, a run or a model: their classes with probabilities, values or texts.
+
+    Args:
+        source: folder of an adapter or of a run; or a folder or name of a model, with its task in `settings`.
+        rows: mappings, or texts where the task reads one column; or a file (.csv, .jsonl, .parquet), with `out`.
+        out: the file that the same rows are written to, with their answers; `-` for stdout.
+        settings: win over what stands beside the adapter, as `{"task.columns.text": "body", "batch_size": 8}`.
+        force: replace `out` if it is there.
+
+    Returns:
+        The rows with their answers, of a file how many.
+    """
+    from rankwise.answering import predict_file, predict_rows
+    from rankwise.ready import Ready
+
+    file = isinstance(rows, str | Path)
+    if file != (out is not None):
+        raise InputError(
+            "predict: rows from a file are written to one: give both rows=FILE and out=FILE, or rows alone"
+        )
+    ready = Ready.of(source, overrides(settings, None), str(rows) if file else "rows")
+    if isinstance(rows, str | Path):
+        return predict_file(ready, str(rows), str(out), force)
+    return predict_rows(ready, rows)
+
+
+def evaluate(*sources: Path | str, settings: Settings = (), rows: Path | str | None = None) -> Evaluated:
+    """Score adapters, runs or models on the same rows, each against the first.
+
+    Args:
+        sources: folders of adapters or of runs; or folders or names of models, with their task in `settings`.
+        settings: win over what stands beside the adapters, as for `predict`.
+        rows: a file (.csv, .jsonl, .parquet), all of whose rows are scored; those that the task holds out when absent.
+    """
+    if not sources:
+        raise InputError("evaluate: give an adapter, the folder of a run, or a model")
+    from rankwise.scoring import evaluate as score
+
+    return score(sources, overrides(settings, None), None if rows is None else str(rows))
 
 
 def plan(experiment: Source, settings: Sequence[str], dry: bool = False) -> Plan:

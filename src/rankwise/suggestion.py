@@ -55,7 +55,7 @@ SCORED = 16
 """Rows that a search is scored on at most; ranks do not depend on them."""
 SCALE = 2.0
 """s = alpha / rank where the configuration has no method with a rank."""
-CONFIG, _, WEIGHTS, _ = ADAPTER
+CONFIG, _, WEIGHTS, _ = ADAPTER[:4]
 
 
 @dataclass(frozen=True)

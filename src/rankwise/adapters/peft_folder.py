@@ -12,7 +12,7 @@ from rankwise.adapters.tensors import Tensors
 from rankwise.errors import InputError
 from rankwise.files import ADAPTER, read_json
 
-CONFIG, _, WEIGHTS, _ = ADAPTER
+CONFIG, _, WEIGHTS, _ = ADAPTER[:4]
 INDEX = f"{WEIGHTS}.index.json"
 """Which file has which tensor, where transformers has written an adapter to several."""
 PREFIX = "base_model.model."

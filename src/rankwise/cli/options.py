@@ -54,10 +54,10 @@ RunnerOptions = Annotated[
 
 def source_of(what: list[str]) -> tuple[Path | None, list[str]]:
     """What `OneRun` took: a file or a folder, None without one, and settings."""
-    return (None, what) if _is_setting(what[0]) else (Path(what[0]), what[1:])
+    return (None, what) if is_setting(what[0]) else (Path(what[0]), what[1:])
 
 
-def _is_setting(word: str) -> bool:
+def is_setting(word: str) -> bool:
     """Whether a word is `key=value` and no file with a `=` in its name."""
     try:
         return "=" in word and not Path(word).exists()

@@ -9,8 +9,15 @@ from typing import Annotated
 
 import typer
 
-from rankwise.cli.options import Debug, Jobs, Json, OneRun, Repeat, Reuse, app, source_of
+from rankwise.cli.options import Debug, Jobs, Json, OneRun, Repeat, Reuse, app, is_setting, source_of
+from rankwise.errors import INTERRUPTED
 from rankwise.terminal import log, show, show_json
+
+Used = Annotated[
+    list[str],
+    typer.Argument(metavar="ADAPTER|RUN|MODEL", help="what is used, then settings such as task=… (key=value)"),
+]
+Rows = Annotated[str, typer.Option("--in", metavar="FILE", help="rows: .csv, .jsonl or .parquet; - for stdin")]
 
 
 @app.command()
@@ -48,3 +55,46 @@ def suggest(
         show(f"\n{trainer}:\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
     if out:
         log(f"wrote {out}")
+
+
+@app.command()
+def predict(
+    what: Used,
+    rows: Rows = "-",
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="the same rows with answers; - for stdout")] = "-",
+    force: Annotated[bool, typer.Option("--force", help="replace FILE if it is there")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Answer rows: classes with their probabilities, values or texts. A command that was killed goes on."""
+    from rankwise import api
+
+    try:
+        found = api.predict(what[0], rows, out, what[1:], force=force)
+    except KeyboardInterrupt:
+        log("stopped; the same command goes on from there" if out != "-" else "stopped")
+        sys.exit(INTERRUPTED)
+    if out != "-" and not isinstance(found, list):
+        show_json(vars(found)) if as_json else log(f"{found.rows:,} rows: {out}")
+
+
+@app.command()
+def evaluate(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER|RUN|MODEL...", help="one or several, then settings such as task=… (key=value)"),
+    ],
+    rows: Annotated[
+        str | None, typer.Option("--in", metavar="FILE", help="rows to score; those held out when not given")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score adapters, runs or models on the same rows: those that the task holds out, or a file's."""
+    from rankwise import api
+
+    sources = [word for word in what if not is_setting(word)]
+    settings = [word for word in what if is_setting(word)]
+    with redirect_stdout(sys.stderr):
+        found = api.evaluate(*sources, settings=settings, rows=rows)
+    show_json(found.as_json()) if as_json else show(found.text())

@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from rankwise.errors import InputError
+from rankwise.errors import InputError, nearest
 from rankwise.files import USE, read_json
-from rankwise.named import asked
+from rankwise.named import asked, written
 from rankwise.runs.kinds import Count, Text
 from rankwise.runs.record import damaged
-from rankwise.settings import RunConfig
+from rankwise.settings import RunConfig, run_config
 
 FORMAT = 1
 SETTINGS = (
@@ -69,6 +69,24 @@ class Use:
             metric=task.main,
             base=base,
         )
+
+    @classmethod
+    def of_task(cls, task: Any, model: str | None = None, **settings: Any) -> "Use":
+        """For an adapter from a loop of your own: `rw.Use.of_task(task, max_length=64)`.
+
+        Args:
+            task: what `rw.task` gives.
+            model: name or folder of the base model; the embedded one when absent.
+            settings: others of SETTINGS that differ from their defaults.
+
+        Raises:
+            InputError: a setting that does not exist, or is no setting of use.
+        """
+        if unknown := [key for key in settings if key not in SETTINGS]:
+            raise InputError(
+                f"{unknown[0]}: no setting of use{nearest(unknown[0], SETTINGS)}; these are {', '.join(SETTINGS)}"
+            )
+        return cls.of(run_config({"task": written(task), "model": model, **settings}), task, "")
 
     def command(self, folder: Path) -> str:
         """A command to paste into a shell: it asks what is in `folder` once, or scores it where it has no answers."""

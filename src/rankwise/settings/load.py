@@ -61,7 +61,7 @@ def load(
         data = read_yaml(Path(source))
     if made := {"id", "made_with"} <= data.keys():
         data = {key: value for key, value in data.items() if key not in WRITTEN}
-    settings = [_override(text) for text in overrides]
+    settings = [override(text) for text in overrides]
     try:
         if isinstance(published := data.get("published"), dict):
             data["published"] = {"changed": _changed(settings), **published}
@@ -121,11 +121,12 @@ def _nested(overrides: Sequence[str]) -> dict[str, Any]:
     """Options as they were typed, dotted keys as mappings."""
     options: dict[str, Any] = {}
     for text in overrides:
-        options = with_nested(options, *_override(text))
+        options = with_nested(options, *override(text))
     return options
 
 
-def _override(text: str) -> tuple[str, Any]:
+def override(text: str) -> tuple[str, Any]:
+    """Key and value of `key=value`, as it was typed. InputError for anything else."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:

@@ -4,9 +4,11 @@ Each family of tasks is one file: `classification`, `generation`, `segmentation`
 outputs; a task says where its rows are and what their columns mean.
 """
 
+import functools
 import hashlib
 import json
 import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,8 +25,6 @@ from rankwise.runs.answers import Answers
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
-
-    from rankwise.tasks.source import Rows
 
 Family = Literal["classification", "generation", "segmentation"]
 Batch = dict[str, Tensor]
@@ -140,8 +140,8 @@ class Task(Named, ABC, kind="task"):
         """The columns `added` for each of `questions`, which `question` has made; no random number is drawn."""
         raise InputError(f"task: {self.name} has no answers to give to rows of yours; `rankwise evaluate` scores it")
 
-    def own_rows(self, rows: "Rows") -> Split:
-        """A user's labelled rows, all of them, to be scored. InputError where the task cannot read such rows."""
+    def own_rows(self, file: str) -> Split:
+        """All rows of a user's file, labelled, to be scored. InputError where the task cannot read such rows."""
         raise InputError(f"task: {self.name} cannot be scored on a file of yours, only on its own rows")
 
     def dressed(self, processor: Any) -> Any:
@@ -265,6 +265,12 @@ class Task(Named, ABC, kind="task"):
                         for value in batch[column]:
                             digest.update(value if isinstance(value, bytes) else json.dumps(value).encode())
         return digest.hexdigest()[:12]
+
+
+@functools.cache
+def tell(text: str) -> None:
+    """Print a warning, once."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def text_of(row: Mapping[str, Any], column: str, where: str) -> str:

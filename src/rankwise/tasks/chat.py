@@ -13,7 +13,7 @@ import itertools
 import json
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rankwise.errors import InputError, nearest, need
 from rankwise.processes.launched import is_main
-from rankwise.tasks.base import Split, evaluating, text_of
-from rankwise.tasks.custom import Custom, tell
+from rankwise.tasks.base import Split, evaluating, tell, text_of
+from rankwise.tasks.custom import Custom
 from rankwise.tasks.generation import IGNORE, batches
 from rankwise.tasks.language import Language, Row, continued, end_tokens, room
 from rankwise.tasks.source import MEND, Rows, checked, read
@@ -163,38 +163,38 @@ class Conversations(Language):
 class OwnConversations(Custom, Conversations):
     """Conversations of a user's files."""
 
+    questions: ClassVar[tuple[str, ...]]
+    """The roles of what is asked, of which a row has one."""
+
     @property
     def used(self) -> tuple[str, ...]:
         return tuple(self.columns)
 
     @property
     def asked(self) -> dict[str, str]:
-        return {(role := self._question): self.columns.get(role, role)}
+        read = vars(self).get("_train")  # the training rows, if they were read
+        role = self._question(read[0].table.column_names if read else ())
+        return {role: self.columns.get(role, role)}
 
-    @property
-    @abstractmethod
-    def _question(self) -> str:
-        """The role of what is asked."""
+    def _question(self, names: Collection[str]) -> str:
+        """The role of what is asked in rows with columns of these names."""
+        there = [role for role in self.questions if role in self.columns or role in names]
+        return (there or [*self.questions])[0]
 
     def question(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
         """As in training, but without an answer."""
         pa, row = need("pyarrow", "bench"), dict(row)
-        [column] = self.asked.values()
-        if column not in row:
+        role = self._question(row)
+        if (column := self.columns.get(role, role)) not in row:
             text_of(row, column, where)
         lists = {key: json.dumps(each) if isinstance(each, list | dict) else each for key, each in row.items()}
-        table = pa.table({key: [each] for key, each in {**lists, **self._stand_in(row)}.items()})
+        table = pa.table({key: [each] for key, each in {**lists, **self._stand_in(role)}.items()})
         [(turns, tools)] = self.conversations(Rows(table, "", where, MEND, "row"))
         return self._asked(turns, tools, where)
 
-    def _stand_in(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _stand_in(self, role: str) -> dict[str, Any]:
         """Columns in the place of answers, which a row need not have."""
         return {}
-
-    def _has(self, role: str) -> bool:
-        """Whether a column is named for the role, or the training rows, if they were read, have one of its name."""
-        read = vars(self).get("_train")
-        return role in self.columns or (read is not None and role in read[0].table.column_names)
 
     @abstractmethod
     def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
@@ -203,9 +203,9 @@ class OwnConversations(Custom, Conversations):
     def same(self, read: Any, answer: Any) -> bool:
         return False
 
-    def fetch(self, name: str) -> Rows:
+    def fetch(self, name: str, dataset: str = "") -> Rows:
         texts = {self.columns.get(role, role) for role in self.roles if role not in LISTS}
-        return read(self.dataset, name, texts)
+        return read(dataset or self.dataset, name, texts)
 
     def table(self, rows: Rows) -> "pa.Table":
         assert self._own is not None  # to fail now, not after hours
@@ -244,10 +244,7 @@ class Chat(OwnConversations, name="chat"):
     """
 
     roles: ClassVar[tuple[str, ...]] = ("messages", "system", "tools")
-
-    @property
-    def _question(self) -> str:
-        return "conversations" if "messages" not in self.columns and self._has("conversations") else "messages"
+    questions = ("messages", "conversations")
 
     def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:
         names = [name for name in ("messages", "conversations") if name in rows.table.column_names]
@@ -279,13 +276,10 @@ class Instruct(OwnConversations, name="instruct"):
     """
 
     roles: ClassVar[tuple[str, ...]] = ("prompt", "completion", "instruction", "input", "output", "system", "history")
+    questions = ("prompt", "instruction")
 
-    @property
-    def _question(self) -> str:
-        return "instruction" if self._has("instruction") and not self._has("prompt") else "prompt"
-
-    def _stand_in(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        role = {"prompt": "completion", "instruction": "output"}[self._question]
+    def _stand_in(self, role: str) -> dict[str, Any]:
+        role = {"prompt": "completion", "instruction": "output"}[role]
         return {self.columns.get(role, role): "?"}
 
     def conversations(self, rows: Rows) -> Iterator[tuple[list[Any], list[Any] | None]]:

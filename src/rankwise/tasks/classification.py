@@ -16,7 +16,7 @@ from rankwise.metrics.metric import finite
 from rankwise.runs.answers import LONGEST, WRONG, Answers, Wrong
 from rankwise.tasks.agreement import agree, check_rows
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task, evaluating
-from rankwise.tasks.source import Rows, checked, own_split
+from rankwise.tasks.source import Rows, checked, own_split, read
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -134,8 +134,8 @@ class Classification(Task):
             for place, row in zip(predicted, shares, strict=True)
         ]
 
-    def own_rows(self, rows: Rows) -> Split:
-        pa = need("pyarrow", "bench")
+    def own_rows(self, file: str) -> Split:
+        pa, rows = need("pyarrow", "bench"), read(file, "")
         kinds = {column: pa.string() for column in self.text} | {"label": pa.string() if self.labels else pa.float32()}
         table = checked(rows, kinds, (*self.text, *(["label"] if self.labels else [])))
         if self.labels:

@@ -16,10 +16,8 @@ give a warning. The dataset is a folder with a file for each split (`train.csv`,
 held out.
 """
 
-import functools
 import hashlib
 import math
-import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -34,7 +32,7 @@ from rankwise.errors import InputError, nearest, need
 from rankwise.metrics import Metric, classification, regression
 from rankwise.metrics.names import chosen, spellings
 from rankwise.runs.answers import listed
-from rankwise.tasks.base import Scored, Split, Task
+from rankwise.tasks.base import Scored, Split, Task, tell
 from rankwise.tasks.classification import Classification
 from rankwise.tasks.segmentation import Segmentation
 from rankwise.tasks.source import Rows, checked, folded, own_split, read
@@ -90,8 +88,10 @@ class Custom(Task):
 
     @property
     def asked(self) -> dict[str, str]:
-        words = {role: "text" if role == "source" else role for role in self.text if self.form}
-        return {role: self.columns.get(word, word) for role, word in words.items()}
+        named = {
+            "source": self.columns.get("text", "text")
+        } | self.columns  # the family's own name for a text to answer
+        return {role: named.get(role, role) for role in self.text if self.form}
 
     @property
     def label(self) -> str:
@@ -155,11 +155,12 @@ class Custom(Task):
         table = table.append_column("idx", pa.array(range(table.num_rows), pa.int64()))
         return Split(name, need("datasets", "bench").Dataset(table), False, warning, own=own, unit=rows.unit)
 
-    def fetch(self, name: str) -> Rows:
-        """The rows of the split `name`, as they are in the file."""
-        return read(self.dataset, name)
+    def fetch(self, name: str, dataset: str = "") -> Rows:
+        """The rows of the split `name`, as they are in the file; of another dataset than the task's if it is given."""
+        return read(dataset or self.dataset, name)
 
-    def own_rows(self, rows: Rows) -> Split:
+    def own_rows(self, file: str) -> Split:
+        rows = self.fetch("", file)
         return own_split(rows, self.table(rows))
 
     def _check_told(self, rows: Rows, table: "pa.Table") -> None:
@@ -192,12 +193,6 @@ def _reads(table: "pa.Table") -> Iterator[tuple[Any, ...]]:
 def _drawn(content: list[Any]) -> bool:
     """Whether a row is held out: by what is read alone, so that equal texts stay together whatever their order."""
     return int(hashlib.sha256(repr(content).encode()).hexdigest()[:8], 16) % HELD_OUT == 0
-
-
-@functools.cache
-def tell(text: str) -> None:
-    """Print a warning, once."""
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def _names(known: Mapping[str, Metric]) -> Any:
@@ -430,9 +425,9 @@ class CustomSegmentation(Custom, Segmentation, name="segmentation"):
             mask = np.where(mask == 255, 1, mask)
         return super().numbers(mask)
 
-    def fetch(self, name: str) -> Rows:
-        folder = Path(self.dataset).expanduser() / name
-        return _pictures(folder) if (folder / "images").is_dir() else super().fetch(name)
+    def fetch(self, name: str, dataset: str = "") -> Rows:
+        folder = Path(dataset or self.dataset).expanduser() / name
+        return _pictures(folder) if (folder / "images").is_dir() else super().fetch(name, dataset)
 
 
 def _pictures(folder: Path) -> Rows:

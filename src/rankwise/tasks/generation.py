@@ -36,7 +36,7 @@ from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.runs.answers import LONGEST, Answers
 from rankwise.tasks.agreement import agree, check_rows, context
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task, evaluating
-from rankwise.tasks.source import Rows, checked, own_split
+from rankwise.tasks.source import checked, own_split, read
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -231,7 +231,8 @@ class Generation(Task):
         with evaluating(model):
             return [{"prediction": text} for text in self.generate(model, examples, processor, batch_size)]
 
-    def own_rows(self, rows: Rows) -> Split:
+    def own_rows(self, file: str) -> Split:
+        rows = read(file, "")
         kinds = dict.fromkeys((*self.text, self.target), need("pyarrow", "bench").string())
         return own_split(rows, checked(rows, kinds, [*kinds]))
 

@@ -9,8 +9,6 @@ and all fields are text until `checked` casts them; an empty field is an empty t
 line, JSON a list of objects; a missing key is a null. Rows count from 0, lines of a file from 1.
 """
 
-import csv
-import io
 import json
 import os
 import re
@@ -19,11 +17,12 @@ import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from rankwise.errors import InputError, nearest, need
-from rankwise.files import check_regular, read_bytes, similar
+from rankwise.files import check_regular, opened, similar
 from rankwise.tasks.base import Split
+from rankwise.tasks.records import Csv, json_object, jsonl, lines, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -221,8 +220,8 @@ def _wrong_type(rows: Rows, column: str, kind: Any, error: Exception) -> str:
         try:
             rows.table[column].slice(row, 1).cast(kind)
         except pa.ArrowException as row_error:
-            return f"{rows.where}: column {column!r} does not hold {kind} in {rows.at(row)} ({_line(row_error)})"
-    return f"{rows.where}: column {column!r} does not hold {kind} ({_line(error)})"
+            return f"{rows.where}: column {column!r} does not hold {kind} in {rows.at(row)} ({one_line(row_error)})"
+    return f"{rows.where}: column {column!r} does not hold {kind} ({one_line(error)})"
 
 
 def _from_folder(folder: Path, splits: Sequence[str], remedy: str, texts: Collection[str] | None = None) -> Rows:
@@ -240,13 +239,17 @@ def _from_folder(folder: Path, splits: Sequence[str], remedy: str, texts: Collec
 def _from_file(file: Path, split: str, texts: Collection[str] | None = None) -> Rows:
     if file.suffix == ".parquet":
         return Rows(_parquet(file), split, str(file))
-    if file.suffix == ".csv":
-        numbered = _csv(file)
-    else:
-        numbered = _json(file) if file.suffix == ".json" else _jsonl(file)
-        numbered = numbered if texts is None else ((number, _as_json(row, texts)) for number, row in numbered)
     unit = "row" if file.suffix == ".json" else "line"
-    table, numbers = _table(file, numbered, unit)
+    with _open(file) as content:
+        text = lines(content, str(file))
+        if file.suffix == ".csv":
+            numbered = ((each.number, each.row) for each in Csv(text, str(file)))
+        else:
+            found = (
+                _json(file) if file.suffix == ".json" else ((each.number, each.row) for each in jsonl(text, str(file)))
+            )
+            numbered = ((number, row if texts is None else _as_json(row, texts)) for number, row in found)
+        table, numbers = _table(file, numbered, unit)
     return Rows(table, split, str(file), unit=unit, numbers=numbers)
 
 
@@ -256,7 +259,9 @@ def _parquet(file: Path) -> "pa.Table":
         # not as a dataset, whose reader takes folder names for columns
         return need("pyarrow.parquet", "bench").ParquetFile(check_regular(file)).read()
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file} cannot be read as parquet ({_line(error)}): fetch or write the file again") from error
+        raise InputError(
+            f"{file} cannot be read as parquet ({one_line(error)}): fetch or write the file again"
+        ) from error
 
 
 def _table(file: Path, numbered: Iterator[tuple[int, dict[str, Any]]], unit: str) -> tuple["pa.Table", list[int]]:
@@ -281,87 +286,27 @@ def _table(file: Path, numbered: Iterator[tuple[int, dict[str, Any]]], unit: str
             ]
             place = f" in {unit} {other[0]}" if other else ""
             raise InputError(
-                f"{file}: column {column!r} has values of several types{place} ({_line(error)}): give all the same type"
+                f"{file}: column {column!r} has values of several types{place} ({one_line(error)}): give all the "
+                "same type"
             ) from error
     return pa.table(columns), lines
 
 
-def _text(file: Path) -> str:
+def _open(file: Path) -> IO[bytes]:
     try:
-        data = read_bytes(file, sys.maxsize - 1)
+        return opened(file)
     except FileNotFoundError:
         raise InputError(f"{file}: there is no such file") from None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise InputError(f"{file}: line {line} is not text in UTF-8 (byte {error.start}): save it as UTF-8") from None
-
-
-def _csv(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    text = _text(file)
-    limit = csv.field_size_limit(sys.maxsize)  # a field may be an article
-    try:
-        # newline="": line ends inside fields are kept
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
-        header = next(reader, [])
-        if twice := {name for name in header if header.count(name) > 1}:
-            raise InputError(f"{file}: the header has the column {min(twice)!r} twice: rename one")
-        start = reader.line_num + 1
-        for fields in reader:
-            if fields:  # not an empty line
-                if len(fields) != len(header):
-                    raise InputError(
-                        f"{file}: line {start} has {len(fields)} fields but the header {len(header)}: put fields that "
-                        f"contain {_DELIMITERS[reader.dialect.delimiter]}, quotes or line ends in quotes"
-                    )
-                yield start, dict(zip(header, fields, strict=True))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{file}: line {reader.line_num} is not valid CSV ({_line(error)}): correct it") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-
-
-def _delimiter(text: str) -> str:
-    """The delimiter of the fields: the first of `_DELIMITERS` in the header, outside of quotes."""
-    unquoted = re.sub(r'"[^"]*"', "", text[:65536])  # quoted names may contain anything, even line ends
-    header = unquoted.partition("\n")[0]
-    return next((delimiter for delimiter in _DELIMITERS if delimiter in header), ",")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if twice := {key for key in keys if keys.count(key) > 1}:
-        raise ValueError(f"it has the key {min(twice)!r} twice")
-    json.dumps(pairs, ensure_ascii=False).encode()  # ValueError for half of a surrogate pair
-    return dict(pairs)
-
-
-def _jsonl(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_text(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{file}: line {number} is not JSON ({_line(error)}): write one object per line"
-            ) from error
-        if not isinstance(row, dict):
-            raise InputError(f"{file}: line {number} is not a JSON object: write one per line, with columns as keys")
-        yield number, row
 
 
 def _json(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        rows = json.loads(_text(file), object_pairs_hook=_object)
+        with _open(file) as content:
+            text = "".join(lines(content, str(file)))
+        rows = json.loads(text, object_pairs_hook=json_object)
     except (ValueError, RecursionError) as error:
         raise InputError(
-            f"{file} is not JSON ({_line(error)}): write a list of objects, with columns as keys"
+            f"{file} is not JSON ({one_line(error)}): write a list of objects, with columns as keys"
         ) from error
     if not isinstance(rows, list):
         raise InputError(
@@ -391,9 +336,5 @@ def _from_hub(dataset: str, split: str, remedy: str, name: str | None = None, **
         part = "train" if file else split  # the hub's name for files without splits
         data = datasets.load_dataset(dataset, name, split=part, **options)
     except Exception as error:  # the hub's client raises a dozen unrelated types
-        raise InputError(f"{where} cannot be fetched from the hub ({_line(error)}): {remedy}") from error
+        raise InputError(f"{where} cannot be fetched from the hub ({one_line(error)}): {remedy}") from error
     return Rows(data.data.table, split, where)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

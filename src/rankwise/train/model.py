@@ -49,6 +49,7 @@ def build(
     max_length: int,
     train: Split | None = None,
     loading: Loading = LOADING,
+    words: str | None = None,
 ) -> tuple[nn.Module, Any, list[str]]:
     """A model ready for `Method.attach`, its tokenizer, and the names of the modules of its head.
 
@@ -57,8 +58,9 @@ def build(
     or `unet-refined` with random weights, or a folder with a saved one; there is no tokenizer.
 
     `name` is a folder, a hub name, or one of `random_model.CONFIGS`, with random weights and a vocabulary from the rows
-    in `train` (by default all of the task); None is the embedded MiniLM-L6. Weights are loaded in the dtype of
-    `loading`, so that runs compare across models. Code next to them is run only with its `trust_remote_code`.
+    in `train` (by default all of the task); None is the embedded MiniLM-L6. `words` is the folder of another tokenizer
+    than the one that comes with it. Weights are loaded in the dtype of `loading`, so that runs compare across models.
+    Code next to them is run only with its `trust_remote_code`.
     HF_HUB_OFFLINE is kept.
 
     Raises:
@@ -69,14 +71,14 @@ def build(
         return _segmenter(name, task), None, ["classifier"]
     with quiet(), _input_errors(name or EMBEDDED):
         if name in random_model.CONFIGS:
-            tokenizer, config = random_model.build(name, task, train or task.train())
+            tokenizer, config = random_model.build(name, task, train, words)
             kind = _kind(task, config)
             for key, value in _outputs(task).items():
                 setattr(config, key, value)
             model, new = kind.from_config(config, **loading.options), set()
         else:
             source = _source(name, task)
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=loading.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(words or source, trust_remote_code=loading.trust_remote_code)
             config = AutoConfig.from_pretrained(source, trust_remote_code=loading.trust_remote_code)
             kind, codes = _kind(task, config), None
             if loading.quantise != "none":
@@ -195,6 +197,16 @@ def without_weights(
         tokenizer = _tokenizer(name, task, trust_remote_code)
     agree(task, model, tokenizer, max_length)
     return model, tokenizer
+
+
+def labels_of(name: str | None, task: Task, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """The names of the classes in the configuration of a model in a folder or on the hub; () where it has none."""
+    if name is None or name in random_model.CONFIGS:
+        return ()
+    with quiet(), _input_errors(name):
+        config = AutoConfig.from_pretrained(_source(name, task), trust_remote_code=trust_remote_code)
+    labels = tuple(str(config.id2label[place]) for place in range(config.num_labels))
+    return () if labels[0] == "LABEL_0" else labels
 
 
 def _tokenizer(name: str | None, task: Task, trust_remote_code: bool) -> Any:

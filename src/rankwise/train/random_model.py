@@ -55,17 +55,29 @@ ENCODERS = ("random-bert", "random-deberta")
 """Models that cannot write."""
 
 
-def build(name: str, task: Task, train: Split) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
-    """A tokenizer learnt from the rows of `train`, and for it the configuration of the model `name`, one of CONFIGS."""
-    tokenizer = _tokenizer(task, train)
-    config = CONFIGS[name](len(tokenizer))
-    if config.is_encoder_decoder:
-        config.decoder_start_token_id = config.pad_token_id
+def build(
+    name: str, task: Task, train: Split | None, words: str | None = None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """A tokenizer learnt from the rows of `train`, and for it the configuration of the model `name`, one of CONFIGS.
+
+    All training rows of the task if None; `words` is the folder of a saved tokenizer, which is taken as it is.
+    """
+    if words is not None:
+        saved = PreTrainedTokenizerFast.from_pretrained(words)
+        return saved, _config(name, len(saved))
+    tokenizer = _tokenizer(task, train or task.train())
     if name in (*ENCODERS, "random-t5"):  # each text ends with END, as with these models' own tokenizers
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=f"$A {END}", pair=f"$A {END} $B {END}", special_tokens=[(END, 1)]
         )
-    return tokenizer, config
+    return tokenizer, _config(name, len(tokenizer))
+
+
+def _config(name: str, words: int) -> PreTrainedConfig:
+    config = CONFIGS[name](words)
+    if config.is_encoder_decoder:
+        config.decoder_start_token_id = config.pad_token_id
+    return config
 
 
 def _tokenizer(task: Task, train: Split) -> PreTrainedTokenizerBase:

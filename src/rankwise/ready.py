@@ -1,0 +1,209 @@
+"""An adapter, the folder of a run or a model, loaded and ready to answer."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import set_seed
+
+from rankwise import adapters, tasks
+from rankwise.adapters.beside import base_digest
+from rankwise.errors import InputError
+from rankwise.files import ADAPTER, TOKENIZER, read_json, similar
+from rankwise.named import load_plugin
+from rankwise.nets.new_weights import new_weights
+from rankwise.runs import run_file, use
+from rankwise.runs.answers import listed
+from rankwise.runs.use import Use
+from rankwise.settings import RunConfig
+from rankwise.settings.load import override
+from rankwise.settings.run import named, put
+from rankwise.sweep.check import load_run
+from rankwise.tasks import Task
+from rankwise.tasks.chat import Conversations
+from rankwise.tasks.custom import Custom, Labelled
+from rankwise.train import model as models
+from rankwise.train.arguments import Loading
+from rankwise.train.gguf import is_gguf
+
+CONFIG, DESCRIPTION = ADAPTER[:2]
+KINDS = ("adapter", "model")
+"""Folders of a run of which one has what was learnt."""
+GIVE_TASK = "give it, as in task=mrpc or task='{type: classification, columns: {text: body}}'"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a user has named, before anything is loaded.
+
+    Attributes:
+        name: as it was given.
+        folder: that of an adapter; None for a model.
+        model: name or folder of a model; "" for an adapter.
+        use: what must be known to use it; None if nothing says so.
+        run: settings of its run; None without one.
+    """
+
+    name: str
+    folder: Path | None
+    model: str
+    use: Use | None
+    run: RunConfig | None
+
+    @classmethod
+    def of(cls, source: str | Path) -> "Found":
+        """InputError for a folder that holds neither an adapter nor a model."""
+        path = Path(source).expanduser()
+        run = path if (path / run_file.NAME).is_file() else None
+        if run is not None:
+            path = next((run / name for name in KINDS if (run / name).is_dir()), run)
+            if path == run:
+                raise InputError(f"{source}: this run has no adapter yet; `rankwise train {source}` finishes it")
+        elif path.name in KINDS and (path.parent / run_file.NAME).is_file():
+            run = path.parent
+        gguf = is_gguf(str(source))
+        if (
+            not gguf
+            and not path.is_dir()
+            and (path.exists() or len(path.parts) > 2 or str(source).startswith((".", "/", "~")))
+        ):
+            raise InputError(f"{source}: there is no such folder{similar(path)}")
+        adapter = any((path / name).is_file() for name in (CONFIG, DESCRIPTION))
+        if path.is_dir() and not adapter and not (path / "config.json").is_file():
+            raise InputError(f"{source}: holds neither an adapter ({CONFIG}) nor a model (config.json)")
+        noted = use.read(path) if path.is_dir() else None
+        config = None if run is None else run_file.load(run).config
+        model = "" if adapter else str(path) if path.is_dir() else str(source)
+        return cls(str(source), path if adapter else None, model, noted, config)
+
+    def settings(self) -> dict[str, Any]:
+        """What is known of the settings, as in a configuration file."""
+        if self.use is not None:
+            found = dict(self.use.settings)
+        elif self.run is not None:
+            found = self.run.model_dump(mode="json", include={*use.SETTINGS}, exclude_defaults=True)
+        else:
+            found = {"model": self._base() if self.folder else ""}
+        if self.model:  # its own place counts, not that of what it was trained from
+            found["model"] = self.model
+        if self.run is not None:
+            if self.use is not None and self.run.task["name"] == found["task"]["name"]:
+                found["task"] = self.run.task  # which has the paths of its files
+            found["plugins"] = self.run.plugins
+        return found
+
+    def _base(self) -> str:
+        """The base model that PEFT's configuration names."""
+        content = read_json(self.folder / CONFIG) if self.folder and (self.folder / CONFIG).is_file() else {}
+        name = content.get("base_model_name_or_path") if isinstance(content, dict) else None
+        if not isinstance(name, str) or not name:
+            raise InputError(f"{self.name}: does not say what its base model is: give it, as in model=roberta-base")
+        return name
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A loaded model with its task.
+
+    Attributes:
+        name: as the user has named it.
+        config: its settings.
+        task: with the classes that its outputs stand for.
+        model: in evaluation mode, on the device.
+        processor: its tokenizer; None for segmentation.
+        folder: that of an adapter; None for a model.
+    """
+
+    name: str
+    config: RunConfig
+    task: Task
+    model: nn.Module
+    processor: Any
+    folder: Path | None
+
+    @classmethod
+    def of(cls, source: str | Path, settings: Sequence[str] = (), dataset: str = "") -> "Ready":
+        """Load what `source` names: an adapter, the folder of a run, or a model.
+
+        Args:
+            settings: `key=value`, which win over what stands beside the adapter; `task=…` where nothing does.
+            dataset: of a task with rows of the user's, where nothing says where they are.
+
+        Raises:
+            InputError: nothing says what the task is, the base weights are not those that the adapter was trained on, a
+                model without a trained head, or anything that a run would refuse.
+        """
+        with redirect_stdout(sys.stderr):
+            found = Found.of(source)
+            config = _config(found, settings, dataset)
+            return _loaded(found, config)
+
+
+def _config(found: Found, settings: Sequence[str], dataset: str) -> RunConfig:
+    data = found.settings()
+    for text in settings:
+        put(data, *override(text))
+    if "task" not in data:
+        raise InputError(f"{found.name}: nothing beside it says what its task is: {GIVE_TASK}")
+    for file in data.get("plugins", ()):
+        load_plugin(file)
+    task = named("task", data["task"])
+    kind = tasks.registry().get(str(task.get("name")))
+    if kind is not None and issubclass(kind, Custom) and not task.get("dataset"):
+        if not dataset:
+            raise InputError(f"{found.name}: nothing beside it says where its rows are: give a file, --in FILE")
+        data["task"] = {**task, "dataset": dataset}
+    return load_run(data, [])
+
+
+def _loaded(found: Found, config: RunConfig) -> Ready:
+    task, loading, own = tasks.build(config.task), Loading.of(config), None
+    if found.folder is not None and (found.folder / TOKENIZER[0]).is_file():
+        own = str(found.folder)
+        if isinstance(task, Conversations):
+            task = replace(task, template="")  # the tokenizer has its text
+    labels = found.use.labels if found.use else ()
+    if not labels and found.folder is None and task.form in ("class", "value"):
+        labels = models.labels_of(config.model, task, loading.trust_remote_code)
+    if labels and task.form in ("class", "value"):
+        task = _of_classes(found, task, labels)
+    set_seed(config.seed)  # for models with random weights
+    with models.quiet():
+        model, processor, head = models.build(config.model, task, config.max_length, None, loading, own)
+        if found.folder is None:
+            if new := new_weights(model):
+                raise InputError(
+                    f"{found.name}: {new[0]} is not in its checkpoint, so that its answers would be random: give an "
+                    "adapter, or a model that was trained for the task"
+                )
+        else:
+            if found.use and found.use.base not in ("", base_digest(model, head)):
+                raise InputError(
+                    f"{found.name}: {models.label(config.model, task)} has other weights than the model that it was "
+                    "trained on: give that one, as in model=FOLDER"
+                )
+            for part in head:
+                model.get_submodule(part).float()  # as in training, whatever the dtype of the frozen weights
+            model = adapters.load(model, found.folder)
+    if config.quantise == "none" and torch.cuda.is_available():
+        model = model.to("cuda")
+    return Ready(found.name, config, task, model.eval(), processor, found.folder)
+
+
+def _of_classes(found: Found, task: Task, labels: Sequence[str]) -> Task:
+    """`task` with the classes that the outputs stand for, which a task of the user's would read from training rows."""
+    if not isinstance(task, Labelled):
+        if task.labels != tuple(labels):
+            raise InputError(
+                f"{found.name}: its classes are {listed([*labels])}, not those of {task.name}: {listed([*task.labels])}"
+            )
+        return task
+    task = copy(task)
+    vars(task)["labels"] = tuple(labels)  # in the place of what the cached property would find
+    return task

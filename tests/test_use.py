@@ -1,0 +1,333 @@
+"""Adapters are used: scored as their run has scored them, and asked about rows of anyone's."""
+
+import csv
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rankwise as rw
+import warm
+from rankwise import tasks
+from rankwise.answered import sink, source
+from rankwise.errors import InputError
+from rankwise.tasks.custom import Custom
+from rankwise.train.run import run
+from runs import make
+from waiting import wait_for
+
+Cli = Callable[..., tuple[int, str, str]]
+LABELS = ["01", "1", "NA", "ärger"]
+BY_SIZE = [f"word {row} and {row % 7} more" for row in range(60)]
+
+
+def texts(row: int) -> dict[str, Any]:
+    return {"text": f"{BY_SIZE[row]} of it", "target": f"answer {row % 3}"}
+
+
+ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "classification": lambda row: {"text": BY_SIZE[row], "label": LABELS[row % 4]},
+    "pair": lambda row: {"text": BY_SIZE[row], "text_pair": f"other {row % 5}", "label": LABELS[row % 2]},
+    "regression": lambda row: {"text": BY_SIZE[row], "label": row / 7},
+    "seq2seq": texts,
+    "causal": texts,
+    "chat": lambda row: {
+        "messages": [{"role": "user", "content": BY_SIZE[row]}, {"role": "assistant", "content": f"yes {row}"}]
+    },
+    "instruct": lambda row: {"instruction": BY_SIZE[row], "input": "more", "output": f"no {row}"},
+    "text": lambda row: {"text": BY_SIZE[row] * 3},
+}
+"""A row of each of the tasks for anyone's data that read texts."""
+ANSWERS = ("label", "target", "output")
+MODELS = {"seq2seq": "random-t5", "causal": "random-gpt2"}
+HEAVY = [*ROWS][1:]
+
+
+def jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def trained(folder: Path, kind: str, **more: Any) -> Path:
+    """The folder of a short run on rows of ROWS."""
+    data = jsonl(folder / f"{kind}.jsonl", [ROWS[kind](row) for row in range(60)])
+    task = {"name": kind, "dataset": str(data)}
+    if kind in ("seq2seq", "causal"):
+        task |= {"target_length": 8, "beams": 2}
+    model = {} if kind in ("classification", "pair", "regression") else {"model": MODELS.get(kind, "random-llama")}
+    length = {} if model == {} else {"max_length": 64}
+    settings = {"task": task, "max_steps": 3, "eval_rows": None, **model, **length, **more}
+    run(made := make(folder / f"run-{kind}", **settings))
+    return made
+
+
+def metrics(folder: Path) -> Mapping[str, float]:
+    found: Mapping[str, float] = json.loads((folder / "result.json").read_text())["metrics"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("use"), "classification")
+
+
+def test_every_task_of_ones_own_texts_is_here() -> None:
+    own = {
+        name for name, kind in tasks.registry().items() if issubclass(kind, Custom) and kind.family != "segmentation"
+    }
+    assert own == set(ROWS)
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("kind", HEAVY)
+def test_each_task_is_scored_as_its_run_was_and_asked(kind: str, tmp_path: Path) -> None:
+    folder = trained(tmp_path, kind)
+    check(folder, kind, tmp_path)
+
+
+def test_a_classifier_is_scored_as_its_run_was_and_asked(classifier: Path, tmp_path: Path) -> None:
+    check(classifier, "classification", tmp_path)
+
+
+def check(folder: Path, kind: str, scratch: Path) -> None:
+    """The adapter has the scores of its run to the digit, and answers rows without answers in their order."""
+    [score] = rw.evaluate(folder / "adapter").scores
+    assert {name: each for name, each in score.metrics.items() if name != "loss"} == metrics(folder)
+    asked = [{"id": f"{row:03}", **ROWS[kind](row)} for row in range(20)]
+    for row in asked:
+        for name in ANSWERS:
+            row.pop(name, None)
+    rows, out = jsonl(scratch / "asked.jsonl", asked), scratch / "answered.jsonl"
+    if kind == "text":
+        with pytest.raises(InputError, match="no answers to give"):
+            rw.predict(folder, rows, out)
+        return
+    found = rw.predict(folder, rows, out)
+    assert not isinstance(found, list) and (found.rows, found.before) == (20, 0)
+    lines = out.read_text(encoding="utf-8").splitlines()
+    for line, given_line in zip(lines, rows.read_text(encoding="utf-8").splitlines(), strict=True):
+        assert line.startswith(given_line[:-1])  # as it was typed
+    answers = [json.loads(line) for line in lines]
+    assert [{**row, "prediction": answer["prediction"]} for row, answer in zip(asked, answers, strict=True)] == [
+        {key: value for key, value in answer.items() if not key.startswith("probability_")} for answer in answers
+    ]
+    if kind in ("classification", "pair"):
+        classes = LABELS[: 4 if kind == "classification" else 2]
+        for answer in answers:
+            shares = [answer[f"probability_{name}"] for name in classes]
+            assert (
+                sum(shares) == pytest.approx(1, abs=1e-5) and classes[shares.index(max(shares))] == answer["prediction"]
+            )
+    assert rw.predict(folder / "adapter", asked) == answers
+    assert sorted(path.name for path in scratch.iterdir() if "answered" in path.name) == ["answered.jsonl"]
+
+
+def test_what_a_run_prints_at_its_end_can_be_pasted(classifier: Path, cli: Cli, monkeypatch: Any) -> None:
+    code, out, _ = cli("train", classifier)
+    assert code == 0 and "ranks, block by block\nattention.output.dense  2 2" in out
+    [command] = [line for line in out.splitlines() if line.startswith("use it:")]
+    echoed, _, words = command.removeprefix("use it:").strip().partition(" | ")
+    monkeypatch.setattr(
+        sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(subprocess.check_output(echoed, shell=True))))
+    )
+    code, out, err = cli(*words.split()[1:])
+    assert code == 0, err
+    assert json.loads(out)["prediction"] in LABELS
+
+
+def test_several_are_compared_on_the_same_rows_by_the_bootstrap_of_reports(
+    classifier: Path, tmp_path: Path, cli: Cli
+) -> None:
+    rows = jsonl(tmp_path / "own.jsonl", [ROWS["classification"](row) for row in range(30)])
+    code, out, err = cli("evaluate", classifier, classifier / "adapter", "--in", rows, "--json")
+    assert code == 0, err
+    first, second = json.loads(out)["scores"]
+    assert first["metrics"] == second["metrics"] and first["gap"] is None
+    assert (second["gap"], second["gap_interval"]) == (0, [0, 0])
+    low, high = first["interval"]
+    assert low <= first["metrics"]["accuracy"] <= high
+    predicted = rw.predict(classifier, [ROWS["classification"](row)["text"] for row in range(30)])
+    assert isinstance(predicted, list)
+    right = [answer["prediction"] == LABELS[row % 4] for row, answer in enumerate(predicted)]
+    assert first["metrics"]["accuracy"] == sum(right) / 30
+    code, out, err = cli("evaluate", classifier, "--in", rows)
+    assert code == 0 and "30 rows of" in out and "95 % interval" in out
+
+
+REFUSED = {
+    "a base of other weights": (["model={other}"], "text\na\n", "other weights than the model that it was trained on"),
+    "no such column": (["task.columns.text=txt"], "text\na\n", "line 2 has no column 'txt', only text (did you mean"),
+    "an empty text": ([], "id,text\n1,a\n2, \n", "line 3 has an empty text: fill it in"),
+    "a column twice": ([], "id,id,text\n1,2,a\n", "the header has the column 'id' twice"),
+    "an answer overwritten": ([], "text,prediction\na,b\n", "has a column 'prediction' already"),
+    "a quote that is not closed": ([], 'text\n"a\n', "line 2 is not valid CSV"),
+    "too many cells": ([], "text\na,b\n", "line 2 has 2 fields but the header 1"),
+    "no rows": ([], "text\n", "has no rows"),
+    "no text in UTF-8": ([], b"text\n\xe4\n", "line 2 is not text in UTF-8"),
+    "a setting that is none": (["colums=3"], "text\na\n", "colums: there is no such key"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(
+    case: str, classifier: Path, tmp_path: Path, cli: Cli, capsys: Any
+) -> None:
+    given_settings, content, says = REFUSED[case]
+    rows, out = tmp_path / "rows.csv", tmp_path / "out.csv"
+    rows.write_bytes(content if isinstance(content, bytes) else content.encode())
+    if case == "a base of other weights":
+        from runs import bert
+
+        given_settings = [f"model={bert(tmp_path / 'other', dropout=0.1)}"]
+        change(tmp_path / "other")
+        capsys.readouterr()
+    code, _, err = cli("predict", classifier, *given_settings, "--in", rows, "--out", out)
+    assert code == 2 and says in err and len(err.splitlines()) == 1, err
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(("out", ".out"))]
+
+
+def change(folder: Path) -> None:
+    """Change a single row of a model's weights."""
+    import transformers
+
+    model = transformers.AutoModel.from_pretrained(folder)
+    model.encoder.layer[1].output.dense.weight.data[3] += 0.01
+    model.save_pretrained(folder)
+
+
+def test_a_file_that_is_there_stays_without_force(classifier: Path, tmp_path: Path, cli: Cli) -> None:
+    rows, out = tmp_path / "rows.csv", tmp_path / "out.csv"
+    rows.write_text("text\na\n")
+    out.write_text("mine")
+    code, _, err = cli("predict", classifier, "--in", rows, "--out", out)
+    assert code == 2 and "is there already" in err and out.read_text() == "mine"
+    code, _, err = cli("predict", classifier, "--in", rows, "--out", rows, "--force")
+    assert code == 2 and "the file that the rows come from" in err and rows.read_text() == "text\na\n"
+    code, _, err = cli("predict", classifier, "--in", rows, "--out", out, "--force")
+    assert code == 0 and out.read_text().startswith("text,prediction,")
+
+
+def test_an_adapter_that_says_nothing_of_its_task_is_asked_with_it(classifier: Path, tmp_path: Path, cli: Cli) -> None:
+    import shutil
+
+    old = tmp_path / "old"
+    shutil.copytree(classifier / "adapter", old)
+    (old / "use.json").unlink()
+    rows = jsonl(tmp_path / "rows.jsonl", [{"text": BY_SIZE[0]}])
+    code, _, err = cli("predict", old, "--in", rows)
+    assert code == 2 and "nothing beside it says what its task is" in err
+    data = classifier.parent / "classification.jsonl"
+    task = f"task={{type: classification, dataset: {data}}}"
+    answers = [
+        cli("predict", each, *more, "--in", rows)[1]
+        for each, more in ((old, [task, "max_length=16"]), (classifier, []))
+    ]
+    assert answers[0] == answers[1] != ""
+
+
+def test_a_killed_command_goes_on_and_writes_the_same_bytes(classifier: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    with rows.open("w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "text", "note"])
+        writer.writerows([f"{row:05}", f'say "{row}"\nagain, {row % 11}', ""] for row in range(1500))
+
+    def command(out: Path) -> list[str]:
+        return [sys.executable, "-m", "rankwise", "predict", str(classifier), "--in", str(rows), "--out", str(out)]
+
+    alone, out = tmp_path / "alone.csv", tmp_path / "out.csv"
+    part = tmp_path / "out.csv.part"
+    for _ in range(2):
+        before = part.stat().st_size if part.exists() else 200
+        process = warm.Popen(command(out), stdout=sys.stderr, stderr=sys.stderr)
+        wait_for(lambda: (part.exists() and part.stat().st_size > before) or process.poll() is not None)  # noqa: B023
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and not out.exists()
+    with part.open("ab") as file:
+        file.write(b'[["cut')  # as a process leaves it that is killed while it writes
+    done = warm.run(command(out), capture_output=True, text=True)
+    assert done.returncode == 0 and "goes on behind row" in done.stderr, done.stderr
+    done = warm.run(command(alone), capture_output=True, text=True)
+    assert done.returncode == 0 and "goes on" not in done.stderr
+    assert out.read_bytes() == alone.read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.csv", "alone.csv", "out.csv"}
+    given_rows, answered = ([*csv.reader(io.StringIO(each.read_text("utf-8-sig"), newline=""))] for each in (rows, out))
+    assert [row[:3] for row in answered] == given_rows
+
+
+def test_answers_to_other_rows_are_not_gone_on_with(classifier: Path, tmp_path: Path, cli: Cli) -> None:
+    rows, part = tmp_path / "rows.csv", tmp_path / "out.csv.part"
+    rows.write_text("text\na\n")
+    part.write_text('{"rows": "x", "weights": "y", "settings": "z"}\n[["01", 1, 0, 0, 0]]\n')
+    code, _, err = cli("predict", classifier, "--in", rows, "--out", tmp_path / "out.csv")
+    assert code == 2 and "holds answers with other rows; delete it" in err and part.exists()
+
+
+CELLS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=6)
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=5),
+    delimiter=st.sampled_from(",;\t"),
+    end=st.sampled_from(["\n", "\r\n"]),
+    mark=st.booleans(),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+def test_rows_of_csv_come_out_as_they_went_in(
+    rows: list[tuple[str, str]], delimiter: str, end: str, mark: bool, quoting: int, tmp_path_factory: Any
+) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=end, quoting=quoting)  # type: ignore[arg-type]
+    writer.writerows([("id", 'the "text"'), *rows])
+    file = tmp_path_factory.mktemp("csv") / "rows.csv"
+    file.write_bytes(text.getvalue().encode("utf-8-sig" if mark else "utf-8"))
+    answers = [{"prediction": f'{place}{delimiter}"x"', "probability_é": place / 8} for place in range(len(rows))]
+    for kind in ("csv", "jsonl", "parquet"):
+        out = io.BytesIO()
+        with source(str(file)) as found:
+            written = sink(found, kind, [*answers[0]], out)
+            left = iter(answers)
+            for batch in found.batches(2):
+                written.write(batch, [next(left) for _ in batch])
+            written.close()
+        if kind == "csv":
+            assert out.getvalue().startswith(b"\xef\xbb\xbf") == mark
+            again = [*csv.reader(io.StringIO(out.getvalue().decode("utf-8-sig"), newline=""), delimiter=delimiter)]
+            assert [tuple(row[:2]) for row in again] == [("id", 'the "text"'), *rows]
+            assert [row[2:] for row in again[1:]] == [[str(each) for each in answer.values()] for answer in answers]
+            continue
+        lines = out.getvalue().decode().split("\n")[:-1] if kind == "jsonl" else []
+        again = [json.loads(line) for line in lines] or pyarrow.parquet.read_table(
+            pa.BufferReader(out.getvalue())
+        ).to_pylist()
+        assert again == [
+            {"id": first, 'the "text"': second, **answer} for (first, second), answer in zip(rows, answers, strict=True)
+        ]
+
+
+def test_types_of_parquet_and_numbers_of_jsonl_stay(classifier: Path, tmp_path: Path) -> None:
+    table = pa.table(
+        {"text": BY_SIZE[:5], "day": pa.array([1, 2, None, 4, 5], pa.date32()), "n": pa.array(range(5), pa.int16())}
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    rw.predict(classifier, tmp_path / "rows.parquet", tmp_path / "out.parquet")
+    found = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert found.select(["text", "day", "n"]).equals(table) and found["prediction"].to_pylist()
+    (tmp_path / "rows.jsonl").write_text('{"x": 1.00, "text": "caf\\u00e9", "id": 12345678901234567890}\n')
+    rw.predict(classifier, tmp_path / "rows.jsonl", tmp_path / "out.jsonl")
+    assert (
+        (tmp_path / "out.jsonl")
+        .read_text()
+        .startswith('{"x": 1.00, "text": "caf\\u00e9", "id": 12345678901234567890, ')
+    )
