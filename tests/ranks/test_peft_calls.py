@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 
 import methods
@@ -102,6 +102,16 @@ def test_a_live_state_is_not_swapped_into_an_adapter(tmp_path):
     rw.save(other, tmp_path / "plain")
     with pytest.raises((RuntimeError, ValueError, KeyError)):
         hotswap_adapter(by_peft("bert", tmp_path / "plain"), str(tmp_path / "live"), "default")
+
+
+def test_a_configuration_that_is_added_tells_its_owner_what_it_became():
+    """PEFT writes the names of the adapted layers into it, which its owner may read, save or add elsewhere."""
+    _, model, _ = attached("simplex-lora")
+    config = LoraConfig(r=2, target_modules="all-linear")
+    model.add_adapter("other", config)
+    assert model.peft_config["other"] is config and "all-linear" not in config.target_modules
+    model.add_adapter("again", config)
+    assert model.peft_config["again"] is not config  # ranks change in one of them
 
 
 def referred(model):

@@ -75,11 +75,11 @@ def changed(model: Any, config: Any) -> Any:
     from peft import LoraConfig, PeftModel
 
     import rankwise as rw
-    from rankwise.ranks.peft_calls import allow_peft_calls
+    from rankwise.ranks.peft_calls import MarkedConfig, allow_peft_calls
     from rankwise.ranks.peft_layers import lora_layers
 
     change = WAYS[state.way]
-    if change is None or type(config) is not LoraConfig or type(model).__module__.startswith("rankwise"):
+    if change is None or type(config) not in (LoraConfig, MarkedConfig):
         return model
     if not isinstance(model, PeftModel):
         state.refused.add("PeftMixedModel: no PeftModel around the layers")
@@ -117,6 +117,8 @@ def pytest_configure(config: pytest.Config) -> None:
     from tests import testing_utils  # type: ignore[attr-defined]  # PEFT's
 
     testing_utils.hub_online_once = lambda model: contextlib.nullcontext()  # it would try the network again and again
+    import rankwise as rw
+
     get_peft_model, save_pretrained = peft.get_peft_model, peft.PeftModel.save_pretrained
 
     @wraps(get_peft_model)
@@ -125,13 +127,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
     @wraps(save_pretrained)
     def saved(self: Any, folder: Any, *args: Any, **options: Any) -> None:
-        import rankwise as rw
-
         # As users are told to: a search is no adapter, and PEFT's own files of it say that they are none.
-        if state.way == "in a search" and not args and options.keys() <= {"safe_serialization"} and rw.sites(self):
-            rw.save(self, folder)
-        else:
+        if state.way != "in a search" or args or options.keys() - {"safe_serialization"}:
             save_pretrained(self, folder, *args, **options)
+            return
+        trains, active = {name: p.requires_grad for name, p in self.named_parameters()}, self.active_adapter
+        for name in self.peft_config:  # its default first, whose folder the others are in
+            self.set_adapter(name)
+            rw.save(self, Path(folder, "" if name == "default" else name))
+        self.set_adapter(active)
+        for name, p in self.named_parameters():
+            p.requires_grad_(trains[name])
 
     if WAYS[state.way]:
         peft.get_peft_model, peft.PeftModel.save_pretrained = made, saved

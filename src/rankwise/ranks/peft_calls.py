@@ -55,8 +55,9 @@ class RankwisePeftModel(PeftModel):
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         alike = [name for name, config in self.peft_config.items() if config is peft_config]
+        own = copy(peft_config) if alike else peft_config  # ranks change in one of them
         try:
-            super().add_adapter(adapter_name, copy(peft_config), *args, **kwargs)  # ranks change in one of them
+            super().add_adapter(adapter_name, own, *args, **kwargs)
         except ValueError as error:
             if alike:
                 raise InputError(
