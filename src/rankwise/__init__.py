@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 
 # The public names, looked up on first use: `rankwise --help` need not wait for torch.
 if TYPE_CHECKING:
+    from rankwise.adapter_view import adapter_ranks
     from rankwise.adapters import load, save
     from rankwise.api import compare, data, evaluate, predict, report, retry, suggest, task, train
     from rankwise.errors import InputError
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from rankwise.optim import SimplexAdam
     from rankwise.processes.together import average_gradients
     from rankwise.ranks import RankPlan, rank_report, resize, sites
-    from rankwise.resizing import resize_adapter
+    from rankwise.resizing import mix, resize_adapter
     from rankwise.runs.use import Use
     from rankwise.train.bare_loop import load_checkpoint, save_checkpoint
     from rankwise.train.callback import RankCallback

@@ -1,14 +1,18 @@
 """Adapters on disk made smaller, and what is said about it."""
 
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from rankwise.adapters.cut import Cut, Limit, cut
+from rankwise.adapters.mix import Mixed
 from rankwise.adapters.stored import stored
+from rankwise.errors import InputError
 from rankwise.files import write_whole
 from rankwise.pictures.heat import rank_picture
 from rankwise.pictures.style import svg
@@ -37,8 +41,8 @@ class Resized(Cut):
                 str(site.rank),
                 f"{site.parameters:,}",
                 f"{site.norm:.4g}",
-                _share(site.error / site.norm if site.norm else 0.0),
-                *([_share(site.loss)] if self.on_data else []),
+                percent(site.error / site.norm if site.norm else 0.0),
+                *([percent(site.loss)] if self.on_data else []),
             ]
             for site in self.sites
         ]
@@ -52,11 +56,11 @@ class Resized(Cut):
             yield f"{self.before:,} parameters before, {self.parameters:,} after{share}"
         if self.fixed:
             yield f"{self.fixed:,} of them are in layers whose rank cannot change"
-        kept = _share(1 - self.loss)
-        yield f"error {_share(self.error)} of ‖ΔW‖; {kept} of the energy{' on data' if self.on_data else ''} is kept"
+        kept = percent(1 - self.loss)
+        yield f"error {percent(self.error)} of ‖ΔW‖; {kept} of the energy{' on data' if self.on_data else ''} is kept"
         if self.uniform and share:
             rank, loss = self.uniform
-            yield f"rank {rank} for every layer, as far as the same parameters go, would keep {_share(1 - loss)}"
+            yield f"rank {rank} for every layer, as far as the same parameters go, would keep {percent(1 - loss)}"
         if empty := sum(not site.rank for site in self.sites):
             yield f"{empty} of {len(self.sites)} layers have no rank left and are no longer adapted"
 
@@ -73,10 +77,10 @@ def save_ranks(ranks: Mapping[str, int], title: str, file: Path) -> Path:
     return file
 
 
-def _share(value: float) -> str:
+def percent(share: float) -> str:
     """A share in percent; small ones keep their digits."""
-    percent = 100 * value
-    return f"{percent:.2f} %" if percent >= 0.01 or percent < 1e-9 else f"{percent:.1e} %"
+    value = 100 * share
+    return f"{value:.2f} %" if value >= 0.01 or value < 1e-9 else f"{value:.1e} %"
 
 
 def resize_adapter(
@@ -107,3 +111,45 @@ def resize_adapter(
     found = stored(adapter)
     done = cut(found, found, limit, Path(out) if out is not None else None, force=force)
     return Resized(**vars(done))
+
+
+def weights(given: Sequence[str]) -> dict[str | PathLike[str], float]:
+    """Adapters with their weights, written as a:0.7. InputError where one is not, or is there twice."""
+    found: dict[str | PathLike[str], float] = {}
+    for each in given:
+        path, _, weight = each.rpartition(":")
+        try:
+            value = float(weight)
+        except ValueError:
+            path = ""
+        if not path or path in found:
+            raise InputError(f"{each}: give each adapter once, with its weight after a colon, as a:0.7 b:0.3")
+        found[path] = value
+    return found
+
+
+def mix(
+    adapters: Mapping[str | PathLike[str], float],
+    out: str | PathLike[str],
+    *,
+    budget: int | None = None,
+    rank: int | None = None,
+    keep_energy: float | None = None,
+    force: bool = False,
+) -> Resized:
+    """The best low-rank sum Σ w ΔW of adapters within a limit, without their base model; exact without one.
+
+    Args:
+        adapters: each with its weight w; the sum is written in the format of the first.
+        out, budget, rank, keep_energy, force: as for `resize_adapter`.
+    Raises:
+        InputError: as for `resize_adapter`; or they have not one base model, format and shape, or differ in a head.
+    """
+    weights = {Path(path): weight for path, weight in adapters.items()}
+    if not all(isfinite(weight) and weight for weight in weights.values()) or not weights:
+        raise InputError("give each adapter with a weight that is not 0, as A:0.7 B:0.3")
+    mixed = Mixed([(stored(path), weight) for path, weight in weights.items()])
+    mixed.check()
+    given = any(each is not None for each in (budget, rank, keep_energy))
+    limit = Limit(budget, rank, keep_energy) if given else Limit(rank=sys.maxsize)
+    return Resized(**vars(cut(mixed, mixed.parts[0][0], limit, Path(out), force=force)))

@@ -83,9 +83,9 @@ def llama_logits(model: nn.Module, **more: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def stirred(model: nn.Module) -> nn.Module:
+def stirred(model: nn.Module, seed: int = 1) -> nn.Module:
     """The model, with noise added to everything that trains."""
-    draw = torch.Generator().manual_seed(1)
+    draw = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.requires_grad:
             p += 0.1 * torch.randn(p.shape, generator=draw)

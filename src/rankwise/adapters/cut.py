@@ -23,7 +23,7 @@ from rankwise.errors import InputError
 from rankwise.ranks.knapsack import cheapest, most_within
 
 NOTHING = 1e-14
-"""Share of the largest singular value up to which one is rounding noise in double precision."""
+"""Share of ‖R_B‖ ‖L‖ up to which a singular value of R_B L is rounding noise in double precision."""
 
 
 class Source(Protocol):
@@ -135,8 +135,9 @@ def spectrum(factors: Factors, root: Tensor | None = None) -> Spectrum:
     """The spectrum of a layer, with `root` L (r, k) of E[(Ax)(Ax)ᵀ] = L Lᵀ on data."""
     B, L = _triangles(factors)
     norm = factors.scale * float(torch.linalg.matrix_norm(B @ L))
-    values = torch.linalg.svdvals(B @ (L if root is None else root.double()))
-    values = torch.where(values > NOTHING * values.max(), values, 0.0)
+    root = L if root is None else root.double()
+    values = torch.linalg.svdvals(B @ root)
+    values = torch.where(values > NOTHING * B.norm() * root.norm(), values, 0.0)
     gains = (factors.scale * values).square().numpy()
     width = factors.A.shape[1] * factors.A.itemsize + factors.B.shape[0] * factors.B.itemsize
     return Spectrum(gains, factors.rank, factors.cost, width, abs(norm))

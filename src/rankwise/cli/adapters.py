@@ -5,15 +5,24 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rankwise.cli.options import Debug, Force, Json, Out, Picture, app
 from rankwise.terminal import log, show, show_json
 
+if TYPE_CHECKING:
+    from rankwise.resizing import Resized
+
 Adapter = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="a PEFT adapter's folder, a run's, or a .safetensors file")
+]
+Budget = Annotated[int | None, typer.Option("--budget", metavar="N", help="the most parameters of A and B")]
+Rank = Annotated[int | None, typer.Option("--rank", metavar="R", help="the largest rank of a layer")]
+KeepEnergy = Annotated[
+    float | None,
+    typer.Option("--keep-energy", metavar="E", help="the share of Σ‖ΔW‖² to keep, at the fewest parameters"),
 ]
 
 
@@ -21,12 +30,9 @@ Adapter = Annotated[
 def resize(
     adapter: Adapter,
     out: Out,
-    budget: Annotated[int | None, typer.Option("--budget", metavar="N", help="the most parameters")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", metavar="R", help="the largest rank of a layer")] = None,
-    keep_energy: Annotated[
-        float | None,
-        typer.Option("--keep-energy", metavar="E", help="the share of Σ‖ΔW‖² to keep, at the fewest parameters"),
-    ] = None,
+    budget: Budget = None,
+    rank: Rank = None,
+    keep_energy: KeepEnergy = None,
     size: Annotated[
         int | None, typer.Option("--bytes", metavar="B", help="the most bytes of the file of weights")
     ] = None,
@@ -41,6 +47,53 @@ def resize(
 
         limits = {"budget": budget, "rank": rank, "keep_energy": keep_energy, "bytes": size}
         done = resize_adapter(adapter, out, **limits, force=force)  # type: ignore[arg-type]
+    _tell(done, out, picture, as_json)
+
+
+@app.command()
+def ranks(
+    adapter: Adapter,
+    compare: Annotated[
+        Path | None, typer.Option("--compare", metavar="OTHER", help="also how much another adapter has in common")
+    ] = None,
+    picture: Picture = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show the ranks of an adapter on disk, and how much it changes each layer."""
+    with redirect_stdout(sys.stderr):
+        from rankwise.adapter_view import adapter_ranks
+
+        found = adapter_ranks(adapter, compare)
+    show_json(found.as_json()) if as_json else show(found.text())
+    if picture is not None:
+        log(f"picture: {found.save_picture(picture)}")
+
+
+@app.command()
+def mix(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER:WEIGHT", help="adapters of one model, as a:0.7 b:0.3")
+    ],
+    out: Out,
+    budget: Budget = None,
+    rank: Rank = None,
+    keep_energy: KeepEnergy = None,
+    picture: Picture = None,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the sum of adapters, each times its weight, as one: exact, or the best one within a limit."""
+    with redirect_stdout(sys.stderr):
+        from rankwise import resizing
+
+        weights = resizing.weights(adapters)
+        done = resizing.mix(weights, out, budget=budget, rank=rank, keep_energy=keep_energy, force=force)
+    _tell(done, out, picture, as_json)
+
+
+def _tell(done: Resized, out: Path, picture: Path | None, as_json: bool) -> None:
     show_json(done.as_json()) if as_json else show(done.text())
     if picture is not None:
         log(f"picture: {done.save_picture(picture)}")
