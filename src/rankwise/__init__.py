@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rankwise.adapters import load, save
     from rankwise.api import compare, data, evaluate, predict, report, retry, suggest, task, train
     from rankwise.errors import InputError
+    from rankwise.merging import merge
     from rankwise.methods.adalora import AdaLoRA
     from rankwise.methods.adapter import AdapterH, AdapterL
     from rankwise.methods.dora import DoRA

@@ -12,6 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
@@ -180,6 +181,7 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
     return (_load_adapter if adapter else _load_learnt)(model, folder, settings, weights)
 
 
+@torch.no_grad()
 def _load_adapter(model: nn.Module, folder: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
     if live := [name for name in weights if LIVE.search(name)]:
         raise InputError(
@@ -194,10 +196,14 @@ def _load_adapter(model: nn.Module, folder: Path, settings: dict[str, Any], weig
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys|.* keys did not match")  # errors below
             loaded = PeftModel.from_pretrained(model, str(folder))
-        stored = get_peft_model_state_dict(loaded, save_embedding_layers=False).keys()
+        stored = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unfit(folder, error) from error
-    _check_keys(folder, stored - weights.keys(), weights.keys() - stored - loaded.state_dict().keys())
+    known = stored.keys()
+    _check_keys(folder, known - weights.keys(), weights.keys() - known - loaded.state_dict().keys())
+    for name, value in stored.items():
+        if not torch.equal(value, weights[name].to(value)):  # renamed by PEFT on the way, as for Laguna, and not found
+            value.copy_(weights[name])
     return loaded
 
 

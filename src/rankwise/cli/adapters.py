@@ -1,4 +1,4 @@
-"""The commands about adapters on disk, which need no base model."""
+"""The commands about adapters on disk; except merge, they need no base model."""
 
 from __future__ import annotations
 
@@ -98,3 +98,41 @@ def _tell(done: Resized, out: Path, picture: Path | None, as_json: bool) -> None
     if picture is not None:
         log(f"picture: {done.save_picture(picture)}")
     log(f"wrote {out}")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT adapter's folder, or a run's")],
+    out: Out,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="MODEL", help="folder, hub name or GGUF file; else as the adapter says"),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="NAME", help="fp32, bf16 or fp16; else that of the base")
+    ] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option("--quantise", metavar="NAME", help="4bit or 8bit, if it was trained on such codes of the base"),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="of a weight file")] = "5GB",
+    gguf: Annotated[bool, typer.Option("--gguf", help="convert it for llama.cpp too, with its own converter")] = False,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base model: a plain model for transformers, or for llama.cpp."""
+    with redirect_stdout(sys.stderr):
+        from rankwise.merging import merge as merged
+
+        done = merged(
+            adapter,
+            out,
+            base=base,
+            dtype=dtype,
+            quantise=quantise,
+            max_shard_size=max_shard_size,
+            gguf=gguf,
+            force=force,
+        )
+    show_json(done.as_json()) if as_json else show(done.text())
