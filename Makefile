@@ -3,6 +3,7 @@
 # make check   linter, types, direction of imports
 # make test    check, then all tests but the large ones
 # make test-large  the large tests, and more fuzzing; CI runs both
+# make docs    the documentation as a site, in site/; what leads nowhere is an error
 # make installed  the wheel alone in an environment of its own (by hand; PYTHON=python3.13 for another Python)
 # make conformance  PEFT's own LoRA tests with rankwise in their models (by hand: fetches PEFT's source)
 # make oldest  the Python interface on the oldest versions admitted (by hand: torch 2.6 with CUDA is some 3 GB)
@@ -19,7 +20,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-large conformance installed oldest clean
+.PHONY: help setup demo check test test-large docs conformance installed oldest clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -56,6 +57,10 @@ test: check
 test-large: $(READY)
 	OMP_NUM_THREADS=1 RANKWISE_FUZZ=10000 $(BIN)/python -m pytest -n auto -m "large or fuzz"
 
+docs: $(READY) # not quietly: --quiet hides warnings from --strict too
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "site/index.html; with its search: $(BIN)/python -m http.server -d site, then http://localhost:8000"
+
 # Trains, and tries every command, without any of the extras.
 installed: $(READY)
 	rm -rf dist .venv-installed
@@ -79,4 +84,4 @@ oldest:
 		tests/methods/test_conformance.py tests/train/test_trainer.py
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -3,6 +3,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -45,3 +46,22 @@ def cli(
     yield call
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Unload after a test what plugins in its folder have registered."""
+    from rankwise.methods.base import Method
+    from rankwise.metrics import METRICS, classification
+    from rankwise.tasks.base import Task
+
+    for kind in (Method, Task):
+        kind.registry()
+        monkeypatch.setattr(kind, "known", dict(kind.known))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield
+    for name in [name for name in METRICS if name.startswith("distance")]:
+        del METRICS[name], classification.METRICS[name]
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]

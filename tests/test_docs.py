@@ -123,7 +123,13 @@ def test_the_page_of_a_method_that_changes_the_start_says_so(name: str) -> None:
 
 def test_every_command_is_described() -> None:
     names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert [name for name in names if f"`rankwise {name}" not in page("docs/command-line.md")] == []
+    for where in ("docs/command-line.md", "docs/index.md"):
+        assert [name for name in names if f"`rankwise {name}" not in page(where)] == [], f"{where} does not have them"
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")}
+    assert pages <= set(re.findall(r"[\w/-]+\.md", page("mkdocs.yml").split("\nnav:\n", 1)[1]))
 
 
 @pytest.mark.parametrize(
@@ -196,5 +202,6 @@ def test_no_source_file_is_too_long_to_know() -> None:
 
 def test_every_room_is_in_the_tour() -> None:
     tour = page("CONTRIBUTING.md").split("## A tour of the house", 1)[1].split("\n\n## ", 1)[0]
-    rooms = {path.name for path in (ROOT / "src" / "rankwise").iterdir() if not path.name.startswith("_")}
+    rooms = {path.name for path in (ROOT / "src" / "rankwise").iterdir() if path.suffix in ("", ".py")}
+    rooms -= {"__init__.py", "__main__.py", "__pycache__"}
     assert [room for room in sorted(rooms) if f"`{room}`" not in tour and f"`{room}/`" not in tour] == []

@@ -177,6 +177,11 @@ CASES: dict[str, str | None] = {
     "papers": None,
     "archs": None,
     "env": None,
+    "suggest task=stdlib-kind model=bert max_length=32 --budget 1000": "bench",
+    "resize adapter --rank 1 -o smaller": None,
+    "resize adapter --rank 1 -o pictured --picture ranks.svg": "bench",
+    "predict adapter --in tickets.csv task=stdlib-kind": "bench",
+    "evaluate adapter task=stdlib-kind": "bench",
     "params --arch roberta-base --method lora rank=4": None,
 }
 """Commands, and the extra without which they say so in one line; None for those that rankwise alone carries out."""

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ import warm
 from asserts import refused
 from rankwise.errors import InputError
 from rankwise.methods import Method
-from rankwise.metrics import METRICS, classification
+from rankwise.metrics import METRICS
 from rankwise.named import load_plugin
 from rankwise.runs import run_file
 from rankwise.runs.code import code_of
@@ -24,6 +24,8 @@ from rankwise.runs.store import Store
 from rankwise.settings import Schema, load
 from rankwise.tasks import Task
 from runs import bert
+
+pytestmark = pytest.mark.usefixtures("guests")
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -66,21 +68,6 @@ class Parity(Classification, name="parity-{name}"):
         columns = {{"line": [str(n) for n in numbers], "label": [n % 2 for n in numbers], "idx": list(numbers)}}
         return Split(name, Dataset.from_dict(columns), official=False, note="made up")
 '''
-
-
-@pytest.fixture(autouse=True)
-def guests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Unload after each test what it has loaded."""
-    for kind in (Method, Task):
-        kind.registry()
-        monkeypatch.setattr(kind, "known", dict(kind.known))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    for name in [name for name in METRICS if name.startswith("distance")]:
-        del METRICS[name], classification.METRICS[name]
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 METRIC = '''

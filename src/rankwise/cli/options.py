@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rankwise.errors import InputError
+from rankwise.errors import InputError, need
 
 app = typer.Typer(
     name="rankwise",
@@ -20,6 +20,8 @@ app = typer.Typer(
 def _svg(file: Path | None) -> Path | None:
     if file is not None and file.suffix != ".svg":
         raise InputError(f"{file}: pictures are SVG: give a name that ends in .svg")
+    if file is not None:
+        need("matplotlib", "bench")  # before anything is written
     return file
 
 
