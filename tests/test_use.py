@@ -13,17 +13,23 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rankwise as rw
 import warm
+from methods import OPTIONS
 from rankwise import tasks
 from rankwise.answered import sink, source
 from rankwise.errors import InputError
+from rankwise.methods import registry
 from rankwise.tasks.custom import Custom
+from rankwise.train import random_model
 from rankwise.train.run import run
 from runs import make
+from stock_peft import carry_out, code_of
 from waiting import wait_for
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -51,6 +57,7 @@ ROWS: dict[str, Callable[[int], dict[str, Any]]] = {
 ANSWERS = ("label", "target", "output")
 MODELS = {"seq2seq": "random-t5", "causal": "random-gpt2"}
 HEAVY = [*ROWS][1:]
+PAIRS = ("classification", "pair", "regression")
 
 
 def jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
@@ -64,7 +71,7 @@ def trained(folder: Path, kind: str, **more: Any) -> Path:
     task = {"name": kind, "dataset": str(data)}
     if kind in ("seq2seq", "causal"):
         task |= {"target_length": 8, "beams": 2}
-    model = {} if kind in ("classification", "pair", "regression") else {"model": MODELS.get(kind, "random-llama")}
+    model = {} if kind in PAIRS else {"model": MODELS.get(kind, "random-llama")}
     length = {} if model == {} else {"max_length": 64}
     settings = {"task": task, "max_steps": 3, "eval_rows": None, **model, **length, **more}
     run(made := make(folder / f"run-{kind}", **settings))
@@ -130,6 +137,60 @@ def check(folder: Path, kind: str, scratch: Path) -> None:
             )
     assert rw.predict(folder / "adapter", asked) == answers
     assert sorted(path.name for path in scratch.iterdir() if "answered" in path.name) == ["answered.jsonl"]
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("name", sorted(registry()))
+def test_what_each_method_leaves_has_the_scores_of_its_run(name: str, tmp_path: Path) -> None:
+    options = {"name": name, **OPTIONS.get(name, {})} | ({"infix": 0} if "infix" in OPTIONS.get(name, {}) else {})
+    kind = "causal" if name == "none" else "classification"  # a classifier's head must train
+    folder = trained(tmp_path, kind, method=options, max_steps=8)
+    [score] = rw.evaluate(folder).scores
+    assert {key: each for key, each in score.metrics.items() if key != "loss"} == metrics(folder)
+    found = rw.predict(folder, [BY_SIZE[0]])
+    assert isinstance(found, list) and (kind == "causal" or found[0]["prediction"] in LABELS)
+    left = folder / ("model" if (folder / "model").is_dir() else "adapter")
+    assert (left / "use.json").is_file() and str(tmp_path) not in (left / "use.json").read_text()
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_weights_of_half_precision_are_loaded_as_in_the_run(dtype: str, tmp_path: Path) -> None:
+    folder = trained(tmp_path, "regression", dtype=dtype, max_steps=8)
+    [score] = rw.evaluate(folder).scores
+    assert {key: each for key, each in score.metrics.items() if key != "loss"} == metrics(folder)
+
+
+def pretrained(kind: str, folder: Path) -> Path:
+    """A small model for a task, with its tokenizer, in a folder as users have theirs."""
+    name = MODELS.get(kind, "random-llama")
+    data = jsonl(folder / "words.jsonl", [ROWS[kind](row) for row in range(60)])
+    words, config = random_model.build(name, rw.task({"name": kind, "dataset": str(data)}), None)
+    auto = transformers.AutoModelForSeq2SeqLM if kind == "seq2seq" else transformers.AutoModelForCausalLM
+    torch.manual_seed(0)
+    auto.from_config(config).save_pretrained(folder / "base")
+    words.save_pretrained(folder / "base")
+    return folder / "base"
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("kind", [kind for kind in ROWS if kind != "text"])
+def test_the_code_of_each_card_answers_as_predict_does(kind: str, tmp_path: Path) -> None:
+    """In plain PEFT, in a process that cannot import rankwise."""
+    more = {"model": str(pretrained(kind, tmp_path)), "max_length": 64} if kind not in PAIRS else {}
+    folder = trained(tmp_path, kind, learning_rate=3e-2, max_steps=6, **more)
+    said = carry_out(code_of(folder / "adapter"), folder / "adapter")
+    asked: dict[str, dict[str, Any]] = {
+        "pair": {"text": "A text.", "text_pair": "Another one."},
+        "chat": {"messages": [{"role": "user", "content": "Hello!"}]},
+        "instruct": {"instruction": "Hello!"},
+    }
+    [answer] = rw.predict(folder, [asked.get(kind, {"text": "A text."})])  # type: ignore[misc]
+    expected = answer["prediction"]
+    if kind == "regression":
+        assert float(said) == pytest.approx(expected, rel=1e-4)
+    else:
+        assert said.strip() == expected.splitlines()[-1] if expected else not said.strip()
 
 
 def test_what_a_run_prints_at_its_end_can_be_pasted(classifier: Path, cli: Cli, monkeypatch: Any) -> None:

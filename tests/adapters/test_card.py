@@ -2,9 +2,7 @@
 
 import csv
 import json
-import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import rankwise as rw
-import warm
 from models import write_llama
 from rankwise.adapters.beside import base_digest
 from rankwise.adapters.card import stored_ranks
@@ -24,6 +21,7 @@ from rankwise.ranks.report import by_kind
 from rankwise.runs import use
 from rankwise.train.run import run
 from runs import make
+from stock_peft import carry_out, code_of
 
 LABELS = ["01", "1", 'no "quotes", please', "ärger"]
 
@@ -35,20 +33,6 @@ def rows(file: Path, count: int = 48) -> Path:
         writer.writerow(["id", "message", "team"])
         writer.writerows([f"{row:05}", f"message {row} about {row % 4}", LABELS[row % 4]] for row in range(count))
     return file
-
-
-def code_of(adapter: Path) -> str:
-    [code] = re.findall(r"^```python\n(.*?)^```", (adapter / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-    return str(code)
-
-
-def carry_out(code: str, folder: Path) -> str:
-    """The last line that a card's code prints in a process that cannot import rankwise."""
-    barred = 'import sys\nassert "rankwise" not in sys.modules\nsys.modules["rankwise"] = None\n'
-    command = [sys.executable, "-c", barred + code]
-    done = warm.run(command, kind="stock", cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return str(done.stdout).splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """What stock PEFT makes of saved adapters, in a process that cannot import rankwise."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -53,3 +54,17 @@ def agrees(
     for adapter, logits in expected.items():
         for name in (str(adapter), f"{adapter} merged"):
             assert (found[name] - logits).abs().max() <= 1e-5, name
+
+
+def code_of(adapter: Path) -> str:
+    [code] = re.findall(r"^```python\n(.*?)^```", (adapter / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    return str(code)
+
+
+def carry_out(code: str, folder: Path) -> str:
+    """The last line that a card's code prints in a process that cannot import rankwise."""
+    barred = 'import sys\nassert "rankwise" not in sys.modules\nsys.modules["rankwise"] = None\n'
+    command = [sys.executable, "-c", barred + code]
+    done = warm.run(command, kind="stock", cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout).splitlines()[-1]

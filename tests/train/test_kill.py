@@ -53,7 +53,8 @@ def result(folder: Path) -> dict[str, Any]:
 def assert_same(folder: Path, other: Path) -> None:
     """Every file that two runs of one configuration must share is the same."""
     assert result(folder) == result(other)
-    for name in ("metrics.jsonl", "ranks.jsonl", "adapter/adapter_model.safetensors"):
+    adapter = ("adapter_model.safetensors", "use.json", "tokenizer.json", "README.md")
+    for name in ("metrics.jsonl", "ranks.jsonl", *(f"adapter/{file}" for file in adapter)):
         assert (folder / name).read_bytes() == (other / name).read_bytes(), name
     tables = [pyarrow.parquet.read_table(each / "predictions.parquet") for each in (folder, other)]
     assert tables[0].equals(tables[1])

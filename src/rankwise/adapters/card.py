@@ -269,7 +269,10 @@ def _asking(base: Base, use: Use | None) -> list[str]:
             "print(labels[logits.argmax()])" if base.labels else "print(logits.item())",
         ]
     options = [f"max_new_tokens={task.get('target_length', 64)}", "do_sample=False"]
-    options += [f"num_beams={beams}"] if (beams := task.get("beams", 1)) > 1 else []
+    if (beams := task.get("beams", 1)) > 1:
+        options += [f"num_beams={beams}", f"length_penalty={task['length_penalty']}"]
+    if task.get("no_repeat"):  # here it counts the prompt too
+        options.append(f"no_repeat_ngram_size={task['no_repeat']}")
     if use.form == "chat":
         asked = ['messages = [{"role": "user", "content": "Hello!"}]']
         asked += ["text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"]

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rankwise.errors import InputError, nearest
 from rankwise.files import USE, read_json
-from rankwise.named import asked, written
+from rankwise.named import written
 from rankwise.runs.kinds import Count, Text
 from rankwise.runs.record import damaged
 from rankwise.settings import RunConfig, run_config
@@ -62,7 +62,7 @@ class Use:
         if rows is not None:
             settings["batch_size"] = rows
         return cls(
-            settings={**settings, "task": elsewhere(asked("task", settings["task"]))},
+            settings={**settings, "task": elsewhere(settings["task"])},
             labels=[*task.labels],
             asks=[*task.asked.values()],
             form=task.form,
