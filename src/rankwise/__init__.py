@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from rankwise.adapter_view import adapter_ranks
     from rankwise.adapters import load, save
+    from rankwise.adapters.export import export_adapter
     from rankwise.api import compare, data, evaluate, predict, report, retry, suggest, task, train
     from rankwise.errors import InputError
     from rankwise.merging import merge

@@ -288,14 +288,11 @@ def test_files_next_to_the_weights_go_with_them(linear, tmp_path):
     for name in ("README.md", "tokenizer.json", "chat_template.jinja", "optimizer.pt", "trainer_state.json"):
         (tmp_path / name).write_text("{}")
     found = stored(tmp_path)
-    write(tmp_path / "out", found, {name: found.factors(name) for name in found.names})
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "README.md",
-        "tokenizer.json",
-        "chat_template.jinja",
-    }
+    everything = {name: found.factors(name) for name in found.names}
+    kept = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "chat_template.jinja"}
+    for card in (False, True):  # whose scores are those of the adapter as it was
+        write(tmp_path / "out", found, everything, card=card, force=True)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == kept | ({"README.md"} if card else set())
 
 
 MEMORY = """

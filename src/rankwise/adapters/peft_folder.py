@@ -1,7 +1,7 @@
 """A PEFT adapter's folder: its configuration, the names of its tensors, and how both are written."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
@@ -19,8 +19,11 @@ PREFIX = "base_model.model."
 """What PEFT puts before the name of a module of the base model."""
 RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """PEFT's starts that subtract from the base weights, at the rank in the file, when the adapter is loaded."""
-UNREAD = ("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "target_parameters")
-"""Options of PEFT's LoRA with which ΔW is not s · B A of a layer."""
+UNREAD = (
+    *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "target_parameters"),
+    "ensure_weight_tying",
+)
+"""Options of PEFT's LoRA with which ΔW is not s · B A of a layer of its own."""
 STATE = re.compile(r"\.(?:lora_start|lora_omega|lora_merged|parametrizations)\b")
 """Names of tensors that training needs and plain LoRA does not have."""
 PARTS = {
@@ -40,7 +43,10 @@ def read(folder: Path) -> StoredAdapter:
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict):
         raise InputError(f"{folder / CONFIG}: is damaged, it holds no JSON object")
-    _check(folder / CONFIG, config)
+    if config.get("start_written"):
+        raise _training(folder, "start_written in its configuration")
+    if why := why_unread(config):
+        raise InputError(f"{folder / CONFIG}: {why}")
     tensors = Tensors(_weight_files(folder))
     found: dict[str, dict[str, str]] = {}
     others = []
@@ -73,10 +79,15 @@ def key(name: str, part: str, embedding: bool) -> str:
     return f"{PREFIX}{name}.lora_embedding_{part}" if embedding else f"{PREFIX}{name}.lora_{part}.weight"
 
 
-def compact(config: Mapping[str, Any], ranks: Mapping[str, int], alpha: float) -> dict[str, Any]:
-    """`config` for layers of these ranks, all with the scale alpha / rank, each named in full.
+def compact(
+    config: Mapping[str, Any], ranks: Mapping[str, int], alpha: float, targets: Sequence[str] | str | None = None
+) -> dict[str, Any]:
+    """`config` for layers of these ranks, all with the scale alpha / rank.
 
     r is the largest rank, so that a consumer that looks at nothing else has room for all.
+
+    Args:
+        targets: what `target_modules` has, names or a pattern; each layer in full when absent.
     """
     by_module = {module(name): rank for name, rank in ranks.items()}
     most = max(by_module.values())
@@ -87,8 +98,7 @@ def compact(config: Mapping[str, Any], ranks: Mapping[str, int], alpha: float) -
         "rank_pattern": {f"^{re.escape(name)}": rank for name, rank in sorted(by_module.items()) if rank != most},
         "alpha_pattern": {},
         "use_rslora": False,
-        "init_lora_weights": True,
-        "target_modules": [*by_module],
+        "target_modules": targets or [*by_module],
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
@@ -96,21 +106,30 @@ def compact(config: Mapping[str, Any], ranks: Mapping[str, int], alpha: float) -
     }
 
 
-def _check(file: Path, config: dict[str, Any]) -> None:
-    """Raise InputError for a configuration of something else than a finished LoRA adapter."""
+def begun_anew(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` without a start of PEFT's that may not be possible at other ranks; the file has the numbers anyway."""
+    return {**config, "init_lora_weights": True, "eva_config": None}
+
+
+def own_targets(config: Mapping[str, Any]) -> list[str] | None:
+    """The ends of names that `config` has as its targets, None if they alone do not decide which layers are adapted."""
+    targets = config.get("target_modules")
+    more = any(config.get(option) not in (None, []) for option in ("exclude_modules", "layers_to_transform"))
+    return None if more or not isinstance(targets, list) else targets
+
+
+def why_unread(config: Mapping[str, Any]) -> str:
+    """Why an adapter with this configuration is not plain LoRA that can be read without its base; empty if it is."""
     if (kind := config.get("peft_type")) != "LORA":
-        raise InputError(f"{file}: peft_type is {kind}, but only LORA can be read here")
-    if config.get("start_written"):
-        raise _training(file.parent, "start_written in its configuration")
+        return f"peft_type is {kind}, but only LORA can be read"
     start = str(config.get("init_lora_weights"))
     if start.lower().startswith(RESIDUAL):
-        raise InputError(
-            f"{file}: its start, {start}, is subtracted from the base weights when it is loaded: make plain LoRA of it "
-            "with PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…) first"
+        return (
+            f"its start, {start}, is subtracted from the base weights when it is loaded: make plain LoRA of it with "
+            "PEFT's save_pretrained(…, path_initial_model_for_weight_conversion=…) first"
         )
-    for option in UNREAD:
-        if config.get(option):
-            raise InputError(f"{file}: has {option}, with which ΔW is not the product B A of a layer; not read here")
+    option = next((option for option in UNREAD if config.get(option)), None)
+    return f"has {option}, with which ΔW is not the product B A of a layer" if option else ""
 
 
 def _training(folder: Path, what: str) -> InputError:

@@ -1,7 +1,6 @@
 """Saving and loading what was learnt: as a plain PEFT adapter with its ranks if the method is a kind of LoRA."""
 
 import json
-import re
 import warnings
 from collections.abc import Sequence, Set
 from contextlib import suppress
@@ -10,7 +9,7 @@ from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -25,8 +24,11 @@ from rankwise.adapters import card
 from rankwise.adapters.auto import task
 from rankwise.adapters.beside import write_tokenizer
 from rankwise.adapters.card import Base, Facts
+from rankwise.adapters.layouts import Layout, compact, ends_of, portable, targeted
+from rankwise.adapters.peft_folder import STATE, why_unread
 from rankwise.adapters.plain import base_tensors, folded, joined, modules, state_of
-from rankwise.errors import InputError
+from rankwise.adapters.stored import stored
+from rankwise.errors import InputError, require
 from rankwise.files import ADAPTER, check_files, check_replaceable, read_json, replace_folder, unfinished
 from rankwise.methods import Method, build
 from rankwise.methods.targets import check_bare
@@ -38,8 +40,6 @@ from rankwise.ranks.triplets import to_lora, triplets
 from rankwise.runs.use import Use
 
 CONFIG, DESCRIPTION, WEIGHTS, CARD = ADAPTER[:4]
-LIVE = re.compile(r"\.(?:lora_start|lora_omega|lora_merged|parametrizations)\b")
-"""Names of tensors that training needs and plain LoRA does not have."""
 REPEATABLE = ("pissa", "olora")
 """PEFT's starts that change the base weights, and change them again in the same way when the adapter is loaded."""
 
@@ -52,6 +52,8 @@ def save(
     use: Use | None = None,
     tokenizer: Any = None,
     facts: Facts | None = None,
+    *,
+    layout: Layout = "compact",
 ) -> Path:
     """Write the adapter to `folder`, completely or not at all.
 
@@ -65,11 +67,17 @@ def save(
         use: what must be known to use it, for `rankwise predict` and `evaluate`.
         tokenizer: written beside it.
         facts: for the card.
+        layout: for other programs than PEFT. `compact` has the scales in B, so that one alpha is enough; `portable` one
+            rank for all layers, padded with zeros, so that most programs read it right. PEFT's variants that are not
+            the product of A and B alone keep PEFT's own layout.
+
     Raises:
         InputError: products were merged into the base weights (`empty: merge`), a model without adapter is given
             without its method, the base weights were changed by a start that PEFT cannot repeat or by that of another
-            adapter, or `folder` is a file or holds something other than an adapter, which would be lost.
+            adapter, the layout does not fit the adapter, or `folder` is a file or holds something other than an
+            adapter, which would be lost.
     """
+    require(layout in get_args(Layout), f"layout is {layout!r}, but must be one of {', '.join(get_args(Layout))}")
     folder = Path(folder)
     check_replaceable(folder, {*ADAPTER}, "an adapter")
     with suppress(TypeError):
@@ -82,7 +90,7 @@ def save(
         if isinstance(model, PeftModel):
             if triplets(model):  # AdaLoRA
                 model = to_lora(model)
-            written = _save_adapter(model, written)
+            written = _laid_out(model, _save_adapter(model, written), layout)
         elif method is not None:
             also = new_weights(model)
             description = {"method": {"name": method.name, **asdict(method)}, "head": list(head), "also": also}
@@ -142,6 +150,19 @@ def _save_adapter(model: PeftModel, folder: Path) -> Path:
     return written
 
 
+def _laid_out(model: PeftModel, written: Path, layout: Layout) -> Path:
+    """The folder of the adapter in `written` in another layout: that one, if the adapter is not plain LoRA."""
+    config = _read(written / CONFIG)
+    if why := why_unread(config):
+        require(layout == "compact", f"this adapter cannot be written as {layout}: {why}")
+        return written
+    like, out = stored(written), written.with_name(f"{written.name} {layout}")
+    if layout == "compact":
+        targets = config["target_modules"]
+        return compact(out, like, targets=targets if isinstance(targets, str) else None)
+    return portable(out, like, targeted(model.get_base_model(), config, ends_of(like), written))
+
+
 def _check_base(model: PeftModel, name: str) -> None:
     """Raise InputError if the base weights are no longer those into which the adapter `name` will be loaded."""
     if names := merged_sites(model):
@@ -183,7 +204,7 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
 
 @torch.no_grad()
 def _load_adapter(model: nn.Module, folder: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
-    if live := [name for name in weights if LIVE.search(name)]:
+    if live := [name for name in weights if STATE.search(name)]:
         raise InputError(
             f"{folder} holds the state of a training ({live[0]}), not a finished adapter: resume from it, and write "
             "the adapter with rankwise.save(model, folder)"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.adapters.layers import Layer, StoredAdapter, in_order, sizes
-from rankwise.adapters.peft_folder import compact, scale_of
+from rankwise.adapters.peft_folder import begun_anew, compact, scale_of
 from rankwise.adapters.tensors import Tensors
 from rankwise.errors import InputError
 
@@ -117,7 +117,9 @@ def metadata(like: StoredAdapter, ranks: Mapping[str, int], alphas: Mapping[str 
     configs = configurations(like.path, like.tensors.metadata)
     for model, config in configs.items():
         own = {name.removeprefix(f"{model}."): r for name, r in ranks.items() if model_of(name, configs) == model}
-        options |= {f"{model}.{k}": v for k, v in (compact(config, own, alphas[model]) if own else config).items()}
+        options |= {
+            f"{model}.{k}": v for k, v in (compact(begun_anew(config), own, alphas[model]) if own else config).items()
+        }
     return known | ({DIFFUSERS: json.dumps(options, indent=2, sort_keys=True)} if options else {})
 
 

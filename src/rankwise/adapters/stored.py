@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from rankwise.adapters.layers import Factors, Layer, StoredAdapter
 from rankwise.adapters.peft_folder import CONFIG, INDEX, WEIGHTS
 from rankwise.adapters.tensors import Held, file_size, write_tensors
 from rankwise.errors import InputError
-from rankwise.files import replace_folder, unfinished
+from rankwise.files import ADAPTER, replace_folder, unfinished
 
 __all__ = ["Factors", "StoredAdapter", "stored", "write"]
 
+CARD = ADAPTER[3]
 COPIED = re.compile(r".+\.(?:json|jsonl|md|txt|jinja|model)")
-"""Names of the files next to an adapter's weights that go with it, such as a tokenizer's and the model card."""
+"""Names of the files next to an adapter's weights that go with it, such as a tokenizer's."""
 OWN = {CONFIG, INDEX, WEIGHTS, "trainer_state.json"}
 """Those that do not: they are written anew, or tell of the training."""
 
@@ -62,6 +63,9 @@ def write(
     factors: Mapping[str, Factors] | Iterable[tuple[str, Factors]],
     *,
     force: bool = False,
+    padded: int = 0,
+    targets: Sequence[str] | str | None = None,
+    card: bool = False,
 ) -> Path:
     """Write an adapter as `like` with other factors, completely or not at all, one layer at a time.
 
@@ -69,13 +73,17 @@ def write(
     Numbers have the type that they have in `like`, and all that belongs to no layer is copied.
 
     In PEFT's format the scales s go into B, so that with one alpha each layer is scaled by alpha / its rank: B ← B · s
-    · r / alpha, with alpha the commonest s · r of `like`, without `alpha_pattern` and rslora, and each layer named in
-    full. In a single file each layer has its own alpha = s · r, or s goes into B where `like` has no alphas.
+    · r / alpha, with alpha the commonest s · r of `like`, without `alpha_pattern` and rslora. In a single file each
+    layer has its own alpha = s · r, or s goes into B where `like` has no alphas.
 
     Args:
         out: a folder; a name that ends in .safetensors where `like` is a single file.
         factors: by layer, in any order; an iterator is read as it is written. The rank may be any.
         force: replace an adapter that is there already.
+        padded: the rank that all layers get, by zeros; 0 for each its own.
+        targets: `target_modules` in PEFT's configuration; without, those of `like` if they are ends of names and no
+            layer is left out, else each layer in full.
+        card: copy the model card too, whose scores are those of `like`.
 
     Raises:
         InputError: something is at `out`, the factors do not fit the layer, nothing is left, or a layer would be left
@@ -86,7 +94,7 @@ def write(
     out.parent.mkdir(parents=True, exist_ok=True)
     pairs = factors.items() if isinstance(factors, Mapping) else factors
     configs = single_file.configurations(like.path, like.tensors.metadata) if like.config is None else {}
-    alphas = _alphas(like)
+    alphas = _alphas(like, padded)
     ranks: dict[str, int] = {}
 
     def alpha(name: str, s: float, rank: int) -> float:
@@ -95,10 +103,10 @@ def write(
         if like.config is not None or model is not None:
             return alphas[model]
         kind = like.tensors.dtype.get(layer.parts.get("alpha", "")) if layer else torch.float32
-        return rank if kind is None else float(torch.tensor(s * rank, dtype=kind))
+        return rank if kind is None else float(torch.tensor(alphas[None] if padded else s * rank, dtype=kind))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from _tensors(like, pairs, alpha, ranks)
+        yield from _tensors(like, pairs, padded, alpha, ranks)
         if not ranks:
             raise InputError(f"{out}: no layer would have any rank; allow more")
 
@@ -111,10 +119,15 @@ def write(
         new = temporary / "adapter"
         new.mkdir()
         for file in sorted(like.path.iterdir()):
-            if COPIED.fullmatch(file.name) and file.name not in OWN and file.is_file():
+            own = file.name in OWN or (file.name == CARD and not card)
+            if COPIED.fullmatch(file.name) and not own and file.is_file():
                 shutil.copyfile(file, new / file.name)
         write_tensors(new / WEIGHTS, tensors(), lambda: {"format": "pt"})
-        config = peft_folder.compact(like.config, ranks, alphas[None])
+        if targets is None and ranks.keys() == like.layers.keys():
+            targets = peft_folder.own_targets(like.config)
+        same = ranks == {name: layer.rank for name, layer in like.layers.items()}
+        begun = like.config if same else peft_folder.begun_anew(like.config)
+        config = peft_folder.compact(begun, ranks, alphas[None], targets)
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         replace_folder(out, new)
     return out
@@ -155,22 +168,23 @@ def check_free(out: Path, like: StoredAdapter, force: bool) -> None:
         raise InputError(f"{out}: holds something else than an adapter, which would be lost; give another name")
 
 
-def _alphas(like: StoredAdapter) -> dict[str | None, int]:
+def _alphas(like: StoredAdapter, padded: int = 0) -> dict[str | None, int]:
     """The alpha of all layers, of each model of a pipeline that has a configuration."""
     configs = single_file.configurations(like.path, like.tensors.metadata) if like.config is None else {}
-    return {model: _commonest(like, configs, model) for model in (None, *configs)}
+    return {model: _commonest(like, configs, model, padded) for model in (None, *configs)}
 
 
-def _commonest(like: StoredAdapter, configs: Mapping[str, object], model: str | None) -> int:
+def _commonest(like: StoredAdapter, configs: Mapping[str, object], model: str | None, padded: int) -> int:
     """The commonest s · r, with which most of B need not change; a whole number, as some consumers expect it."""
     own = [layer for name, layer in like.layers.items() if single_file.model_of(name, configs) == model]
-    found = Counter(max(1, round(layer.scale * layer.rank)) for layer in own)
+    found = Counter(max(1, round(layer.scale * (padded or layer.rank))) for layer in own)
     return found.most_common(1)[0][0] if found else 1
 
 
 def _tensors(
     like: StoredAdapter,
     pairs: Iterable[tuple[str, Factors]],
+    padded: int,
     alpha: Callable[[str, float, int], float],
     ranks: dict[str, int],
 ) -> Iterator[tuple[str, Tensor]]:
@@ -179,21 +193,34 @@ def _tensors(
         layer = like.layers.get(name)
         if layer is not None and (layer.fixed or layer.size != (new.A.shape[1], new.B.shape[0])):
             raise InputError(f"{like.path}: {name} is {layer.size[::-1]}, but its new factors are not")
-        if not new.rank:
+        rank = max(padded, new.rank)
+        if not rank:
             if extra := layer and layer.parts.keys() - {"A", "B", "alpha"}:
                 raise InputError(f"{like.path}: {name} has a {min(extra)} besides A and B, so its rank cannot be 0")
             continue
-        ranks[name] = new.rank
-        kernel = (len(new.B), new.rank, *(1 for _ in new.kernel))
-        A, B = new.A.reshape(new.rank, -1, *new.kernel), new.B.reshape(kernel)
-        yield from _layer(like, name, {"A": A, "B": B}, new, alpha(name, new.scale, new.rank))
+        ranks[name] = rank
+        A, B = pad(new.A, 0, rank).reshape(rank, -1, *new.kernel), pad(new.B, 1, rank)
+        B = B.reshape(*B.shape, *(1 for _ in new.kernel))
+        yield from _layer(like, name, {"A": A, "B": B}, new, alpha(name, new.scale, rank))
     for name, layer in like.layers.items():
         if layer.fixed:
-            ranks[name] = layer.rank
             old = {part: like.tensor(layer.parts[part]) for part in ("A", "B")}
-            yield from _layer(like, name, old, layer, alpha(name, layer.scale, layer.rank))
+            if padded > layer.rank:
+                if layer.kernel:
+                    raise InputError(f"{like.path}: the rank of {name} cannot change: {layer.fixed}")
+                old = {"A": pad(old["A"], 0, padded), "B": pad(old["B"], 1, padded)}
+            ranks[name] = len(old["A"])
+            yield from _layer(like, name, old, layer, alpha(name, layer.scale, ranks[name]))
     for key in like.others:
         yield key, like.tensor(key)
+
+
+def pad(factor: Tensor, dim: int, rank: int) -> Tensor:
+    """A factor with zeros up to `rank` units along the dimension that has them."""
+    if factor.shape[dim] == rank:
+        return factor
+    shape = [rank - size if place == dim else size for place, size in enumerate(factor.shape)]
+    return torch.cat([factor, factor.new_zeros(shape)], dim)
 
 
 def _layer(
@@ -209,14 +236,14 @@ def _layer(
             key, kind = peft_folder.key(name, part, new.embedding), value.dtype
         else:
             key, kind = name + first.parts[part].removeprefix(first_name), value.dtype
-        yield key, _scaled(value, 1 if part == "A" else new.scale * new.rank / alpha, kind)
+        yield key, _scaled(value, 1 if part == "A" else new.scale * len(factors["A"]) / alpha, kind)
     parts = layer.parts if layer is not None else {"alpha": f"{name}.alpha"} if "alpha" in first.parts else {}
     for part in [each for each in parts if each not in factors]:
         if part == "alpha":
             yield parts[part], torch.tensor(alpha, dtype=like.tensors.dtype.get(parts[part], torch.float32))
         elif part == "bias":  # of B, and scaled as B is
             assert layer is not None
-            yield parts[part], like.tensor(parts[part]) * (layer.scale * new.rank / alpha)
+            yield parts[part], like.tensor(parts[part]) * (layer.scale * len(factors["A"]) / alpha)
         else:
             yield parts[part], like.tensor(parts[part])
 

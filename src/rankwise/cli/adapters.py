@@ -136,3 +136,30 @@ def merge(
             force=force,
         )
     show_json(done.as_json()) if as_json else show(done.text())
+
+
+@app.command()
+def export(
+    adapter: Adapter,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="OUT", help="a new folder; a .safetensors file for diffusers")
+    ],
+    to: Annotated[
+        str,
+        typer.Option("--for", metavar="PROGRAM", help="peft, vllm, sglang, tgi, llama.cpp, diffusers, or portable"),
+    ] = "portable",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="compare ΔW of each layer, and the outputs in PEFT, with the adapter's")
+    ] = False,
+    push: Annotated[str | None, typer.Option("--push", metavar="REPO", help="put it on the hub as well")] = None,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write an adapter, of anyone's, as a program reads it right, and say which programs do not."""
+    with redirect_stdout(sys.stderr):
+        from rankwise.adapters.export import export_adapter
+
+        done = export_adapter(adapter, out, to, verify=verify, push=push, force=force)
+    show_json(done.as_json()) if as_json else show(done.text())
+    log(f"wrote {out}")

@@ -1,0 +1,129 @@
+"""The layouts of an adapter with several ranks: which of them each consumer reads right is in `consumers`.
+
+`compact` has the scales in B and `rank_pattern`; it is what `stored.write` writes. `portable` has one rank for all
+layers, padded with zeros, and no pattern: it also has the layers of rank 0, since its targets are ends of names.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from rankwise.adapters.consumers import portable_rank
+from rankwise.adapters.layers import Factors, Layer, StoredAdapter, in_order
+from rankwise.adapters.stored import write
+from rankwise.errors import InputError
+from rankwise.ranks.layers import weight_layer
+
+Layout = Literal["compact", "portable"]
+
+
+def compact(out: Path, like: StoredAdapter, *, force: bool = False, targets: str | None = None) -> Path:
+    """Write `like` with the scales in B. Raises as `write` does.
+
+    Args:
+        targets: the pattern of its layers' names where a list of names would mean others too.
+    """
+    same = ((name, like.factors(name)) for name in like.names)
+    return write(out, like, same, force=force, targets=targets, card=True)
+
+
+def portable(
+    out: Path, like: StoredAdapter, modules: Mapping[str, Layer] | None = None, *, force: bool = False
+) -> Path:
+    """Write `like` with one rank for all layers.
+
+    Args:
+        modules: the layers of the base model that the targets of the new adapter mean, as `targeted` has them; without,
+            those that the adapter's own layers have next to them (`neighbours`).
+
+    Raises:
+        InputError: as `write`, or a layer cannot be padded.
+    """
+    rank, ends = max(layer.rank for layer in like.layers.values()), None
+    if like.config is None:
+        modules = {}
+    else:
+        modules = neighbours(like) if modules is None else modules
+        rank, ends = portable_rank(rank), ends_of(like)
+    if strange := [name for name in like.layers if modules and name not in modules]:
+        raise InputError(f"{like.path}: adapts {strange[0]}, which its base model does not have")
+    kind = _dtype(like)
+
+    def factors() -> Iterator[tuple[str, Factors]]:
+        for name in like.names:
+            yield name, like.factors(name)
+        for name in sorted(modules.keys() - like.layers.keys(), key=in_order):
+            (inputs, outputs), layer = modules[name].size, modules[name]
+            A, B = torch.zeros(0, inputs, dtype=kind), torch.zeros(outputs, 0, dtype=kind)
+            yield name, Factors(A, B, 1.0, layer.kernel, layer.embedding)
+
+    return write(out, like, factors(), force=force, padded=rank, targets=ends, card=True)
+
+
+def ends_of(like: StoredAdapter) -> list[str]:
+    """The last parts of the names of the adapted layers, with the part before a number, as in `to_out.0`."""
+    found = (re.search(r"[^.]+(?:\.\d+)*$", re.sub(r"\.base_layer\..*", "", name)) for name in like.layers)
+    return sorted({each.group() for each in found if each})
+
+
+def targeted(base: nn.Module, config: Mapping[str, Any], ends: Sequence[str], where: Path) -> dict[str, Layer]:
+    """The layers of a base model that PEFT adapts where `target_modules` is `ends`.
+
+    Args:
+        base: the model, with an adapter on it or not; its weights are not looked at.
+
+    Raises:
+        InputError: an end is the name of something that PEFT cannot adapt.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+
+    options = LoraConfig(target_modules=[*ends], modules_to_save=config.get("modules_to_save"))
+    inner = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, BaseTunerLayer))
+    found = {}
+    for name, module in base.named_modules():
+        if name.startswith(inner) or not bool(check_target_module_exists(options, name)):
+            continue
+        layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        if isinstance(layer, nn.Embedding):
+            found[name] = Layer({}, 1.0, 0, (layer.num_embeddings, layer.embedding_dim), (), True)
+        elif (weight := weight_layer(layer)) and getattr(layer, "groups", 1) == 1:
+            found[name] = Layer({}, 1.0, 0, weight.features, tuple(getattr(layer, "kernel_size", ())))
+        else:
+            raise InputError(
+                f"{where}: one rank for all would need an adapter on {name}, a {type(layer).__name__} whose name "
+                "ends as that of an adapted layer: use the layout compact"
+            )
+    return found
+
+
+def neighbours(like: StoredAdapter) -> dict[str, Layer]:
+    """The adapted layers, and those that must be next to them: what layer 3 has, layers 0 to the last have too."""
+    numbers: dict[str, set[tuple[int, ...]]] = {}
+    forms: dict[str, Layer] = {}
+    for name, layer in like.layers.items():
+        form, own = re.sub(r"\.\d+(?=\.)", ".*", name), tuple(map(int, re.findall(r"\.(\d+)(?=\.)", name)))
+        forms.setdefault(form, layer)
+        numbers.setdefault(form.rpartition("*")[0], set()).add(own)
+    found = dict(like.layers)
+    for form, layer in forms.items():
+        for own in _filled(numbers[form.rpartition("*")[0]]):
+            parts = iter(own)
+            found.setdefault(re.sub(r"\*", lambda _: str(next(parts)), form), layer)  # noqa: B023
+    return found
+
+
+def _filled(numbers: set[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+    """The tuples, and those between them that differ in the last number alone."""
+    for first, group in groupby(sorted(numbers), key=lambda each: each[:-1]):
+        last = [each[-1] for each in group if each]
+        yield from (((*first, number) for number in range(max(last) + 1)) if last else [()])
+
+
+def _dtype(like: StoredAdapter) -> torch.dtype:
+    return like.tensors.dtype[next(iter(like.layers.values())).parts["A"]]

@@ -1,0 +1,253 @@
+"""Adapters written for other programs, checked, and put on the hub."""
+
+import base64
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import models
+import rankwise as rw
+from models import stirred
+from rankwise.adapters.consumers import CONSUMERS
+from rankwise.adapters.export import TARGETS
+from rankwise.adapters.stored import stored
+from rankwise.adapters.verify import verified
+from rankwise.cli import app
+from rankwise.ranks import ranks
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """The folders of a Llama and of an adapter as PEFT writes it, with several ranks and scales and an empty layer."""
+    folder = tmp_path_factory.mktemp("mixed")
+    base = models.write_llama(folder / "base")
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules=["layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"],
+        rank_pattern={"v_proj": 2},
+        alpha_pattern={"layers.0.self_attn.q_proj": 3},
+        task_type="CAUSAL_LM",
+    )
+    stirred(get_peft_model(models.llama(base), config)).save_pretrained(folder / "adapter", save_embedding_layers=False)
+    return folder / "adapter"
+
+
+def delta(adapter, name):
+    factors = adapter.factors(name)
+    return factors.scale * factors.B @ factors.A
+
+
+@pytest.mark.parametrize("to", [name for name in TARGETS if name != "diffusers"])
+def test_what_is_written_is_the_same_adapter(to, mixed, tmp_path):
+    done = rw.export_adapter(mixed, tmp_path / "out", to)
+    like, written = stored(mixed), stored(tmp_path / "out")
+    for name in like.names:
+        assert torch.allclose(delta(written, name), delta(like, name), atol=1e-6)
+    assert done.layout == TARGETS[to] and not done.notes and done.verified is None
+    assert done.as_json()["ranks"] == ([2, 4] if done.layout == "compact" else [8, 8])
+    assert len(done.ranks) == (3 if done.layout == "compact" else 4)
+    wrong = {c.name for c in done.not_served if c.reads(done.layout) == "wrong"}
+    assert ("vLLM up to 0.31" in wrong) == (done.layout == "compact")
+    assert done.max_lora_rank == 8 and "vLLM: --max-lora-rank 8" in done.text()
+    with pytest.raises(rw.InputError, match="is there already"):
+        rw.export_adapter(mixed, tmp_path / "out", to)
+    rw.export_adapter(mixed, tmp_path / "out", to, force=True)
+
+
+def test_every_consumer_of_files_of_peft_has_a_target():
+    assert {c.target for c in CONSUMERS} - {"mlx", "hotswap"} <= TARGETS.keys()
+    for consumer in CONSUMERS:
+        if consumer.target in TARGETS and consumer.target != "diffusers" and "up to" not in consumer.name:
+            assert consumer.reads(TARGETS[consumer.target]) == "right"
+
+
+def test_the_base_model_that_cannot_be_looked_at_is_said(mixed, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    config = json.loads((mixed / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "gone")
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    (copy / "adapter_model.safetensors").write_bytes((mixed / "adapter_model.safetensors").read_bytes())
+    done = rw.export_adapter(copy, tmp_path / "out")
+    assert "its base model could not be looked at" in done.text() and len(done.ranks) == 4
+
+
+def test_an_adapter_of_one_rank_on_all_layers_of_a_name_is_read_by_more(tmp_path):
+    model = models.adapted(rank=8)
+    rw.save(model, tmp_path / "a")
+    assert "vLLM up to 0.31" not in rw.export_adapter(tmp_path / "a", tmp_path / "b", "peft").text()
+    rw.resize(model, dict.fromkeys(ranks(model), 4))
+    rw.save(model, tmp_path / "c")
+    text = rw.export_adapter(tmp_path / "c", tmp_path / "d", "peft").text()
+    assert "TGI and LoRAX" in text and "vLLM up to 0.31" not in text
+
+
+def test_diffusers_gets_one_file_of_one_rank_without_alphas(tmp_path):
+    class Transformer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            block = {"to_q": torch.nn.Linear(4, 4), "proj": torch.nn.Conv2d(4, 4, 3)}
+            self.transformer_blocks = torch.nn.ModuleList([torch.nn.ModuleDict(block)])
+
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["to_q", "proj"], rank_pattern={"to_q": 3}, use_rslora=True)
+    stirred(get_peft_model(Transformer(), config)).save_pretrained(tmp_path / "a")
+    with pytest.raises(rw.InputError, match=r"give a name that ends in .safetensors"):
+        rw.export_adapter(tmp_path / "a", tmp_path / "out", "diffusers")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    for kind, prefix in (
+        ("FluxTransformer2DModel", "transformer"),
+        ("UNet2DConditionModel", "unet"),
+        (None, "transformer"),
+    ):
+        config["auto_mapping"] = {"base_model_class": kind} if kind else None
+        (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+        done = rw.export_adapter(tmp_path / "a", tmp_path / "b.safetensors", "diffusers", verify=True, force=True)
+        assert max(done.verified.layers.values()) < 1e-6 and done.verified.logits is None
+        found, like = load_file(tmp_path / "b.safetensors"), stored(tmp_path / "a")
+        assert len(found) == 4 and {key.partition(".")[0] for key in found} == {prefix}
+        for name in like.names:  # scale 1, which is what it means without alpha
+            A, B = (found[f"{prefix}.{name}.lora_{part}.weight"] for part in "AB")
+            assert len(A) == 3 and torch.allclose(B.flatten(1) @ A.flatten(1), delta(like, name), atol=1e-6)
+    config["auto_mapping"] = {"base_model_class": "LlamaModel"}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(rw.InputError, match="adapts LlamaModel that is no model of diffusers' pipelines"):
+        rw.export_adapter(tmp_path / "a", tmp_path / "c.safetensors", "diffusers")
+
+
+def test_a_file_of_kohyas_gets_one_rank_and_goes_to_no_language_model(tmp_path):
+    A, B = torch.randn(2, 2, 4), torch.randn(2, 4, 2)
+    tensors = {
+        **{f"lora_unet_{n}.lora_down.weight": A[n] for n in range(2)},
+        **{f"lora_unet_{n}.lora_up.weight": B[n] for n in range(2)},
+        **{f"lora_unet_{n}.alpha": torch.tensor(1.0 + n) for n in range(2)},
+        "lora_unet_2.lora_down.weight": torch.ones(3, 4),
+        "lora_unet_2.lora_up.weight": torch.ones(4, 3),
+        "lora_unet_2.alpha": torch.tensor(3.0),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    for to in ("portable", "diffusers"):
+        done = rw.export_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", to, verify=True, force=True)
+        found = load_file(tmp_path / "b.safetensors")
+        assert {*done.ranks.values()} == {3} and len({float(found[f"lora_unet_{n}.alpha"]) for n in range(3)}) == 1
+        for n in range(2):
+            assert torch.allclose(
+                delta(stored(tmp_path / "b.safetensors"), f"lora_unet_{n}"), (1 + n) / 2 * B[n] @ A[n]
+            )
+    for to in ("vllm", "peft", "llama.cpp"):
+        with pytest.raises(rw.InputError, match="diffusion pipelines, which"):
+            rw.export_adapter(tmp_path / "a.safetensors", tmp_path / "c.safetensors", to)
+    with pytest.raises(rw.InputError, match="'lorax' is not known: give one of portable, vllm"):
+        rw.export_adapter(tmp_path / "a.safetensors", tmp_path / "c.safetensors", "lorax")
+
+
+def test_a_wrong_adapter_is_found(mixed, tmp_path):
+    rw.export_adapter(mixed, tmp_path / "a", "peft")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_B" in name)
+    save_file({**tensors, name: tensors[name] * 1.001}, file)
+    with pytest.raises(rw.InputError, match=r"ΔW of .*_proj differs by 1.0e-03 of itself"):
+        verified(stored(mixed), stored(tmp_path / "a"), logits=False)
+    rw.export_adapter(mixed, tmp_path / "b", "portable")
+    file = tmp_path / "b" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    empty = next(name for name, value in tensors.items() if "lora_B" in name and not value.any())
+    save_file({**tensors, empty: tensors[empty] + 1}, file)
+    with pytest.raises(rw.InputError, match="which .* does not"):
+        verified(stored(mixed), stored(tmp_path / "b"), logits=False)
+
+
+@pytest.mark.large
+def test_outputs_are_compared_in_stock_peft(mixed, tmp_path):
+    done = CliRunner().invoke(app, ["export", str(mixed), "-o", str(tmp_path / "out"), "--verify", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)["verified"]
+    assert found["logits"][0] < 1e-5 < found["logits"][1] and not found["why"]
+    config = json.loads((mixed / "adapter_config.json").read_text()) | {
+        "base_model_name_or_path": str(tmp_path / "gone")
+    }
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "out" / "adapter_model.safetensors").write_bytes((mixed / "adapter_model.safetensors").read_bytes())
+    text = rw.export_adapter(tmp_path / "out", tmp_path / "again", "peft", verify=True).text()
+    assert "outputs were not compared: " in text and "gone" in text
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as takes a new repository with files in it."""
+
+    files: dict[str, bytes] = {}
+    refused = False
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.refused or self.headers["Authorization"] != "Bearer hf_token":
+            return self.answer({"error": "no such rights"}, 403)
+        if self.path == "/api/repos/create":
+            name = json.loads(body)
+            return self.answer({"url": f"http://{self.headers['Host']}/someone/{name['name']}"})
+        if self.path.endswith("/preupload/main"):
+            files = [
+                {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for each in json.loads(body)["files"]
+            ]
+            return self.answer({"files": files})
+        if self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return self.answer({"commitUrl": f"http://{self.headers['Host']}/someone/it/commit/1", "commitOid": "1"})
+        return self.answer({}, 200)
+
+    def do_GET(self):
+        self.answer({"id": "someone/it", "sha": "1", "siblings": []})
+
+    def answer(self, content, status=200):
+        text = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the hub on this machine."""
+    from huggingface_hub import constants, hf_api
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(hf_api, "ENDPOINT", address, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    yield address
+    server.shutdown()
+    server.server_close()
+
+
+def test_what_is_written_goes_to_the_hub(hub, mixed, tmp_path):
+    Hub.files = {}
+    done = rw.export_adapter(mixed, tmp_path / "out", push="someone/it")
+    assert f"on the hub: {hub}/someone/it" in done.text()
+    assert Hub.files.keys() == {path.name for path in (tmp_path / "out").iterdir()}
+    assert all(Hub.files[path.name] == path.read_bytes() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_hub_that_refuses_is_one_line_and_leaves_the_files(hub, mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(Hub, "refused", True)
+    with pytest.raises(rw.InputError, match="someone/it: the hub does not take it, but .*out is written") as caught:
+        rw.export_adapter(mixed, tmp_path / "out", push="someone/it")
+    assert "\n" not in str(caught.value) and stored(tmp_path / "out").names

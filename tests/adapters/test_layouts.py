@@ -1,0 +1,187 @@
+"""Layouts of saved adapters: the same model in stock PEFT, and in programs that know less than PEFT."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import models
+import rankwise as rw
+import stock_peft
+from models import stirred
+from rankwise.adapters.layouts import compact, neighbours, portable, targeted
+from rankwise.adapters.stored import stored
+from rankwise.ranks import ranks, sites
+
+
+def searched(shape):
+    """An adapter with several ranks, an empty layer and a search that is still on."""
+    method = rw.SimplexLoRA(rank=3, every=2, times=2, omega_rate=50.0)
+    torch.manual_seed(1)
+    model = method.attach(models.model(shape), head=models.head(shape))
+    models.train(model, rw.SimplexAdam(method, model, lr=1e-2), 3)
+    names = list(ranks(model))
+    rw.resize(model, {names[0]: 0, names[1]: 1, names[2]: 5})
+    return model
+
+
+def as_simple_programs_do(folder):
+    """ΔW of each layer as a program computes it that reads lora_alpha and the factors, and no pattern.
+
+    llama.cpp divides lora_alpha by the rank of the tensor, others by r.
+    """
+    config, tensors = (
+        json.loads((folder / "adapter_config.json").read_text()),
+        load_file(folder / "adapter_model.safetensors"),
+    )
+    found = {}
+    for key, A in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            B = tensors[key.replace("lora_A", "lora_B")]
+            product = B.flatten(1) @ A.flatten(1)
+            found[key] = (config["lora_alpha"] / config["r"] * product, config["lora_alpha"] / len(A) * product)
+    return config, found
+
+
+@pytest.mark.parametrize("shape", models.SHAPES)
+def test_both_layouts_are_the_same_model_in_stock_peft(shape, tmp_path):
+    model = searched(shape)
+    expected = models.logits(model)
+    for layout in ("compact", "portable"):
+        rw.save(model, tmp_path / layout, layout=layout)
+    stock_peft.agrees(
+        models.model(shape), models.batch(), {tmp_path / each: expected for each in ("compact", "portable")}, tmp_path
+    )
+    folded = stored(tmp_path / "compact")
+    config, portable_factors = as_simple_programs_do(tmp_path / "portable")
+    assert config["rank_pattern"] == config["alpha_pattern"] == {} and config["r"] == 8
+    assert all(each.count(".") <= 1 for each in config["target_modules"])
+    assert len(portable_factors) == len(sites(model)) > len(folded.layers)  # with the empty ones
+    _, compact_factors = as_simple_programs_do(tmp_path / "compact")
+    for name in folded.names:
+        factors, key = folded.factors(name), f"base_model.model.{name}.lora_A.weight"
+        delta = factors.scale * factors.B @ factors.A
+        for by_r in (*portable_factors[key], compact_factors[key][1]):
+            assert torch.allclose(by_r, delta, atol=1e-6)
+
+
+def test_an_adapter_of_one_rank_stays_as_peft_writes_it(tmp_path):
+    model = models.adapted()
+    model.save_pretrained(tmp_path / "peft")
+    rw.save(model, tmp_path / "ours")
+    ours, theirs = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("ours", "peft"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    ours, theirs = (json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("ours", "peft"))
+    for config in (ours, theirs):
+        config["target_modules"] = sorted(config["target_modules"])
+        del config["task_type"]
+    assert ours == theirs
+
+
+class Nested(nn.Module):
+    """Names that end alike, and one that ends in a number."""
+
+    def __init__(self, kind=nn.Linear):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            [nn.ModuleDict({"to_out": nn.Sequential(nn.Linear(4, 4), nn.ReLU())}) for _ in range(3)]
+        )
+        self.draft = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"to_out": nn.Sequential(kind(4, 4))})])})
+
+    def forward(self, x):
+        for block in (*self.blocks, *self.draft["blocks"]):
+            x = x + block["to_out"](x.long() if isinstance(block["to_out"][0], nn.Embedding) else x)
+        return x
+
+
+def test_layers_with_a_number_for_a_name_and_others_of_their_name(tmp_path):
+    config = LoraConfig(r=2, target_modules=r"blocks\.[02]\.to_out\.0")
+    torch.manual_seed(0)
+    base = Nested()
+    model = stirred(get_peft_model(base, config)).eval()
+    expected = model(torch.ones(1, 4))
+    rw.save(model, tmp_path / "portable", layout="portable")
+    config = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["to_out.0"]
+    found = stored(tmp_path / "portable")
+    assert found.names == [*(f"blocks.{n}.to_out.0" for n in range(3)), "draft.blocks.0.to_out.0"]
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(Nested(), tmp_path / "portable").eval()
+    assert torch.allclose(again(torch.ones(1, 4)), expected, atol=1e-6)
+
+    torch.manual_seed(0)
+    other = stirred(get_peft_model(Nested(nn.Embedding), LoraConfig(r=2, target_modules=r"blocks\.[02]\.to_out\.0")))
+    rw.save(other, tmp_path / "embedding", layout="portable")
+    assert stored(tmp_path / "embedding").layers["draft.blocks.0.to_out.0"].embedding
+
+
+def test_a_layer_that_cannot_be_padded_is_named(tmp_path):
+    class Groups(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (
+                nn.ModuleDict({"conv": nn.Conv2d(4, 4, 1)}),
+                nn.ModuleDict({"conv": nn.Conv2d(4, 4, 1, groups=2)}),
+            )
+
+    model = get_peft_model(Groups(), LoraConfig(r=2, target_modules=["a.conv"]))
+    with pytest.raises(rw.InputError, match=r"would need an adapter on b.conv, a Conv2d whose name ends as"):
+        rw.save(model, tmp_path / "out", layout="portable")
+    model = get_peft_model(Groups(), LoraConfig(r=2, target_modules=["a.conv"]))
+    with pytest.raises(rw.InputError, match="layout is 'flat', but must be one of compact, portable"):
+        rw.save(model, tmp_path / "out", layout="flat")
+    assert not (tmp_path / "out").exists()
+
+
+def test_variants_that_are_more_than_factors_keep_pefts_layout(tmp_path):
+    model = stirred(
+        get_peft_model(models.model("llama"), LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"))
+    )
+    expected = models.logits(model.eval())
+    rw.save(model, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["init_lora_weights"] == "pissa"
+    assert torch.allclose(
+        models.logits(rw.load(models.model("llama"), tmp_path / "adapter").eval()), expected, atol=1e-5
+    )
+    with pytest.raises(rw.InputError, match="cannot be written as portable: its start, pissa, is subtracted"):
+        rw.save(model, tmp_path / "portable", layout="portable")
+
+
+def test_without_the_model_the_layers_next_to_each_other_are_filled_in(tmp_path):
+    model = searched("llama")
+    rw.save(model, tmp_path / "compact")
+    rw.save(model, tmp_path / "portable", layout="portable")
+    like, whole = stored(tmp_path / "compact"), stored(tmp_path / "portable")
+    portable(tmp_path / "filled", like)
+    filled = stored(tmp_path / "filled")
+    assert filled.tensors.shape == whole.tensors.shape
+    for name in filled.names:
+        one, other = filled.factors(name), whole.factors(name)
+        assert torch.allclose(one.scale * one.B @ one.A, other.scale * other.B @ other.A, atol=1e-6)
+    assert neighbours(like).keys() == whole.layers.keys()
+    base = models.model("llama")
+    assert targeted(base, {}, ["q_proj", "v_proj"], tmp_path).keys() == {
+        name for name, _ in base.named_modules() if name.endswith(("q_proj", "v_proj"))
+    }
+    compact(tmp_path / "again", whole)
+    assert torch.allclose(
+        models.logits(rw.load(models.model("llama"), tmp_path / "again").eval()), models.logits(model.eval()), atol=1e-5
+    )
+
+
+def test_neighbours_of_experts_and_of_blocks_that_are_missing_altogether(tmp_path):
+    names = ["model.layers.0.mlp.experts.1.up", "model.layers.3.attn.q", "model.layers.3.mlp.experts.0.up", "lm_head"]
+    tensors = {}
+    for name in names:
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(2, 4)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(6, 2)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    assert neighbours(stored(tmp_path)).keys() == {
+        *names,
+        "model.layers.0.mlp.experts.0.up",
+        *(f"model.layers.{n}.attn.q" for n in range(4)),
+    }
