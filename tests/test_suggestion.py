@@ -113,7 +113,7 @@ def test_stock_peft_adds_the_suggested_ranks(tmp_path: Path, kind: str, more) ->
 
 
 @pytest.mark.large
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:The following rank_pattern keys")  # PEFT's, of experts
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:The following .*_pattern keys")  # PEFT's, of experts
 def test_stock_peft_adds_the_suggested_ranks_in_every_family(tmp_path: Path) -> None:
     checked = 0
     for kind, model in models.every_model(transformers.AutoModelForCausalLM, models.WRITERS):
@@ -189,14 +189,14 @@ def test_the_folder_is_an_untrained_adapter_of_these_ranks(tmp_path: Path) -> No
         torch.cat([site.A.detach().flatten() for site in sites(each)]) for each in (model, added(llama, found.config))
     )
     assert started.std().item() == pytest.approx(fresh.std().item(), rel=0.1)
-    assert (tmp_path / "start.svg").read_text().startswith("<?xml")
+    assert found.save_picture(tmp_path / "plans.svg").read_text().startswith("<?xml")
 
 
 def test_what_is_written_next_to_the_file(tmp_path: Path) -> None:
     found = searched(llama, tmp_path, agreed, 3 * costs_of(llama, **WRITES), **WRITES)
     out = tmp_path / "new" / "lora.json"
     found.write(out)
-    assert sorted(path.name for path in out.parent.iterdir()) == ["lora.axolotl.yaml", "lora.json", "lora.svg"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["lora.axolotl.yaml", "lora.json"]
     assert json.loads(out.read_text()) == found.config
     taken = yaml.safe_load(out.with_suffix(".axolotl.yaml").read_text())
     assert taken["lora_rank_pattern"] == found.config["rank_pattern"] and taken["lora_r"] == found.config["r"]
@@ -360,7 +360,7 @@ def test_on_minilm_two_seeds_agree(settings, tmp_path: Path, cli) -> None:
     file.write_text(yaml.safe_dump(given))
     code, text, err = cli("suggest", file, "--budget", 340_000, "--steps", 30, "--jobs", 1, "-o", out)
     assert code == 0, err
-    assert "the two agree" in text and "no evidence" not in text
+    assert "the two agree on where rank is used" in text and "no evidence" not in text
     config = json.loads(out.read_text())
     assert config["rank_pattern"] and config["alpha_pattern"].keys() == config["rank_pattern"].keys()
     again = rw.suggest(given, budget=340_000, steps=30, out=tmp_path / "again.json")  # what is there is read

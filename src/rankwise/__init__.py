@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rankwise.adapter_view import adapter_ranks
     from rankwise.adapters import load, save
     from rankwise.adapters.export import export_adapter
-    from rankwise.api import compare, data, evaluate, predict, report, retry, suggest, task, train
+    from rankwise.api import compare, data, evaluate, predict, report, retry, shrink, suggest, task, train
     from rankwise.errors import InputError
     from rankwise.merging import merge
     from rankwise.methods.adalora import AdaLoRA

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rankwise.answering import Predicted
     from rankwise.data_view import View
     from rankwise.scoring import Evaluated
+    from rankwise.shrinking import Shrunk
     from rankwise.suggestion import Suggestion
     from rankwise.sweep.check import Source
     from rankwise.sweep.plan import One, Plan
@@ -265,6 +266,33 @@ def data(config: Source | None = None, settings: Settings = (), *, row: int | No
     from rankwise.data_view import View
 
     return View.of(config, overrides(settings, None), row)
+
+
+def shrink(
+    adapter: Path | str,
+    data: Source | None = None,
+    settings: Settings = (),
+    *,
+    tolerance: float,
+    out: Path | str,
+    heal: int = 0,
+    force: bool = False,
+) -> Shrunk:
+    """The smallest adapter whose score on held-out rows is not worse than the given one's by more than `tolerance`.
+
+    Args:
+        adapter: the folder of a PEFT adapter, or of a run.
+        data: model and data, as for `train`; those of the run when absent. `settings` win over them.
+        tolerance: in units of the task's main metric.
+        out: folder to write; `force` replaces an adapter there.
+        heal: optimizer steps for which each cut is trained on.
+    """
+    _check_readable(data)
+    from rankwise.shrinking import Asked
+    from rankwise.shrinking import shrink as carry_out
+
+    asked = Asked.of(Path(adapter), data, overrides(settings, None), tolerance, heal, Path(out))
+    return carry_out(asked, force)
 
 
 def suggest(

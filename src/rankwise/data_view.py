@@ -12,11 +12,10 @@ from rankwise import tasks
 from rankwise.errors import InputError
 from rankwise.results import seen as results
 from rankwise.results.formats import plain
-from rankwise.runs import run_file
 from rankwise.runs.data import Seen, SeenRow, SeenSplit
 from rankwise.settings import Experiment, RunConfig, complete, load
 from rankwise.settings.yaml_files import quoted
-from rankwise.sweep.check import Source, schema
+from rankwise.sweep.check import Source, load_one, schema
 from rankwise.tasks import Evaluation, subset
 from rankwise.train import model as models
 
@@ -82,9 +81,7 @@ class View:
 def _config(source: Source | None, settings: Sequence[str]) -> RunConfig:
     """The settings of a run, or those that all runs of an experiment share."""
     if isinstance(source, str | Path) and Path(source).is_dir():
-        if settings:
-            raise InputError(f"{settings[0]}: the settings of a run are in its run.yaml and stay as they are")
-        return complete(run_file.load(Path(source)).config, schema())
+        return load_one(source, settings)
     config = load(source, settings, schema())
     if not isinstance(config, Experiment):
         return config

@@ -25,11 +25,11 @@ from rankwise.settings import RunConfig
 from rankwise.settings.load import override
 from rankwise.settings.run import named, put
 from rankwise.sweep.check import load_run
-from rankwise.tasks import Task
+from rankwise.tasks import Evaluation, Scored, Split, Task
 from rankwise.tasks.chat import Conversations
 from rankwise.tasks.custom import Custom, Labelled
 from rankwise.train import model as models
-from rankwise.train.arguments import Loading
+from rankwise.train.arguments import Loading, computing
 from rankwise.train.gguf import is_gguf
 
 CONFIG, DESCRIPTION = ADAPTER[:2]
@@ -141,11 +141,29 @@ class Ready:
         """
         with redirect_stdout(sys.stderr):
             found = Found.of(source)
-            config = _config(found, settings, dataset)
+            config = config_of(found, settings, dataset)
             return _loaded(found, config)
 
+    @classmethod
+    def by(cls, source: str | Path, config: RunConfig) -> "Ready":
+        """The same with the settings of a run, whatever stands beside the adapter."""
+        with redirect_stdout(sys.stderr):
+            return _loaded(Found.of(source), config)
 
-def _config(found: Found, settings: Sequence[str], dataset: str) -> RunConfig:
+    def encoded(self, split: Split) -> Evaluation:
+        """A split, encoded for the model. InputError for rows that it cannot take."""
+        evaluation = Evaluation(split, self.task.encode(split, self.processor, self.config.max_length))
+        self.task.check(self.model, self.processor, evaluation.examples, split.name)
+        return evaluation
+
+    def score(self, evaluation: Evaluation, final: bool) -> Scored:
+        """What the model answers to rows, and how it scores, as at the end of its run."""
+        with computing(self.config):
+            return self.task.evaluate(self.model, evaluation, self.processor, self.config.batch_size, final)
+
+
+def config_of(found: Found, settings: Sequence[str], dataset: str = "") -> RunConfig:
+    """The settings by which it is used. InputError where nothing says what its task is, or where its rows are."""
     data = found.settings()
     for text in settings:
         put(data, *override(text))

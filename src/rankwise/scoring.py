@@ -14,9 +14,8 @@ from rankwise.metrics.bootstrap import Predictions, interval
 from rankwise.metrics.metric import Interval
 from rankwise.ready import Ready
 from rankwise.results.formats import plain, span
-from rankwise.tasks import Evaluation, Split, Task, subset
+from rankwise.tasks import Split, Task, subset
 from rankwise.tasks.base import REFERENCES
-from rankwise.train.arguments import computing
 
 
 @dataclass(frozen=True)
@@ -133,10 +132,7 @@ def _scored(source: str | Path, settings: Sequence[str], file: str | None) -> _S
     metrics: dict[str, float] = {}
     found = []
     for split in splits:
-        evaluation = Evaluation(split, task.encode(split, ready.processor, config.max_length))
-        task.check(ready.model, ready.processor, evaluation.examples, split.name)
-        with computing(config):
-            found.append(task.evaluate(ready.model, evaluation, ready.processor, config.batch_size, final=True))
+        found.append(ready.score(ready.encoded(split), final=True))
         metrics |= found[-1].metrics
     rows = found[0].rows
     words = [f"{len(split.data):,} rows of {split.name}{f' ({split.note})' if split.note else ''}" for split in splits]

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise import methods, tasks
+from rankwise.adapters.cut import spectrum
 from rankwise.adapters.plain import on_part
 from rankwise.adapters.stored import StoredAdapter, stored
 from rankwise.errors import STOPPED, InputError
@@ -35,11 +36,10 @@ from rankwise.ranks import sites
 from rankwise.ranks.knapsack import most_within
 from rankwise.results.agreement import Agreement
 from rankwise.results.formats import plain
-from rankwise.runs import run_file
 from rankwise.runs.store import Store
 from rankwise.settings import RunConfig, complete
 from rankwise.snippets import AXOLOTL, axolotl, snippets
-from rankwise.sweep.check import Source, check_models, load_run, schema
+from rankwise.sweep.check import Source, check_models, load_one, schema
 from rankwise.sweep.compare import carry_out
 from rankwise.sweep.makers import makers, settle
 from rankwise.sweep.runners import Runner
@@ -47,7 +47,7 @@ from rankwise.train import model as models
 from rankwise.train.arguments import Loading
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 STEPS = 100
 """Steps of a search, unless told otherwise."""
@@ -79,12 +79,7 @@ class Wanted:
         Raises InputError for all that a run would refuse, and for a budget that does not allow rank 1 everywhere, or so
         much that there is nothing to choose.
         """
-        if isinstance(source, str | Path) and Path(source).is_dir():
-            if settings:
-                raise InputError(f"{settings[0]}: the settings of a run are in its run.yaml and stay as they are")
-            config = complete(run_file.load(Path(source)).config, schema())
-        else:
-            config = load_run(source, settings)
+        config = load_one(source, settings)
         given = methods.build(config.method)
         scale = given.alpha / given.rank if isinstance(given, LoRA) else SCALE
         options: dict[str, Any] = {}
@@ -129,8 +124,8 @@ class Wanted:
 
 def check_free(out: Path, force: bool) -> None:
     """Raise InputError where `Suggestion.write` would lose something; `force` says that its own files may go."""
-    suffixes = (".json", ".svg", AXOLOTL) if out.suffix == ".json" else ("", ".svg")
-    taken = [path for suffix in suffixes if os.path.lexists(path := out.with_suffix(suffix))]
+    paths = [out, *([out.with_suffix(AXOLOTL)] if out.suffix == ".json" else [])]
+    taken = [path for path in paths if os.path.lexists(path)]
     if taken and not force:
         raise InputError(f"{taken[0]}: is there already; give another name, or --force to replace it")
     if out.suffix != ".json":
@@ -262,8 +257,8 @@ class Suggestion:
     def write(self, out: Path) -> None:
         """Write `config` to `NAME.json`, or to a folder of any other name with an untrained adapter to train on from.
 
-        The picture of both plans comes next to it, and next to the file, for a model that writes text, axolotl's keys.
-        What is there already is replaced; `check_free` is asked beforehand.
+        Next to the file come axolotl's keys, for a model that writes text. What is there already is replaced;
+        `check_free` is asked beforehand.
         """
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.suffix != ".json":
@@ -272,7 +267,6 @@ class Suggestion:
             write_whole(out, json.dumps(self.config, indent=2) + "\n")
             if text := axolotl(self.config, self.parameters):
                 write_whole(out.with_suffix(AXOLOTL), text)
-        write_whole(out.with_suffix(".svg"), svg(self.picture()))
 
     def _write_folder(self, out: Path) -> None:
         with unfinished(out, folder=True) as temporary:
@@ -316,7 +310,8 @@ class Suggestion:
         if self.doubts:
             yield f"no evidence for other than uniform ranks: {'; '.join(self.doubts)}"
         else:
-            yield "the two agree, so these are the ranks of both together:"
+            yield "the two agree on where rank is used, so these are the ranks of both together; only training can say"
+            yield "whether a model scores better with them than with uniform ranks"
         yield ""
         rows, layers, grid = rank_grid(ranks)
         cells = [["" if math.isnan(rank) else f"{rank:.0f}" for rank in row] for row in grid]
@@ -352,20 +347,18 @@ class Suggestion:
             "searches": [str(folder) for folder in self.folders],
         }
 
-    def picture(self) -> "Figure":
-        """The plans of the two searches next to each other."""
+    def save_picture(self, file: Path) -> Path:
+        """Draw the plans of the two searches next to each other, as an SVG file."""
         found = self.agreement
         plans = zip(self.wanted.runs, (found.first, found.second), strict=True)
-        return rank_pictures({f"seed {run.seed}": plan for run, plan in plans}, "Ranks by two searches")
+        titles = {f"seed {run.seed}": plan for run, plan in plans}
+        write_whole(file, svg(rank_pictures(titles, "Ranks by two searches")))
+        return file
 
 
 def _shares(adapter: StoredAdapter) -> dict[str, np.ndarray]:
     """σ² of each unit of rank by layer, (r,), as shares of their sum over all layers."""
-    found = {}
-    for name in adapter.names:
-        factors = adapter.factors(name)
-        RA, RB = (torch.linalg.qr(each.double()).R for each in (factors.A.T, factors.B))
-        found[name] = (factors.scale * torch.linalg.svdvals(RB @ RA.T)).square().numpy()
+    found = {name: spectrum(adapter.factors(name)).gains for name in adapter.names}
     total = sum(each.sum() for each in found.values())
     if not total > 0:
         raise InputError(f"{adapter.path}: the search has learnt nothing: search for more steps")

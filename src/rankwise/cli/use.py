@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from rankwise.cli.options import Debug, Jobs, Json, OneRun, Repeat, Reuse, app, is_setting, source_of
+from rankwise.cli.options import (
+    Debug,
+    Force,
+    Jobs,
+    Json,
+    OneRun,
+    Out,
+    Picture,
+    Repeat,
+    Reuse,
+    Settings,
+    app,
+    is_setting,
+    source_of,
+)
 from rankwise.errors import INTERRUPTED
 from rankwise.terminal import log, show, show_json
 
@@ -18,6 +32,35 @@ Used = Annotated[
     typer.Argument(metavar="ADAPTER|RUN|MODEL", help="what is used, then settings such as task=… (key=value)"),
 ]
 Rows = Annotated[str, typer.Option("--in", metavar="FILE", help="rows: .csv, .jsonl or .parquet; - for stdin")]
+
+
+@app.command()
+def shrink(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER|RUN", help="a PEFT adapter's folder, or a run's")],
+    out: Out,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, metavar="T", help="by how much the task's score may be worse")
+    ],
+    settings: Settings = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="CONFIG.yaml|RUN", help="model and data to score on; by default a run's own"),
+    ] = None,
+    heal: Annotated[int, typer.Option("--heal", min=0, metavar="STEPS", help="train each cut on for so long")] = 0,
+    picture: Picture = None,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Find the smallest adapter that is not worse by more than a tolerance on rows held out, and write it."""
+    with redirect_stdout(sys.stderr):
+        from rankwise import api
+
+        found = api.shrink(adapter, data, settings or [], tolerance=tolerance, out=out, heal=heal, force=force)
+    show_json(found.as_json()) if as_json else show("\n".join(found.lines()))
+    if picture is not None:
+        log(f"picture: {found.save_picture(picture)}")
+    log(f"wrote {out}")
 
 
 @app.command()
@@ -31,7 +74,8 @@ def suggest(
         typer.Option("--out", "-o", metavar="NAME.json|FOLDER", help="a LoraConfig, or an untrained adapter of it"),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="optimizer steps of each of the two searches")] = 100,
-    force: Annotated[bool, typer.Option("--force", help="replace what is there at --out")] = False,
+    picture: Picture = None,
+    force: Force = False,
     jobs: Jobs = None,
     reuse: Reuse = False,
     repeat: Repeat = False,
@@ -49,10 +93,12 @@ def suggest(
     snippets = found.snippets(out) if out else {}
     if as_json:
         show_json({**found.as_json(), "snippets": snippets})
-        return
-    show("\n".join(found.lines()))
-    for trainer, text in snippets.items():
-        show(f"\n{trainer}:\n" + "".join(f"    {line}\n" for line in text.splitlines()).rstrip("\n"))
+    else:
+        show("\n".join(found.lines()))
+        for trainer, text in snippets.items():
+            show("\n".join([f"\n{trainer}:", *(f"    {line}".rstrip() for line in text.splitlines())]))
+    if picture is not None:
+        log(f"picture: {found.save_picture(picture)}")
     if out:
         log(f"wrote {out}")
 

@@ -48,27 +48,39 @@ def interval(score: str, ours: Sequence[Predictions], theirs: Sequence[Predictio
     Returns:
         None if not all are answers to the same examples, and for a metric that the bootstrap cannot draw.
     """
-    given = [*ours, *theirs]
+    found = _summed(score, [*ours, *theirs])
+    if found is None:
+        return None
+    value, counted = found
+    sides = [counted[: len(ours)], counted[len(ours) :]]
+    return paired_bootstrap(value, *sides) if theirs else _interval(value, sides[0])
+
+
+def scored(score: str, answers: Predictions) -> float | None:
+    """The metric `score` of these answers; None where `interval` has none."""
+    found = _summed(score, [answers])
+    return found and float(found[0](found[1][0].sum(axis=0)))
+
+
+def _summed(
+    score: str, given: Sequence[Predictions]
+) -> tuple[Callable[[np.ndarray], np.ndarray], list[np.ndarray]] | None:
+    """The function from sums of statistics to the metric `score`, and the statistics of each of `given`; or None."""
     kind, guess, labels = given[0]
     if not all(
         each.kind == kind and each.values.shape == guess.shape and np.array_equal(labels, each.labels) for each in given
     ):
         return None
     metric = METRICS.get(score, Metric())
-    value, statistics = metric.value if metric.of_any_sum else None, metric.statistics
     if kind == "score":  # whose mean is the metric
-        counted = [np.stack([each.values, np.ones(len(labels))], axis=1) for each in given]
-        value = mean_of_sums
-    elif kind == "statistics":
-        counted = [each.values for each in given]
-    elif statistics is not None:
-        counted = [statistics(each.values, labels) for each in given]
-    else:
+        return mean_of_sums, [np.stack([each.values, np.ones(len(labels))], axis=1) for each in given]
+    if metric.value is None or not metric.of_any_sum:
         return None
-    if value is None:
+    if kind == "statistics":
+        return metric.value, [each.values for each in given]
+    if metric.statistics is None:
         return None
-    sides = [counted[: len(ours)], counted[len(ours) :]]
-    return paired_bootstrap(value, *sides) if theirs else _interval(value, sides[0])
+    return metric.value, [metric.statistics(each.values, labels) for each in given]
 
 
 def paired_bootstrap(

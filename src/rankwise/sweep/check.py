@@ -12,7 +12,7 @@ from rankwise import methods, published, tasks
 from rankwise.errors import InputError
 from rankwise.methods import Method
 from rankwise.named import check_reachable
-from rankwise.runs import grid
+from rankwise.runs import grid, run_file
 from rankwise.settings import Experiment, RunConfig, Schema, complete, load
 from rankwise.sweep.progress import counted
 from rankwise.train import arguments, budget, memory_need, model
@@ -33,6 +33,15 @@ def load_run(source: Source | None, settings: Sequence[str]) -> RunConfig:
         name = _named(source)
         raise InputError(f"{name}: has `vary:`, so it is an experiment: rankwise compare {name}")
     return config
+
+
+def load_one(source: Source | None, settings: Sequence[str]) -> RunConfig:
+    """The settings of one run: those of `load_run`, or of the folder of a run. Raises as `load_run` does."""
+    if not isinstance(source, str | Path) or not Path(source).is_dir():
+        return load_run(source, settings)
+    if settings:
+        raise InputError(f"{settings[0]}: the settings of a run are in its run.yaml and stay as they are")
+    return complete(run_file.load(Path(source)).config, schema())
 
 
 def load_experiment(source: Source, settings: Sequence[str]) -> Experiment:

@@ -1,0 +1,384 @@
+"""The smallest adapter whose score on rows held out is not worse than the given one's by more than a tolerance.
+
+Budgets from one unit of rank up to the whole adapter, each 2^¼ times the one before, are bisected. Each cut is the best
+one within its budget (`adapters.cut`), trained on for some steps where that is asked for, and scored. It passes if the
+95 % interval of its score minus the given one's, by the paired bootstrap over the rows, is within the tolerance; where
+the interval cannot tell, it does not pass. That what is smaller is no better is assumed.
+
+The best of several on some rows looks better on these than it is. So one half of the rows chooses, and the other half,
+on which nothing was chosen, reports.
+
+What has been tried is kept in OUT.partly until the end, from where the same command goes on after a kill.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+import tempfile
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import numpy as np
+from transformers import PrinterCallback, set_seed
+
+from rankwise import tasks
+from rankwise.adapters import save
+from rankwise.adapters.cut import Limit, cut
+from rankwise.adapters.stored import StoredAdapter, check_free, stored
+from rankwise.errors import InputError, need
+from rankwise.files import ADAPTER, read_json, replace_folder, unfinished, write_whole
+from rankwise.methods.lora import LoRA
+from rankwise.metrics import METRICS, Metric, with_direction, worth
+from rankwise.metrics.bootstrap import Predictions, interval, scored
+from rankwise.metrics.metric import Interval
+from rankwise.pictures.style import COLOURS, legend, new_figure, set_title, styled, svg
+from rankwise.processes.stop import Stop, stoppable
+from rankwise.ready import Found, Ready, config_of
+from rankwise.results.formats import plain, size, span
+from rankwise.results.predictions import predictions
+from rankwise.settings import RunConfig
+from rankwise.sweep.check import Source, load_one
+from rankwise.tasks import subset
+from rankwise.train import model as models
+from rankwise.train.arguments import arguments
+from rankwise.train.progress import Plan
+from rankwise.train.trainer import RunTrainer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEP = 2**0.25
+"""Ratio of neighbouring budgets."""
+ROUNDING = 1e-9
+"""What the ends of an interval may be off by."""
+LOOK = "look.json"
+"""Written last into the folder of an adapter that has been tried: its parameters and bytes."""
+PREDICTIONS = "predictions.parquet"
+CONFIG, _, WEIGHTS = ADAPTER[:3]
+
+
+@dataclass(frozen=True)
+class Half:
+    """What an adapter scores on one half of the rows, how far that is above the given one, and the 95 % interval."""
+
+    score: float
+    gap: float
+    interval: Interval
+
+
+@dataclass(frozen=True)
+class Look:
+    """An adapter that has been tried.
+
+    Attributes:
+        budget: parameters that it was allowed. parameters: those of its factors. bytes: of the file with its weights.
+        chosen: on the rows that choose. reported: on the others.
+        passes: whether the interval on the rows that choose is within the tolerance.
+    """
+
+    budget: int
+    parameters: int
+    bytes: int
+    chosen: Half
+    reported: Half
+    passes: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be shrunk, and how.
+
+    Attributes:
+        adapter: the given one. config: model and data.
+        tolerance: by how much the score may be worse. heal: steps for which each cut is trained on.
+        out: the folder to write.
+    """
+
+    adapter: StoredAdapter
+    config: RunConfig
+    tolerance: float
+    heal: int
+    out: Path
+
+    @classmethod
+    def of(
+        cls, path: Path, source: Source | None, settings: Sequence[str], tolerance: float, heal: int, out: Path
+    ) -> "Asked":
+        """`path` is an adapter, or the folder of a run; what stands beside it does in place of `source`.
+
+        Raises InputError where it is not known what to score it on, or the score of some rows is no sum over them.
+        """
+        adapter = stored(path)
+        config = config_of(Found.of(path), settings) if source is None else load_one(source, settings)
+        task = tasks.build(config.task)
+        if not METRICS.get(task.main, Metric()).of_any_sum or not task.main:
+            what = f"{task.main} of some rows is no sum over them" if task.main else f"{task.name} has no score"
+            raise InputError(f"{what}, so adapters cannot be compared by it: choose another metric")
+        if adapter.config is None:
+            raise InputError(f"{path}: is a single file, which PEFT does not load: shrink the folder of a PEFT adapter")
+        return cls(adapter, config, tolerance, heal, out)
+
+    @property
+    def total(self) -> int:
+        """Parameters of the given adapter's factors."""
+        return sum(layer.rank * sum(layer.size) for layer in self.adapter.layers.values())
+
+    @property
+    def budgets(self) -> list[int]:
+        """What may be tried, from the least that leaves any rank to less than all."""
+        fixed = self.total - sum(self.adapter.rank(name) * self.adapter.cost(name) for name in self.adapter.names)
+        least = fixed + min(map(self.adapter.cost, self.adapter.names), default=self.total)
+        found, budget = list[int](), self.total / STEP
+        while budget > least:
+            found.append(int(budget))
+            budget /= STEP
+        return [*([least] if least < self.total else []), *reversed(found)]
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits of all that decides what is found."""
+        found = hashlib.sha256(json.dumps([self.config.id, self.heal]).encode())
+        for file in self.adapter.tensors.files:
+            with file.open("rb") as opened:
+                found.update(hashlib.file_digest(opened, "sha256").digest())
+        found.update(json.dumps(self.adapter.config, sort_keys=True, default=str).encode())
+        return found.hexdigest()[:16]
+
+    def within(self, half: Half) -> bool:
+        """Whether the interval says that the score is not worse by more than the tolerance."""
+        return min(worth(self.metric, end) for end in half.interval) >= -self.tolerance - ROUNDING
+
+    @property
+    def metric(self) -> str:
+        """The score that is compared."""
+        return tasks.build(self.config.task).main
+
+
+def _heal(adapter: Path, config: RunConfig, stop: Stop) -> None:
+    """Train an adapter on, as a run with these settings would, and write its numbers again."""
+    ready = Ready.by(adapter, config)
+    model: Any = ready.model
+    task, method = ready.task, LoRA()
+    model.set_adapter(model.active_adapter)  # which trains it and its head
+    models.train_in_fp32(model)
+    examples = task.encode(subset(task.train(), config.train_rows), ready.processor, config.max_length)
+    steps = config.max_steps or 1
+    plan = Plan(len(examples), config.batch_size, steps, eval_every=steps, checkpoint_every=steps)
+    set_seed(config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RunTrainer(
+            micro_batch=min(config.batch_size, config.micro_batch or config.batch_size),
+            stop=stop,
+            method=method,
+            model=model,
+            args=arguments(Path(folder), config, plan),
+            train_dataset=examples,
+            data_collator=task.collate(model, ready.processor, config.seed),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        healed = save(model, Path(folder) / "adapter")
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(healed / name, adapter / name)
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What has been found.
+
+    Attributes:
+        asked: what was to be shrunk. given: the given adapter.
+        looks: what was tried, the smallest first. best: the smallest that passes; None if none does.
+        rows: how many rows choose, and how many report.
+    """
+
+    asked: Asked
+    given: Look
+    looks: Sequence[Look]
+    best: Look | None
+    rows: tuple[int, int]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the smallest adapter; of the given one's copy if no smaller one passes."""
+        return self.asked.out
+
+    def lines(self) -> Iterator[str]:
+        """The curve of score against bytes, and what was chosen, in words."""
+        asked, metric = self.asked, with_direction(self.asked.metric)
+        choose, report = self.rows
+        yield f"{metric} on {choose:,} rows that choose and {report:,} that report, and the gap to the given adapter"
+        yield ""
+        header = ["parameters", "bytes", asked.metric, "gap", "95 % interval", "reported", "gap", "95 % interval", ""]
+        rows = []
+        for look in [*self.looks, self.given]:
+            halves = (half for each in (look.chosen, look.reported) for half in _cells(each, look is self.given))
+            best = self.best is not None and look.parameters == self.best.parameters
+            verdict = "given" if look is self.given else "chosen" if best else "passes" * look.passes
+            rows.append([f"{look.parameters:,}", size(look.bytes), *halves, verdict])
+        yield plain(header, rows)
+        yield ""
+        within = f"not worse by more than {asked.tolerance:g}"
+        if self.best is None:
+            yield f"no smaller adapter is shown to be {within}; {asked.out} is the given one"
+            if self.looks:
+                most = -min(worth(asked.metric, end) for end in self.looks[-1].chosen.interval)
+                yield f"the largest cut may be worse by {most:.3f}: score on more rows, or allow more"
+            return
+        healed = f", trained on for {asked.heal} steps" if asked.heal else ""
+        yield (
+            f"the smallest that is {within}: {self.best.parameters:,} parameters{healed}, {size(self.best.bytes)} of "
+            f"{size(self.given.bytes)}"
+        )
+        half = self.best.reported
+        yield f"on the rows that did not choose it: {half.gap:+.3f} (95 %: {span(half.interval)})"
+        if not asked.within(half):
+            yield f"these rows alone do not show that it is {within}"
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it as plain data."""
+        return {
+            "folder": str(self.folder),
+            "metric": self.asked.metric,
+            "tolerance": self.asked.tolerance,
+            "heal": self.asked.heal,
+            "rows": {"choose": self.rows[0], "report": self.rows[1]},
+            "given": asdict(self.given),
+            "looks": [asdict(look) for look in self.looks],
+            "best": self.best and asdict(self.best),
+        }
+
+    def save_picture(self, file: Path) -> Path:
+        """Draw score against bytes as an SVG file."""
+        write_whole(file, svg(self.picture()))
+        return file
+
+    @styled
+    def picture(self) -> "Figure":
+        """Score against bytes on both halves of the rows, each with the interval of its gap to the given adapter."""
+        figure, axes = new_figure(3.4)
+        looks = [*self.looks, self.given]
+        for place, name in enumerate(("chosen", "reported")):
+            halves: list[Half] = [getattr(look, name) for look in looks]
+            given: Half = getattr(self.given, name)
+            scores = np.array([half.score for half in halves])
+            ends = np.array([[given.score + end for end in half.interval] for half in halves]).T
+            axes.errorbar(
+                [look.bytes * (1 + 0.03 * place) for look in looks],
+                scores,
+                yerr=np.abs(ends - scores),
+                fmt="os"[place],
+                color=COLOURS[place],
+                capsize=2,
+                label=("rows that choose", "rows that report")[place],
+            )
+        allowed = worth(self.asked.metric, 1.0) * self.asked.tolerance
+        axes.axhline(self.given.chosen.score - allowed, color="#777777", linewidth=0.8, linestyle=":")
+        if self.best is not None:
+            axes.axvline(self.best.bytes, color="#777777", linewidth=0.8)
+        axes.set(xscale="log", xlabel="bytes of the adapter's weights", ylabel=with_direction(self.asked.metric))
+        set_title(axes, f"{self.asked.metric} and size, with 95 % intervals of the gap to the given adapter")
+        legend(figure, axes, "dotted: the least that the tolerance allows; line: what was chosen")
+        return figure
+
+
+def shrink(asked: Asked, force: bool = False) -> Shrunk:
+    """Try budgets until the smallest that passes is known, and write it to `asked.out`, complete or not at all.
+
+    What an earlier call with the same adapter, data and settings has tried is used again. Raises SystemExit(75) at
+    SIGTERM and SystemExit(130) at Ctrl-C; the same call goes on from there.
+    """
+    check_free(asked.out, asked.adapter, force)
+    work = asked.out.with_name(f"{asked.out.name}.partly")
+    work.mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(work / "lock", timeout=0), stoppable() as stop, models.quiet():
+            found = _search(asked, work, stop)
+            chosen = found.best or found.given
+            with unfinished(asked.out, folder=True) as temporary:
+                new = temporary / "adapter"
+                shutil.copytree(work / str(chosen.budget) / "adapter", new)
+                replace_folder(asked.out, new)
+    except filelock.Timeout:
+        raise InputError(f"{work}: another process is at work on it; wait for it, or end it") from None
+    shutil.rmtree(work)
+    return found
+
+
+def _search(asked: Asked, work: Path, stop: Stop) -> Shrunk:
+    tries = _Tries(asked, work, stop)
+    given, budgets = tries.look(asked.total), asked.budgets
+    place = bisect_left(budgets, True, key=lambda budget: tries.look(budget).passes)
+    best = tries.look(budgets[place]) if place < len(budgets) else None
+    looks = {look.parameters: look for look in tries.looks.values() if look is not given}  # budgets may be as good
+    rows = len(tries.halves[0]), len(tries.halves[1])
+    return Shrunk(asked, given, [looks[parameters] for parameters in sorted(looks)], best, rows)
+
+
+class _Tries:
+    """What has been tried, in memory and in the folder `work`."""
+
+    def __init__(self, asked: Asked, work: Path, stop: Stop) -> None:
+        self.asked, self.work, self.stop = asked, work, stop
+        self.looks: dict[int, Look] = {}
+        note = work / "asked.json"
+        if not note.is_file() or read_json(note) != asked.digest:
+            for path in work.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+            write_whole(note, json.dumps(asked.digest))
+        self.given = self._answers(asked.total)
+        order = np.random.default_rng(0).permutation(len(self.given.labels))
+        self.halves = [np.sort(order[half::2]) for half in (0, 1)]
+
+    def look(self, budget: int) -> Look:
+        """An adapter within a budget; the given one if that is all of it."""
+        if budget not in self.looks:
+            answers = self._answers(budget)
+            chosen, reported = (self._half(answers, rows) for rows in self.halves)
+            made = read_json(self.work / str(budget) / LOOK)
+            look = Look(budget, made["parameters"], made["bytes"], chosen, reported, self.asked.within(chosen))
+            self.looks[budget] = look
+            print(f"{look.parameters:,} parameters: {chosen.gap:+.4f} ({span(chosen.interval)})", file=sys.stderr)
+        return self.looks[budget]
+
+    def _half(self, answers: Predictions, rows: np.ndarray) -> Half:
+        metric = self.asked.metric
+        ours, theirs = (
+            each._replace(values=each.values[rows], labels=each.labels[rows]) for each in (answers, self.given)
+        )
+        found, score, given = interval(metric, [ours], [theirs]), scored(metric, ours), scored(metric, theirs)
+        if found is None or score is None or given is None:
+            raise InputError(f"{metric} has no interval on these rows: choose another metric, or score more rows")
+        return Half(score, score - given, found)
+
+    def _answers(self, budget: int) -> Predictions:
+        """The answers of the adapter within a budget, which is made, trained on and asked unless it has been."""
+        folder = self.work / str(budget)
+        if not (folder / LOOK).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            done = cut(self.asked.adapter, self.asked.adapter, Limit(budget=budget), folder / "adapter")
+            config = self.asked.config
+            if self.asked.heal and budget < self.asked.total:
+                _heal(folder / "adapter", config.model_copy(update={"max_steps": self.asked.heal}), self.stop)
+            ready = Ready.by(folder / "adapter", config)
+            split = subset(ready.task.evaluation()[0], config.eval_rows)
+            rows = ready.score(ready.encoded(split), final=False).rows
+            need("pyarrow.parquet", "bench").write_table(rows, folder / PREDICTIONS)
+            made = {"parameters": done.parameters, "bytes": (folder / "adapter" / WEIGHTS).stat().st_size}
+            write_whole(folder / LOOK, json.dumps(made))
+        found = predictions(folder)
+        if found is None:
+            raise InputError(f"{self.asked.metric}: the rows have no labels to score adapters by")
+        return found
+
+
+def _cells(half: Half, given: bool) -> list[str]:
+    return [f"{half.score:.3f}", *(["", ""] if given else [f"{half.gap:+.3f}", span(half.interval)])]
