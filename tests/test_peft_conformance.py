@@ -27,6 +27,11 @@ def row(**other: object) -> dict:
         ("passed", {"way": "in a search"}),
         ("untouched", {"way": "in a search", "touched": 0}),
         ("refused", {"way": "in a search", "refused": ["adapts a Embedding"]}),
+        (
+            "by design",
+            {"way": "in a search", "outcome": "failed", "reason": "KeyError: '…parametrizations.weight.original'"},
+        ),
+        ("failed", {"way": "after a search", "outcome": "failed", "reason": "KeyError: '…weight.original'"}),
         ("failed", {"way": "in a search", "outcome": "failed", "reason": "AssertionError: no", "refused": ["adapts"]}),
         ("failed", {"way": "after a search", "outcome": "failed", "reason": "OSError: We couldn't connect to"}),
     ],

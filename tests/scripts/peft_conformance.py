@@ -145,7 +145,7 @@ def fate(row: dict[str, Any]) -> tuple[str, str]:
         return ("refused", row["refused"][0]) if row["refused"] else ("passed", "")
     if row["way"] == "stock":
         return "set aside", "wants the hub" if "connect to" in reason or "StableDiffusion" in row["where"] else reason
-    for words, why in BY_DESIGN.items():
+    for words, why in BY_DESIGN.items() if row["way"] == "in a search" else ():
         if words in reason:
             return "by design", why
     return "refused" if reason.startswith("InputError: ") else "failed", reason
