@@ -1,5 +1,7 @@
 """Adapters on disk made smaller, and what is said about it."""
 
+from __future__ import annotations
+
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,16 +9,19 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankwise.adapters.cut import Cut, Limit, cut
 from rankwise.adapters.mix import Mixed
-from rankwise.adapters.stored import stored
+from rankwise.adapters.stored import check_free, stored
 from rankwise.errors import InputError
 from rankwise.files import write_whole
 from rankwise.pictures.heat import rank_picture
 from rankwise.pictures.style import svg
 from rankwise.results.formats import plain
+
+if TYPE_CHECKING:
+    from rankwise.sweep.check import Source
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,8 @@ def resize_adapter(
     rank: int | None = None,
     keep_energy: float | None = None,
     bytes: int | None = None,
+    data: Source | None = None,
+    settings: Sequence[str] = (),
     force: bool = False,
 ) -> Resized:
     """The best smaller adapter, without its base model: globally the least error ‖ΔW - ΔW'‖ there is within the limit.
@@ -101,6 +108,8 @@ def resize_adapter(
         out: where to write it, in the same format; nothing is written without it.
         budget: the most parameters of A and B. rank: the largest rank of a layer. keep_energy: the share of Σ‖ΔW‖² to
             keep, at the fewest parameters. bytes: the most bytes of the file of weights. One of them is given.
+        data, settings: of a run. The base model is loaded then, and what is least is the change of what the layers put
+            out on its training rows, E‖(ΔW - ΔW')x‖²; `keep_energy` is a share of E‖ΔW x‖².
         force: replace an adapter that is there already.
     Raises:
         InputError: the limit leaves no rank, or the adapter is none that can be cut: not LoRA alone, damaged, or with
@@ -109,8 +118,15 @@ def resize_adapter(
     limit = Limit(budget, rank, keep_energy, bytes)
     limit.check()
     found = stored(adapter)
-    done = cut(found, found, limit, Path(out) if out is not None else None, force=force)
-    return Resized(**vars(done))
+    if out is not None:
+        check_free(Path(out), found, force)
+    moments = None
+    if data is not None:
+        from rankwise.moments import roots
+
+        moments = roots(found, data, settings)
+    done = cut(found, found, limit, Path(out) if out is not None else None, moments, force)
+    return Resized(**vars(done), on_data=data is not None)
 
 
 def weights(given: Sequence[str]) -> dict[str | PathLike[str], float]:

@@ -214,7 +214,7 @@ def cut(
     ranks = dict(zip(spectra, chosen(list(spectra.values()), limit, like, list(spectra), fixed), strict=True))
     if out is not None:
         write(out, like, ((n, _shrunk(source, n, ranks[n], roots.get(n))) for n in spectra), force=force)
-    errors = _errors(source, spectra, ranks, out, bool(roots))
+    errors = _errors(source, spectra, ranks, out, roots)
     return _summary(spectra, ranks, errors, fixed, out)
 
 
@@ -284,14 +284,23 @@ def _shrunk(source: Source, name: str, rank: int, root: Tensor | None) -> Factor
 
 
 def _errors(
-    source: Source, spectra: Mapping[str, Spectrum], ranks: Mapping[str, int], out: Path | None, on_data: bool
+    source: Source,
+    spectra: Mapping[str, Spectrum],
+    ranks: Mapping[str, int],
+    out: Path | None,
+    roots: Mapping[str, Tensor],
 ) -> dict[str, float]:
-    """‖ΔW - ΔW'‖ of each layer: of the file that was written; NaN without one for factors chosen on data."""
-    if out is None:
-        expected = {name: float(np.sqrt(each.gains[ranks[name] :].sum())) for name, each in spectra.items()}
-        return dict.fromkeys(spectra, float("nan")) if on_data else expected
-    new = stored(out)
-    return {name: distance(source.factors(name), new.factors(name) if name in new.layers else None) for name in spectra}
+    """‖ΔW - ΔW'‖ of each layer, of the file if one was written."""
+    if out is None and not roots:
+        return {name: float(np.sqrt(each.gains[ranks[name] :].sum())) for name, each in spectra.items()}
+    new = None if out is None else stored(out)
+
+    def after(name: str) -> Factors | None:
+        if not ranks[name]:
+            return None
+        return _shrunk(source, name, ranks[name], roots.get(name)) if new is None else new.factors(name)
+
+    return {name: distance(source.factors(name), after(name)) for name in spectra}
 
 
 def _summary(

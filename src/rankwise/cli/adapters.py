@@ -36,6 +36,10 @@ def resize(
     size: Annotated[
         int | None, typer.Option("--bytes", metavar="B", help="the most bytes of the file of weights")
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="CONFIG.yaml", help="lose least on its training rows; loads the base model"),
+    ] = None,
     picture: Picture = None,
     force: Force = False,
     as_json: Json = False,
@@ -46,7 +50,7 @@ def resize(
         from rankwise.resizing import resize_adapter
 
         limits = {"budget": budget, "rank": rank, "keep_energy": keep_energy, "bytes": size}
-        done = resize_adapter(adapter, out, **limits, force=force)  # type: ignore[arg-type]
+        done = resize_adapter(adapter, out, **limits, data=data, force=force)  # type: ignore[arg-type]
     _tell(done, out, picture, as_json)
 
 
