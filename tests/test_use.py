@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,13 +23,14 @@ import rankwise as rw
 import warm
 from methods import OPTIONS
 from rankwise import tasks
+from rankwise.adapters.card import CHANGED
 from rankwise.answered import sink, source
 from rankwise.errors import InputError
 from rankwise.methods import registry
 from rankwise.tasks.custom import Custom
 from rankwise.train import random_model
 from rankwise.train.run import run
-from runs import make
+from runs import bert, make
 from stock_peft import carry_out, code_of
 from waiting import wait_for
 
@@ -235,6 +237,9 @@ REFUSED = {
     "too many cells": ([], "text\na,b\n", "line 2 has 2 fields but the header 1"),
     "no rows": ([], "text\n", "has no rows"),
     "no text in UTF-8": ([], b"text\n\xe4\n", "line 2 is not text in UTF-8"),
+    "another kind of answers": (["task=causal"], "text\na\n", "was not trained for answers as those of causal"),
+    "values for classes": (["task=regression"], "text\na\n", "'01', '1' and 2 more, those of regression are none"),
+    "other classes": (["task=mrpc"], "text\na\n", "not_equivalent"),
     "a setting that is none": (["colums=3"], "text\na\n", "colums: there is no such key"),
 }
 
@@ -247,8 +252,6 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(
     rows, out = tmp_path / "rows.csv", tmp_path / "out.csv"
     rows.write_bytes(content if isinstance(content, bytes) else content.encode())
     if case == "a base of other weights":
-        from runs import bert
-
         given_settings = [f"model={bert(tmp_path / 'other', dropout=0.1)}"]
         change(tmp_path / "other")
         capsys.readouterr()
@@ -259,8 +262,6 @@ def test_what_is_wrong_is_said_in_one_line_and_nothing_is_written(
 
 def change(folder: Path) -> None:
     """Change a single row of a model's weights."""
-    import transformers
-
     model = transformers.AutoModel.from_pretrained(folder)
     model.encoder.layer[1].output.dense.weight.data[3] += 0.01
     model.save_pretrained(folder)
@@ -279,14 +280,17 @@ def test_a_file_that_is_there_stays_without_force(classifier: Path, tmp_path: Pa
 
 
 def test_an_adapter_that_says_nothing_of_its_task_is_asked_with_it(classifier: Path, tmp_path: Path, cli: Cli) -> None:
-    import shutil
-
     old = tmp_path / "old"
     shutil.copytree(classifier / "adapter", old)
-    (old / "use.json").unlink()
     rows = jsonl(tmp_path / "rows.jsonl", [{"text": BY_SIZE[0]}])
+    assert cli("predict", old, "--in", rows)[0] == 0  # away from its run and its data
+    code, _, err = cli("evaluate", old)
+    assert code == 2 and "nothing beside it says where its rows are: give a file, --in FILE" in err
+    (old / "use.json").unlink()
     code, _, err = cli("predict", old, "--in", rows)
     assert code == 2 and "nothing beside it says what its task is" in err
+    code, _, err = cli("predict", old, "task=classification", "--in", rows)
+    assert code == 2 and "nothing says which classes its outputs are" in err
     data = classifier.parent / "classification.jsonl"
     task = f"task={{type: classification, dataset: {data}}}"
     answers = [
@@ -294,6 +298,38 @@ def test_an_adapter_that_says_nothing_of_its_task_is_asked_with_it(classifier: P
         for each, more in ((old, [task, "max_length=16"]), (classifier, []))
     ]
     assert answers[0] == answers[1] != ""
+
+
+def test_a_model_that_was_tuned_elsewhere_answers_with_its_own_classes(tmp_path: Path, cli: Cli) -> None:
+    base, tuned = bert(tmp_path / "base"), tmp_path / "tuned"
+    rows = jsonl(tmp_path / "rows.jsonl", [{"text": "so", "label": "bad"}, {"text": "or so", "label": "good"}])
+    code, _, err = cli(
+        "predict", base, f"task={{type: classification, dataset: {rows}}}", "max_length=16", "--in", rows
+    )
+    assert code == 2 and "classifier.weight is not in its checkpoint" in err
+    names = {"num_labels": 2, "id2label": {0: "good", 1: "bad"}, "label2id": {"good": 0, "bad": 1}}
+    transformers.AutoModelForSequenceClassification.from_pretrained(base, **names).save_pretrained(tuned)
+    transformers.AutoTokenizer.from_pretrained(base).save_pretrained(tuned)
+    code, out, err = cli("predict", tuned, "task=classification", "max_length=16", "--in", rows)
+    assert code == 0, err
+    assert list(json.loads(out.splitlines()[0])) == [
+        "text",
+        "label",
+        "prediction",
+        "probability_good",
+        "probability_bad",
+    ]
+    code, out, err = cli("evaluate", tuned, "task=classification", "max_length=16", "--in", rows, "--json")
+    assert code == 0 and json.loads(out)["scores"][0]["metrics"]["accuracy"] in (0, 0.5, 1), err
+
+
+def test_the_card_of_a_smaller_adapter_says_so(classifier: Path, tmp_path: Path) -> None:
+    for name, like in (("one", classifier / "adapter"), ("two", tmp_path / "one")):
+        rw.resize_adapter(like, tmp_path / name, rank=1)
+        card = (tmp_path / name / "README.md").read_text(encoding="utf-8")
+        assert card.count(CHANGED) == 1 and "all of rank 1." in card and "query    1 1" in card
+        assert code_of(tmp_path / name) == code_of(classifier / "adapter")
+    assert rw.predict(tmp_path / "two", ["so"])
 
 
 def test_a_killed_command_goes_on_and_writes_the_same_bytes(classifier: Path, tmp_path: Path) -> None:

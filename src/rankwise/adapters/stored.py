@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.adapters import peft_folder, single_file
+from rankwise.adapters import card, peft_folder, single_file
 from rankwise.adapters.layers import Factors, Layer, StoredAdapter
 from rankwise.adapters.peft_folder import CONFIG, INDEX, WEIGHTS
 from rankwise.adapters.tensors import Held, file_size, write_tensors
@@ -129,6 +129,7 @@ def write(
         begun = like.config if same else peft_folder.begun_anew(like.config)
         config = peft_folder.compact(begun, ranks, alphas[None], targets)
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+        card.renew(new)
         replace_folder(out, new)
     return out
 
