@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,8 @@ class Base:
         return found[1] if self.name and found else ""
 
 
-def text(folder: Path, base: Base, use: Use | None = None, facts: Facts | None = None) -> str:
-    """The README of the adapter in `folder`, whose other files are there."""
+def text(folder: Path, base: Base, ranks: Mapping[str, int], use: Use | None = None, facts: Facts | None = None) -> str:
+    """The README of the adapter in `folder`, whose other files are there; `ranks` of each adapted layer."""
     peft = (folder / CONFIG).exists()
     parts = [_head(base, peft), f"# {facts.method} on {facts.task}" if facts else "# LoRA adapter", _about(base, peft)]
     if facts and facts.scores:
@@ -167,29 +167,33 @@ def text(folder: Path, base: Base, use: Use | None = None, facts: Facts | None =
     if base.labels:
         parts.append("Classes, in the order of the outputs: " + ", ".join(f"`{label}`" for label in base.labels))
     budget = f" The budget was {facts.budget:,} parameters." if facts and facts.budget else ""
-    parts += _ranks(folder, budget)
+    parts += _ranks(ranks, budget)
     parts += ["## Use", *_use(folder, base, use, peft)]
     if facts:
         parts += ["## Training", f"```yaml\n{facts.settings.rstrip()}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
+def ours(folder: Path) -> bool:
+    """Whether the card in a folder is one of these."""
+    try:
+        start, found, _ = (folder / CARD).read_text(encoding="utf-8").partition("\n## Ranks\n")
+    except (OSError, ValueError):
+        return False
+    return bool(found) and "\n- rankwise\n" in start
+
+
 def renew(folder: Path) -> None:
     """Say in the card of an adapter, if it is one of these, which ranks it has now that they were changed."""
-    try:
-        text = (folder / CARD).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return
-    before, found, after = text.partition("\n## Ranks\n")
-    if found and "\n- rankwise\n" in before:
-        _, use, rest = after.partition("\n## Use\n")
-        note = "" if CHANGED in before else f"\n{CHANGED}\n"
-        ranks = "\n\n".join(_ranks(folder))
-        (folder / CARD).write_text(f"{before}{note}\n{ranks}\n{use}{rest}", encoding="utf-8")
+    if ours(folder):
+        start, _, after = (folder / CARD).read_text(encoding="utf-8").partition("\n## Ranks\n")
+        _, heading, rest = after.partition("\n## Use\n")
+        note = "" if CHANGED in start else f"\n{CHANGED}\n"
+        ranks = "\n\n".join(_ranks(stored_ranks(folder)))
+        (folder / CARD).write_text(f"{start}{note}\n{ranks}\n{heading}{rest}", encoding="utf-8")
 
 
-def _ranks(folder: Path, budget: str = "") -> list[str]:
-    ranks = stored_ranks(folder)
+def _ranks(ranks: Mapping[str, int], budget: str = "") -> list[str]:
     if not ranks:
         return []
     low, high = min(ranks.values()), max(ranks.values())

@@ -86,11 +86,12 @@ def save(
     with unfinished(folder, folder=True) as temporary:
         written = temporary / "adapter"
         written.mkdir()
-        base = Base.of(model, use)
+        base, ranks = Base.of(model, use), dict[str, int]()
         if isinstance(model, PeftModel):
             if triplets(model):  # AdaLoRA
                 model = to_lora(model)
-            written = _laid_out(model, _save_adapter(model, written), layout)
+            plain = _save_adapter(model, written)
+            ranks, written = card.stored_ranks(plain), _laid_out(model, plain, layout)
         elif method is not None:
             also = new_weights(model)
             description = {"method": {"name": method.name, **asdict(method)}, "head": list(head), "also": also}
@@ -102,7 +103,7 @@ def save(
             use.write(written)
         if tokenizer is not None:
             write_tokenizer(tokenizer, model, written)
-        (written / CARD).write_text(card.text(written, base, use, facts), encoding="utf-8")
+        (written / CARD).write_text(card.text(written, base, ranks, use, facts), encoding="utf-8")
         replace_folder(folder, written)
     return folder
 

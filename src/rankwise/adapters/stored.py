@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rankwise.adapters import card, peft_folder, single_file
+from rankwise.adapters import card as cards
+from rankwise.adapters import peft_folder, single_file
 from rankwise.adapters.layers import Factors, Layer, StoredAdapter
 from rankwise.adapters.peft_folder import CONFIG, INDEX, WEIGHTS
 from rankwise.adapters.tensors import Held, file_size, write_tensors
@@ -83,7 +84,7 @@ def write(
         padded: the rank that all layers get, by zeros; 0 for each its own.
         targets: `target_modules` in PEFT's configuration; without, those of `like` if they are ends of names and no
             layer is left out, else each layer in full.
-        card: copy the model card too, whose scores are those of `like`.
+        card: copy any model card as it is; without, only one of rankwise's, which then says what has changed.
 
     Raises:
         InputError: something is at `out`, the factors do not fit the layer, nothing is left, or a layer would be left
@@ -119,7 +120,7 @@ def write(
         new = temporary / "adapter"
         new.mkdir()
         for file in sorted(like.path.iterdir()):
-            own = file.name in OWN or (file.name == CARD and not card)
+            own = file.name in OWN or (file.name == CARD and not (card or cards.ours(like.path)))
             if COPIED.fullmatch(file.name) and not own and file.is_file():
                 shutil.copyfile(file, new / file.name)
         write_tensors(new / WEIGHTS, tensors(), lambda: {"format": "pt"})
@@ -129,7 +130,8 @@ def write(
         begun = like.config if same else peft_folder.begun_anew(like.config)
         config = peft_folder.compact(begun, ranks, alphas[None], targets)
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-        card.renew(new)
+        if not card:
+            cards.renew(new)
         replace_folder(out, new)
     return out
 
