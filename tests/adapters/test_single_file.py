@@ -87,22 +87,25 @@ class Pipe(nn.Module):
         self.to_q, self.to_k, self.proj = (nn.Linear(6, 6) for _ in range(3))
 
 
-def test_the_configuration_that_diffusers_writes_into_a_file_is_read_and_kept_true(tmp_path):
+@pytest.mark.parametrize(
+    "starts", [{"transformer.": True, "text_encoder.": False}, {"": True}], ids=["pipeline", "model"]
+)
+def test_the_configuration_that_diffusers_writes_into_a_file_is_read_and_kept_true(starts, tmp_path):
     options = {"r": 4, "lora_alpha": 6, "rank_pattern": {"to_k": 2}, "alpha_pattern": {"proj": 3}}
     tensors, metadata, models = {}, {}, {}
-    for part, rslora in (("transformer", True), ("text_encoder", False)):
+    for start, rslora in starts.items():
         config = LoraConfig(target_modules=["to_q", "to_k", "proj"], use_rslora=rslora, **options)
-        models[part] = stirred(get_peft_model(Pipe(), config))
-        state = {k.removeprefix("base_model.model."): v for k, v in models[part].state_dict().items() if "lora" in k}
-        tensors |= {f"{part}.{key.replace('.default', '')}": value for key, value in state.items()}
-        metadata |= {f"{part}.{key}": value for key, value in config.to_dict().items()}
+        models[start] = stirred(get_peft_model(Pipe(), config))
+        state = {k.removeprefix("base_model.model."): v for k, v in models[start].state_dict().items() if "lora" in k}
+        tensors |= {f"{start}{key.replace('.default', '')}": value for key, value in state.items()}
+        metadata |= {f"{start}{key}": value for key, value in config.to_dict().items()}
     metadata = {key: [*value] if isinstance(value, set) else value for key, value in metadata.items()}
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(tensors, file, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, default=str)})
     found = stored(tmp_path)  # the only file in its folder
-    for part, model in models.items():
+    for start, model in models.items():
         for name in ("to_q", "to_k", "proj"):
-            factors = found.factors(f"{part}.{name}")
+            factors = found.factors(f"{start}{name}")
             delta = model.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
             assert torch.allclose(factors.scale * factors.B @ factors.A, delta, atol=1e-6)
     ranks = {name: 1 + (place % 4) for place, name in enumerate(found.names)}
@@ -115,8 +118,10 @@ def test_the_configuration_that_diffusers_writes_into_a_file_is_read_and_kept_tr
         assert torch.allclose(factors.scale * factors.B @ factors.A, 0.4 * new[name].B @ new[name].A, atol=1e-6)
     with safe_open(tmp_path / "b.safetensors", "pt") as written:
         config = json.loads(written.metadata()["lora_adapter_metadata"])
-    assert config["transformer.alpha_pattern"] == {} and config["transformer.use_rslora"] is False
-    LoraConfig(**{k.removeprefix("transformer."): v for k, v in config.items() if k.startswith("transformer.")})
+    start = next(iter(starts))
+    assert config[f"{start}alpha_pattern"] == config[f"{start}rank_pattern"] and not config[f"{start}use_rslora"]
+    assert config[f"{start}lora_alpha"] == config[f"{start}r"]  # the scale 1, as who does not read this has it too
+    LoraConfig(**{k.removeprefix(start): v for k, v in config.items() if k.startswith(start)})
 
 
 NAME = "lora_unet_mid_block_attentions_0_proj_in"
@@ -182,6 +187,24 @@ def test_magnitudes_biases_and_weights_that_are_added_stay(tmp_path):
     found = stored(tmp_path / "bias.safetensors")
     write(tmp_path / "c.safetensors", found, {"unet.proj": Factors(normal(3, 6), normal(6, 3), 0.5)})
     assert torch.equal(load_file(tmp_path / "c.safetensors")["unet.proj.lora_B.bias"], bias["unet.proj.lora_B.bias"])
+
+
+def test_a_file_has_one_alpha_since_diffusers_takes_the_commonest_for_all_attention(tmp_path):
+    """diffusers 0.42.1 loses the alphas of `to_q`, `to_k`, `to_v` and `to_out` in a file of kohya's."""
+    names = [f"lora_unet_down_blocks_{n}_attentions_0_transformer_blocks_0_attn1_to_q" for n in range(4)]
+    tensors = {}
+    for place, name in enumerate(names):
+        tensors |= {f"{name}.lora_down.weight": normal(2 + place, 6), f"{name}.lora_up.weight": normal(5, 2 + place)}
+        tensors[f"{name}.alpha"] = torch.tensor(1.0 if place < 3 else 7.0)
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = stored(tmp_path / "a.safetensors")
+    write(tmp_path / "b.safetensors", found, {name: found.factors(name) for name in names})
+    again = load_file(tmp_path / "b.safetensors")
+    assert {float(again[f"{name}.alpha"]) for name in names} == {1.0}
+    for name in names:
+        before, after = found.factors(name), stored(tmp_path / "b.safetensors").factors(name)
+        assert torch.allclose(before.scale * before.B @ before.A, after.scale * after.B @ after.A, atol=1e-6)
+    assert torch.equal(again[f"{names[0]}.lora_up.weight"], tensors[f"{names[0]}.lora_up.weight"])
 
 
 def test_halves_keep_their_type_and_an_alpha_that_it_cannot_hold_goes_into_b(tmp_path):

@@ -87,27 +87,29 @@ def read(file: Path) -> StoredAdapter:
 
 
 def configurations(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT's configuration in the metadata of a file, by the model of a pipeline; none for most files."""
+    """PEFT's configuration in the metadata of a file, by how the names of its layers begin; none for most files.
+
+    They begin with a model of a pipeline, as `unet.`, or with nothing in the file of one model.
+    """
     if DIFFUSERS not in metadata:
         return {}
     try:
         options = json.loads(metadata[DIFFUSERS])
-        models = [name.removesuffix(".lora_alpha") for name in options if name.endswith(".lora_alpha")]
-        return {m: {k.removeprefix(f"{m}."): v for k, v in options.items() if k.startswith(f"{m}.")} for m in models}
+        starts = [name.removesuffix("lora_alpha") for name in options if f".{name}".endswith(".lora_alpha")]
+        return {s: {k.removeprefix(s): v for k, v in options.items() if k.startswith(s)} for s in starts}
     except (ValueError, AttributeError) as error:
         raise InputError(f"{file}: {DIFFUSERS} in its metadata is damaged: {error}") from None
 
 
-def model_of(name: str, configs: Mapping[str, Any]) -> str | None:
-    """Which model of a pipeline a layer is in, of those that have a configuration."""
-    return next((model for model in configs if name.startswith(f"{model}.")), None)
+def start_of(name: str, configs: Mapping[str, Any]) -> str | None:
+    """How the name of a layer begins, of the beginnings that have a configuration."""
+    return next((start for start in configs if name.startswith(start)), None)
 
 
-def metadata(like: StoredAdapter, ranks: Mapping[str, int], alphas: Mapping[str | None, float]) -> dict[str, str]:
+def metadata(like: StoredAdapter, ranks: Mapping[str, int]) -> dict[str, str]:
     """The metadata of a file like another one, with these ranks.
 
-    Args:
-        alphas: by model of the pipeline, where the file has PEFT's configuration.
+    PEFT's configuration gets alpha = r for each layer: whoever does not read it then has the same scale, which is 1.
     """
     known = {name: value for name, value in like.tensors.metadata.items() if name not in STALE}
     for name in ("ss_network_dim", "ss_network_alpha"):
@@ -115,11 +117,12 @@ def metadata(like: StoredAdapter, ranks: Mapping[str, int], alphas: Mapping[str 
             known[name] = "Dynamic"  # as kohya's own resizing writes it
     options: dict[str, Any] = {}
     configs = configurations(like.path, like.tensors.metadata)
-    for model, config in configs.items():
-        own = {name.removeprefix(f"{model}."): r for name, r in ranks.items() if model_of(name, configs) == model}
-        options |= {
-            f"{model}.{k}": v for k, v in (compact(begun_anew(config), own, alphas[model]) if own else config).items()
-        }
+    for start, config in configs.items():
+        own = {name.removeprefix(start): rank for name, rank in ranks.items() if start_of(name, configs) == start}
+        if own:
+            config = compact(begun_anew(config), own, max(own.values()))
+            config["alpha_pattern"] = config["rank_pattern"]
+        options |= {f"{start}{option}": value for option, value in config.items()}
     return known | ({DIFFUSERS: json.dumps(options, indent=2, sort_keys=True)} if options else {})
 
 
@@ -134,6 +137,6 @@ def _layer(
                 f"{file}: {parts['alpha']} is {alpha.tolist()}, which is no scale: set it to a number above 0"
             )
         return replace(layer, scale=float(alpha) / layer.rank)
-    if model := model_of(name, configs):
-        return replace(layer, scale=scale_of(file, name.removeprefix(f"{model}."), layer.rank, configs[model]))
+    if (start := start_of(name, configs)) is not None:
+        return replace(layer, scale=scale_of(file, name.removeprefix(start), layer.rank, configs[start]))
     return layer

@@ -73,9 +73,10 @@ def write(
     A layer of `like` that `factors` does not have, or has at rank 0, is left out, except one whose rank cannot change.
     Numbers have the type that they have in `like`, and all that belongs to no layer is copied.
 
-    In PEFT's format the scales s go into B, so that with one alpha each layer is scaled by alpha / its rank: B ← B · s
-    · r / alpha, with alpha the commonest s · r of `like`, without `alpha_pattern` and rslora. In a single file each
-    layer has its own alpha = s · r, or s goes into B where `like` has no alphas.
+    The scales s go into B, so that one alpha is enough and each layer is scaled by alpha / its rank: B ← B · s · r /
+    alpha. It is the commonest s · r of `like`; in a single file without alphas it is r. PEFT's configuration then has
+    no `alpha_pattern` and no rslora. (Each layer of a file of kohya's could have an alpha of its own, but diffusers
+    0.42 takes the commonest for the projections of attention.)
 
     Args:
         out: a folder; a name that ends in .safetensors where `like` is a single file.
@@ -94,17 +95,16 @@ def write(
     check_free(out, like, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     pairs = factors.items() if isinstance(factors, Mapping) else factors
-    configs = single_file.configurations(like.path, like.tensors.metadata) if like.config is None else {}
-    alphas = _alphas(like, padded)
-    ranks: dict[str, int] = {}
+    common, ranks = _commonest(like, padded), dict[str, int]()
 
-    def alpha(name: str, s: float, rank: int) -> float:
+    def alpha(name: str, rank: int) -> float:
         """The alpha that the file has for a layer."""
-        model, layer = single_file.model_of(name, configs), like.layers.get(name)
-        if like.config is not None or model is not None:
-            return alphas[model]
-        kind = like.tensors.dtype.get(layer.parts.get("alpha", "")) if layer else torch.float32
-        return rank if kind is None else float(torch.tensor(alphas[None] if padded else s * rank, dtype=kind))
+        if like.config is not None:
+            return common
+        layer = like.layers.get(name, next(iter(like.layers.values())))
+        if "alpha" not in layer.parts:
+            return rank
+        return float(torch.tensor(common, dtype=like.tensors.dtype[layer.parts["alpha"]]))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from _tensors(like, pairs, padded, alpha, ranks)
@@ -113,7 +113,7 @@ def write(
 
     if like.config is None:
         with unfinished(out) as new:
-            write_tensors(new, tensors(), lambda: single_file.metadata(like, ranks, alphas))
+            write_tensors(new, tensors(), lambda: single_file.metadata(like, ranks))
             new.replace(out)
         return out
     with unfinished(out, folder=True) as temporary:
@@ -128,7 +128,7 @@ def write(
             targets = peft_folder.own_targets(like.config)
         same = ranks == {name: layer.rank for name, layer in like.layers.items()}
         begun = like.config if same else peft_folder.begun_anew(like.config)
-        config = peft_folder.compact(begun, ranks, alphas[None], targets)
+        config = peft_folder.compact(begun, ranks, common, targets)
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
         if not card:
             cards.renew(new)
@@ -150,7 +150,7 @@ def size(like: StoredAdapter, ranks: Mapping[str, int]) -> int:
             held.append((key, like.tensors.dtype[key], () if part == "alpha" else tuple(shape)))
     held += [(key, like.tensors.dtype[key], like.tensors.shape[key]) for key in like.others]
     folder = like.config is not None
-    return file_size(held, {"format": "pt"} if folder else single_file.metadata(like, at, _alphas(like)))
+    return file_size(held, {"format": "pt"} if folder else single_file.metadata(like, at))
 
 
 def check_free(out: Path, like: StoredAdapter, force: bool) -> None:
@@ -171,24 +171,19 @@ def check_free(out: Path, like: StoredAdapter, force: bool) -> None:
         raise InputError(f"{out}: holds something else than an adapter, which would be lost; give another name")
 
 
-def _alphas(like: StoredAdapter, padded: int = 0) -> dict[str | None, int]:
-    """The alpha of all layers, of each model of a pipeline that has a configuration."""
-    configs = single_file.configurations(like.path, like.tensors.metadata) if like.config is None else {}
-    return {model: _commonest(like, configs, model, padded) for model in (None, *configs)}
-
-
-def _commonest(like: StoredAdapter, configs: Mapping[str, object], model: str | None, padded: int) -> int:
-    """The commonest s · r, with which most of B need not change; a whole number, as some consumers expect it."""
-    own = [layer for name, layer in like.layers.items() if single_file.model_of(name, configs) == model]
-    found = Counter(max(1, round(layer.scale * (padded or layer.rank))) for layer in own)
-    return found.most_common(1)[0][0] if found else 1
+def _commonest(like: StoredAdapter, padded: int) -> float:
+    """The commonest s · r, with which most of B need not change; for PEFT a whole number, as some consumers want it."""
+    layers = [layer for layer in like.layers.values() if "alpha" in layer.parts] or [*like.layers.values()]
+    products = [layer.scale * (padded or layer.rank) for layer in layers]
+    found = Counter(float(f"{each:.6g}") if like.config is None else max(1, round(each)) for each in products)
+    return found.most_common(1)[0][0]
 
 
 def _tensors(
     like: StoredAdapter,
     pairs: Iterable[tuple[str, Factors]],
     padded: int,
-    alpha: Callable[[str, float, int], float],
+    alpha: Callable[[str, int], float],
     ranks: dict[str, int],
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the new adapter by name; `ranks` takes the rank of each layer."""
@@ -204,7 +199,7 @@ def _tensors(
         ranks[name] = rank
         A, B = pad(new.A, 0, rank).reshape(rank, -1, *new.kernel), pad(new.B, 1, rank)
         B = B.reshape(*B.shape, *(1 for _ in new.kernel))
-        yield from _layer(like, name, {"A": A, "B": B}, new, alpha(name, new.scale, rank))
+        yield from _layer(like, name, {"A": A, "B": B}, new, alpha(name, rank))
     for name, layer in like.layers.items():
         if layer.fixed:
             old = {part: like.tensor(layer.parts[part]) for part in ("A", "B")}
@@ -213,7 +208,7 @@ def _tensors(
                     raise InputError(f"{like.path}: the rank of {name} cannot change: {layer.fixed}")
                 old = {"A": pad(old["A"], 0, padded), "B": pad(old["B"], 1, padded)}
             ranks[name] = len(old["A"])
-            yield from _layer(like, name, old, layer, alpha(name, layer.scale, ranks[name]))
+            yield from _layer(like, name, old, layer, alpha(name, ranks[name]))
     for key in like.others:
         yield key, like.tensor(key)
 
