@@ -131,6 +131,9 @@ def test_a_file_has_at_most_the_bytes_that_were_asked_for_and_is_close_to_them(t
     for number, most in enumerate(range(400, 2000, 130)):
         done = rw.resize_adapter(three, tmp_path / str(number), bytes=most)
         assert done.bytes == (tmp_path / str(number) / WEIGHTS).stat().st_size <= most
+        found, ranks = stored(three), {site.site: site.rank for site in done.sites}
+        for site in done.sites:
+            assert site.rank == site.before or size(found, {**ranks, site.site: site.rank + 1}) > most
         # More header for one more layer is not weighed against units of rank, and is below 100 bytes here.
         assert done.loss <= min((lost for _, lost, size in choices if size <= most - 200), default=1) + 1e-12
 

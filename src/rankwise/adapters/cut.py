@@ -268,7 +268,17 @@ def _within_bytes(
             low = middle
         else:
             high = middle
-    return most_within(gains, costs, low), least
+    ranks = most_within(gains, costs, low)
+    while True:  # the best ranks for more room may have needed more header, and one unit more still fit
+        room = most - file(ranks)
+        more = [i for i, rank in enumerate(ranks) if costs[i] <= room and rank < np.count_nonzero(gains[i])]
+        for place in sorted(more, key=lambda place: -gains[place][ranks[place]]):
+            ranks[place] += 1
+            if file(ranks) <= most:
+                break
+            ranks[place] -= 1
+        else:
+            return ranks, least
 
 
 def _finite(source: Source, like: StoredAdapter, name: str) -> Factors:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FRAMES = 6
-LONGEST = 26  # characters of the name of a projection
+LONGEST = 32  # characters of the name of a projection
 ROWS_WITH_NAMES = 80  # above this many sites a heat map names layers only
 SAYS_NOTHING = {"dense", "linear"}  # endings of module names
 
@@ -90,6 +90,12 @@ def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[int | None], np
     return rows, layers, grid
 
 
+def _both_ends(name: str) -> str:
+    """A long name without its middle: the ends tell the projections of a U-Net apart."""
+    name = short(name, len(name))
+    return name if len(name) <= LONGEST else f"{name[: LONGEST // 2 - 1]}…{name[-LONGEST // 2 :]}"
+
+
 def layer_name(layer: int | None) -> str:
     """The number of the layer; `none` for a site outside the layers."""
     return "none" if layer is None else str(layer)
@@ -128,7 +134,7 @@ def rank_picture(
         [column + 0.5 for column in range(0, len(layers), step)],
         [layer_name(layers[column]) for column in range(0, len(layers), step)],
     )
-    axes.set_yticks([row + 0.5 for row in range(len(rows))], [short(row, LONGEST) for row in rows])
+    axes.set_yticks([row + 0.5 for row in range(len(rows))], [_both_ends(row) for row in rows])
     axes.set(xlabel="layer (number in the module name)", ylabel="projection")
     set_title(axes, title)
     axes.invert_yaxis()
