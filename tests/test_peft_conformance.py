@@ -15,7 +15,16 @@ PART = "hotswap or merge_layers_multi or (Vanilla and (merge_layers or roundtrip
 
 
 def row(**other: object) -> dict:
-    return {"way": "stock", "outcome": "passed", "reason": "", "where": "", "touched": 1, "refused": [], **other}
+    return {
+        "test": "tests/test_x.py::test_y",
+        "way": "stock",
+        "outcome": "passed",
+        "reason": "",
+        "where": "",
+        "touched": 1,
+        "refused": [],
+        **other,
+    }
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 import models
 import rankwise as rw
 from rankwise.adapters.consumers import CONSUMERS
-from rankwise.adapters.stored import stored, write
 
 [HOTSWAP] = [consumer for consumer in CONSUMERS if "hotswap_adapter" in consumer.name]
-RANKS = ((2, 4, 6, 4), (6, 4, 1, 5))
+RANKS = ((2, 4, 6, 4), (6, 4, 1, 5))  # at one budget
 
 
 def adapter(layout: str, ranks: tuple[int, ...], folder: Path) -> Path:
@@ -23,11 +22,10 @@ def adapter(layout: str, ranks: tuple[int, ...], folder: Path) -> Path:
     for site in rw.sites(model):
         torch.nn.init.normal_(site.B)
     rw.resize(model, {site.name: rank for site, rank in zip(rw.sites(model), ranks, strict=True)})
-    model.save_pretrained(folder / "patterns")
-    if layout != "patterns":
-        like = stored(folder / "patterns")
-        write(folder / layout, like, {name: like.factors(name) for name in like.names})
-    return folder / layout
+    if layout == "patterns":
+        model.save_pretrained(folder)
+        return folder
+    return rw.save(model, folder, layout=layout)
 
 
 def loaded(folder: Path) -> PeftModel:
@@ -35,7 +33,7 @@ def loaded(folder: Path) -> PeftModel:
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["as it is", "padded for compiling"])
-@pytest.mark.parametrize("layout", ["patterns", "compact"])
+@pytest.mark.parametrize("layout", ["patterns", "compact", "portable"])
 def test_a_swap_is_right_or_refused_or_known_to_be_wrong(layout: str, compiled: bool, tmp_path: Path) -> None:
     first, second = (adapter(layout, ranks, tmp_path / str(place)) for place, ranks in enumerate(RANKS))
     model = loaded(first)

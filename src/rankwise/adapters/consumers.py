@@ -39,7 +39,7 @@ CONSUMERS = (
     Consumer("PEFT", "peft", "right", "right", "right", "the reference"),
     Consumer(
         "PEFT's hotswap_adapter up to 0.21",
-        "hotswap",
+        "portable",
         "refused",
         "wrong",
         "right",
