@@ -6,6 +6,7 @@
 # make docs    the documentation as a site, in site/; what leads nowhere is an error
 # make installed  the wheel alone in an environment of its own (by hand; PYTHON=python3.13 for another Python)
 # make conformance  PEFT's own LoRA tests with rankwise in their models (by hand: fetches PEFT's source)
+# make clients  llama.cpp, built in .venv-clients by a C++ compiler (ten minutes), and its logits next to PEFT's
 # make oldest  the Python interface on the oldest versions admitted (by hand: torch 2.6 with CUDA is some 3 GB)
 
 # Where pip finds torch alone, e.g. https://download.pytorch.org/whl/cpu. Empty: the default index.
@@ -20,7 +21,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-large docs conformance installed oldest clean
+.PHONY: help setup demo check test test-large clients docs conformance installed oldest clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -72,6 +73,20 @@ installed: $(READY)
 
 conformance: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/scripts/peft_conformance.py
+
+clients: $(READY) .venv-clients/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/clients.py
+
+# Its source has the converters of the same version, which run in .venv.
+LLAMA := llama_cpp_python-0.3.36
+.venv-clients/.ready:
+	@command -v c++ >/dev/null || { echo "llama.cpp needs a C++ compiler; on Debian and Ubuntu: apt install g++" >&2; exit 2; }
+	"$(PYTHON)" -m venv .venv-clients
+	.venv-clients/bin/python -m pip download --no-deps --no-binary llama-cpp-python -d .venv-clients/source $(subst _,-,$(subst -0,==0,$(LLAMA)))
+	tar -xzf .venv-clients/source/$(LLAMA).tar.gz -C .venv-clients/source
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF" .venv-clients/bin/python -m pip install .venv-clients/source/$(LLAMA)
+	.venv-clients/bin/python -m pip install --no-deps --target .venv-clients/converter sentencepiece==0.2.3
+	@touch $@
 
 # transformers 5.0 and 5.1 cannot be imported, and up to 5.5 its Trainer divides accumulated gradients twice. Left out:
 # torch 2.6 cannot compile the models of transformers 5.6, whose Jamba calls a layer that later ones do not.
