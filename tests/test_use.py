@@ -208,6 +208,17 @@ def test_what_a_run_prints_at_its_end_can_be_pasted(classifier: Path, cli: Cli, 
     assert json.loads(out)["prediction"] in LABELS
 
 
+@pytest.mark.large
+@pytest.mark.parametrize("name", ["simplex-lora", "sora", "dora", "adalora", "pissa"])
+def test_a_score_that_is_no_count_is_that_of_the_run_to_the_digit_too(name: str, tmp_path: Path) -> None:
+    """With ranks that differ, whose scales go into B when they are saved; not what is saved in another form."""
+    options = {"name": name, **OPTIONS[name]} | ({"omega_rate": 200.0, "rank": 3} if name == "simplex-lora" else {})
+    folder = trained(tmp_path, "chat", method=options, max_steps=12, learning_rate=3e-2)
+    [score] = rw.evaluate(folder).scores
+    found = {key: each for key, each in score.metrics.items() if key != "loss"}
+    assert found == (pytest.approx(metrics(folder), rel=1e-5) if name in ("adalora", "pissa") else metrics(folder))
+
+
 def test_several_are_compared_on_the_same_rows_by_the_bootstrap_of_reports(
     classifier: Path, tmp_path: Path, cli: Cli
 ) -> None:

@@ -12,6 +12,7 @@ from peft import PeftModel
 
 from rankwise.adapters import save
 from rankwise.adapters.card import CARD, Facts
+from rankwise.adapters.plain import settle
 from rankwise.errors import need
 from rankwise.files import TOKENIZER, USE, claim, flush, replace_folder, unfinished, write_whole
 from rankwise.processes import together
@@ -37,6 +38,8 @@ def finish(folder: Path, name: str, parts: Parts, progress: Progress, search: Se
     if parts.config.followed:
         keep_weights(folder, parts.model)
     parts = replace(parts, model=parts.method.fold(parts.model))  # score what is saved
+    if isinstance(parts.model, PeftModel) and not merged_sites(parts.model):
+        settle(parts.model)
     progress.rank_line(parts.model, parts.plan.steps)
     scored = parts.evaluate(final=True)
     scores = all_metrics(scored)
