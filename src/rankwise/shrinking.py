@@ -115,6 +115,7 @@ class Asked:
         Raises InputError where it is not known what to score it on, or the score of some rows is no sum over them.
         """
         adapter = stored(path)
+        adapter.check_linear("a cut")
         config = config_of(Found.of(path), settings) if source is None else load_one(source, settings)
         task = tasks.build(config.task)
         if not METRICS.get(task.main, Metric()).of_any_sum or not task.main:
@@ -307,6 +308,13 @@ def shrink(asked: Asked, force: bool = False) -> Shrunk:
                 replace_folder(asked.out, new)
     except filelock.Timeout:
         raise InputError(f"{work}: another process is at work on it; wait for it, or end it") from None
+    except InputError:
+        if not any(work.glob(f"*/{LOOK}")):  # nothing to go on from
+            shutil.rmtree(work)
+        raise
+    except SystemExit:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        raise
     shutil.rmtree(work)
     return found
 
@@ -370,7 +378,7 @@ class _Tries:
                 _heal(folder / "adapter", config.model_copy(update={"max_steps": self.asked.heal}), self.stop)
             ready = Ready.by(folder / "adapter", config)
             split = subset(ready.task.evaluation()[0], config.eval_rows)
-            rows = ready.score(ready.encoded(split), final=False).rows
+            rows = ready.score(ready.encoded(split), final=True).rows  # some scores are not computed before the end
             need("pyarrow.parquet", "bench").write_table(rows, folder / PREDICTIONS)
             made = {"parameters": done.parameters, "bytes": (folder / "adapter" / WEIGHTS).stat().st_size}
             write_whole(folder / LOOK, json.dumps(made))
