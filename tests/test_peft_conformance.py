@@ -35,7 +35,7 @@ def row(**other: object) -> dict:
         ("set aside", {"outcome": "failed", "reason": "OSError: We couldn't connect to 'https://…'"}),
         ("passed", {"way": "in a search"}),
         ("untouched", {"way": "in a search", "touched": 0}),
-        ("refused", {"way": "in a search", "refused": ["adapts a Embedding"]}),
+        ("refused", {"way": "in a search", "refused": ["adapts a layer of class Embedding"]}),
         (
             "by design",
             {"way": "in a search", "outcome": "failed", "reason": "KeyError: '…parametrizations.weight.original'"},

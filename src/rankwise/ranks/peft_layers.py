@@ -48,7 +48,7 @@ def _why_no_site(layer: Any, adapter: str, inside: bool, tied: bool) -> str:
     if isinstance(layer, ParamWrapper):
         return "adapts a parameter, not a layer (target_parameters)"
     if kind is None:
-        return f"adapts a {type(base).__name__}"
+        return f"adapts a layer of class {type(base).__name__}"
     if not kind.linear and base.groups > 1:
         return "adapts a convolution with groups and has a B for each"
     if variant is not None and not isinstance(variant, RESIZABLE):
