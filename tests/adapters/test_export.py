@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -146,6 +147,34 @@ def test_a_file_of_kohyas_gets_one_rank_and_goes_to_no_language_model(tmp_path):
             rw.export_adapter(tmp_path / "a.safetensors", tmp_path / "c.safetensors", to)
     with pytest.raises(rw.InputError, match="'lorax' is not known: give one of portable, vllm"):
         rw.export_adapter(tmp_path / "a.safetensors", tmp_path / "c.safetensors", "lorax")
+
+
+MORE = {
+    "a magnitude": ({"use_dora": True}, "lora_magnitude_vector", ()),
+    "another head": ({"modules_to_save": ["lm_head"]}, "lm_head.weight", ()),
+    "a classifier": ({"modules_to_save": ["score"], "task_type": "SEQ_CLS"}, "score.weight", ("vllm",)),
+    "a copy of the base": ({"target_modules": ["q_proj", "lm_head"]}, None, ("vllm", "sglang", "tgi", "llama.cpp")),
+}
+
+
+@pytest.mark.parametrize(("options", "named", "read"), MORE.values(), ids=MORE)
+def test_what_a_program_does_not_read_is_refused_for_it(options, named, read, tmp_path):
+    kind = transformers.LlamaForSequenceClassification if "SEQ" in options.get("task_type", "") else None
+    config = transformers.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    )
+    base = (kind or transformers.LlamaForCausalLM)(config)
+    model = get_peft_model(base, LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **options}))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=named is None)
+    for to in ("vllm", "sglang", "tgi", "llama.cpp"):
+        if to in read:
+            rw.export_adapter(tmp_path / "a", tmp_path / to, to)
+            continue
+        with pytest.raises(
+            rw.InputError, match=f"has base_model.model..*{named}.* which {to} does not read: rankwise merge"
+        ):
+            rw.export_adapter(tmp_path / "a", tmp_path / to, to)
+    rw.export_adapter(tmp_path / "a", tmp_path / "portable")
 
 
 def test_a_wrong_adapter_is_found(mixed, tmp_path):

@@ -25,6 +25,8 @@ TARGETS = {
     "diffusers": "diffusers",
 }
 """What `--for` takes -> the layout that it is served with."""
+HEADS: dict[str, tuple[str, ...]] = {"vllm": ("classifier", "score"), "sglang": (), "tgi": (), "llama.cpp": ()}
+"""Programs that read A and B alone -> modules whose whole weights they read besides."""
 PIPELINE = {
     "unet": re.compile(r"UNet\w*Model|(?:down_blocks|up_blocks|mid_block)\..+"),
     "text_encoder": re.compile(r"CLIPTextModel|text_model\..+"),
@@ -115,6 +117,7 @@ def export_adapter(
         if to not in ("portable", "diffusers"):
             raise InputError(f"{like.path}: adapts models of diffusion pipelines, which {to} does not load")
         layout = "diffusers"
+    _check_read(like, to)
     file = out.suffix == ".safetensors"
     if layout == "diffusers" and like.config is not None:
         require(file, f"{out}: diffusers reads one file; give a name that ends in .safetensors")
@@ -158,6 +161,20 @@ def export_adapter(
 
         notes.append(f"on the hub: {upload(out, push)}")
     return done
+
+
+def _check_read(like: StoredAdapter, to: str) -> None:
+    """Raise InputError if the adapter has something that the program `to` refuses or ignores."""
+    if to not in HEADS:
+        return
+    more = [key for layer in like.layers.values() for part, key in layer.parts.items() if part not in ("A", "B")]
+    for key in like.others:
+        if not key.endswith(".base_layer.weight") and key.split(".")[-2:-1] not in ([head] for head in HEADS[to]):
+            more.append(key)
+    if more:
+        raise InputError(
+            f"{like.path}: has {more[0]} besides A and B, which {to} does not read: rankwise merge makes a model of all"
+        )
 
 
 def _not_served(written: StoredAdapter, layout: str) -> list[Consumer]:
