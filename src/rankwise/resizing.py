@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rankwise.adapters.cut import Cut, Limit, cut
+from rankwise.adapters.layers import StoredAdapter
 from rankwise.adapters.mix import Mixed
 from rankwise.adapters.stored import check_free, stored
 from rankwise.errors import InputError
@@ -119,7 +120,7 @@ def resize_adapter(
     limit.check()
     found = stored(adapter)
     if out is not None:
-        check_free(Path(out), found, force)
+        _check_out(Path(out), [found], force)
     moments = None
     if data is not None:
         from rankwise.moments import roots
@@ -127,6 +128,13 @@ def resize_adapter(
         moments = roots(found, data, settings)
     done = cut(found, found, limit, Path(out) if out is not None else None, moments, force)
     return Resized(**vars(done), on_data=data is not None)
+
+
+def _check_out(out: Path, sources: Sequence[StoredAdapter], force: bool) -> None:
+    """Raise InputError unless `out` can be written, and is not what is read meanwhile."""
+    check_free(out, sources[0], force)
+    if out.exists() and any(out.samefile(source.path) for source in sources):
+        raise InputError(f"{out}: is what is read, and what is lost could not be told any more: give another name")
 
 
 def weights(given: Sequence[str]) -> dict[str | PathLike[str], float]:
@@ -166,6 +174,7 @@ def mix(
         raise InputError("give each adapter with a weight that is not 0, as A:0.7 B:0.3")
     mixed = Mixed([(stored(path), weight) for path, weight in weights.items()])
     mixed.check()
+    _check_out(Path(out), [adapter for adapter, _ in mixed.parts], force)
     given = any(each is not None for each in (budget, rank, keep_energy))
     limit = Limit(budget, rank, keep_energy) if given else Limit(rank=sys.maxsize)
     return Resized(**vars(cut(mixed, mixed.parts[0][0], limit, Path(out), force=force)))

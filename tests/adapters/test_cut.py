@@ -1,6 +1,7 @@
 """An adapter on disk cut to a limit is the closest one there is, in stock PEFT too."""
 
 import json
+import shutil
 from itertools import product
 
 import numpy as np
@@ -138,7 +139,24 @@ def test_a_file_has_at_most_the_bytes_that_were_asked_for_and_is_close_to_them(t
         assert done.loss <= min((lost for _, lost, size in choices if size <= most - 200), default=1) + 1e-12
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("alpha", [{}, {"alpha": torch.tensor(2.0)}, {"alpha": torch.tensor(2.0, dtype=torch.float16)}])
+def test_so_has_a_single_file_with_its_metadata_and_what_else_is_in_it(alpha, tmp_path):
+    draw = torch.Generator().manual_seed(0)
+    tensors = {"text_model.norm.diff": torch.ones(5)}
+    for number, (inputs, outputs) in enumerate([(30, 9), (9, 10), (100, 7), (30, 9)]):
+        name = f"lora_unet_blocks_{number}_q"
+        tensors[f"{name}.lora_down.weight"] = torch.randn(5, inputs, generator=draw).half()
+        tensors[f"{name}.lora_up.weight"] = torch.randn(outputs, 5, generator=draw).half()
+        tensors |= {f"{name}.{part}": value.clone() for part, value in alpha.items()}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"ss_network_dim": "5", "title": "ä ö"})
+    for number, most in enumerate(range(1100, 4600, 173)):
+        out = tmp_path / f"{number}.safetensors"
+        done = rw.resize_adapter(tmp_path / "a.safetensors", out, bytes=most)
+        ranks = {site.site: site.rank for site in done.sites}
+        assert done.bytes == out.stat().st_size == size(stored(tmp_path / "a.safetensors"), ranks) <= most
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2])
 def test_other_numbers_stay_and_the_error_is_that_of_the_file(kind, tmp_path, three):
     file = tmp_path / "a"
     file.mkdir()
@@ -146,9 +164,13 @@ def test_other_numbers_stay_and_the_error_is_that_of_the_file(kind, tmp_path, th
     save_file({name: (value * 1e-3).to(kind) for name, value in load_file(three / WEIGHTS).items()}, file / WEIGHTS)
     done = rw.resize_adapter(file, tmp_path / "b", budget=150)
     assert {value.dtype for value in load_file(tmp_path / "b" / WEIGHTS).values()} == {kind}
-    # fp16 has 11 bits and bf16 8 for numbers that are not too small.
+    # fp16 has 11 bits, bf16 8 and this fp8 3 for numbers that are not too small.
     expected = done.loss**0.5
-    assert expected - 1e-9 <= done.error <= expected + {torch.float16: 1e-3, torch.bfloat16: 5e-3}.get(kind, 1e-9)
+    assert (
+        expected - 1e-9
+        <= done.error
+        <= expected + {torch.float16: 1e-3, torch.bfloat16: 5e-3, torch.float8_e5m2: 0.2}.get(kind, 1e-9)
+    )
     assert done.error > expected or kind == torch.float64
 
 
@@ -282,6 +304,33 @@ def test_what_cannot_be_cut_is_refused_in_one_line_and_nothing_is_written(limit,
     with pytest.raises(rw.InputError, match=message) as error:
         rw.resize_adapter(tmp_path / "a", tmp_path / "b", **limit)
     assert "\n" not in str(error.value) and not (tmp_path / "b").exists()
+
+
+def test_an_adapter_is_not_written_over_itself(three, tmp_path):
+    folder = shutil.copytree(three, tmp_path / "a")
+    (tmp_path / "link").symlink_to(folder)
+    before = (folder / WEIGHTS).read_bytes()
+    for out in (folder, tmp_path / "link"):
+        with pytest.raises(rw.InputError, match="is what is read"):
+            rw.resize_adapter(folder, out, rank=1, force=True)
+        with pytest.raises(rw.InputError, match="is what is read"):
+            rw.mix({three: 0.5, folder: 1}, out, force=True)
+    assert (folder / WEIGHTS).read_bytes() == before
+
+
+def test_the_cheapest_layer_may_add_nothing_and_then_another_one_is_named(tmp_path):
+    adapted(tmp_path / "a", ["linear", "one"], lambda m: m.base_model.model.one.lora_B["default"].weight.zero_())
+    with pytest.raises(rw.InputError, match="allow 20 at least"):
+        rw.resize_adapter(tmp_path / "a", budget=19)
+    assert rw.resize_adapter(tmp_path / "a", budget=20).parameters == 20
+
+
+def test_numbers_too_large_to_square_are_refused(three, tmp_path):
+    shutil.copytree(three, tmp_path / "a")
+    tensors = {name: value.double() * 1e200 for name, value in load_file(three / WEIGHTS).items()}
+    save_file(tensors, tmp_path / "a" / WEIGHTS)
+    with pytest.raises(rw.InputError, match="NaN or infinite"):
+        rw.resize_adapter(tmp_path / "a", rank=1)
 
 
 def test_heads_are_carried_over_and_layers_of_fixed_rank_count(tmp_path):

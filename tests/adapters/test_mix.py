@@ -150,6 +150,36 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(pair, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
 
 
+def test_files_of_kohya_with_different_layers_have_all_of_them_in_their_sum(tmp_path):
+    """A convolution that only the second one has is written as kohya does."""
+    draw = torch.Generator().manual_seed(0)
+
+    def save(name, alpha, **shapes):
+        tensors = {}
+        for layer, (inputs, outputs, kernel) in shapes.items():
+            tensors[f"lora_unet_{layer}.lora_down.weight"] = torch.randn(2, inputs, *kernel, generator=draw)
+            ones = [1 for _ in kernel]
+            tensors[f"lora_unet_{layer}.lora_up.weight"] = torch.randn(outputs, 2, *ones, generator=draw)
+            tensors[f"lora_unet_{layer}.alpha"] = torch.tensor(alpha)
+        save_file(tensors, tmp_path / name)
+        return tmp_path / name
+
+    one = save("one.safetensors", 1.0, q=(5, 6, ()), k=(5, 4, ()))
+    other = save("other.safetensors", 4.0, q=(5, 6, ()), conv=(3, 7, (3, 3)))
+    rw.mix({one: 0.5, other: 2.0}, tmp_path / "sum.safetensors")
+    product = lambda found, name: found.factors(name).scale * found.factors(name).B @ found.factors(name).A  # noqa: E731
+    first, second, both = map(stored, (one, other, tmp_path / "sum.safetensors"))
+    assert sorted(both.names) == ["lora_unet_conv", "lora_unet_k", "lora_unet_q"]
+    expected = {
+        "lora_unet_q": 0.5 * product(first, "lora_unet_q") + 2 * product(second, "lora_unet_q"),
+        "lora_unet_k": 0.5 * product(first, "lora_unet_k"),
+        "lora_unet_conv": 2 * product(second, "lora_unet_conv"),
+    }
+    for name, whole in expected.items():
+        assert torch.allclose(product(both, name), whole, atol=1e-5), name
+    assert load_file(tmp_path / "sum.safetensors")["lora_unet_conv.lora_down.weight"].shape == (2, 3, 3, 3)
+
+
 def test_the_command_takes_weights_after_a_colon(pair, tmp_path, cli):
     out = tmp_path / "sum"
     code, shown, log = cli("mix", f"{pair[0]}:0.7", f"{pair[1]}:0.3", "--budget", "150", "-o", str(out))

@@ -26,6 +26,10 @@ NOTHING = 1e-14
 """Share of ‖R_B‖ ‖L‖ up to which a singular value of R_B L is rounding noise in double precision."""
 
 
+LARGEST = 1e50
+"""Numbers from here on count as infinite: their products could not be squared."""
+
+
 class Source(Protocol):
     """What has layers to cut: an adapter on disk, or a sum of several."""
 
@@ -147,8 +151,8 @@ def spectrum(factors: Factors, root: Tensor | None = None) -> Spectrum:
 def truncated(factors: Factors, rank: int, root: Tensor | None = None) -> Factors:
     """The best factors of a rank that is not above the number of units worth anything, in the same type of number.
 
-    The rows of A' have length 1, as about those of LoRA's A have at its start. In fp16, whose small numbers lose
-    digits, A' and B' share the singular value instead.
+    The rows of A' have length 1, as about those of LoRA's A have at its start. In fp16 and fp8, whose small numbers
+    lose digits, A' and B' share the singular value instead.
     """
     A = factors.A.double()
     Q, R = torch.linalg.qr(factors.B.double())
@@ -157,7 +161,7 @@ def truncated(factors: Factors, rank: int, root: Tensor | None = None) -> Factor
     U = torch.linalg.svd(R @ root.double())[0][:, :rank]
     A = U.T @ R @ A
     length = A.norm(dim=1)
-    if factors.A.dtype == torch.float16:
+    if torch.finfo(factors.A.dtype).tiny > 1e-20:
         length = length.sqrt()
     A, B = A / length[:, None], (Q @ U) * length
     kind = factors.A.dtype, factors.B.dtype
@@ -236,7 +240,8 @@ def chosen(
     if limit.budget is not None:
         if fixed + sum(each.rank * each.cost for each in spectra) <= limit.budget:
             return [each.rank for each in spectra]
-        ranks, least = most_within(gains, costs, max(0, limit.budget - fixed)), fixed + min(costs)
+        least = fixed + min(cost for cost, gain in zip(costs, gains, strict=True) if gain.any())
+        ranks = most_within(gains, costs, max(0, limit.budget - fixed))
     else:
         assert limit.bytes is not None
         ranks, least = _within_bytes(spectra, limit.bytes, like, names)
@@ -260,7 +265,8 @@ def _within_bytes(
     all_ranks = [each.rank for each in spectra]
     if file(all_ranks) <= most:
         return all_ranks, 0
-    least = file([int(place == costs.index(min(costs))) for place in range(len(costs))])
+    _, cheapest_site = min((cost, place) for place, cost in enumerate(costs) if gains[place].any())
+    least = file([int(place == cheapest_site) for place in range(len(costs))])
     low, high = 0, most  # the numbers of the best file have `low` bytes at least, and less than `high`
     while high - low > 1:
         middle = (low + high) // 2
@@ -283,7 +289,7 @@ def _within_bytes(
 
 def _finite(source: Source, like: StoredAdapter, name: str) -> Factors:
     factors = source.factors(name)
-    if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
+    if not all((each.double().abs() < LARGEST).all() for each in (factors.A, factors.B)):
         raise InputError(f"{like.path}: {name} has numbers that are NaN or infinite: its training has diverged")
     return factors
 

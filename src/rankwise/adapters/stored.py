@@ -248,11 +248,7 @@ def _layer(
 
 def _scaled(tensor: Tensor, factor: float, kind: torch.dtype) -> Tensor:
     """`factor` times a tensor, as numbers of a type. InputError where they are too large for it."""
-    scaled = (
-        tensor.to(kind)
-        if factor == 1
-        else (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor).to(kind)
-    )
-    if not scaled.isfinite().all() and tensor.isfinite().all():
+    scaled = tensor.to(kind) if factor == 1 else (tensor.double() * factor).to(kind)
+    if not scaled.double().isfinite().all() and tensor.double().isfinite().all():
         raise InputError(f"an adapter of {kind} numbers cannot hold B times {factor:g}: convert it to float32 first")
     return scaled
