@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedCon
 from rankwise.adapters import load
 from rankwise.adapters.beside import base_digest
 from rankwise.adapters.save import DESCRIPTION, REPEATABLE
-from rankwise.errors import InputError, nearest
+from rankwise.errors import InputError, nearest, require
 from rankwise.files import ADAPTER, check_files, read_json, replace_folder, unfinished
 from rankwise.ranks.kept import RESIDUAL
 from rankwise.ranks.layers import keep_codes
@@ -153,8 +153,7 @@ def _adapter(path: Path) -> Path:
     for folder in (path, path / "adapter"):
         if any((folder / name).is_file() for name in (CONFIG, DESCRIPTION)):
             return check_files(folder)
-    if path.is_file():
-        raise InputError(f"{path}: is a file; give the folder of a PEFT adapter")
+    require(not path.is_file(), f"{path}: is a file; give the folder of a PEFT adapter")
     raise InputError(f"{path}: holds no adapter: it has neither {CONFIG} nor {DESCRIPTION}")
 
 
@@ -177,13 +176,11 @@ def _check_free(out: Path, force: bool, folder: Path, source: str) -> None:
     for kept in (folder, Path(source)):
         if kept.exists() and (out.resolve() == kept.resolve() or out.resolve() in kept.resolve().parents):
             raise InputError(f"{out}: holds {kept.name}, which is to be merged; give another name")
+    require(out.is_dir() or not out.exists(), f"{out}: is a file; give another name")
     if out.is_dir() and any(out.iterdir()):
-        if not force:
-            raise InputError(f"{out}: is there already; give another name, or --force to replace it")
-        if not (out / "config.json").is_file() or not any(out.glob("*.safetensors")):
-            raise InputError(f"{out}: holds something else than a model, which would be lost; give another name")
-    elif out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; give another name")
+        require(force, f"{out}: is there already; give another name, or --force to replace it")
+        own = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
+        require(own, f"{out}: holds something else than a model, which would be lost; give another name")
 
 
 def _check_kind(folder: Path, config: dict[str, Any]) -> None:
@@ -206,8 +203,7 @@ def _base(
     """The base model with a head of the right size, de-quantised, and the dtype to save it in."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype: there is no {dtype!r}{nearest(dtype, DTYPES)}; one of {', '.join(DTYPES)}")
-    if quantise not in (None, "none", "4bit", "8bit"):
-        raise InputError(f"quantise: there is no {quantise!r}; one of 4bit, 8bit, none")
+    require(quantise in (None, "none", "4bit", "8bit"), f"quantise: there is no {quantise!r}; one of 4bit, 8bit, none")
     shapes = _shapes(folder)
     try:
         found = AutoConfig.from_pretrained(source)
@@ -257,6 +253,11 @@ def _base(
         model = model.dequantize(dtype=torch.float32)
         vars(model.config).pop("quantization_config", None)
         model.is_quantized = False
+        model._weight_conversions = [  # saving would undo how codes are read
+            step
+            for step in vars(model).get("_weight_conversions") or ()
+            if not any(".integrations." in type(part).__module__ for part in getattr(step, "operations", ()))
+        ]
     _resize(model, shapes)
     return model, dtype or own
 
