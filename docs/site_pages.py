@@ -10,14 +10,22 @@ from mkdocs.structure.pages import Page
 import rankwise
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"README.md": "readme.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "README.md": "readme.md",
+    "examples/README.md": "examples.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 """A file of the repository -> its page."""
 
 
 def on_files(files: Files, config: Any) -> Files:
     for name, page in PAGES.items():
-        text = (ROOT / name).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=text.replace("](docs/", "](")))
+        text = re.sub(r"\]\((?:\.\./)*docs/", "](", (ROOT / name).read_text(encoding="utf-8"))
+        text = re.sub(
+            r"\[([^\]]*)\]\([\w/.]+\.(?:py|ipynb|yaml)\)", r"\1", text
+        )  # a file of the repository, not of the site
+        files.append(File.generated(config, page, content=text))
     return files
 
 

@@ -21,6 +21,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rankwise.cli import app
 from rankwise.errors import installing
@@ -165,7 +166,7 @@ CASES: dict[str, str | None] = {
     "report runs --md": "bench",
     "report runs --html page.html": "bench",
     "clean runs --yes --only failed": None,
-    f"init mine.yaml --data {TICKETS} --type classification --text message --label team": "bench",
+    f"init mine.yaml --data {TICKETS} --type classification --text line --label team": "bench",
     "import axolotl.yaml": None,
     "validate experiment.yaml": "demo",
     "validate experiment.yaml model=bert max_length=32": None,
@@ -180,8 +181,12 @@ CASES: dict[str, str | None] = {
     "suggest task=stdlib-kind model=bert max_length=32 --budget 1000": "bench",
     "resize adapter --rank 1 -o smaller": None,
     "resize adapter --rank 1 -o pictured --picture ranks.svg": "bench",
-    "predict adapter --in tickets.csv task=stdlib-kind": "bench",
-    "evaluate adapter task=stdlib-kind": "bench",
+    "predict whole --in tickets.csv --out answers.csv task=stdlib-kind max_length=32": "bench",
+    "evaluate whole task=stdlib-kind max_length=32": "bench",
+    "ranks adapter --compare smaller": None,
+    "mix adapter:0.7 smaller:0.3 --budget 100 -o mixed": None,
+    "merge adapter --base base -o merged": None,
+    "export adapter --for vllm -o exported": None,
     "params --arch roberta-base --method lora rank=4": None,
 }
 """Commands, and the extra without which they say so in one line; None for those that rankwise alone carries out."""
@@ -198,7 +203,10 @@ def test_without_extras_it_trains_and_a_command_works_or_says_in_one_line_what_t
     folder = tmp_path / "alone"
     folder.mkdir()
     bert(folder / "bert")
-    (folder / TICKETS).write_text("message,team\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(40)))
+    whole = AutoModelForSequenceClassification.from_pretrained(folder / "bert", num_labels=3)
+    whole.save_pretrained(folder / "whole")
+    AutoTokenizer.from_pretrained(folder / "bert").save_pretrained(folder / "whole")
+    (folder / TICKETS).write_text("line,team\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(40)))
     (folder / "experiment.yaml").write_text("task: stdlib-kind\nmax_steps: 2\nvary:\n  method: [lora, head]\n")
     axolotl = {"base_model": "base", "adapter": "lora", "datasets": [{"path": "x.jsonl", "type": "chat_template"}]}
     (folder / "axolotl.yaml").write_text(yaml.safe_dump(axolotl))

@@ -45,8 +45,9 @@ def test_no_page_asks_another_server_for_anything(site: Path) -> None:
 
 @pytest.mark.parametrize("link", ["nowhere.md", "ranks.md#nowhere", "../nowhere.py", "pictures/nowhere.png"])
 def test_a_link_that_leads_nowhere_is_an_error(link: str, tmp_path: Path) -> None:
-    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml"):
-        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "examples").mkdir()
+    for name in ("examples/README.md", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml"):
+        shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     (tmp_path / "src").symlink_to(ROOT / "src")
     (tmp_path / "docs/ranks.md").write_text(
