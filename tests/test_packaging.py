@@ -183,7 +183,7 @@ CASES: dict[str, str | None] = {
     "resize adapter --rank 1 -o pictured --picture ranks.svg": "bench",
     "predict whole --in tickets.csv --out answers.csv task=stdlib-kind max_length=32": "bench",
     "evaluate whole task=stdlib-kind max_length=32": "bench",
-    "shrink adapter --data run.yaml --tolerance 0.01 -o shrunk": "bench",
+    "shrink classifier --data run.yaml --tolerance 0.01 -o shrunk": "bench",
     "ranks adapter --compare smaller": None,
     "mix adapter:0.7 smaller:0.3 --budget 100 -o mixed": None,
     "merge adapter --base base -o merged": None,
@@ -209,7 +209,7 @@ def test_without_extras_it_trains_and_a_command_works_or_says_in_one_line_what_t
     AutoTokenizer.from_pretrained(folder / "bert").save_pretrained(folder / "whole")
     (folder / TICKETS).write_text("line,team\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(40)))
     (folder / "experiment.yaml").write_text("task: stdlib-kind\nmax_steps: 2\nvary:\n  method: [lora, head]\n")
-    (folder / "run.yaml").write_text("task: stdlib-kind\nmodel: bert\nmax_length: 32\n")
+    (folder / "run.yaml").write_text("task: stdlib-kind\nmodel: whole\nmax_length: 32\n")
     axolotl = {"base_model": "base", "adapter": "lora", "datasets": [{"path": "x.jsonl", "type": "chat_template"}]}
     (folder / "axolotl.yaml").write_text(yaml.safe_dump(axolotl))
     [method] = [

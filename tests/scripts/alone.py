@@ -2,7 +2,8 @@
 
     python alone.py 'COMMAND' …
 
-In the current folder, where `adapter/` is left. Prints a JSON line for each command: exit code, stdout, stderr.
+In the current folder, which has a classifier in `whole/`; `adapter/` and `classifier/` are left. Prints a JSON line for
+each command: exit code, stdout, stderr.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import sys
 
 import torch
 from peft import PeftModel
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import rankwise as rw
 
@@ -35,6 +36,15 @@ def train() -> None:
         assert torch.allclose(stock(inputs).logits, model.eval()(inputs).logits, atol=1e-5)
 
 
+def classify() -> None:
+    """An adapter of the classifier in `whole/`, in `classifier/`."""
+    whole = AutoModelForSequenceClassification.from_pretrained("whole")
+    model = rw.LoRA(rank=2, targets=["query"]).attach(whole, head=["classifier"])
+    for site in rw.sites(model):
+        torch.nn.init.normal_(site.B)
+    rw.save(model, "classifier")
+
+
 def run(words: list[str]) -> tuple[int, str, str]:
     from rankwise.cli import main
 
@@ -49,5 +59,6 @@ def run(words: list[str]) -> tuple[int, str, str]:
 
 with contextlib.redirect_stdout(sys.stderr):
     train()
+    classify()
 for command in sys.argv[1:]:
     print(json.dumps(run(command.split())), flush=True)
