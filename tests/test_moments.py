@@ -14,14 +14,18 @@ from rankwise.train.run import run
 from runs import make
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A run whose rows are shorter and longer, and whose layers include embeddings and the pooler."""
-    folder = make(
-        tmp_path_factory.mktemp("moments") / "run", method={"name": "lora", "rank": 4, "targets": "all-linear"}
-    )
-    run(folder)
-    return folder
+@pytest.fixture(scope="module", params=["bert", pytest.param("gpt2", marks=pytest.mark.large)])
+def trained(request, tmp_path_factory):
+    """A run whose rows are shorter and longer: of linear layers with a pooler, or of GPT-2's own kind of layer."""
+    folder, settings = tmp_path_factory.mktemp("moments"), {}
+    if request.param == "gpt2":
+        rows = [{"text": f"word {row} " * (1 + row % 3), "target": f"answer {row}"} for row in range(60)]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        task = {"name": "causal", "dataset": str(folder / "rows.jsonl")}
+        settings = {"task": task, "model": "random-gpt2", "train_rows": 40, "eval_rows": 4}
+    made = make(folder / "run", method={"name": "lora", "rank": 4, "targets": "all-linear"}, **settings)
+    run(made)
+    return made
 
 
 def changes(trained, folder):
@@ -40,7 +44,7 @@ def changes(trained, folder):
                 new = adapter.factors(name)
                 delta = new.scale * x.double() @ new.A.double().T @ new.B.double().T
             else:
-                delta = torch.zeros(len(x), layer.get_base_layer().out_features, dtype=torch.float64)
+                delta = torch.zeros(len(x), layer.out_features, dtype=torch.float64)
             found.setdefault(name, []).append(delta)
 
         return keep
