@@ -156,6 +156,14 @@ def test_what_is_no_plain_lora_is_refused_by_its_name(tensors, message, tmp_path
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("options", ["{", "3", '"x"', '{"unet.lora_alpha": 2}', '{"lora_alpha": 2, "r": "x"}'])
+def test_a_configuration_in_a_file_that_is_damaged_is_refused(options, tmp_path):
+    tensors = {"unet.q.lora_A.weight": normal(2, 6), "unet.q.lora_B.weight": normal(6, 2)}
+    save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": options})
+    with pytest.raises(rw.InputError, match="in its metadata is damaged|says rank .* which has rank 2"):
+        stored(tmp_path / "a.safetensors")
+
+
 def test_magnitudes_biases_and_weights_that_are_added_stay(tmp_path):
     more = {
         f"{NAME}.dora_scale": normal(6, 1),

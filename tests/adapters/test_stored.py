@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import subprocess
 import sys
 
 import peft
@@ -19,6 +20,7 @@ import warm
 from models import stirred
 from rankwise.adapters.stored import Factors, stored, write
 from rankwise.adapters.tensors import Tensors, write_tensors
+from rankwise.files import tidy
 
 
 class Kinds(nn.Module):
@@ -157,6 +159,9 @@ REFUSED = {
     "parameters": ({"target_parameters": ["experts"]}, "has target_parameters"),
     "rank": ({"rank_pattern": {"first": 3}}, "adapter_config.json: says rank 3 of first, which has rank 4"),
     "alpha": ({"lora_alpha": "16"}, "lora_alpha of first is '16'"),
+    "an endless alpha": ({"lora_alpha": float("inf")}, "lora_alpha of first is inf"),
+    "a list for a pattern": ({"rank_pattern": ["first"]}, "a pattern in it cannot be read"),
+    "a broken pattern": ({"alpha_pattern": {"(": 2}}, "a pattern in it cannot be read: missing"),
 }
 
 
@@ -267,6 +272,32 @@ def test_a_write_that_fails_leaves_nothing(linear, tmp_path):
         with pytest.raises(rw.InputError, match=message):
             write(tmp_path / "new", found, wrong)
     assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+KILLED = """
+import sys, time
+from rankwise.adapters.stored import stored, write
+found = stored(sys.argv[1])
+def slowly():
+    yield "first", found.factors("first")
+    print("half", flush=True)
+    time.sleep(600)
+write(sys.argv[2], found, slowly(), force=True)
+"""
+
+
+def test_a_write_that_is_killed_leaves_what_was_there(linear, tmp_path):
+    found, out = stored(linear), tmp_path / "out"
+    write(out, found, {"first": found.factors("first")})
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for target in (out, tmp_path / "new"):
+        command = [sys.executable, "-c", KILLED, str(linear), str(target)]
+        with warm.Popen(command, kind="stock", stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "half\n"
+            process.kill()
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before and not (tmp_path / "new").exists()
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.filterwarnings(SHAPES_OF_BIASES)

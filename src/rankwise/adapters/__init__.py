@@ -1,4 +1,4 @@
-"""Adapters that every tool can load."""
+"""Adapters: saved, loaded, and worked on without their model."""
 
 from rankwise.adapters.save import load, save
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +174,13 @@ def scale_of(file: Path, name: str, rank: int, config: Mapping[str, Any]) -> flo
     Raises:
         InputError: it has another rank there, or an alpha that is no number.
     """
-    expected, alpha = (
-        _of(config, *options, name) for options in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
-    )
+    try:
+        expected, alpha = _of(config, "r", "rank_pattern", name), _of(config, "lora_alpha", "alpha_pattern", name)
+    except (AttributeError, TypeError, re.error) as error:
+        raise InputError(f"{file}: is damaged, a pattern in it cannot be read: {error}") from None
     if expected != rank:
         raise InputError(f"{file}: says rank {expected} of {name}, which has rank {rank}, so PEFT would not load it")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not isfinite(alpha):
         raise InputError(f"{file}: lora_alpha of {name} is {alpha!r}, which is no number")
     return alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -94,10 +94,10 @@ def configurations(file: Path, metadata: Mapping[str, str]) -> dict[str, dict[st
     if DIFFUSERS not in metadata:
         return {}
     try:
-        options = json.loads(metadata[DIFFUSERS])
+        options = dict(json.loads(metadata[DIFFUSERS]))
         starts = [name.removesuffix("lora_alpha") for name in options if f".{name}".endswith(".lora_alpha")]
         return {s: {k.removeprefix(s): v for k, v in options.items() if k.startswith(s)} for s in starts}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file}: {DIFFUSERS} in its metadata is damaged: {error}") from None
 
 
