@@ -33,6 +33,7 @@ def row(**other: object) -> dict:
         ("passed", {}),
         ("skipped", {"outcome": "skipped"}),
         ("set aside", {"outcome": "failed", "reason": "OSError: We couldn't connect to 'https://…'"}),
+        ("failed", {"way": "after a search", "outcome": "skipped"}),
         ("passed", {"way": "in a search"}),
         ("untouched", {"way": "in a search", "touched": 0}),
         ("refused", {"way": "in a search", "refused": ["adapts a layer of class Embedding"]}),

@@ -157,14 +157,19 @@ def run(way: str, folder: Path, only: str) -> list[dict[str, Any]]:
     plugin = ["-p", "no:cacheprovider", "-p", "peft_ways", "--way", way, "--record", record, *stock]
     command = [*pytest, *plugin, "-k", only, *(f"tests/{file}" for file in FILES)]
     subprocess.run(command, cwd=source, env={**os.environ, **environment}, stdout=sys.stderr, check=False)
-    return [json.loads(line) for line in record.read_text().splitlines()]
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    if stock:
+        passed = [row for row in map(json.loads, (folder / "stock.jsonl").open()) if row["outcome"] == "passed"]
+        ran = {row["test"] for row in rows}
+        rows += [{**row, "outcome": "failed", "reason": "it did not run"} for row in passed if row["test"] not in ran]
+    return rows
 
 
 def fate(row: dict[str, Any]) -> tuple[str, str]:
     """What became of a test: one of KINDS, and why."""
     reason = row["reason"]
     if row["outcome"] == "skipped":
-        return "skipped", ""
+        return ("skipped", "") if row["way"] == "stock" else ("failed", f"skipped: {reason}")
     if row["outcome"] == "passed":
         if row["way"] != "stock" and not row["touched"]:
             return "untouched", ""

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-RECORD, FILES, PASSED = pytest.StashKey[Any](), {}, {}
+RECORD = pytest.StashKey[Any]()
 state = types.SimpleNamespace(touched=0, refused=set(), way="stock")
 
 
@@ -168,8 +168,6 @@ def about_lora(item: Any) -> bool:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: Any, call: Any) -> Any:
     report = yield
-    if call.when == "setup":
-        item.stash[RECORD] = []
     if report.when == "call" or report.outcome != "passed":
         reason = "" if report.outcome == "passed" else str(call.excinfo.value if call.excinfo else "")
         row = {
