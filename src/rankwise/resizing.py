@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rankwise.adapters.card import CARD
 from rankwise.adapters.cut import Cut, Limit, cut
 from rankwise.adapters.layers import StoredAdapter
 from rankwise.adapters.mix import Mixed
@@ -177,4 +178,7 @@ def mix(
     _check_out(Path(out), [adapter for adapter, _ in mixed.parts], force)
     given = any(each is not None for each in (budget, rank, keep_energy))
     limit = Limit(budget, rank, keep_energy) if given else Limit(rank=sys.maxsize)
-    return Resized(**vars(cut(mixed, mixed.parts[0][0], limit, Path(out), force=force)))
+    done = cut(mixed, mixed.parts[0][0], limit, Path(out), force=force)
+    if len(mixed.parts) > 1 and Path(out).is_dir():
+        (Path(out) / CARD).unlink(missing_ok=True)  # it tells how the first one was trained and what it scores
+    return Resized(**vars(done))

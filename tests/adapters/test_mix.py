@@ -150,6 +150,22 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(pair, tmp_path):
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.safetensors").exists()
 
 
+def test_the_card_of_one_is_not_that_of_the_sum_and_the_base_weights_are_the_same(pair, tmp_path):
+    one, other = (shutil.copytree(path, tmp_path / path.name) for path in pair)
+    (one / "README.md").write_text("---\ntags:\n- rankwise\n---\n# One\n## Ranks\nnone\n## Use\nit")
+    for folder, base in ((one, "a"), (other, "a")):
+        (folder / "use.json").write_text(
+            json.dumps({"settings": {"task": {"name": "mrpc"}}, "base": base, "format": 1})
+        )
+    rw.resize_adapter(one, tmp_path / "small", rank=1)
+    assert "the scores are from before" in (tmp_path / "small" / "README.md").read_text()
+    rw.mix({one: 1, other: 1}, tmp_path / "sum")
+    assert not (tmp_path / "sum" / "README.md").exists() and (tmp_path / "sum" / "use.json").exists()
+    (other / "use.json").write_text((one / "use.json").read_text().replace('"a"', '"b"'))
+    with pytest.raises(rw.InputError, match="were trained on other base weights"):
+        rw.mix({one: 1, other: 1}, tmp_path / "none")
+
+
 def test_files_of_kohya_with_different_layers_have_all_of_them_in_their_sum(tmp_path):
     """A convolution that only the second one has is written as kohya does."""
     draw = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ import torch
 
 from rankwise.adapters.layers import Factors, StoredAdapter
 from rankwise.errors import InputError
+from rankwise.runs import use
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Mixed:
             bases = [(each.config or {}).get("base_model_name_or_path") for each in (first, adapter)]
             if all(bases) and Path(str(bases[0])).name != Path(str(bases[1])).name:
                 raise InputError(f"{first.path} is for {bases[0]} and {adapter.path} for {bases[1]}: nothing to mix")
+            used = [use.read(each.path) if each.config is not None else None for each in (first, adapter)]
+            if all(each and each.base for each in used) and len({each.base for each in used if each}) > 1:
+                raise InputError(f"{first.path} and {adapter.path} were trained on other base weights: nothing to mix")
             for name, layer in adapter.layers.items():
                 other = first.layers.get(name, layer)
                 if (layer.size, layer.kernel, layer.embedding) != (other.size, other.kernel, other.embedding):
