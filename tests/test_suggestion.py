@@ -209,6 +209,9 @@ def test_what_is_written_next_to_the_file(tmp_path: Path) -> None:
     (strange / "thesis.tex").touch()
     with pytest.raises(InputError, match=r"strange holds thesis.tex"):
         check_free(strange, force=True)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(InputError, match=r"folder.json: is a folder; give the name of a file"):
+        check_free(tmp_path / "folder.json", force=True)
 
 
 def test_the_snippets_of_peft_and_unsloth_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +289,14 @@ def test_the_searches_are_short_runs_of_the_users_settings(settings) -> None:
     assert first.method["rank"] == 6 and first.method["alpha"] == 18 and wanted.scale == 3
     assert first.max_steps == 100 and first.warmup == 0.06 and first.runs.endswith("/runs/suggest")
     assert first.task["name"] == "stdlib-kind" and first.learning_rate == settings["learning_rate"]
+
+
+def test_those_of_a_run_are_next_to_it(settings, tmp_path: Path) -> None:
+    folder = runs.make(tmp_path / "mine" / "run", model=settings["model"])
+    first, _ = Wanted.of(folder, [], 3_500).runs
+    assert first.runs == str(tmp_path / "mine" / "suggest") and first.max_steps == 100
+    with pytest.raises(InputError, match="the settings of a run are in its run.yaml"):
+        Wanted.of(folder, ["seed=3"], 3_500)
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,8 @@ def check_free(out: Path, force: bool) -> None:
         raise InputError(f"{taken[0]}: is there already; give another name, or --force to replace it")
     if out.suffix != ".json":
         check_replaceable(out, {*ADAPTER}, "an adapter")
+    elif out.is_dir():
+        raise InputError(f"{out}: is a folder; give the name of a file, or of a folder that does not end in .json")
 
 
 def _search_rank(config: RunConfig, method: LoRA, budget: int) -> int:

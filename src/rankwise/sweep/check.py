@@ -41,7 +41,8 @@ def load_one(source: Source | None, settings: Sequence[str]) -> RunConfig:
         return load_run(source, settings)
     if settings:
         raise InputError(f"{settings[0]}: the settings of a run are in its run.yaml and stay as they are")
-    return complete(run_file.load(Path(source)).config, schema())
+    config = run_file.load(Path(source)).config.model_copy(update={"runs": str(Path(source).parent)})
+    return complete(config, schema())
 
 
 def load_experiment(source: Source, settings: Sequence[str]) -> Experiment:
