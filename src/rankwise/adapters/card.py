@@ -293,7 +293,7 @@ def _asking(base: Base, use: Use | None) -> list[str]:
             "    logits = model(**inputs).logits[0]",
             "print(labels[logits.argmax()])" if base.labels else "print(logits.item())",
         ]
-    options = [f"max_new_tokens={task.get('target_length', 64)}", "do_sample=False"]
+    options = [f"max_new_tokens={task.get('target_length', length)}", "do_sample=False"]
     if (beams := task.get("beams", 1)) > 1:
         options += [f"num_beams={beams}", f"length_penalty={task['length_penalty']}"]
     if task.get("no_repeat"):  # here it counts the prompt too
