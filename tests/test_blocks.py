@@ -91,6 +91,15 @@ def test_yaml_is_a_valid_configuration(block: Block, plugin: Path) -> None:
     load({"task": "stdlib-kind", **content}, [], Schema(methods.registry(), tasks.registry()))
 
 
+@pytest.mark.parametrize("page", [path for path in PAGES if path.stem.startswith("from-")], ids=lambda path: path.stem)
+def test_the_file_of_another_trainer_becomes_what_its_page_shows(page: Path, plugin: Path) -> None:
+    """Byte for byte, so that the mapping of settings has one home, `rankwise.foreign`."""
+    theirs, ours = (block.text for block in BLOCKS if ROOT / block.page == page and block.language in ("json", "yaml"))
+    [(name, out)] = re.findall(r"`rankwise import (\S+) -o (\S+)`", page.read_text(encoding="utf-8"))
+    (plugin / name).write_text(theirs)
+    assert carried(Path(name)).text(Path(out)) == ours
+
+
 @of("json", "toml")
 def test_json_and_toml_can_be_read(block: Block) -> None:
     {"json": json.loads, "toml": tomllib.loads}[block.language](block.text)
@@ -224,12 +233,17 @@ def _quickstart(folder: Path) -> dict[str, Any]:
     return {"rw": rw}
 
 
+def _peft(folder: Path) -> dict[str, Any]:
+    return {"rw": rw, "base": small(), "batches": [batch()] * 5}
+
+
 PREPARED: dict[str, Callable[[Path], dict[str, Any]]] = {
     'rw.report("runs/tickets")': _tickets,
     'rw.compare("experiments/quickstart.yaml"': _quickstart,
     "rw.rank_report(model))  # a table": _adapted,
     "rw.SimplexAdam(method, model, lr=1e-3)": _adapted,
     "rw.average_gradients(model)": _adapted,
+    'rw.save(model, "tuned")': _peft,
 }
 """Words of a block -> what has to be there for it to run, in a folder that is the current one."""
 SHORTER = {'max_steps": 50': 'max_steps": 1'}
