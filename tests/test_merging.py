@@ -386,6 +386,8 @@ def test_every_family(task: str, tmp_path: Path) -> None:
         done = merge(folder / "adapter", folder / "out")
         found = logits(auto.from_pretrained(done.folder))
         merged += 1
-        if (found - expected).abs().max() > 1e-4 * max(1, expected.abs().max()):
+        error, most = (found - expected).abs().max(), 1e-4 * max(1, expected.abs().max())
+        # a recurrent model, HRM, makes more of rounding, and as much with PEFT's merge in memory
+        if error > most and error > 1.1 * (logits(model.merge_and_unload()) - expected).abs().max():
             wrong.append(kind)
     assert not wrong and merged >= {"classes": 40, "causal": 60, "text": 10}[task]
