@@ -224,16 +224,32 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer({"url": f"http://{self.headers['Host']}/someone/{name['name']}"})
         if self.path.endswith("/preupload/main"):
             files = [
-                {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
+                {
+                    "path": each["path"],
+                    "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
                 for each in json.loads(body)["files"]
             ]
             return self.answer({"files": files})
         if self.path.endswith("/commit/main"):
             for line in map(json.loads, body.decode().splitlines()):
+                if line["key"] == "lfsFile":
+                    self.files[line["value"]["path"]] = self.files.pop(line["value"]["oid"])
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return self.answer({"commitUrl": f"http://{self.headers['Host']}/someone/it/commit/1", "commitOid": "1"})
+        if self.path.endswith("/objects/batch"):
+            sent = [
+                {**each, "actions": {"upload": {"href": f"http://{self.headers['Host']}/put/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]
+            return self.answer({"objects": sent, "transfer": "basic"})
         return self.answer({}, 200)
+
+    def do_PUT(self):
+        self.files[self.path.rpartition("/")[2]] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer({})
 
     def do_GET(self):
         self.answer({"id": "someone/it", "sha": "1", "siblings": []})
@@ -261,12 +277,14 @@ def hub(monkeypatch):
     monkeypatch.setattr(hf_api, "ENDPOINT", address, raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_token")
     yield address
     server.shutdown()
     server.server_close()
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's, of httpx
 def test_what_is_written_goes_to_the_hub(hub, mixed, tmp_path):
     Hub.files = {}
     done = rw.export_adapter(mixed, tmp_path / "out", push="someone/it")
