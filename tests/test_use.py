@@ -29,6 +29,7 @@ from rankwise.errors import InputError
 from rankwise.methods import registry
 from rankwise.tasks.custom import Custom
 from rankwise.train import random_model
+from rankwise.train.model import build
 from rankwise.train.run import run
 from runs import bert, make
 from stock_peft import carry_out, code_of
@@ -341,6 +342,44 @@ def test_the_card_of_a_smaller_adapter_says_so(classifier: Path, tmp_path: Path)
         assert card.count(CHANGED) == 1 and "all of rank 1." in card and "query    1 1" in card
         assert code_of(tmp_path / name) == code_of(classifier / "adapter")
     assert rw.predict(tmp_path / "two", ["so"])
+
+
+def test_an_adapter_from_a_loop_of_ones_own_answers_too(tmp_path: Path) -> None:
+    base = bert(tmp_path / "base", dropout=0.0)
+    data = jsonl(tmp_path / "rows.jsonl", [ROWS["classification"](row) for row in range(40)])
+    task = rw.task({"type": "classification", "dataset": str(data)})
+    model, words, head = build(base, task, max_length=16)
+    method = rw.LoRA(rank=2)
+    model = method.attach(model, head)
+    with pytest.raises(InputError, match="max_lenth: no setting of use"):
+        rw.Use.of_task(task, base, max_lenth=16)
+    rw.save(model, tmp_path / "adapter", method, head, use=rw.Use.of_task(task, base, max_length=16), tokenizer=words)
+    [answer] = rw.predict(tmp_path / "adapter", [BY_SIZE[0]])  # type: ignore[misc]
+    with torch.no_grad():
+        logits = model.eval()(**words([BY_SIZE[0]], return_tensors="pt")).logits[0]
+    assert answer["prediction"] == LABELS[int(logits.argmax())]
+    shares = [answer[f"probability_{label}"] for label in LABELS]
+    assert shares == pytest.approx(logits.softmax(0).tolist(), abs=1e-5)
+
+
+@pytest.mark.large
+def test_a_chat_template_of_ones_own_goes_with_the_adapter(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text(
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    data = jsonl(tmp_path / "chat.jsonl", [ROWS["chat"](row) for row in range(60)])
+    task = {"name": "chat", "dataset": str(data), "template": str(file)}
+    folder = trained(tmp_path, "chat", task=task)
+    asked = [{"messages": [{"role": "user", "content": BY_SIZE[0]}]}]
+    before = rw.predict(folder, asked)
+    shutil.copytree(folder / "adapter", tmp_path / "copied")
+    file.unlink()
+    assert rw.predict(tmp_path / "copied", asked) == before
+    [score] = rw.evaluate(tmp_path / "copied", rows=data).scores
+    assert score.metrics["perplexity"] > 1
+    assert "assistant: " in (tmp_path / "copied" / "chat_template.jinja").read_text()
 
 
 def test_a_killed_command_goes_on_and_writes_the_same_bytes(classifier: Path, tmp_path: Path) -> None:
