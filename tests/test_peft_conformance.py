@@ -11,7 +11,7 @@ import pytest
 import peft_conformance
 import peft_ways
 
-PART = "hotswap or merge_layers_multi or (Vanilla and (merge_layers or roundtrip or delete or dtype_autocast))"
+PART = "hotswap or merge_layers_multi or (Vanilla and (merge_layers or roundtrip or delete))"
 
 
 def row(**other: object) -> dict:
@@ -51,6 +51,7 @@ def test_a_failure_is_never_counted_as_anything_else(expected: str, of: dict) ->
 
 
 @pytest.mark.large
+@pytest.mark.timeout(1800)  # each way reads PEFT's 19,000 cases first
 def test_what_stock_peft_passes_passes_with_rankwise_or_is_refused_by_name(tmp_path: Path) -> None:
     script = str(peft_conformance.__file__)
     done = subprocess.run(
