@@ -116,6 +116,7 @@ def test_only_what_was_changed_is_no_longer_shared(tied: Path, tmp_path: Path) -
     assert torch.equal(stored["model.embed_tokens.weight"], embedding) and "lm_head.weight" in stored
     assert "lm_head.weight" not in load_file(shared.folder / "model.safetensors")
     assert not json.loads((apart.folder / "config.json").read_text())["tie_word_embeddings"]
+    assert merge(tmp_path / "a", tmp_path / "bf16", dtype="bf16").untied
 
 
 def test_a_model_that_cannot_be_untied_is_refused(tmp_path: Path) -> None:

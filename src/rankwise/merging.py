@@ -14,7 +14,7 @@ from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from shutil import which
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -123,7 +123,7 @@ def merge(
     _check_kind(folder, config)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's about tied and quantised weights, which are taken care of
-        model, dtype = _base(folder, config, source, dtype, quantise, known)
+        model, dtype, cast = _base(folder, config, source, dtype, quantise, known)
         names = {*model.state_dict()}
         model = load(model, folder).eval()
         untied, layers, rounding = False, 0, 0.0
@@ -134,7 +134,8 @@ def merge(
         if strange := {*model.state_dict()} - names:
             raise InputError(f"{folder}: adds {min(strange)} to the model, which transformers would not load")
         untied |= _untied(model)
-        model = model.to(DTYPES[dtype])
+        for parameter in model.parameters() if cast else ():  # no buffers: rotary frequencies stay fp32
+            parameter.data = parameter.data.to(DTYPES[dtype])
         out.parent.mkdir(parents=True, exist_ok=True)
         with unfinished(out, folder=True) as temporary:
             new = temporary / "model"
@@ -199,8 +200,8 @@ def _check_kind(folder: Path, config: dict[str, Any]) -> None:
 
 def _base(
     folder: Path, config: dict[str, Any], source: str, dtype: str | None, quantise: str | None, known: Use | None
-) -> tuple[Any, str]:
-    """The base model with a head of the right size, de-quantised, and the dtype to save it in."""
+) -> tuple[Any, str, bool]:
+    """The base model with a head of the right size, de-quantised, the dtype to save it in, and if it has another."""
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype: there is no {dtype!r}{nearest(dtype, DTYPES)}; one of {', '.join(DTYPES)}")
     require(quantise in (None, "none", "4bit", "8bit"), f"quantise: there is no {quantise!r}; one of 4bit, 8bit, none")
@@ -259,7 +260,7 @@ def _base(
             if not any(".integrations." in type(part).__module__ for part in getattr(step, "operations", ()))
         ]
     _resize(model, shapes)
-    return model, dtype or own
+    return model, dtype or own, exact or dtype is not None
 
 
 def _name(dtype: Any) -> str:
@@ -373,7 +374,7 @@ def _square(values: Tensor) -> float:
 
 def _unloaded(model: PeftModel) -> Any:
     """The base model without PEFT's layers, whose weights have been merged."""
-    plain = cast(Any, model.base_model).unload()
+    plain = model.base_model.unload()  # type: ignore[operator]
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(True)
         assert ".base_layer." not in name, name
