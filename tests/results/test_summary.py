@@ -170,7 +170,7 @@ def test_the_bootstrap_of_a_whole_sets_score_draws_the_statistics_of_its_example
     by_hand = bootstrap.by_hand(lambda right, _: 2 * right.sum() / (right.sum() + 24), [head], [lora], np.arange(3))
     assert before["head"] == pytest.approx(by_hand)
     with monkeypatch.context() as without:
-        without.setattr("rankwise.results.contrasts.METRICS", {})
+        without.setattr("rankwise.metrics.bootstrap.METRICS", {})
         assert examples() == {"simplex-lora": None, "head": None}
     folder = next(result.folder for result in store.results() if result.method == "head")
     for columns in ({"idx": [1, 0, 2]}, {"statistics": [[0] * 8] * 3}, {"score": [0.5] * 3}):
