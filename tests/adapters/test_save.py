@@ -269,3 +269,17 @@ def test_patterns_that_match_nothing_or_in_another_way_than_meant_keep_what_is_t
         again = PeftModel.from_pretrained(models.model("llama"), tmp_path / folder).eval()
         assert torch.allclose(models.logits(again), models.logits(model), atol=1e-5)
         rw.resize(model, {sites(model)[0].name: 1})
+
+
+@pytest.mark.filterwarnings("ignore:all-linear leaves out")
+def test_layers_that_peft_renames_while_it_loads_them_have_their_weights(tmp_path):
+    auto = transformers.AutoModelForCausalLM
+    [(_, base)] = models.every_model(auto, ["laguna"])  # shared_experts, for which PEFT looks under another name
+    base.save_pretrained(tmp_path / "base")
+    model = models.stirred(rw.LoRA(rank=2, targets="all-linear").attach(base)).eval()
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        rw.save(model, tmp_path / "adapter")
+        found = rw.load(auto.from_pretrained(tmp_path / "base"), tmp_path / "adapter").eval()(ids).logits
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -107,7 +107,7 @@ def _tell(done: Resized, out: Path, picture: Path | None, as_json: bool) -> None
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="a PEFT adapter's folder, or a run's")],
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="MODEL", help="the folder to write")],
     base: Annotated[
         str | None,
         typer.Option("--base", metavar="MODEL", help="folder, hub name or GGUF file; else as the adapter says"),
@@ -121,7 +121,7 @@ def merge(
     ] = None,
     max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="of a weight file")] = "5GB",
     gguf: Annotated[bool, typer.Option("--gguf", help="convert it for llama.cpp too, with its own converter")] = False,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="replace a model that is there already")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
