@@ -394,7 +394,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for room in ("compare", "plan", "tune"):
         monkeypatch.setattr(f"rankwise.sweep.{room}.carry_out", carry_out)
-    monkeypatch.setattr("rankwise.cli._page", lambda *_: None)
+    monkeypatch.setattr("rankwise.cli.runs._page", lambda *_: None)
 
 
 def made_by_others(store: Store, method: str, file: str) -> int:

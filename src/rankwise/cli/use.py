@@ -35,32 +35,46 @@ Rows = Annotated[str, typer.Option("--in", metavar="FILE", help="rows: .csv, .js
 
 
 @app.command()
-def shrink(
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER|RUN", help="a PEFT adapter's folder, or a run's")],
-    out: Out,
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0, metavar="T", help="by how much the task's score may be worse")
-    ],
-    settings: Settings = None,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", metavar="CONFIG.yaml|RUN", help="model and data to score on; by default a run's own"),
-    ] = None,
-    heal: Annotated[int, typer.Option("--heal", min=0, metavar="STEPS", help="train each cut on for so long")] = 0,
-    picture: Picture = None,
-    force: Force = False,
+def predict(
+    what: Used,
+    rows: Rows = "-",
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="the same rows with answers; - for stdout")] = "-",
+    force: Annotated[bool, typer.Option("--force", help="replace FILE if it is there")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Find the smallest adapter that is not worse by more than a tolerance on rows held out, and write it."""
-    with redirect_stdout(sys.stderr):
-        from rankwise import api
+    """Answer rows: classes with their probabilities, values or texts. A command that was killed goes on."""
+    from rankwise import api
 
-        found = api.shrink(adapter, data, settings or [], tolerance=tolerance, out=out, heal=heal, force=force)
-    show_json(found.as_json()) if as_json else show("\n".join(found.lines()))
-    if picture is not None:
-        log(f"picture: {found.save_picture(picture)}")
-    log(f"wrote {out}")
+    try:
+        found = api.predict(what[0], rows, out, what[1:], force=force)
+    except KeyboardInterrupt:
+        log("stopped; the same command goes on from there" if out != "-" else "stopped")
+        sys.exit(INTERRUPTED)
+    if out != "-" and not isinstance(found, list):
+        show_json(vars(found)) if as_json else log(f"{found.rows:,} rows: {out}")
+
+
+@app.command()
+def evaluate(
+    what: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER|RUN|MODEL...", help="one or several, then settings such as task=… (key=value)"),
+    ],
+    rows: Annotated[
+        str | None, typer.Option("--in", metavar="FILE", help="rows to score; those held out when not given")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score adapters, runs or models on the same rows: those that the task holds out, or a file's."""
+    from rankwise import api
+
+    sources = [word for word in what if not is_setting(word)]
+    settings = [word for word in what if is_setting(word)]
+    with redirect_stdout(sys.stderr):
+        found = api.evaluate(*sources, settings=settings, rows=rows)
+    show_json(found.as_json()) if as_json else show(found.text())
 
 
 @app.command()
@@ -104,43 +118,29 @@ def suggest(
 
 
 @app.command()
-def predict(
-    what: Used,
-    rows: Rows = "-",
-    out: Annotated[str, typer.Option("--out", metavar="FILE", help="the same rows with answers; - for stdout")] = "-",
-    force: Annotated[bool, typer.Option("--force", help="replace FILE if it is there")] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Answer rows: classes with their probabilities, values or texts. A command that was killed goes on."""
-    from rankwise import api
-
-    try:
-        found = api.predict(what[0], rows, out, what[1:], force=force)
-    except KeyboardInterrupt:
-        log("stopped; the same command goes on from there" if out != "-" else "stopped")
-        sys.exit(INTERRUPTED)
-    if out != "-" and not isinstance(found, list):
-        show_json(vars(found)) if as_json else log(f"{found.rows:,} rows: {out}")
-
-
-@app.command()
-def evaluate(
-    what: Annotated[
-        list[str],
-        typer.Argument(metavar="ADAPTER|RUN|MODEL...", help="one or several, then settings such as task=… (key=value)"),
+def shrink(
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER|RUN", help="a PEFT adapter's folder, or a run's")],
+    out: Out,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0, metavar="T", help="by how much the task's score may be worse")
     ],
-    rows: Annotated[
-        str | None, typer.Option("--in", metavar="FILE", help="rows to score; those held out when not given")
+    settings: Settings = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="CONFIG.yaml|RUN", help="model and data to score on; by default a run's own"),
     ] = None,
+    heal: Annotated[int, typer.Option("--heal", min=0, metavar="STEPS", help="train each cut on for so long")] = 0,
+    picture: Picture = None,
+    force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Score adapters, runs or models on the same rows: those that the task holds out, or a file's."""
-    from rankwise import api
-
-    sources = [word for word in what if not is_setting(word)]
-    settings = [word for word in what if is_setting(word)]
+    """Find the smallest adapter that is not worse by more than a tolerance on rows held out, and write it."""
     with redirect_stdout(sys.stderr):
-        found = api.evaluate(*sources, settings=settings, rows=rows)
-    show_json(found.as_json()) if as_json else show(found.text())
+        from rankwise import api
+
+        found = api.shrink(adapter, data, settings or [], tolerance=tolerance, out=out, heal=heal, force=force)
+    show_json(found.as_json()) if as_json else show("\n".join(found.lines()))
+    if picture is not None:
+        log(f"picture: {found.save_picture(picture)}")
+    log(f"wrote {out}")
