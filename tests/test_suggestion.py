@@ -113,16 +113,21 @@ def test_stock_peft_adds_the_suggested_ranks(tmp_path: Path, kind: str, more) ->
 
 
 @pytest.mark.large
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:The following .*_pattern keys")  # PEFT's, of experts
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:The following .*_pattern keys", "ignore:target_parameters")
 def test_stock_peft_adds_the_suggested_ranks_in_every_family(tmp_path: Path) -> None:
     checked = 0
     for kind, model in models.every_model(transformers.AutoModelForCausalLM, models.WRITERS):
         base = lambda model=model: copy.deepcopy(model)  # noqa: E731
         try:
-            budget = 3 * costs_of(base, **WRITES) + 7
+            budget = costs_of(base, **WRITES) + 7
         except ValueError:  # PEFT finds no linear layer in it, or none that it can adapt
             continue
-        check(base, certain(searched(base, tmp_path / kind, agreed, budget, rank=4, **WRITES)))
+        try:
+            found = searched(base, tmp_path / kind, agreed, budget, rank=2, **WRITES)
+        except InputError as error:  # PEFT adapts the experts' one parameter, which has no ranks by layer
+            assert "target_parameters" in str(error)
+            continue
+        check(base, certain(found))
         checked += 1
     assert checked > 60
 
