@@ -434,12 +434,16 @@ CELLS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_si
 def test_rows_of_csv_come_out_as_they_went_in(
     rows: list[tuple[str, str]], delimiter: str, end: str, mark: bool, quoting: int, tmp_path_factory: Any
 ) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter=delimiter, lineterminator=end, quoting=quoting)  # type: ignore[arg-type]
-    writer.writerows([("id", 'the "text"'), *rows])
+    text = ""
+    for row in [("id", 'the "text"'), *rows]:
+        line = io.StringIO(newline="")
+        csv.writer(line, delimiter=delimiter, lineterminator="\r\n", quoting=quoting).writerow(row)  # type: ignore[arg-type]
+        text += line.getvalue().removesuffix("\r\n") + end
     file = tmp_path_factory.mktemp("csv") / "rows.csv"
-    file.write_bytes(text.getvalue().encode("utf-8-sig" if mark else "utf-8"))
-    answers = [{"prediction": f'{place}{delimiter}"x"', "probability_é": place / 8} for place in range(len(rows))]
+    file.write_bytes(text.encode("utf-8-sig" if mark else "utf-8"))
+    answers = [
+        {"prediction": f'{place}{delimiter}"x"\n\r{place}', "probability_é": place / 8} for place in range(len(rows))
+    ]
     for kind in ("csv", "jsonl", "parquet"):
         out = io.BytesIO()
         with source(str(file)) as found:

@@ -153,11 +153,12 @@ class _CsvSink:
             self._put("", record.text if self._rows.header else None, cells, own)
 
     def _put(self, start: str, text: str | None, cells: Sequence[str], own: Sequence[str]) -> None:
-        out = io.StringIO()
-        writer = csv.writer(out, delimiter=self._delimiter, lineterminator="")
+        out = io.StringIO(newline="")
+        # so that either end of a line inside a cell is put in quotes
+        writer = csv.writer(out, delimiter=self._delimiter, lineterminator="\r\n")
         writer.writerow([*([] if text is not None else cells), *own])
         kept = "" if text is None else text.rstrip("\r\n") + self._delimiter
-        self._stream.write((start + kept + out.getvalue() + self._end).encode())
+        self._stream.write((start + kept + out.getvalue().removesuffix("\r\n") + self._end).encode())
 
     def close(self) -> None:
         self._stream.flush()
