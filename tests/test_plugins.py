@@ -161,6 +161,7 @@ def test_a_run_of_a_changed_plugin_is_one_of_other_code(tmp_path: Path) -> None:
     assert code == 2 and "2 finished runs were made with other code: plug.py differs" in err
 
 
+@pytest.mark.large
 def test_a_plugins_metric_decides_in_its_direction_and_its_code_counts(tmp_path: Path) -> None:
     """Also for a report in a new process; if the plugin is gone, there is no report without it."""
     file = tmp_path / "metric_file.py"

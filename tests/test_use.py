@@ -382,6 +382,7 @@ def test_a_chat_template_of_ones_own_goes_with_the_adapter(tmp_path: Path) -> No
     assert "assistant: " in (tmp_path / "copied" / "chat_template.jinja").read_text()
 
 
+@pytest.mark.large
 def test_a_killed_command_goes_on_and_writes_the_same_bytes(classifier: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.csv"
     with rows.open("w", newline="", encoding="utf-8-sig") as file:

@@ -128,7 +128,7 @@ class Classification(Task):
         predicted = self.decode(outputs)
         if not self.labels:
             return [{"prediction": float(str(np.float32(value)))} for value in predicted]
-        shares = softmax(outputs)
+        shares = probabilities(outputs)
         return [
             {"prediction": self.labels[place], **dict(zip(self.added[1:], np.round(row, 6).tolist(), strict=True))}
             for place, row in zip(predicted, shares, strict=True)
@@ -194,7 +194,7 @@ class Classification(Task):
 
     def _wrong(self, split: Split, outputs: np.ndarray, predicted: np.ndarray, labels: np.ndarray) -> list[Wrong]:
         """The wrong answers with the greatest probability, in that order; equal ones in the order of the rows."""
-        confidence = softmax(outputs)[np.arange(len(predicted)), predicted]
+        confidence = probabilities(outputs)[np.arange(len(predicted)), predicted]
         places = np.flatnonzero((predicted != labels) & (labels >= 0))
         places = places[np.argsort(-confidence[places], kind="stable")][:WRONG]
         return [
@@ -256,7 +256,7 @@ class Classification(Task):
         )
 
 
-def softmax(outputs: np.ndarray) -> np.ndarray:
+def probabilities(outputs: np.ndarray) -> np.ndarray:
     """Probabilities (n, classes) in double precision from logits (n, classes)."""
     logits = np.asarray(outputs, dtype=np.float64)
     shares = np.exp(logits - logits.max(axis=1, keepdims=True))
