@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from rankwise.adapters.cut import distance
 from rankwise.adapters.layers import StoredAdapter
 from rankwise.errors import InputError
 
@@ -91,8 +91,7 @@ def verified(one: StoredAdapter, other: StoredAdapter, logits: bool = True) -> V
         if name not in names:
             raise InputError(f"{other.path}: does not adapt {name}, which {one.path} does")
         a, b = one.factors(name), other.factors(names[name])
-        B, A = torch.cat([a.B.double() * a.scale, b.B.double() * -b.scale], 1), torch.cat([a.A.double(), b.A.double()])
-        errors[name] = _norm(B, A) / (_norm(a.B.double() * a.scale, a.A.double()) or 1)
+        errors[name] = distance(a, b) / (distance(a, None) or 1)
         if not errors[name] <= ROUNDING.get(other.tensors.dtype[other.layers[names[name]].parts["B"]], 2**-3):
             raise InputError(f"{other.path}: ΔW of {name} differs by {errors[name]:.1e} of itself from {one.path}")
     for name in names.keys() - one.layers.keys():
@@ -109,11 +108,6 @@ def verified(one: StoredAdapter, other: StoredAdapter, logits: bool = True) -> V
     if difference > max(1e-4, 0.01 * effect):
         raise InputError(f"{other.path}: in PEFT its outputs differ by {difference:.1e} from those of {one.path}")
     return Verified(errors, (difference, effect))
-
-
-def _norm(B: Tensor, A: Tensor) -> float:
-    """‖B A‖ in the Frobenius norm, from R of B's QR and R of Aᵀ's, without the product of their full sizes."""
-    return float((torch.linalg.qr(B, "r")[1] @ torch.linalg.qr(A.T, "r")[1].T).norm())
 
 
 def _options(adapter: StoredAdapter) -> dict[str, int]:
