@@ -179,6 +179,7 @@ def test_a_cluster_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "InputError: Ray cluster 127.0.0.1:1: cannot be reached: " in log.strip().splitlines()[-1]
 
 
+@pytest.mark.large
 def test_two_sweeps_in_one_folder_share_the_runs_chains_among_them(
     cluster: Cluster, second: Node, tmp_path: Path
 ) -> None:

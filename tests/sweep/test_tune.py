@@ -142,6 +142,7 @@ def test_a_search_goes_on_where_rates_diverge() -> None:
     assert sum(map(len, asked(tune, lambda _: None))) == 10
 
 
+@pytest.mark.large
 def test_a_search_over_a_range_does_not_depend_on_the_number_of_jobs(tmp_path: Path) -> None:
     tune = {"learning_rate": {"low": 1e-5, "high": 1e-1}, "trials": 5, "at_once": 2, "seeds": [7]}
     for jobs in (1, 3):

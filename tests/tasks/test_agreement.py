@@ -109,6 +109,7 @@ def test_a_word_that_positions_are_counted_without_is_refused() -> None:
     agree(task(), bert, tokenizer)
 
 
+@pytest.mark.large
 @pytest.mark.filterwarnings("ignore")
 def test_no_classifier_says_other_things_in_a_batch() -> None:
     """Alone, in a batch, and as transformers reads a row that needs no padding."""

@@ -153,6 +153,7 @@ print(json.dumps([added, {name: [task.revision(), task.train().data[:5]] for nam
 """
 
 
+@pytest.mark.large
 def test_another_process_builds_the_same_rows_and_imports_nothing():
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"  # where this has none it was drawn
     done = subprocess.run(

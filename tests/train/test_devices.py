@@ -321,6 +321,7 @@ def test_a_process_that_waits_for_others_says_so(base: str, tmp_path: Path) -> N
         process.communicate()
 
 
+@pytest.mark.large
 def test_a_sweep_of_launched_runs_that_is_killed_leaves_none_and_goes_on(base: str, tmp_path: Path) -> None:
     """Killed by -9: a worker's parent, the launcher, lives on and tells it nothing."""
     settings = {**runs.SETTINGS, "model": base, "method": SIMPLEX, "train_rows": 61, "max_steps": 40}

@@ -185,6 +185,7 @@ def test_an_interrupt_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     assert not (folder / "error.txt").exists()
 
 
+@pytest.mark.large
 def test_a_run_killed_while_it_finishes_ends_as_the_uncut_one(tmp_path: Path) -> None:
     """Killed by -9 as each file of its end appears. Nothing but result.json says that it is done."""
     alone, folder = (make(tmp_path / name, model=None, method=SIMPLEX) for name in ("alone", "run"))

@@ -76,7 +76,7 @@ def test_the_result_says_all_that_a_table_needs_and_no_path(finished: Path) -> N
     assert spread["count"] == answered.count(spread["commonest"]) == max(map(answered.count, answered))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.large)])
 def test_by_default_a_search_changes_ranks_and_says_at_how_many_sites(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -226,7 +226,7 @@ def test_head_goes_on_where_it_was_stopped_and_time_adds_up(terminate: Terminate
         assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("name", ["ranks.jsonl", "metrics.jsonl"])
+@pytest.mark.parametrize("name", [pytest.param("ranks.jsonl", marks=pytest.mark.large), "metrics.jsonl"])
 def test_lines_that_were_lost_or_changed_between_two_starts_change_no_result(
     name: str, finished: Path, terminate: Terminate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
