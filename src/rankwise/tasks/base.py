@@ -277,7 +277,10 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
     """The text in a column of a user's row. InputError if there is none."""
     if column not in row:
         names = ", ".join(row) + nearest(column, row)
-        raise InputError(f"{where} has no column {column!r}, only {names}: name another, as in task.columns.text=NAME")
+        raise InputError(
+            f"{where} has no column {column!r}, only {names}: rename one of these, or, where the task is data of your "
+            "own, name it by task.columns.text=NAME"
+        )
     value = row[column]
     if isinstance(value, int | float) and not isinstance(value, bool):  # in JSON, as `checked` reads it for training
         pa = need("pyarrow", "bench")
