@@ -80,6 +80,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert not loaded & {"torch", "transformers", "peft", "datasets", "pandas", "numpy", "scipy", "pydantic", "rich"}
 
 
+@pytest.mark.large
 def test_no_library_advises_on_stderr_before_a_run() -> None:
     """bitsandbytes, which PEFT imports where it is there, would: what a faster path on CPUs needs."""
     given = ["model=random-bert", "task=stdlib-kind", "method=head", "max_steps=1", "max_length=8"]

@@ -96,7 +96,9 @@ def test_a_bootstrap_of_statistics_is_one_of_texts():
 
 
 @java
-@pytest.mark.parametrize("name", SMALL["sets"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.large] * (name == "poor")) for name in SMALL["sets"]]
+)
 def test_all_five_of_small_sets_are_the_official_ones(name):
     scores = e2e(hypotheses=SMALL["sets"][name]["hypotheses"], references=SMALL["references"])
     assert scores == pytest.approx(SMALL["sets"][name]["expected"], abs=1e-4)
@@ -256,7 +258,11 @@ def test_a_java_that_does_not_start_is_no_java(tmp_path, monkeypatch):
         ),
         ('case $* in *meteor*) exec sleep 600;; *) exec $JAVA "$@";; esac', "METEOR .* within 5 s"),
         ('case $* in *meteor*) exec yes pub;; *) exec $JAVA "$@";; esac', "METEOR .* answered 'pub'"),
-        ("case $* in *-version*) ;; *) exec sleep 600;; esac", "tokenizer .* within 5 s"),
+        pytest.param(
+            "case $* in *-version*) ;; *) exec sleep 600;; esac",
+            "tokenizer .* within 5 s",
+            marks=pytest.mark.large,
+        ),
     ],
 )
 def test_a_java_that_fails_gives_one_line(tmp_path, monkeypatch, script, message):

@@ -20,6 +20,7 @@ def runs(model: transformers.PreTrainedModel, width: int) -> bool:
     return True
 
 
+@pytest.mark.large
 @pytest.mark.filterwarnings("ignore")
 @torch.no_grad()
 def test_every_classifier_reads_as_many_tokens_as_it_is_said_to_have_positions_for() -> None:

@@ -101,7 +101,7 @@ def test_a_job_that_waits_in_the_queue_is_cancelled_with_its_sweep(store: Store,
     assert [state.read_text() for state in slurm.glob("*/state")] == ["CANCELLED by 0"] * 2
 
 
-@pytest.mark.parametrize("array", ["false", "true"])
+@pytest.mark.parametrize("array", ["false", pytest.param("true", marks=pytest.mark.large)])
 def test_what_a_killed_sweep_left_in_the_queue_is_not_submitted_again(array: str, store: Store, slurm: Path) -> None:
     """Of two jobs one waits and one is at work when the sweep is killed by -9; the same call takes both over."""
     first, second = runs(store, 6, None)

@@ -151,6 +151,7 @@ def test_a_search_over_a_range_does_not_depend_on_the_number_of_jobs(tmp_path: P
     assert len(rates(tmp_path / "1")[True]) == 5
 
 
+@pytest.mark.large
 def test_a_search_that_is_killed_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
     tune = {"learning_rate": {"low": 1e-5, "high": 1e-1}, "trials": 5, "at_once": 2, "seeds": [7]}
     carry_out(settings(tmp_path / "whole", tune))

@@ -159,6 +159,7 @@ print(json.dumps([task.revision(), task.evaluation()[0].data["references"][:]]))
 """
 
 
+@pytest.mark.large
 def test_a_dataset_laid_out_as_on_the_hub_gives_the_same_rows(folder, tmp_path):
     revision = tasks.build("e2e").revision()
     hub = tmp_path / "hub"

@@ -175,6 +175,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.large
 def test_files_as_their_authors_have_them_give_the_same_rows(folder, tmp_path):
     expected = []
     for name in ("titles", "medium-titles"):

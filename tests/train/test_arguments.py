@@ -94,7 +94,15 @@ def test_fewer_activations_are_kept(monkeypatch: pytest.MonkeyPatch, base: str, 
 
 
 @pytest.mark.parametrize(
-    "method", [SIMPLEX, SORA, {"name": "bitfit"}, {"name": "adapter-h"}, {"name": "pre-layer"}], ids=str
+    "method",
+    [
+        SIMPLEX,
+        *(
+            pytest.param(each, marks=pytest.mark.large)
+            for each in (SORA, {"name": "bitfit"}, {"name": "adapter-h"}, {"name": "pre-layer"})
+        ),
+    ],
+    ids=str,
 )
 def test_bf16_trains_near_fp32_and_what_trains_is_fp32(method: dict[str, Any], base: str, tmp_path: Path) -> None:
     exact = torch.tensor(losses(trained(tmp_path / "fp32", model=base, method=method)))
@@ -108,7 +116,15 @@ def test_bf16_trains_near_fp32_and_what_trains_is_fp32(method: dict[str, Any], b
 
 
 @pytest.mark.parametrize(
-    "settings", [{"dtype": "bf16"}, {"autocast": "bf16"}, {"micro_batch": 4, "gradient_checkpointing": True}], ids=str
+    "settings",
+    [
+        {"dtype": "bf16"},
+        *(
+            pytest.param(each, marks=pytest.mark.large)
+            for each in ({"autocast": "bf16"}, {"micro_batch": 4, "gradient_checkpointing": True})
+        ),
+    ],
+    ids=str,
 )
 def test_a_run_that_is_cut_goes_on_bit_for_bit(
     settings: dict[str, Any], base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
