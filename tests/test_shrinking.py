@@ -110,6 +110,7 @@ def test_it_says_what_it_found(found, tmp_path: Path) -> None:
     assert content["best"]["parameters"] == found.best.parameters and content["rows"] == {"choose": 100, "report": 100}
     picture = found.save_picture(tmp_path / "curve.svg").read_text()
     assert picture.startswith("<?xml") and "</svg>" in picture
+    assert " KiB" in picture and "$" not in picture  # sizes as people write them, no formulas
 
 
 @pytest.mark.large

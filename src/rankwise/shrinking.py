@@ -13,6 +13,7 @@ What has been tried is kept in OUT.partly until the end, from where the same com
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -283,7 +284,12 @@ class Shrunk:
         axes.axhline(self.given.chosen.score - allowed, color="#777777", linewidth=0.8, linestyle=":")
         if self.best is not None:
             axes.axvline(self.best.bytes, color="#777777", linewidth=0.8)
-        axes.set(xscale="log", xlabel="bytes of the adapter's weights", ylabel=with_direction(self.asked.metric))
+        axes.set(xscale="log", xlabel="size of the adapter's weights", ylabel=with_direction(self.asked.metric))
+        low, high = (math.log2(end) for end in axes.get_xlim())
+        ticks = [2.0**power for power in range(math.ceil(low), math.floor(high) + 1)] or [look.bytes for look in looks]
+        ticks = ticks[:: len(ticks) // 6 + 1]
+        axes.set_xticks(ticks, [size(tick) for tick in ticks])
+        axes.minorticks_off()
         set_title(axes, f"{self.asked.metric} and size, with 95 % intervals of the gap to the given adapter")
         legend(figure, axes, "dotted: the least that the tolerance allows; line: what was chosen")
         return figure
