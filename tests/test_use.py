@@ -22,11 +22,12 @@ from hypothesis import strategies as st
 import rankwise as rw
 import warm
 from methods import OPTIONS
-from rankwise import tasks
+from rankwise import answering, tasks
 from rankwise.adapters.card import CHANGED
 from rankwise.answered import sink, source
 from rankwise.errors import InputError
 from rankwise.methods import registry
+from rankwise.tasks.base import text_of
 from rankwise.tasks.custom import Custom
 from rankwise.train import random_model
 from rankwise.train.model import build
@@ -209,6 +210,21 @@ def test_what_a_run_prints_at_its_end_can_be_pasted(classifier: Path, cli: Cli, 
     assert json.loads(out)["prediction"] in LABELS
 
 
+@pytest.mark.parametrize("text", ["id,text\n01,a\n02,b\n", '{"id": "01", "text": "a"}\n{"id": "02", "text": "b"}\n'])
+def test_rows_from_stdin_are_the_same_as_from_their_file(
+    text: str, classifier: Path, tmp_path: Path, cli: Cli, monkeypatch: Any
+) -> None:
+    file = tmp_path / f"rows.{'csv' if text.startswith('id') else 'jsonl'}"
+    file.write_text(text)
+    outs = [tmp_path / f"{name}{file.suffix}" for name in ("file", "stdin")]
+    assert cli("predict", classifier, "--in", file, "--out", outs[0])[0] == 0
+    for out in (outs[1], "-"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(text.encode()))))
+        code, said, err = cli("predict", classifier, "--out", out)
+        assert code == 0, err
+        assert (said if out == "-" else outs[1].read_text()) == outs[0].read_text()
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("name", ["simplex-lora", "sora", "dora", "adalora", "pissa"])
 def test_a_score_that_is_no_count_is_that_of_the_run_to_the_digit_too(name: str, tmp_path: Path) -> None:
@@ -249,7 +265,7 @@ REFUSED = {
     "too many cells": ([], "text\na,b\n", "line 2 has 2 fields but the header 1"),
     "no rows": ([], "text\n", "has no rows"),
     "no text in UTF-8": ([], b"text\n\xe4\n", "line 2 is not text in UTF-8"),
-    "another kind of answers": (["task=causal"], "text\na\n", "was not trained for answers as those of causal"),
+    "another kind of answers": (["task=causal"], "text\na\n", "was not trained to give answers as those of causal"),
     "values for classes": (["task=regression"], "text\na\n", "'01', '1' and 2 more, those of regression are none"),
     "other classes": (["task=mrpc"], "text\na\n", "not_equivalent"),
     "a setting that is none": (["colums=3"], "text\na\n", "colums: there is no such key"),
@@ -351,7 +367,7 @@ def test_an_adapter_from_a_loop_of_ones_own_answers_too(tmp_path: Path) -> None:
     model, words, head = build(base, task, max_length=16)
     method = rw.LoRA(rank=2)
     model = method.attach(model, head)
-    with pytest.raises(InputError, match="max_lenth: no setting of use"):
+    with pytest.raises(InputError, match="max_lenth: does not stand beside an adapter"):
         rw.Use.of_task(task, base, max_lenth=16)
     rw.save(model, tmp_path / "adapter", method, head, use=rw.Use.of_task(task, base, max_length=16), tokenizer=words)
     [answer] = rw.predict(tmp_path / "adapter", [BY_SIZE[0]])  # type: ignore[misc]
@@ -404,7 +420,7 @@ def test_a_killed_command_goes_on_and_writes_the_same_bytes(classifier: Path, tm
     with part.open("ab") as file:
         file.write(b'[["cut')  # as a process leaves it that is killed while it writes
     done = warm.run(command(out), capture_output=True, text=True)
-    assert done.returncode == 0 and "goes on behind row" in done.stderr, done.stderr
+    assert done.returncode == 0 and "goes on after row" in done.stderr, done.stderr
     done = warm.run(command(alone), capture_output=True, text=True)
     assert done.returncode == 0 and "goes on" not in done.stderr
     assert out.read_bytes() == alone.read_bytes()
@@ -418,7 +434,70 @@ def test_answers_to_other_rows_are_not_gone_on_with(classifier: Path, tmp_path: 
     rows.write_text("text\na\n")
     part.write_text('{"rows": "x", "weights": "y", "settings": "z"}\n[["01", 1, 0, 0, 0]]\n')
     code, _, err = cli("predict", classifier, "--in", rows, "--out", tmp_path / "out.csv")
-    assert code == 2 and "holds answers with other rows; delete it" in err and part.exists()
+    assert code == 2 and "holds answers made with other rows; delete it" in err and part.exists()
+
+
+@pytest.mark.parametrize("content", ["my notes\n", '{"rows": "x"', "[1, 2]\n[3"])
+def test_a_file_of_ones_own_in_the_place_of_the_answers_so_far_stays(
+    content: str, classifier: Path, tmp_path: Path, cli: Cli
+) -> None:
+    rows, part = tmp_path / "rows.csv", tmp_path / "out.csv.part"
+    rows.write_text("text\na\n")
+    part.write_text(content)
+    code, _, err = cli("predict", classifier, "--in", rows, "--out", tmp_path / "out.csv")
+    assert code == 2 and f"{part}: " in err and err.count("\n") == 1, err
+    assert part.read_text() == content and not (tmp_path / "out.csv").exists()
+
+
+def test_answers_of_a_model_that_has_changed_since_are_not_gone_on_with(
+    tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, rows, out = bert(tmp_path / "base"), tmp_path / "rows.csv", tmp_path / "out.csv"
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, id2label={0: "good", 1: "bad"})
+    model.save_pretrained(base)
+    rows.write_text("text\n" + "a\n" * 20)
+    command = ("predict", base, "task=classification", "max_length=16", "batch_size=1", "--in", rows, "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(answering, "sink", lambda *_: 1 / 0)
+        assert cli(*command)[0] == 1 and (tmp_path / "out.csv.part").exists()
+    model.classifier.weight.data += 1
+    model.save_pretrained(base)
+    code, _, err = cli(*command)
+    assert code == 2 and "holds answers made with other weights; delete it" in err and not out.exists(), err
+
+
+def test_what_is_not_there_is_said_before_a_model_is_loaded(
+    classifier: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rankwise.train.model.build", lambda *_: 1 / 0)
+    rows, out = tmp_path / "rows.csv", tmp_path / "out.csv"
+    out.write_text("mine")
+    for command, says in (
+        (("predict", classifier, "--in", rows, "--out", out), f"{rows}: there is no such file"),
+        (("predict", classifier, "--in", rows, "--out", out, "--force"), f"{rows}: there is no such file"),
+        (("predict", classifier, "--in", out, "--out", tmp_path / "no" / "out.csv"), "there is no folder"),
+        (("evaluate", classifier, "--in", rows), f"{rows}: there is no such file"),
+        (("evaluate", classifier, tmp_path / "no"), f"{tmp_path / 'no'}: there is no such folder"),
+        (
+            ("evaluate", "nope"),
+            "nope: there is no such folder; if it is a model on the hub, give its task, as in task=",
+        ),
+        (("evaluate", classifier, "runs/nope", "--in", out), "runs/nope: there is no such folder; if it is a model"),
+    ):
+        code, _, err = cli(*command)
+        assert code == 2 and says in err and err.count("\n") == 1, err
+    assert out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["classification", "chat", "instruct"])
+def test_columns_that_are_not_read_may_hold_anything(kind: str, tmp_path: Path) -> None:
+    task = rw.task({"type": kind, "dataset": str(jsonl(tmp_path / "rows.jsonl", [ROWS[kind](0), ROWS[kind](1)]))})
+    others = {"id": 10**30, "tags": ["a", 1, {}], "when": {"a": []}}
+    assert task.question({**ROWS[kind](0), **others}, "row 0") == task.question(ROWS[kind](0), "row 0")
+
+
+def test_a_number_of_any_size_is_read_as_a_text() -> None:
+    assert [text_of({"text": each}, "text", "row 0") for each in (7, 10**30, 1.5)] == ["7", f"1{'0' * 30}", "1.5"]
 
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_categories=("Cs",)), max_size=6)

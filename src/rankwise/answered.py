@@ -70,23 +70,33 @@ class Source:
         return self.header.names if self.header else self.schema.names if self.format == "parquet" else ()
 
 
-@contextmanager
-def source(given: str, name: str = "") -> Iterator[Source]:
-    """The rows of a file, or of stdin; `name` is what messages call it. InputError for what is no file of rows."""
-    if given == PIPE:
-        stream: Any = sys.stdin.buffer
-        start = stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()
-        yield _text("stdin", "jsonl" if start[:1] == b"{" else "csv", stream)
-        return
-    path, name = Path(given).expanduser(), name or given
+def check_there(given: str, name: str) -> Path:
+    """The path of a file of rows. InputError where there is none, or of another kind."""
+    path = Path(given).expanduser()
     if path.suffix not in FORMATS:
         raise InputError(
             f"{name}: rows are read from .csv, .jsonl (one object per line) or .parquet, or from stdin (-)"
         )
     try:
-        check_regular(path)
+        return check_regular(path)
     except FileNotFoundError:
         raise InputError(f"{name}: there is no such file{similar(path)}") from None
+
+
+def piped(stream: Any) -> str:
+    """The format of rows that come from stdin, of which nothing is taken."""
+    start = stream.peek(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return "jsonl" if start[:1] == b"{" else "csv"
+
+
+@contextmanager
+def source(given: str, name: str = "") -> Iterator[Source]:
+    """The rows of a file, or of stdin; `name` is what messages call it. InputError for what is not a file of rows."""
+    if given == PIPE:
+        yield _text("stdin", piped(sys.stdin.buffer), sys.stdin.buffer)
+        return
+    name = name or given
+    path = check_there(given, name)
     if path.suffix == ".parquet":
         pq = need("pyarrow.parquet", "bench")
         try:
@@ -145,8 +155,8 @@ class _CsvSink:
         for record, answer in zip(records, answers, strict=True):
             if other := [name for name in record.row if name not in self._names]:
                 raise InputError(
-                    f"{self._rows.where(record)}: has the column {other[0]!r}, which the first row has not, and CSV "
-                    "has one header: write .jsonl"
+                    f"{self._rows.where(record)}: has the column {other[0]!r}, which the first row does not "
+                    "have, and CSV has one header: write .jsonl"
                 )
             cells = [_cell(record.row.get(name), name, self._rows.where(record)) for name in self._names]
             own = [_cell(answer[name], name, "") for name in self._added]
@@ -168,7 +178,7 @@ def _cell(value: Any, name: str, where: str) -> str:
     if value is None:
         return ""
     if isinstance(value, bytes):
-        raise InputError(f"{where}: {name!r} holds bytes, which are no text: write .parquet")
+        raise InputError(f"{where}: {name!r} holds bytes, not text: write .parquet")
     if isinstance(value, bool | int | float | list | dict):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)

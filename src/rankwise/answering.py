@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from rankwise.answered import FORMATS, PIPE, Source, sink, source
+from rankwise.adapters.beside import base_digest
+from rankwise.answered import FORMATS, PIPE, Source, check_there, piped, sink, source
 from rankwise.errors import InputError, need, shown
-from rankwise.files import ADAPTER, USE, appended, tidy, unfinished
+from rankwise.files import appended, tidy, unfinished
 from rankwise.ready import Ready
 from rankwise.settings import PLACE
 from rankwise.tasks import Task
@@ -57,29 +58,44 @@ def predict_rows(ready: Ready, rows: Iterable[Mapping[str, Any] | str]) -> list[
     return found
 
 
-def predict_file(ready: Ready, given: str, out: str, force: bool = False) -> Predicted:
-    """Write the rows of `given`, a file or `-`, with their answers to `out`, a file or `-`.
+def check_files(given: str, out: str, force: bool) -> None:
+    """Refuse files that `predict_file` cannot read or may not write, before a model is loaded.
 
     Raises:
-        InputError: a column or a text that is missing, a column that an answer would overwrite, a file that is there
-            already (without `force`) or of an unknown kind, `out.part` of other rows or another adapter.
+        InputError: a file of an unknown kind, rows that are not there, a file to write that is (without `force`).
+    """
+    if given != PIPE:
+        check_there(given, given)
+    if out == PIPE:
+        return
+    target = Path(out).expanduser()
+    if target.suffix not in FORMATS:
+        raise InputError(f"{out}: rows are written to .csv, .jsonl or .parquet, or to stdout (-)")
+    if target.is_dir():
+        raise InputError(f"{out}: is a folder; give another file")
+    if target.exists() and given != PIPE and target.samefile(Path(given).expanduser()):
+        raise InputError(f"{out}: is the file that the rows come from: give another one")
+    if target.exists() and not force:
+        raise InputError(f"{out}: is there already; give another file, or --force to replace it")
+    if not target.parent.is_dir():
+        raise InputError(f"{out}: there is no folder {target.parent}")
+
+
+def predict_file(ready: Ready, given: str, out: str) -> Predicted:
+    """Write the rows of `given`, a file or `-`, with their answers to `out`, a file or `-`, as `check_files` allows.
+
+    Raises:
+        InputError: a column or a text that is missing, a column that an answer would overwrite, `out.part` with other
+            answers than the first ones to these rows.
     """
     if not ready.task.form:
         ready.task.answer(ready.model, [], ready.processor, 0, 0)  # says that it has none
-    if out != PIPE and Path(out).suffix not in FORMATS:
-        raise InputError(f"{out}: rows are written to .csv, .jsonl or .parquet, or to stdout (-)")
     if out == PIPE:
         with source(given) as rows:
             kind = "jsonl" if rows.format == "parquet" else rows.format
             return _carry_out(ready, rows, kind, sys.stdout.buffer, iter(()), None)
     with ExitStack() as stack:
         target = Path(out).expanduser()
-        if target.exists() and given != PIPE and target.samefile(Path(given).expanduser()):
-            raise InputError(f"{out}: is the file that the rows come from: give another one")
-        if target.exists() and not force:
-            raise InputError(f"{out}: is there already; give another file, or --force to replace it")
-        if not target.parent.is_dir():
-            raise InputError(f"{out}: there is no folder {target.parent}")
         if given == PIPE:  # read twice, as any file is
             return _to_file(ready, stack.enter_context(_spooled()), "stdin", target, stack)
         return _to_file(ready, given, given, target, stack)
@@ -107,8 +123,7 @@ def _to_file(ready: Ready, given: str, name: str, target: Path, stack: ExitStack
 def _spooled() -> Iterator[str]:
     """A file with what comes from stdin: rows are read twice."""
     with tempfile.TemporaryDirectory() as folder:
-        with source(PIPE) as rows:
-            file = Path(folder) / f"rows.{rows.format}"
+        file = Path(folder) / f"rows.{piped(sys.stdin.buffer)}"
         with file.open("wb") as copy:
             shutil.copyfileobj(sys.stdin.buffer, copy)
         yield str(file)
@@ -127,16 +142,18 @@ def _part(path: Path) -> Iterator[IO[bytes]]:
 
 def _whose(ready: Ready, given: str) -> dict[str, str]:
     """What decides the answers: the rows, the weights and the settings, as digests."""
-    files = [ready.folder / name for name in (*ADAPTER[:3], USE)] if ready.folder else []
-    weights = [file_digest(file) for file in files if file.is_file()]
     settings = ready.config.model_dump(mode="json", exclude={*PLACE})
     known = json.dumps([settings, [*ready.task.labels]], sort_keys=True)
-    parts = {"rows": file_digest(Path(given)), "weights": "".join(weights), "settings": known}
+    parts = {"rows": file_digest(Path(given)), "weights": base_digest(ready.model), "settings": known}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
 
 
 def _before(path: Path, part: IO[bytes], whose: Mapping[str, str]) -> Iterator[list[Any]]:
-    """The answers of each batch that `part` holds already; what was cut off at its end is removed first."""
+    """The answers of each batch that `part` holds already; what was cut off at its end is removed first.
+
+    InputError, and nothing is removed, where they are other answers, or where it is some other file.
+    """
+    head = json.dumps(whose).encode() + b"\n"
     whole = rows = 0
     with path.open("rb") as file:
         for line in file:
@@ -151,16 +168,20 @@ def _before(path: Path, part: IO[bytes], whose: Mapping[str, str]) -> Iterator[l
                     (name for name in whose if isinstance(content, dict) and content.get(name) != whose[name]), ""
                 )
                 raise InputError(
-                    f"{path}: holds answers with other {other or 'rows'}; delete it, or give another --out"
+                    f"{path}: holds answers made with other {other or 'rows'}; delete it, or give another --out"
                 )
             rows += len(content) if whole else 0
             whole += len(line)
+    with path.open("rb") as file:
+        begun = whole or head.startswith(file.read(len(head) + 1))
+    if not begun:
+        raise InputError(f"{path}: is where the answers so far are kept, but holds something else: move it away")
     os.truncate(path, whole)
     if not whole:
-        part.write(json.dumps(whose).encode() + b"\n")
+        part.write(head)
         part.flush()
     if rows:
-        print(shown(f"{path}: goes on behind row {rows:,}"), file=sys.stderr)
+        print(shown(f"{path}: goes on after row {rows:,}"), file=sys.stderr)
     return _stored(path, whole)
 
 
@@ -174,7 +195,7 @@ def _stored(path: Path, whole: int) -> Iterator[list[Any]]:
 def _carry_out(
     ready: Ready, rows: Source, kind: str, stream: IO[bytes], before: Iterator[list[Any]], part: IO[bytes] | None
 ) -> Predicted:
-    """Answer all rows, the first ones as `before` says; what is answered anew is noted in `part`."""
+    """Write all rows with their answers: those in `before` for the first rows, new ones, kept in `part`, for others."""
     task, count, known = ready.task, 0, 0
     _check_columns(task, rows.columns, rows.name)
     written = sink(rows, kind, task.added, stream)

@@ -352,20 +352,19 @@ def predict(
         force: replace `out` if it is there.
 
     Returns:
-        The rows with their answers, of a file how many.
+        The rows with their answers; for a file, how many they were.
     """
-    from rankwise.answering import predict_file, predict_rows
+    from rankwise.answering import check_files, predict_file, predict_rows
     from rankwise.ready import Ready
 
-    file = isinstance(rows, str | Path)
-    if file != (out is not None):
+    if isinstance(rows, str | Path) != (out is not None):
         raise InputError(
             "predict: rows from a file are written to one: give both rows=FILE and out=FILE, or rows alone"
         )
-    ready = Ready.of(source, overrides(settings, None), str(rows) if file else "rows")
     if isinstance(rows, str | Path):
-        return predict_file(ready, str(rows), str(out), force)
-    return predict_rows(ready, rows)
+        check_files(str(rows), str(out), force)
+        return predict_file(Ready.of(source, overrides(settings, None), str(rows)), str(rows), str(out))
+    return predict_rows(Ready.of(source, overrides(settings, None), "rows"), rows)
 
 
 def evaluate(*sources: Path | str, settings: Settings = (), rows: Path | str | None = None) -> Evaluated:

@@ -35,7 +35,8 @@ from rankwise.train.gguf import is_gguf
 CONFIG, DESCRIPTION = ADAPTER[:2]
 KINDS = ("adapter", "model")
 """Folders of a run of which one has what was learnt."""
-GIVE_TASK = "give it, as in task=mrpc or task='{type: classification, columns: {text: body}}'"
+AS_IN = "as in task=mrpc or task='{type: classification, columns: {text: body}}'"
+"""How a task is given, for messages."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,9 @@ class Found:
         elif path.name in KINDS and (path.parent / run_file.NAME).is_file():
             run = path.parent
         gguf = is_gguf(str(source))
-        if (
-            not gguf
-            and not path.is_dir()
-            and (path.exists() or len(path.parts) > 2 or str(source).startswith((".", "/", "~")))
-        ):
+        if not gguf and path.exists() and not path.is_dir():
+            raise InputError(f"{source}: is a file; give the folder of an adapter, of a run or of a model")
+        if not gguf and not path.exists() and (len(path.parts) > 2 or str(source).startswith((".", "/", "~"))):
             raise InputError(f"{source}: there is no such folder{similar(path)}")
         adapter = any((path / name).is_file() for name in (CONFIG, DESCRIPTION))
         if path.is_dir() and not adapter and not (path / "config.json").is_file():
@@ -161,18 +160,24 @@ class Ready:
             return self.task.evaluate(self.model, evaluation, self.processor, self.config.batch_size, final)
 
 
-def config_of(found: Found, settings: Sequence[str]) -> RunConfig:
-    """The settings by which it is used. InputError where nothing says what its task is, or where its rows are."""
-    return _settled(found, settings, "")[0]
+def config_of(source: str | Path, settings: Sequence[str], dataset: str = "") -> RunConfig:
+    """The settings by which `Ready.of` would load it, with nothing loaded yet; arguments and errors as there."""
+    return _settled(Found.of(source), settings, dataset)[0]
 
 
 def _settled(found: Found, settings: Sequence[str], dataset: str) -> tuple[RunConfig, bool]:
-    """The same, and whether `dataset`, with rows to be answered, stands in for the task's own rows."""
+    """The settings, and whether `dataset`, with rows to be answered, stands in for the task's own rows."""
     data = found.settings()
     for text in settings:
         put(data, *override(text))
     if "task" not in data:
-        raise InputError(f"{found.name}: nothing beside it says what its task is: {GIVE_TASK}")
+        path = Path(found.name).expanduser()
+        if not path.exists() and not is_gguf(found.name):
+            raise InputError(
+                f"{found.name}: there is no such folder{similar(path)}; if it is a model on the hub, give its task, "
+                f"{AS_IN}"
+            )
+        raise InputError(f"{found.name}: nothing beside it says what its task is: give it, {AS_IN}")
     for file in data.get("plugins", ()):
         load_plugin(file)
     task = named("task", data["task"])
@@ -192,7 +197,7 @@ def _loaded(found: Found, config: RunConfig, stands_in: bool = False) -> Ready:
         if isinstance(task, Conversations):
             task = replace(task, template="")  # the tokenizer has its text
     if found.use and (found.use.form in ("class", "value")) != (task.family == "classification"):
-        raise InputError(f"{found.name}: was not trained for answers as those of {task.name}: leave task out")
+        raise InputError(f"{found.name}: was not trained to give answers as those of {task.name}: leave task out")
     labels = found.use.labels if found.use else ()
     if task.family == "classification":
         if not found.use and found.folder is None:

@@ -12,7 +12,7 @@ from rankwise.errors import InputError
 from rankwise.files import similar
 from rankwise.metrics.bootstrap import Predictions, interval
 from rankwise.metrics.metric import Interval
-from rankwise.ready import Ready
+from rankwise.ready import Ready, config_of
 from rankwise.results.formats import plain, span
 from rankwise.tasks import Split, Task, subset
 from rankwise.tasks.base import REFERENCES
@@ -86,8 +86,12 @@ def evaluate(sources: Sequence[str | Path], settings: Sequence[str] = (), file: 
     They are loaded one after another.
 
     Raises:
-        InputError: sources of tasks that have not the same rows or classes, and what `Ready.of` and a run would refuse.
+        InputError: sources of tasks that do not have the same rows or classes, and what `Ready.of` and a run refuse.
     """
+    if file is not None and not Path(file).expanduser().is_file():
+        raise InputError(f"{file}: there is no such file{similar(Path(file).expanduser())}")
+    for source in sources:  # before the first of them is loaded
+        config_of(source, settings, file or "")
     scores: list[Score] = []
     first: _Scored | None = None
     for source in sources:
@@ -128,7 +132,7 @@ def _scored(source: str | Path, settings: Sequence[str], file: str | None) -> _S
     """As a run scores its adapter: the same rows in the same batches."""
     ready = Ready.of(source, settings, file or "")
     task, config = ready.task, ready.config
-    splits = [subset(split, config.eval_rows) for split in task.evaluation()] if file is None else [_own(task, file)]
+    splits = [subset(split, config.eval_rows) for split in task.evaluation()] if file is None else [task.own_rows(file)]
     metrics: dict[str, float] = {}
     found = []
     for split in splits:
@@ -146,12 +150,6 @@ def _scored(source: str | Path, settings: Sequence[str], file: str | None) -> _S
         answers=Predictions.of(rows.to_pydict()) if task.main and rows.num_rows else None,
         notes=[note for each in found for note in each.notes],
     )
-
-
-def _own(task: Task, file: str) -> Split:
-    if not Path(file).expanduser().is_file():
-        raise InputError(f"{file}: there is no such file{similar(Path(file).expanduser())}")
-    return task.own_rows(file)
 
 
 def _content(split: Split, task: Task) -> list[Any]:

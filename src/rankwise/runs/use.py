@@ -34,7 +34,7 @@ class Use:
 
     Attributes:
         settings: those of SETTINGS that differ from their defaults, as in a configuration file, without absolute paths
-            of data. A model that was given as a path keeps it.
+            of data. A model that was given as a path keeps that path.
         labels: names of the classes in the order of the model's outputs; empty without classes.
         asks: the columns that a row must have to get an answer.
         form: what an answer is: `class`, `value`, `target` (a text, which a decoder writes after an end token), `chat`
@@ -74,17 +74,22 @@ class Use:
     def of_task(cls, task: Any, model: str | None = None, **settings: Any) -> "Use":
         """For an adapter from a loop of your own: `rw.Use.of_task(task, max_length=64)`.
 
+        There is no digest of the base weights in it, so that the adapter is put on any base model whose layers fit. A
+        loop may hold these weights in other numbers than `rankwise predict` will (16 or 4 bits, a larger vocabulary),
+        and a digest of those would refuse the right model.
+
         Args:
             task: what `rw.task` gives.
             model: name or folder of the base model; the embedded one when absent.
             settings: others of SETTINGS that differ from their defaults.
 
         Raises:
-            InputError: a setting that does not exist, or is no setting of use.
+            InputError: a setting that does not exist, or that has nothing to do with use.
         """
         if unknown := [key for key in settings if key not in SETTINGS]:
             raise InputError(
-                f"{unknown[0]}: no setting of use{nearest(unknown[0], SETTINGS)}; these are {', '.join(SETTINGS)}"
+                f"{unknown[0]}: does not stand beside an adapter{nearest(unknown[0], SETTINGS)}; what does is "
+                f"{', '.join(SETTINGS)}"
             )
         return cls.of(run_config({"task": written(task), "model": model, **settings}), task, "")
 
@@ -107,7 +112,7 @@ _USE = TypeAdapter(Use)
 
 
 def read(folder: Path) -> Use | None:
-    """What stands beside an adapter; None if that is no such file. InputError, one line, for a damaged or newer one."""
+    """What stands beside an adapter; None if there is no such file. InputError for a damaged or newer one."""
     try:
         content = read_json(folder / USE)
     except FileNotFoundError:

@@ -282,11 +282,14 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
             "own, name it by task.columns.text=NAME"
         )
     value = row[column]
-    if isinstance(value, int | float) and not isinstance(value, bool):  # in JSON, as `checked` reads it for training
+    # numbers in JSON are read as `checked` reads them for training
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    elif isinstance(value, float):
         pa = need("pyarrow", "bench")
         value = pa.array([value]).cast(pa.string())[0].as_py()
     if value is not None and not isinstance(value, str):
-        raise InputError(f"{where}: {column!r} is no text but {type(value).__name__}")
+        raise InputError(f"{where}: {column!r} holds {type(value).__name__}, not text")
     if not (value or "").strip():
         raise InputError(f"{where} has an empty {column}: fill it in or leave the row out")
     return str(value)

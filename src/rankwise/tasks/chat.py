@@ -187,8 +187,10 @@ class OwnConversations(Custom, Conversations):
         role = self._question(row)
         if (column := self.columns.get(role, role)) not in row:
             text_of(row, column, where)
-        lists = {key: json.dumps(each) if isinstance(each, list | dict) else each for key, each in row.items()}
-        table = pa.table({key: [each] for key, each in {**lists, **self._stand_in(role)}.items()})
+        used = {self.columns.get(each, each) for each in (*self.roles, *self.questions)}  # other columns hold anything
+        read = {key: each for key, each in row.items() if key in used}
+        cells = {key: json.dumps(each) if isinstance(each, list | dict) else each for key, each in read.items()}
+        table = pa.table({key: [each] for key, each in {**cells, **self._stand_in(role)}.items()})
         [(turns, tools)] = self.conversations(Rows(table, "", where, MEND, "row"))
         return self._asked(turns, tools, where)
 
