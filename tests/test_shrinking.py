@@ -77,9 +77,9 @@ def test_what_is_chosen_passes_and_the_next_smaller_one_does_not(made: Path, fou
     assert found.best is not None and found.best.passes
     assert 0 < found.best.parameters < found.given.parameters == 3_840
     assert min(found.best.chosen.interval) >= -0.03 - 1e-9
-    smaller = [look for look in found.looks if look.budget < found.best.budget]
-    assert not any(look.passes for look in smaller)
-    assert max((look.budget for look in smaller), default=0) * STEP >= found.best.budget * 0.99 or not smaller
+    smaller = [attempt for attempt in found.attempts if attempt.budget < found.best.budget]
+    assert not any(attempt.passes for attempt in smaller)
+    assert max((attempt.budget for attempt in smaller), default=0) * STEP >= found.best.budget * 0.99 or not smaller
     assert found.rows == (100, 100)
     assert found.given.chosen == Half(found.given.chosen.score, 0.0, (0.0, 0.0))
 
@@ -206,11 +206,21 @@ def test_two_at_once_do_not_disturb_each_other(made: Path) -> None:
         rw.shrink(made / "runs" / "run", tolerance=0.1, out=made / "both")
 
 
+def test_a_folder_of_ones_own_in_the_place_of_what_was_tried_stays(made: Path) -> None:
+    mine = made / "taken.partly" / "mine"
+    mine.mkdir(parents=True)
+    with pytest.raises(
+        InputError, match=r"taken\.partly holds mine, which is no part of an unfinished `rankwise shrink`"
+    ):
+        rw.shrink(made / "runs" / "run", tolerance=0.1, out=made / "taken")
+    assert mine.is_dir()
+
+
 def test_what_another_adapter_has_left_is_not_used(made: Path, found) -> None:
     """A folder of an earlier call about something else is emptied first."""
     work = made / "again.partly" / "3840"
     work.mkdir(parents=True)
-    (work / "look.json").write_text('{"parameters": 1, "bytes": 1}')
+    (work / "attempt.json").write_text('{"parameters": 1, "bytes": 1}')
     (made / "again.partly" / "asked.json").write_text('"another"')
     again = rw.shrink(made / "runs" / "run", tolerance=0.03, out=made / "again")
     assert again.as_json() | {"folder": ""} == found.as_json() | {"folder": ""}
@@ -225,9 +235,9 @@ def test_killed_again_and_again_the_same_command_ends_with_the_same(made: Path, 
         while True:
             command = [sys.executable, "-m", "rankwise", "shrink", *map(str, arguments)]
             process = warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            done = len(list(work.glob("*/look.json")))
+            done = len(list(work.glob("*/attempt.json")))
             while kills and process.poll() is None:
-                if len(list(work.glob("*/look.json"))) > done:
+                if len(list(work.glob("*/attempt.json"))) > done:
                     time.sleep(0.05 * kills)  # into the next one
                     process.kill()
                     kills -= 1

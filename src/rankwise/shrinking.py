@@ -3,7 +3,8 @@
 Budgets from one unit of rank up to the whole adapter, each 2^¼ times the one before, are bisected. Each cut is the best
 one within its budget (`adapters.cut`), trained on for some steps where that is asked for, and scored. It passes if the
 95 % interval of its score minus the given one's, by the paired bootstrap over the rows, is within the tolerance; where
-the interval cannot tell, it does not pass. That what is smaller is no better is assumed.
+the interval cannot tell, it does not pass. It is assumed that a smaller
+adapter is never better.
 
 The best of several on some rows looks better on these than it is. So one half of the rows chooses, and the other half,
 on which nothing was chosen, reports.
@@ -33,14 +34,14 @@ from rankwise.adapters import save
 from rankwise.adapters.cut import Limit, cut
 from rankwise.adapters.stored import StoredAdapter, check_free, stored
 from rankwise.errors import InputError, need
-from rankwise.files import ADAPTER, read_json, replace_folder, unfinished, write_whole
+from rankwise.files import ADAPTER, check_replaceable, read_json, replace_folder, unfinished, write_whole
 from rankwise.methods.lora import LoRA
 from rankwise.metrics import METRICS, Metric, with_direction, worth
 from rankwise.metrics.bootstrap import Predictions, interval, scored
 from rankwise.metrics.metric import Interval
 from rankwise.pictures.style import COLOURS, legend, new_figure, set_title, styled, svg
 from rankwise.processes.stop import Stop, stoppable
-from rankwise.ready import Found, Ready, config_of
+from rankwise.ready import Ready, config_of
 from rankwise.results.formats import plain, size, span
 from rankwise.results.predictions import predictions
 from rankwise.settings import RunConfig
@@ -58,7 +59,9 @@ STEP = 2**0.25
 """Ratio of neighbouring budgets."""
 ROUNDING = 1e-9
 """What the ends of an interval may be off by."""
-LOOK = "look.json"
+NOTE = "asked.json"
+"""In the folder of what has been tried: what it is for."""
+ATTEMPT = "attempt.json"
 """Written last into the folder of an adapter that has been tried: its parameters and bytes."""
 PREDICTIONS = "predictions.parquet"
 CONFIG, _, WEIGHTS = ADAPTER[:3]
@@ -74,7 +77,7 @@ class Half:
 
 
 @dataclass(frozen=True)
-class Look:
+class Attempt:
     """An adapter that has been tried.
 
     Attributes:
@@ -117,7 +120,7 @@ class Asked:
         """
         adapter = stored(path)
         adapter.check_linear("a cut")
-        config = config_of(Found.of(path), settings) if source is None else load_one(source, settings)
+        config = config_of(path, settings) if source is None else load_one(source, settings)
         task = tasks.build(config.task)
         if not METRICS.get(task.main, Metric()).of_any_sum or not task.main:
             what = f"{task.main} of some rows is no sum over them" if task.main else f"{task.name} has no score"
@@ -196,14 +199,14 @@ class Shrunk:
 
     Attributes:
         asked: what was to be shrunk. given: the given adapter.
-        looks: what was tried, the smallest first. best: the smallest that passes; None if none does.
+        attempts: what was tried, the smallest first. best: the smallest that passes; None if none does.
         rows: how many rows choose, and how many report.
     """
 
     asked: Asked
-    given: Look
-    looks: Sequence[Look]
-    best: Look | None
+    given: Attempt
+    attempts: Sequence[Attempt]
+    best: Attempt | None
     rows: tuple[int, int]
 
     @property
@@ -219,18 +222,20 @@ class Shrunk:
         yield ""
         header = ["parameters", "bytes", asked.metric, "gap", "95 % interval", "reported", "gap", "95 % interval", ""]
         rows = []
-        for look in [*self.looks, self.given]:
-            halves = (half for each in (look.chosen, look.reported) for half in _cells(each, look is self.given))
-            best = self.best is not None and look.parameters == self.best.parameters
-            verdict = "given" if look is self.given else "chosen" if best else "passes" * look.passes
-            rows.append([f"{look.parameters:,}", size(look.bytes), *halves, verdict])
+        for attempt in [*self.attempts, self.given]:
+            halves = (
+                half for each in (attempt.chosen, attempt.reported) for half in _cells(each, attempt is self.given)
+            )
+            best = self.best is not None and attempt.parameters == self.best.parameters
+            verdict = "given" if attempt is self.given else "chosen" if best else "passes" * attempt.passes
+            rows.append([f"{attempt.parameters:,}", size(attempt.bytes), *halves, verdict])
         yield plain(header, rows)
         yield ""
         within = f"not worse by more than {asked.tolerance:g}"
         if self.best is None:
             yield f"no smaller adapter is shown to be {within}; {asked.out} is the given one"
-            if self.looks:
-                most = -min(worth(asked.metric, end) for end in self.looks[-1].chosen.interval)
+            if self.attempts:
+                most = -min(worth(asked.metric, end) for end in self.attempts[-1].chosen.interval)
                 yield f"the largest cut may be worse by {most:.3f}: score on more rows, or allow more"
             return
         healed = f", trained on for {asked.heal} steps" if asked.heal else ""
@@ -252,7 +257,7 @@ class Shrunk:
             "heal": self.asked.heal,
             "rows": {"choose": self.rows[0], "report": self.rows[1]},
             "given": asdict(self.given),
-            "looks": [asdict(look) for look in self.looks],
+            "attempts": [asdict(attempt) for attempt in self.attempts],
             "best": self.best and asdict(self.best),
         }
 
@@ -265,14 +270,14 @@ class Shrunk:
     def picture(self) -> "Figure":
         """Score against bytes on both halves of the rows, each with the interval of its gap to the given adapter."""
         figure, axes = new_figure(3.4)
-        looks = [*self.looks, self.given]
+        attempts = [*self.attempts, self.given]
         for place, name in enumerate(("chosen", "reported")):
-            halves: list[Half] = [getattr(look, name) for look in looks]
+            halves: list[Half] = [getattr(attempt, name) for attempt in attempts]
             given: Half = getattr(self.given, name)
             scores = np.array([half.score for half in halves])
             ends = np.array([[given.score + end for end in half.interval] for half in halves]).T
             axes.errorbar(
-                [look.bytes * (1 + 0.03 * place) for look in looks],
+                [attempt.bytes * (1 + 0.03 * place) for attempt in attempts],
                 scores,
                 yerr=np.abs(ends - scores),
                 fmt="os"[place],
@@ -286,7 +291,8 @@ class Shrunk:
             axes.axvline(self.best.bytes, color="#777777", linewidth=0.8)
         axes.set(xscale="log", xlabel="size of the adapter's weights", ylabel=with_direction(self.asked.metric))
         low, high = (math.log2(end) for end in axes.get_xlim())
-        ticks = [2.0**power for power in range(math.ceil(low), math.floor(high) + 1)] or [look.bytes for look in looks]
+        ticks = [2.0**power for power in range(math.ceil(low), math.floor(high) + 1)]
+        ticks = ticks or [each.bytes for each in attempts]
         ticks = ticks[:: len(ticks) // 6 + 1]
         axes.set_xticks(ticks, [size(tick) for tick in ticks])
         axes.minorticks_off()
@@ -303,6 +309,8 @@ def shrink(asked: Asked, force: bool = False) -> Shrunk:
     """
     check_free(asked.out, asked.adapter, force)
     work = asked.out.with_name(f"{asked.out.name}.partly")
+    if not (work / NOTE).exists():
+        check_replaceable(work, {"lock"}, "an unfinished `rankwise shrink`")
     work.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(work / "lock", timeout=0), stoppable() as stop, models.quiet():
@@ -315,7 +323,7 @@ def shrink(asked: Asked, force: bool = False) -> Shrunk:
     except filelock.Timeout:
         raise InputError(f"{work}: another process is at work on it; wait for it, or end it") from None
     except InputError:
-        if not any(work.glob(f"*/{LOOK}")):  # nothing to go on from
+        if not any(work.glob(f"*/{ATTEMPT}")):  # nothing to go on from
             shutil.rmtree(work)
         raise
     except SystemExit:
@@ -327,12 +335,13 @@ def shrink(asked: Asked, force: bool = False) -> Shrunk:
 
 def _search(asked: Asked, work: Path, stop: Stop) -> Shrunk:
     tries = _Tries(asked, work, stop)
-    given, budgets = tries.look(asked.total), asked.budgets
-    place = bisect_left(budgets, True, key=lambda budget: tries.look(budget).passes)
-    best = tries.look(budgets[place]) if place < len(budgets) else None
-    looks = {look.parameters: look for look in tries.looks.values() if look is not given}  # budgets may be as good
+    given, budgets = tries.attempt(asked.total), asked.budgets
+    place = bisect_left(budgets, True, key=lambda budget: tries.attempt(budget).passes)
+    best = tries.attempt(budgets[place]) if place < len(budgets) else None
+    # cuts within several budgets may be the same
+    attempts = {each.parameters: each for each in tries.attempts.values() if each is not given}
     rows = len(tries.halves[0]), len(tries.halves[1])
-    return Shrunk(asked, given, [looks[parameters] for parameters in sorted(looks)], best, rows)
+    return Shrunk(asked, given, [attempts[parameters] for parameters in sorted(attempts)], best, rows)
 
 
 class _Tries:
@@ -340,8 +349,8 @@ class _Tries:
 
     def __init__(self, asked: Asked, work: Path, stop: Stop) -> None:
         self.asked, self.work, self.stop = asked, work, stop
-        self.looks: dict[int, Look] = {}
-        note = work / "asked.json"
+        self.attempts: dict[int, Attempt] = {}
+        note = work / NOTE
         if not note.is_file() or read_json(note) != asked.digest:
             for path in work.iterdir():
                 if path.is_dir():
@@ -351,16 +360,16 @@ class _Tries:
         order = np.random.default_rng(0).permutation(len(self.given.labels))
         self.halves = [np.sort(order[half::2]) for half in (0, 1)]
 
-    def look(self, budget: int) -> Look:
+    def attempt(self, budget: int) -> Attempt:
         """An adapter within a budget; the given one if that is all of it."""
-        if budget not in self.looks:
+        if budget not in self.attempts:
             answers = self._answers(budget)
             chosen, reported = (self._half(answers, rows) for rows in self.halves)
-            made = read_json(self.work / str(budget) / LOOK)
-            look = Look(budget, made["parameters"], made["bytes"], chosen, reported, self.asked.within(chosen))
-            self.looks[budget] = look
-            print(f"{look.parameters:,} parameters: {chosen.gap:+.4f} ({span(chosen.interval)})", file=sys.stderr)
-        return self.looks[budget]
+            made = read_json(self.work / str(budget) / ATTEMPT)
+            attempt = Attempt(budget, made["parameters"], made["bytes"], chosen, reported, self.asked.within(chosen))
+            self.attempts[budget] = attempt
+            print(f"{attempt.parameters:,} parameters: {chosen.gap:+.4f} ({span(chosen.interval)})", file=sys.stderr)
+        return self.attempts[budget]
 
     def _half(self, answers: Predictions, rows: np.ndarray) -> Half:
         metric = self.asked.metric
@@ -375,7 +384,7 @@ class _Tries:
     def _answers(self, budget: int) -> Predictions:
         """The answers of the adapter within a budget, which is made, trained on and asked unless it has been."""
         folder = self.work / str(budget)
-        if not (folder / LOOK).is_file():
+        if not (folder / ATTEMPT).is_file():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             done = cut(self.asked.adapter, self.asked.adapter, Limit(budget=budget), folder / "adapter")
@@ -387,7 +396,7 @@ class _Tries:
             rows = ready.score(ready.encoded(split), final=True).rows  # some scores are not computed before the end
             need("pyarrow.parquet", "bench").write_table(rows, folder / PREDICTIONS)
             made = {"parameters": done.parameters, "bytes": (folder / "adapter" / WEIGHTS).stat().st_size}
-            write_whole(folder / LOOK, json.dumps(made))
+            write_whole(folder / ATTEMPT, json.dumps(made))
         found = predictions(folder)
         if found is None:
             raise InputError(f"{self.asked.metric}: the rows have no labels to score adapters by")

@@ -17,7 +17,8 @@ app = typer.Typer(
 )
 
 
-def _svg(file: Path | None) -> Path | None:
+def svg(file: Path | None) -> Path | None:
+    """The file of a picture. InputError where it cannot be drawn."""
     if file is not None and file.suffix != ".svg":
         raise InputError(f"{file}: pictures are SVG: give a name that ends in .svg")
     if file is not None:
@@ -41,7 +42,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="where to 
 Force = Annotated[bool, typer.Option("--force", help="replace an adapter that is there already")]
 Picture = Annotated[
     Path | None,
-    typer.Option("--picture", metavar="FILE.svg", callback=_svg, help="draw the ranks, by layer and projection"),
+    typer.Option("--picture", metavar="FILE.svg", callback=svg, help="draw the ranks, by layer and projection"),
 ]
 Jobs = Annotated[
     int | None,

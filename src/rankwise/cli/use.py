@@ -23,6 +23,7 @@ from rankwise.cli.options import (
     app,
     is_setting,
     source_of,
+    svg,
 )
 from rankwise.errors import INTERRUPTED
 from rankwise.terminal import log, show, show_json
@@ -89,7 +90,7 @@ def suggest(
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="optimizer steps of each of the two searches")] = 100,
     picture: Picture = None,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="replace the file or the adapter if it is there")] = False,
     jobs: Jobs = None,
     reuse: Reuse = False,
     repeat: Repeat = False,
@@ -130,7 +131,10 @@ def shrink(
         typer.Option("--data", metavar="CONFIG.yaml|RUN", help="model and data to score on; by default a run's own"),
     ] = None,
     heal: Annotated[int, typer.Option("--heal", min=0, metavar="STEPS", help="train each cut on for so long")] = 0,
-    picture: Picture = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", metavar="FILE.svg", callback=svg, help="draw score against bytes"),
+    ] = None,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
