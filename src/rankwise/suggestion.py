@@ -2,7 +2,7 @@
 
 A search trains plain LoRA at twice the rank that the budget allows everywhere, for some steps. What it has learnt at
 layer i, s B_i A_i with singular values σ_ik, says what each unit of rank there is worth: σ_ik². A plan gives rank where
-the sum of these is largest within the budget (`adapters.resize`). Two searches differ in their seed alone: in the fresh
+the sum of these is largest within the budget (`ranks.knapsack`). Two searches differ in their seed alone: in the fresh
 factors, and in the order of the rows. Where their plans do not agree (`results.agreement`) they are no evidence, and
 uniform ranks are suggested; where they do, those of both searches together.
 """
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,16 +46,13 @@ from rankwise.sweep.runners import Runner
 from rankwise.train import model as models
 from rankwise.train.arguments import Loading
 
-if TYPE_CHECKING:
-    pass
-
 STEPS = 100
 """Steps of a search, unless told otherwise."""
 SCORED = 16
 """Rows that a search is scored on at most; ranks do not depend on them."""
 SCALE = 2.0
 """s = alpha / rank where the configuration has no method with a rank."""
-CONFIG, _, WEIGHTS, _ = ADAPTER[:4]
+CONFIG, _, WEIGHTS = ADAPTER[:3]
 
 
 @dataclass(frozen=True)

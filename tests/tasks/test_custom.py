@@ -164,7 +164,9 @@ def test_what_is_wrong_is_said_with_file_and_row(tmp_path: Path) -> None:
     write(train, [{"body": f"a {i}", "mood": "+"} for i in range(3)])
     assert "has one class only, '+'" in unread(reviews(tmp_path))
     grades = {"name": "regression", "dataset": str(tmp_path), "columns": {"text": "body", "label": "mood"}}
-    assert "column 'mood' does not hold float in line 2" in unread(tasks.build(grades))
+    message = unread(tasks.build(grades))
+    assert "column 'mood' does not hold float in line 2" in message
+    assert message.endswith("): correct it or leave it out")
     write(train, [{"body": "a", "mood": "nan"}])
     assert "the label nan in line 2 is not finite" in unread(tasks.build(grades))
     assert "there is no such file or folder" in unread(reviews(tmp_path / "gone.csv"))

@@ -10,7 +10,7 @@ cost. It counts as agreement if
 
 The correlation of two measurements is the share of their variance that they have in common, so the second line asks
 that at least half of where a plan puts its ranks is not the luck of its seed; with hundreds of layers a correlation of
-0.2 is no chance either, but a plan of which four fifths are luck is no plan.
+0.2 is not due to chance either, but then four fifths of a plan are luck.
 """
 
 from collections.abc import Mapping, Sequence

@@ -88,9 +88,8 @@ class Custom(Task):
 
     @property
     def asked(self) -> dict[str, str]:
-        named = {
-            "source": self.columns.get("text", "text")
-        } | self.columns  # the family's own name for a text to answer
+        # a text to answer is called `source` in its family
+        named = {"source": self.columns.get("text", "text"), **self.columns}
         return {role: named.get(role, role) for role in self.text if self.form}
 
     @property

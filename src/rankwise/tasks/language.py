@@ -194,9 +194,8 @@ def end_tokens(processor: PreTrainedTokenizerBase, answers: Iterable[Sequence[in
 def room(model: nn.Module) -> int | None:
     """Tokens that `model` reads and writes in one row, without virtual ones; None for no limit."""
     most = context(model)
-    return (
-        most if most is None else most - sum(len(each) for each in model.modules() if isinstance(each, VirtualTokens))
-    )
+    virtual = sum(len(each) for each in model.modules() if isinstance(each, VirtualTokens))
+    return None if most is None else most - virtual
 
 
 def continued(

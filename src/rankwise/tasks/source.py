@@ -216,12 +216,14 @@ def _filled(value: str | list[str | None] | None) -> bool:
 def _wrong_type(rows: Rows, column: str, kind: Any, error: Exception) -> str:
     """The message for a column that cannot be cast, with the first such row if there is one."""
     pa = need("pyarrow", "bench")
+    place, reason = "", error
     for row in range(rows.table.num_rows):
         try:
             rows.table[column].slice(row, 1).cast(kind)
         except pa.ArrowException as row_error:
-            return f"{rows.where}: column {column!r} does not hold {kind} in {rows.at(row)} ({one_line(row_error)})"
-    return f"{rows.where}: column {column!r} does not hold {kind} ({one_line(error)})"
+            place, reason = f" in {rows.at(row)}", row_error
+            break
+    return f"{rows.where}: column {column!r} does not hold {kind}{place} ({one_line(reason)}): {rows.remedy}"
 
 
 def _from_folder(folder: Path, splits: Sequence[str], remedy: str, texts: Collection[str] | None = None) -> Rows:
@@ -287,7 +289,7 @@ def _table(file: Path, numbered: Iterator[tuple[int, dict[str, Any]]], unit: str
             place = f" in {unit} {other[0]}" if other else ""
             raise InputError(
                 f"{file}: column {column!r} has values of several types{place} ({one_line(error)}): give all the "
-                "same type"
+                "same type, or leave the column out"
             ) from error
     return pa.table(columns), lines
 
