@@ -61,6 +61,15 @@ FORMS = {
     ],
     "more keys": [{"messages": [{**each, "name": None} for each in row], "id": n} for n, row in enumerate(ROWS)],
 }
+ANY = (1, "two", [3], {"four": None})
+
+
+def test_other_columns_may_hold_anything_but_not_one_that_is_read(tmp_path):
+    rows = [{"messages": row, "id": ANY[place % 4]} for place, row in enumerate(ROWS)]
+    assert len(ROWS) > 1 and messages(write(tmp_path / "a.jsonl", rows)) == ROWS
+    write(tmp_path / "a.jsonl", [{"messages": row, "system": ANY[place % 2]} for place, row in enumerate(ROWS)])
+    with pytest.raises(InputError, match="column 'system' has values of several types in line 2"):
+        messages(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -142,6 +142,20 @@ def test_a_bad_json(tmp_path, wanted):
     assert str(tmp_path / "train.json") in message
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_a_column_that_is_not_read_may_have_any_types(tmp_path, ending):
+    rows = [{"text": "a", "id": 1}, {"text": "b", "id": "two"}, {"text": "c", "id": [1, {}]}, {"text": "d"}]
+    rows = [{**row, "big": 10 ** (30 * place)} for place, row in enumerate(rows)]
+    text = json.dumps(rows) if ending == "json" else "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / f"train.{ending}").write_text(text)
+    found = read(str(tmp_path), "train")
+    assert checked(found, {"text": pa.string()})["text"].to_pylist() == ["a", "b", "c", "d"]
+    assert found.take([0, 2]).mixed == found.mixed
+    for column in ("id", "big"):
+        message = refused(lambda: checked(found, {"text": pa.string(), column: None}))  # noqa: B023
+        assert f"train.{ending}: column {column!r} has values of several types" in message
+
+
 @pytest.mark.parametrize("wanted", JSONL)
 def test_a_bad_jsonl(tmp_path, wanted):
     (tmp_path / "train.jsonl").write_text(JSONL[wanted])

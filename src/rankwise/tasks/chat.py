@@ -226,7 +226,7 @@ class OwnConversations(Custom, Conversations):
         column = self.columns.get(role, role)
         if role not in self.columns and column not in rows.table.column_names:
             return [None] * rows.table.num_rows
-        if column not in rows.table.column_names:
+        if column not in rows.table.column_names or column in rows.mixed:
             checked(rows, {column: None})
         values = rows.table[column].to_pylist()
         if role in LISTS:

@@ -15,7 +15,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -43,6 +43,7 @@ class Rows:
         remedy: what to do if something is wrong with it, for messages.
         unit: what messages count, `row` or `line`.
         numbers: the number of each row; None if they are 0, 1, 2 and so on.
+        mixed: what is wrong with each column that has values of several types, which the table has as JSON.
     """
 
     table: "pa.Table"
@@ -51,6 +52,7 @@ class Rows:
     remedy: str = AGAIN
     unit: str = "row"
     numbers: Sequence[int] | None = None
+    mixed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def counted(self) -> Sequence[int]:
@@ -155,8 +157,8 @@ def read(dataset: str, split: str, texts: Collection[str] | None = None) -> Rows
 def checked(rows: Rows, types: Mapping[str, Any], filled: Sequence[str] = ()) -> "pa.Table":
     """The columns `types` of `rows`, cast to these pyarrow types; None keeps a column's own.
 
-    InputError, with file and row, for a missing column, no rows, a null, a value of another type, and in the columns
-    `filled` a blank text, alone or in a list, or an empty list.
+    InputError, with file and row, for a missing column, no rows, a null, a value of another type, values of several
+    types, and in the columns `filled` a blank text, alone or in a list, or an empty list.
     """
     pa = need("pyarrow", "bench")
     compute = need("pyarrow.compute", "bench")
@@ -170,6 +172,8 @@ def checked(rows: Rows, types: Mapping[str, Any], filled: Sequence[str] = ()) ->
             names = ", ".join(table.column_names) + nearest(column, table.column_names)
             remedy = "name another" if rows.remedy == MEND else rows.remedy
             raise InputError(f"{rows.where} has no column {column!r}, only {names}: {remedy}")
+        if column in rows.mixed:
+            raise InputError(rows.mixed[column])
         if alike := [name for name in table.column_names if name != column and folded(name) == folded(column)]:
             raise InputError(f"{rows.where} has the columns {column!a} and {alike[0]!a}, which look alike: rename one")
     columns = {}
@@ -251,8 +255,8 @@ def _from_file(file: Path, split: str, texts: Collection[str] | None = None) -> 
                 _json(file) if file.suffix == ".json" else ((each.number, each.row) for each in jsonl(text, str(file)))
             )
             numbered = ((number, row if texts is None else _as_json(row, texts)) for number, row in found)
-        table, numbers = _table(file, numbered, unit)
-    return Rows(table, split, str(file), unit=unit, numbers=numbers)
+        table, numbers, mixed = _table(file, numbered, unit)
+    return Rows(table, split, str(file), unit=unit, numbers=numbers, mixed=mixed)
 
 
 def _parquet(file: Path) -> "pa.Table":
@@ -266,14 +270,16 @@ def _parquet(file: Path) -> "pa.Table":
         ) from error
 
 
-def _table(file: Path, numbered: Iterator[tuple[int, dict[str, Any]]], unit: str) -> tuple["pa.Table", list[int]]:
-    """The rows of a text file as a table, and the number of each, or of the line on which it starts."""
+def _table(
+    file: Path, numbered: Iterator[tuple[int, dict[str, Any]]], unit: str
+) -> tuple["pa.Table", list[int], dict[str, str]]:
+    """The rows of a text file as a table, the number of each, or of the line on which it starts, and `Rows.mixed`."""
     pa = need("pyarrow", "bench")
     lines, rows = [], []
     for line, row in numbered:
         lines.append(line)
         rows.append(row)
-    columns = {}
+    columns, mixed = {}, dict[str, str]()
     for column in dict.fromkeys(key for row in rows for key in row):
         values = [row.get(column) for row in rows]
         try:
@@ -287,11 +293,12 @@ def _table(file: Path, numbered: Iterator[tuple[int, dict[str, Any]]], unit: str
                 if value is not None and type(value) is not kind and {type(value), kind} != {int, float}
             ]
             place = f" in {unit} {other[0]}" if other else ""
-            raise InputError(
+            mixed[column] = (
                 f"{file}: column {column!r} has values of several types{place} ({one_line(error)}): give all the "
-                "same type, or leave the column out"
-            ) from error
-    return pa.table(columns), lines
+                "same type"
+            )
+            columns[column] = pa.array([None if value is None else json.dumps(value) for value in values])
+    return pa.table(columns), lines, mixed
 
 
 def _open(file: Path) -> IO[bytes]:
