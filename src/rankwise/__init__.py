@@ -18,12 +18,13 @@ __version__ = "0.1.0"
 
 # The public names, looked up on first use: `rankwise --help` need not wait for torch.
 if TYPE_CHECKING:
-    from rankwise.adapter_view import adapter_ranks
     from rankwise.adapters import load, save
     from rankwise.adapters.export import export_adapter
     from rankwise.api import compare, data, evaluate, predict, report, retry, shrink, suggest, task, train
+    from rankwise.commands.merge import merge
+    from rankwise.commands.ranks import adapter_ranks
+    from rankwise.commands.resize import mix, resize_adapter
     from rankwise.errors import InputError
-    from rankwise.merging import merge
     from rankwise.methods.adalora import AdaLoRA
     from rankwise.methods.adapter import AdapterH, AdapterL
     from rankwise.methods.dora import DoRA
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from rankwise.optim import SimplexAdam
     from rankwise.processes.together import average_gradients
     from rankwise.ranks import RankPlan, rank_report, resize, sites
-    from rankwise.resizing import mix, resize_adapter
     from rankwise.runs.use import Use
     from rankwise.train.bare_loop import load_checkpoint, save_checkpoint
     from rankwise.train.callback import RankCallback

@@ -24,11 +24,11 @@ from rankwise.sweep.compare import Outcome
 from rankwise.sweep.progress import counted
 
 if TYPE_CHECKING:
-    from rankwise.answering import Predicted
-    from rankwise.data_view import View
-    from rankwise.scoring import Evaluated
-    from rankwise.shrinking import Shrunk
-    from rankwise.suggestion import Suggestion
+    from rankwise.commands.data import View
+    from rankwise.commands.evaluate import Evaluated
+    from rankwise.commands.predict import Predicted
+    from rankwise.commands.shrink import Shrunk
+    from rankwise.commands.suggest import Suggestion
     from rankwise.sweep.check import Source
     from rankwise.sweep.plan import One, Plan
     from rankwise.sweep.runners import Runner
@@ -263,7 +263,7 @@ def data(config: Source | None = None, settings: Settings = (), *, row: int | No
         row: this row alone, by its number or line in the file.
     """
     _check_readable(config)
-    from rankwise.data_view import View
+    from rankwise.commands.data import View
 
     return View.of(config, overrides(settings, None), row)
 
@@ -288,8 +288,8 @@ def shrink(
         heal: optimizer steps for which each cut is trained on.
     """
     _check_readable(data)
-    from rankwise.shrinking import Asked
-    from rankwise.shrinking import shrink as carry_out
+    from rankwise.commands.shrink import Asked
+    from rankwise.commands.shrink import shrink as carry_out
 
     asked = Asked.of(Path(adapter), data, overrides(settings, None), tolerance, heal, Path(out))
     return carry_out(asked, force)
@@ -322,7 +322,7 @@ def suggest(
         jobs, reuse, repeat: as for `compare`.
     """
     _check_readable(config)
-    from rankwise.suggestion import STEPS, Wanted, check_free
+    from rankwise.commands.suggest import STEPS, Wanted, check_free
 
     if out is not None:
         check_free(Path(out), force)
@@ -354,8 +354,8 @@ def predict(
     Returns:
         The rows with their answers; for a file, how many they were.
     """
-    from rankwise.answering import check_files, predict_file, predict_rows
-    from rankwise.ready import Ready
+    from rankwise.commands.predict import check_files, predict_file, predict_rows
+    from rankwise.commands.ready import Ready
 
     if isinstance(rows, str | Path) != (out is not None):
         raise InputError(
@@ -377,7 +377,7 @@ def evaluate(*sources: Path | str, settings: Settings = (), rows: Path | str | N
     """
     if not sources:
         raise InputError("evaluate: give an adapter, the folder of a run, or a model")
-    from rankwise.scoring import evaluate as score
+    from rankwise.commands.evaluate import evaluate as score
 
     return score(sources, overrides(settings, None), None if rows is None else str(rows))
 

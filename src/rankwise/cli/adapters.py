@@ -13,7 +13,7 @@ from rankwise.cli.options import Debug, Force, Json, Out, Picture, app
 from rankwise.terminal import log, show, show_json
 
 if TYPE_CHECKING:
-    from rankwise.resizing import Resized
+    from rankwise.commands.resize import Resized
 
 Adapter = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="a PEFT adapter's folder, a run's, or a .safetensors file")
@@ -47,7 +47,7 @@ def resize(
 ) -> None:
     """Cut an adapter, of anyone's, to the best one within a limit, without its base model."""
     with redirect_stdout(sys.stderr):
-        from rankwise.resizing import resize_adapter
+        from rankwise.commands.resize import resize_adapter
 
         limits = {"budget": budget, "rank": rank, "keep_energy": keep_energy, "bytes": size}
         done = resize_adapter(adapter, out, **limits, data=data, force=force)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def ranks(
 ) -> None:
     """Show the ranks of an adapter on disk, and how much it changes each layer."""
     with redirect_stdout(sys.stderr):
-        from rankwise.adapter_view import adapter_ranks
+        from rankwise.commands.ranks import adapter_ranks
 
         found = adapter_ranks(adapter, compare)
     show_json(found.as_json()) if as_json else show(found.text())
@@ -90,10 +90,10 @@ def mix(
 ) -> None:
     """Write the sum of adapters, each times its weight, as one: exact, or the best one within a limit."""
     with redirect_stdout(sys.stderr):
-        from rankwise import resizing
+        from rankwise.commands.resize import mix as mixed
+        from rankwise.commands.resize import weights
 
-        weights = resizing.weights(adapters)
-        done = resizing.mix(weights, out, budget=budget, rank=rank, keep_energy=keep_energy, force=force)
+        done = mixed(weights(adapters), out, budget=budget, rank=rank, keep_energy=keep_energy, force=force)
     _tell(done, out, picture, as_json)
 
 
@@ -127,7 +127,7 @@ def merge(
 ) -> None:
     """Merge an adapter into its base model: a plain model for transformers, or for llama.cpp."""
     with redirect_stdout(sys.stderr):
-        from rankwise.merging import merge as merged
+        from rankwise.commands.merge import merge as merged
 
         done = merged(
             adapter,

@@ -7,7 +7,7 @@ import torch
 
 import rankwise as rw
 from rankwise.adapters.stored import stored
-from rankwise.ready import Ready
+from rankwise.commands.ready import Ready
 from rankwise.runs import run_file
 from rankwise.tasks import subset
 from rankwise.train.run import run

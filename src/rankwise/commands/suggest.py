@@ -27,6 +27,7 @@ from rankwise import methods, tasks
 from rankwise.adapters.cut import spectrum
 from rankwise.adapters.plain import on_part
 from rankwise.adapters.stored import StoredAdapter, stored
+from rankwise.commands.snippets import AXOLOTL, axolotl, snippets
 from rankwise.errors import STOPPED, InputError
 from rankwise.files import ADAPTER, check_replaceable, replace_folder, unfinished, write_whole
 from rankwise.methods.lora import LoRA
@@ -38,7 +39,6 @@ from rankwise.results.agreement import Agreement
 from rankwise.results.formats import plain
 from rankwise.runs.store import Store
 from rankwise.settings import RunConfig, complete
-from rankwise.snippets import AXOLOTL, axolotl, snippets
 from rankwise.sweep.check import Source, check_models, load_one, schema
 from rankwise.sweep.compare import carry_out
 from rankwise.sweep.makers import makers, settle

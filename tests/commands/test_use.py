@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 import rankwise as rw
 import warm
 from methods import OPTIONS
-from rankwise import answering, tasks
+from rankwise import tasks
 from rankwise.adapters.card import CHANGED
-from rankwise.answered import sink, source
+from rankwise.commands import predict
+from rankwise.commands.row_files import sink, source
 from rankwise.errors import InputError
 from rankwise.methods import registry
 from rankwise.tasks.base import text_of
@@ -458,7 +459,7 @@ def test_answers_of_a_model_that_has_changed_since_are_not_gone_on_with(
     rows.write_text("text\n" + "a\n" * 20)
     command = ("predict", base, "task=classification", "max_length=16", "batch_size=1", "--in", rows, "--out", out)
     with monkeypatch.context() as patch:
-        patch.setattr(answering, "sink", lambda *_: 1 / 0)
+        patch.setattr(predict, "sink", lambda *_: 1 / 0)
         assert cli(*command)[0] == 1 and (tmp_path / "out.csv.part").exists()
     model.classifier.weight.data += 1
     model.save_pretrained(base)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from rankwise.adapters.beside import base_digest
-from rankwise.answered import FORMATS, PIPE, Source, check_there, piped, sink, source
+from rankwise.commands.ready import Ready
+from rankwise.commands.row_files import FORMATS, PIPE, Source, check_there, piped, sink, source
 from rankwise.errors import InputError, need, shown
 from rankwise.files import appended, tidy, unfinished
-from rankwise.ready import Ready
 from rankwise.settings import PLACE
 from rankwise.tasks import Task
 from rankwise.tasks.records import Record, one_line

@@ -22,8 +22,8 @@ import models
 import rankwise as rw
 from rankwise.adapters.beside import base_digest
 from rankwise.cli import main
+from rankwise.commands.merge import merge
 from rankwise.errors import InputError
-from rankwise.merging import merge
 from rankwise.ranks.layers import keep_codes
 from rankwise.runs.use import Use
 from rankwise.train.model import head_modules

@@ -23,10 +23,10 @@ import models
 import rankwise as rw
 import runs
 import warm
+from rankwise.commands.suggest import Suggestion, Wanted, check_free, uniform_ranks
 from rankwise.errors import InputError
 from rankwise.ranks import sites
 from rankwise.settings import RunConfig
-from rankwise.suggestion import Suggestion, Wanted, check_free, uniform_ranks
 
 
 def searched(base, folder: Path, worth, budget: int, scale: float = 2.0, rank: int = 6, **options) -> Suggestion:

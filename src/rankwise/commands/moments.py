@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.layers import StoredAdapter
+from rankwise.commands.ready import Ready
 from rankwise.errors import InputError
-from rankwise.ready import Ready
 from rankwise.runs import run_file
 from rankwise.runs.use import SETTINGS
 from rankwise.settings import complete

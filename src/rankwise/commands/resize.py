@@ -124,7 +124,7 @@ def resize_adapter(
         _check_out(Path(out), [found], force)
     moments = None
     if data is not None:
-        from rankwise.moments import roots
+        from rankwise.commands.moments import roots
 
         moments = roots(found, data, settings)
     done = cut(found, found, limit, Path(out) if out is not None else None, moments, force)

@@ -13,7 +13,7 @@ from rich.console import Console
 import rankwise as rw
 from chats import turns, write
 from rankwise import terminal
-from rankwise.data_view import visible
+from rankwise.commands.data import visible
 from runs import bert, make
 
 Cli = Callable[..., tuple[int, str, str]]

@@ -33,6 +33,7 @@ from rankwise import tasks
 from rankwise.adapters import save
 from rankwise.adapters.cut import Limit, cut
 from rankwise.adapters.stored import StoredAdapter, check_free, stored
+from rankwise.commands.ready import Ready, config_of
 from rankwise.errors import InputError, need
 from rankwise.files import ADAPTER, check_replaceable, read_json, replace_folder, unfinished, write_whole
 from rankwise.methods.lora import LoRA
@@ -41,7 +42,6 @@ from rankwise.metrics.bootstrap import Predictions, interval, scored
 from rankwise.metrics.metric import Interval
 from rankwise.pictures.style import COLOURS, legend, new_figure, set_title, styled, svg
 from rankwise.processes.stop import Stop, stoppable
-from rankwise.ready import Ready, config_of
 from rankwise.results.formats import plain, size, span
 from rankwise.results.predictions import predictions
 from rankwise.settings import RunConfig

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from rankwise.commands.ready import Ready, config_of
 from rankwise.errors import InputError
 from rankwise.files import similar
 from rankwise.metrics.bootstrap import Predictions, interval
 from rankwise.metrics.metric import Interval
-from rankwise.ready import Ready, config_of
 from rankwise.results.formats import plain, span
 from rankwise.tasks import Split, Task, subset
 from rankwise.tasks.base import REFERENCES

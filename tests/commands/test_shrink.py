@@ -21,8 +21,8 @@ import rankwise as rw
 import runs
 import warm
 from rankwise.adapters.stored import stored
+from rankwise.commands.shrink import STEP, Asked, Half, Shrunk
 from rankwise.errors import InputError
-from rankwise.shrinking import STEP, Asked, Half, Shrunk
 from rankwise.train.run import run
 
 WORDS = {"yes": ["good", "fine", "great", "nice"], "no": ["bad", "poor", "awful", "wrong"]}

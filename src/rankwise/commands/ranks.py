@@ -12,8 +12,8 @@ import numpy as np
 from rankwise.adapters.layers import StoredAdapter
 from rankwise.adapters.overlap import Shared, shared, svd
 from rankwise.adapters.stored import stored
+from rankwise.commands.resize import percent, save_ranks
 from rankwise.errors import InputError, need
-from rankwise.resizing import percent, save_ranks
 from rankwise.results.formats import plain
 
 
