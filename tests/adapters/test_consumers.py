@@ -10,9 +10,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_the_table_in_the_docs_says_what_the_code_knows():
     page = (ROOT / "docs" / "adapters.md").read_text().replace("**", "")
-    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    rows = [line for line in page.split("| consumer |")[1].splitlines() if line.startswith("| ")]
     expected = [f"| {c.name} | {c.patterns} | {c.compact} | {c.portable} | {c.why} |" for c in CONSUMERS]
-    assert rows[1 : len(expected) + 1] == expected
+    assert rows[: len(expected)] == expected
 
 
 def test_those_who_are_silently_wrong_come_first():
