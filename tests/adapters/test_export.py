@@ -152,6 +152,7 @@ def test_a_file_of_kohyas_gets_one_rank_and_goes_to_no_language_model(tmp_path):
 MORE = {
     "a magnitude": ({"use_dora": True}, "lora_magnitude_vector", ()),
     "another head": ({"modules_to_save": ["lm_head"]}, "lm_head.weight", ()),
+    "two heads": ({"modules_to_save": ["lm_head", "embed_tokens"]}, "lm_head.weight", ()),
     "a classifier": ({"modules_to_save": ["score"], "task_type": "SEQ_CLS"}, "score.weight", ("vllm",)),
     "a copy of the base": ({"target_modules": ["q_proj", "lm_head"]}, None, ("vllm", "sglang", "tgi", "llama.cpp")),
 }
@@ -174,7 +175,10 @@ def test_what_a_program_does_not_read_is_refused_for_it(options, named, read, tm
             rw.InputError, match=f"has base_model.model..*{named}.* which {to} does not read: rankwise merge"
         ):
             rw.export_adapter(tmp_path / "a", tmp_path / to, to)
-    rw.export_adapter(tmp_path / "a", tmp_path / "portable")
+    others = stored(tmp_path / "a").others
+    notes = rw.export_adapter(tmp_path / "a", tmp_path / "portable").notes
+    rest = f" and {len(others) - 1} more" if len(others) > 1 else ""
+    assert not others or f"besides its layers it has {others[0]}{rest}, which PEFT reads" in notes
 
 
 def test_a_wrong_adapter_is_found(mixed, tmp_path):

@@ -484,6 +484,8 @@ def test_what_is_not_there_is_said_before_a_model_is_loaded(
             "nope: there is no such folder; if it is a model on the hub, give its task, as in task=",
         ),
         (("evaluate", classifier, "runs/nope", "--in", out), "runs/nope: there is no such folder; if it is a model"),
+        (("evaluate", "nope.gguf"), "nope.gguf: there is no such file"),
+        (("predict", "nope.gguf", "task=mrpc", "--in", out), "nope.gguf: there is no such file"),
     ):
         code, _, err = cli(*command)
         assert code == 2 and says in err and err.count("\n") == 1, err

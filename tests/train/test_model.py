@@ -104,7 +104,7 @@ def test_a_base_with_missing_weights_is_refused(words: PreTrainedTokenizerFast, 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nowhere", "someone/unknown-model"])
 def test_a_model_that_cannot_be_had_is_one_line(name: str) -> None:
-    with pytest.raises(InputError, match=name) as caught:
+    with pytest.raises(InputError, match=f"model: there is no folder {name}") as caught:
         build(name, labelled("a", "b"), 16)
     assert "\n" not in str(caught.value)
 

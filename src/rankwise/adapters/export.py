@@ -142,7 +142,8 @@ def export_adapter(
         if more := sorted({part for layer in like.layers.values() for part in layer.parts} - {"A", "B", "alpha"}):
             notes.append(f"its layers have a {' and a '.join(more)} too: not every program reads that")
         if like.others and like.config is not None:
-            notes.append(f"it has {len(like.others)} tensors besides its layers ({like.others[0]} …): PEFT reads them")
+            rest = f" and {len(like.others) - 1} more" if like.others[1:] else ""
+            notes.append(f"besides its layers it has {like.others[0]}{rest}, which PEFT reads")
         done = Exported(
             out,
             layout,

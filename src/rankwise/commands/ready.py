@@ -21,7 +21,7 @@ from rankwise.nets.new_weights import new_weights
 from rankwise.runs import run_file, use
 from rankwise.runs.answers import listed
 from rankwise.runs.use import Use
-from rankwise.settings import RunConfig
+from rankwise.settings import DECODER, RunConfig
 from rankwise.settings.load import override
 from rankwise.settings.run import named, put
 from rankwise.sweep.check import load_run
@@ -69,6 +69,8 @@ class Found:
         elif path.name in KINDS and (path.parent / run_file.NAME).is_file():
             run = path.parent
         gguf = is_gguf(str(source))
+        if gguf and source != DECODER and not path.is_file():
+            raise InputError(f"{source}: there is no such file{similar(path)}")
         if not gguf and path.exists() and not path.is_dir():
             raise InputError(f"{source}: is a file; give the folder of an adapter, of a run or of a model")
         if not gguf and not path.exists() and (len(path.parts) > 2 or str(source).startswith((".", "/", "~"))):

@@ -406,5 +406,8 @@ def _input_errors(name: str) -> Iterator[None]:
         if reason.startswith("Unrecognized configuration class"):  # followed by the names of all classes
             reason = reason.partition(" Model type should be one of")[0]
         from_hub = isinstance(error, OSError) and not Path(name).exists()
-        offline = " (HF_HUB_OFFLINE is set)" if from_hub and os.environ.get("HF_HUB_OFFLINE") else ""
-        raise InputError(f"model: cannot load {name}{offline}: {reason}") from error
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        where = (
+            f"there is no folder {name}, and the hub does not give it{offline}" if from_hub else f"cannot load {name}"
+        )
+        raise InputError(f"model: {where}: {reason}") from error
