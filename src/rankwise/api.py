@@ -348,7 +348,7 @@ def predict(
         source: folder of an adapter or of a run; or a folder or name of a model, with its task in `settings`.
         rows: mappings, or texts where the task reads one column; or a file (.csv, .jsonl, .parquet), with `out`.
         out: the file that the same rows are written to, with their answers; `-` for stdout.
-        settings: win over what stands beside the adapter, as `{"task.columns.text": "body", "batch_size": 8}`.
+        settings: win over what is saved next to the adapter, as `{"task.columns.text": "body", "batch_size": 8}`.
         force: replace `out` if it is there.
 
     Returns:
@@ -372,7 +372,7 @@ def evaluate(*sources: Path | str, settings: Settings = (), rows: Path | str | N
 
     Args:
         sources: folders of adapters or of runs; or folders or names of models, with their task in `settings`.
-        settings: win over what stands beside the adapters, as for `predict`.
+        settings: win over what is saved next to the adapters, as for `predict`.
         rows: a file (.csv, .jsonl, .parquet), all of whose rows are scored; those that the task holds out when absent.
     """
     if not sources:

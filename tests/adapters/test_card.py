@@ -1,4 +1,4 @@
-"""What stands beside a saved adapter: what must be known to use it, the tokenizer's files, and the card."""
+"""What is saved next to an adapter: what must be known to use it, the tokenizer's files, and the card."""
 
 import csv
 import json

@@ -299,6 +299,6 @@ def test_what_is_written_goes_to_the_hub(hub, mixed, tmp_path):
 
 def test_a_hub_that_refuses_is_one_line_and_leaves_the_files(hub, mixed, tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "refused", True)
-    with pytest.raises(rw.InputError, match="someone/it: the hub does not take it, but .*out is written") as caught:
+    with pytest.raises(rw.InputError, match="someone/it: the hub refuses it, but .*out is written") as caught:
         rw.export_adapter(mixed, tmp_path / "out", push="someone/it")
     assert "\n" not in str(caught.value) and stored(tmp_path / "out").names

@@ -162,7 +162,7 @@ def test_the_card_of_one_is_not_that_of_the_sum_and_the_base_weights_are_the_sam
     rw.mix({one: 1, other: 1}, tmp_path / "sum")
     assert not (tmp_path / "sum" / "README.md").exists() and (tmp_path / "sum" / "use.json").exists()
     (other / "use.json").write_text((one / "use.json").read_text().replace('"a"', '"b"'))
-    with pytest.raises(rw.InputError, match="were trained on other base weights"):
+    with pytest.raises(rw.InputError, match="were trained on different base weights"):
         rw.mix({one: 1, other: 1}, tmp_path / "none")
 
 
@@ -203,4 +203,4 @@ def test_the_command_takes_weights_after_a_colon(pair, tmp_path, cli):
     assert stored(out).names
     for wrong in ([str(pair[0])], [f"{pair[0]}:x"], [f"{pair[0]}:1", f"{pair[0]}:2"], [":1"]):
         code, _, log = cli("mix", *wrong, "-o", str(tmp_path / "no"))
-        assert code == 2 and "as a:0.7 b:0.3" in log
+        assert code == 2 and "as in a:0.7 b:0.3" in log

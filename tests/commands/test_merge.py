@@ -111,7 +111,7 @@ def test_only_what_was_changed_is_no_longer_shared(tied: Path, tmp_path: Path) -
     adapted(tied, tmp_path / "b", target_modules=["q_proj"])
     embedding = load_file(tied / "model.safetensors")["model.embed_tokens.weight"]
     apart, shared = merge(tmp_path / "a", tmp_path / "out a"), merge(tmp_path / "b", tmp_path / "out b")
-    assert apart.untied and "of its own" in apart.text() and not shared.untied
+    assert apart.untied and "no longer share their weights" in apart.text() and not shared.untied
     stored = load_file(apart.folder / "model.safetensors")
     assert torch.equal(stored["model.embed_tokens.weight"], embedding) and "lm_head.weight" in stored
     assert "lm_head.weight" not in load_file(shared.folder / "model.safetensors")
@@ -124,7 +124,7 @@ def test_a_model_that_cannot_be_untied_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "base")
     models.stirred(get_peft_model(model, LoraConfig(target_modules=["lm_head"]))).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(InputError, match="which BartForConditionalGeneration cannot hold apart"):
+    with pytest.raises(InputError, match="which BartForConditionalGeneration cannot keep apart"):
         merge(tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -248,7 +248,7 @@ def test_nothing_of_others_is_overwritten(tied: Path, tmp_path: Path) -> None:
     for out, force, words in (
         ("out", False, "--force to replace it"),
         ("mine", False, "--force to replace it"),
-        ("mine", True, "something else than a model"),
+        ("mine", True, "something other than a model"),
         ("base", True, "is to be merged"),
         ("adapter", True, "is to be merged"),
         (".", True, "is to be merged"),
@@ -278,7 +278,10 @@ def test_what_cannot_be_merged_is_refused_in_one_line(tied: Path, tmp_path: Path
     refused("cannot be repeated", init_lora_weights="pissa_niter_4")
     refused("virtual tokens", peft_type="PREFIX_TUNING")
     refused("invocation tokens", alora_invocation_tokens=[1])
-    refused("no such folder with the base", base_model_name_or_path=str(tmp_path / "gone"))
+    refused(
+        "there is no such folder; give that of the base model with --base",
+        base_model_name_or_path=str(tmp_path / "gone"),
+    )
     refused("does not say what its base model is", base_model_name_or_path=None)
     refused("only safetensors are read", drop="adapter_model.safetensors")
     refused("does not fit this model", tensors={name: value[:, :3].clone() for name, value in weights.items()})

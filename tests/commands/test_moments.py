@@ -96,7 +96,10 @@ def test_single_files_and_wrong_data_are_refused(trained, tmp_path, cli):
     file = tmp_path / "k.safetensors"
     save_file({"l.lora_down.weight": torch.ones(1, 8), "l.lora_up.weight": torch.ones(12, 1)}, file)
     code, _, log = cli("resize", file, "--rank", 1, "-o", tmp_path / "o.safetensors", "--data", trained)
-    assert code == 2 and "only the folder of a PEFT adapter" in log
+    assert (
+        code == 2
+        and "is a single file, which PEFT does not load: give the folder of a PEFT adapter to cut it on data" in log
+    )
     code, _, log = cli(
         "resize", trained / "adapter", "--rank", 1, "-o", tmp_path / "o", "--data", tmp_path / "none.yaml"
     )

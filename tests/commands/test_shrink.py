@@ -183,11 +183,11 @@ def test_what_cannot_be_shrunk_is_refused_in_one_line(made: Path, found, cli, tm
         return err
 
     out = ["-o", tmp_path / "out"]
-    assert "nothing beside it says where its rows are" in refused(made / "small", "--tolerance", 0.1, *out)
+    assert "nothing next to it says where its rows are" in refused(made / "small", "--tolerance", 0.1, *out)
     settings, numbers = settings_of(made), tmp_path / "numbers.yaml"
     task = {**settings["task"], "type": "regression", "metrics": ["spearman"]}
     numbers.write_text(yaml.safe_dump({**settings, "task": task}))
-    assert "is no sum over them" in refused(adapter, "--data", numbers, "--tolerance", 0.1, *out)
+    assert "is not a sum over them" in refused(adapter, "--data", numbers, "--tolerance", 0.1, *out)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_config.json").touch()
     assert "--force to replace it" in refused(made / "runs" / "run", "--tolerance", 0.1, *out)

@@ -138,7 +138,7 @@ def test_two_searches_that_disagree_suggest_uniform_ranks(tmp_path: Path) -> Non
     assert found.doubts and {*found.ranks.values()} == {3}
     assert found.config["r"] == 3 and found.config["lora_alpha"] == 6
     assert found.config["rank_pattern"] == found.config["alpha_pattern"] == {}
-    assert "no evidence for other than uniform ranks" in "\n".join(found.lines())
+    assert "no evidence for ranks other than uniform ones" in "\n".join(found.lines())
     assert found.as_json()["uniform"] is True
     check(llama, found)
 
@@ -256,7 +256,7 @@ def test_no_trainer_is_told_to_read_what_it_would_ignore(tmp_path: Path) -> None
 
 
 def test_a_search_that_has_learnt_nothing_says_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has learnt nothing: search for more steps"):
+    with pytest.raises(InputError, match="has learnt nothing: give it more steps"):
         searched(llama, tmp_path, lambda *_: 0.0, 9_000, target_modules=["q_proj"])
 
 

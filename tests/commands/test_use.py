@@ -266,7 +266,7 @@ REFUSED = {
     "too many cells": ([], "text\na,b\n", "line 2 has 2 fields but the header 1"),
     "no rows": ([], "text\n", "has no rows"),
     "no text in UTF-8": ([], b"text\n\xe4\n", "line 2 is not text in UTF-8"),
-    "another kind of answers": (["task=causal"], "text\na\n", "was not trained to give answers as those of causal"),
+    "another kind of answers": (["task=causal"], "text\na\n", "was not trained to give answers of the kind of causal"),
     "values for classes": (["task=regression"], "text\na\n", "'01', '1' and 2 more, those of regression are none"),
     "other classes": (["task=mrpc"], "text\na\n", "not_equivalent"),
     "a setting that is none": (["colums=3"], "text\na\n", "colums: there is no such key"),
@@ -314,12 +314,12 @@ def test_an_adapter_that_says_nothing_of_its_task_is_asked_with_it(classifier: P
     rows = jsonl(tmp_path / "rows.jsonl", [{"text": BY_SIZE[0]}])
     assert cli("predict", old, "--in", rows)[0] == 0  # away from its run and its data
     code, _, err = cli("evaluate", old)
-    assert code == 2 and "nothing beside it says where its rows are: give a file, --in FILE" in err
+    assert code == 2 and "nothing next to it says where its rows are: give a file, --in FILE" in err
     (old / "use.json").unlink()
     code, _, err = cli("predict", old, "--in", rows)
-    assert code == 2 and "nothing beside it says what its task is" in err
+    assert code == 2 and "nothing next to it says what its task is" in err
     code, _, err = cli("predict", old, "task=classification", "--in", rows)
-    assert code == 2 and "nothing says which classes its outputs are" in err
+    assert code == 2 and "nothing says which classes its outputs stand for" in err
     data = classifier.parent / "classification.jsonl"
     task = f"task={{type: classification, dataset: {data}}}"
     answers = [
@@ -368,7 +368,7 @@ def test_an_adapter_from_a_loop_of_ones_own_answers_too(tmp_path: Path) -> None:
     model, words, head = build(base, task, max_length=16)
     method = rw.LoRA(rank=2)
     model = method.attach(model, head)
-    with pytest.raises(InputError, match="max_lenth: does not stand beside an adapter"):
+    with pytest.raises(InputError, match="max_lenth: is not saved next to an adapter"):
         rw.Use.of_task(task, base, max_lenth=16)
     rw.save(model, tmp_path / "adapter", method, head, use=rw.Use.of_task(task, base, max_length=16), tokenizer=words)
     [answer] = rw.predict(tmp_path / "adapter", [BY_SIZE[0]])  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The model card beside an adapter: what it is, how good it is, and code that loads it in plain PEFT."""
+"""The model card next to an adapter: what it is, how good it is, and code that loads it in plain PEFT."""
 
 import json
 import re

@@ -59,10 +59,10 @@ class Limit:
         """Raise InputError unless it has one value, in its range."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
-            raise InputError("give one of budget, rank, keep_energy and bytes: each of them says how small it becomes")
+            raise InputError("give exactly one of budget, rank, keep_energy and bytes, which says how small it becomes")
         [(name, value)] = given.items()
         if name == "keep_energy" and not 0 < value <= 1:
-            raise InputError(f"keep_energy is a share above 0, at most 1, not {value:g}")
+            raise InputError(f"keep_energy is a share above 0 and at most 1, not {value:g}")
         if name != "keep_energy" and value < 1:
             raise InputError(f"{name} is {value}: give a number above 0")
 
@@ -248,7 +248,7 @@ def chosen(
     if not any(ranks):
         what = "parameters" if limit.budget is not None else "bytes"
         given = limit.budget if limit.budget is not None else limit.bytes
-        raise InputError(f"{like.path}: {given:,} {what} are too few for any rank: allow {least:,} at least")
+        raise InputError(f"{like.path}: {given:,} {what} are too few for any rank: allow at least {least:,}")
     return ranks
 
 

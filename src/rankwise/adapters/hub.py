@@ -11,7 +11,7 @@ def upload(path: Path, repository: str) -> str:
     The token is the one that `hf auth login` has kept, or that of HF_TOKEN.
 
     Raises:
-        InputError: the hub does not take it.
+        InputError: the hub refuses it.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -26,5 +26,5 @@ def upload(path: Path, repository: str) -> str:
             api.upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name, commit_message=message)
     except errors as error:
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{repository}: the hub does not take it, but {path} is written: {reason}") from None
+        raise InputError(f"{repository}: the hub refuses it, but {path} is written: {reason}") from None
     return f"{api.endpoint}/{name}"

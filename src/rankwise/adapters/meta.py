@@ -31,6 +31,6 @@ def base_of(config: Mapping[str, Any]) -> tuple[nn.Module | None, str]:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         return None, (
-            f"its base model could not be looked at ({reason}): layers of rank 0 are taken to be where other blocks "
-            "have theirs"
+            f"its base model could not be looked at ({reason}): layers of rank 0 are assumed where other blocks have "
+            "such a layer"
         )

@@ -48,10 +48,16 @@ class Mixed:
                 )
             bases = [(each.config or {}).get("base_model_name_or_path") for each in (first, adapter)]
             if all(bases) and Path(str(bases[0])).name != Path(str(bases[1])).name:
-                raise InputError(f"{first.path} is for {bases[0]} and {adapter.path} for {bases[1]}: nothing to mix")
+                raise InputError(
+                    f"{first.path} is for {bases[0]} and {adapter.path} for {bases[1]}: only adapters of one base "
+                    "model can be mixed"
+                )
             used = [use.read(each.path) if each.config is not None else None for each in (first, adapter)]
             if all(each and each.base for each in used) and len({each.base for each in used if each}) > 1:
-                raise InputError(f"{first.path} and {adapter.path} were trained on other base weights: nothing to mix")
+                raise InputError(
+                    f"{first.path} and {adapter.path} were trained on different base weights: only adapters of one "
+                    "base model can be mixed"
+                )
             for name, layer in adapter.layers.items():
                 other = first.layers.get(name, layer)
                 if (layer.size, layer.kernel, layer.embedding) != (other.size, other.kernel, other.embedding):
@@ -60,5 +66,5 @@ class Mixed:
                 known = key in first.others and key in adapter.others
                 if not known or not torch.equal(first.tensor(key), adapter.tensor(key)):
                     raise InputError(
-                        f"{key} is not the same in {first.path} and {adapter.path}: only layers of rank r can be mixed"
+                        f"{key} is not the same in {first.path} and {adapter.path}: only A and B can be mixed"
                     )

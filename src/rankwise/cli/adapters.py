@@ -33,9 +33,7 @@ def resize(
     budget: Budget = None,
     rank: Rank = None,
     keep_energy: KeepEnergy = None,
-    size: Annotated[
-        int | None, typer.Option("--bytes", metavar="B", help="the most bytes of the file of weights")
-    ] = None,
+    size: Annotated[int | None, typer.Option("--bytes", metavar="B", help="the most bytes of the weights file")] = None,
     data: Annotated[
         Path | None,
         typer.Option("--data", metavar="CONFIG.yaml", help="lose least on its training rows; loads the base model"),
@@ -45,7 +43,7 @@ def resize(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Cut an adapter, of anyone's, to the best one within a limit, without its base model."""
+    """Cut an adapter, whoever trained it, to the closest one within a limit, without its base model."""
     with redirect_stdout(sys.stderr):
         from rankwise.commands.resize import resize_adapter
 
@@ -58,7 +56,8 @@ def resize(
 def ranks(
     adapter: Adapter,
     compare: Annotated[
-        Path | None, typer.Option("--compare", metavar="OTHER", help="also how much another adapter has in common")
+        Path | None,
+        typer.Option("--compare", metavar="OTHER", help="also show what another adapter has in common with it"),
     ] = None,
     picture: Picture = None,
     as_json: Json = False,
@@ -77,7 +76,7 @@ def ranks(
 @app.command()
 def mix(
     adapters: Annotated[
-        list[str], typer.Argument(metavar="ADAPTER:WEIGHT", help="adapters of one model, as a:0.7 b:0.3")
+        list[str], typer.Argument(metavar="ADAPTER:WEIGHT", help="adapters of one model, as in a:0.7 b:0.3")
     ],
     out: Out,
     budget: Budget = None,
@@ -88,7 +87,7 @@ def mix(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write the sum of adapters, each times its weight, as one: exact, or the best one within a limit."""
+    """Write the weighted sum of adapters as one: exact, or the closest one within a limit."""
     with redirect_stdout(sys.stderr):
         from rankwise.commands.resize import mix as mixed
         from rankwise.commands.resize import weights
@@ -119,7 +118,9 @@ def merge(
         str | None,
         typer.Option("--quantise", metavar="NAME", help="4bit or 8bit, if it was trained on such codes of the base"),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option("--max-shard-size", metavar="SIZE", help="of a weight file")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="the most of a weight file")
+    ] = "5GB",
     gguf: Annotated[bool, typer.Option("--gguf", help="convert it for llama.cpp too, with its own converter")] = False,
     force: Annotated[bool, typer.Option("--force", help="replace a model that is there already")] = False,
     as_json: Json = False,
@@ -160,7 +161,7 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter, of anyone's, as a program reads it right, and say which programs do not."""
+    """Write an adapter, whoever trained it, as a program reads it right, and say which programs do not."""
     with redirect_stdout(sys.stderr):
         from rankwise.adapters.export import export_adapter
 

@@ -44,7 +44,7 @@ def predict(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Answer rows: classes with their probabilities, values or texts. A command that was killed goes on."""
+    """Answer rows: classes with their probabilities, values or texts. After a kill the same command goes on."""
     from rankwise import api
 
     try:
@@ -63,7 +63,7 @@ def evaluate(
         typer.Argument(metavar="ADAPTER|RUN|MODEL...", help="one or several, then settings such as task=… (key=value)"),
     ],
     rows: Annotated[
-        str | None, typer.Option("--in", metavar="FILE", help="rows to score; those held out when not given")
+        str | None, typer.Option("--in", metavar="FILE", help="rows to score; by default those held out")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -130,7 +130,9 @@ def shrink(
         Path | None,
         typer.Option("--data", metavar="CONFIG.yaml|RUN", help="model and data to score on; by default a run's own"),
     ] = None,
-    heal: Annotated[int, typer.Option("--heal", min=0, metavar="STEPS", help="train each cut on for so long")] = 0,
+    heal: Annotated[
+        int, typer.Option("--heal", min=0, metavar="STEPS", help="train each cut on for so many steps")
+    ] = 0,
     picture: Annotated[
         Path | None,
         typer.Option("--picture", metavar="FILE.svg", callback=svg, help="draw score against bytes"),
@@ -139,7 +141,7 @@ def shrink(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Find the smallest adapter that is not worse by more than a tolerance on rows held out, and write it."""
+    """Find the smallest adapter that is not worse by more than a tolerance on held-out rows, and write it."""
     with redirect_stdout(sys.stderr):
         from rankwise import api
 

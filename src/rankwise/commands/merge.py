@@ -78,7 +78,7 @@ class Merged:
         if self.rounding:
             lines.append(f"rounding to {self.dtype} changed them by {self.rounding:.2g} of what the adapter adds")
         if self.untied:
-            lines.append("the output layer has weights of its own now: the adapter changed one of two that were shared")
+            lines.append("output layer and embedding no longer share their weights: the adapter changed one of them")
         return "\n".join([*lines, *([f"{self.gguf}: the same for llama.cpp"] if self.gguf else [])])
 
 
@@ -168,7 +168,7 @@ def _source(folder: Path, base: str | None) -> str:
     if path.is_dir():
         return str(check_files(path))
     if path.is_absolute() or base.startswith((".", "~")):
-        raise InputError(f"{base}: there is no such folder with the base model; give it with --base")
+        raise InputError(f"{base}: there is no such folder; give that of the base model with --base")
     return base
 
 
@@ -181,7 +181,7 @@ def _check_free(out: Path, force: bool, folder: Path, source: str) -> None:
     if out.is_dir() and any(out.iterdir()):
         require(force, f"{out}: is there already; give another name, or --force to replace it")
         own = (out / "config.json").is_file() and any(out.glob("*.safetensors"))
-        require(own, f"{out}: holds something else than a model, which would be lost; give another name")
+        require(own, f"{out}: holds something other than a model, which would be lost; give another name")
 
 
 def _check_kind(folder: Path, config: dict[str, Any]) -> None:
@@ -410,7 +410,7 @@ def _check_untied(model: Any, folder: Path) -> None:
     expected, found = model.eval()(**inputs)[0], again(**inputs)[0]
     if (found - expected).abs().max() > MOST_ERROR * expected.abs().max():
         raise InputError(
-            f"the adapter changes one of two modules with shared weights, which {type(model).__name__} cannot hold "
+            f"the adapter changes one of two modules with shared weights, which {type(model).__name__} cannot keep "
             "apart: leave the output layer and the embedding out of targets"
         )
 
@@ -434,7 +434,7 @@ def _converter() -> Path:
         if place.is_file():
             return place
     raise InputError(
-        f"--gguf: there is no {CONVERTER} of llama.cpp: set LLAMA_CPP to the folder of its source, or run make clients "
+        f"--gguf: llama.cpp's {CONVERTER} is not there: set LLAMA_CPP to the folder of its source, or run make clients "
         "in a clone of rankwise"
     )
 

@@ -34,7 +34,10 @@ def roots(adapter: StoredAdapter, source: Source, settings: Sequence[str] = ()) 
         InputError: the adapter is no folder of PEFT's, or all that stands in the way of using it.
     """
     if adapter.config is None:
-        raise InputError(f"{adapter.path}: only the folder of a PEFT adapter can be loaded to see data")
+        raise InputError(
+            f"{adapter.path}: is a single file, which PEFT does not load: give the folder of a PEFT adapter to cut it "
+            "on data"
+        )
     if isinstance(source, str | Path) and Path(source).is_dir():
         wanted = complete(run_file.load(Path(source)).config, schema())
     else:

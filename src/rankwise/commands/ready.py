@@ -133,7 +133,7 @@ class Ready:
         """Load what `source` names: an adapter, the folder of a run, or a model.
 
         Args:
-            settings: `key=value`, which win over what stands beside the adapter; `task=…` where nothing does.
+            settings: `key=value`, which win over what is saved next to the adapter; `task=…` where nothing does.
             dataset: of a task with rows of the user's, where nothing says where they are.
 
         Raises:
@@ -146,7 +146,7 @@ class Ready:
 
     @classmethod
     def by(cls, source: str | Path, config: RunConfig) -> "Ready":
-        """The same with the settings of a run, whatever stands beside the adapter."""
+        """The same with the settings of a run, whatever is saved next to the adapter."""
         with redirect_stdout(sys.stderr):
             return _loaded(Found.of(source), config)
 
@@ -179,14 +179,17 @@ def _settled(found: Found, settings: Sequence[str], dataset: str) -> tuple[RunCo
                 f"{found.name}: there is no such folder{similar(path)}; if it is a model on the hub, give its task, "
                 f"{AS_IN}"
             )
-        raise InputError(f"{found.name}: nothing beside it says what its task is: give it, {AS_IN}")
+        raise InputError(f"{found.name}: nothing next to it says what its task is: give it, {AS_IN}")
     for file in data.get("plugins", ()):
         load_plugin(file)
     task = named("task", data["task"])
     kind = tasks.registry().get(str(task.get("name")))
     if kind is not None and issubclass(kind, Custom) and not task.get("dataset"):
         if not dataset:
-            raise InputError(f"{found.name}: nothing beside it says where its rows are: give a file, --in FILE")
+            raise InputError(
+                f"{found.name}: nothing next to it says where its rows are: give a file, --in FILE, "
+                "or to shrink --data CONFIG.yaml"
+            )
         data["task"] = {**task, "dataset": dataset}
         return load_run(data, []), True
     return load_run(data, []), False
@@ -199,7 +202,7 @@ def _loaded(found: Found, config: RunConfig, stands_in: bool = False) -> Ready:
         if isinstance(task, Conversations):
             task = replace(task, template="")  # the tokenizer has its text
     if found.use and (found.use.form in ("class", "value")) != (task.family == "classification"):
-        raise InputError(f"{found.name}: was not trained to give answers as those of {task.name}: leave task out")
+        raise InputError(f"{found.name}: was not trained to give answers of the kind of {task.name}: leave task out")
     labels = found.use.labels if found.use else ()
     if task.family == "classification":
         if not found.use and found.folder is None:
@@ -241,7 +244,8 @@ def _of_classes(found: Found, task: Task, labels: Sequence[str], stands_in: bool
     if not labels:
         if stands_in:
             raise InputError(
-                f"{found.name}: nothing says which classes its outputs are: give its training rows, task.dataset=FILE"
+                f"{found.name}: nothing says which classes its outputs stand for: give its training rows, "
+                "task.dataset=FILE"
             )
         return task
     task = copy(task)

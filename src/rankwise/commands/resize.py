@@ -67,7 +67,7 @@ class Resized(Cut):
         yield f"error {percent(self.error)} of ‖ΔW‖; {kept} of the energy{' on data' if self.on_data else ''} is kept"
         if self.uniform and share:
             rank, loss = self.uniform
-            yield f"rank {rank} for every layer, as far as the same parameters go, would keep {percent(1 - loss)}"
+            yield f"rank {rank} in every layer, the most that as many parameters allow, would keep {percent(1 - loss)}"
         if empty := sum(not site.rank for site in self.sites):
             yield f"{empty} of {len(self.sites)} layers have no rank left and are no longer adapted"
 
@@ -105,8 +105,8 @@ def resize_adapter(
     """The best smaller adapter, without its base model: globally the least error ‖ΔW - ΔW'‖ there is within the limit.
 
     Args:
-        adapter: the folder of a PEFT adapter, of anyone's, or of a run; or a safetensors file of kohya's, diffusers'
-            or ComfyUI's.
+        adapter: the folder of a PEFT adapter, whoever trained it, or of a run; or a safetensors file of kohya's,
+            diffusers' or ComfyUI's.
         out: where to write it, in the same format; nothing is written without it.
         budget: the most parameters of A and B. rank: the largest rank of a layer. keep_energy: the share of Σ‖ΔW‖² to
             keep, at the fewest parameters. bytes: the most bytes of the file of weights. One of them is given.
@@ -135,7 +135,7 @@ def _check_out(out: Path, sources: Sequence[StoredAdapter], force: bool) -> None
     """Raise InputError unless `out` can be written, and is not what is read meanwhile."""
     check_free(out, sources[0], force)
     if out.exists() and any(out.samefile(source.path) for source in sources):
-        raise InputError(f"{out}: is what is read, and what is lost could not be told any more: give another name")
+        raise InputError(f"{out}: is read while the new one is written: give another name")
 
 
 def weights(given: Sequence[str]) -> dict[str | PathLike[str], float]:
@@ -148,7 +148,7 @@ def weights(given: Sequence[str]) -> dict[str | PathLike[str], float]:
         except ValueError:
             path = ""
         if not path or path in found:
-            raise InputError(f"{each}: give each adapter once, with its weight after a colon, as a:0.7 b:0.3")
+            raise InputError(f"{each}: give each adapter once, with its weight after a colon, as in a:0.7 b:0.3")
         found[path] = value
     return found
 
@@ -172,7 +172,7 @@ def mix(
     """
     weights = {Path(path): weight for path, weight in adapters.items()}
     if not all(isfinite(weight) and weight for weight in weights.values()) or not weights:
-        raise InputError("give each adapter with a weight that is not 0, as A:0.7 B:0.3")
+        raise InputError("give each adapter with a weight that is not 0, as in A:0.7 B:0.3")
     mixed = Mixed([(stored(path), weight) for path, weight in weights.items()])
     mixed.check()
     _check_out(Path(out), [adapter for adapter, _ in mixed.parts], force)

@@ -114,17 +114,17 @@ class Asked:
     def of(
         cls, path: Path, source: Source | None, settings: Sequence[str], tolerance: float, heal: int, out: Path
     ) -> "Asked":
-        """`path` is an adapter, or the folder of a run; what stands beside it does in place of `source`.
+        """`path` is an adapter, or the folder of a run; what is saved next to it does in place of `source`.
 
-        Raises InputError where it is not known what to score it on, or the score of some rows is no sum over them.
+        Raises InputError where it is not known what to score it on, or the score of some rows is not a sum over them.
         """
         adapter = stored(path)
         adapter.check_linear("a cut")
         config = config_of(path, settings) if source is None else load_one(source, settings)
         task = tasks.build(config.task)
         if not METRICS.get(task.main, Metric()).of_any_sum or not task.main:
-            what = f"{task.main} of some rows is no sum over them" if task.main else f"{task.name} has no score"
-            raise InputError(f"{what}, so adapters cannot be compared by it: choose another metric")
+            what = f"{task.main} of some rows is not a sum over them" if task.main else f"{task.name} has no score"
+            raise InputError(f"{what}, so adapters cannot be compared by it: choose another metric or task")
         if adapter.config is None:
             raise InputError(f"{path}: is a single file, which PEFT does not load: shrink the folder of a PEFT adapter")
         return cls(adapter, config, tolerance, heal, out)
@@ -233,7 +233,7 @@ class Shrunk:
         yield ""
         within = f"not worse by more than {asked.tolerance:g}"
         if self.best is None:
-            yield f"no smaller adapter is shown to be {within}; {asked.out} is the given one"
+            yield f"no smaller adapter is shown to be {within}; {asked.out} is a copy of the given one"
             if self.attempts:
                 most = -min(worth(asked.metric, end) for end in self.attempts[-1].chosen.interval)
                 yield f"the largest cut may be worse by {most:.3f}: score on more rows, or allow more"

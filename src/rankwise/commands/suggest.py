@@ -138,7 +138,7 @@ def _search_rank(config: RunConfig, method: LoRA, budget: int) -> int:
     found = sites(model)
     if parts := [site.name for site in found if on_part(site)]:
         raise InputError(
-            f"targets: {parts[0]} is a part of a fused projection, which PEFT adapts whole: name the whole"
+            f"targets: {parts[0]} is a part of a fused projection, which PEFT adapts as a whole: name that"
         )
     costs, limits = {site.name: site.cost for site in found}, {site.name: site.limit for site in found}
     uniform = max(uniform_ranks(costs, limits, budget).values())
@@ -303,11 +303,11 @@ class Suggestion:
         if found.changed:
             yield f"  of {len(found.changed)} layers that both change, {len(found.alike)} change in the same direction"
         yield (
-            f"  of what one has learnt, Σσ², the other one's ranks keep {found.kept:.1%}, uniform ranks "
+            f"  of what one has learnt (Σσ²), the ranks of the other keep {found.kept:.1%}, uniform ranks "
             f"{found.kept_by_uniform:.1%}"
         )
         if self.doubts:
-            yield f"no evidence for other than uniform ranks: {'; '.join(self.doubts)}"
+            yield f"no evidence for ranks other than uniform ones: {'; '.join(self.doubts)}"
         else:
             yield "the two agree on where rank is used, so these are the ranks of both together; only training can say"
             yield "whether a model scores better with them than with uniform ranks"
@@ -360,7 +360,7 @@ def _shares(adapter: StoredAdapter) -> dict[str, np.ndarray]:
     found = {name: spectrum(adapter.factors(name)).gains for name in adapter.names}
     total = sum(each.sum() for each in found.values())
     if not total > 0:
-        raise InputError(f"{adapter.path}: the search has learnt nothing: search for more steps")
+        raise InputError(f"{adapter.path}: the search has learnt nothing: give it more steps")
     return {name: each / total for name, each in found.items()}
 
 

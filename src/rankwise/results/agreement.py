@@ -93,7 +93,7 @@ class Agreement:
             return ["a search gives all layers the same rank"]
         found = []
         if self.p > CHANCE:
-            found.append(f"plans shuffled among layers of equal cost agree as well too often (p = {self.p:.2g})")
+            found.append(f"too many plans shuffled among layers of equal cost agree as well (p = {self.p:.2g})")
         if self.common < COMMON:
             share = max(0.0, self.common)
             found.append(f"only {share:.0%} of what decides the ranks is common to both seeds, less than {COMMON:.0%}")

@@ -1,4 +1,4 @@
-"""What must be known to use an adapter, in `use.json` beside its weights; PEFT does not look at it.
+"""What must be known to use an adapter, in `use.json` next to its weights; PEFT does not look at it.
 
 It has what PEFT's own files lack: the task with its columns, the names of the classes, how texts become tokens, and a
 digest of the base weights, so that an adapter is not put on others unnoticed.
@@ -88,7 +88,7 @@ class Use:
         """
         if unknown := [key for key in settings if key not in SETTINGS]:
             raise InputError(
-                f"{unknown[0]}: does not stand beside an adapter{nearest(unknown[0], SETTINGS)}; what does is "
+                f"{unknown[0]}: is not saved next to an adapter{nearest(unknown[0], SETTINGS)}; what is: "
                 f"{', '.join(SETTINGS)}"
             )
         return cls.of(run_config({"task": written(task), "model": model, **settings}), task, "")
@@ -112,7 +112,7 @@ _USE = TypeAdapter(Use)
 
 
 def read(folder: Path) -> Use | None:
-    """What stands beside an adapter; None if there is no such file. InputError for a damaged or newer one."""
+    """What is saved next to an adapter; None if there is no such file. InputError for a damaged or newer one."""
     try:
         content = read_json(folder / USE)
     except FileNotFoundError:
@@ -128,7 +128,7 @@ def read(folder: Path) -> Use | None:
 def elsewhere(task: Mapping[str, Any]) -> dict[str, Any]:
     """Options of a task without the absolute paths of files, which say nothing on another machine.
 
-    Of a chat template the name stays: the tokenizer beside an adapter has its text.
+    Of a chat template the name stays: the tokenizer next to an adapter has its text.
     """
     paths = {key for key in ("dataset", "template") if key in task and Path(task[key]).expanduser().is_absolute()}
     names = {"template": Path(task["template"]).name} if "template" in paths else {}
