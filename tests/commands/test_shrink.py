@@ -4,6 +4,7 @@ import csv
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -224,6 +225,20 @@ def test_what_another_adapter_has_left_is_not_used(made: Path, found) -> None:
     (made / "again.partly" / "asked.json").write_text('"another"')
     again = rw.shrink(made / "runs" / "run", tolerance=0.03, out=made / "again")
     assert again.as_json() | {"folder": ""} == found.as_json() | {"folder": ""}
+
+
+def test_what_was_tried_on_other_rows_is_not_used(made: Path, tmp_path: Path) -> None:
+    """As many rows, and the same settings: only the texts differ."""
+    data = tmp_path / "data"
+    shutil.copytree(made, data, ignore=lambda folder, names: {name for name in names if not name.endswith(".csv")})
+    settings = settings_of(made)
+    settings["task"]["dataset"] = str(data)
+    asked = [made / "runs" / "run", settings, (), 0.03, 0, tmp_path / "small"]
+    before = Asked.of(*asked).digest
+    assert Asked.of(*asked).digest == before
+    rows = (data / "validation.csv").read_text()
+    (data / "validation.csv").write_text(rows.replace("house", "garden"))
+    assert Asked.of(*asked).digest != before
 
 
 @pytest.mark.large

@@ -430,6 +430,16 @@ def test_a_killed_command_goes_on_and_writes_the_same_bytes(classifier: Path, tm
     assert [row[:3] for row in answered] == given_rows
 
 
+def test_a_file_in_the_home_folder_can_be_named_by_a_tilde(
+    classifier: Path, tmp_path: Path, cli: Cli, monkeypatch: Any
+) -> None:
+    """The shell leaves `--in=~/rows.csv` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.csv").write_text("text\nword 1\n")
+    code, _, err = cli("predict", classifier, "--in=~/rows.csv", "--out=~/answered.csv")
+    assert code == 0 and (tmp_path / "answered.csv").is_file(), err
+
+
 def test_answers_to_other_rows_are_not_gone_on_with(classifier: Path, tmp_path: Path, cli: Cli) -> None:
     rows, part = tmp_path / "rows.csv", tmp_path / "out.csv.part"
     rows.write_text("text\na\n")

@@ -148,6 +148,7 @@ def test_runs_of_one_code_never_disagree() -> None:
 
 def test_what_decides_no_result_is_left_out(copy: Copy) -> None:
     package = copy()
+    assert all((SOURCE / room).is_dir() or (SOURCE / f"{room}.py").is_file() for room in ASIDE)
     for room in sorted(ASIDE):
         for file in [package / f"{room}.py", *(package / room).glob("*.py")]:
             if file.exists():

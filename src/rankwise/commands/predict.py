@@ -144,7 +144,7 @@ def _whose(ready: Ready, given: str) -> dict[str, str]:
     """What decides the answers: the rows, the weights and the settings, as digests."""
     settings = ready.config.model_dump(mode="json", exclude={*PLACE})
     known = json.dumps([settings, [*ready.task.labels]], sort_keys=True)
-    parts = {"rows": file_digest(Path(given)), "weights": base_digest(ready.model), "settings": known}
+    parts = {"rows": file_digest(Path(given).expanduser()), "weights": base_digest(ready.model), "settings": known}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
 
 

@@ -44,12 +44,14 @@ from rankwise.pictures.style import COLOURS, legend, new_figure, set_title, styl
 from rankwise.processes.stop import Stop, stoppable
 from rankwise.results.formats import plain, size, span
 from rankwise.results.predictions import predictions
+from rankwise.runs.maker import Maker
 from rankwise.settings import RunConfig
 from rankwise.sweep.check import Source, load_one
 from rankwise.tasks import subset
 from rankwise.train import model as models
 from rankwise.train.arguments import arguments
 from rankwise.train.progress import Plan
+from rankwise.train.run import code_for
 from rankwise.train.trainer import RunTrainer
 
 if TYPE_CHECKING:
@@ -147,8 +149,9 @@ class Asked:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits of all that decides what is found."""
-        found = hashlib.sha256(json.dumps([self.config.id, self.heal]).encode())
+        """16 hex digits of all that decides what is found, the rows and the code among them."""
+        maker = Maker.now(tasks.build(self.config.task).revision(), code_for(self.config))
+        found = hashlib.sha256(json.dumps([self.config.id, self.heal, maker.name]).encode())
         for file in self.adapter.tensors.files:
             with file.open("rb") as opened:
                 found.update(hashlib.file_digest(opened, "sha256").digest())

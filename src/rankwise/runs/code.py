@@ -24,7 +24,7 @@ from rankwise.files import uncollected
 from rankwise.named import imports
 
 ASIDE = {
-    *("about", "adapters", "api", "archs", "cli", "data_view", "errors", "files", "foreign", "named", "pictures"),
+    *("about", "adapters", "api", "archs", "cli", "commands", "errors", "files", "foreign", "named", "pictures"),
     *("published", "report", "reporters", "results", "runs", "seen", "settings", "starter", "sweep", "terminal"),
     "train/memory_need",
 }
