@@ -308,7 +308,7 @@ def suggest(
     reuse: bool = False,
     repeat: bool = False,
 ) -> Suggestion:
-    """Ranks for a LoRA of at most `budget` parameters, from two short searches with a model on data: `config`, `ranks`.
+    """Ranks for a LoRA of at most `budget` parameters, from two short searches on your data: see `config` and `ranks`.
 
     >>> mine = {"type": "classification", "dataset": "train.csv", "columns": {"text": "review", "label": "stars"}}
     >>> LoraConfig(**rw.suggest({"model": "roberta-base", "task": mine}, budget=300_000).config)
@@ -352,7 +352,7 @@ def predict(
         force: replace `out` if it is there.
 
     Returns:
-        The rows with their answers; for a file, how many they were.
+        The rows with their answers; for a file, how many there were.
     """
     from rankwise.commands.predict import check_files, predict_file, predict_rows
     from rankwise.commands.ready import Ready

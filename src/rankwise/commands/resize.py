@@ -102,19 +102,19 @@ def resize_adapter(
     settings: Sequence[str] = (),
     force: bool = False,
 ) -> Resized:
-    """The best smaller adapter, without its base model: globally the least error ‖ΔW - ΔW'‖ there is within the limit.
+    """The closest smaller adapter within a limit, without its base model: no other ranks have a smaller ‖ΔW - ΔW'‖.
 
     Args:
         adapter: the folder of a PEFT adapter, whoever trained it, or of a run; or a safetensors file of kohya's,
             diffusers' or ComfyUI's.
         out: where to write it, in the same format; nothing is written without it.
         budget: the most parameters of A and B. rank: the largest rank of a layer. keep_energy: the share of Σ‖ΔW‖² to
-            keep, at the fewest parameters. bytes: the most bytes of the file of weights. One of them is given.
-        data, settings: of a run. The base model is loaded then, and what is least is the change of what the layers put
-            out on its training rows, E‖(ΔW - ΔW')x‖²; `keep_energy` is a share of E‖ΔW x‖².
+            keep, at the fewest parameters. bytes: the most bytes of the weights file. Exactly one of them is given.
+        data, settings: of a run. The base model is then loaded, and the cut changes what the layers output on its
+            training rows as little as possible, E‖(ΔW - ΔW')x‖²; `keep_energy` is a share of E‖ΔW x‖².
         force: replace an adapter that is there already.
     Raises:
-        InputError: the limit leaves no rank, or the adapter is none that can be cut: not LoRA alone, damaged, or with
+        InputError: the limit leaves no rank, or the adapter cannot be cut: it is more than LoRA, damaged, or has
             numbers that are not finite.
     """
     limit = Limit(budget, rank, keep_energy, bytes)
@@ -162,13 +162,13 @@ def mix(
     keep_energy: float | None = None,
     force: bool = False,
 ) -> Resized:
-    """The best low-rank sum Σ w ΔW of adapters within a limit, without their base model; exact without one.
+    """The sum Σ w ΔW of adapters as one, without their base model: exact, or the closest within a limit.
 
     Args:
         adapters: each with its weight w; the sum is written in the format of the first.
         out, budget, rank, keep_energy, force: as for `resize_adapter`.
     Raises:
-        InputError: as for `resize_adapter`; or they have not one base model, format and shape, or differ in a head.
+        InputError: as for `resize_adapter`; or they differ in base model, format, shapes or heads.
     """
     weights = {Path(path): weight for path, weight in adapters.items()}
     if not all(isfinite(weight) and weight for weight in weights.values()) or not weights:

@@ -3,8 +3,7 @@
 Budgets from one unit of rank up to the whole adapter, each 2^¼ times the one before, are bisected. Each cut is the best
 one within its budget (`adapters.cut`), trained on for some steps where that is asked for, and scored. It passes if the
 95 % interval of its score minus the given one's, by the paired bootstrap over the rows, is within the tolerance; where
-the interval cannot tell, it does not pass. It is assumed that a smaller
-adapter is never better.
+the interval cannot tell, it does not pass. It is assumed that a smaller adapter is never better.
 
 The best of several on some rows looks better on these than it is. So one half of the rows chooses, and the other half,
 on which nothing was chosen, reports.
