@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer teaches SmolLM2-135M a form of answer, while RankCallback's method moves the ranks."""
+"""TRL's SFTTrainer teaches SmolLM2-135M a style of answer, while RankCallback's method moves the ranks."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A vision transformer that knows the digits 0 to 4 learns 5 to 9 by an adapter with ranks that move."""
+"""A vision transformer that knows the digits 0 to 4 learns 5 to 9 with an adapter whose ranks move."""
 
 import torch
 from sklearn.datasets import load_digits

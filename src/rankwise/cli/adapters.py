@@ -116,10 +116,10 @@ def merge(
     ] = None,
     quantise: Annotated[
         str | None,
-        typer.Option("--quantise", metavar="NAME", help="4bit or 8bit, if it was trained on such codes of the base"),
+        typer.Option("--quantise", metavar="NAME", help="4bit or 8bit, if it was trained on a base in 4 or 8 bits"),
     ] = None,
     max_shard_size: Annotated[
-        str, typer.Option("--max-shard-size", metavar="SIZE", help="the most of a weight file")
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="the largest weight file")
     ] = "5GB",
     gguf: Annotated[bool, typer.Option("--gguf", help="convert it for llama.cpp too, with its own converter")] = False,
     force: Annotated[bool, typer.Option("--force", help="replace a model that is there already")] = False,

@@ -103,8 +103,8 @@ def merge(
         adapter: the folder of a PEFT adapter, of what `rankwise.save` wrote, or of a run.
         base: a folder, a name on the hub or a GGUF file; else what the adapter says.
         dtype: of the saved weights, `fp32`, `bf16` or `fp16`; else that of the base.
-        quantise: `4bit` or `8bit` if the adapter was trained on such codes of the base, which are then de-quantised and
-            merged into, else `none`; adapters of runs know it. A base that is saved in codes is always de-quantised.
+        quantise: `4bit` or `8bit` if the adapter was trained on a base in 4 or 8 bits, which is then de-quantised for
+            merging, else `none`; adapters of runs know it. A base that is saved quantised is always de-quantised.
         max_shard_size: of a weight file, such as `5GB`.
         gguf: also convert it with llama.cpp's converter.
         force: replace a model that is there.

@@ -75,8 +75,8 @@ class Use:
         """For an adapter from a loop of your own: `rw.Use.of_task(task, max_length=64)`.
 
         There is no digest of the base weights in it, so that the adapter is put on any base model whose layers fit. A
-        loop may hold these weights in other numbers than `rankwise predict` will (16 or 4 bits, a larger vocabulary),
-        and a digest of those would refuse the right model.
+        loop may hold these weights in another form than `rankwise predict` will (16 or 4 bits, a larger vocabulary),
+        and by its digest the right model would be refused.
 
         Args:
             task: what `rw.task` gives.
