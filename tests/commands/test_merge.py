@@ -20,13 +20,18 @@ from transformers import (
 
 import models
 import rankwise as rw
+import runs
+from rankwise import tasks
+from rankwise.adapters import load
 from rankwise.adapters.beside import base_digest
 from rankwise.cli import main
 from rankwise.commands.merge import merge
 from rankwise.errors import InputError
 from rankwise.ranks.layers import keep_codes
 from rankwise.runs.use import Use
-from rankwise.train.model import head_modules
+from rankwise.train.arguments import Loading
+from rankwise.train.model import build, head_modules
+from rankwise.train.run import run
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Model (has|with) `tie_word_embeddings=True`",
@@ -234,10 +239,56 @@ def test_bf16_is_rounded_once_and_the_error_is_said(tied: Path, tmp_path: Path) 
     )
     assert done.layers == len(changed) == 4
     assert (
-        done.rounding == pytest.approx((error / added).item(), rel=1e-4) and "of what the adapter adds" in done.text()
+        done.rounding == pytest.approx((error / added).item(), rel=1e-4)
+        and "of what the adapter changes" in done.text()
     )
     again = merge(tmp_path / "adapter", tmp_path / "from bf16", base=str(done.folder))
     assert again.dtype == "bf16"  # that of the base
+
+
+def test_the_error_of_rounding_is_next_to_the_change_of_the_base_where_a_start_was_subtracted(
+    tied: Path, tmp_path: Path
+) -> None:
+    adapted(tied, tmp_path / "adapter", target_modules=["q_proj", "down_proj"], init_lora_weights="pissa")
+    exact = load_file(merge(tmp_path / "adapter", tmp_path / "fp32").folder / "model.safetensors")
+    done = merge(tmp_path / "adapter", tmp_path / "bf16", dtype="bf16")
+    before = load_file(tied / "model.safetensors")
+    changed = [name for name in exact if not torch.equal(exact[name], before[name])]
+    error, change = (
+        torch.stack([(exact[name] - other[name].float()).norm() for name in changed]).norm()
+        for other in ({name: value.bfloat16() for name, value in exact.items()}, before)
+    )
+    assert done.layers == len(changed) == 4
+    assert done.rounding == pytest.approx((error / change).item(), rel=1e-4)
+
+
+def test_what_is_too_large_for_fp16_is_refused(tied: Path, tmp_path: Path) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tied), LoraConfig(r=4, target_modules=["q_proj"]))
+    models.stirred(model).base_model.model.model.layers[1].self_attn.q_proj.lora_B["default"].weight.data *= 1e6
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        InputError, match=r"layers\.1\.self_attn\.q_proj\.weight: .*give --dtype bf16 or fp32"
+    ) as caught:
+        merge(tmp_path / "adapter", tmp_path / "out", dtype="fp16")
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    AutoModelForCausalLM.from_pretrained(tied, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    with pytest.raises(InputError, match="give --dtype bf16 or fp32"):  # without being asked for fp16
+        merge(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "half"))
+    assert merge(tmp_path / "adapter", tmp_path / "out", dtype="bf16").rounding < 0.01
+
+
+def test_a_vocabulary_that_transformers_cannot_enlarge_is_refused(tmp_path: Path) -> None:
+    [(_, model)] = models.every_model(AutoModelForCausalLM, ["xlstm"])
+    model.save_pretrained(tmp_path / "base")
+    model = get_peft_model(model, LoraConfig(target_modules=["q"], modules_to_save=["embeddings"]))
+    model.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    rows = {
+        name: torch.cat([each, each[:3]]) if "embeddings" in name else each for name, each in load_file(file).items()
+    }
+    save_file(rows, file)
+    with pytest.raises(InputError, match="which transformers cannot change for xLSTMForCausalLM"):
+        merge(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
 
 
 def test_nothing_of_others_is_overwritten(tied: Path, tmp_path: Path) -> None:
@@ -288,8 +339,10 @@ def test_what_cannot_be_merged_is_refused_in_one_line(tied: Path, tmp_path: Path
     refused("rank_pattern|does not fit", tensors={k: v for k, v in weights.items() if "layers.0" not in k})
     with warnings.catch_warnings(action="ignore"):  # PEFT's, that this cannot be merged
         adapted(tied, tmp_path / "bias", target_modules=["q_proj"], lora_bias=True)
-    with pytest.raises(InputError, match="PEFT cannot merge"):
+    with pytest.raises(InputError, match=r"PEFT cannot merge model\.layers\.0\.self_attn\.q_proj: Impossible to merge"):
         merge(tmp_path / "bias", tmp_path / "out")
+    infinite = {name: value / 0 if "layers.1" in name else value for name, value in weights.items()}
+    refused(r"PEFT cannot merge model\.layers\.1\.self_attn\.q_proj: NaNs detected", tensors=infinite)
     with pytest.raises(InputError, match="fp32, bf16, fp16"):
         merge(tmp_path / "adapter", tmp_path / "out", dtype="int4")
     with pytest.raises(InputError, match="give the folder of a PEFT adapter"):
@@ -365,6 +418,52 @@ def test_the_codes_that_it_was_trained_on_are_merged_into(codes: str, tmp_path: 
     most = 1e-4 if codes == "4bit" else 0.8 * wrong  # LLM.int8 rounds its inputs too
     assert right <= most and also <= most < wrong
     assert "quantization_config" not in json.loads((on_codes.folder / "config.json").read_text())
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("codes", ["4bit", "8bit"])
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", "fp32"), ("lora", "bf16"), ("bitfit", "fp32")], ids=["lora", "of bf16", "bitfit"]
+)
+def test_an_adapter_of_a_run_is_merged_into_the_codes_of_that_run(
+    method: str, dtype: str, codes: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    base = runs.bert(tmp_path / "base", dropout=0.0)
+    folder = runs.make(tmp_path / "run", model=base, method={"name": method}, quantise=codes, dtype=dtype, max_steps=7)
+    run(folder)
+    model, words, _ = build(base, tasks.build("stdlib-kind"), 16, loading=Loading(quantise=codes, dtype=dtype))
+    keep_codes(model)
+    dequantised: Any = model
+    dequantised = load(dequantised.dequantize(dtype=torch.float32).float(), folder / "adapter")
+    inputs = words(["open a file", "a class for files"], return_tensors="pt", padding=True)["input_ids"]
+    done = merge(folder, tmp_path / "out")
+    found = AutoModelForSequenceClassification.from_pretrained(done.folder)
+    assert (logits(found, inputs) - logits(dequantised, inputs)).abs().max() < 1e-6 and not done.assumed
+    for other in {"none", "4bit", "8bit"} - {codes}:
+        with pytest.raises(InputError, match=f"was trained on a base in {codes[0]} bits: leave out --quantise {other}"):
+            merge(folder, tmp_path / "other", quantise=other)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, tmp_path / "base" / "model.safetensors")
+    with pytest.raises(InputError, match="has other weights than the model"):
+        merge(folder, tmp_path / "other")
+
+
+@pytest.mark.large
+def test_what_is_not_known_of_the_codes_is_said(tied: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    adapted(tied, tmp_path / "adapter", target_modules=["q_proj"])
+    adapted(tied, tmp_path / "whole", target_modules=["q_proj"], modules_to_save=["embed_tokens", "up_proj"])
+    assert "if so, give --quantise 4bit or 8bit" in merge(tmp_path / "adapter", tmp_path / "a").text()
+    assert not merge(tmp_path / "adapter", tmp_path / "b", quantise="none").assumed
+    said = merge(tmp_path / "adapter", tmp_path / "c", quantise="4bit").text()
+    assert (
+        "in NF4 with double quantisation, all linear layers except lm_head: if the adapter was trained on another"
+        in said
+    )
+    said = merge(tmp_path / "whole", tmp_path / "d", quantise="8bit").text()
+    assert "in LLM.int8(), all linear layers except lm_head, up_proj: if the adapter was trained on another" in said
+    assert merge(tmp_path / "adapter", tmp_path / "e", base=str(tmp_path / "a")).assumed.startswith("nothing says")
 
 
 @pytest.mark.large

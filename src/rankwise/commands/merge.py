@@ -10,38 +10,30 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from shutil import which
 from typing import Any
 
 import torch
-import transformers
-from peft import PeftModel, auto
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer, PreTrainedConfig
+from transformers import AutoProcessor, AutoTokenizer
 
 from rankwise.adapters import load
-from rankwise.adapters.beside import base_digest
 from rankwise.adapters.save import DESCRIPTION, REPEATABLE
-from rankwise.errors import InputError, nearest, require
+from rankwise.commands.base import PREFIX, load_base, source_of
+from rankwise.errors import InputError, require
 from rankwise.files import ADAPTER, check_files, read_json, replace_folder, unfinished
 from rankwise.ranks.kept import RESIDUAL
-from rankwise.ranks.layers import keep_codes
 from rankwise.runs import use
-from rankwise.runs.use import Use
 from rankwise.train.arguments import DTYPES
-from rankwise.train.gguf import folder_of, is_gguf
-from rankwise.train.model import head_modules, quiet
-from rankwise.train.quantise import quantisation
+from rankwise.train.model import quiet
 
 CONFIG, WEIGHTS = ADAPTER[0], ADAPTER[2]
 CONVERTER = "convert_hf_to_gguf.py"
 GGUF_TYPES = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
-PREFIX = "base_model.model."
 MOST_ERROR = 1e-3
 """Of the largest logit: more than rounding changes, where the saved model is loaded again."""
 
@@ -55,10 +47,11 @@ class Merged:
         kind: its class.
         layers: how many weights were changed by the adapter.
         dtype: of the saved weights.
-        rounding: ‖rounded - exact‖ / ‖what the adapter adds‖ over these weights, from saving them in `dtype`.
+        rounding: ‖rounded - exact‖ / ‖exact - base‖ over these weights, from saving them in `dtype`.
         untied: whether the output layer no longer shares its weights with the embedding.
         files: names of the weight files.
         gguf: the GGUF file.
+        assumed: what is not known of the weights that the adapter was trained on, and what to give; "" if all is.
     """
 
     folder: Path
@@ -69,6 +62,7 @@ class Merged:
     untied: bool
     files: tuple[str, ...]
     gguf: Path | None
+    assumed: str = ""
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "folder": str(self.folder), "gguf": self.gguf and str(self.gguf)}
@@ -76,10 +70,11 @@ class Merged:
     def text(self) -> str:
         lines = [f"{self.folder}: {self.kind} in {self.dtype}, {self.layers} layers changed"]
         if self.rounding:
-            lines.append(f"rounding to {self.dtype} changed them by {self.rounding:.2g} of what the adapter adds")
+            lines.append(f"rounding to {self.dtype} changed them by {self.rounding:.2g} of what the adapter changes")
         if self.untied:
             lines.append("output layer and embedding no longer share their weights: the adapter changed one of them")
-        return "\n".join([*lines, *([f"{self.gguf}: the same for llama.cpp"] if self.gguf else [])])
+        lines += [f"{self.gguf}: the same for llama.cpp"] if self.gguf else []
+        return "\n".join([*lines, *([self.assumed] if self.assumed else [])])
 
 
 def merge(
@@ -104,38 +99,44 @@ def merge(
         base: a folder, a name on the hub or a GGUF file; else what the adapter says.
         dtype: of the saved weights, `fp32`, `bf16` or `fp16`; else that of the base.
         quantise: `4bit` or `8bit` if the adapter was trained on a base in 4 or 8 bits, which is then de-quantised for
-            merging, else `none`; adapters of runs know it. A base that is saved quantised is always de-quantised.
+            merging, else `none`; adapters of runs know it, and for others the result says what was assumed. A base that
+            is saved quantised is always de-quantised.
         max_shard_size: of a weight file, such as `5GB`.
         gguf: also convert it with llama.cpp's converter.
         force: replace a model that is there.
 
     Raises:
-        InputError: the adapter does not fit the base, or is of a kind that no weight of the base can hold, there is no
-            converter, or something is at `out`.
+        InputError: the adapter does not fit the base, or is of a kind that no weight of the base can hold, a number is
+            too large for fp16, there is no converter, or something is at `out`.
     """
     folder, out = _adapter(Path(adapter)), Path(out)
     config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     known = use.read(folder)
-    quantise = quantise or (known.settings.get("quantise") if known else None)
-    source = _source(folder, base or config.get("base_model_name_or_path"))
+    named = config.get("base_model_name_or_path") or (known.settings.get("model") if known else None)
+    source = source_of(folder, base or named)
     _check_free(out, force, folder, source)
     converter = _converter() if gguf else None
     _check_kind(folder, config)
     with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's about tied and quantised weights, which are taken care of
-        model, dtype, cast = _base(folder, config, source, dtype, quantise, known)
-        names = {*model.state_dict()}
-        model = load(model, folder).eval()
+        base_model = load_base(folder, config, source, dtype, quantise, known)
+        dtype, names = base_model.dtype, {*base_model.model.state_dict()}
+        # A start is subtracted from them in new tensors, so that these are kept; others are merged a layer at a time.
+        before = {name: p.data for name, p in base_model.model.named_parameters()} if base_model.start else {}
+        model: Any = load(base_model.model, folder).eval()
         untied, layers, rounding = False, 0, 0.0
         if isinstance(model, PeftModel):
             untied = _separate(model)
-            layers, rounding = _merge_layers(model, DTYPES[dtype])
+            layers, rounding = _merge_layers(model, DTYPES[dtype], before)
             model = _unloaded(model)
         if strange := {*model.state_dict()} - names:
             raise InputError(f"{folder}: adds {min(strange)} to the model, which transformers would not load")
         untied |= _untied(model)
-        for parameter in model.parameters() if cast else ():  # no buffers: rotary frequencies stay fp32
-            parameter.data = parameter.data.to(DTYPES[dtype])
+        for name, parameter in model.named_parameters():  # no buffers: rotary frequencies stay fp32
+            if base_model.cast:
+                parameter.data = parameter.data.to(DTYPES[dtype])
+            if dtype == "fp16" and not torch.isfinite(parameter).all():
+                raise InputError(f"{name}: has numbers above 65504, the largest in fp16: give --dtype bf16 or fp32")
         out.parent.mkdir(parents=True, exist_ok=True)
         with unfinished(out, folder=True) as temporary:
             new = temporary / "model"
@@ -146,7 +147,11 @@ def merge(
             file = _to_gguf(converter, new, dtype) if converter else None
             files = tuple(sorted(path.name for path in new.glob("*.safetensors")))
             replace_folder(out, new)
-    return Merged(out, type(model).__name__, layers, dtype, rounding, untied, files, out / file if file else None)
+    return Merged(
+        *(out, type(model).__name__, layers, dtype, rounding, untied, files),
+        gguf=out / file if file else None,
+        assumed=base_model.assumed,
+    )
 
 
 def _adapter(path: Path) -> Path:
@@ -156,20 +161,6 @@ def _adapter(path: Path) -> Path:
             return check_files(folder)
     require(not path.is_file(), f"{path}: is a file; give the folder of a PEFT adapter")
     raise InputError(f"{path}: holds no adapter: it has neither {CONFIG} nor {DESCRIPTION}")
-
-
-def _source(folder: Path, base: str | None) -> str:
-    """What transformers can load the base model from."""
-    if not base:
-        raise InputError(f"{folder}: does not say what its base model is; give it with --base")
-    if is_gguf(base):
-        return str(folder_of(base))
-    path = Path(base).expanduser()
-    if path.is_dir():
-        return str(check_files(path))
-    if path.is_absolute() or base.startswith((".", "~")):
-        raise InputError(f"{base}: there is no such folder; give that of the base model with --base")
-    return base
 
 
 def _check_free(out: Path, force: bool, folder: Path, source: str) -> None:
@@ -198,127 +189,6 @@ def _check_kind(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _base(
-    folder: Path, config: dict[str, Any], source: str, dtype: str | None, quantise: str | None, known: Use | None
-) -> tuple[Any, str, bool]:
-    """The base model with a head of the right size, de-quantised, the dtype to save it in, and if it has another."""
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype: there is no {dtype!r}{nearest(dtype, DTYPES)}; one of {', '.join(DTYPES)}")
-    require(quantise in (None, "none", "4bit", "8bit"), f"quantise: there is no {quantise!r}; one of 4bit, 8bit, none")
-    shapes = _shapes(folder)
-    try:
-        found = AutoConfig.from_pretrained(source)
-        kind = _kind(config, found)
-        skeleton = _sized(kind, found, shapes)
-        codes: Any = getattr(found, "quantization_config", None)
-        if codes is None and quantise in ("4bit", "8bit"):
-            heads = sorted({name.partition(".")[0] for name in shapes if ".lora_" not in name})
-            codes = quantisation(quantise, torch.float32, skeleton, heads)
-            options: dict[str, Any] = {"quantization_config": codes}
-        else:
-            options = {}
-        own = _name(getattr(found, "dtype", None) or torch.float32)
-        residual = str(config.get("init_lora_weights")).lower() in REPEATABLE
-        exact = codes is not None or residual or (dtype or own) == "fp32"
-        model, report = kind.from_pretrained(
-            source,
-            config=found,
-            dtype=torch.float32 if exact else "auto",
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
-    except InputError:
-        raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        raise InputError(
-            f"{source}: cannot be loaded as the base model: {' '.join(str(error).split())[:300]}"
-        ) from error
-    missing = {key if isinstance(key, str) else key[0] for key in (*report["missing_keys"], *report["mismatched_keys"])}
-    if lost := sorted(missing - shapes.keys()):
-        raise InputError(
-            f"{folder}: neither it nor {source} has weights for {lost[0]} ({len(lost)} such tensors): give the base "
-            "model that it was trained on with --base"
-        )
-    if known and known.base and codes is None and known.settings.get("dtype", "fp32") == "fp32":
-        head = head_modules(model, missing) if kind.__name__.endswith("SequenceClassification") else []
-        if base_digest(model, head) != known.base:
-            raise InputError(
-                f"{source}: has other weights than the model that {folder} was trained on: give that with --base"
-            )
-    if known and known.labels:
-        model.config.id2label = dict(enumerate(known.labels))
-        model.config.label2id = {word: place for place, word in enumerate(known.labels)}
-    if codes is not None:
-        keep_codes(model)
-        model = model.dequantize(dtype=torch.float32)
-        vars(model.config).pop("quantization_config", None)
-        model.is_quantized = False
-        model._weight_conversions = [  # saving would undo how codes are read
-            step
-            for step in vars(model).get("_weight_conversions") or ()
-            if not any(".integrations." in type(part).__module__ for part in getattr(step, "operations", ()))
-        ]
-    _resize(model, shapes)
-    return model, dtype or own, exact or dtype is not None
-
-
-def _name(dtype: Any) -> str:
-    """A dtype by its name here; what is none of DTYPES, such as fp8, is saved as bf16."""
-    return next((name for name, each in DTYPES.items() if each == dtype), "bf16")
-
-
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The tensors in the adapter's file by their names in the base model."""
-    if not (folder / WEIGHTS).is_file():
-        raise InputError(f"{folder}: has no {WEIGHTS}: only safetensors are read; save the adapter again")
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        names = {name.removeprefix(PREFIX).replace(".base_layer.", "."): name for name in file.keys()}  # noqa: SIM118
-        return {name: tuple(file.get_slice(key).get_shape()) for name, key in names.items()}
-
-
-def _kind(config: dict[str, Any], base: PreTrainedConfig) -> Any:
-    """The class of the model that the adapter was trained on."""
-    mapping = config.get("auto_mapping") or {}
-    with suppress(ImportError, AttributeError, KeyError, ValueError):
-        if str(mapping["parent_library"]).startswith("transformers."):
-            return getattr(import_module(mapping["parent_library"]), mapping["base_model_class"])
-    peft_kind = auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.get("task_type")), nn.Module)
-    for each in vars(auto).values():
-        if getattr(each, "_target_peft_class", None) is peft_kind and type(base) in each._target_class._model_mapping:
-            return each._target_class
-    for name in getattr(base, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    raise InputError("the class of the base model is not known: neither the adapter nor the base's config.json tells")
-
-
-def _sized(kind: Any, config: PreTrainedConfig, shapes: dict[str, tuple[int, ...]]) -> Any:
-    """The model on the meta device; `config` gets the number of labels with which most tensors fit the adapter."""
-
-    def with_labels(number: int) -> Any:
-        if number != config.num_labels:
-            config.num_labels = number
-        with torch.device("meta"):
-            return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
-
-    def fitting(number: int) -> int:
-        return sum(tuple(value.shape) == shapes.get(name) for name, value in with_labels(number).state_dict().items())
-
-    sizes = [config.num_labels or 1, *(shape[0] for name, shape in shapes.items() if len(shape) == 1)]
-    return with_labels(max(dict.fromkeys(sizes), key=fitting))
-
-
-def _resize(model: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Give the embedding of the base as many rows as that in the adapter, which was trained with new tokens."""
-    with suppress(NotImplementedError, AttributeError):
-        table = model.get_input_embeddings()
-        name = next(name for name, module in model.named_modules() if module is table)
-        rows = shapes.get(f"{name}.weight", (len(table.weight),))[0]
-        if rows != len(table.weight):
-            model.resize_token_embeddings(rows, mean_resizing=False)
-
-
 @torch.no_grad()
 def _separate(model: PeftModel) -> bool:
     """Give each adapted layer a weight of its own; whether any was shared."""
@@ -326,7 +196,7 @@ def _separate(model: PeftModel) -> bool:
     for _, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     found = False
-    for layer in _tuned(model):
+    for _, layer in _tuned(model):
         module = layer.get_base_layer()
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and holders.get(id(weight), 0) > 1:
@@ -336,24 +206,32 @@ def _separate(model: PeftModel) -> bool:
     return found
 
 
-def _tuned(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+def _tuned(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
 
 
 @torch.no_grad()
-def _merge_layers(model: PeftModel, dtype: torch.dtype) -> tuple[int, float]:
-    """Merge layer by layer in fp32, and round to `dtype`; how many, and the error of rounding (`Merged.rounding`)."""
+def _merge_layers(model: PeftModel, dtype: torch.dtype, original: dict[str, Tensor]) -> tuple[int, float]:
+    """Merge layer by layer in fp32, and round to `dtype`; how many, and the error of rounding (`Merged.rounding`).
+
+    `original` has the base weights, by their names in the base model, from which the adapter subtracts a start.
+    """
     count, error, added = 0, 0.0, 0.0
-    for layer in _tuned(model):
+    for place, layer in _tuned(model):
         if not any(name in part for name in layer.active_adapters for part in _parts(layer)):
             continue
         base: Any = layer.get_base_layer()
         layer.float()
-        before = {name: p.detach().clone() for name, p in base.named_parameters(recurse=False)}
+        before = {
+            name: original.pop(f"{place.removeprefix(PREFIX)}.{name}", p.detach()).clone()
+            for name, p in base.named_parameters(recurse=False)
+        }
         try:
             layer.merge(safe_merge=True)
         except (NotImplementedError, ValueError, RuntimeError) as reason:
-            raise InputError(f"PEFT cannot merge {type(layer).__name__}: {' '.join(str(reason).split())}") from reason
+            # In this order, of PEFT 0.21: grouped convolutions; infinite numbers; `lora_bias` without a bias.
+            name = place.removeprefix(PREFIX)
+            raise InputError(f"PEFT cannot merge {name}: {' '.join(str(reason).split())}") from reason
         base = layer.get_base_layer()
         count += 1
         for name, after in base.named_parameters(recurse=False):
