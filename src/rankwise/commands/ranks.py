@@ -102,7 +102,7 @@ class AdapterView:
             for name in ("cosine", "outputs", "inputs") if both else ():
                 yield f"mean {name}: {fmean(getattr(each, name) for each in both):.3f}"
             for what, value in (("ranks", self.rank_correlation), ("norms", self.norm_correlation)):
-                said = "none, as one adapter has the same at every layer" if value is None else f"{value:.3f}"
+                said = "none, as one adapter has the same value at every layer" if value is None else f"{value:.3f}"
                 yield f"rank correlation (Spearman) of the {what}: {said}"
 
     def save_picture(self, file: str | PathLike[str]) -> Path:

@@ -58,7 +58,7 @@ class Resized(Cut):
     def _total(self) -> Iterator[str]:
         share = f" ({100 * self.parameters / self.before:.1f} %)" if self.parameters < self.before else ""
         if not share:
-            yield f"{self.before:,} parameters fit already, so every rank stays as it is"
+            yield f"{self.before:,} parameters are within the limit already, so every rank stays as it is"
         else:
             yield f"{self.before:,} parameters before, {self.parameters:,} after{share}"
         if self.fixed:
