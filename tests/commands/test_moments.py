@@ -14,32 +14,36 @@ from rankwise.train.run import run
 from runs import make
 
 
-@pytest.fixture(scope="module", params=["bert", pytest.param("gpt2", marks=pytest.mark.large)])
+@pytest.fixture(
+    scope="module", params=["bert", *(pytest.param(each, marks=pytest.mark.large) for each in ("gpt2", "t5"))]
+)
 def trained(request, tmp_path_factory):
-    """A run whose rows are shorter and longer: of linear layers with a pooler, or of GPT-2's own kind of layer."""
+    """A run on rows of several lengths: linear layers with a pooler, GPT-2's own kind of layer, encoder and decoder."""
     folder, settings = tmp_path_factory.mktemp("moments"), {}
-    if request.param == "gpt2":
-        rows = [{"text": f"word {row} " * (1 + row % 3), "target": f"answer {row}"} for row in range(60)]
+    if request.param != "bert":
+        rows = [
+            {"text": f"word {row} " * (1 + row % 3), "target": f"answer {row} " * (1 + row % 4)} for row in range(60)
+        ]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        task = {"name": "causal", "dataset": str(folder / "rows.jsonl")}
-        settings = {"task": task, "model": "random-gpt2", "train_rows": 40, "eval_rows": 4}
+        kind = "causal" if request.param == "gpt2" else "seq2seq"
+        task = {"name": kind, "dataset": str(folder / "rows.jsonl")}
+        settings = {"task": task, "model": f"random-{request.param}", "train_rows": 40, "eval_rows": 4}
     made = make(folder / "run", method={"name": "lora", "rank": 4, "targets": "all-linear"}, **settings)
     run(made)
     return made
 
 
 def changes(trained, folder):
-    """Of each layer what the adapter in `folder` adds in the training rows, without padding: (positions, out)."""
+    """Of each layer what the adapter in `folder` adds in the training rows, one after another: (positions, out)."""
     ready = Ready.of(trained)
     split = subset(ready.task.train(), run_file.load(trained).config.train_rows)
     rows = list(ready.task.encode(split, ready.processor, ready.config.max_length))
     found, adapter = {}, stored(folder)
     names = stored(trained / "adapter").names
-    mask = []
 
     def hook(name):
         def keep(layer, inputs):
-            x = inputs[0][mask[0]] if inputs[0].dim() == 3 else inputs[0]
+            x = inputs[0].flatten(0, -2)
             if name in adapter.layers:
                 new = adapter.factors(name)
                 delta = new.scale * x.double() @ new.A.double().T @ new.B.double().T
@@ -53,10 +57,8 @@ def changes(trained, folder):
     for name in names:
         ready.model.get_submodule(f"base_model.model.{name}").register_forward_pre_hook(hook(name))
     with torch.no_grad():
-        for start in range(0, len(rows), 7):
-            batch = collate(rows[start : start + 7])
-            mask[:] = [batch["attention_mask"].bool()]
-            ready.model(**batch)
+        for row in rows:
+            ready.model(**collate([row]))
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

@@ -53,7 +53,8 @@ def roots(adapter: StoredAdapter, source: Source, settings: Sequence[str] = ()) 
         collate = ready.task.collate(ready.model, ready.processor, ready.config.seed)
         for name, sums in found.items():
             stack.enter_context(_watched(ready.model.get_submodule(f"base_model.model.{name}"), sums, masks))
-        size = wanted.micro_batch or wanted.batch_size
+        halves = getattr(ready.model.config, "is_encoder_decoder", False)  # each padded by itself, which one row is not
+        size = 1 if halves else wanted.micro_batch or wanted.batch_size
         for start in range(0, len(examples), size):
             batch: dict[str, Any] = collate(examples[start : start + size])
             batch = {key: each.to(device) if isinstance(each, Tensor) else each for key, each in batch.items()}
