@@ -90,6 +90,30 @@ def test_large_ones_come_within_a_unit_of_the_bound_and_beat_the_greedy_choice(c
         assert bound is not None and greedy * (1 - 1e-12) <= value <= bound * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("costs", [[8192, 15104], [8192, 5120, 18432], [9973, 8191, 7919, 5003, 101, 20011, 3001]])
+def test_where_all_units_are_worth_the_same_as_many_as_fit_are_taken(costs: list[int]) -> None:
+    """A search by units once took a minute for so many."""
+    costs = (costs * 112)[:224]
+    gains, each = [np.ones(64)] * 224, np.cumsum(np.sort(np.repeat(costs, 64)))
+    for budget in (100, 40_000_003, 70_000_000, int(each[-1]) - 1):
+        ranks = most_within(gains, costs, budget)
+        assert sum(ranks) == np.searchsorted(each, budget, side="right")
+        assert sum(r * c for r, c in zip(ranks, costs, strict=True)) <= budget
+    assert sum(r * c for r, c in zip(cheapest(gains, costs, 0.5), costs, strict=True)) == each[224 * 32 - 1]
+
+
+def test_where_they_are_worth_nearly_the_same_it_is_the_best_of_all_pairs_of_numbers() -> None:
+    rng = np.random.default_rng(0)
+    costs = [8192, 15104] * 40
+    gains = [np.sort(1 + 1e-6 * rng.random(64))[::-1] for _ in costs]
+    one, two = (np.cumsum(np.append(0, np.sort(np.concatenate(gains[start::2]))[::-1])) for start in (0, 1))
+    for budget in (10_000_001, 20_000_000, 30_000_000, 55_555_555):
+        cheap = np.arange(len(one))[: budget // costs[0] + 1]
+        dear = np.minimum((budget - costs[0] * cheap) // costs[1], len(two) - 1)
+        found = worth_of([list(each) for each in gains], tuple(most_within(gains, costs, budget)))
+        assert found == pytest.approx((one[cheap] + two[dear]).max(), rel=1e-11)
+
+
 def test_no_site_and_no_worth_give_no_rank() -> None:
     assert most_within([], [], 5) == [] and cheapest([], [], 0.5) == []
     assert most_within([np.zeros(3), np.zeros(0)], [2, 3], 100) == [0, 0] == cheapest([np.zeros(3)] * 2, [2, 3], 1)

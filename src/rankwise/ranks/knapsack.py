@@ -4,11 +4,17 @@ A site's units are worth less and less (squared singular values fall), and all c
 has to wait for a worse one, and the choice is a 0/1 knapsack of units. Where all sites cost the same, the best units
 are the best choice. Elsewhere the best by worth / cost need not be: near a tight budget that can lose percents.
 
-The solution is exact, by a dynamic programme over a core of the units (after Pisinger, Operations Research 45:5, 1997).
-Let λ be the density (worth / cost) at which a greedy choice runs out of budget, and U = Σ_j max(v_j - λ c_j, 0) + λ P.
-To take or leave unit j against its sign of v_j - λ c_j loses d_j = |v_j - λ c_j| of the bound U, so a choice that
-differs from the greedy one in the units D is worth U - Σ_D d_j - λ (budget left over). Units come into play by rising
-d_j, and the search ends when d_j exceeds the distance of the best choice so far from U: no later one can improve on it.
+The solution is exact, by a search around the greedy choice (after Pisinger, Operations Research 45:5, 1997). Let λ be
+the density (worth / cost) at which a greedy choice runs out of budget, and U = Σ_j max(v_j - λ c_j, 0) + λ P. To take
+or leave unit j against the sign of v_j - λ c_j loses |v_j - λ c_j| of the bound U, so a choice is worth U minus what
+its units lose in this way, minus λ times the budget left over. Units of one cost are taken by density, so a choice is
+one number for each cost. The number for the cost at which the greedy choice ends follows from the others, and these are
+tried as long as they lose no more than some reach, which grows until it exceeds the distance of the best choice so far
+from U: no other choice can then be better.
+
+The time depends on how many costs differ more than on how many units there are, and it does not matter if all are worth
+the same. What can take long is worth proportional to cost, up to small differences, at many large costs: sums of a
+subset.
 """
 
 from collections.abc import Sequence
@@ -18,6 +24,8 @@ from numpy.typing import NDArray
 
 ROUNDING = 1e-12
 """Relative error of sums of many numbers, up to which two of them count as equal."""
+GROWTH = 1.25
+"""Of the reach in each round: the time of a round grows by a high power of it where there are many costs."""
 
 Numbers = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -70,35 +78,51 @@ def _choose(value: Numbers, weight: Numbers, cost: Indices, capacity: float, ste
     if first == len(order):
         return order
     density = value[first] / weight[first]
+    bound = value[:first].sum() + density * (capacity - weight[:first].sum())
     loss = np.abs(value - density * weight)
     loss[loss < ROUNDING * value] = 0.0
-    # States, sorted by weight: their weight, value, and by how many of each kind they differ from the greedy choice.
-    weights = np.array([total[first - 1] if first else 0.0])
-    values = np.array([value[:first].sum()])
-    changes = np.zeros((1, len(kinds)), dtype=np.int32)
-    best, change = values[0], changes[0]
-    useless = None
-    for item in np.lexsort((np.abs(np.arange(len(order)) - first), loss)):
-        must = best + (step * (1 - ROUNDING) if step else ROUNDING * best)
-        alive = values + density * (capacity - weights) - loss[item] >= must
-        if not alive.any():
+    greedy = np.bincount(kind[:first], minlength=len(kinds))
+    # Of each kind, by how many are taken: what these weigh, are worth, and lose.
+    ways = [
+        (_sums(weight[kind == each]), _sums(value[kind == each]), _losses(loss[kind == each], number))
+        for each, number in enumerate(greedy)
+    ]
+    last = kind[first]
+    others = [each for each in range(len(kinds)) if each != last]
+    best, chosen, reach, width = -1.0, greedy, 0.0, 1
+    while True:
+        states = np.zeros((1, 3))  # weight, value, loss
+        numbers = greedy[None]
+        for each in others:
+            start = max(greedy[each] - width, 0)
+            own = np.stack(ways[each], axis=1)[start : greedy[each] + width + 1]
+            both = (states[:, None] + own).reshape(-1, 3)
+            kept = np.flatnonzero((both[:, 2] <= reach) & (both[:, 0] <= capacity))
+            kept = kept[np.lexsort((-both[kept, 1], both[kept, 0]))]
+            before = np.maximum.accumulate(both[kept, 1])[:-1]
+            kept = kept[np.concatenate([[True], both[kept[1:], 1] > before])]  # worth more than all that weigh less
+            states, numbers = both[kept], numbers[kept // len(own)]
+            numbers[:, each] = start + kept % len(own)
+        rest = np.searchsorted(ways[last][0], capacity - states[:, 0], side="right") - 1
+        found = states[:, 1] + ways[last][1][rest]
+        top = int(found.argmax())
+        if found[top] > best:
+            best, chosen = found[top], numbers[top]
+            chosen[last] = rest[top]
+        need = bound - best - (step / 2 if step else ROUNDING * best)
+        lost = [ways[each][2] for each in others]
+        outside = [(*a[: max(n - width, 0)], *a[n + width + 1 :]) for a, n in zip(lost, greedy[others], strict=True)]
+        if reach >= need and all(min(each, default=np.inf) > need for each in outside):
             break
-        weights, values, changes = weights[alive], values[alive], changes[alive]
-        sign = -1 if item < first else 1
-        if useless == (kind[item], sign):  # another such item is worth no more
-            continue
-        changed = changes.copy()
-        changed[:, kind[item]] += sign
-        weights = np.concatenate([weights, weights + sign * weight[item]])
-        values = np.concatenate([values, values + sign * value[item]])
-        by_weight = np.lexsort((-values, weights))
-        weights, values = weights[by_weight], values[by_weight]
-        better = np.concatenate([[True], values[1:] > np.maximum.accumulate(values)[:-1]])  # than all that weigh less
-        weights, values = weights[better], values[better]
-        useless = (kind[item], sign) if (by_weight[better] < len(changes)).all() else None
-        changes = np.concatenate([changes, changed])[by_weight][better]
-        fitting = int(np.searchsorted(weights, capacity, side="right"))
-        if fitting and values[fitting - 1] > best:
-            best, change = values[fitting - 1], changes[fitting - 1]
-    taken = np.bincount(kind[:first], minlength=len(kinds)) + change
-    return np.concatenate([order[kind == each][:number] for each, number in enumerate(taken)])
+        reach, width = min(max(GROWTH * reach, need / 1024), need), 2 * width
+    return np.concatenate([order[kind == each][:number] for each, number in enumerate(chosen)])
+
+
+def _sums(values: Numbers) -> Numbers:
+    """Of the first 0, 1, 2, … values."""
+    return np.concatenate([np.zeros(1), np.cumsum(values)])
+
+
+def _losses(loss: Numbers, greedy: int) -> Numbers:
+    """What is lost if 0, 1, 2, … units are taken instead of `greedy`."""
+    return np.concatenate([np.cumsum(loss[:greedy][::-1])[::-1], np.zeros(1), np.cumsum(loss[greedy:])])
