@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankwise.ranks.knapsack import cheapest, most_within
+from rankwise.ranks.knapsack import _choose, cheapest, most_within
 
 Gains = list[list[float]]
 # Whole numbers, of which many are equal, and fractions of very different sizes.
@@ -112,6 +112,16 @@ def test_where_they_are_worth_nearly_the_same_it_is_the_best_of_all_pairs_of_num
         dear = np.minimum((budget - costs[0] * cheap) // costs[1], len(two) - 1)
         found = worth_of([list(each) for each in gains], tuple(most_within(gains, costs, budget)))
         assert found == pytest.approx((one[cheap] + two[dear]).max(), rel=1e-11)
+
+
+def test_a_capacity_that_the_greedy_choice_fills_exactly_is_not_missed_by_rounding() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        weight, cost = rng.random(8), rng.integers(1, 4, size=8)
+        order = np.argsort(-cost / weight, kind="stable")
+        capacity = float(np.cumsum(weight[order])[4])
+        taken = _choose(cost.astype(float), weight, cost, capacity, 1)
+        assert cost[taken].sum() >= cost[order[:5]].sum() and weight[taken].sum() <= capacity * (1 + 1e-15)
 
 
 def test_no_site_and_no_worth_give_no_rank() -> None:
