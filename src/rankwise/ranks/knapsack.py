@@ -91,7 +91,7 @@ def _choose(value: Numbers, weight: Numbers, cost: Indices, capacity: float, ste
     others = [each for each in range(len(kinds)) if each != last]
     # Sums in another order may differ in their last digit, which must not shut out the greedy choice.
     capacity = max(capacity, sum(float(ways[each][0][greedy[each]]) for each in (*others, last)))
-    best, chosen, reach, width = -1.0, greedy, 0.0, 1
+    best, chosen, reach, width = value[:first].sum(), greedy, 0.0, 1
     while True:
         states = np.zeros((1, 3))  # weight, value, loss
         numbers = greedy[None]
