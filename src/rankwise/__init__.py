@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 # The public names, looked up on first use: `rankwise --help` need not wait for torch.
 if TYPE_CHECKING:
     from rankwise.adapters import load, save
+    from rankwise.adapters.beside import base_digest
     from rankwise.adapters.export import export_adapter
     from rankwise.api import compare, data, evaluate, predict, report, retry, shrink, suggest, task, train
     from rankwise.commands.merge import merge

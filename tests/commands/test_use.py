@@ -18,6 +18,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 import rankwise as rw
 import warm
@@ -31,6 +32,7 @@ from rankwise.methods import registry
 from rankwise.tasks.base import text_of
 from rankwise.tasks.custom import Custom
 from rankwise.train import random_model
+from rankwise.train.arguments import Loading
 from rankwise.train.model import build
 from rankwise.train.run import run
 from runs import bert, make
@@ -377,6 +379,28 @@ def test_an_adapter_from_a_loop_of_ones_own_answers_too(tmp_path: Path) -> None:
     assert answer["prediction"] == LABELS[int(logits.argmax())]
     shares = [answer[f"probability_{label}"] for label in LABELS]
     assert shares == pytest.approx(logits.softmax(0).tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.large)])
+def test_with_a_digest_it_is_refused_on_other_base_weights(dtype: str, tmp_path: Path, cli: Cli) -> None:
+    base = bert(tmp_path / "base", dropout=0.0)
+    data = jsonl(tmp_path / "rows.jsonl", [ROWS["classification"](row) for row in range(40)])
+    task = rw.task({"type": "classification", "dataset": str(data)})
+    model, words, head = build(base, task, 16, loading=Loading(dtype=dtype))
+    digest = rw.base_digest(model, head)
+    model = rw.LoRA(rank=2).attach(model, head)
+    for name, use in (
+        ("adapter", rw.Use.of_task(task, base, digest, max_length=16, dtype=dtype)),
+        ("without", rw.Use.of_task(task, base, max_length=16, dtype=dtype)),
+    ):
+        rw.save(model, tmp_path / name, head=head, use=use, tokenizer=words)
+        assert rw.predict(tmp_path / name, [BY_SIZE[0]])
+    weights = load_file(Path(base) / "model.safetensors")
+    save_file({name: value * 1.5 for name, value in weights.items()}, Path(base) / "model.safetensors")
+    for command in ("predict", "evaluate"):
+        code, _, err = cli(command, tmp_path / "adapter", "--in", data)
+        assert code == 2 and "has other weights than the model that it was trained on" in err.splitlines()[-1]
+    assert rw.predict(tmp_path / "without", [BY_SIZE[0]])
 
 
 @pytest.mark.large

@@ -71,16 +71,15 @@ class Use:
         )
 
     @classmethod
-    def of_task(cls, task: Any, model: str | None = None, **settings: Any) -> "Use":
+    def of_task(cls, task: Any, model: str | None = None, base: str = "", **settings: Any) -> "Use":
         """For an adapter from a loop of your own: `rw.Use.of_task(task, max_length=64)`.
-
-        There is no digest of the base weights in it, so that the adapter is put on any base model whose layers fit. A
-        loop may hold these weights in another form than `rankwise predict` will (16 or 4 bits, a larger vocabulary),
-        and by its digest the right model would be refused.
 
         Args:
             task: what `rw.task` gives.
             model: name or folder of the base model; the embedded one when absent.
+            base: what `rw.base_digest(model, head)` gave before a method was attached. The adapter is then refused on
+                other base weights, and also on the same ones where the loop had them in another form (`dtype`,
+                `quantise`, a larger vocabulary) than `settings` say. Without it any base whose layers fit is taken.
             settings: others of SETTINGS that differ from their defaults.
 
         Raises:
@@ -91,7 +90,7 @@ class Use:
                 f"{unknown[0]}: is not saved next to an adapter{nearest(unknown[0], SETTINGS)}; what is: "
                 f"{', '.join(SETTINGS)}"
             )
-        return cls.of(run_config({"task": written(task), "model": model, **settings}), task, "")
+        return cls.of(run_config({"task": written(task), "model": model, **settings}), task, base)
 
     def command(self, folder: Path) -> str:
         """A command to paste into a shell: it asks what is in `folder` once, or scores it where it has no answers."""
