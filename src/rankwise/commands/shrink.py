@@ -245,6 +245,11 @@ class Shrunk:
             f"the smallest that is {within}: {self.best.parameters:,} parameters{healed}, {size(self.best.bytes)} of "
             f"{size(self.given.bytes)}"
         )
+        low, high = self.best.chosen.interval
+        if low == high:
+            count = self.rows[0]
+            unseen = 1 - 0.05 ** (1 / count)  # what happens more often is seen in so many rows, 95 times in 100
+            yield f"none of the {count:,} rows that chose it scores otherwise; of other rows, up to {unseen:.1%} may"
         half = self.best.reported
         yield f"on the rows that did not choose it: {half.gap:+.3f} (95 %: {span(half.interval)})"
         if not asked.within(half):
