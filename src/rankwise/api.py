@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -140,6 +141,8 @@ class Trained:
 
     def ending(self) -> str:
         """The ranks, where the adapter is (or the model, if all of it has changed), and a command that uses it."""
+        from rankwise.adapters.layouts import reading
+        from rankwise.adapters.stored import stored
         from rankwise.ranks.report import by_kind
 
         folder = next((self.folder / name for name in ("adapter", "model") if (self.folder / name).is_dir()), None)
@@ -149,9 +152,11 @@ class Trained:
         if course and course[-1].ranks:
             parts.append(f"ranks, block by block\n{by_kind(course[-1].ranks)}\n")
         parts.append(f"{folder.name}: {folder}")
+        with suppress(InputError):  # of another kind than LoRA, which other programs read as PEFT does or not at all
+            parts += [reading(stored(folder))]
         if (found := use.read(folder)) is not None:
             parts.append(f"use it:  {found.command(self.folder)}")
-        return "\n".join(parts)
+        return "\n".join(filter(None, parts))
 
     def text(self) -> str:
         """Tables and notes of this run alone, as the terminal shows them."""

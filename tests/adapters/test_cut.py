@@ -365,6 +365,7 @@ def test_the_command_prints_every_layer_and_writes_the_picture(three, tmp_path, 
         for name in ("linear", "wide", "line", "of ‖ΔW‖", "of the energy is kept", "rank 1 in every layer")
     )
     assert picture.read_text().startswith("<?xml") and "wrote" in log
+    assert "read wrongly, without an error, by PEFT's hotswap_adapter up to 0.21, vLLM up to 0.31" in log
     code, shown, _ = cli("resize", str(three), "--rank", "1", "-o", str(out), "--json", "--force")
     found = json.loads(shown)
     assert code == 0 and [site["rank"] for site in found["sites"]] == [1, 1, 1] and found["folder"] == str(out)

@@ -12,8 +12,8 @@ import models
 import rankwise as rw
 import stock_peft
 from models import stirred
-from rankwise.adapters.layouts import compact, neighbours, portable, targeted
-from rankwise.adapters.stored import stored
+from rankwise.adapters.layouts import compact, neighbours, portable, reading, targeted
+from rankwise.adapters.stored import padding, stored
 from rankwise.ranks import ranks, sites
 
 
@@ -68,10 +68,58 @@ def test_both_layouts_are_the_same_model_in_stock_peft(shape, tmp_path):
             assert torch.allclose(by_r, delta, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", models.SHAPES)
+def test_padding_of_the_default_is_seen_by_nothing_of_ours(shape, tmp_path):
+    model = searched(shape)
+    rw.save(model, tmp_path / "default")
+    rw.save(model, tmp_path / "compact", layout="compact")
+    padded, plain = stored(tmp_path / "default"), stored(tmp_path / "compact")
+    own = {name: layer.rank for name, layer in plain.layers.items()}
+    assert padded.config["rank_pattern"] == {} and padded.config["r"] > max(own.values())
+    assert {name: layer.rank for name, layer in padded.layers.items()} == own
+    sizes = [
+        sum(each.nbytes for each in load_file(file).values()) for file in (*padded.tensors.files, *plain.tensors.files)
+    ]
+    assert padding(padded) == sizes[0] - sizes[1] > 0 == padding(plain)
+    assert f"padded with zeros to rank {padded.config['r']}" in reading(padded)
+    assert f"{padding(padded):,} bytes smaller" in reading(padded) and "vLLM up to 0.31" in reading(plain)
+    assert padded.names == plain.names and {*padded.config["target_modules"]} == {*plain.config["target_modules"]}
+    again = rw.load(models.model(shape), tmp_path / "default")
+    assert ranks(again) == own
+    assert torch.allclose(models.logits(again), models.logits(model), atol=1e-6)
+    for each in ("default", "compact"):
+        rw.resize_adapter(tmp_path / each, tmp_path / f"{each} cut", keep_energy=0.5)
+    smaller = [stored(tmp_path / f"{each} cut").layers for each in ("default", "compact")]
+    assert smaller[0] == smaller[1] and len(smaller[0])
+    rw.save(again, tmp_path / "twice")
+    assert stored(tmp_path / "twice").tensors.metadata == padded.tensors.metadata
+
+
+def test_numbers_where_the_padding_was_are_not_cut_off(tmp_path):
+    rw.save(searched("llama"), tmp_path / "a")
+    file, like = tmp_path / "a" / "adapter_model.safetensors", stored(tmp_path / "a")
+    tensors, metadata = load_file(file), like.tensors.metadata
+    for name, key in (
+        ("padded", next(key for key in tensors if key.endswith(f"{like.names[0]}.lora_B.weight"))),
+        ("empty", next(key for key in tensors if "B" in key and not any(n in key for n in like.names))),
+    ):
+        changed = {**tensors, key: torch.ones_like(tensors[key])}
+        save_file(changed, file, metadata)
+        with pytest.raises(rw.InputError, match="load the adapter in PEFT|is damaged"):
+            rw.load(models.model("llama"), tmp_path / "a")
+        save_file(changed, file, {"format": "pt"})  # as PEFT would write it
+        assert stored(tmp_path / "a").layers.keys() > like.layers.keys(), name
+    for damaged in ("[]", "{", '{"no such layer": 1}', json.dumps({like.names[0]: 99})):
+        save_file(tensors, file, {**metadata, "rankwise.ranks": damaged})
+        with pytest.raises(rw.InputError, match=r"rankwise\.ranks in the metadata of its weights is damaged"):
+            stored(tmp_path / "a")
+
+
 def test_an_adapter_of_one_rank_stays_as_peft_writes_it(tmp_path):
     model = models.adapted()
     model.save_pretrained(tmp_path / "peft")
     rw.save(model, tmp_path / "ours")
+    assert reading(stored(tmp_path / "ours")) == ""
     ours, theirs = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("ours", "peft"))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     ours, theirs = (json.loads((tmp_path / each / "adapter_config.json").read_text()) for each in ("ours", "peft"))
@@ -79,6 +127,12 @@ def test_an_adapter_of_one_rank_stays_as_peft_writes_it(tmp_path):
         config["target_modules"] = sorted(config["target_modules"])
         del config["task_type"]
     assert ours == theirs
+
+
+def in_file(adapter):
+    """The layers that a file of PEFT's has, those that are only padding among them."""
+    found = (key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in adapter.tensors.shape)
+    return {name for name in found if name}
 
 
 class Nested(nn.Module):
@@ -107,7 +161,8 @@ def test_layers_with_a_number_for_a_name_and_others_of_their_name(tmp_path):
     config = json.loads((tmp_path / "portable" / "adapter_config.json").read_text())
     assert config["target_modules"] == ["to_out.0"]
     found = stored(tmp_path / "portable")
-    assert found.names == [*(f"blocks.{n}.to_out.0" for n in range(3)), "draft.blocks.0.to_out.0"]
+    assert in_file(found) == {*(f"blocks.{n}.to_out.0" for n in range(3)), "draft.blocks.0.to_out.0"}
+    assert found.names == ["blocks.0.to_out.0", "blocks.2.to_out.0"]
     torch.manual_seed(0)
     again = PeftModel.from_pretrained(Nested(), tmp_path / "portable").eval()
     assert torch.allclose(again(torch.ones(1, 4)), expected, atol=1e-6)
@@ -115,7 +170,7 @@ def test_layers_with_a_number_for_a_name_and_others_of_their_name(tmp_path):
     torch.manual_seed(0)
     other = stirred(get_peft_model(Nested(nn.Embedding), LoraConfig(r=2, target_modules=r"blocks\.[02]\.to_out\.0")))
     rw.save(other, tmp_path / "embedding", layout="portable")
-    assert stored(tmp_path / "embedding").layers["draft.blocks.0.to_out.0"].embedding
+    assert "base_model.model.draft.blocks.0.to_out.0.lora_embedding_A" in stored(tmp_path / "embedding").tensors.shape
 
 
 def test_a_layer_that_cannot_be_padded_is_named(tmp_path):
@@ -130,6 +185,7 @@ def test_a_layer_that_cannot_be_padded_is_named(tmp_path):
     model = get_peft_model(Groups(), LoraConfig(r=2, target_modules=["a.conv"]))
     with pytest.raises(rw.InputError, match=r"would need an adapter on b.conv, a Conv2d whose name ends as"):
         rw.save(model, tmp_path / "out", layout="portable")
+    assert stored(rw.save(model, tmp_path / "default")).names == ["a.conv"]
     model = get_peft_model(Groups(), LoraConfig(r=2, target_modules=["a.conv"]))
     with pytest.raises(rw.InputError, match="layout is 'flat', but must be one of compact, portable"):
         rw.save(model, tmp_path / "out", layout="flat")
@@ -161,7 +217,7 @@ def test_without_the_model_the_layers_next_to_each_other_are_filled_in(tmp_path)
     for name in filled.names:
         one, other = filled.factors(name), whole.factors(name)
         assert torch.allclose(one.scale * one.B @ one.A, other.scale * other.B @ other.A, atol=1e-6)
-    assert neighbours(like).keys() == whole.layers.keys()
+    assert neighbours(like).keys() == in_file(whole)
     base = models.model("llama")
     assert targeted(base, {}, ["q_proj", "v_proj"], tmp_path).keys() == {
         name for name, _ in base.named_modules() if name.endswith(("q_proj", "v_proj"))

@@ -107,7 +107,7 @@ def found_adapter(folder: Path, name: str) -> None:
     model = method.fold(attached(method))
     least = 1 if name == "dora" else 0
     rw.resize(model, {site: least + place % 3 for place, site in enumerate(ranks(model))})
-    rw.save(model, folder)
+    rw.save(model, folder, layout="compact")
 
 
 def sharded(adapter: Path, saved: Path, name: str, shard: bool) -> tuple[State, torch.Tensor]:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from peft import PeftModel
 from safetensors.torch import load_file
 
 import launched
@@ -23,10 +22,10 @@ import sharded_trainer
 import side_by_side
 import warm
 from launched import assert_equal
+from rankwise.adapters.stored import stored
 from rankwise.errors import InputError
 from rankwise.methods import registry
 from rankwise.processes import together
-from rankwise.ranks import ranks
 from rankwise.train.checkpoint_files import cut_back
 from rankwise.train.model import build
 from rankwise.train.run import run
@@ -129,6 +128,11 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(folder / "found.pt", weights_only=True)
 
 
+def unpadded(adapter: Path, out: Path) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter in the layout compact, written to `out`."""
+    return load_file(rw.export_adapter(adapter, out, "peft").path / "adapter_model.safetensors")
+
+
 def assert_alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     """Equal but for the order of sums, in float64."""
     assert ours.keys() == theirs.keys()
@@ -197,11 +201,12 @@ def by_fsdp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_trainer_under_fsdp_trains_a_found_adapter_on_as_one_process_does(
     kind: str, by_fsdp: Path, tmp_path: Path
 ) -> None:
-    sharded_trainer.train_on(by_fsdp / "found", tmp_path, kind, rows=8, use_cpu=True)
-    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (by_fsdp / kind, tmp_path))
-    assert_alike(ours, theirs)
+    sharded_trainer.train_on(by_fsdp / "found", tmp_path / "whole", kind, rows=8, use_cpu=True)
+    assert_alike(
+        *(unpadded(folder, tmp_path / f"{folder.name} again") for folder in (by_fsdp / kind, tmp_path / "whole"))
+    )
     found, after = (
-        ranks(PeftModel.from_pretrained(side_by_side.bare(), str(by_fsdp / name))) for name in ("found", kind)
+        {name: layer.rank for name, layer in stored(by_fsdp / folder).layers.items()} for folder in ("found", kind)
     )
     assert found == after and len(set(found.values())) > 1
 
@@ -243,14 +248,14 @@ def test_what_two_processes_have_found_trains_on_sharded_as_the_page_says(
     assert len({script, shorter, whole}) == 3
     (tmp_path / "continue.py").write_text(shorter)
     (tmp_path / "whole.py").write_text(whole)
-    given = (str(tmp_path / "continue.py"), str(found), str(tmp_path / "sharded"))
+    rw.export_adapter(found, tmp_path / "compact", "peft")
+    source = (str(found), str(tmp_path / "compact"))
+    given = (str(tmp_path / "continue.py"), *source, str(tmp_path / "sharded"))
     launcher = launched.start(tmp_path / "log", on_cpus.__file__, *given, how=(*SHARDED, "LlamaDecoderLayer"))
     assert launcher.wait(PATIENCE) == 0, (tmp_path / "log").read_text()
-    warm.run([sys.executable, str(tmp_path / "whole.py"), str(found), str(tmp_path / "whole")], check=True)
-    before, ours, theirs = (
-        load_file(folder / "adapter_model.safetensors")
-        for folder in (found / "adapter", tmp_path / "sharded", tmp_path / "whole")
-    )
+    warm.run([sys.executable, str(tmp_path / "whole.py"), *source, str(tmp_path / "whole")], check=True)
+    names = ("compact", "sharded", "whole")
+    before, ours, theirs = (unpadded(tmp_path / name, tmp_path / f"{name} again") for name in names)
     assert before.keys() == ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], atol=3e-4, rtol=0, msg=name)  # measured: 1e-5

@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import rankwise
 from rankwise import methods, tasks
+from rankwise.adapters.stored import padding, stored
 from rankwise.errors import InputError
 from rankwise.files import claim
 from rankwise.processes.stop import Stop
@@ -437,8 +438,10 @@ def test_the_ranks_of_gates_are_in_the_lines_and_what_is_left_in_the_result(tmp_
     left = sum(found[-1]["ranks"].values())
     assert 0 < left < sum(found[0]["ranks"].values())
     assert result["parameters"]["final"] < result["parameters"]["budget"] < result["parameters"]["trainable"]
-    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
-    assert sum(len(value) for name, value in saved.items() if "lora_A" in name) == left
+    saved = stored(folder / "adapter")
+    assert sum(layer.rank for layer in saved.layers.values()) == left
+    cost = sum(layer.rank * saved.cost(name) for name, layer in saved.layers.items())
+    assert padding(saved) > 0 and 4 * cost < result["cost"]["adapter_bytes"] < 4 * cost + padding(saved)
 
 
 def test_a_run_is_noted_as_made_by_the_code_that_trained_it(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from rankwise.adapters.peft_folder import PADDED
 from rankwise.files import ADAPTER, TOKENIZER
 from rankwise.metrics.bootstrap import LEVEL, Predictions, interval
 from rankwise.metrics.metric import Interval
@@ -222,13 +223,14 @@ def _span(interval: Interval | None) -> str:
 
 
 def stored_ranks(folder: Path) -> dict[str, int]:
-    """The rank of each adapted layer in a folder of PEFT's, from the shapes of its tensors."""
+    """The rank of each adapted layer in a folder of PEFT's, from the shapes of its tensors, without padding."""
     ranks = {}
     with safe_open(folder / WEIGHTS, "pt") as file:
+        unpadded = json.loads((file.metadata() or {}).get(PADDED, "{}"))
         for name in file.keys():  # noqa: SIM118 - it is no mapping
             if found := re.fullmatch(r"base_model\.model\.(.+)\.lora_(?:A|embedding_A)(?:\.weight)?", name):
-                ranks[found[1]] = int(file.get_slice(name).get_shape()[0])
-    return ranks
+                ranks[found[1]] = unpadded.get(found[1], int(file.get_slice(name).get_shape()[0]))
+    return {name: rank for name, rank in ranks.items() if rank}
 
 
 def _use(folder: Path, base: Base, use: Use | None, peft: bool) -> list[str]:

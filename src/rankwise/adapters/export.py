@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rankwise.adapters.consumers import CONSUMERS, Consumer, max_lora_rank, not_served, portable_rank
 from rankwise.adapters.layers import StoredAdapter
-from rankwise.adapters.layouts import compact, ends_of, neighbours, portable, targeted
+from rankwise.adapters.layouts import compact, ends_of, neighbours, one_rank, portable, targeted
 from rankwise.adapters.meta import base_of
 from rankwise.adapters.stored import check_free, pad, stored
 from rankwise.adapters.tensors import write_tensors
@@ -43,7 +43,8 @@ class Exported:
     Attributes:
         path: the folder, or the file for diffusers.
         layout: compact, portable or diffusers.
-        ranks: of each layer, as written.
+        ranks: of each layer, without padding.
+        padded: the rank that all layers have in the file; 0 if each has its own.
         bytes: of the file of weights.
         not_served: programs that refuse it or, without an error, read other weights from it.
         notes: what else to know.
@@ -53,6 +54,7 @@ class Exported:
     path: Path
     layout: str
     ranks: Mapping[str, int]
+    padded: int
     bytes: int
     not_served: list[Consumer]
     notes: list[str]
@@ -61,7 +63,7 @@ class Exported:
     @property
     def max_lora_rank(self) -> int | None:
         """The smallest --max-lora-rank of vLLM; None for a file that is not for it, and where none is enough."""
-        return None if self.layout == "diffusers" else max_lora_rank(max(self.ranks.values()))
+        return None if self.layout == "diffusers" else max_lora_rank(self.padded or max(self.ranks.values()))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -69,6 +71,7 @@ class Exported:
             "layout": self.layout,
             "layers": len(self.ranks),
             "ranks": [min(self.ranks.values()), max(self.ranks.values())],
+            "padded": self.padded,
             "bytes": self.bytes,
             "max_lora_rank": self.max_lora_rank,
             "not_served": {c.name: c.reads(self.layout) for c in self.not_served},  # type: ignore[arg-type]
@@ -79,7 +82,8 @@ class Exported:
     def text(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
         spread = f"all of rank {low}" if low == high else f"of ranks {low} to {high}"
-        lines = [f"{self.layout}: {len(self.ranks)} layers, {spread}, {self.bytes:,} bytes"]
+        padded = f", padded to {self.padded}" if self.padded else ""
+        lines = [f"{self.layout}: {len(self.ranks)} layers, {spread}{padded}, {self.bytes:,} bytes"]
         if self.max_lora_rank:
             lines.append(f"vLLM: --max-lora-rank {self.max_lora_rank}")
         for reading, what in (("wrong", "read wrongly, without an error, by"), ("refused", "not loaded by")):
@@ -148,6 +152,7 @@ def export_adapter(
             out,
             layout,
             {name: layer.rank for name, layer in written.layers.items()},
+            written.config["r"] if layout == "portable" and written.config else 0,
             sum(path.stat().st_size for path in written.tensors.files),
             _not_served(written, layout),
             notes,
@@ -182,11 +187,10 @@ def _not_served(written: StoredAdapter, layout: str) -> list[Consumer]:
     """Who does not read it right. One rank for all layers is read as `portable` is, where it needs no padding."""
     if layout == "diffusers":
         return []
-    ranks = {layer.rank for layer in written.layers.values()}
-    even = len(ranks) == 1 and neighbours(written).keys() == written.layers.keys()
-    if not even or layout == "portable":
+    if layout == "portable" or not one_rank(written, neighbours(written)):
         return not_served(layout)  # type: ignore[arg-type]
-    padded = portable_rank(max(ranks)) != max(ranks)
+    rank = max(layer.rank for layer in written.layers.values())
+    padded = portable_rank(rank) != rank
     return not_served("portable") + [c for c in CONSUMERS if c.target == "tgi" and padded]
 
 

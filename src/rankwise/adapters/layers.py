@@ -52,7 +52,7 @@ class Layer:
     Attributes:
         parts: what a tensor is (A, B, alpha, bias, magnitude) -> its name in the file.
         scale: s in ΔW = s · B A.
-        rank: r.
+        rank: r, without the zeros that pad it in the file.
         size: (in, out), as in `Factors`.
         kernel, embedding: as in `Factors`.
         fixed: why its rank cannot change; empty where it can.
@@ -108,8 +108,22 @@ class StoredAdapter:
         layer = self.layers[name]
         if layer.fixed:
             raise InputError(f"{self.path}: the rank of {name} cannot change: {layer.fixed}")
-        A, B = (self.tensors[layer.parts[part]].flatten(1) for part in ("A", "B"))
+        A, B = (self.factor(name, part).flatten(1) for part in ("A", "B"))
         return Factors(A, B, layer.scale, layer.kernel, layer.embedding)
+
+    def factor(self, name: str, part: str) -> Tensor:
+        """A or B of a layer in the shape of the file, without padding. InputError where that is not zero."""
+        layer, dim = self.layers[name], "AB".index(part)
+        whole = self.tensors[layer.parts[part]]
+        if layer.fixed and layer.kernel:  # groups: B has fewer columns than units
+            return whole
+        kept, padding = whole.split([layer.rank, whole.shape[dim] - layer.rank], dim)
+        if padding.any():
+            raise InputError(
+                f"{self.path}: {layer.parts[part]} is not zero beyond rank {layer.rank}, where rankwise had padded it: "
+                "load the adapter in PEFT and save it again, which gives all layers the padded rank"
+            )
+        return kept
 
     def tensor(self, name: str) -> Tensor:
         """A tensor by its name in the file."""

@@ -1,7 +1,8 @@
 """The layouts of an adapter with several ranks: which of them each consumer reads right is in `consumers`.
 
 `compact` has the scales in B and `rank_pattern`; it is what `stored.write` writes. `portable` has one rank for all
-layers, padded with zeros, and no pattern: it also has the layers of rank 0, since its targets are ends of names.
+layers, padded with zeros, and no pattern: it also has the layers of rank 0, since its targets are ends of names. The
+ranks without padding are in the metadata of its weights, and `stored` reads those.
 """
 
 import re
@@ -13,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rankwise.adapters.consumers import portable_rank
+from rankwise.adapters.consumers import not_served, portable_rank
 from rankwise.adapters.layers import Factors, Layer, StoredAdapter, in_order
-from rankwise.adapters.stored import write
+from rankwise.adapters.stored import padding, write
 from rankwise.errors import InputError
 from rankwise.ranks.layers import weight_layer
 
@@ -63,6 +64,24 @@ def portable(
             yield name, Factors(A, B, 1.0, layer.kernel, layer.embedding)
 
     return write(out, like, factors(), force=force, padded=rank, targets=ends, card=True)
+
+
+def one_rank(like: StoredAdapter, modules: Mapping[str, Layer]) -> bool:
+    """Whether all that `portable` would have is there already, at one rank."""
+    return modules.keys() == like.layers.keys() and len({layer.rank for layer in like.layers.values()}) == 1
+
+
+def reading(adapter: StoredAdapter) -> str:
+    """A line about other programs that read a written adapter, "" where there is nothing to say."""
+    if adapter.config is None or one_rank(adapter, neighbours(adapter)):
+        return ""
+    if padded := padding(adapter):
+        return (
+            f"padded with zeros to rank {adapter.config['r']}, so that programs that expect one rank read it right; "
+            f"rankwise export --for peft writes it without, {padded:,} bytes smaller"
+        )
+    names = ", ".join(c.name for c in not_served("compact") if c.compact == "wrong" and c.portable == "right")
+    return f"read wrongly, without an error, by {names}: for these, rankwise export writes it again"
 
 
 def ends_of(like: StoredAdapter) -> list[str]:

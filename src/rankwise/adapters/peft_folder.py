@@ -1,5 +1,6 @@
 """A PEFT adapter's folder: its configuration, the names of its tensors, and how both are written."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ UNREAD = (
     "ensure_weight_tying",
 )
 """Options of PEFT's LoRA with which ΔW is not s · B A of a layer of its own."""
+PADDED = "rankwise.ranks"
+"""In the metadata of the weights: the ranks, as JSON, of layers that are padded with zeros to a larger one."""
 STATE = re.compile(r"\.(?:lora_start|lora_omega|lora_merged|parametrizations)\b")
 """Names of tensors that training needs and plain LoRA does not have."""
 PARTS = {
@@ -66,6 +69,11 @@ def read(folder: Path) -> StoredAdapter:
         name: _layer(folder, name, parts, tensors, config)
         for name, parts in sorted(found.items(), key=lambda each: in_order(each[0]))
     }
+    for name, rank in _unpadded(folder, layers, tensors).items():
+        layers[name] = replace(layers[name], rank=rank)
+    if empty := {name for name, layer in layers.items() if not layer.rank}:
+        layers = {name: layer for name, layer in layers.items() if name not in empty}
+        config["target_modules"] = list(dict.fromkeys(map(module, layers)))  # the ends of names mean the empty ones too
     return StoredAdapter(folder, "peft", config, tensors, layers, others)
 
 
@@ -166,6 +174,24 @@ def _layer(folder: Path, name: str, parts: Mapping[str, str], tensors: Tensors, 
     fixed = "its attention has another layer at the same rank" if _in_attention(name, tensors) else layer.fixed
     scale = scale_of(folder / CONFIG, name, layer.rank, config)
     return replace(layer, scale=scale, embedding="lora_embedding" in parts["A"], fixed=fixed)
+
+
+def metadata(unpadded: Mapping[str, int]) -> dict[str, str]:
+    """What the file of weights says of itself; `unpadded` are the ranks of the layers that are padded to another."""
+    return {"format": "pt"} | ({PADDED: json.dumps(unpadded)} if unpadded else {})
+
+
+def _unpadded(folder: Path, layers: Mapping[str, Layer], tensors: Tensors) -> dict[str, int]:
+    """The ranks of the layers that rankwise has padded."""
+    try:
+        ranks = {str(name): int(rank) for name, rank in json.loads(tensors.metadata.get(PADDED, "{}")).items()}
+        fit = all(0 <= rank <= layers[name].rank for name, rank in ranks.items())
+    except (ValueError, TypeError, AttributeError, KeyError):
+        fit = False
+    empty = {name for name, rank in ranks.items() if not rank} if fit else {*layers}
+    if empty == layers.keys() or any(tensors[layers[name].parts["B"]].any() for name in empty):
+        raise InputError(f"{folder}: {PADDED} in the metadata of its weights is damaged: get or save the adapter again")
+    return ranks
 
 
 def scale_of(file: Path, name: str, rank: int, config: Mapping[str, Any]) -> float:

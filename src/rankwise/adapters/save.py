@@ -3,11 +3,12 @@
 import json
 import warnings
 from collections.abc import Sequence, Set
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import copy
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import shorten
 from typing import Any, get_args
 
@@ -24,10 +25,11 @@ from rankwise.adapters import card
 from rankwise.adapters.auto import task
 from rankwise.adapters.beside import write_tokenizer
 from rankwise.adapters.card import Base, Facts
-from rankwise.adapters.layouts import Layout, compact, ends_of, portable, targeted
-from rankwise.adapters.peft_folder import STATE, why_unread
+from rankwise.adapters.layouts import Layout, compact, ends_of, one_rank, portable, targeted
+from rankwise.adapters.peft_folder import PADDED, STATE, why_unread
 from rankwise.adapters.plain import base_tensors, folded, joined, modules, state_of
 from rankwise.adapters.stored import stored
+from rankwise.adapters.tensors import Tensors
 from rankwise.errors import InputError, require
 from rankwise.files import ADAPTER, check_files, check_replaceable, read_json, replace_folder, unfinished
 from rankwise.methods import Method, build
@@ -53,7 +55,7 @@ def save(
     tokenizer: Any = None,
     facts: Facts | None = None,
     *,
-    layout: Layout = "compact",
+    layout: Layout | None = None,
 ) -> Path:
     """Write the adapter to `folder`, completely or not at all.
 
@@ -68,8 +70,9 @@ def save(
         tokenizer: written beside it.
         facts: for the card.
         layout: for other programs than PEFT. `compact` has the scales in B, so that one alpha is enough; `portable` one
-            rank for all layers, padded with zeros, so that most programs read it right. PEFT's variants that are not
-            the product of A and B alone keep PEFT's own layout.
+            rank for all layers, padded with zeros, so that most programs read it right. Without, portable where the
+            ranks differ and the layers can be padded, else compact. PEFT's variants that are not the product of A and
+            B alone keep PEFT's own layout.
 
     Raises:
         InputError: products were merged into the base weights (`empty: merge`), a model without adapter is given
@@ -77,7 +80,8 @@ def save(
             adapter, the layout does not fit the adapter, or `folder` is a file or holds something other than an
             adapter, which would be lost.
     """
-    require(layout in get_args(Layout), f"layout is {layout!r}, but must be one of {', '.join(get_args(Layout))}")
+    layouts = get_args(Layout)
+    require(layout in (None, *layouts), f"layout is {layout!r}, but must be one of {', '.join(layouts)}")
     folder = Path(folder)
     check_replaceable(folder, {*ADAPTER}, "an adapter")
     with suppress(TypeError):
@@ -151,17 +155,20 @@ def _save_adapter(model: PeftModel, folder: Path) -> Path:
     return written
 
 
-def _laid_out(model: PeftModel, written: Path, layout: Layout) -> Path:
+def _laid_out(model: PeftModel, written: Path, layout: Layout | None) -> Path:
     """The folder of the adapter in `written` in another layout: that one, if the adapter is not plain LoRA."""
     config = _read(written / CONFIG)
     if why := why_unread(config):
-        require(layout == "compact", f"this adapter cannot be written as {layout}: {why}")
+        require(layout != "portable", f"this adapter cannot be written as portable: {why}")
         return written
-    like, out = stored(written), written.with_name(f"{written.name} {layout}")
-    if layout == "compact":
-        targets = config["target_modules"]
-        return compact(out, like, targets=targets if isinstance(targets, str) else None)
-    return portable(out, like, targeted(model.get_base_model(), config, ends_of(like), written))
+    like, out = stored(written), written.with_name(f"{written.name} laid out")
+    if layout != "compact":
+        with nullcontext() if layout else suppress(InputError):  # a layer that cannot be padded
+            layers = targeted(model.get_base_model(), config, ends_of(like), written)
+            if layout or not one_rank(like, layers):
+                return portable(out, like, layers)
+    targets = config["target_modules"]
+    return compact(out, like, targets=targets if isinstance(targets, str) else None)
 
 
 def _check_base(model: PeftModel, name: str) -> None:
@@ -198,13 +205,21 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
         raise InputError(f"{folder} holds no adapter: it has neither {CONFIG} nor {DESCRIPTION}")
     check_files(folder)
     check_bare(model)
-    adapter = (folder / CONFIG).is_file()
-    settings, weights = _read(folder / (CONFIG if adapter else DESCRIPTION)), _weights(folder)
-    return (_load_adapter if adapter else _load_learnt)(model, folder, settings, weights)
+    if not (folder / CONFIG).is_file():
+        return _load_learnt(model, folder, _read(folder / DESCRIPTION), _weights(folder))
+    settings, weights = _read(folder / CONFIG), _weights(folder)
+    if why_unread(settings) or PADDED not in Tensors([folder / WEIGHTS]).metadata:
+        return _load_adapter(model, folder, folder, settings, weights)
+    with TemporaryDirectory() as temporary:
+        unpadded = compact(Path(temporary) / "adapter", stored(folder))
+        return _load_adapter(model, folder, unpadded, settings, _weights(unpadded))
 
 
 @torch.no_grad()
-def _load_adapter(model: nn.Module, folder: Path, settings: dict[str, Any], weights: dict[str, Tensor]) -> nn.Module:
+def _load_adapter(
+    model: nn.Module, folder: Path, files: Path, settings: dict[str, Any], weights: dict[str, Tensor]
+) -> nn.Module:
+    """Load the adapter in `files`; messages name `folder`."""
     if live := [name for name in weights if STATE.search(name)]:
         raise InputError(
             f"{folder} holds the state of a training ({live[0]}), not a finished adapter: resume from it, and write "
@@ -217,7 +232,7 @@ def _load_adapter(model: nn.Module, folder: Path, settings: dict[str, Any], weig
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys|.* keys did not match")  # errors below
-            loaded = PeftModel.from_pretrained(model, str(folder))
+            loaded = PeftModel.from_pretrained(model, str(files))
         stored = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unfit(folder, error) from error

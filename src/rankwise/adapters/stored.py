@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from os import PathLike
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def write(
     check_free(out, like, force)
     out.parent.mkdir(parents=True, exist_ok=True)
     pairs = factors.items() if isinstance(factors, Mapping) else factors
-    common, ranks = _commonest(like, padded), dict[str, int]()
+    common, ranks, unpadded = _commonest(like, padded), dict[str, int](), dict[str, int]()
 
     def alpha(name: str, rank: int) -> float:
         """The alpha that the file has for a layer."""
@@ -107,7 +108,7 @@ def write(
         return float(torch.tensor(common, dtype=like.tensors.dtype[layer.parts["alpha"]]))
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from _tensors(like, pairs, padded, alpha, ranks)
+        yield from _tensors(like, pairs, padded, alpha, ranks, unpadded)
         if not ranks:
             raise InputError(f"{out}: no layer would have any rank; allow more")
 
@@ -123,7 +124,7 @@ def write(
             own = file.name in OWN or (file.name == CARD and not (card or cards.ours(like.path)))
             if COPIED.fullmatch(file.name) and not own and file.is_file():
                 shutil.copyfile(file, new / file.name)
-        write_tensors(new / WEIGHTS, tensors(), lambda: {"format": "pt"})
+        write_tensors(new / WEIGHTS, tensors(), lambda: peft_folder.metadata(unpadded))
         if targets is None and ranks.keys() == like.layers.keys():
             targets = peft_folder.own_targets(like.config)
         same = ranks == {name: layer.rank for name, layer in like.layers.items()}
@@ -140,17 +141,30 @@ def size(like: StoredAdapter, ranks: Mapping[str, int]) -> int:
     """Bytes of the file of weights that `write` makes of the layers of `like` at these ranks."""
     at = {**ranks, **{name: layer.rank for name, layer in like.layers.items() if layer.fixed}}
     at = {name: rank for name, rank in at.items() if rank}
+    metadata = single_file.metadata(like, at) if like.config is None else peft_folder.metadata({})
+    return file_size(_held(like, at), metadata)
+
+
+def padding(adapter: StoredAdapter) -> int:
+    """Bytes of the zeros with which `portable` pads an adapter to one rank."""
+    shapes, kinds = adapter.tensors.shape, adapter.tensors.dtype
+    needed = _held(adapter, {name: layer.rank for name, layer in adapter.layers.items()})
+    whole = [(key, kinds[key], shape) for key, shape in shapes.items()]
+    numbers, without = (sum(prod(shape) * kind.itemsize for _, kind, shape in each) for each in (whole, needed))
+    return numbers - without
+
+
+def _held(like: StoredAdapter, ranks: Mapping[str, int]) -> list[Held]:
+    """The tensors of an adapter as `like` whose layers have these ranks."""
     held: list[Held] = []
-    for name, rank in at.items():
+    for name, rank in ranks.items():
         layer = like.layers[name]
         for part in sorted(layer.parts, key=lambda each: ("A", "B", each).index(each)):
             shape = [*like.tensors.shape[key := layer.parts[part]]]
-            if part in ("A", "B") and not layer.fixed:
+            if part in ("A", "B") and not (layer.fixed and layer.kernel):
                 shape["AB".index(part)] = rank
             held.append((key, like.tensors.dtype[key], () if part == "alpha" else tuple(shape)))
-    held += [(key, like.tensors.dtype[key], like.tensors.shape[key]) for key in like.others]
-    folder = like.config is not None
-    return file_size(held, {"format": "pt"} if folder else single_file.metadata(like, at))
+    return held + [(key, like.tensors.dtype[key], like.tensors.shape[key]) for key in like.others]
 
 
 def check_free(out: Path, like: StoredAdapter, force: bool) -> None:
@@ -185,8 +199,9 @@ def _tensors(
     padded: int,
     alpha: Callable[[str, int], float],
     ranks: dict[str, int],
+    unpadded: dict[str, int],
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the new adapter by name; `ranks` takes the rank of each layer."""
+    """All tensors of the new adapter by name; `ranks` takes the rank of each layer, `unpadded` those that were less."""
     for name, new in pairs:
         layer = like.layers.get(name)
         if layer is not None and (layer.fixed or layer.size != (new.A.shape[1], new.B.shape[0])):
@@ -197,16 +212,19 @@ def _tensors(
                 raise InputError(f"{like.path}: {name} has a {min(extra)} besides A and B, so its rank cannot be 0")
             continue
         ranks[name] = rank
+        if new.rank < rank:
+            unpadded[name] = new.rank
         A, B = pad(new.A, 0, rank).reshape(rank, -1, *new.kernel), pad(new.B, 1, rank)
         B = B.reshape(*B.shape, *(1 for _ in new.kernel))
         yield from _layer(like, name, {"A": A, "B": B}, new, alpha(name, rank))
     for name, layer in like.layers.items():
         if layer.fixed:
-            old = {part: like.tensor(layer.parts[part]) for part in ("A", "B")}
+            old = {part: like.factor(name, part) for part in ("A", "B")}
             if padded > layer.rank:
                 if layer.kernel:
                     raise InputError(f"{like.path}: the rank of {name} cannot change: {layer.fixed}")
                 old = {"A": pad(old["A"], 0, padded), "B": pad(old["B"], 1, padded)}
+                unpadded[name] = layer.rank
             ranks[name] = len(old["A"])
             yield from _layer(like, name, old, layer, alpha(name, ranks[name]))
     for key in like.others:

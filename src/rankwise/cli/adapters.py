@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rankwise.cli.options import Debug, Force, Json, Out, Picture, app
+from rankwise.cli.options import Debug, Force, Json, Out, Picture, app, wrote_adapter
 from rankwise.terminal import log, show, show_json
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _tell(done: Resized, out: Path, picture: Path | None, as_json: bool) -> None
     show_json(done.as_json()) if as_json else show(done.text())
     if picture is not None:
         log(f"picture: {done.save_picture(picture)}")
-    log(f"wrote {out}")
+    wrote_adapter(out)
 
 
 @app.command()

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rankwise.errors import InputError, need
+from rankwise.terminal import log
 
 app = typer.Typer(
     name="rankwise",
@@ -66,3 +67,13 @@ def is_setting(word: str) -> bool:
         return "=" in word and not Path(word).exists()
     except OSError:  # too long for a name
         return True
+
+
+def wrote_adapter(out: Path) -> None:
+    """Say where an adapter was written, and which programs need to know of its ranks."""
+    from rankwise.adapters.layouts import reading
+    from rankwise.adapters.stored import stored
+
+    log(f"wrote {out}")
+    if said := reading(stored(out)):
+        log(said)

@@ -24,6 +24,7 @@ from rankwise.cli.options import (
     is_setting,
     source_of,
     svg,
+    wrote_adapter,
 )
 from rankwise.errors import INTERRUPTED
 from rankwise.terminal import log, show, show_json
@@ -149,4 +150,4 @@ def shrink(
     show_json(found.as_json()) if as_json else show("\n".join(found.lines()))
     if picture is not None:
         log(f"picture: {found.save_picture(picture)}")
-    log(f"wrote {out}")
+    wrote_adapter(out)

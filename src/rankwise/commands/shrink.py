@@ -190,7 +190,7 @@ def _heal(adapter: Path, config: RunConfig, stop: Stop) -> None:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        healed = save(model, Path(folder) / "adapter")
+        healed = save(model, Path(folder) / "adapter", layout="compact")
         for name in (CONFIG, WEIGHTS):
             shutil.copyfile(healed / name, adapter / name)
 

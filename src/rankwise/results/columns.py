@@ -296,7 +296,7 @@ COSTS: tuple[Column[Row], ...] = (
         "on disk",
         cell=lambda row: size(row.adapter_bytes),
         values={"adapter_bytes": _of("adapter_bytes")},
-        meaning="size of what is saved, mean over the seeds",
+        meaning="size of what is saved, without padding, mean over the seeds",
         on_terminal="adapter on disk",
     ),
 )

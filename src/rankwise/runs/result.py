@@ -64,10 +64,10 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Cost:
-    """In seconds, in bytes of the main process's peak memory and of the saved adapter, and in training rows a second.
+    """In seconds, in training rows a second, and in bytes of the main process's peak memory and of the saved adapter.
 
-    `processes` trained together; `micro_batch` is how many rows went through the model at once, as set or after memory
-    had run out. Both are None if they are as usual.
+    The adapter's are without padding. `processes` trained together; `micro_batch` is how many rows went through the
+    model at once, as set or after memory had run out. Both are None if they are as usual.
     """
 
     seconds: Amount

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from peft import PeftModel
 from rankwise.adapters import save
 from rankwise.adapters.card import CARD, Facts
 from rankwise.adapters.plain import settle
-from rankwise.errors import need
+from rankwise.adapters.stored import padding, stored
+from rankwise.errors import InputError, need
 from rankwise.files import TOKENIZER, USE, claim, flush, replace_folder, unfinished, write_whole
 from rankwise.processes import together
 from rankwise.ranks.kept import merged_sites
@@ -97,7 +99,7 @@ def _write_predictions(folder: Path, scored: list[Scored]) -> None:
 
 
 def _save_model(folder: Path, parts: Parts, scored: Sequence[Scored]) -> int:
-    """Save what was learnt and return the size of its weights in bytes: an adapter, or all of a model that changed."""
+    """Save what was learnt: an adapter, or all of a model that changed. Returns its size in bytes without padding."""
     model: Any = None
     if isinstance(parts.model, PeftModel):
         if merged_sites(parts.model):
@@ -120,7 +122,10 @@ def _save_model(folder: Path, parts: Parts, scored: Sequence[Scored]) -> int:
             replace(use, base="").write(temporary)
             replace_folder(target, temporary)
     own = {*TOKENIZER, USE, CARD} if model is None else {USE}
-    return sum(path.stat().st_size for path in target.rglob("*") if path.is_file() and path.name not in own)
+    whole = sum(path.stat().st_size for path in target.rglob("*") if path.is_file() and path.name not in own)
+    with suppress(InputError):  # no LoRA, so nothing is padded
+        return whole - padding(stored(target))
+    return whole
 
 
 def _cost(progress: Progress, parts: Parts, adapter_bytes: int) -> Cost:
