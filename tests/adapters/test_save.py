@@ -208,6 +208,19 @@ def test_a_file_of_a_larger_model_and_of_another_head_is_refused(tmp_path):
         rw.load(transformers.BertForMaskedLM(models.model().config), tmp_path / "queries")
 
 
+def test_a_card_that_a_user_has_written_stays(tmp_path):
+    model = models.adapted()
+    rw.save(model, tmp_path / "adapter")
+    card = tmp_path / "adapter" / "README.md"
+    written = card.read_text()
+    card.write_text("---\nmeta: hello\n---\nWhat I know of it.\n")
+    rw.save(model, tmp_path / "adapter")
+    assert card.read_text().endswith("What I know of it.\n")
+    card.unlink()
+    rw.save(model, tmp_path / "adapter")
+    assert card.read_text() == written
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"peft_type": 3}', '{"peft_type": []}', '{"peft_type": "LORAA"}', "[" * 100_000]
 )

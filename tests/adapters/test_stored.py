@@ -247,6 +247,10 @@ def test_what_is_there_is_kept_unless_it_is_an_adapter_and_force_is_given(linear
     (tmp_path / "notes" / "more").mkdir(parents=True)
     with pytest.raises(rw.InputError, match="which would be lost"):
         write(tmp_path / "notes", found, everything, force=True)
+    (out / "checkpoint-5").mkdir()  # as in a Trainer's folder
+    with pytest.raises(rw.InputError, match="out: holds checkpoint-5, which would be lost"):
+        write(out, found, everything, force=True)
+    assert (out / "checkpoint-5").is_dir()
     with pytest.raises(rw.InputError, match="is a file"):
         write(linear / "adapter_config.json", found, everything, force=True)
 

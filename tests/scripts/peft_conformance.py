@@ -90,7 +90,7 @@ HUB = {
 KINDS = ("passed", "untouched", "refused", "by design", "skipped", "set aside", "failed")
 OMEGA = "ω is one more parameter, in fp32, and A is computed from it"
 RAW = "the raw state of a search has names that fit no adapter"
-SAVED = "rankwise.save writes safetensors, and a card of its own"
+SAVED = "rankwise.save writes safetensors, and a card of its own, or leaves a user's as it is, where PEFT adds metadata"
 SPLIT = "PEFT adds the factors themselves, and a rank change splits the same product into others"
 BY_DESIGN = {
     "in a search": {

@@ -12,14 +12,13 @@ from rankwise.adapters.layers import Layer, StoredAdapter, in_order, sizes
 from rankwise.adapters.tensors import Tensors
 from rankwise.errors import InputError
 from rankwise.files import ADAPTER, read_json
+from rankwise.ranks.kept import RESIDUAL
 
 CONFIG, _, WEIGHTS, _ = ADAPTER[:4]
 INDEX = f"{WEIGHTS}.index.json"
 """Which file has which tensor, where transformers has written an adapter to several."""
 PREFIX = "base_model.model."
 """What PEFT puts before the name of a module of the base model."""
-RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""PEFT's starts that subtract from the base weights, at the rank in the file, when the adapter is loaded."""
 UNREAD = (
     *("use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config", "target_parameters"),
     "ensure_weight_tying",

@@ -1,6 +1,7 @@
 """Saving and loading what was learnt: as a plain PEFT adapter with its ranks if the method is a kind of LoRA."""
 
 import json
+import shutil
 import warnings
 from collections.abc import Sequence, Set
 from contextlib import nullcontext, suppress
@@ -63,7 +64,8 @@ def save(
     is folded into the file (not into the model), sites of rank 0 are left out, adapters on parts of a fused projection
     become one on the whole, and weights that the model's checkpoint does not have are included (`new_weights`). For
     methods without an adapter (such as `head`), what trains, such weights and buffers are written, together with
-    `method` and `head`, and `rankwise.load` reads them. A model card says what it is and how to load it.
+    `method` and `head`, and `rankwise.load` reads them. A model card says what it is and how to load it; one of the
+    user's stays.
 
     Args:
         use: what must be known to use it, for `rankwise predict` and `evaluate`.
@@ -107,7 +109,10 @@ def save(
             use.write(written)
         if tokenizer is not None:
             write_tokenizer(tokenizer, model, written)
-        (written / CARD).write_text(card.text(written, base, ranks, use, facts), encoding="utf-8")
+        if (folder / CARD).is_file() and not card.ours(folder):  # a user's, which PEFT keeps too
+            shutil.copyfile(folder / CARD, written / CARD)
+        else:
+            (written / CARD).write_text(card.text(written, base, ranks, use, facts), encoding="utf-8")
         replace_folder(folder, written)
     return folder
 

@@ -181,8 +181,11 @@ def check_free(out: Path, like: StoredAdapter, force: bool) -> None:
         return
     if not force:
         raise InputError(f"{out}: is there already; give another name, or --force to replace it")
-    if out.is_dir() and not (out / CONFIG).is_file():
-        raise InputError(f"{out}: holds something else than an adapter, which would be lost; give another name")
+    if out.is_dir():
+        folders = sorted(path.name for path in out.iterdir() if path.is_dir())
+        if folders or not (out / CONFIG).is_file():
+            what = folders[0] if folders else "something other than an adapter"
+            raise InputError(f"{out}: holds {what}, which would be lost; give another name")
 
 
 def _commonest(like: StoredAdapter, padded: int) -> float:

@@ -68,7 +68,7 @@ class Merged:
         return {**asdict(self), "folder": str(self.folder), "gguf": self.gguf and str(self.gguf)}
 
     def text(self) -> str:
-        lines = [f"{self.folder}: {self.kind} in {self.dtype}, {self.layers} layers changed"]
+        lines = [f"{self.folder}: {self.kind} in {self.dtype}, {self.layers} layer{'s' * (self.layers != 1)} changed"]
         if self.rounding:
             lines.append(f"rounding to {self.dtype} changed them by {self.rounding:.2g} of what the adapter changes")
         if self.untied:

@@ -309,8 +309,8 @@ class Suggestion:
         if self.doubts:
             yield f"no evidence for ranks other than uniform ones: {'; '.join(self.doubts)}"
         else:
-            yield "the two agree on where rank is used, so these are the ranks of both together; only training can say"
-            yield "whether a model scores better with them than with uniform ranks"
+            yield "the two agree on where rank is used, so these are the ranks of both together. Searches on random"
+            yield "labels can agree too: only training with these and with uniform ranks can say which score better"
         yield ""
         rows, layers, grid = rank_grid(ranks)
         cells = [["" if math.isnan(rank) else f"{rank:.0f}" for rank in row] for row in grid]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.trainer_pt_utils import LengthGroupedSampler, safe_globals
 
-from rankwise.adapters import save
+from rankwise.adapters import card, save
 from rankwise.errors import InputError
 from rankwise.methods import Method
 from rankwise.methods.base import adam_options
@@ -139,11 +139,12 @@ class RankTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        users = (folder / card.CARD).is_file() and not card.ours(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as name:
             adapter = save(model, Path(name) / "adapter")
             super().save_model(str(folder), _internal_call=True)
             for file in adapter.rglob("*"):
-                if file.is_file():
+                if file.is_file() and not (users and file.name == card.CARD):
                     file.replace(folder / file.name)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
