@@ -45,11 +45,14 @@ def adapted(kind: str, method: rw.methods.Method) -> nn.Module:
         return method.attach(FAMILIES[kind].from_config(config))
 
 
-@pytest.mark.parametrize("how", ["plain", "checkpointing", "bf16"])
+@pytest.mark.parametrize("how", ["plain", "checkpointing", "bf16", "lean"])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_count_without_numbers_is_what_a_step_keeps(kind: str, how: str) -> None:
     config = RunConfig(
-        task={"name": "e2e"}, gradient_checkpointing=how != "plain", autocast="bf16" if how == "bf16" else None
+        task={"name": "e2e"},
+        gradient_checkpointing=how in ("checkpointing", "bf16"),
+        autocast="bf16" if how == "bf16" else None,
+        activation_memory="lean" if how == "lean" and FAMILIES[kind] is not READS else "plain",
     )
     family = "classification" if FAMILIES[kind] is READS else "generation"
     task = SimpleNamespace(family=family, labels=("yes", "no"), target_length=24)

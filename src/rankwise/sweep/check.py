@@ -72,6 +72,7 @@ def check_models(configs: Sequence[RunConfig], shipped: bool) -> None:
     """
     loading = [field.name for field in fields(arguments.Loading)]
     settings = ("model", "task", "max_length", "label_smoothing", "gradient_checkpointing", "packing", *loading)
+    settings += ("activation_memory",)
     wanted: dict[str, dict[str, Method]] = {}
     method_of = {config.id: config.method["name"] for config in configs}
     for config in configs:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rankwise import methods, tasks
+from rankwise.nets import chunked_loss
 from rankwise.processes import together
 from rankwise.ranks.layers import features, holds_codes
 from rankwise.settings import RunConfig
@@ -93,14 +94,20 @@ def note(configs: Sequence[RunConfig], shipped: bool = False) -> str:
         *(["quantise: 4bit"] if config.quantise != "4bit" else []),
         *(["dtype: bf16"] if config.dtype == "fp32" else []),
         *(["gradient_checkpointing: true"] if not config.gradient_checkpointing else []),
+        *(["activation_memory: lean"] if _can_be_lean(config) else []),
         *([f"a micro_batch below {most.rows}"] if most.rows > 1 else []),
     ]
     return f"{most}; {where} has only {_gib(there)} GiB: use {', '.join([*advice, 'a smaller model'])}"
 
 
+def _can_be_lean(config: RunConfig) -> bool:
+    allowed = not config.compile and "fp16" not in (config.dtype, config.autocast)
+    return allowed and config.activation_memory != "lean" and tasks.build(config.task).family == "generation"
+
+
 _DECIDES = (
     *("model", "task", "max_length", "batch_size", "micro_batch", "packing"),
-    *("gradient_checkpointing", "dtype", "autocast", "quantise", "attention"),
+    *("gradient_checkpointing", "activation_memory", "dtype", "autocast", "quantise", "attention"),
 )
 
 
@@ -189,6 +196,8 @@ def kept_by_step(model: Any, config: RunConfig, task: Any, rows: int, tokens: in
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # without any padding, attention would need no mask
     batch = {"input_ids": ids, "attention_mask": mask, "labels": _labels(task, model, ids)}
+    if config.activation_memory == "lean":
+        chunked_loss.untried(model)
     with warnings.catch_warnings(), models.quiet(), computing(config), Alive(model) as alive:
         warnings.simplefilter("ignore")
         model(**batch).loss.backward()

@@ -49,6 +49,7 @@ from rankwise.files import (
 )
 from rankwise.metrics import METRICS
 from rankwise.named import load_plugin
+from rankwise.nets import chunked_loss
 from rankwise.processes import together
 from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
@@ -307,6 +308,12 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
     if packing is not None:
         with computing(parts.config):
             packing.check(parts.model, [*itertools.chain(*parts.examples[:100]["input_ids"])], parts.rows)
+    if parts.config.activation_memory == "lean":
+        with computing(parts.config):
+            chunked_loss.put_on(parts.model)
+        if trainer.label_smoother is not None:
+            smoother: Any = chunked_loss.Smoothed(parts.config.label_smoothing)
+            trainer.label_smoother = smoother
     if parts.task.family == "segmentation" and parts.rows < parts.config.batch_size and is_main():
         print(
             f"Dice loss and batch norms are computed over {parts.rows} images at a time, not {parts.config.batch_size}",

@@ -1,0 +1,322 @@
+"""The loss of a language model, with logits for a few tokens at a time.
+
+With a large vocabulary the logits, one number for each token and word, are the largest tensor of a training step, and
+the loss and its gradient make several copies of it. After `put_on`, the head returns `Logits` that are not computed.
+What a model does with them before the loss, such as scaling, capping or leaving out the last token, is only noted.
+Cross-entropy then takes one chunk of tokens after the other: their logits, their loss, and at once its gradients for
+the hidden states and the head, so that no logits outlive their chunk. The backward pass multiplies these gradients by
+that of the loss. Loss and gradients differ from the model's own by the order of sums; nothing waits for the device.
+
+Anything else that is done with the logits computes all of them, and is right too.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rankwise.errors import InputError
+from rankwise.nets.undisturbed import undisturbed
+from rankwise.processes import together
+
+CHUNK = 256
+"""Tokens: enough for fast products with the weight of the head."""
+_ASKS = {getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda")}
+_ASKS |= {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, torch.is_floating_point}
+"""What needs no numbers."""
+_BY_NUMBER = {
+    *("mul", "div", "add", "sub", "tanh", "float", "to", "neg", "true_divide", "multiply", "divide"),
+    *("__mul__", "__rmul__", "__truediv__", "__add__", "__radd__", "__sub__", "__neg__"),
+}
+"""What is done to each logit by itself."""
+
+
+def put_on(model: nn.Module) -> None:
+    """Let `model` compute its loss in chunks from now on, when gradients are.
+
+    Raises:
+        InputError: its loss is not the cross-entropy of what its head returns, scaled or capped. It is tried out.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def tried() -> list[Tensor | None]:
+        loss = model(**_tiny(model)).loss
+        return [loss, *torch.autograd.grad(loss, params, allow_unused=True)] if params else [loss]
+
+    chunked, same = None, False
+    try:
+        with undisturbed(model), torch.enable_grad():
+            model.eval()
+            own = tried()
+            chunked = untried(model)
+            chunked.tokens = 4
+            same = _close(tried(), own) and chunked.losses == 1 and not chunked.whole_logits
+            chunked.tokens = CHUNK
+    except Exception as error:
+        if isinstance(error, InputError) or together.out_of_memory(error):
+            raise
+        raise _refused(model, f" ({' '.join(str(error).split())[:200]})") from error
+    finally:
+        if chunked is not None and not same:
+            output_layer(model).forward = chunked.own
+    if not same:
+        raise _refused(model)
+
+
+def untried(model: nn.Module) -> "Chunked":
+    """`put_on` for a model whose loss is known, or that has no numbers to try it with."""
+    head = output_layer(model)
+    if not isinstance(head.forward, Chunked):
+        head.forward = Chunked(head.forward)
+    chunked: Chunked = head.forward
+    return chunked
+
+
+def output_layer(model: nn.Module) -> Any:
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if (head := getattr(base, "get_output_embeddings", lambda: None)()) is None:
+        raise _refused(model)
+    return head
+
+
+@dataclass
+class Smoothed:
+    """In the place of transformers' LabelSmoother, whose steps need all logits."""
+
+    epsilon: float
+
+    def __call__(self, outputs: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None) -> Any:
+        logits = outputs["logits"]
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        rows = logits.reshape(-1, logits.shape[-1])
+        loss = functional.cross_entropy(rows, labels.reshape(-1), label_smoothing=self.epsilon, reduction="sum")
+        return loss / count
+
+
+@dataclass
+class Chunked:
+    """What a head does in the place of its `forward`; a copy of the model gets a copy of it."""
+
+    own: Callable[..., Tensor]
+    tokens: int = CHUNK
+    losses: int = 0
+    """How many were computed in chunks."""
+    whole_logits: int = 0
+    """How often all logits were computed after all."""
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or not torch.is_grad_enabled():
+            return self.own(hidden, *args, **kwargs)
+        none = self.own(hidden.detach().flatten(0, -2)[:0])
+        device = hidden.device.type
+        autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        return Logits(Pending(hidden, self, _leaves(none), none.detach(), autocast))
+
+
+@dataclass(frozen=True)
+class Pending:
+    """How to compute logits (…, words) of `hidden` (…, features)."""
+
+    hidden: Tensor
+    chunked: Chunked
+    learnt: list[Tensor]
+    """The parameters that train among those that the head computes them with."""
+    none: Tensor
+    """The logits of no token (0, words), after the steps, which have their dtype."""
+    autocast: tuple[torch.dtype, bool]
+    steps: tuple[Callable[[Tensor], Tensor], ...] = ()
+    """What the model does to each of them."""
+
+    def of(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, *self.autocast):
+            logits = self.chunked.own(hidden)
+            for step in self.steps:
+                logits = step(logits)
+            return logits
+
+    def after(self, func: Any, rest: Sequence[Any], kwargs: dict[str, Any]) -> "Pending | None":
+        """What `func` makes of these logits; None if it needs all of them."""
+        name = func.__name__
+        if name in _BY_NUMBER:
+            others = [each for each in tree_leaves((rest, kwargs)) if isinstance(each, Tensor)]
+            if any(each.requires_grad or each.numel() not in (1, *each.shape[-1:]) for each in others):
+                return None
+            flat, more = tree_map(_flat, (rest, kwargs))
+            step = lambda logits: func(logits, *flat, **more)  # noqa: E731
+            none = step(self.none)
+            return replace(self, none=none, steps=(*self.steps, step)) if none.shape == self.none.shape else None
+        if name == "contiguous" and not rest and not kwargs:
+            return self
+        if name in ("view", "reshape") and not kwargs:
+            sizes = rest[0] if isinstance(rest[0], (tuple, list)) else rest
+            if len(sizes) > 1 and sizes[-1] == self.none.shape[-1]:
+                return replace(self, hidden=self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
+        if name == "__getitem__" and _keeps_words(rest[0], self.hidden.dim()):
+            return replace(self, hidden=self.hidden[rest[0]])
+        return None
+
+
+class Logits(Tensor):
+    """Logits that are computed only if something needs all of them."""
+
+    pending: Pending
+    computed: Tensor | None
+
+    def __new__(cls, pending: Pending) -> "Logits":
+        shape = (*pending.hidden.shape[:-1], pending.none.shape[-1])
+        dtype, device = pending.none.dtype, pending.none.device
+        logits: Logits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        logits.pending, logits.computed = pending, None
+        return logits
+
+    def whole(self) -> Tensor:
+        if self.computed is None:
+            self.pending.chunked.whole_logits += 1
+            self.computed = self.pending.of(self.pending.hidden)
+        return self.computed
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _ASKS:
+                return func(*args, **kwargs)
+            first = args[0] if args else None
+            if isinstance(first, Logits) and first.computed is None:
+                if func is functional.cross_entropy:
+                    loss = _cross_entropy(*args, **kwargs)
+                    if loss is not None:
+                        return loss
+                elif (pending := first.pending.after(func, args[1:], kwargs)) is not None:
+                    return Logits(pending)
+            return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise RuntimeError(f"{func} takes logits that are not computed: do not compute this loss in chunks")
+
+
+def _keeps_words(index: Any, dim: int) -> bool:
+    """Whether an index leaves the last of `dim` dimensions as it is."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(part is Ellipsis or isinstance(part, (slice, int)) for part in parts):
+        return False
+    if any(part is Ellipsis for part in parts) or len(parts) == dim:
+        return parts[-1] is Ellipsis or parts[-1] == slice(None)
+    return len(parts) < dim
+
+
+def _flat(value: Any) -> Any:
+    """A number for all words, or one for each, as fits logits (tokens, words)."""
+    return value.reshape(-1) if isinstance(value, Tensor) and value.dim() else value
+
+
+def _whole(value: Any) -> Any:
+    return value.whole() if isinstance(value, Logits) else value
+
+
+def _cross_entropy(
+    input: Logits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """`functional.cross_entropy` in chunks; None where it is not of logits (tokens, words) and a label for each."""
+    pending = input.pending
+    if any(each is not None for each in (weight, size_average, reduce)) or reduction not in ("mean", "sum"):
+        return None
+    if pending.hidden.dim() != 2 or target.dim() != 1 or target.is_floating_point():
+        return None
+    pending.chunked.losses += 1
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
+    total: Tensor = _Sum.apply(pending.hidden, target, pending, options, *pending.learnt)
+    loss = total / (target != ignore_index).sum() if reduction == "mean" else total
+    return loss.to(functional.cross_entropy(pending.none, target[:0], reduction="sum").dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of the losses of all tokens, and its gradients, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, target: Tensor, pending: Pending, options: Any, *learnt: Tensor) -> Tensor:
+        by_hidden = ctx.needs_input_grad[0]
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=target.device)
+        grads: list[Tensor | None] = [torch.empty_like(hidden) if by_hidden else None, *[None for _ in learnt]]
+        for start in range(0, len(hidden), pending.chunked.tokens):
+            rows = slice(start, start + pending.chunked.tokens)
+            chunk = hidden[rows].detach().requires_grad_(by_hidden)
+            with torch.enable_grad():
+                loss = functional.cross_entropy(pending.of(chunk), target[rows], **options)
+            total += loss.detach()
+            if not (wanted := [*([chunk] if by_hidden else []), *learnt]):
+                continue
+            with torch.autocast(hidden.device.type, enabled=False):
+                found = [*torch.autograd.grad(loss, wanted, allow_unused=True)]
+            if (by_chunk := grads[0]) is not None:
+                by_chunk[rows] = found.pop(0)
+            for place, grad in enumerate(found, 1):
+                before = grads[place]
+                grads[place] = grad if before is None or grad is None else before.add_(grad)
+        ctx.known = [grad is not None for grad in grads]
+        ctx.save_for_backward(*(grad for grad in grads if grad is not None))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        first, *others = (next(saved) * grad if known else None for known in ctx.known)
+        return first, None, None, None, *others
+
+
+def _tiny(model: Any) -> dict[str, Any]:
+    """A batch of a few tokens, one of them without a label."""
+    ids = torch.arange(12, device=next(model.parameters()).device).reshape(2, 6)
+    return {"input_ids": ids, "labels": ids.masked_fill(ids == 3, -100), "use_cache": False}
+
+
+def _leaves(tensor: Tensor) -> list[Tensor]:
+    """The parameters that `tensor` was computed from."""
+    todo, seen, leaves = [tensor.grad_fn], set(), []
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            leaves += [node.variable] if hasattr(node, "variable") else []
+            todo += [before for before, _ in node.next_functions]
+    return leaves
+
+
+def _close(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether a loss and its gradients are those of another computation, except for rounding."""
+    loss = others[0]
+    assert loss is not None
+    exact = all(each is None or each.dtype == torch.float32 for each in others)
+    exact = exact and not torch.is_autocast_enabled(loss.device.type)
+    largest = max(
+        float(each.abs().max()) for each in others if each is not None
+    )  # some are 0, and what is left is noise
+    for one, other in zip(some, others, strict=True):
+        if one is None or other is None:
+            if one is not other:
+                return False
+        elif not (one - other).abs().max() <= (1e-4 if exact else 0.05) * (other.abs().max() + 0.01 * largest):
+            return False
+    return True
+
+
+def _refused(model: Any, reason: str = "") -> InputError:
+    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    return InputError(f"activation_memory: the loss of {name} cannot be computed in chunks{reason}: leave it out")
