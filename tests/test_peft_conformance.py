@@ -44,6 +44,8 @@ def row(**other: object) -> dict:
         ("failed", {"way": "after a search", "outcome": "failed", "reason": "KeyError: '…weight.original'"}),
         ("failed", {"way": "in a search", "outcome": "failed", "reason": "AssertionError: no", "refused": ["adapts"]}),
         ("failed", {"way": "after a search", "outcome": "failed", "reason": "OSError: We couldn't connect to"}),
+        ("failed", {"way": "in a search", "outcome": "failed", "reason": "InputError: holds a tensor"}),
+        ("refused", {"way": "in a search", "outcome": "failed", "reason": "InputError: no", "refused": ["adapts"]}),
     ],
 )
 def test_a_failure_is_never_counted_as_anything_else(expected: str, of: dict) -> None:

@@ -90,6 +90,7 @@ def test_a_saved_model_says_what_it_knows_without_a_run(tmp_path: Path) -> None:
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert "4 adapted layers, of ranks 2 to 5, 11 in total." in text
     assert "self_attn.q_proj  2 2\nself_attn.v_proj  2 5" in text
+    assert "library_name: peft\ntags:\n- lora\n- rankwise\n---" in text
     assert 'license: "mit"' in text and "base_model" not in text.partition("# LoRA")[0]  # a path is no name on the hub
     assert "AutoModelForCausalLM.from_pretrained(base)" in code_of(tmp_path / "adapter")
     assert stored_ranks(tmp_path / "adapter")["model.layers.1.self_attn.v_proj"] == 5

@@ -105,6 +105,19 @@ def test_a_layer_changes_its_rank_rightly_or_is_refused(asked, tmp_path):
     assert all(p.grad.isfinite().all() for s in sites(model) for p in (s.A, s.B))
 
 
+@pytest.mark.filterwarnings("ignore:.*LoRA tensor\\(s\\) have invalid shape:UserWarning")  # PEFT, of a bias
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
+@pytest.mark.parametrize(
+    "asked", [name for name in (*ASKED, *BESIDE) if name != "arrow_config"]
+)  # not by from_pretrained
+def test_what_is_saved_is_loaded_by_peft_as_what_it_saves(asked, tmp_path):
+    model = made({**ASKED, **BESIDE}[asked])
+    rw.save(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours, theirs = (logits(PeftModel.from_pretrained(base(), tmp_path / by).eval()) for by in ("ours", "theirs"))
+    assert torch.allclose(ours, theirs, atol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:UserWarning")
 @pytest.mark.parametrize("asked", [*ASKED, *BESIDE])
 def test_a_state_of_the_same_ranks_changes_no_shape(asked):

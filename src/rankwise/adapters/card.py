@@ -206,7 +206,10 @@ def _head(base: Base, peft: bool) -> str:
     """The block in YAML that the hub reads: it takes names on the hub, no paths."""
     lines = [f"base_model: {json.dumps(base.hub)}"] if base.hub else []
     lines += [f"license: {json.dumps(base.licence)}"] if base.licence else []
-    return "\n".join(["---", *lines, *(["library_name: peft"] if peft else []), "tags:", "- rankwise", "---"])
+    lines += ["library_name: peft"] if peft else []
+    lines += ["tags:", *([f"- {json.dumps(f'base_model:adapter:{base.hub}')}"] if peft and base.hub else [])]
+    lines += ["- lora"] if peft else []  # by which the hub offers it for inference
+    return "\n".join(["---", *lines, "- rankwise", "---"])
 
 
 def _about(base: Base, peft: bool) -> str:

@@ -166,7 +166,12 @@ def _laid_out(model: PeftModel, written: Path, layout: Layout | None) -> Path:
     if why := why_unread(config):
         require(layout != "portable", f"this adapter cannot be written as portable: {why}")
         return written
-    like, out = stored(written), written.with_name(f"{written.name} laid out")
+    try:
+        like, out = stored(written), written.with_name(f"{written.name} laid out")
+    except InputError:  # it has tensors of a variant that is not known here
+        if layout:
+            raise
+        return written
     if layout != "compact":
         with nullcontext() if layout else suppress(InputError):  # a layer that cannot be padded
             layers = targeted(model.get_base_model(), config, ends_of(like), written)
