@@ -70,6 +70,10 @@ class RunConfig(BaseModel):
     compile: bool = Field(
         default=False, description="compile the training step by torch.compile; evaluations are not compiled"
     )
+    fast: bool = Field(
+        default=False,
+        description="compute each LoRA layer by one function: less time, the same results except for the order of sums",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="compute activations again in the backward pass instead of keeping them"
     )
@@ -203,6 +207,8 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "activation_memory: lean takes gradients before fp16 has scaled the loss up; use bf16, or leave it out"
             )
+        if self.compile and self.fast:
+            raise ValueError("compile: a compiled step has PEFT's LoRA layers; leave out compile or fast")
         if self.dtype != "fp32" and self.autocast not in (None, self.dtype):
             raise ValueError(f"autocast = {self.autocast}: weights of dtype {self.dtype} compute in {self.dtype}")
         if self.packing and self.trainer.get("neftune_noise_alpha") is not None:

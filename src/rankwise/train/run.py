@@ -50,6 +50,7 @@ from rankwise.files import (
 from rankwise.metrics import METRICS
 from rankwise.named import load_plugin
 from rankwise.nets import chunked_loss
+from rankwise.nets.lora_linear import set_fast
 from rankwise.processes import together
 from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
@@ -236,6 +237,7 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     method = methods.build(config.method)
     model = method.attach(base, head=head)
     models.train_in_fp32(model)
+    set_fast(model, config.fast)
     examples = task.encode(train, processor, config.max_length)
     evaluations = [Evaluation(split, task.encode(split, processor, config.max_length)) for split in splits]
     train_rows = Evaluation(train, examples)

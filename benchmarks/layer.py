@@ -1,0 +1,171 @@
+"""Time and memory of a step with PEFT's LoRA layer and with the fast one, next to the least that a step can take.
+
+    OMP_NUM_THREADS=1 python benchmarks/layer.py                     # one layer: shapes, ranks, tokens
+    OMP_NUM_THREADS=1 python benchmarks/layer.py --of bert llama     # whole models: MiniLM's shape, a small decoder
+
+A step is a forward and a backward pass. The limit is that of the frozen layer or model with gradients of its inputs,
+and 6 r (in + out) operations of each adapter for each token, at the speed of a product measured in the same run. All
+take turns in one process. A row has the medians of the ratios of a round; `--json FILE` writes their quartiles too.
+`added` and `summed` are the two ways of the fast layer, and `fast` is the one that its rule takes. The time is that of
+this process, whatever else the machine does, and on a GPU that of the clock.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from rankwise.nets import lora_linear
+from rankwise.ranks import sites
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYERS = ["384x384", "384x1536", "1536x384", "512x512", "512x2048", "1024x1024"]
+MODELS: dict[str, Any] = {
+    "bert": transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=2
+    ),
+    "llama": transformers.LlamaConfig(
+        hidden_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        intermediate_size=1376,
+        vocab_size=1000,
+        num_labels=2,
+    ),
+}
+WAYS = {"peft": None, "added": math.inf, "summed": 0.0, "fast": lora_linear.SUM_FROM}
+"""Each way, with the value of SUM_FROM at which the fast layer takes it."""
+LENGTH = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", nargs="*", default=LAYERS, help=f"layers as in x out, or {', '.join(MODELS)}")
+    parser.add_argument("--rank", type=int, nargs="*", default=[8, 32])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048], help=f"in rows of {LENGTH}")
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    titles = [
+        "of",
+        "rank",
+        "tokens",
+        "A",
+        *(f"{way} ÷ limit" for way in WAYS),
+        "fast ÷ peft",
+        "MB kept by peft",
+        "by fast",
+    ]
+    print("|", " | ".join(titles), "|\n|", "---|" * len(titles), sep="", flush=True)
+    rows = []
+    for what, rank, tokens, A in itertools.product(asked.of, asked.rank, asked.tokens, ("trained", "frozen")):
+        over, ratio, kept = measured(what, rank, tokens, A == "frozen", asked.dropout, asked.rounds)
+        row = {"of": what, "rank": rank, "tokens": tokens, "A": A}
+        rows.append({**row, "over limit": over, "fast over peft": ratio, "bytes kept": kept})
+        cells = [*(f"{over[way][1]:.2f}" for way in WAYS), f"{ratio[1]:.2f}", *(f"{size / 1e6:.1f}" for size in kept)]
+        print("|", " | ".join(map(str, [*row.values(), *cells])), "|", flush=True)
+    if asked.json:
+        device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
+        asked.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1))
+
+
+def measured(
+    what: str, rank: int, tokens: int, frozen: bool, dropout: float, rounds: int
+) -> tuple[Any, Any, list[int]]:
+    """Quartiles of each way over the limit and of fast over PEFT, and the bytes that both keep."""
+    torch.manual_seed(0)
+    model, call = adapted(what, tokens, LoraConfig(r=rank, lora_dropout=dropout, target_modules="all-linear"))
+    own = 0
+    for site in sites(model):
+        nn.init.normal_(site.B, std=0.02)
+        if frozen:
+            site.layer.frozen_peft_weight_names = {site.adapter: ("lora_A",)}  # as rw.LoRAFA does
+        own += 6 * rank * site.cost * tokens
+    x, W = torch.randn(tokens, 512, device=DEVICE), torch.randn(512, 512, device=DEVICE)
+    often = 1 if what in MODELS else max(1, int(2e8 / (tokens * math.prod(map(int, what.split("x"))))))
+    seconds: dict[str, list[float]] = {name: [] for name in ("limit", "product", *WAYS)}
+    for again in range(rounds + 1):  # the first is not counted
+        for name, measures in seconds.items():
+            use(model, name)
+            spent = timed((lambda: x @ W) if name == "product" else lambda: step(model, call), often)
+            if again:
+                measures.append(spent)
+    of_product = own / (2 * tokens * 512 * 512)
+    least = [a + of_product * b for a, b in zip(seconds["limit"], seconds["product"], strict=True)]
+    over = {way: quartiles(seconds[way], least) for way in WAYS}
+    return over, quartiles(seconds["fast"], seconds["peft"]), [kept(model, call, way) for way in ("peft", "fast")]
+
+
+def adapted(what: str, tokens: int, config: LoraConfig) -> tuple[Any, Callable[[Any], Tensor]]:
+    """A layer or a model with an adapter, and a call of it whose output has gradients for its inputs."""
+    if what in MODELS:
+        base: Any = transformers.AutoModelForSequenceClassification.from_config(MODELS[what])
+        base.config.pad_token_id = 0
+        base.enable_input_require_grads()
+        ids = torch.randint(1, 1000, (max(1, tokens // LENGTH), min(tokens, LENGTH)), device=DEVICE)
+        return get_peft_model(base.to(DEVICE), config).train(), lambda model: model(input_ids=ids).logits
+    inputs, outputs = map(int, what.split("x"))
+    config.target_modules = {"0"}
+    x = torch.randn(tokens, inputs, device=DEVICE, requires_grad=True)
+    base = nn.Sequential(nn.Linear(inputs, outputs)).to(DEVICE)
+    return get_peft_model(base, config).train(), lambda model: model(x)
+
+
+def use(model: Any, name: str) -> None:
+    """Let the model compute in the way `name`, or without its adapter."""
+    model.base_model.enable_adapter_layers() if name in WAYS else model.base_model.disable_adapter_layers()
+    threshold = WAYS.get(name)
+    lora_linear.fast(model, on=threshold is not None)
+    lora_linear.SUM_FROM = lora_linear.SUM_FROM if threshold is None else threshold
+
+
+def step(model: Any, call: Callable[[Any], Tensor]) -> None:
+    y = call(model)
+    y.backward(torch.ones_like(y))
+    model.zero_grad()
+
+
+def timed(run: Callable[[], object], often: int) -> float:
+    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
+    start = clock()
+    for _ in range(often):
+        run()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return (clock() - start) / often
+
+
+def quartiles(seconds: list[float], others: list[float]) -> list[float]:
+    return statistics.quantiles([a / b for a, b in zip(seconds, others, strict=True)], n=4)
+
+
+def kept(model: Any, call: Callable[[Any], Tensor], way: str) -> int:
+    """The bytes kept for the backward pass, other than parameters, each storage once."""
+    use(model, way)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        sizes[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = call(model)
+    del y
+    return sum(each.untyped_storage().nbytes() for pointer, each in sizes.items() if pointer not in own)
+
+
+if __name__ == "__main__":
+    main()
