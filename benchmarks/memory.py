@@ -1,10 +1,12 @@
 """The memory that training takes with each of the settings that save some, counted beforehand and measured, and time.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py --rows 2 --tokens 128
+    OMP_NUM_THREADS=1 python benchmarks/memory.py --rows 1 --tokens 2048 --packing no --activations plain lean
 
-Each combination trains LoRA for a few steps in a process of its own, and a row of a Markdown table is printed. On a GPU
-the memory is that of tensors, on Linux that by which the process grew, with an allocator that keeps nothing. All passes
-have the same number of tokens; a packed one holds four times as many rows.
+Each combination trains LoRA for a few steps in a process of its own, and a row of a Markdown table is printed. On a
+GPU the memory is that of tensors, on Linux that by which the process grew, with an allocator that keeps nothing. All
+passes have the same number of tokens; a packed one holds four times as many rows. What is saved are the tensors that
+autograd keeps at the end of the forward pass, without the weights.
 """
 
 import argparse
@@ -16,18 +18,22 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
 
 import rankwise as rw
+from rankwise.nets import chunked_loss
 from rankwise.ranks.layers import holds_codes
 from rankwise.settings import RunConfig
 from rankwise.train import memory_need, model
 from rankwise.train.arguments import HOW, RECOMPUTE, Loading, computing
 
 WEIGHTS = {"fp32": {}, "bf16": {"dtype": "bf16"}, "8bit": {"quantise": "8bit"}, "4bit": {"quantise": "4bit"}}
-LINE = "| {} | {} | {} | {:.2f} GiB | {:.2f} GiB | {:.1f} s |"
+LINE = "| {} | {} | {} | {} | {:.2f} GiB | {:.2f} GiB | {:.2f} GiB | {:.1f} s |"
+HEAD = "| weights | activations | checkpointing | packing | saved | counted | measured | a step |\n|" + 8 * "---|"
+BOTH = ("no", "yes")
 
 
 def main() -> None:
@@ -36,26 +42,38 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=[*WEIGHTS])
+    parser.add_argument("--activations", nargs="+", choices=("plain", "lean"), default=["plain"])
+    parser.add_argument("--checkpointing", nargs="+", choices=BOTH, default=BOTH)
+    parser.add_argument("--packing", nargs="+", choices=BOTH, default=BOTH)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
         print(json.dumps(measured(asked, json.loads(asked.one))))
         return
-    print("| weights | checkpointing | packing | counted | measured | a step |\n|---|---|---|---|---|---|", flush=True)
-    for checkpointing, packing, (name, settings) in itertools.product((False, True), (False, True), WEIGHTS.items()):
-        settings = {**settings, "gradient_checkpointing": checkpointing, "packing": packing}
+    print(HEAD, flush=True)
+    for chosen in itertools.product(asked.checkpointing, asked.packing, asked.weights, asked.activations):
+        checkpointing, packing, weights, activations = chosen
+        settings = {**WEIGHTS[weights], "gradient_checkpointing": checkpointing == "yes", "packing": packing == "yes"}
+        settings |= {"activation_memory": activations}
         command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(settings)]
         done = subprocess.run(
             command, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}, stdout=subprocess.PIPE, check=True
         )
-        counted, grown, seconds = json.loads(done.stdout.splitlines()[-1])
-        gib = memory_need.GIB
-        chosen = ("yes" if each else "no" for each in (checkpointing, packing))
-        print(LINE.format(name, *chosen, counted / gib, grown / gib, seconds), flush=True)
+        *sizes, seconds = json.loads(done.stdout.splitlines()[-1])
+        gibs = (size / memory_need.GIB for size in sizes)
+        print(LINE.format(weights, activations, checkpointing, packing, *gibs, seconds), flush=True)
 
 
-def measured(asked: argparse.Namespace, settings: dict[str, object]) -> tuple[int, int, float]:
-    """Bytes counted and measured, and the seconds of the last step; on a CPU its own, whatever else runs there."""
+class Saved:
+    """A tensor that autograd keeps; detached, or it would keep in turn what keeps it."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+def measured(asked: argparse.Namespace, settings: dict[str, object]) -> tuple[int, int, int, float]:
+    """Bytes saved, counted and measured, and the last step's seconds; on a CPU its own, whatever else runs there."""
     warnings.simplefilter("ignore")
     task = rw.task({"name": "stdlib-signature"})
     config = RunConfig.model_validate(
@@ -86,6 +104,21 @@ def measured(asked: argparse.Namespace, settings: dict[str, object]) -> tuple[in
     mask[0, -1] = 0
     places = torch.arange(need.tokens, device=ids.device) % math.ceil(need.tokens / 4)
     rows = {"position_ids": places.expand_as(ids)} if config.packing else {"attention_mask": mask}
+    if config.activation_memory == "lean":
+        with computing(config):
+            chunked_loss.put_on(adapted)
+    kept = weakref.WeakSet[Saved]()
+
+    def keep(tensor: torch.Tensor) -> Saved:
+        kept.add(saved := Saved(tensor))
+        return saved
+
+    with computing(config), torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+        loss = adapted(input_ids=ids, labels=ids, use_cache=False, **rows).loss
+    storages = {each.tensor.untyped_storage().data_ptr(): each.tensor.untyped_storage().nbytes() for each in kept}
+    for p in adapted.parameters():
+        storages.pop(p.untyped_storage().data_ptr(), None)
+    del loss
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -100,7 +133,12 @@ def measured(asked: argparse.Namespace, settings: dict[str, object]) -> tuple[in
         if cuda:
             torch.cuda.synchronize()
         seconds = clock() - start
-    return need.total, (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM:")) - before, seconds
+    return (
+        sum(storages.values()),
+        need.total,
+        (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM:")) - before,
+        seconds,
+    )
 
 
 def resident(name: str) -> int:
