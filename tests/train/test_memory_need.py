@@ -229,3 +229,16 @@ def test_a_run_says_it_before_it_loads_the_model(tmp_path: Path) -> None:
     folder = make(tmp_path / "run", model=None, batch_size=4096, max_length=128, micro_batch=2048, max_steps=1)
     start(folder).wait(PATIENCE)
     assert re.search(r"training needs about \d\d\.\d GiB .*2048 rows of up to 128", (folder / "log.txt").read_text())
+
+
+def test_lean_activations_are_advised_where_they_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    large(monkeypatch, 0.001)
+
+    def line(**settings: Any) -> str:
+        [said] = memory_note([RunConfig(**{"task": {"name": "e2e"}, "model": "random-llama", **settings})])
+        return said
+
+    advice = "activation_memory: lean"
+    assert advice in line()
+    assert advice not in line(activation_memory="lean") and advice not in line(compile=True)
+    assert advice not in line(autocast="fp16") and advice not in line(task={"name": "stdlib-kind"}, model=None)
