@@ -97,7 +97,7 @@ oldest:
 	$(if $(TORCH_INDEX),.venv-oldest/bin/python -m pip install --index-url $(TORCH_INDEX) $(firstword $(OLDEST)))
 	.venv-oldest/bin/python -m pip install $(OLDEST) -e ".[demo,tune]" pytest pytest-timeout hypothesis tensorboard
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -k "not compiled and not jamba and not peft_renames" tests/ranks tests/optim tests/adapters \
-		tests/methods/test_conformance.py tests/train/test_trainer.py
+		tests/methods/test_conformance.py tests/nets/test_lora_linear.py tests/train/test_trainer.py
 
 clean:
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

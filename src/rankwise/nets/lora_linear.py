@@ -18,6 +18,7 @@ PEFT's forward: disabled, merged, mixed or several adapters, DoRA and other vari
 hooks, torch.compile and torch.func.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers.pytorch_utils import Conv1D
 
@@ -205,7 +206,11 @@ def _agree(layer: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Ten
     return same and (x.dtype == A.dtype or (casts and torch.promote_types(x.dtype, A.dtype) == A.dtype))
 
 
+GLOBAL_HOOKS = [hooks for name, hooks in vars(torch_module).items() if re.match("_global_(for|back)ward_.*hooks", name)]
+"""What torch.nn.modules.module.register_module_forward_hook and its like fill, whatever the version of torch."""
+
+
 def _transformed() -> bool:
     """Whether torch compiles, exports, traces, transforms or observes what is computed, so that it needs the parts."""
-    observed = _has_any_global_hook() or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    observed = any(GLOBAL_HOOKS) or torch.jit.is_tracing() or torch.compiler.is_compiling()
     return observed or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
