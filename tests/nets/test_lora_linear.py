@@ -192,6 +192,20 @@ def test_gradients_are_those_of_finite_differences(tokens: int, kind: str, scale
     assert torch.autograd.gradcheck(output, (x, *trained), fast_mode=tokens > 3)
 
 
+def test_half_precision_loses_no_small_change_of_a_large_weight() -> None:
+    """256 + 0.5 is 256 in bf16, so that W + s B A must not be formed there, however many the tokens."""
+    model = one(2, 1, rank=1, lora_alpha=1).to(torch.bfloat16)
+    layer, values = layer_of(model), {"weight": 256.0, "bias": 0.0}
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(layer.base_layer, name).fill_(value)
+        layer.lora_A["default"].weight.copy_(torch.tensor([[0.5, 0.0]]))
+        layer.lora_B["default"].weight.fill_(1)
+    rw.fast(model)
+    y = model(torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16).expand(400, 2))
+    assert is_fast(y) and (y == 0.5).all()
+
+
 @every_method
 @every_shape
 def test_every_method_trains_as_with_pefts_layers(name: str, shape: str) -> None:

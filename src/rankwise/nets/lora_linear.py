@@ -34,7 +34,7 @@ from rankwise.errors import InputError, require
 from rankwise.ranks.layers import FLOATS
 
 SUM_FROM = 4.0
-"""W + s B A is formed from as many tokens as this times in · out / (in + out), a quarter of the width if it is square.
+"""W + s B A is formed from as many tokens as this times in · out / (in + out), twice the width of a square W.
 
 By `benchmarks/layer.py`; the rank makes no difference, since both ways do work in proportion to it.
 """
