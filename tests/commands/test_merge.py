@@ -458,11 +458,12 @@ def test_what_is_not_known_of_the_codes_is_said(tied: Path, tmp_path: Path) -> N
     assert not merge(tmp_path / "adapter", tmp_path / "b", quantise="none").assumed
     said = merge(tmp_path / "adapter", tmp_path / "c", quantise="4bit").text()
     assert (
-        "in NF4 with double quantisation, all linear layers except lm_head: if the adapter was trained on another"
+        "the base was quantised as NF4 with double quantisation, in all linear layers except lm_head: if the adapter "
+        "was trained on a base quantised in another way, save that base with save_pretrained and give it with --base"
         in said
     )
     said = merge(tmp_path / "whole", tmp_path / "d", quantise="8bit").text()
-    assert "in LLM.int8(), all linear layers except lm_head, up_proj: if the adapter was trained on another" in said
+    assert "as LLM.int8(), in all linear layers except lm_head, up_proj: if the adapter was trained on a base" in said
     assert merge(tmp_path / "adapter", tmp_path / "e", base=str(tmp_path / "a")).assumed.startswith("nothing says")
 
 

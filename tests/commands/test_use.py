@@ -370,7 +370,7 @@ def test_an_adapter_from_a_loop_of_ones_own_answers_too(tmp_path: Path) -> None:
     model, words, head = build(base, task, max_length=16)
     method = rw.LoRA(rank=2)
     model = method.attach(model, head)
-    with pytest.raises(InputError, match="max_lenth: is not saved next to an adapter"):
+    with pytest.raises(InputError, match="max_lenth: is not among the settings saved next to an adapter.*; these are"):
         rw.Use.of_task(task, base, max_lenth=16)
     rw.save(model, tmp_path / "adapter", method, head, use=rw.Use.of_task(task, base, max_length=16), tokenizer=words)
     [answer] = rw.predict(tmp_path / "adapter", [BY_SIZE[0]])  # type: ignore[misc]
@@ -497,6 +497,23 @@ def test_answers_of_a_model_that_has_changed_since_are_not_gone_on_with(
         assert cli(*command)[0] == 1 and (tmp_path / "out.csv.part").exists()
     model.classifier.weight.data += 1
     model.save_pretrained(base)
+    code, _, err = cli(*command)
+    assert code == 2 and "holds answers made with other weights; delete it" in err and not out.exists(), err
+
+
+def test_answers_of_an_adapter_of_another_scale_are_not_gone_on_with(
+    classifier: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scale is in PEFT's configuration, not among the weights."""
+    adapter, rows, out = tmp_path / "adapter", tmp_path / "rows.csv", tmp_path / "out.csv"
+    shutil.copytree(classifier / "adapter", adapter)
+    rows.write_text("text\n" + "a\n" * 20)
+    command = ("predict", adapter, "batch_size=1", "--in", rows, "--out", out)
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "sink", lambda *_: 1 / 0)
+        assert cli(*command)[0] == 1 and (tmp_path / "out.csv.part").exists()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 2 * config["lora_alpha"]}))
     code, _, err = cli(*command)
     assert code == 2 and "holds answers made with other weights; delete it" in err and not out.exists(), err
 

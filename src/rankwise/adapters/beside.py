@@ -1,4 +1,4 @@
-"""What is saved beside an adapter's weights: the tokenizer's files, and by what to know the base weights again."""
+"""What is saved next to an adapter's weights: the tokenizer's files, and a digest that tells the base weights apart."""
 
 import copy
 import hashlib

@@ -1,4 +1,4 @@
-"""`rankwise export`: an adapter, of anyone's, as a program reads it right."""
+"""`rankwise export`: an adapter, whoever trained it, in a form that a program reads right."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -82,7 +82,7 @@ class Exported:
     def text(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
         spread = f"all of rank {low}" if low == high else f"of ranks {low} to {high}"
-        padded = f", padded to {self.padded}" if self.padded else ""
+        padded = f", padded to {self.padded}" if self.padded > low else ""
         lines = [f"{self.layout}: {len(self.ranks)} layers, {spread}{padded}, {self.bytes:,} bytes"]
         if self.max_lora_rank:
             lines.append(f"vLLM: --max-lora-rank {self.max_lora_rank}")
@@ -101,7 +101,7 @@ def export_adapter(
     push: str | None = None,
     force: bool = False,
 ) -> Exported:
-    """Write an adapter so that a program reads it right.
+    """Write an adapter in a form that a program reads right.
 
     Args:
         adapter: a PEFT folder, a run with one, or a file of kohya's trainers, diffusers or ComfyUI.
@@ -112,7 +112,7 @@ def export_adapter(
 
     Raises:
         InputError: as `stored` and `stored.write`; `to` is not known, or does not read such an adapter at all; what was
-            written is not the same as what was given; the hub does not take it.
+            written is not the same as what was given; the hub refuses it.
     """
     require(to in TARGETS, f"{to!r} is not known: give one of {', '.join(TARGETS)}")
     out, like, notes = Path(out), stored(adapter), list[str]()

@@ -81,7 +81,7 @@ def reading(adapter: StoredAdapter) -> str:
             f"rankwise export --for peft writes it without, {padded:,} bytes smaller"
         )
     names = ", ".join(c.name for c in not_served("compact") if c.compact == "wrong" and c.portable == "right")
-    return f"read wrongly, without an error, by {names}: for these, rankwise export writes it again"
+    return f"read wrongly, without an error, by {names}: rankwise export writes it in a form that they read right"
 
 
 def ends_of(like: StoredAdapter) -> list[str]:

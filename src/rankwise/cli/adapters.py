@@ -161,7 +161,7 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter, whoever trained it, as a program reads it right, and say which programs do not."""
+    """Write an adapter, whoever trained it, in a form that a program reads right, and say which programs do not."""
     with redirect_stdout(sys.stderr):
         from rankwise.adapters.export import export_adapter
 

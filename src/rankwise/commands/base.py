@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from rankwise.adapters.beside import base_digest
+from rankwise.adapters.peft_folder import PREFIX, WEIGHTS
 from rankwise.adapters.save import REPEATABLE
 from rankwise.errors import InputError, nearest, require
-from rankwise.files import ADAPTER, check_files
+from rankwise.files import check_files
 from rankwise.ranks.layers import holds_codes, keep_codes
 from rankwise.runs.use import Use
 from rankwise.train.arguments import DTYPES
@@ -24,8 +25,6 @@ from rankwise.train.gguf import folder_of, is_gguf
 from rankwise.train.model import head_modules
 from rankwise.train.quantise import quantisation
 
-WEIGHTS = ADAPTER[2]
-PREFIX = "base_model.model."
 CODES = {"none": "a base that was not quantised", "4bit": "a base in 4 bits", "8bit": "a base in 8 bits"}
 """What `quantise` takes, in words."""
 
@@ -135,15 +134,16 @@ def load_base(
 def _assumed(model: nn.Module, quantise: str | None, known: Use | None) -> str:
     """`Base.assumed` of a model that is not saved in codes. The codes of a run are those of its digest."""
     if quantise is None:
-        return "nothing says if it was trained on a base in 4 or 8 bits: if so, give --quantise 4bit or 8bit"
+        return "nothing says whether it was trained on a base in 4 or 8 bits: if so, give --quantise 4bit or 8bit"
     if quantise == "none" or (known and known.base):
         return ""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     whole = {name.rpartition(".")[2] for name, module in linear.items() if not holds_codes(module.weight)}
     kind = "NF4 with double quantisation" if quantise == "4bit" else "LLM.int8()"
     return (
-        f"the base was taken in {kind}, all linear layers{' except ' if whole else ''}{', '.join(sorted(whole))}: "
-        "if the adapter was trained on another one, save that with save_pretrained and give it with --base"
+        f"the base was quantised as {kind}, in all linear layers{' except ' if whole else ''}"
+        f"{', '.join(sorted(whole))}: if the adapter was trained on a base quantised in another way, save that base "
+        "with save_pretrained and give it with --base"
     )
 
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from transformers import AutoProcessor, AutoTokenizer
 
 from rankwise.adapters import load
+from rankwise.adapters.peft_folder import PREFIX
 from rankwise.adapters.save import DESCRIPTION, REPEATABLE
-from rankwise.commands.base import PREFIX, load_base, source_of
+from rankwise.commands.base import load_base, source_of
 from rankwise.errors import InputError, require
 from rankwise.files import ADAPTER, check_files, read_json, replace_folder, unfinished
 from rankwise.ranks.kept import RESIDUAL

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.layers import StoredAdapter
+from rankwise.adapters.peft_folder import PREFIX
 from rankwise.commands.ready import Ready
 from rankwise.errors import InputError
 from rankwise.runs import run_file
@@ -52,9 +53,10 @@ def roots(adapter: StoredAdapter, source: Source, settings: Sequence[str] = ()) 
     with ExitStack() as stack, computing(ready.config):
         collate = ready.task.collate(ready.model, ready.processor, ready.config.seed)
         for name, sums in found.items():
-            stack.enter_context(_watched(ready.model.get_submodule(f"base_model.model.{name}"), sums, masks))
-        halves = getattr(ready.model.config, "is_encoder_decoder", False)  # each padded by itself, which one row is not
-        size = 1 if halves else wanted.micro_batch or wanted.batch_size
+            stack.enter_context(_watched(ready.model.get_submodule(f"{PREFIX}{name}"), sums, masks))
+        # encoder and decoder have padding in different places, and a row alone has none
+        seq2seq = getattr(ready.model.config, "is_encoder_decoder", False)
+        size = 1 if seq2seq else wanted.micro_batch or wanted.batch_size
         for start in range(0, len(examples), size):
             batch: dict[str, Any] = collate(examples[start : start + size])
             batch = {key: each.to(device) if isinstance(each, Tensor) else each for key, each in batch.items()}

@@ -22,7 +22,7 @@ from rankwise.adapters.beside import base_digest
 from rankwise.commands.ready import Ready
 from rankwise.commands.row_files import FORMATS, PIPE, Source, check_there, piped, sink, source
 from rankwise.errors import InputError, need, shown
-from rankwise.files import appended, tidy, unfinished
+from rankwise.files import ADAPTER, appended, tidy, unfinished
 from rankwise.settings import PLACE
 from rankwise.tasks import Task
 from rankwise.tasks.records import Record, one_line
@@ -144,7 +144,9 @@ def _whose(ready: Ready, given: str) -> dict[str, str]:
     """What decides the answers: the rows, the weights and the settings, as digests."""
     settings = ready.config.model_dump(mode="json", exclude={*PLACE})
     known = json.dumps([settings, [*ready.task.labels]], sort_keys=True)
-    parts = {"rows": file_digest(Path(given).expanduser()), "weights": base_digest(ready.model), "settings": known}
+    files = [ready.folder / name for name in ADAPTER[:3]] if ready.folder else []  # its scales are no parameters
+    weights = "".join([base_digest(ready.model), *(file_digest(file) for file in files if file.is_file())])
+    parts = {"rows": file_digest(Path(given).expanduser()), "weights": weights, "settings": known}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
 
 

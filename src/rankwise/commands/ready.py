@@ -69,7 +69,7 @@ class Found:
         elif path.name in KINDS and (path.parent / run_file.NAME).is_file():
             run = path.parent
         gguf = is_gguf(str(source))
-        if gguf and source != DECODER and not path.is_file():
+        if gguf and str(source) != DECODER and not path.is_file():
             raise InputError(f"{source}: there is no such file{similar(path)}")
         if not gguf and path.exists() and not path.is_dir():
             raise InputError(f"{source}: is a file; give the folder of an adapter, of a run or of a model")
@@ -187,8 +187,8 @@ def _settled(found: Found, settings: Sequence[str], dataset: str) -> tuple[RunCo
     if kind is not None and issubclass(kind, Custom) and not task.get("dataset"):
         if not dataset:
             raise InputError(
-                f"{found.name}: nothing next to it says where its rows are: give a file, --in FILE, "
-                "or to shrink --data CONFIG.yaml"
+                f"{found.name}: nothing next to it says where its rows are: give a file, --in FILE (shrink takes "
+                "--data CONFIG.yaml)"
             )
         data["task"] = {**task, "dataset": dataset}
         return load_run(data, []), True

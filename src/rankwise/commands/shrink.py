@@ -34,7 +34,7 @@ from rankwise.adapters.cut import Limit, cut
 from rankwise.adapters.stored import StoredAdapter, check_free, stored
 from rankwise.commands.ready import Ready, config_of
 from rankwise.errors import InputError, need
-from rankwise.files import ADAPTER, check_replaceable, read_json, replace_folder, unfinished, write_whole
+from rankwise.files import ADAPTER, check_replaceable, read_json, replace_folder, tidy, unfinished, write_whole
 from rankwise.methods.lora import LoRA
 from rankwise.metrics import METRICS, Metric, with_direction, worth
 from rankwise.metrics.bootstrap import Predictions, interval, scored
@@ -115,7 +115,7 @@ class Asked:
     def of(
         cls, path: Path, source: Source | None, settings: Sequence[str], tolerance: float, heal: int, out: Path
     ) -> "Asked":
-        """`path` is an adapter, or the folder of a run; what is saved next to it does in place of `source`.
+        """`path` is an adapter, or the folder of a run; without `source`, it is scored on what is saved next to it.
 
         Raises InputError where it is not known what to score it on, or the score of some rows is not a sum over them.
         """
@@ -249,7 +249,10 @@ class Shrunk:
         if low == high:
             count = self.rows[0]
             unseen = 1 - 0.05 ** (1 / count)  # what happens more often is seen in so many rows, 95 times in 100
-            yield f"none of the {count:,} rows that chose it scores otherwise; of other rows, up to {unseen:.1%} may"
+            yield (
+                f"none of the {count:,} rows that chose it scores differently; of other rows, up to {unseen:.1%} may "
+                "(95 %)"
+            )
         half = self.best.reported
         yield f"on the rows that did not choose it: {half.gap:+.3f} (95 %: {span(half.interval)})"
         if not asked.within(half):
@@ -317,6 +320,7 @@ def shrink(asked: Asked, force: bool = False) -> Shrunk:
     check_free(asked.out, asked.adapter, force)
     work = asked.out.with_name(f"{asked.out.name}.partly")
     if not (work / NOTE).exists():
+        tidy(work)  # of a kill before the note was whole
         check_replaceable(work, {"lock"}, "an unfinished `rankwise shrink`")
     work.mkdir(parents=True, exist_ok=True)
     try:

@@ -87,8 +87,8 @@ class Use:
         """
         if unknown := [key for key in settings if key not in SETTINGS]:
             raise InputError(
-                f"{unknown[0]}: is not saved next to an adapter{nearest(unknown[0], SETTINGS)}; what is: "
-                f"{', '.join(SETTINGS)}"
+                f"{unknown[0]}: is not among the settings saved next to an adapter{nearest(unknown[0], SETTINGS)}; "
+                f"these are {', '.join(SETTINGS)}"
             )
         return cls.of(run_config({"task": written(task), "model": model, **settings}), task, base)
 
