@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
+import models
 import rankwise as rw
 from models import write_llama
 from rankwise.adapters.beside import base_digest
@@ -95,6 +96,21 @@ def test_a_saved_model_says_what_it_knows_without_a_run(tmp_path: Path) -> None:
     assert "AutoModelForCausalLM.from_pretrained(base)" in code_of(tmp_path / "adapter")
     assert stored_ranks(tmp_path / "adapter")["model.layers.1.self_attn.v_proj"] == 5
     assert use.read(tmp_path / "adapter") is None
+
+
+@pytest.mark.parametrize("config", [IA3Config(target_modules=["q_proj"], feedforward_modules=[]), None])
+def test_what_is_not_lora_is_not_called_so(config: Any, tmp_path: Path) -> None:
+    model, method = models.model("llama"), None
+    if config is None:
+        method = rw.BitFit()
+        model = method.attach(models.model("bert"))
+    else:
+        model = get_peft_model(model, config)
+    rw.save(model, tmp_path / "adapter", method)
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert "lora" not in text.lower() and ("# IA3 adapter" in text) == ("library_name: peft" in text) == (
+        config is not None
+    )
 
 
 def test_ranks_of_blocks_stand_in_their_order_and_layers_without_an_adapter_at_0() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 
 from rankwise.adapters.peft_folder import PADDED
-from rankwise.files import ADAPTER, TOKENIZER
+from rankwise.files import ADAPTER, TOKENIZER, read_json
 from rankwise.metrics.bootstrap import LEVEL, Predictions, interval
 from rankwise.metrics.metric import Interval
 from rankwise.named import asked
@@ -159,8 +159,9 @@ class Base:
 
 def text(folder: Path, base: Base, ranks: Mapping[str, int], use: Use | None = None, facts: Facts | None = None) -> str:
     """The README of the adapter in `folder`, whose other files are there; `ranks` of each adapted layer."""
-    peft = (folder / CONFIG).exists()
-    parts = [_head(base, peft), f"# {facts.method} on {facts.task}" if facts else "# LoRA adapter", _about(base, peft)]
+    kind = _kind(folder)
+    title = f"{facts.method} on {facts.task}" if facts else f"{kind} adapter" if kind else "Trained weights"
+    parts = [_head(base, kind), f"# {title}", _about(base, kind)]
     if facts and facts.scores:
         rows = [f"| {name} | {value:.4f} | {_span(interval)} |" for name, value, interval in facts.scores]
         parts.append("\n".join([f"| score | value | {LEVEL:.0%} interval over the rows |", "|---|---|---|", *rows]))
@@ -169,7 +170,7 @@ def text(folder: Path, base: Base, ranks: Mapping[str, int], use: Use | None = N
         parts.append("Classes, in the order of the outputs: " + ", ".join(f"`{label}`" for label in base.labels))
     budget = f" The budget was {facts.budget:,} parameters." if facts and facts.budget else ""
     parts += _ranks(ranks, budget)
-    parts += ["## Use", *_use(folder, base, use, peft)]
+    parts += ["## Use", *_use(folder, base, use, bool(kind))]
     if facts:
         parts += ["## Training", f"```yaml\n{facts.settings.rstrip()}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -202,20 +203,26 @@ def _ranks(ranks: Mapping[str, int], budget: str = "") -> list[str]:
     return ["## Ranks", f"{len(ranks)} adapted layers, {spread}.{budget}", f"```\n{by_kind(ranks)}\n```"]
 
 
-def _head(base: Base, peft: bool) -> str:
+def _kind(folder: Path) -> str:
+    """PEFT's type of the adapter in a folder; "" where it is none of PEFT's."""
+    kind = str(read_json(folder / CONFIG)["peft_type"]) if (folder / CONFIG).exists() else ""
+    return "LoRA" if kind == "LORA" else kind
+
+
+def _head(base: Base, kind: str) -> str:
     """The block in YAML that the hub reads: it takes names on the hub, no paths."""
     lines = [f"base_model: {json.dumps(base.hub)}"] if base.hub else []
     lines += [f"license: {json.dumps(base.licence)}"] if base.licence else []
-    lines += ["library_name: peft"] if peft else []
-    lines += ["tags:", *([f"- {json.dumps(f'base_model:adapter:{base.hub}')}"] if peft and base.hub else [])]
-    lines += ["- lora"] if peft else []  # by which the hub offers it for inference
+    lines += ["library_name: peft"] if kind else []
+    lines += ["tags:", *([f"- {json.dumps(f'base_model:adapter:{base.hub}')}"] if kind and base.hub else [])]
+    lines += ["- lora"] if kind == "LoRA" else []  # by which the hub offers it for inference
     return "\n".join(["---", *lines, "- rankwise", "---"])
 
 
-def _about(base: Base, peft: bool) -> str:
+def _about(base: Base, kind: str) -> str:
     if not base.name:
         return "Its base model is not known."
-    what = "A LoRA adapter for" if peft else "What was trained on top of"
+    what = f"Adapter ({kind}) for" if kind else "What was trained on top of"
     note = f", {base.embedded.note}" if base.embedded and base.embedded.note else ""
     licence = f"; licence of that model: {base.licence}" if base.licence else "; see that model for its licence"
     return f"{what} `{base.hub or base.name}`{note}{licence}."
