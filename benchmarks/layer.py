@@ -128,7 +128,8 @@ def use(model: Any, name: str) -> None:
     model.base_model.enable_adapter_layers() if name in WAYS else model.base_model.disable_adapter_layers()
     threshold = WAYS.get(name)
     lora_linear.fast(model, on=threshold is not None)
-    lora_linear.SUM_FROM = lora_linear.SUM_FROM if threshold is None else threshold
+    if threshold is not None:
+        lora_linear.SUM_FROM = threshold
 
 
 def step(model: Any, call: Callable[[Any], Tensor]) -> None:

@@ -10,8 +10,9 @@ in each direction and without keeping it:
 
     y = (W + s B A) x + b                 ∂x = (W + s B A)ᵀ g
 
-For the backward pass x and u are kept; only u where A is frozen, as in LoRA-FA; and with dropout a mask of one byte for
-each entry of x. ω and gates are parametrizations of A, and torch derives their gradients from ∂A.
+For the backward pass x and u are kept, except that the second way computes u again; only u where A is frozen, as in
+LoRA-FA; and with dropout a mask of one byte for each entry of x. ω and gates are parametrizations of A, and torch
+derives their gradients from ∂A.
 
 The layer stays PEFT's. It is asked for its state in each call, and what the function does not cover is computed by
 PEFT's forward: disabled, merged, mixed or several adapters, DoRA and other variants, quantised weights, modules with
@@ -36,8 +37,8 @@ from rankwise.ranks.layers import FLOATS
 SUM_FROM = 4.0
 """W + s B A is formed from as many tokens as this times in · out / (in + out), twice the width of a square W.
 
-By `benchmarks/layer.py --tokens 512 1024 2048 4096 --rank 8`, where the way taken is the faster one or behind by a few
-hundredths. The rank makes no difference, since both ways do work in proportion to it.
+Chosen with `benchmarks/layer.py --tokens 512 1024 2048 4096 --rank 8`: the way taken is the faster one there, or slower
+by a few hundredths. The rank makes no difference, since both ways do work in proportion to it.
 """
 
 
@@ -89,7 +90,7 @@ class LoraLinearFunction(torch.autograd.Function):
         s, rescale = ctx.s, 1 / (1 - ctx.dropout)
         dx = db = dA = dB = None
         h = g.to(A.dtype)
-        v = (B.t() @ h.t()).mul_(s)
+        v: Any = (B.t() @ h.t()).mul_(s) if for_A or (for_x and not ctx.summed) else None
         if for_A:
             into = x.to(A.dtype)
             dA = v @ (into if mask is None else (into * mask).mul_(rescale))
@@ -166,8 +167,9 @@ def _fast_forward(layer: Any, x: Tensor) -> Tensor | None:
     if not (known and _plain(into_A, nn.Linear) and _plain(into_B, nn.Linear) and isinstance(s, (int, float))):
         return None
     W, b, A, B = base.weight, base.bias, into_A.weight, into_B.weight
-    tensors = [each for each in (x, W, b, A, B, into_A.bias, into_B.bias) if each is not None]
-    if len(tensors) != 4 + (b is not None) or W.requires_grad or not all(map(_is_plain_tensor, tensors)):
+    tensors = [each for each in (x, W, b, A, B) if each is not None]
+    biases = into_A.bias is not None or into_B.bias is not None
+    if biases or W.requires_grad or not all(map(_is_plain_tensor, tensors)):
         return None
     inputs = W.shape[0] if isinstance(base, Conv1D) else W.shape[1]
     if x.dim() == 0 or x.shape[-1] != inputs or len({each.device for each in tensors}) > 1:
