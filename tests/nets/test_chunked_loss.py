@@ -144,6 +144,35 @@ def test_gradients_are_those_of_finite_differences() -> None:
     )
 
 
+def test_a_number_of_labels_that_is_not_that_of_tokens_is_refused_as_by_torch() -> None:
+    head = nn.Linear(3, 5)
+    logits = Chunked(head.forward, tokens=2)(torch.randn(4, 3))
+    with pytest.raises(ValueError, match="to match target batch_size"):
+        functional.cross_entropy(logits, torch.zeros(7, dtype=torch.long))
+
+
+class Routed(nn.Module):
+    """A head with a weight that only tokens with a positive first feature use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.all, self.some = nn.Linear(3, 5, bias=False), nn.Linear(3, 5, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.all(hidden)
+        return logits if len(hidden) and not (hidden[:, 0] > 0).any() else logits + self.some(hidden)
+
+
+def test_a_weight_that_only_some_chunks_use_keeps_its_gradient() -> None:
+    torch.manual_seed(0)
+    head, labels = Routed(), torch.tensor([1, 0, 4, 2])
+    hidden = torch.tensor([[1.0, 2.0, 3.0], [2.0, 0.0, 1.0], [-1.0, 1.0, 2.0], [-2.0, 1.0, 0.0]])
+    chunked = Chunked(head.forward, tokens=2)(hidden)
+    found = torch.autograd.grad(functional.cross_entropy(chunked, labels), head.some.weight)
+    first = functional.cross_entropy(head(hidden[:2]), labels[:2], reduction="sum") / 4
+    torch.testing.assert_close(found, torch.autograd.grad(first, head.some.weight))
+
+
 def test_rows_without_any_label_have_the_loss_that_they_have_without_chunks() -> None:
     """0 as a sum; the mean over none is no number."""
     made = model("llama")
@@ -223,6 +252,11 @@ def test_whoever_needs_all_logits_has_them_and_their_gradients() -> None:
     assert torch.equal(torch.stack([logits, logits])[0], own) and len([*logits]) == 3
     found = torch.autograd.grad(made(**inputs).logits.square().mean(), [*made.parameters()], allow_unused=True)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert torch.equal(made(**inputs).logits[0, 0, 3, ...], own[0, 0, 3, ...])
+    logits = made(**inputs).logits
+    with torch.no_grad():
+        assert not logits.logsumexp(-1).requires_grad
+    assert logits.logsumexp(-1).requires_grad
     logits = made(**inputs).logits
     logits.mul_(2)
     assert torch.equal(logits.clone(), 2 * own)

@@ -180,7 +180,8 @@ class Logits(Tensor):
     def whole(self) -> Tensor:
         if self.computed is None:
             self.pending.chunked.whole_logits += 1
-            self.computed = self.pending.of(self.pending.hidden)
+            with torch.enable_grad():  # whoever asks first may need no gradients, and the loss comes after
+                self.computed = self.pending.of(self.pending.hidden)
         return self.computed
 
     @classmethod
@@ -207,9 +208,9 @@ class Logits(Tensor):
 def _keeps_words(index: Any, dim: int) -> bool:
     """Whether an index leaves the last of `dim` dimensions as it is."""
     parts = index if isinstance(index, tuple) else (index,)
-    if not all(part is Ellipsis or isinstance(part, (slice, int)) for part in parts):
+    if len(parts) > dim or not all(part is Ellipsis or isinstance(part, (slice, int)) for part in parts):
         return False
-    if any(part is Ellipsis for part in parts) or len(parts) == dim:
+    if Ellipsis in parts or len(parts) == dim:
         return parts[-1] is Ellipsis or parts[-1] == slice(None)
     return len(parts) < dim
 
@@ -237,7 +238,7 @@ def _cross_entropy(
     pending = input.pending
     if any(each is not None for each in (weight, size_average, reduce)) or reduction not in ("mean", "sum"):
         return None
-    if pending.hidden.dim() != 2 or target.dim() != 1 or target.is_floating_point():
+    if pending.hidden.dim() != 2 or target.shape != pending.hidden.shape[:1] or target.is_floating_point():
         return None
     pending.chunked.losses += 1
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": "sum"}
@@ -267,8 +268,9 @@ class _Sum(torch.autograd.Function):
             if (by_chunk := grads[0]) is not None:
                 by_chunk[rows] = found.pop(0)
             for place, grad in enumerate(found, 1):
-                before = grads[place]
-                grads[place] = grad if before is None or grad is None else before.add_(grad)
+                if grad is not None:
+                    before = grads[place]
+                    grads[place] = grad if before is None else before.add_(grad)
         ctx.known = [grad is not None for grad in grads]
         ctx.save_for_backward(*(grad for grad in grads if grad is not None))
         return total
@@ -305,9 +307,8 @@ def _close(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bo
     assert loss is not None
     exact = all(each is None or each.dtype == torch.float32 for each in others)
     exact = exact and not torch.is_autocast_enabled(loss.device.type)
-    largest = max(
-        float(each.abs().max()) for each in others if each is not None
-    )  # some are 0, and what is left is noise
+    # some gradients are 0, and what is left of them is noise
+    largest = max(float(each.abs().max()) for each in others if each is not None)
     for one, other in zip(some, others, strict=True):
         if one is None or other is None:
             if one is not other:
