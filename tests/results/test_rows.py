@@ -64,6 +64,14 @@ def test_a_label_tells_a_method_from_its_like(
     assert [row.method for row in rows(store)] == labels
 
 
+@pytest.mark.parametrize("how", [{"micro_batch": 4}, {"packing": True}, {"activation_memory": "lean"}, {"fast": True}])
+def test_runs_that_differ_only_in_the_order_of_sums_are_compared(how: dict[str, Any], store: Store) -> None:
+    finish(store, config(), 0.5)
+    finish(store, config(method=HEAD, **how), 0.5)
+    one, other = rows(store)
+    assert one.setting == other.setting
+
+
 def test_the_best_rate_has_the_best_mean_among_those_with_the_most_seeds(store: Store) -> None:
     for rate, scores in ((1e-3, (0.7, 0.7)), (3e-3, (0.6, 0.9)), (1e-2, (0.99,))):
         for seed, score in enumerate(scores):

@@ -17,7 +17,7 @@ from rankwise.runs.result import Finished, Split
 from rankwise.runs.search import Search
 from rankwise.settings import OWN
 
-_COMPUTING = {"micro_batch", "packing", "activation_memory"}  # change the order of sums, not what is summed
+_COMPUTING = {"micro_batch", "packing", "activation_memory", "fast"}  # change the order of sums, not what is summed
 _MAY_DIFFER = {"method", *OWN["method"], "budget", "seed", "eval_every", "checkpoint_every", *_COMPUTING, *CHAIN}
 """Settings in which a method may differ from the one that it is measured against."""
 
