@@ -46,10 +46,10 @@ def test_a_lean_run_has_the_losses_of_a_plain_one(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"compile": True}, "activation_memory: what is compiled computes all logits; leave out compile or lean"),
+        ({"compile": True}, "activation_memory: a compiled step computes all logits; leave out compile or lean"),
         (
             {"dtype": "fp16"},
-            "activation_memory: lean takes gradients before fp16 has scaled the loss up; use bf16, or leave it out",
+            "activation_memory: lean computes gradients before fp16 scales the loss up; use bf16, or leave it out",
         ),
     ],
 )

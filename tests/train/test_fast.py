@@ -36,7 +36,7 @@ def test_a_fast_run_learns_the_same_by_another_way(tmp_path: Path, monkeypatch: 
 
 def test_a_compiled_run_cannot_be_fast() -> None:
     said = refused(lambda: Checked.of({"task": "stdlib-kind", "compile": True, "fast": True}, []))
-    assert said == "compile: a compiled step has PEFT's LoRA layers; leave out compile or fast", said
+    assert said == "compile: a compiled step uses PEFT's own LoRA layers; leave out compile or fast", said
 
 
 def test_the_setting_is_in_the_id() -> None:

@@ -78,7 +78,7 @@ class RunConfig(BaseModel):
         default=False, description="compute activations again in the backward pass instead of keeping them"
     )
     activation_memory: Literal["plain", "lean"] = Field(
-        default="plain", description="lean: the logits of a model that writes text, for a few tokens at a time"
+        default="plain", description="lean: compute the logits of a model that writes text for a few tokens at a time"
     )
     micro_batch: int | None = Field(
         default=None,
@@ -202,13 +202,13 @@ class RunConfig(BaseModel):
         if self.compile and self.quantise != "none":
             raise ValueError("compile: not for quantised weights; leave out compile or quantise")
         if self.activation_memory == "lean" and self.compile:
-            raise ValueError("activation_memory: what is compiled computes all logits; leave out compile or lean")
+            raise ValueError("activation_memory: a compiled step computes all logits; leave out compile or lean")
         if self.activation_memory == "lean" and "fp16" in (self.dtype, self.autocast):
             raise ValueError(
-                "activation_memory: lean takes gradients before fp16 has scaled the loss up; use bf16, or leave it out"
+                "activation_memory: lean computes gradients before fp16 scales the loss up; use bf16, or leave it out"
             )
         if self.compile and self.fast:
-            raise ValueError("compile: a compiled step has PEFT's LoRA layers; leave out compile or fast")
+            raise ValueError("compile: a compiled step uses PEFT's own LoRA layers; leave out compile or fast")
         if self.dtype != "fp32" and self.autocast not in (None, self.dtype):
             raise ValueError(f"autocast = {self.autocast}: weights of dtype {self.dtype} compute in {self.dtype}")
         if self.packing and self.trainer.get("neftune_noise_alpha") is not None:

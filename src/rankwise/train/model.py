@@ -413,7 +413,7 @@ def _input_errors(name: str) -> Iterator[None]:
             reason = reason.partition(" Model type should be one of")[0]
         from_hub = isinstance(error, OSError) and not Path(name).exists()
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        where = (
-            f"there is no folder {name}, and the hub does not give it{offline}" if from_hub else f"cannot load {name}"
-        )
+        where = f"cannot load {name}"
+        if from_hub:
+            where = f"there is no folder {name}, and it could not be loaded from the hub{offline}"
         raise InputError(f"model: {where}: {reason}") from error
