@@ -185,6 +185,11 @@ def ours(folder: Path) -> bool:
     return bool(found) and "\n- rankwise\n" in start
 
 
+def users(folder: Path) -> bool:
+    """Whether a folder has a card that is none of these, which is kept, as PEFT does."""
+    return (folder / CARD).is_file() and not ours(folder)
+
+
 def renew(folder: Path) -> None:
     """Say in the card of an adapter, if it is one of these, which ranks it has now that they were changed."""
     if ours(folder):

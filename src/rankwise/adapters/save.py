@@ -109,7 +109,7 @@ def save(
             use.write(written)
         if tokenizer is not None:
             write_tokenizer(tokenizer, model, written)
-        if (folder / CARD).is_file() and not card.ours(folder):  # a user's, which PEFT keeps too
+        if card.users(folder):
             shutil.copyfile(folder / CARD, written / CARD)
         else:
             (written / CARD).write_text(card.text(written, base, ranks, use, facts), encoding="utf-8")

@@ -139,7 +139,7 @@ class RankTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        users = (folder / card.CARD).is_file() and not card.ours(folder)
+        users = card.users(folder)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as name:
             adapter = save(model, Path(name) / "adapter")
             super().save_model(str(folder), _internal_call=True)
