@@ -264,7 +264,7 @@ def test_killed_again_and_again_the_same_command_ends_with_the_same(made: Path, 
             done = len(list(work.glob("*/attempt.json")))
             while kills and process.poll() is None:
                 if len(list(work.glob("*/attempt.json"))) > done:
-                    time.sleep(0.05 * kills)  # into the next one
+                    time.sleep(0.01 * kills)  # into the next one
                     process.kill()
                     kills -= 1
                     break
