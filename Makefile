@@ -2,6 +2,7 @@
 # make demo    a small real comparison on this machine, with its report
 # make check   linter, types, direction of imports
 # make test    check, then all tests but the large ones
+# make bench   time and memory next to the least possible and to PEFT's: docs/performance.md (40 minutes; make bench-quick: 2)
 # make test-large  the large tests, and more fuzzing; CI runs both
 # make docs    the documentation as a site, in site/; what leads nowhere is an error
 # make installed  the wheel alone in an environment of its own (by hand; PYTHON=python3.13 for another Python)
@@ -21,7 +22,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-large clients docs conformance installed oldest clean
+.PHONY: help setup demo check test test-large bench bench-quick clients docs conformance installed oldest clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -57,6 +58,12 @@ test: check
 
 test-large: $(READY)
 	OMP_NUM_THREADS=1 RANKWISE_FUZZ=10000 $(BIN)/python -m pytest -n auto -m "large or fuzz"
+
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/suite.py
+
+bench-quick: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/suite.py --quick
 
 docs: $(READY) # not quietly: --quiet hides warnings from --strict too
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

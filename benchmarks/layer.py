@@ -33,7 +33,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS = ["384x384", "384x1536", "1536x384", "512x512", "512x2048", "1024x1024"]
 MODELS: dict[str, Any] = {
     "bert": transformers.BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=2
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=2,
     ),
     "llama": transformers.LlamaConfig(
         hidden_size=512,
@@ -77,8 +83,7 @@ def main() -> None:
         cells = [*(f"{over[way][1]:.2f}" for way in WAYS), f"{ratio[1]:.2f}", *(f"{size / 1e6:.1f}" for size in kept)]
         print("|", " | ".join(map(str, [*row.values(), *cells])), "|", flush=True)
     if asked.json:
-        device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or platform.machine()
-        asked.json.write_text(json.dumps({"device": device, "torch": torch.__version__, "rows": rows}, indent=1))
+        asked.json.write_text(json.dumps({"device": device(), "torch": torch.__version__, "rows": rows}, indent=1))
 
 
 def measured(
@@ -105,7 +110,11 @@ def measured(
     of_product = own / (2 * tokens * 512 * 512)
     least = [a + of_product * b for a, b in zip(seconds["limit"], seconds["product"], strict=True)]
     over = {way: quartiles(seconds[way], least) for way in WAYS}
-    return over, quartiles(seconds["fast"], seconds["peft"]), [kept(model, call, way) for way in ("peft", "fast")]
+    sizes = []
+    for way in ("peft", "fast"):
+        use(model, way)
+        sizes.append(kept(model, call))
+    return over, quartiles(seconds["fast"], seconds["peft"]), sizes
 
 
 def adapted(what: str, tokens: int, config: LoraConfig) -> tuple[Any, Callable[[Any], Tensor]]:
@@ -121,6 +130,15 @@ def adapted(what: str, tokens: int, config: LoraConfig) -> tuple[Any, Callable[[
     x = torch.randn(tokens, inputs, device=DEVICE, requires_grad=True)
     base = nn.Sequential(nn.Linear(inputs, outputs)).to(DEVICE)
     return get_peft_model(base, config).train(), lambda model: model(x)
+
+
+def device() -> str:
+    """The name of the processor or the GPU."""
+    if DEVICE == "cuda":
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (named or [platform.processor() or platform.machine()])[0]
 
 
 def use(model: Any, name: str) -> None:
@@ -152,9 +170,8 @@ def quartiles(seconds: list[float], others: list[float]) -> list[float]:
     return statistics.quantiles([a / b for a, b in zip(seconds, others, strict=True)], n=4)
 
 
-def kept(model: Any, call: Callable[[Any], Tensor], way: str) -> int:
+def kept(model: Any, call: Callable[[Any], Tensor]) -> int:
     """The bytes kept for the backward pass, other than parameters, each storage once."""
-    use(model, way)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, Tensor] = {}
 

@@ -1,0 +1,232 @@
+"""What docs/performance.md says of the results of `benchmarks/suite.py`: its tables and its pictures."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rankwise.files import write_whole
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "performance.md"
+NAMES = {
+    "bert": "MiniLM's shape",
+    "llama": "small decoder",
+    "llama-2048": "Llama, d 2,048",
+    "llama-4096": "Llama, d 4,096",
+}
+OURS = {"lora": "LoRA", "lora, fast: false": "LoRA, `fast: false`", "lora, lean": "LoRA, `activation_memory: lean`"}
+Results = dict[str, Any]
+Cell = tuple[str, bool | None]
+"""What was measured, and whether the goal is met; None where it was not measured."""
+
+
+def table(titles: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return "Not measured yet."
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def ratio(quartiles: list[float]) -> str:
+    low, middle, high = quartiles
+    return f"{middle:.3f} ({low:.3f}–{high:.3f})"
+
+
+def arm(name: str) -> str:
+    return name if name.startswith(("PEFT", "full")) else "rankwise " + OURS.get(name, name)
+
+
+def _rows(result: dict[str, Any], key: str) -> dict[str, Any]:
+    return {row["arm"]: row[key] for row in result["rows"]}
+
+
+# --- one part
+
+
+def section(name: str, result: dict[str, Any]) -> str:
+    """The table of one part, for the terminal."""
+    kind = name.partition("-")[0]
+    body = SECTIONS[kind](result)
+    return f"{name}, {result['machine']['device']}, {result['rounds']} rounds, {result['seconds']} s\n\n{body}\n"
+
+
+def _steps(result: dict[str, Any]) -> str:
+    rows = []
+    for row in result["rows"]:
+        ratios = [ratio(row[f"over {other}"]) for other in ("limit", "PEFT LoRA", "lora")]
+        rows.append([arm(row["arm"]), *ratios, f"{row['optimizer'][1]:.1%}"])
+    return table(["step", "÷ limit", "÷ PEFT LoRA", "÷ rankwise LoRA", "of it, the optimizer"], rows)
+
+
+def _memory(result: dict[str, Any]) -> str:
+    rows = [
+        [arm(row["arm"]), *(f"{row[key] / 1e6:.1f} MB, {row[f'{key} over limit']:.3f}" for key in ("kept", "peak"))]
+        for row in result["rows"]
+    ]
+    return table(["memory", "saved for the backward pass, ÷ limit", "growth in a step, ÷ limit"], rows)
+
+
+def _changes(result: dict[str, Any]) -> str:
+    rows = [[NAMES[row["shape"]], str(row["sites"]), f"{row['share'][1]:.1e}"] for row in result["rows"]]
+    return table(["three rank changes in 1,000 steps", "sites", "share of the run"], rows)
+
+
+def _error(result: dict[str, Any]) -> str:
+    rows = [
+        ["×".join(map(str, row["shape"])), " → ".join(map(str, row["ranks"])), f"{row['above']:.1e}"]
+        for row in result["rows"]
+    ]
+    return table(["W", "rank", "error above the smallest possible"], rows)
+
+
+def _help(result: dict[str, Any]) -> str:
+    return table(["process", "s"], [[f"`{row['command']}`", ratio(row["seconds"])] for row in result["rows"]])
+
+
+SECTIONS = {"steps": _steps, "memory": _memory, "changes": _changes, "error": _error, "help": _help}
+
+
+# --- the goals
+
+
+def _at_most(value: list[float] | float, goal: float, shown: str = "") -> Cell:
+    middle = value if isinstance(value, float) else value[1]
+    return shown or (f"{middle:.3f}" if isinstance(value, float) else ratio(value)), middle <= goal
+
+
+def _step(arms: str | Callable[[dict[str, Any]], list[str]], rank: int, key: str, goal: float) -> Any:
+    """The cell of a shape: the step of an arm, or of the slowest of several."""
+
+    def cell(results: Results, shape: str) -> Cell:
+        result = results.get(f"steps-{shape}-{rank}")
+        if result is None:
+            return "", None
+        found = _rows(result, key)
+        names = [arms] if isinstance(arms, str) else arms(found)
+        name = max(names, key=lambda name: found[name][1])
+        shown = ratio(found[name]) + ("" if isinstance(arms, str) else f", {name}")
+        return _at_most(found[name], goal, shown)
+
+    return cell, f"steps-{{}}-{rank}"
+
+
+def _kept(name: str, goals: dict[str, float]) -> Any:
+    def cell(results: Results, shape: str) -> Cell:
+        result = results.get(f"memory-{shape}-8")
+        found = {} if result is None else _rows(result, "kept over limit")
+        return _at_most(found[name], goals[shape]) if name in found else ("", None)
+
+    return cell, "memory-{}-8"
+
+
+def _one(part: str, value: Callable[[dict[str, Any], str], tuple[float, str] | None], goal: float) -> Any:
+    def cell(results: Results, shape: str) -> Cell:
+        found = value(results[part], shape) if part in results else None
+        return ("", None) if found is None else _at_most(found[0], goal, found[1])
+
+    return cell, part
+
+
+def searches(found: dict[str, Any]) -> list[str]:
+    """The arms of methods whose layers are PEFT's LoRA; AdaLoRA has other ones, and a row of its own."""
+    return [name for name in found if not name.startswith(("PEFT", "full", "lora", "dora", "adalora"))]
+
+
+def _share(result: dict[str, Any], shape: str) -> tuple[float, str] | None:
+    [share] = [row["share"][1] for row in result["rows"] if row["shape"] == shape]
+    return share, f"{share:.1e}"
+
+
+def _worst_error(result: dict[str, Any], shape: str) -> tuple[float, str] | None:
+    worst = max(row["above"] for row in result["rows"])
+    return (worst, f"{worst:.1e}") if shape == "bert" else None
+
+
+def _seconds(result: dict[str, Any], shape: str) -> tuple[float, str] | None:
+    help_, pass_ = (row["seconds"][1] for row in result["rows"])
+    return (help_, f"{help_:.3f} s, {help_ / pass_:.1f} × `python -c pass`") if shape == "bert" else None
+
+
+LEAN = {"bert": 1.22, "llama": 1.05}
+GOALS: list[tuple[str, str, Any]] = [
+    ("LoRA's step ÷ limit, r 8", "≤ 1.10", _step("lora", 8, "over limit", 1.10)),
+    ("LoRA's step ÷ limit, r 32", "≤ 1.03", _step("lora", 32, "over limit", 1.03)),
+    ("the slowest search ÷ limit, r 8", "≤ 1.10", _step(searches, 8, "over limit", 1.10)),
+    ("the slowest search ÷ limit, r 32", "≤ 1.03", _step(searches, 32, "over limit", 1.03)),
+    ("AdaLoRA's search ÷ limit, r 8", "≤ 1.10", _step("adalora", 8, "over limit", 1.10)),
+    ("LoRA-FA's step ÷ limit, r 8", "≤ 1.06", _step("lora-fa", 8, "over limit", 1.06)),
+    ("SimplexLoRA's step in its search ÷ LoRA's", "≤ 1.01", _step("simplex-lora", 8, "over lora", 1.01)),
+    ("SoRA's step in its search ÷ LoRA's", "≤ 1.01", _step("sora", 8, "over lora", 1.01)),
+    ("half the sites empty, half at r 4 ÷ all at r 8", "≤ 0.93", _step("lora, shrunk", 8, "over lora", 0.93)),
+    ("activations ÷ limit, `activation_memory: lean`", "≤ 1.22, ≤ 1.05", _kept("lora, lean", LEAN)),
+    ("activations ÷ limit, LoRA-FA", "≤ 1.02", _kept("lora-fa", {"bert": 1.02, "llama": 1.02})),
+    ("three rank changes, share of 1,000 steps", "≤ 1e-4", _one("changes", _share, 1e-4)),
+    ("error of a resize above the smallest possible", "≤ 1e-8", _one("error", _worst_error, 1e-8)),
+    ("`--help`", "≤ 0.2 s", _one("help", _seconds, 0.2)),
+]  # fmt: skip
+"""What, the goal, and the cell of a shape with the part that measures it."""
+
+
+def goals(results: Results) -> str:
+    rows = []
+    for what, goal, (cell, part) in GOALS:
+        cells = [cell(results, shape) for shape in ("bert", "llama")]
+        met = [good for _, good in cells if good is not None]
+        parts = dict.fromkeys(part.format(shape) for shape in ("bert", "llama"))
+        rows.append([what, goal, *(shown or "–" for shown, _ in cells), _verdict(met), f"`{' '.join(parts)}`"])
+    return table(["", "goal", NAMES["bert"], NAMES["llama"], "reached", "part"], rows)
+
+
+def _verdict(met: list[bool]) -> str:
+    return "not measured" if not met else "yes" if all(met) else "**no**" if not any(met) else "**one of two**"
+
+
+def every_step(results: Results) -> str:
+    columns = [(shape, rank) for shape in NAMES for rank in (8, 32, 64) if f"steps-{shape}-{rank}" in results]
+    rows: dict[str, list[str]] = {}
+    for shape, rank in columns:
+        result = results[f"steps-{shape}-{rank}"]
+        peft = _rows(result, "over PEFT LoRA")
+        for name, quartiles in _rows(result, "over limit").items():
+            rows.setdefault(arm(name), []).append(f"{ratio(quartiles)}; {peft[name][1]:.2f}")
+    return table(["step ÷ limit; ÷ PEFT LoRA", *(f"{NAMES[shape]}, r {rank}" for shape, rank in columns)],
+                 [[name, *cells] for name, cells in rows.items()])  # fmt: skip
+
+
+def every_memory(results: Results) -> str:
+    columns = [(shape, rank) for shape in NAMES for rank in (8, 32, 64) if f"memory-{shape}-{rank}" in results]
+    rows: dict[str, list[str]] = {}
+    for shape, rank in columns:
+        for row in results[f"memory-{shape}-{rank}"]["rows"]:
+            cell = f"{row['kept over limit']:.3f}; {row['peak over limit']:.2f}"
+            rows.setdefault(arm(row["arm"]), []).append(cell)
+    return table(["saved ÷ limit; growth ÷ limit", *(f"{NAMES[shape]}, r {rank}" for shape, rank in columns)],
+                 [[name, *cells] for name, cells in rows.items()])  # fmt: skip
+
+
+def measured_on(results: Results) -> str:
+    lines = []
+    for name, result in results.items():
+        machine = result["machine"]
+        versions = ", ".join(f"{package} {machine[package]}" for package in ("torch", "transformers", "peft"))
+        how = f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads; {versions}"
+        lines.append([f"`{name}`", result["date"], f"{result['tokens']}", f"{result['rounds']}", how])
+    return table(["part", "date", "tokens", "rounds", "machine"], lines)
+
+
+BLOCKS = {"goals": goals, "steps": every_step, "memory": every_memory, "measured": measured_on}
+"""What stands between the marks of the page."""
+
+
+def written(text: str, results: Results) -> str:
+    """The page with the tables of these results."""
+    for name, block in BLOCKS.items():
+        marks = re.compile(rf"(<!-- {name}: [^\n]*-->\n)(?:(?!<!-- end).)*(<!-- end -->)", re.DOTALL)
+        text, count = marks.subn(lambda found, block=block: f"{found[1]}\n{block(results)}\n\n{found[2]}", text)
+        assert count == 1, name
+    return text
+
+
+def write(results: Results) -> None:
+    write_whole(PAGE, written(PAGE.read_text(encoding="utf-8"), results))

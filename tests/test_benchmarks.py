@@ -1,0 +1,134 @@
+"""`make bench`: what it measures is well formed, is kept, and is what docs/performance.md says."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import suite
+
+    return suite
+
+
+def run(*options: object) -> str:
+    command = [sys.executable, FOLDER / "suite.py", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_page_is_what_the_results_give(suite: ModuleType) -> None:
+    text = suite.page.PAGE.read_text(encoding="utf-8")
+    results = suite.read(suite.RESULTS)
+    assert suite.page.written(text, results) == text
+    assert results
+    other = json.loads(json.dumps(results).replace('"date": "2', '"date": "3'))
+    assert suite.page.written(text, other) != text
+
+
+def steps(lora: float, slow: float) -> dict[str, Any]:
+    arms = {"PEFT LoRA": 1.3, "lora": lora, "lora-fa": 1.0, "sora": lora, "simplex-lora": slow, "adalora": 2.0}
+    arms["lora, shrunk"] = 0.9
+    rows = [
+        {"arm": arm, **{f"over {other}": [value - 0.1, value, value + 0.1] for other in ("limit", "PEFT LoRA", "lora")}}
+        for arm, value in arms.items()
+    ]
+    return {"rows": rows}
+
+
+def test_goals_are_reached_missed_or_not_measured(suite: ModuleType) -> None:
+    lines = suite.page.goals({"steps-bert-8": steps(1.05, 1.06), "steps-llama-8": steps(1.09, 1.2)}).splitlines()
+    table = {line.split(" | ")[0].strip("| "): line for line in lines}
+    assert (
+        "| 1.050 (0.950–1.150) | 1.090 (0.990–1.190) | yes | `steps-bert-8 steps-llama-8` |"
+        in table["LoRA's step ÷ limit, r 8"]
+    )
+    slowest = table["the slowest search ÷ limit, r 8"]
+    assert "1.060 (0.960–1.160), simplex-lora | 1.200 (1.100–1.300), simplex-lora | **one of two**" in slowest
+    assert "| **no** |" in table["AdaLoRA's search ÷ limit, r 8"]
+    assert "| – | – | not measured |" in table["LoRA's step ÷ limit, r 32"]
+    assert all(line.count("|") == 7 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["steps-bert-9"], "there is no part steps-bert-9: choose from steps-bert-8, "),
+        (["help", "--rounds", "1"], "--rounds must be at least 2"),
+        (["help", "--tokens", "-1"], "--tokens at least 1"),
+        (["help", "--json", "{folder}"], "cannot be read"),
+        (["help", "--json", "{folder}/torn.json"], "cannot be read"),
+        (["help", "--json", "{folder}/other.json"], "has no results of this program"),
+        (["help", "--json", "{folder}/gpu.json"], "is of another device (GPU, not "),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(
+    options: list[str], message: str, suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torn.json").write_text('{"help":')
+    (tmp_path / "other.json").write_text('{"name": 1}')
+    machine = {"device": "GPU", "dtype": "float32", "threads": 1}
+    (tmp_path / "gpu.json").write_text(json.dumps({"error": {"machine": machine}}))
+    monkeypatch.setattr(sys, "argv", ["suite.py", *(option.format(folder=tmp_path) for option in options)])
+    with pytest.raises(suite.InputError) as caught:
+        suite.main()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_runs_take_turns_and_the_first_round_is_not_counted(suite: ModuleType) -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: float(len(order) + bool(order.append(name))) for name in "abc"}
+    found = suite.in_turns(runs, 2)
+    assert "".join(order) == "abcbcacab"
+    assert found == {"a": [5.0, 7.0], "b": [3.0, 8.0], "c": [4.0, 6.0]}
+
+
+@pytest.mark.large
+def test_what_has_been_measured_is_kept_unless_it_is_asked_for_again(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    options = ("--json", file, "--rounds", 2)
+    assert run("help", "error", *options).count("2 rounds") == 2
+    first = json.loads(file.read_text())
+    assert [*first] == ["error", "help"]  # in the order of the parts
+    assert run("help", "error", *options) == ""
+    assert json.loads(file.read_text()) == first
+    assert "1536×384" in run("error", "--again", *options)
+    assert json.loads(file.read_text())["help"] == first["help"]
+    assert [row["above"] < 1e-8 for row in first["error"]["rows"]] == [True] * 3
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("shape", ["bert", "llama"])
+def test_each_step_is_measured_and_its_memory(shape: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    shown = run(f"steps-{shape}-8", f"memory-{shape}-8", "changes", "--json", file, "--rounds", 2, "--tokens", 8)
+    results = json.loads(file.read_text())
+    steps, memory = ({row["arm"]: row for row in results[f"{part}-{shape}-8"]["rows"]} for part in ("steps", "memory"))
+    wanted = {
+        "PEFT LoRA",
+        "PEFT DoRA",
+        "full fine-tuning",
+        "lora",
+        "lora, fast: false",
+        "simplex-lora",
+        "sora",
+        "adalora",
+    }
+    assert wanted <= steps.keys() <= memory.keys()
+    for row in steps.values():
+        low, middle, high = row["over limit"]
+        assert 0 < low <= middle <= high and 0 < row["optimizer"][1] < 1
+    assert steps["lora"]["over lora"] == steps["PEFT LoRA"]["over PEFT LoRA"] == [1, 1, 1]
+    assert memory["lora-fa"]["kept"] < memory["lora"]["kept"] == memory["PEFT LoRA"]["kept"]
+    assert memory["lora, shrunk"]["kept"] < memory["lora"]["kept"]
+    assert all(row["share"][0] > 0 for row in results["changes"]["rows"])
+    assert len(re.findall(r"^\| rankwise simplex-lora ", shown, re.MULTILINE)) == 2
