@@ -34,6 +34,7 @@ from transformers import (
 
 from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.runs.answers import LONGEST, Answers
+from rankwise.tasks import decoding
 from rankwise.tasks.agreement import agree, check_rows, context
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task, evaluating
 from rankwise.tasks.source import checked, own_split, read
@@ -214,6 +215,7 @@ class Generation(Task):
                     attention_mask=mask.to(device),
                     generation_config=config,
                     logits_processor=rules,
+                    custom_generate=decoding.search,
                 )
             for row, output in zip(rows, outputs[:, start:].tolist(), strict=True):
                 tokens = output[: output.index(end)] if end in output else output

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from rankwise.errors import InputError, NotFiniteError, need
 from rankwise.metrics import METRICS
 from rankwise.nets.virtual_tokens import VirtualTokens
+from rankwise.tasks import decoding
 from rankwise.tasks.agreement import agree, check_rows, context
 from rankwise.tasks.base import Batch, Evaluation, Scored, Split, Task, evaluating
 from rankwise.tasks.generation import IGNORE, batches, check_direction, inner_model, pad_token, padded, settings
@@ -213,7 +214,12 @@ def continued(
     ids, mask = padded(prompts, pad_token(processor), left=True)
     device = next(model.parameters()).device
     with settings(inner, config):
-        outputs = inner.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+        outputs = inner.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            generation_config=config,
+            custom_generate=decoding.search,
+        )
     texts = []
     for output in outputs[:, ids.shape[1] :].tolist():
         written = [*itertools.takewhile(lambda id: id not in ends, output)]
