@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rankwise.errors import InputError
+from rankwise.nets.recomputed import base_of
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.processes import together
 
@@ -79,8 +79,7 @@ def untried(model: nn.Module) -> "Chunked":
 
 
 def output_layer(model: nn.Module) -> Any:
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    if (head := getattr(base, "get_output_embeddings", lambda: None)()) is None:
+    if (head := getattr(base_of(model), "get_output_embeddings", lambda: None)()) is None:
         raise _refused(model)
     return head
 
@@ -319,5 +318,5 @@ def _close(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bo
 
 
 def _refused(model: Any, reason: str = "") -> InputError:
-    name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+    name = type(base_of(model)).__name__
     return InputError(f"activation_memory: the loss of {name} cannot be computed in chunks{reason}: leave it out")

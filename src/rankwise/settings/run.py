@@ -78,7 +78,8 @@ class RunConfig(BaseModel):
         default=False, description="compute activations again in the backward pass instead of keeping them"
     )
     activation_memory: Literal["plain", "lean"] = Field(
-        default="plain", description="lean: compute the logits of a model that writes text for a few tokens at a time"
+        default="plain",
+        description="lean: compute outputs of norms and activations again in the backward pass, and few logits at once",
     )
     micro_batch: int | None = Field(
         default=None,

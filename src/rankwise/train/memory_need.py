@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rankwise import methods, tasks
-from rankwise.nets import chunked_loss
+from rankwise.nets import chunked_loss, recomputed
 from rankwise.processes import together
 from rankwise.ranks.layers import features, holds_codes
 from rankwise.settings import RunConfig
@@ -102,7 +102,7 @@ def note(configs: Sequence[RunConfig], shipped: bool = False) -> str:
 
 def _can_be_lean(config: RunConfig) -> bool:
     allowed = not config.compile and "fp16" not in (config.dtype, config.autocast)
-    return allowed and config.activation_memory != "lean" and tasks.build(config.task).family == "generation"
+    return allowed and config.activation_memory != "lean"
 
 
 _DECIDES = (
@@ -197,7 +197,9 @@ def kept_by_step(model: Any, config: RunConfig, task: Any, rows: int, tokens: in
     mask[0, -1] = 0  # without any padding, attention would need no mask
     batch = {"input_ids": ids, "attention_mask": mask, "labels": _labels(task, model, ids)}
     if config.activation_memory == "lean":
-        chunked_loss.untried(model)
+        recomputed.put_on(model)
+        if task.family == "generation":
+            chunked_loss.untried(model)
     with warnings.catch_warnings(), models.quiet(), computing(config), Alive(model) as alive:
         warnings.simplefilter("ignore")
         model(**batch).loss.backward()

@@ -129,8 +129,6 @@ def check(
     """
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
         raise InputError(f"label_smoothing: {task.name} is not trained with cross-entropy; leave it at 0")
-    if activation_memory == "lean" and task.family != "generation":
-        raise InputError("activation_memory: lean is for models that write text; leave it out")
     if task.family == "segmentation" and not loading.plain:
         raise InputError("dtype, quantise and attention: not for segmentation; leave them out")
     if name in random_model.CONFIGS and loading.quantise != "none":
@@ -142,7 +140,7 @@ def check(
     model, head = _skeleton(name, task, shipped, loading)
     if gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise InputError(f"gradient_checkpointing: {type(model).__name__} does not support it; leave it out")
-    if activation_memory == "lean":
+    if activation_memory == "lean" and task.family == "generation":
         output_layer(model)
     if packing and (task.family != "generation" or model.config.is_encoder_decoder):
         raise InputError("packing: only a decoder that writes text (GPT-2, Llama, …) reads packed rows; leave it out")

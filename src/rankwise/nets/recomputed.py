@@ -1,0 +1,226 @@
+"""Pointwise results are computed again in the backward pass instead of being kept for it.
+
+Autograd keeps the inputs and outputs of operations for the backward pass. Many of them are cheap to compute from others
+that it keeps anyway: what GELU, SiLU, norms, dropout and casts return from what goes into them, and the product of
+SwiGLU from its two factors. In a forward pass that `Recomputing` carries out, each such operation leaves a recipe of
+its result, and autograd's saved-tensor hooks keep the recipe in the place of the tensor. In the backward pass the same
+operations run on the same numbers, so that gradients are the same to the bit.
+
+A recipe never keeps what would not be kept without it, except for what is at most half as large as its result. Its
+inputs must not be changed in place before the backward pass; autograd's own error says so, as it does for what it keeps
+itself. A model, a layer or a loss need not be known.
+"""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SMALL = 2**14
+"""Bytes below which a tensor is kept."""
+LONGEST = 16
+"""Operations in a recipe, with those in the recipes of its inputs."""
+_aten = torch.ops.aten
+_ALSO = {"aten::_to_copy", "aten::native_layer_norm", "aten::_fused_rms_norm"}
+"""Operations that are as cheap as pointwise ones, and whose result is their first."""
+
+
+class Kept:
+    """A tensor that is kept."""
+
+    __slots__ = ("__weakref__", "tensor", "version")
+    steps = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.version = tensor, tensor._version
+
+    def value(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{list(self.tensor.shape)} is at version {self.tensor._version}; expected version {self.version}"
+            )
+        return self.tensor
+
+
+class Recipe:
+    """How to compute a tensor of which others are views."""
+
+    __slots__ = ("args", "cached", "device", "func", "kwargs", "layout", "left", "steps")
+
+    def __init__(self, func: Any, args: list[Any], kwargs: dict[str, Any], result: Tensor) -> None:
+        self.func, self.args, self.kwargs, self.layout = func, args, kwargs, _layout(result)
+        self.device = result.device.type
+        self.steps: int = 1 + sum(each.source.steps for each in args if isinstance(each, View))
+        self.left = 0
+        """How often the backward pass will ask for it; until then it is cached once it is computed."""
+        self.cached: Tensor | None = None
+
+    def value(self) -> Tensor:
+        if (whole := self.cached) is None:
+            whole = self.func(*(each.value() if isinstance(each, View) else each for each in self.args), **self.kwargs)
+            whole = whole[0] if isinstance(whole, tuple) else whole
+            if _layout(whole) != self.layout:
+                raise RuntimeError(f"{self.func} gave {_layout(whole)} where it had given {self.layout}")
+        self.cached = whole if self.left > 0 else None
+        return whole
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A view of a tensor that is kept or computed."""
+
+    source: Kept | Recipe
+    layout: tuple[Any, ...]
+
+    def value(self) -> Tensor:
+        whole = self.source.value()
+        return whole if self.layout == _layout(whole) else whole.as_strided(*self.layout)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
+
+
+class Recording(TorchDispatchMode):
+    """Notes recipes while operations run, and keeps them, or else tensors, for the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recipes: dict[int, tuple[Recipe, weakref.ref[Any], int, torch.dtype]] = {}
+        """By the address of the storage of the result, which the reference says is alive; with version and dtype."""
+        self.kept: dict[int, weakref.ref[Kept]] = {}
+        """By the address of the storage."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if _is_cheap(func):
+            self._note(func, args, kwargs, result[0] if isinstance(result, tuple) else result)
+        return result
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if not _is_plain(result) or result.nbytes < SMALL or any(isinstance(each, Tensor) for each in kwargs.values()):
+            return
+        sources: list[Any] = []
+        steps, free = LONGEST, result.nbytes // 2
+        for each in args:
+            if not isinstance(each, Tensor):
+                sources.append(each)
+                continue
+            if not _is_plain(each):
+                return
+            source = self._source(each)
+            if source is None:
+                free -= 0 if isinstance(each, nn.Parameter) else each.untyped_storage().nbytes()
+                if free < 0:
+                    return
+                with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+                    source = Kept(each.detach())  # which shares its version
+                self.kept[each.untyped_storage()._cdata] = weakref.ref(source)
+            steps -= source.steps
+            sources.append(View(source, _layout(each)))
+        if steps > 0:
+            storage = result.untyped_storage()
+            key = storage._cdata
+            alive = weakref.ref(storage, lambda _: self.recipes.pop(key, None))
+            self.recipes[key] = Recipe(func, sources, kwargs, result), alive, result._version, result.dtype
+
+    def _source(self, tensor: Tensor) -> Kept | Recipe | None:
+        """Where the numbers of a tensor can be had later without keeping it."""
+        key = tensor.untyped_storage()._cdata
+        kept = self.kept[key]() if key in self.kept else None
+        if kept is not None and kept.tensor.dtype == tensor.dtype and kept.version == tensor._version:
+            return kept
+        if (found := self.recipes.get(key)) is not None:
+            recipe, alive, version, dtype = found
+            if alive() is not None and dtype == tensor.dtype and version == tensor._version:
+                return recipe
+        return None
+
+    def pack(self, tensor: Tensor) -> Kept | View:
+        plain = _is_plain(tensor)
+        source = self._source(tensor) if plain else None
+        if isinstance(source, Recipe):
+            source.left += 1
+            return View(source, _layout(tensor))
+        kept = Kept(tensor.detach())
+        if plain:
+            self.kept[tensor.untyped_storage()._cdata] = weakref.ref(kept)
+        return kept
+
+
+def unpack(packed: Kept | View) -> Tensor:
+    if isinstance(packed, Kept):
+        return packed.value()
+    source = packed.source
+    assert isinstance(source, Recipe)
+    source.left -= 1
+    with torch.no_grad(), torch.autocast(source.device, enabled=False):
+        return packed.value()
+
+
+@functools.cache
+def _is_cheap(func: Any) -> bool:
+    """Whether `func` makes a tensor that it would make again, at little cost."""
+    tags, schema = func.tags, func._schema
+    if torch.Tag.nondeterministic_seeded in tags or schema.is_mutable:
+        return False
+    return torch.Tag.pointwise in tags or schema.name in _ALSO
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether all there is to a tensor is its storage and layout."""
+    if type(tensor) not in (Tensor, nn.Parameter, FakeTensor) or is_functorch_wrapped_tensor(tensor):
+        return False
+    return tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
+
+
+def put_on(model: nn.Module) -> None:
+    """Let `model` compute pointwise results again, in each forward pass with gradients from now on."""
+    base = base_of(model)
+    if not isinstance(base.forward, Recomputing):
+        base.forward = Recomputing(base.forward)
+
+
+def take_off(model: nn.Module) -> None:
+    base = base_of(model)
+    if isinstance(base.forward, Recomputing):
+        base.forward = base.forward.own
+
+
+def base_of(model: nn.Module) -> Any:
+    """The model without PEFT's wrappers around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+@dataclass
+class Recomputing:
+    """What a model does in the place of its `forward`; a copy of the model gets a copy of it."""
+
+    own: Callable[..., Any]
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # the Trainer reads which columns a model takes
+        return inspect.signature(self.own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.own(*args, **kwargs)
+        recording = Recording()
+        try:
+            with recording, saved_tensors_hooks(recording.pack, unpack):
+                return self.own(*args, **kwargs)
+        finally:
+            recording.recipes.clear()
+            recording.kept.clear()
