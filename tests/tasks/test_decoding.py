@@ -5,8 +5,8 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.models import TRANSLATORS, VOCABULARY, WRITERS, every_model, small_config
 
+from models import TRANSLATORS, VOCABULARY, WRITERS, every_model, small_config
 from rankwise.tasks import decoding
 from rankwise.tasks.generation import padded
 

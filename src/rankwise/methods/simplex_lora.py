@@ -77,7 +77,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         weights = omega(model)
         if weights is None:  # the search is over
             return None
-        check_finite(weights, step)
+        check_finite(weights, "ω is", "omega_rate", step, due=step % self.every == 0)
         if lr > 0:
             with torch.no_grad():
                 weights.sub_(lr * self.omega_decay * (weights - 1))
@@ -110,7 +110,8 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
             return project.simplex(weights, n)
         if self.projection == "softmax":
             return project.softmax(weights, n)
-        return project.softmax(weights, n, weights.new_tensor([s.rank for s in sites(model)]))
+        ranks = torch.tensor([s.rank for s in sites(model)], dtype=weights.dtype)
+        return project.softmax(weights, n, ranks.to(weights.device, non_blocking=True))
 
     def final(self, model: nn.Module) -> int | None:
         if may_exceed(self.rounding, [site.cost for site in sites(model)]):

@@ -60,7 +60,7 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
         weights = omega(model)
         if weights is None:  # folded
             return None
-        check_finite(weights, step)
+        check_finite(weights, "ω is", "omega_rate", step, due=step == self.every)
         if step >= self.start and lr > 0:
             weights.copy_(project.top_k(weights, self.keep))
         if step != self.every:

@@ -1,7 +1,15 @@
-"""Projections and proximal maps for ω and g, which compute in fp64 and return the dtype of their input."""
+"""Projections and proximal maps for ω and g, which compute in fp64 and return the dtype of their input.
+
+They decide nothing by a look at a value: on a GPU that would wait, in every step, for all that is queued there.
+"""
 
 import torch
 from torch import Tensor
+
+
+def at_hand(x: Tensor) -> bool:
+    """Whether to read a value of x costs nothing, as on a CPU."""
+    return x.device.type == "cpu"
 
 
 def simplex(x: Tensor, total: float) -> Tensor:
@@ -12,22 +20,21 @@ def simplex(x: Tensor, total: float) -> Tensor:
     Args:
         x: (n,). total: > 0.
     Raises:
-        ValueError: x is empty or not finite, or total is not positive.
+        ValueError: x is empty or, where it is `at_hand`, not finite, or total is not positive.
     """
     v = x.double()
     if x.numel() == 0:
         raise ValueError("the simplex projection needs at least one entry")
-    if not total > 0 or not torch.isfinite(v).all():
+    if not total > 0 or (at_hand(x) and not torch.isfinite(v).all()):
         raise ValueError("the simplex projection needs finite entries and a total above 0")
     slack = max(1e-9, x.numel() * torch.finfo(x.dtype).eps / 2) * total
-    if (v >= 0).all() and (v.sum() - total).abs() <= slack:
-        return x.clone()
+    inside = (v >= 0).all() & ((v.sum() - total).abs() <= slack)
     v = v - v.max()  # same projection, but the total is not lost in the rounding of huge entries
     # The largest k with x_(k) > θ_k, where θ_k makes the k largest sum to the total; then y = (x − θ)₊.
     descending = v.sort(descending=True).values
     theta = (descending.cumsum(0) - total) / torch.arange(1, v.numel() + 1, device=v.device)
-    k = int((descending > theta).sum())
-    return (v - theta[k - 1]).clamp_min(0).to(x.dtype)
+    k = (descending > theta).sum()
+    return torch.where(inside, x, (v - theta.take(k - 1)).clamp_min(0).to(x.dtype))
 
 
 def softmax(x: Tensor, total: float, weights: Tensor | None = None) -> Tensor:
