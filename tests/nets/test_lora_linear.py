@@ -26,7 +26,7 @@ import models
 import rankwise as rw
 from methods import attached, every_method, every_shape, method
 from rankwise.errors import InputError
-from rankwise.nets.lora_linear import FastLinear, LoraLinearFunction, set_fast
+from rankwise.nets.lora_linear import KINDS, FastLinear, LoraLinearFunction, set_fast
 from rankwise.ranks import sites
 from rankwise.ranks.scales import Gates, Omega
 
@@ -221,8 +221,8 @@ def test_every_method_trains_as_with_pefts_layers(name: str, shape: str) -> None
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-8, atol=1e-8)
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-5, atol=1e-6, msg=key)
-    lora = [module for module in model.modules() if isinstance(module, LoraLinear)]
-    assert len(touched) == len(lora) and all(type(module) is FastLinear for module in lora)
+    adapted = [module for module in model.modules() if isinstance(module, tuple(KINDS))]
+    assert len(touched) == len(adapted) and all(type(module) in KINDS.values() for module in adapted)
 
 
 @pytest.mark.large
@@ -258,6 +258,92 @@ def test_models_of_every_family_compute_the_same(kinds: dict[str, Any]) -> None:
     assert seen > 20 and covered == seen
 
 
+def two_at_once(model: Any, **config: Any) -> None:
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["linear"], init_lora_weights=False, **config))
+    model.base_model.set_adapter(["default", "other"])
+
+
+@pytest.mark.parametrize("dropouts", [(0.0, 0.0), (0.4, 0.0), (0.4, 0.3)])
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+@pytest.mark.parametrize("tokens", [4, 400])
+def test_several_adapters_are_added_one_after_another(tokens: int, kind: str, dropouts: tuple[float, float]) -> None:
+    base = One(6, 5, bias=kind != "no bias", kind=kind)
+    model = one(base=base, lora_dropout=dropouts[0], fan_in_fan_out=kind == "conv1d").double()
+    two_at_once(model, lora_dropout=dropouts[1], fan_in_fan_out=kind == "conv1d")
+    model.double()
+    agrees(model, torch.randn(tokens, 6).double(), 1e-12)
+
+
+def test_several_adapters_more_precise_than_their_base_are_added_by_peft() -> None:
+    """PEFT rounds to the base's dtype once, after the last."""
+    model = one(base=One(6, 5).to(torch.bfloat16))
+    two_at_once(model)
+    agrees(model, torch.randn(4, 6).to(torch.bfloat16), expect_fast=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        agrees(model, torch.randn(4, 6), 3e-2)
+
+
+@given(
+    *(st.integers(0, 40), sizes, sizes, sizes),
+    st.sampled_from(["linear", "conv1d"]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    st.sampled_from([0.0, 0.4]),
+)
+def test_the_layer_of_adalora_is_pefts(
+    tokens: int, inputs: int, outputs: int, rank: int, kind: str, dtype: torch.dtype, dropout: float
+) -> None:
+    torch.manual_seed(0)
+    base = One(inputs, outputs, kind=kind).to(dtype)
+    config = peft.AdaLoraConfig(
+        **{"init_r": rank, "lora_dropout": dropout, "target_modules": ["linear"], "total_step": 9},
+        fan_in_fan_out=kind == "conv1d",
+    )
+    model: Any = get_peft_model(base, config).train()
+    with torch.no_grad():
+        for p in (layer := layer_of(model)).parameters():
+            p.normal_() if p.requires_grad else None
+        layer.lora_E["default"][0] = 0
+    x = torch.randn(tokens, inputs, dtype=dtype)
+    theirs = results(model, x)
+    assert rw.fast(model)
+    ours = results(model, x)
+    assert is_fast(ours["y"]) and not is_fast(theirs["y"])
+    assert torch.equal(ours.pop("draw"), theirs.pop("draw"))
+    for name, got in ours.items():
+        tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+        size = max(1.0, float(theirs[name].detach().abs().max())) if got.numel() else 1.0
+        torch.testing.assert_close(got, theirs[name], rtol=0, atol=tolerance * size, msg=name)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("weights", [torch.float64, torch.bfloat16])
+def test_parts_of_a_fused_projection_are_fast(dropout: float, weights: torch.dtype) -> None:
+    base = models.model("gpt2").to(weights)
+    method = rw.LoRA(rank=2, dropout=dropout, targets=["c_attn.q", "c_attn.v"])
+    model: Any = method.attach(base, head=[])
+    models.stirred(model)
+    model.train()
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    outputs: list[Tensor] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, args, y: outputs.append(y) and None)
+    gradients = []
+    for on in (False, True):
+        outputs.clear()
+        rw.fast(model, on)
+        torch.manual_seed(0)
+        logits = model(**models.batch()).logits
+        assert outputs and all(is_fast(y) is on for y in outputs)
+        model.zero_grad()
+        logits.double().pow(2).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert len(gradients[0]) == 2 * len(layers)
+    for name, grad in gradients[0].items():
+        tolerance = 1e-10 if weights == torch.float64 else 0.1
+        size = max(1.0, float(grad.abs().max()))
+        torch.testing.assert_close(gradients[1][name], grad, rtol=0, atol=tolerance * size, msg=name)
+
+
 # What PEFT's layers can do besides: computed by PEFT, or changed between two calls of a fast layer.
 
 
@@ -265,7 +351,7 @@ def test_a_layer_is_taken_off_and_left_as_it_was() -> None:
     model = one()
     before = vars(layer_of(model)).keys()
     assert rw.fast(model) == ["base_model.model.linear"] == rw.fast(model)
-    assert type(layer_of(model)) is FastLinear and repr(layer_of(model)).startswith("lora.")
+    assert type(layer_of(model)) is FastLinear and repr(layer_of(model)).startswith("lora.Linear(")
     assert rw.fast(model, on=False) == ["base_model.model.linear"] and rw.fast(model.base_model.model.linear, on=False)
     assert type(layer_of(model)) is LoraLinear and vars(layer_of(model)).keys() == before
 
@@ -279,11 +365,6 @@ def test_a_model_without_such_layers_is_refused_in_a_line() -> None:
 
 def disabled(model: Any) -> None:
     model.base_model.disable_adapter_layers()
-
-
-def two_at_once(model: Any) -> None:
-    model.add_adapter("other", LoraConfig(r=3, target_modules=["linear"], init_lora_weights=False))
-    model.base_model.set_adapter(["default", "other"])
 
 
 def hooked(part: Callable[[Any], nn.Module]) -> Callable[[Any], None]:
@@ -306,7 +387,7 @@ def tensor_scaling(model: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *(disabled, two_at_once, own_forward, trained_base, tensor_scaling),
+        *(disabled, own_forward, trained_base, tensor_scaling),
         lambda model: model.merge_adapter(),
         hooked(lambda layer: layer.base_layer),
         hooked(lambda layer: layer.lora_A["default"]),
@@ -333,6 +414,17 @@ def test_options_of_plain_lora_are_covered(config: dict[str, Any]) -> None:
     agrees(model, torch.randn(4, 6))
     if "bias" in config:
         assert "base_model.model.linear.base_layer.bias" in results(model, torch.randn(4, 6))
+
+
+def test_an_evaluation_without_gradients_is_computed_by_peft_bit_for_bit() -> None:
+    torch.manual_seed(0)
+    model = one(384, 384, rank=8).eval()
+    x = torch.randn(64, 384)
+    theirs = model(x).detach()
+    rw.fast(model)
+    assert is_fast(y := model(x)) and not torch.equal(y, theirs)
+    with torch.no_grad():
+        assert torch.equal(model(x), theirs)
 
 
 def test_mixed_batches_are_computed_by_peft() -> None:

@@ -26,7 +26,7 @@ TUNED = {"method": {"name": "lora", "rank": 4}, "tune": {"learning_rate": [1e-3,
 
 
 def experiment(**settings: Any) -> Experiment:
-    given = {"task": "stdlib-kind", "max_steps": 4, "vary": {"seed": [0]}, **settings}
+    given = {"task": "stdlib-kind", "max_steps": 4, "fast": False, "vary": {"seed": [0]}, **settings}
     found = load(given, [], Schema(methods.registry(), tasks.registry()))
     assert isinstance(found, Experiment)
     return found
@@ -110,6 +110,17 @@ def test_runs_are_found_after_the_format_has_risen(tmp_path: Path, monkeypatch: 
     assert store.place(Changed(**settings, clip=clip.default)) == folder
     assert store.place(Changed(**settings)) != folder
     assert store.config(folder).clip == clip.default and store.state(folder) == "done"
+
+
+def test_a_run_from_before_the_fast_layer_was_computed_by_peft(tmp_path: Path) -> None:
+    store = Store(tmp_path / "runs")
+    folder = finish(store, config(fast=False), 0.5)
+    lines = (folder / "run.yaml").read_text().replace(f"format: {run_settings.FORMAT}", "format: 1").splitlines()[:-1]
+    assert lines.count("fast: false") == lines.count("format: 1") == 1
+    (folder / "run.yaml").write_text(run_file.signed("".join(f"{line}\n" for line in lines if line != "fast: false")))
+    store = Store(tmp_path / "runs")
+    assert store.config(folder).fast is False and store.state(folder) == "done"
+    assert store.place(config(fast=False)) == folder != store.place(config())
 
 
 def test_any_change_of_the_text_is_seen_and_a_file_by_hand_has_no_digest(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A pytest plugin that puts rankwise into the models of PEFT's own tests; `peft_conformance.py` loads it.
 
-Each model that a test makes with `get_peft_model` and a LoraConfig is changed as its way says, right where a method's
-`attach` would. What a test does to the model afterwards is PEFT's own: merge, switch, add, delete, save, load.
+Each model that a test makes with `get_peft_model` and a LoraConfig gets fast layers and is changed as its way says,
+right where a method's `attach` would. What a test does to the model afterwards is PEFT's own: merge, switch, add,
+delete, save, load.
 """
 
 import contextlib
@@ -64,6 +65,7 @@ def folded(model: Any) -> None:
 
 WAYS: dict[str, Callable[[Any], None] | None] = {
     "stock": None,
+    "fast layers": None,
     "in a search": searching,
     "ranks changed and back": resized,
     "after a search": folded,
@@ -75,16 +77,20 @@ def changed(model: Any, config: Any) -> Any:
     from peft import LoraConfig, PeftModel
 
     import rankwise as rw
+    from rankwise.nets.lora_linear import set_fast
     from rankwise.ranks.peft_calls import MarkedConfig, allow_peft_calls
     from rankwise.ranks.peft_layers import lora_layers
 
     change = WAYS[state.way]
-    if change is None or type(config) not in (LoraConfig, MarkedConfig):
+    if type(config) not in (LoraConfig, MarkedConfig):
         return model
     if not isinstance(model, PeftModel):
         state.refused.add("PeftMixedModel: no PeftModel around the layers")
         return model
-    state.touched += 1
+    fast = set_fast(model)
+    state.touched += bool(fast) if change is None else 1
+    if change is None:
+        return model
     allow_peft_calls(model)
     for name, _, why in lora_layers(model):
         if why:
@@ -139,7 +145,7 @@ def pytest_configure(config: pytest.Config) -> None:
         for name, p in self.named_parameters():
             p.requires_grad_(trains[name])
 
-    if WAYS[state.way]:
+    if state.way != "stock":
         peft.get_peft_model, peft.PeftModel.save_pretrained = made, saved
 
 

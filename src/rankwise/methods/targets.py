@@ -15,6 +15,7 @@ from torch import nn
 
 from rankwise.errors import InputError, nearest, require
 from rankwise.nets.fused import join, parts, split
+from rankwise.nets.lora_linear import set_fast
 from rankwise.ranks.layers import TRANSPOSED, weight_layer
 
 ALL_LINEAR = "all-linear"
@@ -104,7 +105,7 @@ def check_bare(model: nn.Module) -> None:
 
 
 def adapt(model: nn.Module, config: Any) -> PeftModel:
-    """PEFT's model of `model` with the adapter of `config`, on exactly the layers that `config` names.
+    """PEFT's model of `model` with the adapter of `config`, on exactly the layers that `config` names, and fast ones.
 
     PEFT rewrites the targets of mixtures of experts whose files once had a layer for each expert: `gate_proj` of a
     dense block becomes a part of the experts' one parameter, in the model and in every file. It also takes a full name
@@ -142,6 +143,7 @@ def adapt(model: nn.Module, config: Any) -> PeftModel:
             if adapted > targets
             else f"PEFT puts no adapter on {min(targets - adapted)}: name other targets"
         )
+    set_fast(model_with_adapter)
     return model_with_adapter
 
 

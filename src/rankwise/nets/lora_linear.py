@@ -12,19 +12,23 @@ in each direction and without keeping it:
 
 For the backward pass x and u are kept, except that the second way computes u again; only u where A is frozen, as in
 LoRA-FA; and with dropout a mask of one byte for each entry of x. ω and gates are parametrizations of A, and torch
-derives their gradients from ∂A.
+derives their gradients from ∂A. AdaLoRA's layer has A ∘ E / r in place of A. Several adapters are added one after
+another, each to the y of those before it, and so is that of a part of a fused projection, whose y the whole computes.
 
 The layer stays PEFT's. It is asked for its state in each call, and what the function does not cover is computed by
-PEFT's forward: disabled, merged, mixed or several adapters, DoRA and other variants, quantised weights, modules with
-hooks, torch.compile and torch.func.
+PEFT's forward: disabled, merged or mixed adapters, DoRA and other variants, quantised weights, modules with hooks,
+torch.compile and torch.func. So is an evaluation without gradients, so that the scores of a model are those of stock
+PEFT with the saved adapter, bit for bit.
 """
 
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
@@ -32,6 +36,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import InputError, require
+from rankwise.nets.fused import Part
 from rankwise.ranks.layers import FLOATS
 
 SUM_FROM = 4.0
@@ -45,13 +50,21 @@ by a few hundredths. The rank makes no difference, since both ways do work in pr
 class LoraLinearFunction(torch.autograd.Function):
     """y = (W + s B A) x + b for the rows of x (tokens, in), with dropout on A's input. W is frozen; the rest may train.
 
-    x and b have the dtype of y, A and B one of at least its precision. u and v are (r, tokens): products with few rows
-    are computed faster than those with few columns.
+    Without W, b is (tokens, out): what s B A x is added to. x and b have the dtype of y, A and B one of at least its
+    precision. u and v are (r, tokens): products with few rows are computed faster than those with few columns.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, s: float, dropout: float, summed: bool
+        ctx: Any,
+        x: Tensor,
+        W: Any,
+        b: Any,
+        A: Tensor,
+        B: Tensor,
+        s: float,
+        dropout: float,
+        summed: bool,
     ) -> Tensor:
         ctx.s, ctx.dropout, ctx.summed = s, dropout, summed
         for_x, _, _, for_A, for_B, *_ = ctx.needs_input_grad
@@ -61,12 +74,12 @@ class LoraLinearFunction(torch.autograd.Function):
             if for_B and not for_A:
                 u = A @ x.t()
         else:
-            y, into = functional.linear(x, W.to(x.dtype), b), x.to(A.dtype)
+            y, into = b if W is None else functional.linear(x, W.to(x.dtype), b), x.to(A.dtype)
             if dropout:
                 into, mask = torch.native_dropout(into, dropout, True)
             u = A @ into.t()
             # selective checkpointing is such a mode, and may keep W x + b itself
-            add = Tensor.addmm_ if _get_current_dispatch_mode() is None else torch.addmm
+            add = Tensor.addmm_ if W is not None and _get_current_dispatch_mode() is None else torch.addmm
             y = add(y.to(A.dtype), u.t(), B.t(), alpha=s).to(x.dtype)
             if not for_B:
                 u = None
@@ -97,12 +110,16 @@ class LoraLinearFunction(torch.autograd.Function):
         if for_B:
             dB = ((A @ x.t() if u is None else u) @ h).mul_(s).t().contiguous()
         if for_b:
-            db = g.sum(0)
+            db = g if W is None else g.sum(0)
         if for_x and ctx.summed:
             dx = g @ _sum(W, A, B, s)
         elif for_x:
-            dx = (g @ W.to(g.dtype)).to(A.dtype)
-            dx = dx.addmm_(v.t(), A) if mask is None else dx.add_((v.t() @ A).mul_(mask), alpha=rescale)
+            dx = None if W is None else (g @ W.to(g.dtype)).to(A.dtype)
+            if mask is not None:
+                own = (v.t() @ A).mul_(mask)
+                dx = own.mul_(rescale) if dx is None else dx.add_(own, alpha=rescale)
+            else:
+                dx = v.t() @ A if dx is None else dx.addmm_(v.t(), A)
             dx = dx.to(g.dtype)
         return dx, None, db, dA, dB, None, None, None
 
@@ -112,12 +129,28 @@ def _sum(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     return torch.addmm(W, B, A, alpha=s) if W.is_contiguous() else torch.addmm(W.t(), A.t(), B.t(), alpha=s).t()
 
 
-class FastLinear(LoraLinear):
+class _Fast:
     """PEFT's layer with another forward. Layers become it, and PEFT's again, by a change of their class."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        y = None if args or kwargs or _transformed() else _fast_forward(self, x)
-        return super().forward(x, *args, **kwargs) if y is None else y
+        y = None if kwargs or _transformed() else _fast_forward(self, x, *args)
+        return super().forward(x, *args, **kwargs) if y is None else y  # type: ignore[misc]
+
+    def _get_name(self) -> str:
+        """For `repr`, in which PEFT looks for the kind of a layer."""
+        return type(self).__name__.removeprefix("Fast")
+
+
+class FastLinear(_Fast, LoraLinear):
+    """LoRA's."""
+
+
+class FastSVDLinear(_Fast, SVDLinear):
+    """AdaLoRA's."""
+
+
+KINDS: dict[type, type] = {LoraLinear: FastLinear, SVDLinear: FastSVDLinear}
+"""PEFT's layers, and what they become."""
 
 
 def fast(model: nn.Module, on: bool = True) -> list[str]:
@@ -146,50 +179,80 @@ def fast(model: nn.Module, on: bool = True) -> list[str]:
 
 def set_fast(model: nn.Module, on: bool = True) -> list[str]:
     """The same for a model that may have no such layer."""
-    kinds = (LoraLinear, FastLinear)
     names = []
     for name, module in model.named_modules():
-        if type(module) in kinds:
-            module.__class__ = kinds[on]
-            names.append(name)
+        for kinds in KINDS.items():
+            if type(module) in kinds:
+                module.__class__ = kinds[on]
+                names.append(name)
     return names
 
 
-def _fast_forward(layer: Any, x: Tensor) -> Tensor | None:
+class Factors(NamedTuple):
+    """What a layer adds for one adapter: s B A x, with dropout on x."""
+
+    A: Tensor
+    B: Tensor
+    s: float
+    dropout: float
+
+
+def _fast_forward(layer: Any, x: Tensor, *args: Any) -> Tensor | None:
     """What the layer gives; None if the function does not cover it or its state."""
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(active) != 1 or active[0] in layer.lora_variant:
+    if layer.disable_adapters or layer.merged or not active or not (layer.training or torch.is_grad_enabled()):
         return None
-    (name,) = active
-    base, into_A, into_B = layer.get_base_layer(), layer.lora_A[name], layer.lora_B[name]
-    dropout, s = layer.lora_dropout[name], layer.scaling[name]
-    known = _plain(base, nn.Linear, Conv1D) and _plain(dropout, nn.Identity, nn.Dropout)
-    if not (known and _plain(into_A, nn.Linear) and _plain(into_B, nn.Linear) and isinstance(s, (int, float))):
+    base = layer.get_base_layer()
+    if len(args) == 1 and _plain(base, Part):
+        W, b, inputs = None, args[0], base.nx
+    elif not args and _plain(base, nn.Linear, Conv1D) and not base.weight.requires_grad:
+        W, b, inputs = base.weight, base.bias, base.weight.shape[0 if isinstance(base, Conv1D) else 1]
+    else:
         return None
-    W, b, A, B = base.weight, base.bias, into_A.weight, into_B.weight
-    tensors = [each for each in (x, W, b, A, B) if each is not None]
-    biases = into_A.bias is not None or into_B.bias is not None
-    if biases or W.requires_grad or not all(map(_is_plain_tensor, tensors)):
+    factors = [each for name in active if (each := _factors(layer, name)) is not None]
+    tensors = [x, *(t for t in (W, b) if t is not None), *(t for each in factors for t in (each.A, each.B))]
+    if not all(map(_is_plain_tensor, tensors)) or len({each.device for each in tensors}) > 1:
         return None
-    inputs = W.shape[0] if isinstance(base, Conv1D) else W.shape[1]
-    if x.dim() == 0 or x.shape[-1] != inputs or len({each.device for each in tensors}) > 1:
+    if len(factors) < len(active) or x.dim() == 0 or x.shape[-1] != inputs:
         return None
     if torch.is_autocast_enabled(x.device.type):
         if any(each.dtype == torch.float64 for each in tensors):  # which autocast leaves alone
             return None
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, A, B, b = x.to(dtype), A.to(dtype), B.to(dtype), None if b is None else b.to(dtype)
-    elif not _agree(layer, x, W, b, A, B):
+        x, b = x.to(dtype), None if b is None else b.to(dtype)
+        factors = [each._replace(A=each.A.to(dtype), B=each.B.to(dtype)) for each in factors]
+    elif not all(_agree(layer, x, W, b, each) for each in factors):
+        return None
+    if len(factors) > 1 and any(each.A.dtype != x.dtype for each in factors):  # y would be rounded in between
+        return None
+    rows, outputs = x.reshape(-1, inputs), len(factors[0].B)
+    many = len(rows) * (inputs + outputs) >= SUM_FROM * inputs * outputs
+    y = b.reshape(-1, outputs) if W is None else b
+    W = W.t() if isinstance(base, Conv1D) and W is not None else W
+    for A, B, s, dropout in factors:
+        exact = W is not None and x.dtype == A.dtype == W.dtype and x.dtype in (torch.float32, torch.float64)
+        y = LoraLinearFunction.apply(rows, W, y, A, B, s, dropout, exact and many and not dropout)
+        W = None
+    return y.view(*x.shape[:-1], outputs)
+
+
+def _factors(layer: Any, name: str) -> Factors | None:
+    """Those of one adapter; None if the function does not cover them."""
+    if name in layer.lora_variant:
+        return None
+    into_A, into_B, dropout, s = (
+        each[name] for each in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.scaling)
+    )
+    if not _plain(dropout, nn.Identity, nn.Dropout) or not isinstance(s, (int, float)):
         return None
     share = float(dropout.p) if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
     if share == 1:
         return None
-    rows = x.reshape(-1, inputs)
-    outputs, precise = len(B), x.dtype == A.dtype == W.dtype and x.dtype in (torch.float32, torch.float64)
-    many = len(rows) * (inputs + outputs) >= SUM_FROM * inputs * outputs
-    W = W.t() if isinstance(base, Conv1D) else W
-    y = LoraLinearFunction.apply(rows, W, b, A, B, s, share, precise and many and not share)
-    return y.view(*x.shape[:-1], outputs)
+    if isinstance(layer, SVDLinear):
+        # the rank is a tensor, so that it is put into A: as a number it would be waited for on a GPU
+        return Factors(into_A * layer.lora_E[name] * (s / (layer.ranknum[name] + 1e-5)), into_B, 1.0, share)
+    plain = _plain(into_A, nn.Linear) and _plain(into_B, nn.Linear) and into_A.bias is None is into_B.bias
+    return Factors(into_A.weight, into_B.weight, s, share) if plain else None
 
 
 def _plain(module: Any, *kinds: Any) -> bool:
@@ -199,12 +262,14 @@ def _plain(module: Any, *kinds: Any) -> bool:
 
 
 def _is_plain_tensor(tensor: Any) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in FLOATS and tensor.layout is torch.strided
+    plain = type(tensor) in (Tensor, nn.Parameter, FakeTensor)
+    return plain and tensor.dtype in FLOATS and tensor.layout is torch.strided
 
 
-def _agree(layer: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor) -> bool:
+def _agree(layer: Any, x: Tensor, W: Tensor | None, b: Tensor | None, factors: Factors) -> bool:
     """Whether the dtypes are those for which PEFT casts nothing, or x to a more precise one of A and B."""
-    same = x.dtype == W.dtype and A.dtype == B.dtype and (b is None or b.dtype == x.dtype)
+    A, B, *_ = factors
+    same = A.dtype == B.dtype and all(each is None or each.dtype == x.dtype for each in (W, b))
     casts = getattr(layer, "cast_input_dtype_enabled", True)
     return same and (x.dtype == A.dtype or (casts and torch.promote_types(x.dtype, A.dtype) == A.dtype))
 

@@ -22,6 +22,8 @@ from rankwise.settings import FORMAT, WRITTEN, Kind, RunConfig, as_yaml, parse_y
 NAME = "run.yaml"
 DAMAGED = "its run.yaml is not what was written there: the same rankwise compare or train writes it again"
 _DIGEST = "digest: "
+_WITHOUT = {"fast": False}
+"""What settings were that a file does not have, where the default is another one today."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _load(file: Path) -> RunFile:
         if "digest" in content:
             whole = text == signed(text.rpartition(_DIGEST)[0])
             run = RunFile(
-                *(content["id"], RunConfig.model_validate(settings), maker),
+                *(content["id"], RunConfig.model_validate(_WITHOUT | settings), maker),
                 *(content["kind"], content["format"], content.get("begun_with")),
             )
         else:
@@ -122,7 +124,7 @@ def _by_hand(file: Path, name: Any, settings: Mapping[str, Any]) -> RunFile:
 def _older(name: Any, settings: Mapping[str, Any], maker: Maker) -> RunFile:
     """A file from before it held a digest."""
     # at that time only runs with a tuned rate were evaluated just once, at the end
-    config = RunConfig.model_validate({"tuned": settings.get("eval_every") == 0, **settings})
+    config = RunConfig.model_validate({"tuned": settings.get("eval_every") == 0, **_WITHOUT, **settings})
     return RunFile(str(name), config, maker, config.kind, format=0, digest=_digest(settings))
 
 

@@ -13,7 +13,7 @@ from rankwise.errors import InputError, nearest
 from rankwise.named import FARTHEST, LARGEST, asked
 from rankwise.settings.yaml_files import quoted
 
-FORMAT = 1
+FORMAT = 2
 """Number of the format of ids. They leave out what has its default, so it rises when any default changes its value."""
 SCALED = {"smoke": "{model: random-gpt2}", "small": "{model: smollm2, train_rows: 1000}"}
 """The scales that a file may have a section for, each with an example."""
@@ -71,7 +71,7 @@ class RunConfig(BaseModel):
         default=False, description="compile the training step by torch.compile; evaluations are not compiled"
     )
     fast: bool = Field(
-        default=False,
+        default=True,
         description="compute each LoRA layer by one function: less time, the same results except for the order of sums",
     )
     gradient_checkpointing: bool = Field(
@@ -179,6 +179,11 @@ class RunConfig(BaseModel):
         """What the run is for, as its `run.yaml` then says."""
         return "trial" if self.tuning is not None else "stage" if self.after is not None or self.followed else "run"
 
+    @property
+    def fast_layers(self) -> bool:
+        """Whether LoRA layers are computed by one function. In a compiled step they are PEFT's."""
+        return self.fast and not self.compile
+
     @model_validator(mode="before")
     @classmethod
     def _resolve(cls, data: Any) -> Any:
@@ -208,8 +213,6 @@ class RunConfig(BaseModel):
             raise ValueError(
                 "activation_memory: lean computes gradients before fp16 scales the loss up; use bf16, or leave it out"
             )
-        if self.compile and self.fast:
-            raise ValueError("compile: a compiled step uses PEFT's own LoRA layers; leave out compile or fast")
         if self.dtype != "fp32" and self.autocast not in (None, self.dtype):
             raise ValueError(f"autocast = {self.autocast}: weights of dtype {self.dtype} compute in {self.dtype}")
         if self.packing and self.trainer.get("neftune_noise_alpha") is not None:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from rankwise import methods, tasks
 from rankwise.nets import chunked_loss, recomputed
+from rankwise.nets.lora_linear import set_fast
 from rankwise.processes import together
 from rankwise.ranks.layers import features, holds_codes
 from rankwise.settings import RunConfig
@@ -107,7 +108,7 @@ def _can_be_lean(config: RunConfig) -> bool:
 
 _DECIDES = (
     *("model", "task", "max_length", "batch_size", "micro_batch", "packing"),
-    *("gradient_checkpointing", "activation_memory", "dtype", "autocast", "quantise", "attention"),
+    *("gradient_checkpointing", "activation_memory", "dtype", "autocast", "quantise", "attention", "fast", "compile"),
 )
 
 
@@ -124,6 +125,7 @@ def need(config: RunConfig, shipped: bool = False) -> Need | None:
         config.model, task, methods.build(config.method), config.max_length, shipped, Loading.of(config)
     )
     models.train_in_fp32(model)
+    set_fast(model, config.fast_layers)
     weights = weight_bytes(model)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     joined = not config.packing and not model.config.is_encoder_decoder  # what is read and what is written
@@ -220,12 +222,19 @@ def _without_codes(model: nn.Module, dtype: torch.dtype) -> int:
     most = 0
     for module in model.modules():
         if holds_codes(codes := module._parameters.get("weight")):
-            module.__class__ = KeepsInput if type(codes).__name__ == "Int8Params" else nn.Linear
+            module.__class__ = KeepsInput if type(codes).__name__ == "Int8Params" else Dequantised
             inputs, outputs = features(module)
             weight = torch.empty(outputs, inputs, dtype=dtype, device="meta")
             module.weight = nn.Parameter(weight, requires_grad=False)
             most = max(most, weight.nbytes)
     return most
+
+
+class Dequantised(nn.Linear):
+    """A frozen layer in the place of a 4-bit one: it has a forward of its own, so that no fast layer takes it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 class KeepsInput(nn.Linear):

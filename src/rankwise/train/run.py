@@ -237,7 +237,7 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     method = methods.build(config.method)
     model = method.attach(base, head=head)
     models.train_in_fp32(model)
-    set_fast(model, config.fast)
+    set_fast(model, config.fast_layers)
     examples = task.encode(train, processor, config.max_length)
     evaluations = [Evaluation(split, task.encode(split, processor, config.max_length)) for split in splits]
     train_rows = Evaluation(train, examples)
