@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from rankwise.errors import INTERRUPTED, STOPPED
+from rankwise.terminal import plain_warning
 
 CODES = {signal.SIGINT: INTERRUPTED, signal.SIGTERM: STOPPED}
 """Exit codes where nothing has begun yet that is worth more than the process; see `rankwise.errors`."""
@@ -25,15 +26,10 @@ def _leave(number: int, *_: object) -> None:
     os._exit(CODES[signal.Signals(number)])
 
 
-def _plain(message: Warning | str, *_: object, **__: object) -> str:
-    """A warning in one line, without the place in the code that it comes from."""
-    return f"warning: {' '.join(str(message).split())}\n"
-
-
 def main() -> None:
     """Answer signals from the first moment on, then run the command line. A run and a sweep answer them themselves."""
     if "--debug" not in sys.argv:
-        warnings.formatwarning = _plain
+        warnings.formatwarning = plain_warning
     for number in CODES:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _leave)

@@ -84,9 +84,15 @@ class Named:
         Raises:
             InputError: a plugin of an installed package that cannot be loaded.
         """
+        known = cls.ours()
+        load_installed()
+        return known
+
+    @classmethod
+    def ours(cls) -> Mapping[str, type[Self]]:
+        """The same without what plugins of installed packages may still add."""
         for module in _files(FOLDERS[cls.kind]):
             importlib.import_module(module)
-        load_installed()
         return types.MappingProxyType(cls.known)
 
     @classmethod

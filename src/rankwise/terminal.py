@@ -58,3 +58,8 @@ def drop_unwritten() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def plain_warning(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning in one line, without the place in the code that it comes from."""
+    return f"warning: {' '.join(str(message).split())}\n"

@@ -12,15 +12,15 @@ import importlib
 import json
 import os
 import runpy
-import selectors
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from rankwise.processes import forked
 
 PREPARED = {
     "rankwise": """
@@ -44,6 +44,8 @@ OWNER = int(os.environ["RANKWISE_TESTS"])
 """The process id of pytest, with which the processes that are forked from end."""
 _servers: dict[str, str] = {}
 """Their addresses."""
+_fresh = subprocess.Popen
+"""As long as `Popen` may take its place."""
 
 
 class Popen(subprocess.Popen):
@@ -51,7 +53,7 @@ class Popen(subprocess.Popen):
 
     def __init__(self, args: Sequence[str], *others: Any, kind: str = "rankwise", **more: Any) -> None:
         self._kind = kind
-        self._forked = not isinstance(args, str) and args[0] == sys.executable
+        self._forks = not isinstance(args, str) and args[0] == sys.executable
         super().__init__(args, *others, **more)
 
     def _execute_child(self, args: Sequence[str], executable: Any, preexec_fn: Any, close_fds: bool, pass_fds: Any,
@@ -60,7 +62,7 @@ class Popen(subprocess.Popen):
                        restore_signals: bool, gid: Any, gids: Any, uid: Any, umask: int, start_new_session: bool,
                        process_group: int) -> None:  # fmt: skip
         pipes = (p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
-        if not self._forked:
+        if not self._forks:
             return super()._execute_child(  # type: ignore[misc]
                 args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell, *pipes,
                 restore_signals, gid, gids, uid, umask, start_new_session, process_group,
@@ -72,38 +74,24 @@ class Popen(subprocess.Popen):
             "session": start_new_session,
         }
         streams = [own if given == -1 else given for own, given in enumerate((p2cread, c2pwrite, errwrite))]
-        self._status, status = os.pipe()
-        try:
-            with _connected(self._kind) as server:
-                socket.send_fds(server, [json.dumps(order).encode()], [*streams, status])
-                self.pid = int(server.recv(32))
-        finally:
-            os.close(status)
+        with _connected(self._kind) as server:
+            self._forked = forked.order(server, json.dumps(order).encode(), streams)
+        assert self._forked.begun()
+        self.pid = self._forked.pid
         self._child_created = True
         return self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
 
-    def _try_wait(self, wait_flags: int) -> tuple[int, int]:
-        if not self._forked:
-            return super()._try_wait(wait_flags)  # type: ignore[misc]
-        if wait_flags == os.WNOHANG:
-            with selectors.DefaultSelector() as ready:
-                ready.register(self._status, selectors.EVENT_READ)
-                if not ready.select(0):
-                    return 0, 0
-        status = os.read(self._status, 32)
-        os.close(self._status)
-        assert status, "the process that this one was forked from is gone"
-        return self.pid, int(status)
-
     def _internal_poll(self, *args: Any, **more: Any) -> int | None:
-        if not self._forked:
+        if not self._forks:
             return super()._internal_poll(*args, **more)  # type: ignore[misc]
-        if self.returncode is None and self._waitpid_lock.acquire(False):  # type: ignore[attr-defined]
-            try:
-                if self.returncode is None and (found := self._try_wait(os.WNOHANG))[0]:
-                    self._handle_exitstatus(found[1])  # type: ignore[attr-defined]
-            finally:
-                self._waitpid_lock.release()  # type: ignore[attr-defined]
+        self.returncode = self._forked.poll()
+        return self.returncode
+
+    def _wait(self, timeout: float | None) -> int:
+        if not self._forks:
+            return super()._wait(timeout)  # type: ignore[misc]
+        self.returncode = self._forked.wait(timeout)
+        assert not self._forked.lost, "the process that this one was forked from is gone"
         return self.returncode
 
 
@@ -147,7 +135,7 @@ def _connected(kind: str) -> socket.socket:
 
 
 def _connect(address: str) -> socket.socket:
-    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         server.connect(address)
     except BaseException:
@@ -159,61 +147,20 @@ def _connect(address: str) -> socket.socket:
 def _start(kind: str, address: str) -> None:
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     command = [sys.executable, __file__, kind, address[1:]]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
+    with _fresh(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
 
 
-def _serve(listening: socket.socket) -> dict[str, Any]:
-    """Fork for each order; returns, in the forked process, its order."""
-    running: dict[int, tuple[int, int]] = {}
-    owner = os.pidfd_open(OWNER)
-    ready = selectors.DefaultSelector()
-    ready.register(listening, selectors.EVENT_READ)
-    ready.register(owner, selectors.EVENT_READ)
-    while True:
-        for key, _ in ready.select():
-            if key.fileobj == owner:
-                os._exit(0)
-            if key.fileobj is not listening:
-                pid, status = running.pop(key.fd)
-                ready.unregister(key.fd)
-                os.close(key.fd)
-                with suppress(BrokenPipeError):  # no one has waited for it
-                    os.write(status, str(os.waitpid(pid, 0)[1]).encode())
-                os.close(status)
-                continue
-            client, _ = listening.accept()
-            with client:
-                text, descriptors, *_ = socket.recv_fds(client, 1 << 20, 4)
-                if not (pid := os.fork()):
-                    break
-                client.send(str(pid).encode())
-            for descriptor in descriptors[:3]:
-                os.close(descriptor)
-            watched = os.pidfd_open(pid)
-            running[watched] = (pid, descriptors[3])
-            ready.register(watched, selectors.EVENT_READ)
-        else:
-            continue
-        break
-    ready.close()
-    listening.close()
-    os.close(owner)
-    for watched, (_, status) in running.items():
-        os.close(watched)
-        os.close(status)
-    for number, descriptor in enumerate(descriptors[:3]):
-        os.dup2(descriptor, number)
-    for descriptor in descriptors:
-        os.close(descriptor)
-    return json.loads(text)
-
-
-def _become(order: dict[str, Any], path: list[str]) -> None:
+def _become(text: bytes, streams: list[int], status: socket.socket, path: list[str]) -> None:
     """Run the command of the order, as an interpreter started for it would."""
+    order = json.loads(text)
     if order["session"]:
         os.setsid()
+    for number, descriptor in enumerate(streams):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    forked.announce(status)
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["environment"])
@@ -241,19 +188,21 @@ def _main(kind: str, address: str) -> None:
     subprocess.Popen = Popen  # type: ignore[misc]
     importlib.import_module("quick")
     exec(PREPARED[kind], {})
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listening.bind(f"\0{address}")
-    listening.listen()
+    orders = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    orders.bind(f"\0{address}")
     threads = [each.read_text().strip() for each in Path("/proc/self/task").glob("*/comm")]
     # a fork takes this thread alone; jemalloc, which pyarrow brings, starts its own again
     assert sum(each != "jemalloc_bg_thd" for each in threads) == 1, threads
     print("ready", flush=True)
     os.dup2(2, 1)
     gc.freeze()
+    if kind == "stock":
+        for name in [name for name in sys.modules if name.partition(".")[0] == "rankwise"]:
+            del sys.modules[name]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests
-    order = _serve(listening)
+    order = forked.serve(orders, os.pidfd_open(OWNER))
     _servers[kind] = f"\0{address}"
-    _become(order, sys.path[1:])
+    _become(*order, sys.path[1:])
 
 
 if __name__ == "__main__":

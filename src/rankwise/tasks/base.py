@@ -116,6 +116,10 @@ class Task(Named, ABC, kind="task"):
     form: ClassVar[str] = ""
     """What an answer to a row is, see `runs.use.Use`; "" where a model has none to give."""
 
+    @classmethod
+    def prepare(cls) -> None:
+        """Read what is the same for every run, before processes are forked for several: without a thread."""
+
     @property
     def asked(self) -> dict[str, str]:
         """The roles that a row must have to be answered, each with its column."""

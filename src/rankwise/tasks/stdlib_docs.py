@@ -66,6 +66,10 @@ class StdlibTask(Classification):
     def evaluation(self) -> list[Split]:
         return [self._split("validation", True)]
 
+    @classmethod
+    def prepare(cls) -> None:
+        _docstrings()
+
     @abstractmethod
     def examples(self) -> list[tuple[tuple[str, ...], int]]:
         """Every (texts, label) of the task, for both splits; the first text decides the split and the position."""
@@ -146,6 +150,10 @@ class StdlibSignature(Conversations, name="stdlib-signature"):
 
     Each row is a conversation. Private functions and lines of more than 80 characters are left out.
     """
+
+    @classmethod
+    def prepare(cls) -> None:
+        _signatures()
 
     def train(self) -> Split:
         return self._split("train", False)

@@ -2,13 +2,18 @@
 
 import os
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rankwise.errors import InputError
-from rankwise.files import unwritable
+from rankwise.files import appended, unwritable
+from rankwise.processes.forked import Forked
 from rankwise.sweep.runners.base import Ended, Runner
 from rankwise.sweep.runners.process import end, environment, launch, logged
+from rankwise.sweep.runners.warm import Parent, possible
+
+LOST = "the process that it was forked from has ended"
 
 
 def cores() -> int:
@@ -24,14 +29,15 @@ def default_jobs() -> int:
 
 @dataclass(eq=False)
 class Local(Runner, name="local"):
-    """One process per run on this machine, each with its share of the cores.
+    """One process per run on this machine, each with its share of the cores; without `command` forked, see `warm`.
 
     Attributes:
         jobs: runs carried out at once; one per core, or one on a GPU, when absent.
     """
 
-    _live: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict, init=False)
+    _live: dict[Path, subprocess.Popen[bytes] | Forked] = field(default_factory=dict, init=False)
     _log_from: dict[Path, int] = field(default_factory=dict, init=False)
+    _parent: Parent | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,11 +46,20 @@ class Local(Runner, name="local"):
     def start(self, folder: Path) -> None:
         self._log_from[folder] = logged(folder)
         try:
-            self._live[folder] = launch(folder, self.command, self.environment())
+            environment = self.environment()
+            self._live[folder] = self._fork(folder, environment) or launch(folder, self.command, environment)
         except OSError as error:
             if error.filename == self.command[0]:
                 raise InputError(f"{self.command[0]}: cannot be started: {str(error.strerror).lower()}") from None
             raise unwritable(folder, error) from None
+
+    def _fork(self, folder: Path, environment: Mapping[str, str]) -> Forked | None:
+        """None where the run needs a process of its own. Raises OSError if nothing can be written."""
+        if self.command != Runner.command or not possible():
+            return None
+        with appended(folder / "log.txt") as log:
+            self._parent = self._parent or Parent(folder, environment)
+            return self._parent.fork(folder, log.fileno(), environment)
 
     def environment(self) -> dict[str, str]:
         """What a run's process finds in its environment: its parent, and its share of the cores."""
@@ -55,7 +70,7 @@ class Local(Runner, name="local"):
 
     def ended(self) -> list[Ended]:
         over = [
-            Ended(folder, code, self._log_from[folder])
+            Ended(folder, code, self._log_from[folder], LOST if isinstance(process, Forked) and process.lost else "")
             for folder, process in self._live.items()
             if (code := process.poll()) is not None
         ]
@@ -64,4 +79,12 @@ class Local(Runner, name="local"):
         return over
 
     def stop(self, grace: float) -> None:
-        end(list(self._live.values()), grace)
+        forked = [process for process in self._live.values() if isinstance(process, Forked)]
+        if self._parent and any(process.waiting for process in forked):
+            self._parent.kill()
+        end([each for each in self._live.values() if not isinstance(each, Forked) or each.begun()], grace)
+
+    def close(self) -> None:
+        if self._parent:
+            self._parent.kill()
+        self._parent = None

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from rankwise.errors import STOPPED, InputError
 from rankwise.files import appended, read_json, write_whole
+from rankwise.processes.forked import Forked
 from rankwise.processes.stop import answering, this_process
 
 # Everything that starts threads in a run: OpenMP and MKL in torch, OpenBLAS in numpy, rayon in the tokenizers.
@@ -70,7 +71,7 @@ def logged(folder: Path) -> int:
         return 0
 
 
-def end(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> None:
+def end(processes: Sequence[subprocess.Popen[bytes] | Forked], grace: float) -> None:
     """Ask for a checkpoint by SIGTERM, wait up to `grace` seconds in all, and kill what is left with its children."""
     for process in processes:
         process.terminate()
