@@ -202,6 +202,12 @@ def ours(config: Any, rank: int, name: str, fast: bool = True) -> Arm:
     return Arm(model, rw.SimplexAdam(method, model, lr=RATE))
 
 
+def lean(config: Any, rank: int) -> Arm:
+    arm = ours(config, rank, "lora")
+    rw.lean(arm.model)
+    return arm
+
+
 def shrunk(config: Any, rank: int) -> Arm:
     """Every other site empty, the others at half the rank."""
     arm = ours(config, rank, "lora")
@@ -236,6 +242,7 @@ def every() -> dict[str, Make]:
     own: dict[str, Make] = {
         "lora": lambda config, rank: ours(config, rank, "lora"),
         "lora, fast: false": lambda config, rank: ours(config, rank, "lora", fast=False),
+        "lora, lean": lean,
     }
     for name in searched():
         own[name] = lambda config, rank, name=name: ours(config, rank, name)

@@ -11,6 +11,7 @@ this process, whatever else the machine does, and on a GPU that of the clock.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from rankwise.nets import lora_linear
 from rankwise.ranks import sites
+from rankwise.train.memory_need import Alive
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS = ["384x384", "384x1536", "1536x384", "512x512", "512x2048", "1024x1024"]
@@ -171,18 +173,12 @@ def quartiles(seconds: list[float], others: list[float]) -> list[float]:
 
 
 def kept(model: Any, call: Callable[[Any], Tensor]) -> int:
-    """The bytes kept for the backward pass, other than parameters, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, Tensor] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        sizes[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    """The bytes that a forward pass leaves for the backward pass, each storage once."""
+    gc.collect()
+    with Alive(model) as alive:
         y = call(model)
-    del y
-    return sum(each.untyped_storage().nbytes() for pointer, each in sizes.items() if pointer not in own)
+        gc.collect()
+        return alive.now - y.untyped_storage().nbytes()
 
 
 if __name__ == "__main__":

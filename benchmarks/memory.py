@@ -6,7 +6,7 @@
 Each combination trains LoRA for a few steps in a process of its own, and a row of a Markdown table is printed. On a
 GPU the memory is that of tensors, on Linux that by which the process grew, with an allocator that keeps nothing. All
 passes have the same number of tokens; a packed one holds four times as many rows. What is saved are the tensors that
-autograd keeps at the end of the forward pass, without the weights.
+are there after the forward pass, without the weights.
 """
 
 import argparse
@@ -18,13 +18,12 @@ import subprocess
 import sys
 import time
 import warnings
-import weakref
 from pathlib import Path
 
 import torch
+from layer import kept
 
 import rankwise as rw
-from rankwise.nets import chunked_loss
 from rankwise.ranks.layers import holds_codes
 from rankwise.settings import RunConfig
 from rankwise.train import memory_need, model
@@ -65,13 +64,6 @@ def main() -> None:
         print(LINE.format(weights, activations, checkpointing, packing, *gibs, seconds), flush=True)
 
 
-class Saved:
-    """A tensor that autograd keeps; detached, or it would keep in turn what keeps it."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor.detach()
-
-
 def measured(asked: argparse.Namespace, settings: dict[str, object]) -> tuple[int, int, int, float]:
     """Bytes saved, counted and measured, and the last step's seconds; on a CPU its own, whatever else runs there."""
     warnings.simplefilter("ignore")
@@ -106,19 +98,13 @@ def measured(asked: argparse.Namespace, settings: dict[str, object]) -> tuple[in
     rows = {"position_ids": places.expand_as(ids)} if config.packing else {"attention_mask": mask}
     if config.activation_memory == "lean":
         with computing(config):
-            chunked_loss.put_on(adapted)
-    kept = weakref.WeakSet[Saved]()
+            rw.lean(adapted)
 
-    def keep(tensor: torch.Tensor) -> Saved:
-        kept.add(saved := Saved(tensor))
-        return saved
+    def step() -> torch.Tensor:
+        with computing(config):
+            return adapted(input_ids=ids, labels=ids, use_cache=False, **rows).loss
 
-    with computing(config), torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
-        loss = adapted(input_ids=ids, labels=ids, use_cache=False, **rows).loss
-    storages = {each.tensor.untyped_storage().data_ptr(): each.tensor.untyped_storage().nbytes() for each in kept}
-    for p in adapted.parameters():
-        storages.pop(p.untyped_storage().data_ptr(), None)
-    del loss
+    saved = kept(adapted, lambda model: step())
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -126,15 +112,14 @@ def measured(asked: argparse.Namespace, settings: dict[str, object]) -> tuple[in
     clock, seconds = time.perf_counter if cuda else time.process_time, 0.0
     for _ in range(asked.steps):
         start = clock()
-        with computing(config):
-            adapted(input_ids=ids, labels=ids, use_cache=False, **rows).loss.backward()
+        step().backward()
         optimizer.step()
         optimizer.zero_grad()
         if cuda:
             torch.cuda.synchronize()
         seconds = clock() - start
     return (
-        sum(storages.values()),
+        saved,
         need.total,
         (torch.cuda.max_memory_allocated() if cuda else resident("VmHWM:")) - before,
         seconds,

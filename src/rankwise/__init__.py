@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rankwise.methods.subset import BitFit, Full, FullTop, Head, Untrained
     from rankwise.methods.weight_lora import WeightLoRA
     from rankwise.nets.gated import Gated
+    from rankwise.nets.lean import lean
     from rankwise.nets.lora_linear import fast
     from rankwise.optim import SimplexAdam
     from rankwise.processes.together import average_gradients

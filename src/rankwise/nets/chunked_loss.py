@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rankwise.errors import InputError
-from rankwise.nets.recomputed import base_of
+from rankwise.nets.recomputed import base_of, restore
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.processes import together
 
@@ -64,9 +64,13 @@ def put_on(model: nn.Module) -> None:
         raise _refused(model, f" ({' '.join(str(error).split())[:200]})") from error
     finally:
         if chunked is not None and not same:
-            output_layer(model).forward = chunked.own
+            take_off(model)
     if not same:
         raise _refused(model)
+
+
+def take_off(model: nn.Module) -> None:
+    restore(output_layer(model), Chunked)
 
 
 def untried(model: nn.Module) -> "Chunked":
@@ -112,11 +116,13 @@ class Chunked:
     """How often all logits were computed after all."""
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if args or kwargs or not torch.is_grad_enabled():
-            return self.own(hidden, *args, **kwargs)
-        none = self.own(hidden.detach().flatten(0, -2)[:0])
         device = hidden.device.type
         autocast = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        # gradients of fp16 are right only once the loss has been scaled up
+        fp16 = torch.float16 in (hidden.dtype, autocast[0] if autocast[1] else None)
+        if args or kwargs or fp16 or not torch.is_grad_enabled():
+            return self.own(hidden, *args, **kwargs)
+        none = self.own(hidden.detach().flatten(0, -2)[:0])
         return Logits(Pending(hidden, self, _leaves(none), none.detach(), autocast))
 
 

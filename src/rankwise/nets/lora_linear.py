@@ -22,6 +22,7 @@ PEFT with the saved adapter, bit for bit.
 """
 
 import re
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +30,6 @@ from peft.tuners.adalora.layer import SVDLinear
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -37,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import InputError, require
 from rankwise.nets.fused import Part
+from rankwise.nets.recomputed import Recording, transformed
 from rankwise.ranks.layers import FLOATS
 
 SUM_FROM = 4.0
@@ -79,7 +80,8 @@ class LoraLinearFunction(torch.autograd.Function):
                 into, mask = torch.native_dropout(into, dropout, True)
             u = A @ into.t()
             # selective checkpointing is such a mode, and may keep W x + b itself
-            add = Tensor.addmm_ if W is not None and _get_current_dispatch_mode() is None else torch.addmm
+            alone = isinstance(_get_current_dispatch_mode(), NoneType | Recording)
+            add = Tensor.addmm_ if W is not None and alone else torch.addmm
             y = add(y.to(A.dtype), u.t(), B.t(), alpha=s).to(x.dtype)
             if not for_B:
                 u = None
@@ -280,5 +282,4 @@ GLOBAL_HOOKS = [hooks for name, hooks in vars(torch_module).items() if re.match(
 
 def _transformed() -> bool:
     """Whether torch compiles, exports, traces, transforms or observes what is computed, so that it needs the parts."""
-    observed = any(GLOBAL_HOOKS) or torch.jit.is_tracing() or torch.compiler.is_compiling()
-    return observed or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return any(GLOBAL_HOOKS) or transformed()

@@ -6,9 +6,9 @@ SwiGLU from its two factors. In a forward pass that `Recomputing` carries out, e
 its result, and autograd's saved-tensor hooks keep the recipe in the place of the tensor. In the backward pass the same
 operations run on the same numbers, so that gradients are the same to the bit.
 
-A recipe never keeps what would not be kept without it, except for what is at most half as large as its result. Its
-inputs must not be changed in place before the backward pass; autograd's own error says so, as it does for what it keeps
-itself. A model, a layer or a loss need not be known.
+A recipe keeps nothing that would not be kept without it, except for what is at most half as large as its result. If
+one of its inputs is changed in place before the backward pass, that raises autograd's own error. Models need not be
+known. Where others have put saved-tensor hooks around the model, as checkpointing and offloading do, theirs are used.
 """
 
 import functools
@@ -23,10 +23,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SMALL = 2**14
+from rankwise.errors import require
+
+SMALL = 2**16
 """Bytes below which a tensor is kept."""
 LONGEST = 16
 """Operations in a recipe, with those in the recipes of its inputs."""
@@ -64,15 +67,18 @@ class Recipe:
         self.steps: int = 1 + sum(each.source.steps for each in args if isinstance(each, View))
         self.left = 0
         """How often the backward pass will ask for it; until then it is cached once it is computed."""
-        self.cached: Tensor | None = None
+        self.cached: Kept | None = None
 
     def value(self) -> Tensor:
-        if (whole := self.cached) is None:
-            whole = self.func(*(each.value() if isinstance(each, View) else each for each in self.args), **self.kwargs)
-            whole = whole[0] if isinstance(whole, tuple) else whole
-            if _layout(whole) != self.layout:
-                raise RuntimeError(f"{self.func} gave {_layout(whole)} where it had given {self.layout}")
-        self.cached = whole if self.left > 0 else None
+        cached = self.cached or Kept(self._compute())
+        self.cached = cached if self.left > 0 else None
+        return cached.value()
+
+    def _compute(self) -> Tensor:
+        result = self.func(*(each.value() if isinstance(each, View) else each for each in self.args), **self.kwargs)
+        whole: Tensor = result[0] if isinstance(result, tuple) else result
+        if _layout(whole) != self.layout:
+            raise RuntimeError(f"{self.func} gave {_layout(whole)} where it had given {self.layout}")
         return whole
 
 
@@ -105,7 +111,12 @@ class Recording(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if _is_cheap(func):
+        if written := _written(func):
+            for place, name in written:
+                each = args[place] if place < len(args) else kwargs.get(name)
+                if _is_plain(each):  # through `.data` it could be changed without a new version
+                    self.recipes.pop(each.untyped_storage()._cdata, None)
+        elif _is_cheap(func):
             self._note(func, args, kwargs, result[0] if isinstance(result, tuple) else result)
         return result
 
@@ -118,7 +129,7 @@ class Recording(TorchDispatchMode):
             if not isinstance(each, Tensor):
                 sources.append(each)
                 continue
-            if not _is_plain(each):
+            if not _is_plain(each) or (each.dim() and each.device != result.device):
                 return
             source = self._source(each)
             if source is None:
@@ -173,10 +184,15 @@ def unpack(packed: Kept | View) -> Tensor:
 @functools.cache
 def _is_cheap(func: Any) -> bool:
     """Whether `func` makes a tensor that it would make again, at little cost."""
-    tags, schema = func.tags, func._schema
-    if torch.Tag.nondeterministic_seeded in tags or schema.is_mutable:
-        return False
-    return torch.Tag.pointwise in tags or schema.name in _ALSO
+    cheap = torch.Tag.pointwise in func.tags or func._schema.name in _ALSO
+    return cheap and torch.Tag.nondeterministic_seeded not in func.tags
+
+
+@functools.cache
+def _written(func: Any) -> list[tuple[int, str]]:
+    """The arguments that `func` changes in place, by place and name."""
+    args = enumerate(func._schema.arguments)
+    return [(place, arg.name) for place, arg in args if arg.alias_info is not None and arg.alias_info.is_write]
 
 
 def _is_plain(tensor: Any) -> bool:
@@ -184,6 +200,20 @@ def _is_plain(tensor: Any) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter, FakeTensor) or is_functorch_wrapped_tensor(tensor):
         return False
     return tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
+
+
+_hooks_of_others: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def transformed() -> bool:
+    """Whether torch compiles, exports, traces or transforms what is computed, so that it needs the parts."""
+    traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return traced or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def check() -> None:
+    """InputError if torch is too old to tell whether others have put hooks around a model."""
+    require(_hooks_of_others is not None, "activation_memory: lean needs torch 2.8 or newer")
 
 
 def put_on(model: nn.Module) -> None:
@@ -194,9 +224,16 @@ def put_on(model: nn.Module) -> None:
 
 
 def take_off(model: nn.Module) -> None:
-    base = base_of(model)
-    if isinstance(base.forward, Recomputing):
-        base.forward = base.forward.own
+    restore(base_of(model), Recomputing)
+
+
+def restore(module: Any, kind: type) -> None:
+    """Give a module its own forward again, if one of `kind` is in its place."""
+    if isinstance(module.forward, kind):
+        own = module.forward.own  # type: ignore[attr-defined]
+        del module.forward
+        if module.forward != own:
+            module.forward = own
 
 
 def base_of(model: nn.Module) -> Any:
@@ -215,7 +252,7 @@ class Recomputing:
         return inspect.signature(self.own)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or transformed() or _hooks_of_others(True) is not None:
             return self.own(*args, **kwargs)
         recording = Recording()
         try:

@@ -49,7 +49,7 @@ from rankwise.files import (
 )
 from rankwise.metrics import METRICS
 from rankwise.named import load_plugin
-from rankwise.nets import chunked_loss, recomputed
+from rankwise.nets import chunked_loss, lean
 from rankwise.nets.lora_linear import set_fast
 from rankwise.processes import together
 from rankwise.processes.launched import LostError, is_main
@@ -311,10 +311,8 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
         with computing(parts.config):
             packing.check(parts.model, [*itertools.chain(*parts.examples[:100]["input_ids"])], parts.rows)
     if parts.config.activation_memory == "lean":
-        recomputed.put_on(parts.model)
-        if parts.task.family == "generation":
-            with computing(parts.config):
-                chunked_loss.put_on(parts.model)
+        with computing(parts.config):
+            lean.put_on(parts.model, writes=parts.task.family == "generation")
         if parts.task.family == "generation" and trainer.label_smoother is not None:
             smoother: Any = chunked_loss.Smoothed(parts.config.label_smoothing)
             trainer.label_smoother = smoother
