@@ -71,6 +71,31 @@ AXOLOTL: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         set(),
     ),
     "compiled": ({"torch_compile": True, "bf16": False}, {"compile": True, "dtype": "fp32"}, set()),
+    "llama-3/lora-1b-kernels with liger": (
+        {
+            "liger_fused_linear_cross_entropy": True,
+            "liger_rope": True,
+            "liger_rms_norm": False,
+            "lora_mlp_kernel": True,
+        },
+        {"activation_memory": "lean"},
+        set(),
+    ),
+    "compiled, with fewer logits at once": (
+        {"torch_compile": True, "cut_cross_entropy": True, "liger_glu_activation": False},
+        {"activation_memory": "plain", "compile": True},
+        {"cut_cross_entropy"},
+    ),
+    "fp16, with fewer logits at once": (
+        {"fp16": True, "chunked_cross_entropy": True, "chunked_cross_entropy_num_chunks": 8},
+        {"activation_memory": "plain", "dtype": "fp16"},
+        {"chunked_cross_entropy"},
+    ),
+    "weights of tokens": (
+        {"liger_fused_linear_cross_entropy": True, "liger_use_token_scaling": True},
+        {"activation_memory": "lean"},
+        {"liger_use_token_scaling"},
+    ),
     "compiled on 8 bits": (
         {"torch_compile": True, "load_in_8bit": True},
         {"compile": False, "quantise": "8bit"},
@@ -186,6 +211,12 @@ FACTORY: dict[str, tuple[dict[str, Any], dict[str, Any], set[str]]] = {
         {"finetuning_type": "full"},
         {"method.name": "full", "autocast": "bf16", "dtype": "fp32", "batch_size": 8, "micro_batch": 1},
         set(),
+    ),
+    "liger": ({"enable_liger_kernel": True}, {"activation_memory": "lean"}, set()),
+    "liger in fp16": (
+        {"enable_liger_kernel": True, "bf16": False, "fp16": True},
+        {"activation_memory": "plain", "dtype": "fp16"},
+        {"enable_liger_kernel"},
     ),
     "extras/llama_pro": (
         {"finetuning_type": "freeze", "freeze_trainable_layers": 8},

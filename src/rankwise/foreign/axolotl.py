@@ -22,6 +22,11 @@ HOW = (
     *("tiled_mlp*", "chunked_cross_entropy*", "include_tkps", "include_tokens_per_second", "torch_empty_cache_steps"),
 )
 """Keys that say how axolotl works: how fast, with how much memory, what it keeps and where it logs."""
+LEAN = (
+    *("cut_cross_entropy", "chunked_cross_entropy", "liger_fused_linear_cross_entropy"),
+    *("liger_glu_activation", "liger_swiglu", "liger_rms_norm", "liger_layer_norm"),
+)
+"""Keys by which fewer logits are computed at once, or outputs of activations and norms are not kept."""
 SHARDED = "a run is not sharded; see docs/devices.md"
 
 
@@ -259,4 +264,7 @@ def _other(file: Carried) -> None:
         file.lose(key, SHARDED)
     file.lose("tokens", "no tokens are added to the vocabulary")
     file.lose("processor_type", "pictures and sound are not read")
+    if file.take("liger_use_token_scaling"):
+        file.lose("liger_use_token_scaling", "all tokens count the same in the loss")
     file.compiled()
+    file.lean(*LEAN)

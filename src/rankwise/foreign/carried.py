@@ -180,6 +180,15 @@ class Carried:
         elif self.content.get("torch_compile"):
             self.put("compile", True, "torch_compile")
 
+    def lean(self, *keys: str) -> None:
+        """Keys by which a step keeps fewer activations or logits, except in a compiled run and in fp16."""
+        asked = [key for key in keys if self.take(key)]
+        if self.settings.get("compile") or "fp16" in (self.settings.get("dtype"), self.settings.get("autocast")):
+            for key in asked:
+                self.lose(key, "activation_memory: lean, which comes closest, is not for compiled runs and fp16")
+        elif asked:
+            self.put("activation_memory", "lean", ", ".join(asked))
+
     def targets(self, value: Any, key: str) -> None:
         """The modules that are adapted: names, or all linear layers."""
         if value in ("all", "all-linear"):

@@ -13,7 +13,7 @@ HOW = (
     *("preprocessing_*", "overwrite_*", "dataloader_*", "plot_loss", "ddp_*", "do_train", "do_eval", "dataset_dir"),
     *("logging_*", "save_only_model", "save_total_limit", "save_strategy", "data_shared_file_system", "media_dir"),
     *("per_device_eval_batch_size", "eval_accumulation_steps", "batch_eval_metrics", "use_fast_tokenizer", "run_name"),
-    *("include_num_input_tokens_seen", "use_unsloth*", "enable_liger_kernel", "low_cpu_mem_usage", "hf_hub_token"),
+    *("include_num_input_tokens_seen", "use_unsloth*", "low_cpu_mem_usage", "hf_hub_token"),
     *("use_reentrant_gc", "gradient_checkpointing_kwargs", "cache_dir", "tokenized_path", "print_param_status"),
     *("ignore_pad_token_for_loss", "resume_from_checkpoint", "remove_unused_columns", "ray_*", "export_*"),
 )
@@ -194,3 +194,4 @@ def _numbers(file: Carried, whole: bool) -> None:
     file.move("label_smoothing_factor", "label_smoothing")
     file.trainer()
     file.compiled()
+    file.lean("enable_liger_kernel")
