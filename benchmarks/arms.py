@@ -16,7 +16,8 @@ from typing import Any
 import peft
 import torch
 import transformers
-from layer import DEVICE, LENGTH, MODELS, device
+from layer import LENGTH, MODELS, device
+from measures import DEVICE, timed
 from memory import resident
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
@@ -58,6 +59,14 @@ class Arm:
     after: Callable[[int], None] = lambda step: None
     """Called after each step with its number."""
     steps: int = 0
+    updates: list[float] = dataclasses.field(default_factory=list)
+    """Seconds of the optimizer in each step."""
+
+    def step(self, batch: Mapping[str, Tensor]) -> float:
+        """Carry out a step; its seconds."""
+        passes = timed(lambda: self.passes(batch))
+        self.updates.append(timed(self.update))
+        return passes + self.updates[-1]
 
     def passes(self, batch: Mapping[str, Tensor]) -> None:
         self.loss(batch).backward()
@@ -114,6 +123,17 @@ class Limit(Arm):
         read = _tokens(sites, adapted, batch)
         self.own = 6 * rank * sum(site.cost * tokens for site, tokens in zip(sites, read, strict=True))
         """Operations of LoRA's own products in a step."""
+        self.batch, tokens = batch, batch["input_ids"].numel()
+        self.x, self.W = (torch.randn(rows, 512, device=DEVICE, dtype=DTYPE) for rows in (tokens, 512))
+
+    def turns(self) -> dict[str, Callable[[], float]]:
+        """What has to be timed in each round."""
+        return {"limit": lambda: self.step(self.batch), "product": lambda: timed(lambda: self.x @ self.W, often=10)}
+
+    def least(self, seconds: Mapping[str, list[float]]) -> list[float]:
+        """The least that a step of LoRA could take, by round."""
+        of_product = self.own / (2 * self.x.shape[0] * 512 * 512)
+        return [a + of_product * b for a, b in zip(seconds["limit"], seconds["product"], strict=True)]
 
     def update(self) -> None:
         self.flat.grad = self.gradient
@@ -164,7 +184,7 @@ def lora_fa(config: Any, rank: int) -> Arm:
 def adalora(config: Any, rank: int) -> Arm:
     """It scores units of rank in every step, as in its search, and all of them stay while it is measured."""
     ranks = {"init_r": rank, "target_r": rank // 2, "tinit": 1, "tfinal": 1, "deltaT": LATE, "total_step": 2 * LATE}
-    own = AdaLoraConfig(**_options(config, rank) | ranks)
+    own = AdaLoraConfig(**{key: value for key, value in _options(config, rank).items() if key != "r"} | ranks)
     model = get_peft_model(base(config), own)
     return Arm(model, _adam(model), lambda step: model.base_model.update_and_allocate(step))
 

@@ -11,27 +11,23 @@ this process, whatever else the machine does, and on a GPU that of the clock.
 """
 
 import argparse
-import gc
 import itertools
 import json
 import math
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from measures import DEVICE, kept, over, timed
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from rankwise.nets import lora_linear
 from rankwise.ranks import sites
-from rankwise.train.memory_need import Alive
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYERS = ["384x384", "384x1536", "1536x384", "512x512", "512x2048", "1024x1024"]
 MODELS: dict[str, Any] = {
     "bert": transformers.BertConfig(
@@ -79,10 +75,14 @@ def main() -> None:
     print("|", " | ".join(titles), "|\n|", "---|" * len(titles), sep="", flush=True)
     rows = []
     for what, rank, tokens, A in itertools.product(asked.of, asked.rank, asked.tokens, ("trained", "frozen")):
-        over, ratio, kept = measured(what, rank, tokens, A == "frozen", asked.dropout, asked.rounds)
+        ratios, ratio, sizes = measured(what, rank, tokens, A == "frozen", asked.dropout, asked.rounds)
         row = {"of": what, "rank": rank, "tokens": tokens, "A": A}
-        rows.append({**row, "over limit": over, "fast over peft": ratio, "bytes kept": kept})
-        cells = [*(f"{over[way][1]:.2f}" for way in WAYS), f"{ratio[1]:.2f}", *(f"{size / 1e6:.1f}" for size in kept)]
+        rows.append({**row, "over limit": ratios, "fast over peft": ratio, "bytes kept": sizes})
+        cells = [
+            *(f"{ratios[way][1]:.2f}" for way in WAYS),
+            f"{ratio[1]:.2f}",
+            *(f"{size / 1e6:.1f}" for size in sizes),
+        ]
         print("|", " | ".join(map(str, [*row.values(), *cells])), "|", flush=True)
     if asked.json:
         asked.json.write_text(json.dumps({"device": device(), "torch": torch.__version__, "rows": rows}, indent=1))
@@ -111,12 +111,12 @@ def measured(
                 measures.append(spent)
     of_product = own / (2 * tokens * 512 * 512)
     least = [a + of_product * b for a, b in zip(seconds["limit"], seconds["product"], strict=True)]
-    over = {way: quartiles(seconds[way], least) for way in WAYS}
+    ratios = {way: over(seconds[way], least) for way in WAYS}
     sizes = []
     for way in ("peft", "fast"):
         use(model, way)
-        sizes.append(kept(model, call))
-    return over, quartiles(seconds["fast"], seconds["peft"]), sizes
+        sizes.append(kept(model, lambda: call(model)))
+    return ratios, over(seconds["fast"], seconds["peft"]), sizes
 
 
 def adapted(what: str, tokens: int, config: LoraConfig) -> tuple[Any, Callable[[Any], Tensor]]:
@@ -156,29 +156,6 @@ def step(model: Any, call: Callable[[Any], Tensor]) -> None:
     y = call(model)
     y.backward(torch.ones_like(y))
     model.zero_grad()
-
-
-def timed(run: Callable[[], object], often: int) -> float:
-    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
-    start = clock()
-    for _ in range(often):
-        run()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return (clock() - start) / often
-
-
-def quartiles(seconds: list[float], others: list[float]) -> list[float]:
-    return statistics.quantiles([a / b for a, b in zip(seconds, others, strict=True)], n=4)
-
-
-def kept(model: Any, call: Callable[[Any], Tensor]) -> int:
-    """The bytes that a forward pass leaves for the backward pass, each storage once."""
-    gc.collect()
-    with Alive(model) as alive:
-        y = call(model)
-        gc.collect()
-        return alive.now - y.untyped_storage().nbytes()
 
 
 if __name__ == "__main__":

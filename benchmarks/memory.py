@@ -21,7 +21,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from layer import kept
+from measures import kept
 
 import rankwise as rw
 from rankwise.ranks.layers import holds_codes
@@ -104,7 +104,7 @@ def measured(asked: argparse.Namespace, settings: dict[str, object]) -> tuple[in
         with computing(config):
             return adapted(input_ids=ids, labels=ids, use_cache=False, **rows).loss
 
-    saved = kept(adapted, lambda model: step())
+    saved = kept(adapted, step)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     else:

@@ -1,5 +1,6 @@
 """What docs/performance.md says of the results of `benchmarks/suite.py`: its tables and its pictures."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,12 @@ Cell = tuple[str, bool | None]
 """What was measured, and whether the goal is met; None where it was not measured."""
 
 
+NOTHING = "Not measured yet."
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     if not rows:
-        return "Not measured yet."
+        return NOTHING
     lines = [titles, ["---"] * len(titles), *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
@@ -84,7 +88,96 @@ def _help(result: dict[str, Any]) -> str:
     return table(["process", "s"], [[f"`{row['command']}`", ratio(row["seconds"])] for row in result["rows"]])
 
 
-SECTIONS = {"steps": _steps, "memory": _memory, "changes": _changes, "error": _error, "help": _help}
+AXES = {"rank": (1, 1, 3), "sites": (1, 1, 1), "tokens": (1, 1, 0)}
+"""What an axis is -> how a step, the bytes that it keeps and a rank change have to grow: as which power of it."""
+
+
+def _scaling(result: dict[str, Any]) -> str:
+    [axis] = AXES.keys() & result["rows"][0].keys()
+    rows = []
+    for row in result["rows"]:
+        ratios = [f"{row[key][1]:.3f}" for key in ("over limit", "search over lora")]
+        kept, grown = row["kept"] / row["kept by limit"], (row["kept"] - row["kept by limit"]) / 1e6
+        change = f"{1000 * row['seconds']['change']:.1f} ms, {row['change over step'][1]:.3f}"
+        rows.append([f"{row[axis]:,}", *ratios, f"{kept:.3f}", f"{grown:.1f} MB", change])
+    titles = ["LoRA ÷ limit", "SimplexLoRA in its search ÷ LoRA", "saved ÷ limit", "saved above it"]
+    return table([axis, *titles, "a rank change, ÷ step"], rows) + f"\n\n{_growth(axis, result['rows'])}"
+
+
+def _growth(axis: str, rows: list[dict[str, Any]]) -> str:
+    """The powers of the axis with which each grows between the last two points."""
+    if len(rows) < 2:
+        return "One point alone has no growth."
+    before, last = rows[-2:]
+
+    def power(value: Callable[[dict[str, Any]], float]) -> float:
+        return math.log(value(last) / value(before)) / math.log(last[axis] / before[axis])
+
+    powers = [
+        power(lambda row: row["seconds"]["lora"]),
+        power(lambda row: row["kept"] - row["kept by limit"]),
+        power(lambda row: row["seconds"]["change"]),
+    ]
+    named = zip(("a step", "what it saves above the limit", "a rank change"), powers, AXES[axis], strict=True)
+    shown = ", ".join(f"{name} as its power {got:.2f} (at most {most})" for name, got, most in named)
+    return f"Between the last two, with the {axis}: {shown}."
+
+
+def scaling(results: Results) -> str:
+    there = [results[f"scaling-{axis}"] for axis in AXES if f"scaling-{axis}" in results]
+    return "\n\n".join(map(_scaling, there)) or NOTHING
+
+
+def _sft(result: dict[str, Any]) -> str:
+    theirs = result["rows"][-1]["losses"]
+    rows = []
+    for row in result["rows"]:
+        low, middle, high = row["tokens a second"]
+        off = max(abs(a - b) for a, b in zip(row["losses"], theirs, strict=True))
+        speed = f"{middle:.0f} ({low:.0f}–{high:.0f})"
+        rows.append([row["program"], speed, ratio(row["over TRL"]), f"{row['peak'] / 2**30:.2f} GiB", f"{off:.0e}"])
+    name = f"{result['model']}, TRL {result['trl']}"
+    return table([name, "tokens/s", "time ÷ TRL's", "growth in training", "losses differ by at most"], rows)
+
+
+def sft(results: Results) -> str:
+    return _sft(results["sft"]) if "sft" in results else NOTHING
+
+
+def _together(result: dict[str, Any]) -> str:
+    rows = [
+        [str(row["runs"]), f"{row['tokens']:,}", *(ratio(row[f"over {other}"]) for other in ("fast", "peft")),
+         f"{row['gradients differ by']:.0e}"]
+        for row in result["rows"]
+    ]  # fmt: skip
+    return table(["runs", "tokens of each", "÷ one by one, fast", "÷ one by one, PEFT", "gradients differ by"], rows)
+
+
+WORTH = 1.5
+"""The gain from which several runs in one forward pass would be worth a feature."""
+
+
+def together(results: Results) -> str:
+    there = {shape: results[f"together-{shape}"] for shape in ("bert", "llama") if f"together-{shape}" in results}
+    if not there:
+        return NOTHING
+    many = [row for result in there.values() for row in result["rows"] if row["tokens"] >= 512]
+    gain = max((1 / row["over fast"][1] for row in many), default=math.nan)
+    said = (
+        f"The largest gain with 512 tokens or more of each run is {gain:.2f} times; {WORTH} would be worth a feature."
+    )
+    tables = (f"{NAMES[shape]}:\n\n{_together(result)}" for shape, result in there.items())
+    return "\n\n".join([*tables, said])
+
+
+SECTIONS = {
+    "steps": _steps,
+    "memory": _memory,
+    "changes": _changes,
+    "error": _error,
+    "help": _help,
+    "scaling": _scaling,
+}
 
 
 # --- the goals
@@ -215,7 +308,15 @@ def measured_on(results: Results) -> str:
     return table(["part", "date", "tokens", "rounds", "machine"], lines)
 
 
-BLOCKS = {"goals": goals, "steps": every_step, "memory": every_memory, "measured": measured_on}
+BLOCKS = {
+    "goals": goals,
+    "steps": every_step,
+    "memory": every_memory,
+    "scaling": scaling,
+    "sft": sft,
+    "together": together,
+    "measured": measured_on,
+}
 """What stands between the marks of the page."""
 
 

@@ -132,3 +132,28 @@ def test_each_step_is_measured_and_its_memory(shape: str, tmp_path: Path) -> Non
     assert memory["lora, shrunk"]["kept"] < memory["lora"]["kept"]
     assert all(row["share"][0] > 0 for row in results["changes"]["rows"])
     assert len(re.findall(r"^\| rankwise simplex-lora ", shown, re.MULTILINE)) == 2
+
+
+@pytest.mark.large
+@pytest.mark.parametrize("axis", ["rank", "sites", "tokens"])
+def test_growth_is_measured_along_each_axis(axis: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    shown = run(f"scaling-{axis}", "--json", file, "--rounds", 2, "--tokens", 32)
+    rows = json.loads(file.read_text())[f"scaling-{axis}"]["rows"]
+    values = [row[axis] for row in rows]
+    assert values == sorted(values) and len(values) > 1
+    for row in rows:
+        assert row["kept"] > row["kept by limit"] > 0
+        for key in ("over limit", "search over lora", "change over step"):
+            assert 0 < row[key][0] <= row[key][1] <= row[key][2]
+    assert re.search(rf"with the {axis}: a step as its power \d\.\d\d \(at most 1\)", shown)
+
+
+@pytest.mark.large
+def test_several_runs_at_once_have_the_gradients_of_each_by_itself(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    run("together-llama", "--json", file, "--rounds", 2, "--tokens", 8)
+    rows = json.loads(file.read_text())["together-llama"]["rows"]
+    assert [(row["runs"], row["tokens"]) for row in rows] == [(2, 32), (4, 32), (8, 32)]
+    assert all(0 < row["gradients differ by"] < 1e-5 for row in rows)
+    assert all(row[f"over {other}"][0] > 0 for row in rows for other in ("fast", "peft"))

@@ -177,3 +177,18 @@ def test_what_is_learnt_of_a_turn(base: Path, data: Path) -> None:
         assert judged["input_ids"] == row["input_ids"] and sum(judged["assistant_masks"]) == sum(learnt) + len(more)
         assert [tokenizer.decode(row["input_ids"][place]) for place in more] == ["\n"] * (len(messages) // 2)
         assert all(learnt[place + 1] for place in more)
+
+
+def test_the_benchmark_trains_alike_in_both(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import page
+    import sft
+
+    found = sft.sft(0, 2, model=str(base))
+    by_program = {row["program"]: row for row in found["rows"]}
+    assert by_program.keys() == {*sft.OURS, sft.TRL}
+    other = by_program[sft.TRL]["losses"]
+    for row in found["rows"]:
+        assert row["losses"] == pytest.approx(other, abs=1e-4) and len(other) == sft.STEPS
+        assert row["peak"] > 0 and row["tokens a second"][0] > 0
+    assert page.section("sft", {**found, "rounds": 2, "seconds": 1}).count("\n| ") == 6
