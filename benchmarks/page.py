@@ -6,7 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plots
+
 from rankwise.files import write_whole
+from rankwise.pictures.style import svg
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
@@ -16,7 +19,12 @@ NAMES = {
     "llama-2048": "Llama, d 2,048",
     "llama-4096": "Llama, d 4,096",
 }
-OURS = {"lora": "LoRA", "lora, fast: false": "LoRA, `fast: false`", "lora, lean": "LoRA, `activation_memory: lean`"}
+OURS = {
+    "lora": "LoRA",
+    "lora, fast: false": "LoRA, fast: false",
+    "lora, lean": "LoRA, activation_memory: lean",
+    "lora, shrunk": "LoRA after shrinking",
+}
 Results = dict[str, Any]
 Cell = tuple[str, bool | None]
 """What was measured, and whether the goal is met; None where it was not measured."""
@@ -86,6 +94,29 @@ def _error(result: dict[str, Any]) -> str:
 
 def _help(result: dict[str, Any]) -> str:
     return table(["process", "s"], [[f"`{row['command']}`", ratio(row["seconds"])] for row in result["rows"]])
+
+
+def _profile(result: dict[str, Any]) -> str:
+    whole = sum(result["rows"][0]["seconds"].values())
+    groups = [*result["rows"][0]["seconds"]]
+    rows = []
+    for row in result["rows"]:
+        shares = [row["seconds"][group] / whole for group in groups]
+        name = "the limit without LoRA's products" if row["arm"] == "limit" else arm(row["arm"])
+        rows.append([name, *(f"{share:.1%}" for share in shares), f"{sum(shares):.1%}", f"{row['reads']:.0f}"])
+    return table(["time of a step, by operations", *groups, "all", "numbers read by the host"], rows)
+
+
+def profile(results: Results) -> str:
+    parts = [f"profile-{shape}-{rank}" for shape in NAMES for rank in (8, 32, 64)]
+    there = [f"{_named(part)}:\n\n{_profile(results[part])}" for part in parts if part in results]
+    return "\n\n".join(there) or NOTHING
+
+
+def _named(part: str) -> str:
+    _, _, rest = part.partition("-")
+    shape, _, rank = rest.rpartition("-")
+    return f"{NAMES[shape]}, r {rank}"
 
 
 AXES = {"rank": (1, 1, 3), "sites": (1, 1, 1), "tokens": (1, 1, 0)}
@@ -172,6 +203,7 @@ def together(results: Results) -> str:
 
 SECTIONS = {
     "steps": _steps,
+    "profile": _profile,
     "memory": _memory,
     "changes": _changes,
     "error": _error,
@@ -251,7 +283,7 @@ GOALS: list[tuple[str, str, Any]] = [
     ("LoRA-FA's step ÷ limit, r 8", "≤ 1.06", _step("lora-fa", 8, "over limit", 1.06)),
     ("SimplexLoRA's step in its search ÷ LoRA's", "≤ 1.01", _step("simplex-lora", 8, "over lora", 1.01)),
     ("SoRA's step in its search ÷ LoRA's", "≤ 1.01", _step("sora", 8, "over lora", 1.01)),
-    ("half the sites empty, half at r 4 ÷ all at r 8", "≤ 0.93", _step("lora, shrunk", 8, "over lora", 0.93)),
+    ("LoRA with half the sites empty, half at r 4 ÷ r 8", "≤ 0.93", _step("lora, shrunk", 8, "over lora", 0.93)),
     ("activations ÷ limit, `activation_memory: lean`", "≤ 1.22, ≤ 1.05", _kept("lora, lean", LEAN)),
     ("activations ÷ limit, LoRA-FA", "≤ 1.02", _kept("lora-fa", {"bert": 1.02, "llama": 1.02})),
     ("three rank changes, share of 1,000 steps", "≤ 1e-4", _one("changes", _share, 1e-4)),
@@ -312,6 +344,7 @@ BLOCKS = {
     "goals": goals,
     "steps": every_step,
     "memory": every_memory,
+    "profile": profile,
     "scaling": scaling,
     "sft": sft,
     "together": together,
@@ -329,5 +362,23 @@ def written(text: str, results: Results) -> str:
     return text
 
 
+def pictures(results: Results) -> dict[str, Any]:
+    """The figure of each file that these results are enough for."""
+    both = {
+        f"{NAMES[shape]}, r 8": {arm(name): cell for name, cell in _rows(results[part], "over limit").items()}
+        for shape in ("bert", "llama")
+        if (part := f"steps-{shape}-8") in results
+    }
+    growing = {axis: results[part]["rows"] for axis in AXES if (part := f"scaling-{axis}") in results}
+    found = {}
+    if len(both) == 2:
+        found["step.svg"] = plots.steps(both, 1.10, "A training step next to the least that it can take")
+    if len(growing) == len(AXES):
+        found["growth.svg"] = plots.growth(growing, "How a step, what it saves and a rank change grow")
+    return found
+
+
 def write(results: Results) -> None:
     write_whole(PAGE, written(PAGE.read_text(encoding="utf-8"), results))
+    for name, figure in pictures(results).items():
+        write_whole(DOCS / "pictures" / name, svg(figure))

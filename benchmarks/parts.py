@@ -12,6 +12,7 @@ from typing import Any
 import arms
 import torch
 from measures import DEVICE, in_turns, kept, over, quartiles, timed
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankwise as rw
 from rankwise.ranks.resize import resize, truncate
@@ -51,7 +52,7 @@ def memory(tokens: int, rounds: int, shape: str, rank: int) -> dict[str, Any]:
         arm = make(config, rank)
         arm.passes(batch)
         arm.update()  # which makes the optimizer's state
-        size = kept(partial(arm.loss, batch))
+        size = kept(arm.model, partial(arm.loss, batch))
         with arms.peak() as grown:
             arm.passes(batch)
             arm.update()
@@ -65,6 +66,69 @@ def memory(tokens: int, rounds: int, shape: str, rank: int) -> dict[str, Any]:
         for name, sizes in found.items()
     ]  # fmt: skip
     return result(rows, kept_by_limit=least[0], peak_of_limit=least[1])
+
+
+GROUPS = {
+    "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm"),
+    "attention": ("scaled_dot_product", "flash_attention", "efficient_attention"),
+    "norms and activations": ("norm", "gelu", "silu", "tanh", "softmax"),
+    "copies and sums": ("copy_", "add", "add_", "mul", "mul_", "sum", "cat", "clone", "fill_", "zero_"),
+}
+"""Kinds of operations: by their names, or for attention and norms by a part of them."""
+REST = "everything else"
+
+
+def profile(tokens: int, rounds: int, shape: str, rank: int) -> dict[str, Any]:
+    """Seconds of a step by kind of operation, and how often the host reads a number of the device in it."""
+    config, batch = arms.SHAPES[shape], arms.rows(tokens)
+    makes = {name: make for name, make in arms.every().items() if name in PROFILED}
+    every = {name: make(config, rank) for name, make in {"limit": partial(arms.Limit, batch=batch), **makes}.items()}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in every}
+
+    def once(name: str, arm: arms.Arm) -> float:
+        with torch.profiler.profile() as seen:
+            arm.step(batch)
+        seconds = dict.fromkeys((*GROUPS, REST), 0.0)
+        for event in seen.key_averages():
+            own = event.self_device_time_total if DEVICE == "cuda" else event.self_cpu_time_total
+            seconds[_group(event.key)] += own / 1e6
+        found[name].append(seconds)
+        return sum(seconds.values())
+
+    in_turns({name: partial(once, name, arm) for name, arm in every.items()}, rounds)
+    rows = []
+    for name, arm in every.items():
+        seconds = {group: statistics.median(each[group] for each in found[name][1:]) for group in (*GROUPS, REST)}
+        with Reads(arm.optimizer) as reads:
+            arm.step(batch)
+        rows.append({"arm": name, "seconds": seconds, "reads": reads.count})
+    return result(rows)
+
+
+class Reads(TorchDispatchMode):
+    """Counts how often the host reads a number of a tensor, other than the counters of AdamW, which it keeps itself."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__()
+        self.own = {id(each["step"]) for each in optimizer.state.values() if "step" in each}
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += waits and id(args[0]) not in self.own
+        return func(*args, **kwargs or {})
+
+
+PROFILED = ("PEFT LoRA", "lora", "lora, fast: false", "simplex-lora", "sora")
+
+
+def _group(name: str) -> str:
+    name = name.removeprefix("aten::")
+    for group, names in GROUPS.items():
+        exact = group in ("matrix products", "copies and sums")
+        if any(each == name if exact else each in name for each in names):
+            return group
+    return REST
 
 
 CHANGES, STEPS = 3, 1_000

@@ -44,7 +44,7 @@ def point(config: Any, rank: int, tokens: int, rounds: int) -> dict[str, Any]:
     batch = arms.rows(tokens)
     limit = arms.Limit(config, rank, batch)
     lora, search = arms.ours(config, rank, "lora"), arms.ours(config, rank, "simplex-lora")
-    sizes = [kept(partial(arm.loss, batch)) for arm in (limit, lora)]
+    sizes = [kept(arm.model, partial(arm.loss, batch)) for arm in (limit, lora)]
     changed = arms.ours(config, rank, "lora")
     changed.step(batch)  # B is no longer 0
     less = max(1, rank // 2)

@@ -32,7 +32,7 @@ WIDE = ("llama-2048", "llama-4096")
 QUICK = ["steps-bert-8", "memory-bert-8", "error", "help"]
 PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     f"{what}-{shape}-{rank}": ("parts", what, {"shape": shape, "rank": rank})
-    for what in ("steps", "memory")
+    for what in ("steps", "memory", "profile")
     for shape, ranks in {"bert": (8, 32), "llama": (8, 32), **dict.fromkeys(WIDE, (8, 64))}.items()
     for rank in ranks
 }

@@ -118,7 +118,7 @@ def test_each_step_is_measured_and_its_memory(shape: str, tmp_path: Path) -> Non
         "PEFT DoRA",
         "full fine-tuning",
         "lora",
-        "lora, fast: false",
+        "lora, lean",
         "simplex-lora",
         "sora",
         "adalora",
@@ -128,6 +128,7 @@ def test_each_step_is_measured_and_its_memory(shape: str, tmp_path: Path) -> Non
         low, middle, high = row["over limit"]
         assert 0 < low <= middle <= high and 0 < row["optimizer"][1] < 1
     assert steps["lora"]["over lora"] == steps["PEFT LoRA"]["over PEFT LoRA"] == [1, 1, 1]
+    assert memory["lora, lean"]["kept"] < memory["lora"]["kept"]
     assert memory["lora-fa"]["kept"] < memory["lora"]["kept"] == memory["PEFT LoRA"]["kept"]
     assert memory["lora, shrunk"]["kept"] < memory["lora"]["kept"]
     assert all(row["share"][0] > 0 for row in results["changes"]["rows"])
