@@ -209,6 +209,8 @@ SECTIONS = {
     "error": _error,
     "help": _help,
     "scaling": _scaling,
+    "sft": _sft,
+    "together": _together,
 }
 
 

@@ -23,7 +23,7 @@ def suite(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def run(*options: object) -> str:
     command = [sys.executable, FOLDER / "suite.py", *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
 def test_the_page_is_what_the_results_give(suite: ModuleType) -> None:
@@ -84,10 +84,18 @@ def test_bad_input_is_refused_in_one_line(
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_every_part_has_its_table_and_its_function(suite: ModuleType) -> None:
+    assert {name.partition("-")[0] for name in suite.PARTS} == suite.page.SECTIONS.keys()
+    for file, function, _ in suite.PARTS.values():
+        assert f"\ndef {function}(tokens: int, rounds: int" in (FOLDER / f"{file}.py").read_text()
+
+
 def test_runs_take_turns_and_the_first_round_is_not_counted(suite: ModuleType) -> None:
+    import measures
+
     order: list[str] = []
     runs = {name: lambda name=name: float(len(order) + bool(order.append(name))) for name in "abc"}
-    found = suite.in_turns(runs, 2)
+    found = measures.in_turns(runs, 2)
     assert "".join(order) == "abcbcacab"
     assert found == {"a": [5.0, 7.0], "b": [3.0, 8.0], "c": [4.0, 6.0]}
 
