@@ -29,20 +29,23 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def truncate(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def truncate(A: Tensor, B: Tensor, rank: int, maps: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best factors of rank `rank` ≤ r for the product of A (r, in) and B (out, r).
 
     The split is A' = Vᵀ Q_Aᵀ, B' = Q_B U S: with the balanced √S split both factors, and all gradients, would be 0
     where BA = 0.
 
     Returns:
-        A' (rank, in), B' (out, rank), and the maps L (rank, r), R (r, rank) with A' = L A and B' = B R.
+        A' (rank, in), B' (out, rank), and the maps L (rank, r), R (r, rank) with A' = L A and B' = B R, empty without
+        `maps`, which take as long as the rest.
     """
     QB, RB = torch.linalg.qr(B.double())
     QA, RA = torch.linalg.qr(A.double().T)
     U, S, Vh = torch.linalg.svd(RB @ RA.T)
     U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
-    L, R = Vh @ torch.linalg.pinv(RA).T, torch.linalg.pinv(RB) @ (U * S)
+    L = R = RA[:0]
+    if maps:
+        L, R = Vh @ torch.linalg.pinv(RA).T, torch.linalg.pinv(RB) @ (U * S)
     return (Vh @ QA.T).to(A.dtype), ((QB @ U) * S).to(B.dtype), L.to(A.dtype), R.to(B.dtype)
 
 
@@ -169,7 +172,7 @@ def _change(model: PeftModel, site: Site, rank: int, plan: RankPlan) -> None:
         carry_A = lambda m, _: torch.cat([m, m.new_zeros(rank - r, m.shape[1])])  # noqa: E731
         carry_B = lambda m, _: torch.cat([m, m.new_zeros(m.shape[0], rank - r)], dim=1)  # noqa: E731
     else:
-        new_A, new_B, L, R = truncate(A, B, rank)
+        new_A, new_B, L, R = truncate(A, B, rank, maps=plan.moments == "keep")
         # ∂L/∂A' = Rᵀ ∂L/∂A and ∂L/∂B' = ∂L/∂B Lᵀ; the second moments follow with squared entries, as if independent.
         carry_A = lambda m, second: (R.square() if second else R).T @ m  # noqa: E731
         carry_B = lambda m, second: m @ (L.square() if second else L).T  # noqa: E731
