@@ -15,6 +15,7 @@ from measures import DEVICE, in_turns, kept, over, quartiles, timed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rankwise as rw
+from rankwise.errors import require
 from rankwise.ranks.resize import resize, truncate
 
 
@@ -60,6 +61,7 @@ def memory(tokens: int, rounds: int, shape: str, rank: int) -> dict[str, Any]:
         del arm
         gc.collect()  # so that the next one begins without it
     least = found.pop("limit")
+    require(least[1] > 0, f"a step of {tokens} tokens takes no memory that can be measured: give more --tokens")
     rows = [
         {"arm": name, "kept": sizes[0], "peak": sizes[1], "kept over limit": sizes[0] / least[0],
          "peak over limit": sizes[1] / least[1]}

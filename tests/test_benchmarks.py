@@ -118,7 +118,8 @@ def test_what_has_been_measured_is_kept_unless_it_is_asked_for_again(tmp_path: P
 @pytest.mark.parametrize("shape", ["bert", "llama"])
 def test_each_step_is_measured_and_its_memory(shape: str, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    shown = run(f"steps-{shape}-8", f"memory-{shape}-8", "changes", "--json", file, "--rounds", 2, "--tokens", 8)
+    options = ("--json", file, "--rounds", 2, "--tokens")
+    shown = run(f"steps-{shape}-8", "changes", *options, 8) + run(f"memory-{shape}-8", *options, 128)
     results = json.loads(file.read_text())
     steps, memory = ({row["arm"]: row for row in results[f"{part}-{shape}-8"]["rows"]} for part in ("steps", "memory"))
     wanted = {
@@ -136,6 +137,7 @@ def test_each_step_is_measured_and_its_memory(shape: str, tmp_path: Path) -> Non
         low, middle, high = row["over limit"]
         assert 0 < low <= middle <= high and 0 < row["optimizer"][1] < 1
     assert steps["lora"]["over lora"] == steps["PEFT LoRA"]["over PEFT LoRA"] == [1, 1, 1]
+    assert all(row["peak"] > 0 for row in memory.values())
     assert memory["lora, lean"]["kept"] < memory["lora"]["kept"]
     assert memory["lora-fa"]["kept"] < memory["lora"]["kept"] == memory["PEFT LoRA"]["kept"]
     assert memory["lora, shrunk"]["kept"] < memory["lora"]["kept"]
