@@ -165,7 +165,7 @@ class Recording(TorchDispatchMode):
         if isinstance(source, Recipe):
             source.left += 1
             return View(source, _layout(tensor))
-        kept = Kept(tensor.detach())
+        kept = Kept(tensor if tensor.grad_fn is None else tensor.detach())  # or it would keep what keeps it
         if plain:
             self.kept[tensor.untyped_storage()._cdata] = weakref.ref(kept)
         return kept
