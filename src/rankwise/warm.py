@@ -4,6 +4,7 @@ That leaves out the seconds that each run would spend on the same imports. A for
 be after these; where that is not certain, it becomes a fresh one.
 """
 
+import ctypes
 import gc
 import importlib
 import logging
@@ -32,6 +33,8 @@ IMPORTED = (
 )
 LOOK = "PYTORCH_NVML_BASED_CUDA_CHECK"
 """Set to 1, it lets torch look for GPUs without CUDA, after which no fork could use them."""
+NOT_INITIALISED = 3
+"""What CUDA's driver answers before `cuInit`."""
 DEVICES = ("nvidia-uvm", "kfd", "renderD")
 """How the files of GPUs begin that a process has open once it computes there."""
 
@@ -107,7 +110,16 @@ def _can_fork() -> bool:
     others = [each for each in Path("/proc/self/task").iterdir() if each.name != str(os.getpid())]
     devices = [Path(os.path.realpath(each)).name for each in Path("/proc/self/fd").iterdir()]
     known = {(each / "comm").read_text().strip() for each in others} <= RESTARTED
-    return known and not any(each.startswith(DEVICES) for each in devices)
+    return known and not any(each.startswith(DEVICES) for each in devices) and _cuda_untouched()
+
+
+def _cuda_untouched() -> bool:
+    """Whether nothing has initialised CUDA's driver, with torch or without it."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD)
+    except OSError:  # is not loaded
+        return True
+    return driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == NOT_INITIALISED
 
 
 def _code() -> set[str]:

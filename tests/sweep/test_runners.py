@@ -99,3 +99,22 @@ def test_why_a_process_ended(code: int, reason: str) -> None:
 def test_there_is_a_job_for_every_core_unless_a_gpu_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert default_jobs() == cores() >= 1
+
+
+def test_what_is_kept_is_released_once_after_the_last_block() -> None:
+    closed = []
+
+    class Counting(Local):
+        def close(self) -> None:
+            closed.append(self._kept)
+
+    made = Counting(1)
+    with pytest.raises(ZeroDivisionError), made.kept():
+        with made.kept():
+            pass
+        assert not closed
+        raise ZeroDivisionError
+    assert closed == [0]
+    with made.kept():
+        pass
+    assert closed == [0, 0]

@@ -60,12 +60,9 @@ def carry_out(store: Store, folders: Sequence[Path], runner: Runner, console: Co
     console = console or Console(file=sys.stderr)
     # stdout is for results, and Ray prints there
     try:
-        with redirect_stdout(sys.stderr), Display(console, names) as display, _signals() as asked:
+        with redirect_stdout(sys.stderr), Display(console, names) as display, _signals() as asked, runner.kept():
             sweep = _Sweep(store, runner, display, names, _before(store, configs))
-            try:
-                sweep.carry_out(asked)
-            finally:
-                runner.close()
+            sweep.carry_out(asked)
     except Interrupted:  # after the display, so that this is the last line
         done = sum(store.state(folder) == "done" for folder in folders)
         say = f"stopped with {done} of {len(folders)} runs done; the same command goes on with the others"

@@ -151,7 +151,8 @@ class Plan:
             return store.create(config, self.maker(config))
 
         store.note(self.experiment, self.runs)
-        return tune_and_carry_out(store, self.experiment.contests, create, runner)
+        with redirect_stdout(sys.stderr), runner.kept():  # by one round for the next
+            return tune_and_carry_out(store, self.experiment.contests, create, runner)
 
     def made_by_others(self) -> str:
         """How many of these runs were made with other code or data, and what differs; "" for none."""

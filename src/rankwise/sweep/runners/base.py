@@ -2,7 +2,9 @@
 
 import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +52,8 @@ class Runner(Named, ABC, kind="runner"):
     jobs: Annotated[int, Field(ge=1)] | None = None
     command: tuple[str, ...] = (sys.executable, "-m", "rankwise", "train")
 
+    _kept: int = field(default=0, init=False)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.command = tuple(self.command)
@@ -78,6 +82,17 @@ class Runner(Named, ABC, kind="runner"):
     @abstractmethod
     def stop(self, grace: float) -> None:
         """Ask every run to write a checkpoint and end, wait up to `grace` seconds, then kill. None is left after it."""
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Around starts; what they have fetched is released after the outermost of these blocks."""
+        self._kept += 1
+        try:
+            yield
+        finally:
+            self._kept -= 1
+            if not self._kept:
+                self.close()
 
     def close(self) -> None:  # noqa: B027 - most runners hold nothing
         """Release what the starts have fetched; a later start fetches it again."""
