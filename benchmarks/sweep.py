@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from rankwise import methods, tasks
 from rankwise.runs.record import progress
 from rankwise.runs.store import Store
 from rankwise.sweep.compare import carry_out
@@ -58,6 +59,8 @@ def main() -> None:
     asked = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: asked.workers or asked.cores])
+    methods.registry()
+    tasks.registry()  # as a sweep has done when its runs begin
     rows = memory(asked) if asked.workers else times(asked)
     print("|", " | ".join(rows[0]), "|\n|", "---|" * len(rows[0]), sep="")
     for row in rows:

@@ -13,6 +13,7 @@ import pytest
 
 from rankwise.processes import forked
 from rankwise.processes.forked import Forked
+from rankwise.sweep.runners.process import end
 from waiting import PATIENCE, alive, wait_for
 
 FORKING = """
@@ -24,6 +25,15 @@ os.setsid()
 os.dup2(streams[0], 1)
 forked.announce(status)
 exec(text)
+"""
+
+
+STUCK = """
+import signal, subprocess
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "600"])
+open({!r}, "w").write(str(child.pid) + "\\n")
+time.sleep(600)
 """
 
 
@@ -68,6 +78,14 @@ def test_it_is_waited_for_and_signalled(parent: Parent) -> None:
     sleeper.terminate()
     assert sleeper.wait(PATIENCE) == -signal.SIGTERM
     sleeper.terminate()  # is over, and its number another's perhaps
+
+
+def test_one_that_will_not_end_is_killed_with_its_children(parent: Parent, tmp_path: Path) -> None:
+    stuck = parent.fork(STUCK.format(str(tmp_path / "child")))
+    wait_for(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text().endswith("\n"))
+    end([stuck], grace=0.1)
+    assert stuck.poll() == -signal.SIGKILL
+    wait_for(lambda: not alive(int((tmp_path / "child").read_text())))
 
 
 def test_it_goes_on_without_the_process_that_forked_it(tmp_path: Path) -> None:

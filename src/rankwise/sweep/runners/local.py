@@ -29,7 +29,7 @@ def default_jobs() -> int:
 
 @dataclass(eq=False)
 class Local(Runner, name="local"):
-    """One process per run on this machine, each with its share of the cores; without `command` forked, see `warm`.
+    """One process per run on this machine, each with its share of the cores.
 
     Attributes:
         jobs: runs carried out at once; one per core, or one on a GPU, when absent.

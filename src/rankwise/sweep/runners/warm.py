@@ -4,7 +4,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ class Parent:
         """`first` is the folder of the first of these runs."""
         self._started_with = dict(environment), Path.cwd()
         self._orders, orders = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with orders, tempfile.TemporaryFile() as said:
+        with orders, os.fdopen(os.memfd_create("said"), "wb") as said:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "rankwise.warm", str(first)],
                 stdin=orders.fileno(),
