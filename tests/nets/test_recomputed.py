@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import inspect
+import pickle
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -183,6 +184,7 @@ STEPS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "masked": lambda model, h: functional.gelu(h).masked_fill(h > 1, 0.0),
     "detached": lambda model, h: h * functional.gelu(h).detach(),
     "inside": lambda model, h: Squared.apply(functional.gelu(h)),
+    "vmap": lambda model, h: torch.vmap(lambda row: functional.gelu(row) * row)(h),
     "complex": lambda model, h: torch.view_as_complex(functional.gelu(h).view(-1, 32, 2)).conj().abs().repeat(1, 2),
     "again": lambda model, h: checkpoint(lambda h: functional.gelu(model.norm(h)), h, use_reentrant=False),
     "again, reentrant": lambda model, h: checkpoint(lambda h: functional.gelu(model.norm(h)), h, use_reentrant=True),
@@ -360,6 +362,19 @@ def test_hooks_that_others_put_around_the_model_are_theirs() -> None:
     with Alive(model) as alive:
         loss = around(model)
         assert alive.now == loss.untyped_storage().nbytes()
+
+
+def test_a_tensor_of_inference_mode_is_taken_as_ever() -> None:
+    with torch.inference_mode():
+        shift = torch.ones(64)
+    assert agrees(bare(lambda model, h: functional.gelu(h) + shift), lambda model: model(X)) <= 1.0
+
+
+def test_a_pickled_model_is_lean_again() -> None:
+    model: Any = attached("lora", "bert")
+    put_on(model)
+    other = pickle.loads(pickle.dumps(model)).get_base_model()
+    assert isinstance(other.forward, Recomputing) and other.forward.own.__self__ is other
 
 
 def test_without_gradients_compiled_or_transformed_the_model_computes_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:

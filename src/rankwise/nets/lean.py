@@ -9,7 +9,7 @@ from rankwise.nets import chunked_loss, recomputed
 def lean(model: nn.Module, on: bool = True) -> None:
     """Keep less of a forward pass of `model` for the backward pass; or as much as before, again.
 
-    Outputs of norms, activations, dropout and casts are computed again in the backward pass, with the same gradients to
+    Outputs of norms, activations and casts are computed again in the backward pass, with the same gradients to
     the bit. The loss of a language model is computed for 256 tokens at a time, with the same gradients except for the
     order of sums. Passes without gradients do not change.
 

@@ -1,7 +1,7 @@
 """Pointwise results are computed again in the backward pass instead of being kept for it.
 
 Autograd keeps the inputs and outputs of operations for the backward pass. Many of them are cheap to compute from others
-that it keeps anyway: what GELU, SiLU, norms, dropout and casts return from what goes into them, and the product of
+that it keeps anyway: what GELU, SiLU, norms and casts return from what goes into them, and the product of
 SwiGLU from its two factors. In a forward pass that `Recomputing` carries out, each such operation leaves a recipe of
 its result, and autograd's saved-tensor hooks keep the recipe in the place of the tensor. In the backward pass the same
 operations run on the same numbers, so that gradients are the same to the bit.
@@ -51,7 +51,8 @@ class Kept:
         if self.tensor._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{list(self.tensor.shape)} is at version {self.tensor._version}; expected version {self.version}"
+                f"{list(self.tensor.shape)} is at version {self.tensor._version}; expected version {self.version}. "
+                "If it is no error without activation_memory: lean, leave that out"
             )
         return self.tensor
 
@@ -199,7 +200,7 @@ def _is_plain(tensor: Any) -> bool:
     """Whether all there is to a tensor is its storage and layout."""
     if type(tensor) not in (Tensor, nn.Parameter, FakeTensor) or is_functorch_wrapped_tensor(tensor):
         return False
-    return tensor.layout is torch.strided and not tensor.is_conj() and not tensor.is_neg()
+    return tensor.layout is torch.strided and not (tensor.is_conj() or tensor.is_neg() or tensor.is_inference())
 
 
 _hooks_of_others: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
