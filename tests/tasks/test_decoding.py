@@ -115,3 +115,12 @@ def test_without_a_cache_or_with_another_one_transformers_searches_itself():
         texts, shapes = written(model, beams, ours=True, **options)
         assert texts == written(model, beams, ours=False)[0]
         assert {rows for rows, _ in shapes} == {beams * len(PROMPTS)}
+
+
+def test_positions_on_several_axes_are_left_to_transformers():
+    """As Qwen2-VL has them: (axes, rows, tokens), and there may be as many rows as axes."""
+    model, ids = small(), torch.zeros(3, 4, dtype=torch.long)
+    given = {"use_cache": True, "past_key_values": transformers.DynamicCache(config=model.config)}
+    assert decoding._usual(model, ids, {**given, "position_ids": ids})
+    assert not decoding._usual(model, ids, {**given, "position_ids": torch.zeros(3, 3, 4)})
+    assert not decoding._usual(model, ids, {**given, "position_ids": ids[:2]})

@@ -5,6 +5,7 @@ read once, and a row leaves the batch when it is done. Nothing else differs: wha
 for tokens and the scores are those of transformers, whose own loops search where the cache is not the usual one.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -45,13 +46,14 @@ def _usual(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> bool:
     cache: Any = kwargs.get("past_key_values")
     both = type(cache) is EncoderDecoderCache
     caches = [cache.self_attention_cache, cache.cross_attention_cache] if both else [cache]
-    tensors = [each for values in _dicts(kwargs) for each in values.values() if isinstance(each, Tensor)]
+    given, *encoded = ([each for each in values.values() if isinstance(each, Tensor)] for values in _dicts(kwargs))
     return (
         all(getattr(type(model), loop) is getattr(GenerationMixin, loop) for loop in ("_sample", "_beam_search"))
         and not hasattr(model, "_reorder_cache")
         and bool(kwargs.get("use_cache"))
         and all(type(each) is DynamicCache and not each.get_seq_length() for each in caches)
-        and all(each.dim() >= 2 and len(each) == len(input_ids) for each in tensors)
+        and all(each.dim() == 2 for each in given)  # some models have positions (axes, rows, tokens)
+        and all(len(each) == len(input_ids) for each in (*given, *itertools.chain(*encoded)))
     )
 
 
