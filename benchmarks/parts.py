@@ -1,12 +1,15 @@
 """The parts of `benchmarks/suite.py` that its goals need: each gives its rows as JSON."""
 
 import gc
+import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import arms
@@ -193,3 +196,14 @@ def starts(tokens: int, rounds: int) -> dict[str, Any]:
     seconds = in_turns({"--help": run("-m", "rankwise", "--help"), "pass": run("-c", "pass")}, rounds)
     rows = [{"command": name, "seconds": quartiles(values)} for name, values in seconds.items()]
     return result(rows)
+
+
+def short_runs(tokens: int, rounds: int, *options: str) -> dict[str, Any]:
+    """What `benchmarks/sweep.py` says of eight short runs: forked, or each a fresh process, next to one process."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "runs.json"
+        command = [sys.executable, Path(__file__).parent / "sweep.py", "--rounds", max(2, rounds // 7), "--json", file]
+        subprocess.run([*map(str, command), *options], check=True, stdout=subprocess.DEVNULL)
+        rows = json.loads(file.read_text())["rows"]
+    keys = {"÷ one, on the clock": "over one", "÷ one, on the cores": "cores over one"}
+    return result([{keys.get(key, key): value for key, value in row.items()} for row in rows])

@@ -29,7 +29,7 @@ def sft(tokens: int, rounds: int, model: str = MODEL) -> dict[str, Any]:
     from measures import over, quartiles
     from parts import result
 
-    rounds = max(2, rounds // 5)
+    rounds = max(2, rounds // 7)
     done: dict[str, list[dict[str, Any]]] = {name: [] for name in (*OURS, TRL)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

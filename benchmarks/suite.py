@@ -38,6 +38,7 @@ PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 """The file, the function and what it is called with."""
 PARTS |= {"changes": ("parts", "changes", {}), "error": ("parts", "error", {}), "help": ("parts", "starts", {})}
+PARTS["runs"] = ("parts", "short_runs", {})
 PARTS |= {f"scaling-{axis}": ("scaling", "scaling", {"axis": axis}) for axis in ("rank", "sites", "tokens")}
 PARTS["sft"] = ("sft", "sft", {})
 PARTS |= {f"together-{shape}": ("together", "together", {"shape": shape}) for shape in ("bert", "llama")}

@@ -168,3 +168,13 @@ def test_several_runs_at_once_have_the_gradients_of_each_by_itself(tmp_path: Pat
     assert [(row["runs"], row["tokens"]) for row in rows] == [(2, 32), (4, 32), (8, 32)]
     assert all(0 < row["gradients differ by"] < 1e-5 for row in rows)
     assert all(row[f"over {other}"][0] > 0 for row in rows for other in ("fast", "peft"))
+
+
+@pytest.mark.large
+def test_short_runs_are_compared_with_one_process(suite: ModuleType) -> None:
+    import parts
+
+    found = parts.short_runs(8, 2, "--model", "random-bert", "--steps", "2", "--runs", "2")
+    assert [row["arm"] for row in found["rows"]] == ["one", "forked", "fresh"]
+    assert found["rows"][0]["over one"] == [1, 1, 1] and found["rows"][1]["over one"][0] > 0
+    assert suite.page.section("runs", {**found, "rounds": 2, "seconds": 1}).count("\n| ") == 5
