@@ -160,7 +160,8 @@ def _growth(axis: str, rows: list[dict[str, Any]]) -> str:
 
 def scaling(results: Results) -> str:
     there = [results[f"scaling-{axis}"] for axis in AXES if f"scaling-{axis}" in results]
-    return "\n\n".join(map(_scaling, there)) or NOTHING
+    drawn = ["![ratios by rank, sites and tokens](pictures/growth.svg)"] if len(there) == len(AXES) else []
+    return "\n\n".join([*drawn, *map(_scaling, there)]) or NOTHING
 
 
 def _sft(result: dict[str, Any]) -> str:
@@ -364,8 +365,16 @@ def measured_on(results: Results) -> str:
     return table(["part", "date", "tokens", "rounds", "machine"], lines)
 
 
+def devices(results: Results) -> str:
+    machines = {(result["machine"]["device"], result["machine"]["dtype"]) for result in results.values()}
+    on = " and ".join(f"{device} in {dtype}" for device, dtype in sorted(machines))
+    no_gpu = all(dtype == "float32" for _, dtype in machines)
+    return f"Measured on {on}." + (" No GPU was at hand." if no_gpu else "")
+
+
 BLOCKS = {
     "goals": goals,
+    "devices": devices,
     "steps": every_step,
     "memory": every_memory,
     "profile": profile,

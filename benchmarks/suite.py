@@ -24,7 +24,7 @@ from typing import Any
 
 import page
 
-from rankwise.errors import INPUT, InputError
+from rankwise.errors import INPUT, INTERRUPTED, InputError
 from rankwise.files import write_whole
 
 RESULTS = Path(__file__).parent / "results.json"
@@ -60,6 +60,9 @@ def main() -> None:
         raise InputError(f"there is no part {unknown[0]}: choose from {', '.join(PARTS)}")
     if asked.rounds < 2 or asked.tokens < 1:
         raise InputError("--rounds must be at least 2, for quartiles, and --tokens at least 1")
+    folder = asked.json.resolve().parent
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"nothing can be written to {folder}: give another file with --json")
     if asked.here:
         file, function, more = PARTS[asked.parts[0]]
         result = getattr(importlib.import_module(file), function)(asked.tokens, asked.rounds, **more)
@@ -101,7 +104,8 @@ def new_results(wanted: list[str], asked: argparse.Namespace) -> Iterator[tuple[
             was, now = result["machine"][other[0]], here[other[0]]
             raise InputError(f"{asked.json} is of another {other[0]} ({was}, not {now}): give another file with --json")
     for name in wanted:
-        if name in read(asked.json) and not asked.again:
+        if name in (known := read(asked.json)) and not asked.again:
+            print(f"{name}: measured on {known[name]['date']}; --again measures it again", file=sys.stderr)
             continue
         result = measured(name, asked)
         done = read(asked.json) | {name: result}  # another process may have added some
@@ -143,3 +147,6 @@ if __name__ == "__main__":
     except InputError as problem:
         print(problem, file=sys.stderr)
         sys.exit(INPUT)
+    except KeyboardInterrupt:
+        print("stopped; the same command measures what is missing", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from asserts import texts
+
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -66,6 +68,7 @@ def test_goals_are_reached_missed_or_not_measured(suite: ModuleType) -> None:
         (["help", "--rounds", "1"], "--rounds must be at least 2"),
         (["help", "--tokens", "-1"], "--tokens at least 1"),
         (["help", "--json", "{folder}"], "cannot be read"),
+        (["help", "--json", "{folder}/none/x.json"], "nothing can be written to"),
         (["help", "--json", "{folder}/torn.json"], "cannot be read"),
         (["help", "--json", "{folder}/other.json"], "has no results of this program"),
         (["help", "--json", "{folder}/gpu.json"], "is of another device (GPU, not "),
@@ -82,6 +85,32 @@ def test_bad_input_is_refused_in_one_line(
     with pytest.raises(suite.InputError) as caught:
         suite.main()
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def growing(axis: str) -> dict[str, Any]:
+    """Three points, at which a step grows as its axis does and a rank change as the square of it."""
+    ratios = {key: [1.0, 1.1, 1.2] for key in ("over limit", "search over lora", "change over step")}
+    sizes = {"kept by limit": 100, "kept": 150}
+    return {
+        "rows": [{axis: n, **ratios, **sizes, "seconds": {"lora": 2.0 * n, "change": n**2}} for n in (1, 4, 64)],
+    }
+
+
+def test_growth_is_the_power_between_the_last_two_points(suite: ModuleType) -> None:
+    said = suite.page.scaling({"scaling-rank": growing("rank")})
+    assert "a step as its power 1.00 (at most 1), what it saves above the limit as its power 0.00 (at most 1), " in said
+    assert "a rank change as its power 2.00 (at most 3)." in said and "growth.svg" not in said
+
+
+def test_pictures_are_drawn_and_linked_where_the_results_are_enough(suite: ModuleType) -> None:
+    results = {f"scaling-{axis}": growing(axis) for axis in ("rank", "sites", "tokens")}
+    assert suite.page.pictures({"scaling-rank": results["scaling-rank"]}) == {}
+    results |= {"steps-bert-8": steps(1.05, 1.06), "steps-llama-8": steps(1.09, 1.2)}
+    drawn = suite.page.pictures(results)
+    assert drawn.keys() == {"step.svg", "growth.svg"} and "pictures/growth.svg" in suite.page.scaling(results)
+    assert {"rankwise LoRA after shrinking", "PEFT LoRA", "MiniLM's shape, r 8"} <= {*texts(drawn["step.svg"])}
+    assert {"rank", "sites", "tokens", "a rank change ÷ step"} <= {*texts(drawn["growth.svg"])}
+    assert all(suite.page.svg(figure).startswith("<?xml") for figure in drawn.values())
 
 
 def test_every_part_has_its_table_and_its_function(suite: ModuleType) -> None:
