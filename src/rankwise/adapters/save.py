@@ -136,7 +136,8 @@ def _save_adapter(model: PeftModel, folder: Path) -> Path:
         if targets:
             by_site = {s.name: len(factors[s.name][0]) if s.name in factors else s.rank for s in sites(model)}
             ranks = {module: sum(by_site[s.name] for s in on_it) for module, on_it in targets.items()}
-            write_ranks(config, {m: (ranks[m], alpha(on_it[0], ranks[m])) for m, on_it in targets.items()}, model)
+            records = {module: (ranks[module], alpha(on_it[0], ranks[module])) for module, on_it in targets.items()}
+            write_ranks(config, records, model, [*by_site])
             if factors:  # the file fits the pretrained W, so PEFT must not subtract a start again
                 config.init_lora_weights = True
             config.task_type = config.task_type or task(model)

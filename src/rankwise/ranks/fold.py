@@ -38,7 +38,7 @@ def fold(model: nn.Module, reset_scales: bool = False) -> None:
         scale.remove_parameter(peft)
     if scaled:
         sort_groups(peft)
-        record(peft)
+        record(peft, sites(peft))
 
 
 def kept_units(chosen: Iterable[Site]) -> dict[str, Tensor]:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import isclose, sqrt
 from typing import TYPE_CHECKING, Any
 
-from rankwise.ranks.sites import Site, sites
+from rankwise.ranks.sites import Site
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def record(model: PeftModel) -> None:
-    """Write the ranks into PEFT's own configuration."""
-    records = {s.name: (s.rank, alpha(s, s.rank)) for s in sites(model)}
-    write_ranks(model.peft_config[model.active_adapter], records, model)
+def record(model: PeftModel, all_sites: Iterable[Site]) -> None:
+    """Write the ranks of `all_sites`, those of `model`, into PEFT's own configuration."""
+    records = {s.name: (s.rank, alpha(s, s.rank)) for s in all_sites}
+    write_ranks(model.peft_config[model.active_adapter], records, model, [*records])
 
 
 def alpha(site: Site, rank: int) -> float:
@@ -25,8 +25,12 @@ def alpha(site: Site, rank: int) -> float:
     return site.scaling * (sqrt(rank) if rslora else rank)
 
 
-def write_ranks(config: Any, records: Mapping[str, tuple[int, float]], model: PeftModel) -> None:
+def write_ranks(
+    config: Any, records: Mapping[str, tuple[int, float]], model: PeftModel, site_names: Sequence[str]
+) -> None:
     """Write the (rank, alpha) of each site of `model` into a PEFT configuration, so that PEFT builds the same adapter.
+
+    Of a fused projection, whose parts are sites (`site_names` has all), `records` may have the whole instead.
 
     The rest of the configuration stays as far as it is still true: other entries about these sites, and all about
     layers that are no sites. If it would put an adapter on a site of rank 0, or none on a site with rank, the adapted
@@ -37,7 +41,6 @@ def write_ranks(config: Any, records: Mapping[str, tuple[int, float]], model: Pe
     from peft.tuners.tuners_utils import check_target_module_exists
 
     layers, adapter = dict(model.get_base_model().named_modules()), model.active_adapter
-    site_names = [site.name for site in sites(model)]
     adapted = [
         _peft_name(n, layer) for n, layer in layers.items() if isinstance(layer, LoraLayer) and adapter in layer.r
     ]

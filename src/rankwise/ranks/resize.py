@@ -111,7 +111,7 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
             _change(peft, site, rank, plan)
     if changed:
         sort_groups(peft)
-        record(peft)
+        record(peft, by_name.values())
     return changed | {name: site.rank for name, site in by_name.items() if site.rank != before[name]}
 
 

@@ -156,7 +156,7 @@ def to_lora(model: nn.Module) -> PeftModel:
                 "train without them"
             )
     config = LoraConfig(r=old.target_r, target_modules=list(layers), **{name: getattr(old, name) for name in KEPT})
-    write_ranks(config, {name: (ranks[name], scales[name] * ranks[name]) for name in layers}, peft)
+    write_ranks(config, {name: (ranks[name], scales[name] * ranks[name]) for name in layers}, peft, [])
     # A copy of the modules around the same tensors.
     base = deepcopy(peft.get_base_model(), {id(t): t for t in (*peft.parameters(), *peft.buffers())})
     heads = {}
