@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 import models
 import rankwise as rw
 import runs
+from asserts import refused
 from methods import attached, every_method, every_shape
 from rankwise import tasks
 from rankwise.nets import recomputed
@@ -288,6 +289,28 @@ def test_a_computed_tensor_that_a_backward_pass_changes_is_an_error_for_the_next
         model(X).backward()
 
 
+class Behind(torch.autograd.Function):
+    """Changes its argument in place as a kernel does that torch knows nothing of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.detach().numpy()[...] *= 2
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def test_a_kernel_that_changes_a_tensor_behind_torchs_back_is_noticed() -> None:
+    model = bare(lambda model, h: Behind.apply(functional.gelu(h)))
+    put_on(model)
+    assert refused(lambda: model(X)) == recomputed.CHANGED
+    model = bare(lambda model, h: Behind.apply(model.first(h)) + functional.gelu(h) * torch.nan)  # not one of a recipe
+    put_on(model)
+    model(X).backward()
+
+
 def test_nothing_stays_after_a_step_or_when_the_graph_is_dropped() -> None:
     """Not even until the garbage collector comes."""
     names = ("norm", "gelu", "dropout", "swiglu", "rms", "tanh", "native dropout")
@@ -326,10 +349,10 @@ def test_long_chains_of_small_operations_are_cut() -> None:
     longest = 0
     value = recomputed.Recipe.value
 
-    def counted(recipe: recomputed.Recipe) -> Tensor:
+    def counted(recipe: recomputed.Recipe, *args: Any) -> Tensor:
         nonlocal longest
         longest = max(longest, recipe.steps)
-        return value(recipe)
+        return value(recipe, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recomputed.Recipe, "value", counted)

@@ -51,7 +51,9 @@ def test_a_lean_run_of_a_classifier_is_the_plain_one(
     monkeypatch.setattr(recomputed, "SMALL", 0)
     again: list[Any] = []
     value = recomputed.Recipe.value
-    monkeypatch.setattr(recomputed.Recipe, "value", lambda recipe: again.append(recipe.func) or value(recipe))
+    monkeypatch.setattr(
+        recomputed.Recipe, "value", lambda recipe, *args: again.append(recipe.func) or value(recipe, *args)
+    )
     own = {"method": {"name": "simplex-lora", "rank": 2, "every": 2, "times": 2}, **more}
     folders = [make(tmp_path / how, **own, activation_memory=how) for how in ("plain", "lean")]
     for folder in folders:

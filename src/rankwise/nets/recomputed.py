@@ -9,6 +9,8 @@ operations run on the same numbers, so that gradients are the same to the bit.
 A recipe keeps nothing that would not be kept without it, except for what is at most half as large as its result. If
 one of its inputs is changed in place before the backward pass, that raises autograd's own error. Models need not be
 known. Where others have put saved-tensor hooks around the model, as checkpointing and offloading do, theirs are used.
+In the first pass each tensor is compared with what its recipe gives, since kernels from elsewhere may change tensors in
+place without a new version.
 """
 
 import functools
@@ -33,7 +35,10 @@ SMALL = 2**16
 """Bytes below which a tensor is kept."""
 LONGEST = 16
 """Operations in a recipe, with those in the recipes of its inputs."""
-_aten = torch.ops.aten
+CHANGED = (
+    "activation_memory: a kernel of the model changes tensors in place without telling torch, so that they cannot be "
+    "computed again: leave lean out"
+)
 _ALSO = {"aten::_to_copy", "aten::native_layer_norm", "aten::_fused_rms_norm"}
 """Operations that are as cheap as pointwise ones, and whose result is their first."""
 
@@ -47,7 +52,7 @@ class Kept:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor, self.version = tensor, tensor._version
 
-    def value(self) -> Tensor:
+    def value(self, caching: bool = True) -> Tensor:
         if self.tensor._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
@@ -70,13 +75,14 @@ class Recipe:
         """How often the backward pass will ask for it; until then it is cached once it is computed."""
         self.cached: Kept | None = None
 
-    def value(self) -> Tensor:
-        cached = self.cached or Kept(self._compute())
-        self.cached = cached if self.left > 0 else None
+    def value(self, caching: bool = True) -> Tensor:
+        cached = self.cached or Kept(self._compute(caching))
+        self.cached = cached if caching and self.left > 0 else None
         return cached.value()
 
-    def _compute(self) -> Tensor:
-        result = self.func(*(each.value() if isinstance(each, View) else each for each in self.args), **self.kwargs)
+    def _compute(self, caching: bool) -> Tensor:
+        args = (each.value(caching) if isinstance(each, View) else each for each in self.args)
+        result = self.func(*args, **self.kwargs)
         whole: Tensor = result[0] if isinstance(result, tuple) else result
         if _layout(whole) != self.layout:
             raise RuntimeError(f"{self.func} gave {_layout(whole)} where it had given {self.layout}")
@@ -90,8 +96,8 @@ class View:
     source: Kept | Recipe
     layout: tuple[Any, ...]
 
-    def value(self) -> Tensor:
-        whole = self.source.value()
+    def value(self, caching: bool = True) -> Tensor:
+        whole = self.source.value(caching)
         return whole if self.layout == _layout(whole) else whole.as_strided(*self.layout)
 
 
@@ -100,10 +106,15 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
 
 
 class Recording(TorchDispatchMode):
-    """Notes recipes while operations run, and keeps them, or else tensors, for the backward pass."""
+    """Notes recipes while operations run, and keeps them, or else tensors, for the backward pass.
 
-    def __init__(self) -> None:
+    Args:
+        tried: whether recipes are known to give what they should.
+    """
+
+    def __init__(self, tried: bool) -> None:
         super().__init__()
+        self.tried = tried
         self.recipes: dict[int, tuple[Recipe, weakref.ref[Any], int, torch.dtype]] = {}
         """By the address of the storage of the result, which the reference says is alive; with version and dtype."""
         self.kept: dict[int, weakref.ref[Kept]] = {}
@@ -164,8 +175,12 @@ class Recording(TorchDispatchMode):
         plain = _is_plain(tensor)
         source = self._source(tensor) if plain else None
         if isinstance(source, Recipe):
+            view = View(source, _layout(tensor))
+            if not self.tried and type(tensor) is not FakeTensor and not tensor.is_meta:
+                again = _again(source, view, caching=False)
+                require(bool(((again == tensor) | (again != again)).all()), CHANGED)
             source.left += 1
-            return View(source, _layout(tensor))
+            return view
         kept = Kept(tensor if tensor.grad_fn is None else tensor.detach())  # or it would keep what keeps it
         if plain:
             self.kept[tensor.untyped_storage()._cdata] = weakref.ref(kept)
@@ -175,11 +190,14 @@ class Recording(TorchDispatchMode):
 def unpack(packed: Kept | View) -> Tensor:
     if isinstance(packed, Kept):
         return packed.value()
-    source = packed.source
-    assert isinstance(source, Recipe)
-    source.left -= 1
-    with torch.no_grad(), torch.autocast(source.device, enabled=False):
-        return packed.value()
+    assert isinstance(packed.source, Recipe)
+    packed.source.left -= 1
+    return _again(packed.source, packed)
+
+
+def _again(recipe: Recipe, view: View, caching: bool = True) -> Tensor:
+    with torch.no_grad(), torch.autocast(recipe.device, enabled=False):
+        return view.value(caching)
 
 
 @functools.cache
@@ -217,11 +235,16 @@ def check() -> None:
     require(_hooks_of_others is not None, "activation_memory: lean needs torch 2.8 or newer")
 
 
-def put_on(model: nn.Module) -> None:
-    """Let `model` compute pointwise results again, in each forward pass with gradients from now on."""
+def put_on(model: nn.Module, tried: bool = False) -> None:
+    """Let `model` compute pointwise results again, in each forward pass with gradients from now on.
+
+    Args:
+        model: is changed in place.
+        tried: leave out the comparison in the first pass.
+    """
     base = base_of(model)
     if not isinstance(base.forward, Recomputing):
-        base.forward = Recomputing(base.forward)
+        base.forward = Recomputing(base.forward, tried)
 
 
 def take_off(model: nn.Module) -> None:
@@ -247,6 +270,8 @@ class Recomputing:
     """What a model does in the place of its `forward`; a copy of the model gets a copy of it."""
 
     own: Callable[..., Any]
+    tried: bool = False
+    """Whether a pass has shown that the recipes are right."""
 
     @property
     def __signature__(self) -> inspect.Signature:  # the Trainer reads which columns a model takes
@@ -255,10 +280,12 @@ class Recomputing:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or transformed() or _hooks_of_others(True) is not None:
             return self.own(*args, **kwargs)
-        recording = Recording()
+        recording = Recording(self.tried)
         try:
             with recording, saved_tensors_hooks(recording.pack, unpack):
-                return self.own(*args, **kwargs)
+                result = self.own(*args, **kwargs)
+            self.tried = True
+            return result
         finally:
             recording.recipes.clear()
             recording.kept.clear()

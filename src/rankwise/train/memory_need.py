@@ -199,7 +199,7 @@ def kept_by_step(model: Any, config: RunConfig, task: Any, rows: int, tokens: in
     mask[0, -1] = 0  # without any padding, attention would need no mask
     batch = {"input_ids": ids, "attention_mask": mask, "labels": _labels(task, model, ids)}
     if config.activation_memory == "lean":
-        recomputed.put_on(model)
+        recomputed.put_on(model, tried=True)
         if task.family == "generation":
             chunked_loss.untried(model)
     with warnings.catch_warnings(), models.quiet(), computing(config), Alive(model) as alive:
