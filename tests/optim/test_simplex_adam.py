@@ -1,10 +1,8 @@
 import pytest
 import torch
 
-import methods
 import models
 import rankwise as rw
-from rankwise.optim import simplex_adam
 from rankwise.ranks import ranks, sites
 from rankwise.ranks.sites import omega
 
@@ -307,38 +305,3 @@ def test_the_clock_moves_ranks_at_any_rate_of_the_run():
         models.train(model, optimizer, 10)
         found = optimizer.search()
         assert found.changed >= found.sites / 3 and found.moved > 0.5, found
-
-
-@pytest.mark.parametrize("method", [rw.SimplexLoRA(rank=2, every=2, times=2), rw.SoRA(rank=3)])
-def test_fused_steps_differ_by_rounding_alone_and_resume_exactly(method, monkeypatch, tmp_path):
-    def start(fused):
-        monkeypatch.setattr(simplex_adam, "FUSED", fused)
-        torch.manual_seed(1)
-        model = method.attach(models.model(), head=models.head())
-        return model, rw.SimplexAdam(method, model, lr=1e-3)
-
-    def trained(fused):
-        model, optimizer = start(fused)
-        torch.manual_seed(5)
-        models.train(model, optimizer, 5)
-        assert all(bool(group["fused"]) == fused for group in optimizer.param_groups)
-        return model
-
-    plain, fused = trained(False), trained(True)
-    assert ranks(plain) == ranks(fused)
-    for p, q in zip(plain.parameters(), fused.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    methods.goes_on_bit_identically(lambda: start(True), 3, tmp_path / "checkpoint")
-
-
-def test_a_gradient_scaler_decides_itself_whether_a_fused_step_is_taken(monkeypatch):
-    monkeypatch.setattr(simplex_adam, "FUSED", True)
-    method = rw.SimplexLoRA(rank=2)
-    model = method.attach(models.model(), head=models.head())
-    optimizer = rw.SimplexAdam(method, model, lr=1e-3)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    scaler.scale(model(**models.batch()).loss * float("inf")).backward()
-    before = [p.clone() for p in model.parameters()]
-    scaler.step(optimizer)
-    assert optimizer.steps == 0
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))

@@ -24,11 +24,6 @@ SHARDED = (
     "ranks cannot be learnt on a model that is sharded (FSDP): search without sharding, save the adapter, and train "
     "that sharded with a fixed-rank method"
 )
-FUSED = False
-"""Whether AdamW's step is torch's fused one, which takes a third of the time on a CPU and has other last bits.
-
-An optimizer keeps the step that it was made or resumed with.
-"""
 REWARM_FROM = 1e-3  # start of a re-warm-up, as a share of the rate (SimplexLoRA, authors' LinearLR)
 
 
@@ -80,8 +75,7 @@ class SimplexAdam(torch.optim.AdamW):
         groups = [{"rule": "adamw", **group} for group in method.param_groups(model)]
         if method.check_every and any(hasattr(p, "device_mesh") for group in groups for p in group["params"]):
             raise InputError(SHARDED)
-        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=FUSED or None)
-        self._step_supports_amp_scaling = False  # or a gradient scaler would have a fused step called that it skips
+        super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.defaults["rule"] = "adamw"  # for groups that are added later
         self.silence = Silence(model, method.check_every)
         if Structure.of(model).ranks:
