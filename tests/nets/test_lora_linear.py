@@ -416,6 +416,14 @@ def test_options_of_plain_lora_are_covered(config: dict[str, Any]) -> None:
         assert "base_model.model.linear.base_layer.bias" in results(model, torch.randn(4, 6))
 
 
+def test_tensors_without_numbers_are_computed() -> None:
+    for device in ("meta", "cpu"):
+        model = one().to(device)
+        rw.fast(model)
+        model(torch.randn(4, 6, device=device)).sum().backward()
+        assert layer_of(model).lora_B["default"].weight.grad.shape == (5, 2)
+
+
 def test_an_evaluation_without_gradients_is_computed_by_peft_bit_for_bit() -> None:
     torch.manual_seed(0)
     model = one(384, 384, rank=8).eval()

@@ -22,6 +22,7 @@ PEFT with the saved adapter, bit for bit.
 """
 
 import re
+from contextlib import nullcontext
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -94,7 +95,8 @@ class LoraLinearFunction(torch.autograd.Function):
             raise InputError(
                 "the fast layer has no second derivatives (create_graph): call fast(model, on=False) first"
             )
-        with torch.autocast(g.device.type, enabled=False):
+        device = g.device.type  # that of tensors without numbers has no autocast
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return LoraLinearFunction.gradients(ctx, g)
 
     @staticmethod
@@ -217,10 +219,11 @@ def _fast_forward(layer: Any, x: Tensor, *args: Any) -> Tensor | None:
         return None
     if len(factors) < len(active) or x.dim() == 0 or x.shape[-1] != inputs:
         return None
-    if torch.is_autocast_enabled(x.device.type):
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         if any(each.dtype == torch.float64 for each in tensors):  # which autocast leaves alone
             return None
-        dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = torch.get_autocast_dtype(device)
         x, b = x.to(dtype), None if b is None else b.to(dtype)
         factors = [each._replace(A=each.A.to(dtype), B=each.B.to(dtype)) for each in factors]
     elif not all(_agree(layer, x, W, b, each) for each in factors):
