@@ -84,6 +84,9 @@ def test_what_it_cannot_do_is_refused_and_the_model_stays_as_it_was(monkeypatch:
     assert refused(lambda: rw.lean(model)) == line
     line = "OptimizedModule is compiled, and decides itself what it keeps: do not call lean"
     assert refused(lambda: rw.lean(torch.compile(stock(), backend="eager"))) == line
+    line = "Sequential is compiled, and decides itself what it keeps: do not call lean"
+    part = torch.compile(nn.Linear(3, 3), backend="eager")  # which no one would compile in a lean pass
+    assert refused(lambda: rw.lean(nn.Sequential(part, nn.GELU()))) == line
     [(_, model)] = models.every_model(AutoModelForSeq2SeqLM, ["prophetnet"], pad_token_id=0, decoder_start_token_id=0)
     line = (
         "activation_memory: the loss of ProphetNetForConditionalGeneration cannot be computed in chunks: leave it out"

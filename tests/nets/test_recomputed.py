@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
@@ -391,6 +393,28 @@ def test_a_tensor_of_inference_mode_is_taken_as_ever() -> None:
     with torch.inference_mode():
         shift = torch.ones(64)
     assert agrees(bare(lambda model, h: functional.gelu(h) + shift), lambda model: model(X)) <= 1.0
+
+
+def test_tensors_without_numbers_are_computed_again() -> None:
+    model = bare(STEPS["norm"]).to("meta")
+    put_on(model)
+    model(X.to("meta")).backward()
+    assert model.first.weight.grad.shape == (64, 64)
+
+
+def test_weights_that_are_freed_between_the_passes_are_refused(tmp_path: Path) -> None:
+    """By FSDP after each of its parts: what the next one keeps would be computed from them."""
+    model = nn.Sequential(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)), nn.Linear(64, 64))
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for part in (model[0], model):
+            fully_shard(part, mesh=mesh)
+        model(X).sum().backward()
+        put_on(model)
+        assert refused(lambda: model(X).sum().backward()) == recomputed.FREED
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_pickled_model_is_lean_again() -> None:

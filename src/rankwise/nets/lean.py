@@ -18,9 +18,9 @@ def lean(model: nn.Module, on: bool = True) -> None:
         on: False turns it off.
 
     Raises:
-        InputError: the model is compiled, its loss cannot be computed in chunks, or torch is older than 2.8.
+        InputError: it or a part of it is compiled, its loss cannot be computed in chunks, or torch is older than 2.8.
     """
-    compiled = hasattr(model, "_orig_mod") or any(part._compiled_call_impl is not None for part in model.modules())
+    compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in model.modules())
     require(not compiled, f"{type(model).__name__} is compiled, and decides itself what it keeps: do not call lean")
     base = recomputed.base_of(model)
     writes = getattr(base, "get_output_embeddings", lambda: None)() is not None

@@ -22,7 +22,6 @@ PEFT with the saved adapter, bit for bit.
 """
 
 import re
-from contextlib import nullcontext
 from types import NoneType
 from typing import Any, NamedTuple
 
@@ -38,7 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.errors import InputError, require
 from rankwise.nets.fused import Part
-from rankwise.nets.recomputed import Recording, transformed
+from rankwise.nets.recomputed import Recording, transformed, without_autocast
 from rankwise.ranks.layers import FLOATS
 
 SUM_FROM = 4.0
@@ -95,8 +94,7 @@ class LoraLinearFunction(torch.autograd.Function):
             raise InputError(
                 "the fast layer has no second derivatives (create_graph): call fast(model, on=False) first"
             )
-        device = g.device.type  # that of tensors without numbers has no autocast
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with without_autocast(g.device.type):
             return LoraLinearFunction.gradients(ctx, g)
 
     @staticmethod

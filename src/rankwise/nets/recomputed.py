@@ -17,6 +17,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,10 @@ LONGEST = 16
 CHANGED = (
     "activation_memory: a kernel of the model changes tensors in place without telling torch, so that they cannot be "
     "computed again: leave lean out"
+)
+FREED = (
+    "activation_memory: weights are freed between the passes, as FSDP does, so that nothing can be computed from them "
+    "again: leave lean out"
 )
 _ALSO = {"aten::_to_copy", "aten::native_layer_norm", "aten::_fused_rms_norm"}
 """Operations that are as cheap as pointwise ones, and whose result is their first."""
@@ -98,6 +103,7 @@ class View:
 
     def value(self, caching: bool = True) -> Tensor:
         whole = self.source.value(caching)
+        require(whole.untyped_storage().nbytes() > 0, FREED)
         return whole if self.layout == _layout(whole) else whole.as_strided(*self.layout)
 
 
@@ -196,8 +202,13 @@ def unpack(packed: Kept | View) -> Tensor:
 
 
 def _again(recipe: Recipe, view: View, caching: bool = True) -> Tensor:
-    with torch.no_grad(), torch.autocast(recipe.device, enabled=False):
+    with torch.no_grad(), without_autocast(recipe.device):
         return view.value(caching)
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """Context without autocast, which the devices of tensors without numbers do not have."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 @functools.cache
