@@ -102,7 +102,10 @@ def _can_fork() -> bool:
     """Whether a fork has all that this process has: no thread is left behind, no GPU is in use."""
     import torch
 
-    if not (pid := os.fork()):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12 on, of threads, which are looked at here
+        pid = os.fork()
+    if not pid:
         os._exit(torch.cuda._is_in_bad_fork())
     if os.waitpid(pid, 0)[1]:
         return False

@@ -8,6 +8,7 @@ import pytest
 from asserts import refused
 from rankwise.nets import chunked_loss, recomputed
 from rankwise.settings.run import run_config
+from rankwise.sweep.check import Checked
 from rankwise.train.run import run
 from runs import lines, make
 
@@ -67,7 +68,7 @@ def test_a_lean_run_of_a_classifier_is_the_plain_one(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"compile": True}, "activation_memory: a compiled step computes all logits; leave out compile or lean"),
+        ({"compile": True}, "activation_memory: a compiled step decides what it keeps; leave out compile or lean"),
         (
             {"dtype": "fp16"},
             "activation_memory: lean computes gradients before fp16 scales the loss up; use bf16, or leave it out",
@@ -76,3 +77,12 @@ def test_a_lean_run_of_a_classifier_is_the_plain_one(
 )
 def test_settings_that_exclude_each_other_are_refused(more: dict[str, Any], message: str) -> None:
     assert refused(lambda: run_config({**SMALL, **more, "activation_memory": "lean"})) == message
+
+
+@pytest.mark.parametrize("task", ["stdlib-kind", "e2e"])
+def test_a_torch_that_is_too_old_is_refused_before_anything_starts(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recomputed, "_hooks_of_others", None)
+    config = {"task": task, "model": "random-bert" if task == "stdlib-kind" else "random-gpt2"}
+    Checked.of(config, [])
+    message = "activation_memory: lean needs torch 2.8 or newer"
+    assert refused(lambda: Checked.of({**config, "activation_memory": "lean"}, [])) == message

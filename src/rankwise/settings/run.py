@@ -208,7 +208,7 @@ class RunConfig(BaseModel):
         if self.compile and self.quantise != "none":
             raise ValueError("compile: not for quantised weights; leave out compile or quantise")
         if self.activation_memory == "lean" and self.compile:
-            raise ValueError("activation_memory: a compiled step computes all logits; leave out compile or lean")
+            raise ValueError("activation_memory: a compiled step decides what it keeps; leave out compile or lean")
         if self.activation_memory == "lean" and "fp16" in (self.dtype, self.autocast):
             raise ValueError(
                 "activation_memory: lean computes gradients before fp16 scales the loss up; use bf16, or leave it out"

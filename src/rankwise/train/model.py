@@ -28,6 +28,7 @@ from rankwise.archs import behind
 from rankwise.errors import InputError, need
 from rankwise.files import check_files
 from rankwise.methods import Method
+from rankwise.nets import recomputed
 from rankwise.nets.chunked_loss import output_layer
 from rankwise.nets.unet import RefinedUNet, Segmenter, UNet
 from rankwise.nets.virtual_tokens import VirtualTokens
@@ -129,6 +130,8 @@ def check(
     """
     if label_smoothing and (task.family == "segmentation" or (task.family == "classification" and not task.labels)):
         raise InputError(f"label_smoothing: {task.name} is not trained with cross-entropy; leave it at 0")
+    if activation_memory == "lean":
+        recomputed.check()
     if task.family == "segmentation" and not loading.plain:
         raise InputError("dtype, quantise and attention: not for segmentation; leave them out")
     if name in random_model.CONFIGS and loading.quantise != "none":
