@@ -71,6 +71,7 @@ def main(first: Path) -> None:
         os.execve(sys.executable, [sys.executable, "-m", "rankwise", *command], environment)
     with suppress(OSError):  # a full disk
         os.write(1, said)
+    draw_anew()
     sys.argv[1:] = command
     runpy.run_module("rankwise", run_name="__main__", alter_sys=True)
 
@@ -96,6 +97,18 @@ def prepare(first: Path) -> None:
         if task := Task.ours().get(Store(first.parent).config(first).task["name"]):
             task.prepare()
     os.environ.pop(LOOK) if given is None else os.environ.update({LOOK: given})
+
+
+def draw_anew() -> None:
+    """Seed what each process seeds by chance when it imports it: `datasets` names the files of its cache so.
+
+    `random` does it by itself after a fork.
+    """
+    import numpy
+
+    numpy.random.seed()
+    if fingerprint := sys.modules.get("datasets.fingerprint"):
+        fingerprint.fingerprint_rng.seed()
 
 
 def _can_fork() -> bool:

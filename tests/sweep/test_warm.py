@@ -113,6 +113,23 @@ def test_what_a_run_is_refused_for_is_in_its_log_and_its_code(local: Local, tmp_
     assert (wrong / "log.txt").read_text().startswith("rankwise: ")
 
 
+def test_what_runs_draw_by_chance_differs(local: Local, tmp_path: Path) -> None:
+    """Else two runs would read each other's files in the cache of `datasets`."""
+    (tmp_path / "drawing.py").write_text(
+        "import random, numpy\nfrom datasets.fingerprint import generate_random_fingerprint\n"
+        "print(f'drawn {random.random()} {numpy.random.random()} {generate_random_fingerprint()}')\n"
+    )
+    folders = [make(tmp_path / name, max_steps=2, plugins=[str(tmp_path / "drawing.py")]) for name in ("one", "two")]
+    carried_out(local, *folders)
+    drawn = [
+        line.split()[1:]
+        for folder in folders
+        for line in (folder / "log.txt").read_text().splitlines()
+        if line.startswith("drawn ")
+    ]
+    assert len(drawn) == 2 and all(one != other for one, other in zip(*drawn, strict=True))
+
+
 def test_a_killed_parent_takes_no_run_with_it(local: Local, tmp_path: Path) -> None:
     """The runs that it has forked go on, those that it has not are processes of their own."""
     folders = [
