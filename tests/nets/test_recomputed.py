@@ -402,6 +402,10 @@ def test_tensors_without_numbers_are_computed_again() -> None:
     assert model.first.weight.grad.shape == (64, 64)
 
 
+def test_a_tensor_of_no_rows_is_computed_again() -> None:
+    agrees(bare(lambda model, h: h + model.second(h[:0].bfloat16().float()).sum()), lambda model: model(X))
+
+
 def test_weights_that_are_freed_between_the_passes_are_refused(tmp_path: Path) -> None:
     """By FSDP after each of its parts: what the next one keeps would be computed from them."""
     model = nn.Sequential(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)), nn.Linear(64, 64))

@@ -103,7 +103,7 @@ class View:
 
     def value(self, caching: bool = True) -> Tensor:
         whole = self.source.value(caching)
-        require(whole.untyped_storage().nbytes() > 0, FREED)
+        require(whole.untyped_storage().nbytes() > 0 or whole.numel() == 0, FREED)
         return whole if self.layout == _layout(whole) else whole.as_strided(*self.layout)
 
 
