@@ -113,6 +113,14 @@ def test_what_a_run_is_refused_for_is_in_its_log_and_its_code(local: Local, tmp_
     assert (wrong / "log.txt").read_text().startswith("rankwise: ")
 
 
+@pytest.mark.parametrize("missing", ["os.pidfd_open", "os.memfd_create", "signal.pidfd_send_signal"])
+def test_a_python_that_was_built_on_an_older_system_forks_nothing(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(missing)
+    assert not possible() and Local(1)._fork(tmp_path, {}) is None
+
+
 def test_what_runs_draw_by_chance_differs(local: Local, tmp_path: Path) -> None:
     """Else two runs would read each other's files in the cache of `datasets`."""
     (tmp_path / "drawing.py").write_text(

@@ -1,6 +1,7 @@
 """Runs as forks of a process that has imported what they need. `rankwise.warm` is that process."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -52,7 +53,10 @@ def possible() -> bool:
     if sys.platform != "linux":
         return False
     try:
-        os.close(os.pidfd_open(os.getpid()))
+        for descriptor in (os.pidfd_open(os.getpid()), os.memfd_create("said")):
+            os.close(descriptor)
     except OSError:  # a kernel before 5.3, or a sandbox
         return False
-    return True
+    except AttributeError:  # a Python that was built on an older system, as conda's may be
+        return False
+    return hasattr(signal, "pidfd_send_signal")
