@@ -57,6 +57,20 @@ def test_a_stock_peft_model_trains_as_without_it(monkeypatch: pytest.MonkeyPatch
     rw.lean(model, on=False)  # once more
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_adapter_more_precise_than_its_base_is_taken(fast: bool) -> None:
+    """As PEFT keeps it on a base in bf16: losses and gradients are fp32, but not as precise."""
+    model = models.of_class("LlamaForCausalLM").to(torch.bfloat16)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear")).train()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    if fast:
+        rw.fast(model)
+    rw.lean(model)
+    chunked = output_layer(model).forward
+    model(**models.class_batch("LlamaForCausalLM")).loss.backward()
+    assert chunked.losses == 2 and chunked.whole_logits == 0
+
+
 def test_in_fp16_logits_are_whole_because_the_loss_is_scaled_up_later() -> None:
     model = stock()
     expected = trained(model, torch.float16)

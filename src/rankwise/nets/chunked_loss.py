@@ -56,7 +56,7 @@ def put_on(model: nn.Module) -> None:
             own = tried()
             chunked = untried(model)
             chunked.tokens = 4
-            same = _close(tried(), own) and chunked.losses == 1 and not chunked.whole_logits
+            same = _close(tried(), own, _exact(model)) and chunked.losses == 1 and not chunked.whole_logits
             chunked.tokens = CHUNK
     except Exception as error:
         if isinstance(error, InputError) or together.out_of_memory(error):
@@ -306,12 +306,14 @@ def _leaves(tensor: Tensor) -> list[Tensor]:
     return leaves
 
 
-def _close(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
-    """Whether a loss and its gradients are those of another computation, except for rounding."""
-    loss = others[0]
-    assert loss is not None
-    exact = all(each is None or each.dtype == torch.float32 for each in others)
-    exact = exact and not torch.is_autocast_enabled(loss.device.type)
+def _exact(model: nn.Module) -> bool:
+    """Whether `model` computes in fp32, whatever the dtype of its loss and of what trains."""
+    params = [*model.parameters()]
+    return all(p.dtype == torch.float32 and not torch.is_autocast_enabled(p.device.type) for p in params)
+
+
+def _close(some: Sequence[Tensor | None], others: Sequence[Tensor | None], exact: bool) -> bool:
+    """Whether a loss and its gradients are those of another computation, except for rounding: of fp32 if `exact`."""
     # some gradients are 0, and what is left of them is noise
     largest = max(float(each.abs().max()) for each in others if each is not None)
     for one, other in zip(some, others, strict=True):
