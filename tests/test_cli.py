@@ -459,6 +459,7 @@ def test_a_page_that_cannot_be_made_takes_no_result_with_it(
     assert "no report.html: division by zero" in err
 
 
+@pytest.mark.large
 def test_a_sweep_that_is_interrupted_and_then_killed_goes_on_with_the_same_command(cli: Cli, tmp_path: Path) -> None:
     """Ctrl-C stops the run in an orderly way; kill -9 leaves no worker; a bad run takes none with it."""
     runs = tmp_path / "runs"

@@ -138,6 +138,7 @@ def test_what_runs_draw_by_chance_differs(local: Local, tmp_path: Path) -> None:
     assert len(drawn) == 2 and all(one != other for one, other in zip(*drawn, strict=True))
 
 
+@pytest.mark.large
 def test_a_killed_parent_takes_no_run_with_it(local: Local, tmp_path: Path) -> None:
     """The runs that it has forked go on, those that it has not are processes of their own."""
     folders = [

@@ -44,7 +44,11 @@ def test_a_lean_run_has_the_losses_of_a_plain_one(
     assert made and made[-1].whole_logits == 0 and made[-1].losses > 4
 
 
-@pytest.mark.parametrize("more", [{}, {"fast": True, "micro_batch": 3, "gradient_checkpointing": True}], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [{"fast": False}, pytest.param({"micro_batch": 3, "gradient_checkpointing": True}, marks=pytest.mark.large)],
+    ids=str,
+)
 def test_a_lean_run_of_a_classifier_is_the_plain_one(
     more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def alone(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.large
 def test_a_run_that_two_processes_share_ends_as_that_of_one(alone: Path, base: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "run", base)
     launcher = launched.start(tmp_path / "log", "-m", "rankwise", "train", str(folder), out=subprocess.PIPE, fresh=True)
