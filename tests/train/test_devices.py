@@ -227,6 +227,7 @@ def test_what_two_processes_have_found_trains_on_sharded_as_the_page_says(
     (tmp_path / "rows.csv").write_text("\n".join(["prompt,answer", *rows]))
     columns = {"text": "prompt", "target": "answer"}
     task = {"type": "causal", "dataset": str(tmp_path / "rows.csv"), "columns": columns}
+    torch.manual_seed(5)  # with other weights, rounding in bf16 may decide where the last unit of rank goes
     model, tokenizer, _ = build("random-llama", rw.task(task), 48)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
