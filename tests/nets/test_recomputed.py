@@ -382,7 +382,8 @@ def test_hooks_that_others_put_around_the_model_are_theirs() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda each: packed.append(each) or each, lambda each: each):
         assert_same(step(model, lambda model: model(X))[0], expected)
     assert packed
-    around = lambda model: checkpoint(model, X.requires_grad_(), use_reentrant=False)  # noqa: E731
+    x = X.clone().requires_grad_()
+    around = lambda model: checkpoint(model, x, use_reentrant=False)  # noqa: E731
     assert_same(step(model, around)[0], expected)
     with Alive(model) as alive:
         loss = around(model)

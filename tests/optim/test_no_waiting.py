@@ -67,7 +67,7 @@ def test_a_step_of_every_method_reads_no_value(name, shape, tmp_path):
 def test_reading_a_value_fails_there():
     x = torch.ones(3, device="meta")
     for read in (torch.Tensor.tolist, torch.Tensor.nonzero, lambda x: bool(x.any()), torch.Tensor.cpu):
-        with pytest.raises((RuntimeError, NotImplementedError)):
+        with pytest.raises(RuntimeError):
             read(x)
     with NoCopies(), pytest.raises(AssertionError, match="copies between"):
         torch.ones(3).to("meta")
