@@ -17,6 +17,7 @@ from methods import attached, every_method, method
 from rankwise import tasks
 from rankwise.cli import app
 from rankwise.methods import registry
+from rankwise.runs.store import Store
 from rankwise.settings import RunConfig, Schema, load, parse_yaml
 
 ROOT = Path(__file__).parent.parent
@@ -141,6 +142,21 @@ def test_links_and_pictures_lead_somewhere(name: str) -> None:
             place = (ROOT / name).parent / target if target else ROOT / name
             assert place.exists(), target
             assert not anchor or anchor in anchors(str(place.resolve().relative_to(ROOT.resolve()))), anchor
+
+
+def test_a_run_that_a_page_names_is_that_of_the_command_above_it(tmp_path: Path) -> None:
+    found = set()
+    for file in ROOT.glob("docs/**/*.md"):
+        made = {"classification-lora-0-0123456789ab"}  # an id of nothing in particular
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if line.startswith("rankwise train task="):
+                config = load({}, shlex.split(line)[2:], Schema(registry(), tasks.registry()))
+                assert isinstance(config, RunConfig)
+                made.add(Store(tmp_path).place(config).name)
+            named = set(re.findall(r"\bruns/([\w-]+-[0-9a-f]{12})\b", line))
+            assert named <= made, f"{file}: {named - made}: one of {made}"
+            found |= named
+    assert len(found) >= 2
 
 
 def test_the_readme_opens_with_what_to_type() -> None:
