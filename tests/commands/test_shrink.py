@@ -25,6 +25,8 @@ import warm
 from rankwise.adapters.stored import stored
 from rankwise.commands.shrink import STEP, Asked, Half, Shrunk
 from rankwise.errors import InputError
+from rankwise.nets import recomputed
+from rankwise.nets.lora_linear import LoraLinearFunction
 from rankwise.train.run import run
 
 WORDS = {"yes": ["good", "fine", "great", "nice"], "no": ["bad", "poor", "awful", "wrong"]}
@@ -149,6 +151,25 @@ def test_healed_cuts_are_trained_at_their_ranks(made: Path) -> None:
     assert any(not torch.equal(one[name], other[name]) for name in one if "classifier" in name)  # the head too
     assert healed.best.parameters == sum(each.numel() for name, each in other.items() if ".lora_" in name)
     assert "trained on for 2 steps" in "\n".join(healed.lines())
+
+
+@pytest.mark.large
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [({"fast": False}, set()), ({}, {"fast"}), ({"activation_memory": "lean"}, {"fast", "lean"})],
+    ids=str,
+)
+def test_cuts_are_healed_as_a_run_with_these_settings_trains(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, object], expected: set[str]
+) -> None:
+    used: set[str] = set()
+    monkeypatch.setattr(recomputed, "SMALL", 0)
+    for name, kind, call in (("fast", LoraLinearFunction, "forward"), ("lean", recomputed.Recipe, "value")):
+        own = getattr(kind, call)
+        monkeypatch.setattr(kind, call, lambda *args, name=name, own=own: used.add(name) or own(*args))
+    given = {**settings_of(made), **how}
+    rw.shrink(made / "runs" / "run", given, tolerance=1.0, heal=1, out=tmp_path / "healed")
+    assert used == expected
 
 
 @given(st.integers(1, 9), st.integers(1, 400), st.integers(1, 400))

@@ -48,7 +48,7 @@ from rankwise.settings import RunConfig
 from rankwise.sweep.check import Source, load_one
 from rankwise.tasks import subset
 from rankwise.train import model as models
-from rankwise.train.arguments import arguments
+from rankwise.train.arguments import arguments, computing
 from rankwise.train.progress import Plan
 from rankwise.train.run import code_for
 from rankwise.train.trainer import RunTrainer
@@ -173,7 +173,7 @@ def _heal(adapter: Path, config: RunConfig, stop: Stop) -> None:
     model: Any = ready.model
     task, method = ready.task, LoRA()
     model.set_adapter(model.active_adapter)  # which trains it and its head
-    models.train_in_fp32(model)
+    models.prepare(model, config)
     examples = task.encode(subset(task.train(), config.train_rows), ready.processor, config.max_length)
     steps = config.max_steps or 1
     plan = Plan(len(examples), config.batch_size, steps, eval_every=steps, checkpoint_every=steps)
@@ -189,6 +189,9 @@ def _heal(adapter: Path, config: RunConfig, stop: Stop) -> None:
             data_collator=task.collate(model, ready.processor, config.seed),
         )
         trainer.remove_callback(PrinterCallback)
+        if config.activation_memory == "lean":
+            with computing(config):
+                trainer.keep_less(task)
         trainer.train()
         healed = save(model, Path(folder) / "adapter", layout="compact")
         for name in (CONFIG, WEIGHTS):

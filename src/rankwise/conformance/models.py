@@ -6,6 +6,8 @@ import torch
 import transformers
 from torch import nn
 
+from rankwise.ranks.sites import base_of
+
 SHAPES = ("bert", "gpt2", "llama", "t5", "deberta-v2")
 LABELS = 3
 VOCABULARY = 64
@@ -83,7 +85,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start:
 
 def recompute(model: nn.Module, options: dict[str, bool] | None = None) -> None:
     """Turn gradient checkpointing on, by the name that this version of transformers has for it."""
-    model = getattr(model, "get_base_model", lambda: model)()
+    model = base_of(model)
     name = "activation_checkpointing_enable"
     enable: Any = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
     enable(options)

@@ -10,13 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
-from rankwise.errors import NotFiniteError
 from rankwise.methods.lora import LoRA
-from rankwise.optim import project
 from rankwise.ranks import RankPlan, Site, ranks, sites
 from rankwise.ranks.scales import Omega
 from rankwise.ranks.sites import omega, peft_model
@@ -100,20 +97,6 @@ class OmegaLoRA(LoRA):
     def _move_more(self) -> str:
         """Advice on how to make ω move more."""
         return "raise every" if self.omega_rate is None else "raise omega_rate or every, or leave omega_rate out"
-
-
-@torch.no_grad()
-def check_finite(scales: Tensor, which: str, rate: str, step: int, due: bool) -> None:
-    """Raise NotFiniteError if `scales` are not finite: `which` (ω is, gates are), after steps of the option `rate`.
-
-    Where it is not `due`, a GPU is not made to wait for the answer: all of them become NaN there, and so does the loss.
-    """
-    if not due and not project.at_hand(scales):
-        scales.add_(0 * scales.sum())
-    elif not torch.isfinite(scales).all():
-        raise NotFiniteError(
-            f"{which} not finite after step {step}: the training has diverged; lower the learning rate or {rate}"
-        )
 
 
 def without_dead(weights: Sequence[float], all_sites: Sequence[Site]) -> list[float]:

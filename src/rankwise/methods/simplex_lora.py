@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
+from rankwise.methods.omega import OmegaLoRA, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, allocate, sites
 from rankwise.ranks.allocate import Rounding, may_exceed
@@ -77,7 +77,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         weights = omega(model)
         if weights is None:  # the search is over
             return None
-        check_finite(weights, "ω is", "omega_rate", step, due=step % self.every == 0)
+        project.check_finite(weights, "ω is", "omega_rate", step, due=step % self.every == 0)
         if lr > 0:
             with torch.no_grad():
                 weights.sub_(lr * self.omega_decay * (weights - 1))

@@ -22,7 +22,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rankwise.methods.lora import LoRA
-from rankwise.methods.omega import check_finite
 from rankwise.optim import project
 from rankwise.ranks import RankPlan
 from rankwise.ranks.scales import Gates, trained_scales
@@ -69,7 +68,7 @@ class SoRA(LoRA, name="sora"):
             alike.setdefault((gates.device, gates.dtype), []).append(gates)
         for group in alike.values():  # as one tensor: far fewer operations than there are sites
             flat = torch.cat(group)
-            check_finite(flat, "gates are", "gate_rate", step, due=step % self.check_every == 0)
+            project.check_finite(flat, "gates are", "gate_rate", step, due=step % self.check_every == 0)
             closed = project.prox_l1(flat, lr * self.sparsity).split([len(gates) for gates in group])
             torch._foreach_copy_(group, list(closed))
         return None

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import nn
 
 from rankwise.errors import require
-from rankwise.methods.omega import OmegaLoRA, check_finite, without_dead
+from rankwise.methods.omega import OmegaLoRA, without_dead
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, ranks, sites
 from rankwise.ranks.sites import omega
@@ -60,7 +60,7 @@ class WeightLoRA(OmegaLoRA, name="weight-lora"):
         weights = omega(model)
         if weights is None:  # folded
             return None
-        check_finite(weights, "ω is", "omega_rate", step, due=step == self.every)
+        project.check_finite(weights, "ω is", "omega_rate", step, due=step == self.every)
         if step >= self.start and lr > 0:
             weights.copy_(project.top_k(weights, self.keep))
         if step != self.every:

@@ -21,9 +21,10 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
 from rankwise.errors import InputError
-from rankwise.nets.recomputed import base_of, restore
+from rankwise.nets.recomputed import restore
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.processes import together
+from rankwise.ranks.sites import base_of
 
 CHUNK = 256
 """Tokens: enough for fast products with the weight of the head."""

@@ -4,6 +4,7 @@ from torch import nn
 
 from rankwise.errors import require
 from rankwise.nets import chunked_loss, recomputed
+from rankwise.ranks.sites import base_of
 
 
 def lean(model: nn.Module, on: bool = True) -> None:
@@ -22,8 +23,7 @@ def lean(model: nn.Module, on: bool = True) -> None:
     """
     compiled = any("_orig_mod" in part._modules or part._compiled_call_impl is not None for part in model.modules())
     require(not compiled, f"{type(model).__name__} is compiled, and decides itself what it keeps: do not call lean")
-    base = recomputed.base_of(model)
-    writes = getattr(base, "get_output_embeddings", lambda: None)() is not None
+    writes = getattr(base_of(model), "get_output_embeddings", lambda: None)() is not None
     put_on(model, writes) if on else take_off(model, writes)
 
 

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -31,6 +30,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rankwise.errors import require
+from rankwise.ranks.sites import base_of
 
 SMALL = 2**16
 """Bytes below which a tensor is kept."""
@@ -269,11 +269,6 @@ def restore(module: Any, kind: type) -> None:
         del module.forward
         if module.forward != own:
             module.forward = own
-
-
-def base_of(model: nn.Module) -> Any:
-    """The model without PEFT's wrappers around it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @dataclass

@@ -6,10 +6,26 @@ They decide nothing by a look at a value: on a GPU that would wait, in every ste
 import torch
 from torch import Tensor
 
+from rankwise.errors import NotFiniteError
+
 
 def at_hand(x: Tensor) -> bool:
     """Whether to read a value of x costs nothing, as on a CPU."""
     return x.device.type == "cpu"
+
+
+@torch.no_grad()
+def check_finite(scales: Tensor, which: str, rate: str, step: int, due: bool) -> None:
+    """Raise NotFiniteError if `scales` are not finite: `which` (ω is, gates are), after steps of the option `rate`.
+
+    Where it is not `due`, a GPU is not made to wait for the answer: all of them become NaN there, and so does the loss.
+    """
+    if not due and not at_hand(scales):
+        scales.add_(0 * scales.sum())
+    elif not torch.isfinite(scales).all():
+        raise NotFiniteError(
+            f"{which} not finite after step {step}: the training has diverged; lower the learning rate or {rate}"
+        )
 
 
 def simplex(x: Tensor, total: float) -> Tensor:

@@ -141,6 +141,13 @@ class Site:
         return self.live * self.cost
 
 
+def base_of(model: nn.Module) -> Any:
+    """The model without PEFT's wrapper around it, if there is one."""
+    from peft import PeftModel
+
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def peft_model(model: nn.Module) -> PeftModel:
     """The PEFT model inside wrappers such as DistributedDataParallel or a compiled module.
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,6 +17,7 @@ from rankwise.nets.undisturbed import undisturbed
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.processes import together
 from rankwise.ranks.layers import holds_codes
+from rankwise.ranks.sites import base_of
 
 if TYPE_CHECKING:
     from rankwise.tasks.base import Task
@@ -48,7 +48,7 @@ def agree(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenizerBase, ma
             that may occur in texts, a wrong number of outputs, too few positions, or logits that depend on the other
             rows of a batch.
     """
-    inner = _bare(model)
+    inner = base_of(model)
     if not isinstance(inner, PreTrainedModel):
         return
     _check_words(inner, tokenizer)
@@ -74,7 +74,7 @@ def check_room(task: Any, model: nn.Module, max_length: int, most: int | None = 
 
     Virtual tokens of the model count too. `most` is the tokenizer's own limit.
     """
-    inner = _bare(model)
+    inner = base_of(model)
     encodes, writes, name = bool(inner.config.is_encoder_decoder), task.family == "generation", type(inner).__name__
     read = {"max_length": max_length}
     if (tokens := _virtual(model)) is not None:
@@ -97,12 +97,8 @@ def context(model: nn.Module, decoder: bool = False) -> int | None:
     tokens = _virtual(model)
     if tokens is not None and not decoder:
         return tokens.context
-    inner = _bare(model)
+    inner = base_of(model)
     return positions(inner, decoder) if isinstance(inner, PreTrainedModel) else None
-
-
-def _bare(model: nn.Module) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _virtual(model: nn.Module) -> VirtualTokens | None:
@@ -128,7 +124,7 @@ def check_rows(
         rows: token ids of a split or a batch.
         name: the name of that in messages.
     """
-    inner = _bare(model)
+    inner = base_of(model)
     if not isinstance(inner, PreTrainedModel):
         return
     table = token_table(inner)
@@ -260,7 +256,7 @@ def _check_padding(task: "Task", model: nn.Module, tokenizer: PreTrainedTokenize
             return
         reason = ""
     tokenizer.padding_side = original
-    name = type(_bare(model)).__name__
+    name = type(base_of(model)).__name__
     if reason:
         raise InputError(
             f"model: {name} cannot read what its tokenizer returns for a text ({reason}): use the tokenizer that came "

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from peft import PeftModel
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import (
@@ -33,6 +32,7 @@ from transformers import (
 )
 
 from rankwise.errors import InputError, NotFiniteError, need
+from rankwise.ranks.sites import base_of
 from rankwise.runs.answers import LONGEST, Answers
 from rankwise.tasks import decoding
 from rankwise.tasks.agreement import agree, check_rows, context
@@ -307,7 +307,7 @@ def _encodes(model: nn.Module) -> bool:
 
 def inner_model(model: nn.Module) -> Any:
     """The transformers model, with the adapter's layers in it."""
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = base_of(model)
     if not hasattr(inner, "generate"):
         raise InputError(f"{type(inner).__name__} cannot write text: give a model that was trained to generate")
     return inner

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from rankwise import methods, tasks
 from rankwise.nets import chunked_loss, recomputed
-from rankwise.nets.lora_linear import set_fast
 from rankwise.processes import together
 from rankwise.ranks.layers import features, holds_codes
+from rankwise.ranks.sites import base_of
 from rankwise.settings import RunConfig
 from rankwise.train import model as models
 from rankwise.train.arguments import DTYPES, HOW, RECOMPUTE, Loading, computing
@@ -124,8 +124,7 @@ def need(config: RunConfig, shipped: bool = False) -> Need | None:
     model: Any = models.attached_skeleton(
         config.model, task, methods.build(config.method), config.max_length, shipped, Loading.of(config)
     )
-    models.train_in_fp32(model)
-    set_fast(model, config.fast_layers)
+    models.prepare(model, config)
     weights = weight_bytes(model)
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     joined = not config.packing and not model.config.is_encoder_decoder  # what is read and what is written
@@ -192,8 +191,7 @@ def kept_by_step(model: Any, config: RunConfig, task: Any, rows: int, tokens: in
     model.config.use_cache = False
     model.train()
     if config.gradient_checkpointing:
-        base = getattr(model, "get_base_model", lambda: model)()
-        getattr(base, f"{RECOMPUTE}_enable")({**HOW, "preserve_rng_state": False})
+        getattr(base_of(model), f"{RECOMPUTE}_enable")({**HOW, "preserve_rng_state": False})
     ids = torch.ones(rows, tokens, dtype=torch.long, device=next(model.parameters()).device)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # without any padding, attention would need no mask

@@ -30,10 +30,11 @@ from rankwise.files import check_files
 from rankwise.methods import Method
 from rankwise.nets import recomputed
 from rankwise.nets.chunked_loss import output_layer
+from rankwise.nets.lora_linear import set_fast
 from rankwise.nets.unet import RefinedUNet, Segmenter, UNet
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.ranks.layers import keep_codes
-from rankwise.settings import DECODER
+from rankwise.settings import DECODER, RunConfig
 from rankwise.tasks import Split, Task
 from rankwise.tasks.agreement import agree, check_room
 from rankwise.train import random_model
@@ -337,6 +338,12 @@ def head_modules(model: PreTrainedModel, new: set[str]) -> list[str]:
             f"{type(model).__name__}, such as {missing[0]}; give a complete pretrained model"
         )
     return sorted(head | ({f"{base}.pooler"} if pooler else set()))
+
+
+def prepare(model: nn.Module, config: RunConfig) -> None:
+    """Before an adapted model trains: what trains becomes fp32, and LoRA's layers those that the settings ask for."""
+    train_in_fp32(model)
+    set_fast(model, config.fast_layers)
 
 
 def train_in_fp32(model: nn.Module) -> None:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from rankwise.errors import InputError
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.processes import together
+from rankwise.ranks.sites import base_of
 from rankwise.tasks.base import Batch
 from rankwise.tasks.generation import IGNORE
 
@@ -79,7 +79,7 @@ class Packing:
         rows = [torch.tensor(draw.choices(known, k=length)) for length in lengths if length]
         ids, mask = (pad_sequence(each, batch_first=True) for each in (rows, [torch.ones_like(row) for row in rows]))
         packs = self.packs({"input_ids": ids, "labels": ids, "attention_mask": mask})[:at_once]
-        name = type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
+        name = type(base_of(model)).__name__
         with undisturbed(model):
             model.eval()
             try:

@@ -49,8 +49,6 @@ from rankwise.files import (
 )
 from rankwise.metrics import METRICS
 from rankwise.named import load_plugin
-from rankwise.nets import chunked_loss, lean
-from rankwise.nets.lora_linear import set_fast
 from rankwise.processes import together
 from rankwise.processes.launched import LostError, is_main
 from rankwise.processes.stop import Stop, follow_parent, stoppable
@@ -236,8 +234,7 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     head_parameters = sum(p.numel() for name in head for p in base.get_submodule(name).parameters())
     method = methods.build(config.method)
     model = method.attach(base, head=head)
-    models.train_in_fp32(model)
-    set_fast(model, config.fast_layers)
+    models.prepare(model, config)
     examples = task.encode(train, processor, config.max_length)
     evaluations = [Evaluation(split, task.encode(split, processor, config.max_length)) for split in splits]
     train_rows = Evaluation(train, examples)
@@ -312,10 +309,7 @@ def _train(folder: Path, parts: Parts, checkpoint: Path | None, progress: Progre
             packing.check(parts.model, [*itertools.chain(*parts.examples[:100]["input_ids"])], parts.rows)
     if parts.config.activation_memory == "lean":
         with computing(parts.config):
-            lean.put_on(parts.model, writes=parts.task.family == "generation")
-        if parts.task.family == "generation" and trainer.label_smoother is not None:
-            smoother: Any = chunked_loss.Smoothed(parts.config.label_smoothing)
-            trainer.label_smoother = smoother
+            trainer.keep_less(parts.task)
     if parts.task.family == "segmentation" and parts.rows < parts.config.batch_size and is_main():
         print(
             f"Dice loss and batch norms are computed over {parts.rows} images at a time, not {parts.config.batch_size}",

@@ -22,12 +22,14 @@ from rankwise.adapters import card, save
 from rankwise.errors import InputError
 from rankwise.methods import Method
 from rankwise.methods.base import adam_options
+from rankwise.nets import chunked_loss, lean
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.nets.virtual_tokens import VirtualTokens
 from rankwise.optim.simplex_adam import SHARDED
 from rankwise.processes import together
 from rankwise.processes.launched import LostError
 from rankwise.processes.stop import Stop
+from rankwise.tasks import Task
 from rankwise.train.callback import MethodCallback
 from rankwise.train.packing import Packing
 from rankwise.train.scaling import scales
@@ -208,6 +210,15 @@ class RunTrainer(RankTrainer):
         super().__init__(**kwargs)
         self.micro_batch, self.stop, self.packing = micro_batch, stop, packing
         self._weight = 1.0
+
+    def keep_less(self, task: Task) -> None:
+        """Train with `activation_memory: lean`."""
+        assert self.model is not None
+        writes = task.family == "generation"
+        lean.put_on(self.model, writes)
+        if writes and self.label_smoother is not None:
+            smoother: Any = chunked_loss.Smoothed(self.args.label_smoothing_factor)
+            self.label_smoother = smoother
 
     def get_train_dataloader(self) -> DataLoader:
         assert self.train_dataset is not None
