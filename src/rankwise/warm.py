@@ -60,7 +60,7 @@ def main(first: Path) -> None:
 
     text, (log,), status = serve(orders, owner)
     os.setsid()
-    said = os.pread(1, os.fstat(1).st_size, 0)  # by what was imported, which each run would have let say it
+    said = os.pread(1, os.fstat(1).st_size, 0)  # what the imports have printed belongs to the log of each run
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)

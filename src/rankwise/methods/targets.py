@@ -105,7 +105,7 @@ def check_bare(model: nn.Module) -> None:
 
 
 def adapt(model: nn.Module, config: Any) -> PeftModel:
-    """PEFT's model of `model` with the adapter of `config`, on exactly the layers that `config` names, and fast ones.
+    """PEFT's model of `model` with the adapter of `config`, on exactly the layers that `config` names, made fast.
 
     PEFT rewrites the targets of mixtures of experts whose files once had a layer for each expert: `gate_proj` of a
     dense block becomes a part of the experts' one parameter, in the model and in every file. It also takes a full name
