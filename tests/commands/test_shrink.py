@@ -156,11 +156,11 @@ def test_healed_cuts_are_trained_at_their_ranks(made: Path) -> None:
 @pytest.mark.large
 @pytest.mark.parametrize(
     ("how", "expected"),
-    [({"fast": False}, set()), ({}, {"fast"}), ({"activation_memory": "lean"}, {"fast", "lean"})],
+    [({"fast": False}, []), ({}, ["fast"]), ({"activation_memory": "lean"}, ["fast", "lean"])],
     ids=str,
 )
 def test_cuts_are_healed_as_a_run_with_these_settings_trains(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, object], expected: set[str]
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, object], expected: list[str]
 ) -> None:
     used: set[str] = set()
     monkeypatch.setattr(recomputed, "SMALL", 0)
@@ -169,7 +169,7 @@ def test_cuts_are_healed_as_a_run_with_these_settings_trains(
         monkeypatch.setattr(kind, call, lambda *args, name=name, own=own: used.add(name) or own(*args))
     given = {**settings_of(made), **how}
     rw.shrink(made / "runs" / "run", given, tolerance=1.0, heal=1, out=tmp_path / "healed")
-    assert used == expected
+    assert sorted(used) == expected
 
 
 @given(st.integers(1, 9), st.integers(1, 400), st.integers(1, 400))
