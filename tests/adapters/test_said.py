@@ -124,7 +124,8 @@ def test_a_name_that_ends_another_one_means_its_own_module_alone(tmp_path):
     for layout in (None, "compact"):
         rw.save(model, tmp_path / "adapter", layout=layout)
         again = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path / "adapter")
-        assert torch.equal(again(x), before)
+        # padding lengthens the sums, whose order then differs on some processors
+        assert torch.allclose(again(x), before, atol=0 if layout else 1e-6, rtol=0)
     assert list(ranks(again)) == ["a"]
 
 

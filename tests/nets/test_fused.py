@@ -154,7 +154,7 @@ def test_a_widened_factor_adds_to_its_own_outputs_only(place, rank, width):
     part = cut(width)["c_attn"].get_submodule(PARTS[place])
     A, B = torch.randn(rank, width), torch.randn(width, rank)
     wide = (part.widened(B) @ A).split(width)
-    assert torch.equal(wide[place], B @ A)
+    assert torch.allclose(wide[place], B @ A, atol=1e-6)  # the order of sums depends on the shape on some processors
     assert not any(other.any() for i, other in enumerate(wide) if i != place)
 
 
