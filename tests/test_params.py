@@ -101,7 +101,13 @@ def test_counts_are_exact(
     assert sum(row["parameters"] for row in (*found.per_site, *found.other)) == trainable
 
 
-@pytest.mark.parametrize("arch", ["minilm-l6", "deberta-v3-base", "gpt2-medium", "llama-3.1-8b", "t5-small"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *("minilm-l6", "gpt2-medium"),
+        *(pytest.param(arch, marks=pytest.mark.large) for arch in ("deberta-v3-base", "llama-3.1-8b", "t5-small")),
+    ],
+)
 @pytest.mark.parametrize("method", sorted(registry()))
 def test_every_method_can_be_counted_and_its_parts_add_up(method: str, arch: str) -> None:
     head = ["classifier"] if find(arch).built_as.endswith("SequenceClassification") else []

@@ -124,6 +124,7 @@ def rankwise(folder: Path, *arguments: object, **environment: str) -> tuple[int,
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.large
 def test_a_plugins_method_is_tuned_and_reported_as_ours_are(tmp_path: Path) -> None:
     """In the processes of the runs, which are in other folders; when its file moves, its runs go on."""
     file = write(tmp_path / "plug.py")

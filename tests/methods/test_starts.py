@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 import models
 import rankwise as rw
 import stock_peft
+from methods import one_shape
 from rankwise.methods import build
 from rankwise.ranks import sites
 from rankwise.ranks.kept import start_of
@@ -132,7 +133,7 @@ def test_a_tied_weight_takes_no_residual_start(init):
 # --- trained, saved, loaded by stock PEFT ----------------------------------------------------------------------------
 
 
-@every_shape
+@one_shape
 def test_stock_peft_on_the_untouched_base_gives_the_trained_logits(shape, tmp_path):
     methods = {f"{kind}-{init}": made(kind, init) for kind in ("lora", "lora-fa") for init in INITS}
     methods["dora"] = build({"name": "dora", "rank": 2})

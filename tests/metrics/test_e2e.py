@@ -140,6 +140,7 @@ def test_no_output_moves_the_others_away_from_their_references():
 
 
 @java
+@pytest.mark.large
 def test_an_empty_output_scores_nothing():
     assert e2e(["", ""], [["A pub."], ["By the river."]]) == dict.fromkeys(
         ("bleu", "nist", "meteor", "rouge_l", "cider"), 0.0

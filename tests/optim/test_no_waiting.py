@@ -17,7 +17,7 @@ from rankwise.train.callback import MethodCallback
 
 SEARCHES = {
     "adalora": {"total": 10_000, "start": 1000, "settle": 1000, "every": 100},
-    **dict.fromkeys(("fat-lora", "simplex-lora"), {"every": 100}),
+    **dict.fromkeys(("fat-lora", "simplex-lora", "squeeze"), {"every": 100}),
     "weight-lora": {"every": 100, "start": 2},
 }
 """With no rank change in the first steps."""
@@ -44,7 +44,7 @@ def options(name):
 
 
 @every_method
-@pytest.mark.parametrize("shape", ["bert", "llama"])
+@pytest.mark.parametrize("shape", ["bert", pytest.param("llama", marks=pytest.mark.large)])
 def test_a_step_of_every_method_reads_no_value(name, shape, tmp_path):
     for more in options(name):
         chosen = method(name, **SEARCHES.get(name, {}), **more)

@@ -55,6 +55,10 @@ TRAINS = {
 every_method = pytest.mark.parametrize("name", sorted(registry().keys() - {"none"}))
 """Without `none`, which trains nothing: most promises are about training."""
 every_shape = pytest.mark.parametrize("shape", models.SHAPES)
+one_shape = pytest.mark.parametrize(
+    "shape", [models.SHAPES[0], *(pytest.param(shape, marks=pytest.mark.large) for shape in models.SHAPES[1:])]
+)
+"""For what takes long: the other shapes are large."""
 
 
 def method(name: str, **more: object) -> Method:

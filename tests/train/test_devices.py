@@ -141,6 +141,7 @@ def assert_alike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
         torch.testing.assert_close(value, theirs[name], atol=1e-10, rtol=0, msg=name)
 
 
+@pytest.mark.large
 def test_every_method_learns_in_two_processes_and_in_pieces_what_it_learns_in_one(
     both: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -47,7 +47,9 @@ def adapted(kind: str, method: rw.methods.Method) -> nn.Module:
 
 
 @pytest.mark.parametrize("how", ["plain", "checkpointing", "bf16", "lean"])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.large] * (kind not in ("bert", "llama"))) for kind in FAMILIES]
+)
 def test_a_count_without_numbers_is_what_a_step_keeps(kind: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recomputed, "SMALL", 0)
     config = RunConfig(

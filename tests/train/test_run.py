@@ -227,7 +227,8 @@ def test_head_goes_on_where_it_was_stopped_and_time_adds_up(terminate: Terminate
         assert (folder / name).read_bytes() == (alone / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("name", [pytest.param("ranks.jsonl", marks=pytest.mark.large), "metrics.jsonl"])
+@pytest.mark.large
+@pytest.mark.parametrize("name", ["ranks.jsonl", "metrics.jsonl"])
 def test_lines_that_were_lost_or_changed_between_two_starts_change_no_result(
     name: str, finished: Path, terminate: Terminate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

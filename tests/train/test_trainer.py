@@ -171,7 +171,7 @@ def test_the_best_model_is_loaded_from_before_a_merge(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["rank", "plain"])
-@pytest.mark.parametrize("best", [1, 3, 6])
+@pytest.mark.parametrize("best", [1, *(pytest.param(step, marks=pytest.mark.large) for step in (3, 6))])
 def test_the_best_model_is_loaded_across_rank_changes(kind, best, tmp_path, monkeypatch):
     """Best is where the evaluation is told so; the model must then be the one of that checkpoint, ω included."""
     method = METHODS["simplex"]
