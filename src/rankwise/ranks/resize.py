@@ -7,6 +7,7 @@ r×r core in fp64. The out×in product is never formed. PEFT 0.21 is driven thro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -87,9 +88,16 @@ def resize(model: nn.Module, plan: Mapping[str, int], optimizer: Optimizer | Non
             by PEFT, a layer that is not plain LoRA, or one that cannot be emptied. The model is then unchanged.
     """
     peft = peft_model(model)
+    plan = plan if isinstance(plan, RankPlan) else RankPlan(plan)
+    kind = next(peft.parameters()).device.type
+    # A step may be taken within autocast, which would turn moments that are kept into bf16.
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        return _resize(peft, plan, optimizer)
+
+
+def _resize(peft: PeftModel, plan: RankPlan, optimizer: Optimizer | None) -> dict[str, int]:
     if optimizer is not None:
         follow(peft, optimizer)
-    plan = plan if isinstance(plan, RankPlan) else RankPlan(plan)
     by_name = {site.name: site for site in sites(peft)}
     before = {name: site.rank for name, site in by_name.items()}
     _check(peft, by_name, plan)
