@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from rankwise.methods.random_lora import RandomLoRA
     from rankwise.methods.simplex_lora import SimplexLoRA
     from rankwise.methods.sora import SoRA
+    from rankwise.methods.spaced_lora import SpacedLoRA
+    from rankwise.methods.squeeze import Squeeze
     from rankwise.methods.subset import BitFit, Full, FullTop, Head, Untrained
     from rankwise.methods.weight_lora import WeightLoRA
     from rankwise.nets.gated import Gated

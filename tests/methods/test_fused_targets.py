@@ -353,6 +353,8 @@ METHODS = {
     "lora-fa": {},
     "pissa": {},
     "random-lora": {"keep": 2},
+    "spaced-lora": {"mean_rank": 1.5},
+    "squeeze": {"every": 2},
     "simplex-lora": {},
     "sora": {"rank": 3, "sparsity": 0.7, "gate_rate": 0.2},
     "svd": {"init": "svd"},

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -5,6 +6,7 @@ from hypothesis import strategies as st
 
 from rankwise.optim.project import simplex
 from rankwise.ranks import allocate
+from rankwise.ranks.allocate import at_random, evenly
 
 
 @st.composite
@@ -77,3 +79,37 @@ def test_below_half_a_rank_no_rank_changes_where_costs_are_equal(problem):
     farthest = rank * max(abs(w - 1) for w in weights)
     near = [1 + (w - 1) * 0.49 / max(farthest, 0.49) for w in weights]
     assert allocate(near, [7] * len(near), [64] * len(near), rank) == [rank] * len(near)
+
+
+@st.composite
+def rooms(draw):
+    n = draw(st.integers(1, 12))
+    costs = draw(st.lists(st.integers(2, 40_000), min_size=n, max_size=n))
+    limits = draw(st.lists(st.integers(0, 8), min_size=n, max_size=n))
+    most = sum(cost * limit for cost, limit in zip(costs, limits, strict=True))
+    return costs, limits, draw(st.integers(0, most + 10))
+
+
+@given(rooms(), st.integers(0, 9))
+def test_ranks_by_no_weight_stay_within_budget_and_limits_and_leave_less_than_a_unit(problem, seed):
+    costs, limits, budget = problem
+    for ranks in (evenly(costs, limits, budget), at_random(costs, limits, budget, np.random.default_rng(seed))):
+        left = budget - sum(r * c for r, c in zip(ranks, costs, strict=True))
+        assert left >= 0
+        assert all(0 <= r <= limit for r, limit in zip(ranks, limits, strict=True))
+        able = [c for c, r, limit in zip(costs, ranks, limits, strict=True) if r < limit]
+        assert not able or left < max(able)
+
+
+@given(st.lists(st.integers(2, 40_000), min_size=1, max_size=40), st.integers(1, 9))
+def test_even_ranks_are_equal_where_the_budget_allows_it(costs, rank):
+    assert evenly(costs, [10] * len(costs), rank * sum(costs)) == [rank] * len(costs)
+
+
+@given(st.integers(2, 60), st.integers(1, 60))
+def test_sites_of_one_cost_get_a_unit_every_so_many(n, units):
+    ranks = evenly([100] * n, [9] * n, 100 * min(units, n))
+    assert sum(ranks) == min(units, n) and max(ranks) <= 1
+    places = [i for i, rank in enumerate(ranks) if rank]
+    gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
+    assert not gaps or max(gaps) - min(gaps) <= 1

@@ -24,6 +24,8 @@ METHODS = {
     "fat-lora": {"rank": 2, "every": 2, "times": 2, "omega_rate": 20.0},
     "weight-lora": {"rank": 2, "keep": 2, "start": 2, "every": 4},
     "random-lora": {"rank": 2, "keep": 2},
+    "spaced-lora": {"rank": 2, "mean_rank": 0.6},
+    "squeeze": {"rank": 2, "every": 2},
     "dora": {"rank": 2},
 }
 every_method = pytest.mark.parametrize("name", METHODS)
@@ -123,7 +125,7 @@ def test_counts_are_exact_and_the_start_leaves_the_outputs(name):
     rank = {"sora": 4}.get(name, 2)
     uniform = rank * sum(COSTS.values())
     found = rw.rank_report(model)
-    if name == "random-lora":
+    if name in ("random-lora", "spaced-lora"):
         assert trains == found.total == sum(r * COSTS[n] for n, r in ranks(model).items())
     else:
         extra = {"simplex-lora": 4, "fat-lora": 4, "weight-lora": 4, "sora": 4 * rank, "dora": 8 + 12 + 10 + 6}

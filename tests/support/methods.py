@@ -24,6 +24,8 @@ OPTIONS = {
     "pre-layer": {"prefix": 2, "infix": 1},
     "random-lora": {"rank": 2, "keep": 3},
     "simplex-lora": {"rank": 2, "every": 2, "times": 2},
+    "spaced-lora": {"rank": 2, "mean_rank": 0.5},
+    "squeeze": {"rank": 3, "mean_rank": 0.7, "every": 2, "times": 2},
     "sora": {"rank": 3, "sparsity": 20.0, "gate_rate": 0.02, "gates": "normal"},
     "weight-lora": {"rank": 2, "keep": 3, "start": 2, "every": 4},
 }
@@ -48,6 +50,8 @@ TRAINS = {
     "pre-layer": r"virtual",
     "random-lora": FACTORS,
     "simplex-lora": f"{FACTORS}|{OMEGA}",
+    "spaced-lora": FACTORS,
+    "squeeze": FACTORS,
     "sora": rf"{FACTORS}|\.lora_A\.default\.parametrizations\.weight\.0\.gates$",
     "weight-lora": f"{FACTORS}|{OMEGA}",
 }

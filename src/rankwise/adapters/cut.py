@@ -21,10 +21,7 @@ from rankwise.adapters.layers import Factors, StoredAdapter
 from rankwise.adapters.stored import check_free, size, stored, write
 from rankwise.errors import InputError
 from rankwise.ranks.knapsack import cheapest, most_within
-
-NOTHING = 1e-14
-"""Share of ‖R_B‖ ‖L‖ up to which a singular value of R_B L is rounding noise in double precision."""
-
+from rankwise.ranks.spectrum import squares, triangles
 
 LARGEST = 1e50
 """Numbers from here on count as infinite: their products could not be squared."""
@@ -137,12 +134,9 @@ class Cut:
 @torch.no_grad()
 def spectrum(factors: Factors, root: Tensor | None = None) -> Spectrum:
     """The spectrum of a layer, with `root` L (r, k) of E[(Ax)(Ax)ᵀ] = L Lᵀ on data."""
-    B, L = _triangles(factors)
-    norm = factors.scale * float(torch.linalg.matrix_norm(B @ L))
-    root = L if root is None else root.double()
-    values = torch.linalg.svdvals(B @ root)
-    values = torch.where(values > NOTHING * B.norm() * root.norm(), values, 0.0)
-    gains = (factors.scale * values).square().numpy()
+    R, L = triangles(factors.A, factors.B)
+    norm = factors.scale * float(torch.linalg.matrix_norm(R @ L))
+    gains = factors.scale**2 * squares(R, L if root is None else root.double())
     width = factors.A.shape[1] * factors.A.itemsize + factors.B.shape[0] * factors.B.itemsize
     return Spectrum(gains, factors.rank, factors.cost, width, abs(norm))
 
@@ -157,7 +151,7 @@ def truncated(factors: Factors, rank: int, root: Tensor | None = None) -> Factor
     A = factors.A.double()
     Q, R = torch.linalg.qr(factors.B.double())
     if root is None:
-        root = _triangles(factors)[1]
+        root = triangles(factors.A, factors.B)[1]
     U = torch.linalg.svd(R @ root.double())[0][:, :rank]
     A = U.T @ R @ A
     length = A.norm(dim=1)
@@ -178,14 +172,6 @@ def distance(one: Factors, other: Factors | None) -> float:
         B = torch.cat([one.scale * one.B.double(), -other.scale * other.B.double()], dim=1)
     R = torch.linalg.qr(B, mode="r")[1] @ torch.linalg.qr(A.T, mode="r")[1].T
     return float(torch.linalg.matrix_norm(R))
-
-
-def _triangles(factors: Factors) -> tuple[Tensor, Tensor]:
-    """R_B (·, r) and R_Aᵀ (r, ·), whose product has the singular values of B A."""
-    return (
-        torch.linalg.qr(factors.B.double(), mode="r")[1],
-        torch.linalg.qr(factors.A.double().T, mode="r")[1].T,
-    )
 
 
 def cut(

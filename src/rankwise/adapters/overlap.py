@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankwise.adapters.cut import NOTHING
 from rankwise.adapters.layers import Factors
+from rankwise.ranks.spectrum import NOTHING
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class LoRA(Method, name="lora"):
 
     peft_options: ClassVar[dict[str, Any]] = {}
     """More options for PEFT's LoraConfig."""
-    sizes = ("rank",)
+    sizes: ClassVar[tuple[str, ...]] = ("rank",)
     keeps_ranks: ClassVar[bool] = True
     """Whether every site keeps its rank. A site that loses it could not undo what its start subtracted from W."""
 

@@ -18,14 +18,15 @@ def at_hand(x: Tensor) -> bool:
 def check_finite(scales: Tensor, which: str, rate: str, step: int, due: bool) -> None:
     """Raise NotFiniteError if `scales` are not finite: `which` (ω is, gates are), after steps of the option `rate`.
 
+    Without a name for `rate` they have the learning rate's.
+
     Where it is not `due`, a GPU is not made to wait for the answer: all of them become NaN there, and so does the loss.
     """
     if not due and not at_hand(scales):
         scales.add_(0 * scales.sum())
     elif not torch.isfinite(scales).all():
-        raise NotFiniteError(
-            f"{which} not finite after step {step}: the training has diverged; lower the learning rate or {rate}"
-        )
+        lower = " or ".join(filter(None, ["the learning rate", rate]))
+        raise NotFiniteError(f"{which} not finite after step {step}: the training has diverged; lower {lower}")
 
 
 def simplex(x: Tensor, total: float) -> Tensor:

@@ -1,8 +1,10 @@
-"""From weights on a simplex to integer ranks (SimplexLoRA, step 2)."""
+"""From weights on a simplex to integer ranks (SimplexLoRA, step 2), and ranks that nothing was learnt for."""
 
 from collections.abc import Sequence
 from math import ceil, floor
 from typing import Literal, get_args
+
+import numpy as np
 
 EDGE = 1e-4  # so that ω r0 = 7.9999999, rounding noise of a projection, gives 8
 
@@ -58,3 +60,33 @@ def _within(budget: int, weights: Sequence[float], costs: Sequence[int], limits:
         i = max(able, key=lambda i: quotas[i] - ranks[i])  # ties: the first site
         ranks[i] += 1
         left -= costs[i]
+
+
+def evenly(costs: Sequence[int], limits: Sequence[int], budget: int) -> list[int]:
+    """Ranks of about the same share of `budget` per parameter everywhere: some sites get none if it is small.
+
+    Sites in their order save up their share c_i / Σ_j c_j of the budget, and buy units as soon as they can, with what
+    sites before them could not spend (error diffusion).
+
+    Args:
+        costs: c_i, parameters per unit of rank. limits: largest rank of a site; those at 0 have no share.
+    """
+    ranks, saved = [0] * len(costs), 0.0
+    total = sum(cost for cost, limit in zip(costs, limits, strict=True) if limit)
+    for share in (budget / max(1, total), 0.0):  # a second time around for what is left
+        for i, (cost, limit) in enumerate(zip(costs, limits, strict=True)):
+            saved += share * cost if limit else 0.0
+            bought = min(floor(saved / cost + 1e-9), limit - ranks[i])  # sums of shares are rounded
+            ranks[i] += bought
+            saved -= bought * cost
+    return ranks
+
+
+def at_random(costs: Sequence[int], limits: Sequence[int], budget: int, draws: np.random.Generator) -> list[int]:
+    """Ranks by units drawn one after the other, each if it still fits. Arguments as for `evenly`."""
+    ranks = [0] * len(costs)
+    for i in draws.permutation(np.repeat(np.arange(len(costs)), limits)).tolist():
+        if costs[i] <= budget:
+            ranks[i] += 1
+            budget -= costs[i]
+    return ranks
