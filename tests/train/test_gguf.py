@@ -16,8 +16,8 @@ import warm
 from asserts import refused
 from rankwise import methods, tasks
 from rankwise.errors import InputError
-from rankwise.settings import Schema, load
-from rankwise.sweep.check import expand
+from rankwise.settings import RunConfig, Schema, load
+from rankwise.sweep.check import check_models, expand
 from rankwise.train import gguf
 from rankwise.train.model import build, label, quiet
 
@@ -96,6 +96,17 @@ def test_a_file_is_read_as_transformers_reads_it(arch: str, tmp_path: Path) -> N
     assert head == [] and not getattr(model, "is_quantized", False)
     model.save_pretrained(tmp_path / "saved")  # which a model that counts as quantised cannot be
     assert label(str(file)) == "small"
+
+
+def test_a_file_that_is_first_counted_is_read_as_one_that_is_first_loaded(tmp_path: Path) -> None:
+    """As `validate`, `train` and `compare` do on a machine where nothing is converted yet."""
+    file = write(tmp_path / "small.gguf")
+    check_models([RunConfig(task={"name": "e2e"}, model=str(file), max_length=64)], shipped=False)
+    with quiet():
+        stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+        model, *_ = build(str(file), tasks.build("e2e"), 8)
+    expected = dict(stock.named_parameters())
+    assert all(torch.equal(value, expected[name]) for name, value in model.named_parameters())
 
 
 def test_padding_is_not_the_token_that_ends_a_text(tmp_path: Path) -> None:

@@ -82,7 +82,8 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = AutoConfig.from_pretrained(**source)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        quantised = kind.from_pretrained(**source, dtype=torch.float32)
+        with torch.device("cpu"):  # where a model is only counted, this is called on the meta device
+            quantised = kind.from_pretrained(**source, dtype=torch.float32)
     except OSError as error:
         if error.errno is not None:
             raise
