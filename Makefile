@@ -4,6 +4,7 @@
 # make test    check, then all tests but the large ones
 # make bench   time and memory next to the least possible and to PEFT's: docs/performance.md (40 minutes; make bench-quick: 2)
 # make test-large  the large tests, and more fuzzing; CI runs both
+# make study-report  the tables and pictures of docs/findings.md from results/
 # make docs    the documentation as a site, in site/; what leads nowhere is an error
 # make installed  the wheel alone in an environment of its own (by hand; PYTHON=python3.13 for another Python)
 # make conformance  PEFT's own LoRA tests with rankwise in their models (by hand: fetches PEFT's source)
@@ -22,7 +23,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test test-large bench bench-quick clients docs conformance installed oldest clean
+.PHONY: help setup demo check test test-large bench bench-quick study-report clients docs conformance installed oldest clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -64,6 +65,9 @@ bench: $(READY)
 
 bench-quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/suite.py --quick
+
+study-report: $(READY)
+	$(BIN)/python study/report.py
 
 docs: $(READY) # not quietly: --quiet hides warnings from --strict too
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -1,0 +1,122 @@
+"""The study: what is kept of its runs can be put back, and docs/findings.md is what results/ gives."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from scipy import stats
+
+from rankwise.runs.store import Store
+from runs import config, finish_with_curves, predict
+
+FOLDER = Path(__file__).parent.parent / "study"
+
+
+@pytest.fixture
+def archive(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import archive
+
+    return archive
+
+
+@pytest.fixture
+def report(archive: ModuleType) -> ModuleType:
+    import report
+
+    return report
+
+
+def test_the_page_and_its_pictures_are_what_the_results_give(report: ModuleType) -> None:
+    text, found = report.PAGE.read_text(encoding="utf-8"), report.studies()
+    assert report.written(text, found) == text
+    for study in found:
+        assert (report.PICTURES / f"study_{study.name}.svg").is_file()
+
+
+def test_every_study_is_one_of_the_experiments_and_its_rows_have_what_a_result_has(archive: ModuleType) -> None:
+    names = {file.stem for file in archive.RESULTS.glob("*.json")}
+    assert names <= set(archive.STUDIES)
+    for name in names:
+        content = archive.kept(archive.RESULTS / f"{name}.json")
+        for row in content["rows"]:
+            assert {key: row[key] for key in ("task", "method", "seed")} == {
+                key: row["result.json"][key] for key in ("task", "method", "seed")
+            }
+            assert not row.get("ranks") or len(row["ranks"]) == len(content["sites"])
+
+
+def test_what_is_kept_is_put_back_as_finished_runs(
+    archive: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(archive, "RESULTS", tmp_path / "results")
+    archive.RESULTS.mkdir()
+    store = Store(tmp_path / "runs" / "study_x")
+    for seed in (0, 1):
+        predict(finish_with_curves(store, config(seed=seed), 0.7), [0, 1, 1], [0, 1, 0])
+    before = store.results()
+    assert archive.keep("study_x") == 2 == archive.keep("study_x")
+    content = json.loads((tmp_path / "results" / "study_x.json").read_text())
+    assert [row["right"] for row in content["rows"]] == ["110", "110"]
+    assert content["rows"][0]["losses"] and content["rows"][0]["value"] == before[0].metrics["accuracy"]
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    assert archive.put_back("study_x") == 2 and archive.put_back("study_x") == 0
+    after = Store(tmp_path / "runs" / "study_x").results()
+    assert [(each.run, each.metrics, each.config) for each in after] == [
+        (each.run, each.metrics, each.config) for each in before
+    ]
+    assert archive.keep("study_x") == 2
+    assert json.loads((tmp_path / "results" / "study_x.json").read_text()) == content  # what is kept stays
+
+
+def row(
+    method: str, seed: int, value: float, parameters: int = 1000, kind: str = "run", **options: Any
+) -> dict[str, Any]:
+    result = {
+        "parameters": {"final": parameters},
+        "cost": {"adapter_bytes": 4 * parameters},
+        "splits": {"evaluation": [{"rows": 400}]},
+    }
+    asked = {"task": "t", "method": method, "seed": seed, "options": options, "learning_rate": 1e-3, "kind": kind}
+    return {**asked, "metric": "accuracy", "value": value, "ranks": [1, 2, 3, seed], "result.json": result}
+
+
+def study(report: ModuleType, *rows: dict[str, Any]) -> Any:
+    return report.Study("t", ["a.0.q", "a.0.k", "a.1.q", "a.1.k"], report._cells(rows))
+
+
+def test_an_adapter_is_not_worse_by_students_test_against_the_margin(report: ModuleType) -> None:
+    gaps = [0.0, -0.01, 0.01, -0.005, 0.005]
+    large = [row("lora", seed, 0.8 + 0.01 * seed, 8000, rank=8) for seed in range(5)]
+    small = [row("spaced-lora", s, 0.8 + 0.01 * s + gap, 100, mean_rank=0.1, rank=8) for s, gap in enumerate(gaps)]
+    one = study(report, *large, *small)
+    margin = (0.82 * 0.18 / 400) ** 0.5
+    assert one.margin == pytest.approx(margin)
+    cell = one.find("spaced-lora", 0.1)
+    expected = stats.ttest_1samp([gap + margin for gap in gaps], 0, alternative="greater").pvalue
+    assert report.not_worse(cell, one) == pytest.approx(expected)
+    assert "| 80 × | +0.000 **not worse** |" in report.sizes([one])
+    worse = [{**each, "value": each["value"] - 3 * margin} for each in small]
+    assert "not worse" not in report.sizes([study(report, *large, *worse)])
+
+
+def test_a_choice_is_compared_with_its_controls_of_the_same_size(report: ModuleType) -> None:
+    def squeezed(score: str, gap: float) -> list[dict[str, Any]]:
+        return [row("squeeze", s, 0.7 + gap + 0.01 * (s % 2), mean_rank=0.25, rank=8, score=score) for s in range(5)]
+
+    lora = [row("lora", seed, 0.7, 8000, rank=8) for seed in range(5)]
+    one = study(report, *lora, *squeezed("spectrum", 0.05), *squeezed("permuted", 0.0), *squeezed("uniform", 0.05))
+    lines = report.where([one]).splitlines()[2:]
+    assert len(lines) == 2
+    assert "squeeze, permuted | +0.050" in lines[0] and "squeeze, uniform | +0.000" in lines[1]
+    plans = report.plans([one]).splitlines()[2:]
+    assert len(plans) == 1 and "| squeeze | ¼ |" in plans[0]
+
+
+def test_a_rate_at_an_end_of_those_tried_is_marked(report: ModuleType) -> None:
+    trials = [{**row("lora", 9, 0.5, rank=8, kind="trial"), "learning_rate": rate} for rate in (1e-4, 1e-3)]
+    one = study(report, *trials, *[row("lora", seed, 0.7, rank=8) for seed in (0, 1)])
+    assert "| 0.001 ↑ | 0.700 ± 0.000 | 2 |" in report.scores(one)
