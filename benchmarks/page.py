@@ -1,5 +1,6 @@
 """What docs/performance.md says of the results of `benchmarks/suite.py`: its tables and its pictures."""
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -25,6 +26,8 @@ OURS = {
     "lora, lean": "LoRA, activation_memory: lean",
     "lora, shrunk": "LoRA after shrinking",
 }
+OTHERS = "results-*.json"
+"""Beside `results.json`: what other machines have measured."""
 Results = dict[str, Any]
 Cell = tuple[str, bool | None]
 """What was measured, and whether the goal is met; None where it was not measured."""
@@ -372,9 +375,16 @@ def devices(results: Results) -> str:
     return f"Measured on {on}." + (" No GPU was at hand." if no_gpu else "")
 
 
+def elsewhere(results: Results) -> str:
+    """The goals on other machines, whose results lie beside those of this one (`--json`)."""
+    found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(__file__).parent.glob(OTHERS))]
+    return "\n\n".join(f"{devices(each)}\n\n{goals(each)}" for each in found) or NOTHING
+
+
 BLOCKS = {
     "goals": goals,
     "devices": devices,
+    "elsewhere": elsewhere,
     "steps": every_step,
     "memory": every_memory,
     "profile": profile,
