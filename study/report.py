@@ -26,6 +26,9 @@ NAMES = {
     "head": "the head alone",
     "full": "full",
 }
+RANKED = ("lora", "spaced-lora", "squeeze", "simplex-lora")
+LEVELS = ("head", "full")
+"""Methods of one size, which the pictures have as lines across."""
 CONTROLS = {"permuted": "squeeze, permuted", "uniform": "squeeze, uniform", "": "LoRA of that size"}
 """By the score that squeeze is compared with, and its name; LoRA has none."""
 
@@ -53,13 +56,22 @@ class Cell:
     @property
     def name(self) -> str:
         """The method without its size."""
-        return "squeeze" + (f", {self.score}" if self.score != "spectrum" else "") if self.score else NAMES[self.method]
+        return (
+            "squeeze" + (f", {self.score}" if self.score != "spectrum" else "")
+            if self.score
+            else NAMES.get(self.method, self.method)
+        )
 
     @property
     def size(self) -> float | None:
-        """Units of rank per site; None where there is no rank."""
+        """Units of rank per site; None where rank is not what decides the size."""
         options = self.first["options"]
-        return options.get("mean_rank", options.get("rank"))
+        return options.get("mean_rank", options.get("rank")) if self.method in RANKED else None
+
+    @property
+    def key(self) -> tuple[bool, float, str]:
+        """What the same method has in common on other tasks at this size; the largest comes first."""
+        return self.size is None, -(self.size or self.parameters), self.name
 
     @property
     def scores(self) -> dict[int, float]:
@@ -184,17 +196,20 @@ def scores(study: Study) -> str:
 
 def sizes(found: Sequence[Study]) -> str:
     """How much smaller than LoRA of rank 8, and not worse: Holm's correction is over the tasks of a size and method."""
-    kinds = sorted(
-        {(c.size, c.name) for s in found for c in s.cells if c.size and c.size < 8 and s.reference}, reverse=True
-    )
+    smaller = {
+        study: [c for c in study.cells if c.method not in LEVELS and c.parameters < study.reference.parameters / 2]
+        for study in found
+        if study.reference
+    }
     rows = []
-    for size, name in kinds:
-        cells = {s: c for s in found for c in s.cells if (c.size, c.name) == (size, name) and s.reference}
+    for key in sorted({cell.key for cells in smaller.values() for cell in cells}):
+        cells = {study: cell for study, own in smaller.items() for cell in own if cell.key == key}
+        name, size = key[-1], next(iter(cells.values())).size
         p = {study: value for study, cell in cells.items() if (value := not_worse(cell, study)) is not None}
         adjusted = dict(zip(p, holm(list(p.values())), strict=True))
         factors = [study.reference.parameters / cell.parameters for study, cell in cells.items() if study.reference]
         row = [name, share(size), f"{mean(factors):.0f} ×"]
-        for study in found:
+        for study in smaller:
             if study not in cells:
                 row.append("")
                 continue
@@ -203,9 +218,7 @@ def sizes(found: Sequence[Study]) -> str:
             mark = "" if passed is None else " **not worse**" if passed <= 0.05 else f" p {passed:.2f}"
             row.append(f"{gap.mean:+.3f}{mark}" if gap else "")
         rows.append(row)
-    return table(
-        ["method", "units a layer", "smaller", *(f"{s.name} (± {s.margin:.3f})" for s in found if s.reference)], rows
-    )
+    return table(["method", "units a layer", "smaller", *(f"{s.name} (± {s.margin:.3f})" for s in smaller)], rows)
 
 
 def where(found: Sequence[Study]) -> str:
@@ -267,7 +280,7 @@ def curve(study: Study) -> Figure:
     figure, axes = new_figure(3.4)
     lines: dict[str, list[Cell]] = {}
     for cell in study.cells:
-        if cell.size:
+        if cell.method not in LEVELS:
             lines.setdefault("LoRA" if cell.method in ("lora", "spaced-lora") else cell.name, []).append(cell)
     for look, (name, cells) in enumerate(sorted(lines.items())):
         shift = 1.04 ** (look - len(lines) / 2)  # so that intervals do not hide each other
@@ -288,7 +301,7 @@ def curve(study: Study) -> Figure:
             capsize=2,
             label=name,
         )
-    for cell in (each for each in study.cells if each.size is None):
+    for cell in (each for each in study.cells if each.method in LEVELS):
         level = mean(list(cell.scores.values()))
         axes.axhline(level, color="#777777", linewidth=0.8, linestyle=(0, (2, 2)))
         axes.annotate(cell.name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)

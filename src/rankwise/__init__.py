@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rankwise.methods.adapter import AdapterH, AdapterL
     from rankwise.methods.dora import DoRA
     from rankwise.methods.fat_lora import FatLoRA
+    from rankwise.methods.fourierft import FourierFT
+    from rankwise.methods.ia3 import IA3
     from rankwise.methods.lora import LoRA
     from rankwise.methods.lora_fa import LoRAFA
     from rankwise.methods.pissa import PiSSA
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from rankwise.methods.spaced_lora import SpacedLoRA
     from rankwise.methods.squeeze import Squeeze
     from rankwise.methods.subset import BitFit, Full, FullTop, Head, Untrained
+    from rankwise.methods.tinylora import TinyLoRA
+    from rankwise.methods.vb_lora import VBLoRA
+    from rankwise.methods.vera import VeRA
     from rankwise.methods.weight_lora import WeightLoRA
     from rankwise.nets.gated import Gated
     from rankwise.nets.lean import lean

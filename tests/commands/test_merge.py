@@ -349,6 +349,17 @@ def test_what_cannot_be_merged_is_refused_in_one_line(tied: Path, tmp_path: Path
         merge(tmp_path / "adapter" / "adapter_model.safetensors", tmp_path / "out")
 
 
+def test_what_peft_cannot_take_out_is_refused_in_one_line(tmp_path: Path) -> None:
+    """PEFT 0.21 takes a head of several layers, as T5's, for a single weight, with most adapters but LoRA."""
+    base = models.model("t5")
+    base.save_pretrained(tmp_path / "base")
+    method = rw.FourierFT(frequencies=5)
+    rw.save(method.fold(method.attach(base, head=models.head("t5"))), tmp_path / "adapter")
+    with pytest.raises(InputError, match="PEFT cannot take its .*FOURIERFT layers out of this model: "):
+        merge(tmp_path / "adapter", tmp_path / "out", base=str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_base_without_the_trained_head_is_refused(tmp_path: Path) -> None:
     [(_, model)] = models.every_model(AutoModelForSequenceClassification, ["bert"], num_labels=2)
     model.save_pretrained(tmp_path / "base")

@@ -27,6 +27,10 @@ OPTIONS = {
     "spaced-lora": {"rank": 2, "mean_rank": 0.5},
     "squeeze": {"rank": 3, "mean_rank": 0.7, "every": 2, "times": 2},
     "sora": {"rank": 3, "sparsity": 20.0, "gate_rate": 0.02, "gates": "normal"},
+    "fourierft": {"frequencies": 5},
+    "tinylora": {"entries": 4},
+    "vb-lora": {"rank": 2, "vectors": 6, "length": 4},
+    "vera": {"rank": 6},
     "weight-lora": {"rank": 2, "keep": 3, "start": 2, "every": 4},
 }
 
@@ -53,6 +57,11 @@ TRAINS = {
     "spaced-lora": FACTORS,
     "squeeze": FACTORS,
     "sora": rf"{FACTORS}|\.lora_A\.default\.parametrizations\.weight\.0\.gates$",
+    "fourierft": r"\.fourierft_spectrum\.default$",
+    "ia3": r"\.ia3_l\.default$",
+    "tinylora": r"\.tinylora_v\.",
+    "vb-lora": r"vblora_(logits_[AB]|vector_bank)",
+    "vera": r"\.vera_lambda_[bd]\.default$",
     "weight-lora": f"{FACTORS}|{OMEGA}",
 }
 

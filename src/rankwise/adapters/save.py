@@ -34,6 +34,7 @@ from rankwise.adapters.tensors import Tensors
 from rankwise.errors import InputError, require
 from rankwise.files import ADAPTER, check_files, check_replaceable, read_json, replace_folder, unfinished
 from rankwise.methods import Method, build
+from rankwise.methods.peer import DRAWN_AGAIN
 from rankwise.methods.targets import check_bare
 from rankwise.nets.new_weights import buffers, new_weights
 from rankwise.ranks.kept import adapters_subtracted, merged_sites, peft_residual_start
@@ -243,6 +244,7 @@ def _load_adapter(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys|.* keys did not match")  # errors below
+            warnings.filterwarnings("ignore", DRAWN_AGAIN)
             loaded = PeftModel.from_pretrained(model, str(files))
         stored = get_peft_model_state_dict(loaded, save_embedding_layers=False)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -253,7 +253,11 @@ def _square(values: Tensor) -> float:
 
 def _unloaded(model: PeftModel) -> Any:
     """The base model without PEFT's layers, whose weights have been merged."""
-    plain = model.base_model.unload()  # type: ignore[operator]
+    try:
+        plain = model.base_model.unload()  # type: ignore[operator]
+    except AttributeError as reason:  # of PEFT 0.21 beside a head of several layers, where it looks for one weight
+        kind = model.peft_config[model.active_adapter].peft_type
+        raise InputError(f"PEFT cannot take its {kind} layers out of this model: {reason}") from reason
     for name, parameter in plain.named_parameters():
         parameter.requires_grad_(True)
         assert ".base_layer." not in name, name
