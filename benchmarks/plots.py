@@ -55,6 +55,7 @@ def growth(axes_of: dict[str, list[dict[str, Any]]], title: str) -> Figure:
         below.set(xscale="log", yscale="log", xlabel=axis)
         below.set_xticks(values, [f"{value:,}" for value in values], fontsize=8)
         below.minorticks_off()
+        below.yaxis.set_major_formatter("{x:g}")  # not by the markup for mathematics, which is off
         above.set_ylim(bottom=0)
     panels[0, 0].set_ylabel("ratio")
     panels[1, 0].set_ylabel("ratio")

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from archive import RESULTS, ROOT, STUDIES, kept
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from scipy import stats as distributions
 
 from rankwise.files import write_whole
-from rankwise.pictures.style import COLOURS, DASHES, MARKERS, new_figure, set_title, styled, svg
+from rankwise.pictures.style import COLOURS, DASHES, MARKERS, legend, new_figure, set_title, styled, svg
 from rankwise.results.stats import Difference, difference, holm, mean, sd, t_interval
 
 PAGE = ROOT / "docs" / "findings.md"
@@ -230,9 +231,10 @@ def where(found: Sequence[Study]) -> str:
                 continue
             for score, name in CONTROLS.items():
                 other = study.find("squeeze", cell.size or 0, score) if score else study.plain(cell.size or 0)
-                if other is not None and (gap := difference(cell.scores, other.scores)) is not None:
+                gap = difference(cell.scores, other.scores) if other is not None else None
+                if gap is not None and gap.p is not None:  # from two seeds on
                     rows.append([study.name, share(cell.size), name, signed(gap)])
-                    tests.append(gap.p if gap.p is not None else 1.0)
+                    tests.append(gap.p)
     return table(
         ["task", "units a layer", "squeeze above", "gap (95 %)", "p", "p, Holm"],
         [[*row, f"{p:.2g}", f"{held:.2g}"] for row, p, held in zip(rows, tests, holm(tests), strict=True)],
@@ -309,7 +311,9 @@ def curve(study: Study) -> Figure:
         level = mean(list(study.reference.scores.values()))
         axes.axhspan(level - study.margin, level, color="#0072B2", alpha=0.08, linewidth=0)
     axes.set(xscale="log", xlabel="parameters, without the head", ylabel=study.cells[0].first["metric"])
-    axes.legend(fontsize=8, loc="lower right")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    legend(figure, axes)
     set_title(axes, f"{study.name}: score and size")
     return figure
 

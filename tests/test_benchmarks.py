@@ -110,6 +110,7 @@ def test_pictures_are_drawn_and_linked_where_the_results_are_enough(suite: Modul
     assert drawn.keys() == {"step.svg", "growth.svg"} and "pictures/growth.svg" in suite.page.scaling(results)
     assert {"rankwise LoRA after shrinking", "PEFT LoRA", "MiniLM's shape, r 8"} <= {*texts(drawn["step.svg"])}
     assert {"rank", "sites", "tokens", "a rank change ÷ step"} <= {*texts(drawn["growth.svg"])}
+    assert not [text for figure in drawn.values() for text in texts(figure) if "$" in text]
     assert all(suite.page.svg(figure).startswith("<?xml") for figure in drawn.values())
 
 

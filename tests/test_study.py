@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
+from asserts import texts
 from rankwise.runs.store import Store
 from runs import config, finish_with_curves, predict
 
@@ -114,6 +115,16 @@ def test_a_choice_is_compared_with_its_controls_of_the_same_size(report: ModuleT
     assert "squeeze, permuted | +0.050" in lines[0] and "squeeze, uniform | +0.000" in lines[1]
     plans = report.plans([one]).splitlines()[2:]
     assert len(plans) == 1 and "| squeeze | ¼ |" in plans[0]
+
+
+def test_the_picture_of_a_task_has_every_method_and_numbers_that_can_be_read(report: ModuleType) -> None:
+    sizes = ((8, 8000), (1, 1000))
+    lora = [row("lora", seed, 0.7 + 0.01 * seed, many, rank=rank) for rank, many in sizes for seed in (0, 1)]
+    tiny = [row("ia3", seed, 0.6, 300) for seed in (0, 1)]
+    figure = report.curve(study(report, *lora, *tiny, *[row("head", seed, 0.5, 0) for seed in (0, 1)]))
+    found = texts(figure)
+    assert {"LoRA", "ia3", "the head alone", "t: score and size"} <= {*found}
+    assert not [text for text in found if "$" in text]
 
 
 def test_a_rate_at_an_end_of_those_tried_is_marked(report: ModuleType) -> None:
