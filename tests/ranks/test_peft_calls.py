@@ -13,6 +13,7 @@ from peft.utils.hotswap import hotswap_adapter
 import methods
 import models
 import rankwise as rw
+from rankwise.methods.peer import Peer
 from rankwise.ranks.sites import omega
 
 KINDS = {
@@ -38,7 +39,10 @@ def attached(kind):
     return method, method.attach(models.model(shape), head=models.head(shape)), shape
 
 
-ADAPTERS = [kind for kind in KINDS if isinstance(attached(kind)[1], PeftModel)]
+# Not those that are PEFT's in every part: what PEFT can do with them is its own affair.
+ADAPTERS = [
+    kind for kind in KINDS if isinstance((made := attached(kind))[1], PeftModel) and not isinstance(made[0], Peer)
+]
 
 
 def by_peft(shape, folder):

@@ -9,6 +9,7 @@ import torch
 import models
 import rankwise as rw
 from rankwise.methods import Method, build, registry
+from rankwise.methods.peer import Peer
 
 OPTIONS = {
     "adalora": {"rank": 2, "init_rank": 3, "start": 1, "settle": 2, "every": 1, "total": 7},
@@ -67,6 +68,10 @@ TRAINS = {
 
 every_method = pytest.mark.parametrize("name", sorted(registry().keys() - {"none"}))
 """Without `none`, which trains nothing: most promises are about training."""
+every_own_method = pytest.mark.parametrize(
+    "name", sorted(name for name, kind in registry().items() if name != "none" and not issubclass(kind, Peer))
+)
+"""Without those that are PEFT's layers and PEFT's files, in which nothing is ours."""
 every_shape = pytest.mark.parametrize("shape", models.SHAPES)
 one_shape = pytest.mark.parametrize(
     "shape", [models.SHAPES[0], *(pytest.param(shape, marks=pytest.mark.large) for shape in models.SHAPES[1:])]
