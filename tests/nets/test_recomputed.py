@@ -28,7 +28,7 @@ import models
 import rankwise as rw
 import runs
 from asserts import refused
-from methods import attached, every_method, every_shape, one_shape
+from methods import attached, every_own_method, every_shape, one_shape
 from rankwise import tasks
 from rankwise.nets import recomputed
 from rankwise.nets.lora_linear import set_fast
@@ -77,7 +77,7 @@ def loss_of(**inputs: Any) -> Callable[[Any], Tensor]:
 
 
 @one_shape
-@every_method
+@every_own_method
 def test_gradients_of_every_method_are_the_same_with_less_kept(name: str, shape: str) -> None:
     model = attached(name, shape).train()
     call = loss_of(**models.batch())

@@ -35,6 +35,7 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip i
 KINDS = ("4bit", "8bit")
 every_kind = pytest.mark.parametrize("kind", KINDS)
 CANNOT = {
+    **{("tinylora", kind): "tinylora decomposes weights" for kind in ("4bit", "8bit")},
     **{(name, kind): "quantised weights cannot train" for name in ("full", "full-top") for kind in KINDS},
     **{("pissa", kind): "is quantised, so its weight cannot change" for kind in KINDS},
     **({} if torch.cuda.is_available() else {("dora", "8bit"): "dora cannot run on 8-bit weights on a CPU"}),

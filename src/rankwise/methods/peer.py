@@ -38,7 +38,7 @@ class Peer(Method):
         wanted = {key: value for key, value in placed.items() if key in known}
         try:
             attached = get_peft_model(model, self.configuration(**wanted, **self.settings))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             why = " ".join(str(error).split())
             raise InputError(f"PEFT cannot adapt these layers by {self.name}: {why}") from error
         base = attached.get_base_model()

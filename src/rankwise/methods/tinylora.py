@@ -3,13 +3,17 @@
 h = W x + U Σ (Σ_i v_i P_i) Vᵀ x,    U Σ Vᵀ the SVD of W at rank r, P random and frozen, v (u,) trained
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 from peft import PeftConfig, TinyLoraConfig
 from pydantic import Field
+from torch import nn
 
+from rankwise.errors import require
 from rankwise.methods.peer import Peer
+from rankwise.ranks.layers import holds_codes
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,11 @@ class TinyLoRA(Peer, name="tinylora"):
     tying: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     sizes = ("entries",)
+
+    def attach(self, model: nn.Module, head: Sequence[str] = ()) -> nn.Module:
+        codes = any(map(holds_codes, model.parameters()))
+        require(not codes, "tinylora decomposes weights, which it cannot do with codes: leave quantise out")
+        return super().attach(model, head)
 
     @property
     def settings(self) -> dict[str, Any]:
