@@ -12,7 +12,7 @@ from peft import PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from rankwise.errors import InputError, require
+from rankwise.errors import InputError
 from rankwise.methods.base import Method
 from rankwise.methods.targets import ALL_LINEAR, placement
 
@@ -38,12 +38,13 @@ class Peer(Method):
         wanted = {key: value for key, value in placed.items() if key in known}
         try:
             attached = get_peft_model(model, self.configuration(**wanted, **self.settings))
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError) as error:
             why = " ".join(str(error).split())
             raise InputError(f"PEFT cannot adapt these layers by {self.name}: {why}") from error
         base = attached.get_base_model()
         adapted = {name for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer)}
-        require(adapted == {*names}, f"{self.name} of PEFT would adapt {min(adapted ^ {*names}, default='')} otherwise")
+        if other := adapted ^ {*names}:
+            raise InputError(f"{self.name} of PEFT adapts other layers too, such as {min(other)}: name other targets")
         return attached
 
     def fold(self, model: nn.Module) -> nn.Module:

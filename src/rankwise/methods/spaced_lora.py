@@ -40,7 +40,7 @@ class SpacedLoRA(LoRA, name="spaced-lora"):
 
     def first_plan(self, model: nn.Module) -> RankPlan:
         all_sites = sites(model)
-        budget = parameters(all_sites, self.mean_rank)
+        budget = affordable(all_sites, self.mean_rank)
         ranks = evenly([site.cost for site in all_sites], [self.rank] * len(all_sites), budget)
         return RankPlan(dict(zip([site.name for site in all_sites], ranks, strict=True)), change="reinit")
 
@@ -50,7 +50,7 @@ def check_mean(mean_rank: float, rank: int) -> None:
     require(mean_rank <= rank, f"mean_rank must be at most {rank} (rank), not {mean_rank:g}")
 
 
-def parameters(all_sites: Sequence[Site], mean_rank: float) -> int:
+def affordable(all_sites: Sequence[Site], mean_rank: float) -> int:
     """The parameters of `mean_rank` units of rank per site.
 
     Raises:

@@ -26,7 +26,7 @@ from torch import nn
 from rankwise.errors import require
 from rankwise.methods.lora import LoRA
 from rankwise.methods.omega import OmegaLoRA
-from rankwise.methods.spaced_lora import check_mean, parameters
+from rankwise.methods.spaced_lora import affordable, check_mean
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, Site, rank_report, sites
 from rankwise.ranks.allocate import at_random, evenly
@@ -101,7 +101,7 @@ class Squeeze(OmegaLoRA, name="squeeze"):
 
     def _within(self, all_sites: Sequence[Site], cut: int) -> int:
         """The most parameters in A and B after so many cuts."""
-        return parameters(all_sites, self.rank * (self.mean_rank / self.rank) ** (cut / self.times))
+        return affordable(all_sites, self.rank * (self.mean_rank / self.rank) ** (cut / self.times))
 
     def _ranks(self, all_sites: Sequence[Site], budget: int, step: int) -> list[int]:
         """New ranks of all sites, none above what it has."""
