@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import rankwise as rw
 from rankwise import methods
 from rankwise.errors import InputError
+from rankwise.methods.peer import Peer
 from rankwise.nets.lora_linear import set_fast
 from rankwise.ranks.resize import resize
 from rankwise.train.model import train_in_fp32
@@ -236,9 +237,14 @@ def shrunk(config: Any, rank: int) -> Arm:
 
 
 def searched() -> list[str]:
-    """The registered methods with a rank whose step is not LoRA's own: a start alone makes no other step."""
+    """The registered methods with a rank whose step is not LoRA's own: a start alone makes no other step.
+
+    Without those that are PEFT's in every part: there is no step of ours to measure, and not every shape can have them.
+    """
     found = []
     for name, kind in sorted(methods.registry().items()):
+        if issubclass(kind, Peer):
+            continue
         defaults = {field.name: field.default for field in dataclasses.fields(kind)}
         if "rank" in defaults and defaults.get("init", "kaiming") == "kaiming" and name != "lora":
             found.append(name)

@@ -45,8 +45,9 @@ def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
 def settle(model: PeftModel) -> None:
     """Put the scales of a folded model into B, as the compact layout has them: s · r is then the same at all sites.
 
-    A run is scored after that, so that what it has saved has its scores to the last digit. Models whose sites are not
-    all plain LoRA stay as they are; `save` writes these in PEFT's own layout, or joined.
+    A run is scored after that, so that what it has saved has its scores: to the last digit in the compact layout, and
+    where padding to one rank only multiplies by powers of two. Models whose sites are not all plain LoRA stay as they
+    are; `save` writes these in PEFT's own layout, or joined.
     """
     live = [site for site in sites(model) if site.present]
     plain = not why_unread(model.peft_config[model.active_adapter].to_dict())
