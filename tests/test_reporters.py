@@ -154,7 +154,10 @@ def test_a_folder_of_others_is_not_written_into(tmp_path: Path) -> None:
     assert not [*(folder / EVENTS).iterdir()]
 
 
-@pytest.mark.parametrize("broken", ["__init__", "add_scalar", "add_image", "close"])
+@pytest.mark.parametrize(
+    "broken",
+    ["add_scalar", *(pytest.param(name, marks=pytest.mark.large) for name in ("__init__", "add_image", "close"))],
+)
 def test_a_reporter_that_fails_is_told_of_once_and_the_run_goes_on(
     broken: str, reported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

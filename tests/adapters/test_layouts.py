@@ -11,6 +11,7 @@ from torch import nn
 import models
 import rankwise as rw
 import stock_peft
+from methods import one_shape
 from models import stirred
 from rankwise.adapters.layouts import compact, neighbours, portable, reading, targeted
 from rankwise.adapters.stored import padding, stored
@@ -46,7 +47,7 @@ def as_simple_programs_do(folder):
     return config, found
 
 
-@pytest.mark.parametrize("shape", models.SHAPES)
+@one_shape
 def test_both_layouts_are_the_same_model_in_stock_peft(shape, tmp_path):
     model = searched(shape)
     expected = models.logits(model)

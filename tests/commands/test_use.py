@@ -231,7 +231,7 @@ def test_rows_from_stdin_are_the_same_as_from_their_file(
 @pytest.mark.large
 @pytest.mark.parametrize("name", ["simplex-lora", "sora", "dora", "adalora", "pissa"])
 def test_a_score_that_is_no_count_is_that_of_the_run_to_the_digit_too(name: str, tmp_path: Path) -> None:
-    """Not what is saved in another form, or with ranks that differ, whose B is rounded when one rank is made of them."""
+    """Not what is saved in another form, or with ranks that differ, whose B is rounded where all get one rank."""
     options = {"name": name, **OPTIONS[name]} | ({"omega_rate": 200.0, "rank": 3} if name == "simplex-lora" else {})
     folder = trained(tmp_path, "chat", method=options, max_steps=12, learning_rate=3e-2)
     [score] = rw.evaluate(folder).scores

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 import models
 import rankwise as rw
 import stock_peft
+from methods import one_shape
 from rankwise.adapters.stored import stored
 from rankwise.methods import build
 from rankwise.ranks import ranks
@@ -241,7 +242,7 @@ def test_what_is_folded_trains_on_as_lora_and_the_other_is_not_touched():
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@every_shape
+@one_shape
 def test_stock_peft_without_rankwise_loads_what_was_folded(shape, tmp_path):
     model = trained(made(), shape)
     names = list(triplets(model))

@@ -225,7 +225,7 @@ def test_a_deep_copy_has_adapters_of_its_own(name):
 
 
 @both
-@pytest.mark.parametrize("shape", ["bert", "llama"])
+@pytest.mark.parametrize("shape", ["bert", pytest.param("llama", marks=pytest.mark.large)])
 def test_a_compiled_model_runs_its_adapters(name, shape):
     model = draw(attached(name, shape))
     compiled = torch.compile(model, backend="aot_eager")

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 import models
 import rankwise as rw
 import stock_peft
-from methods import one_shape
+from methods import by_turns, one_shape
 from rankwise.methods import build
 from rankwise.ranks import sites
 from rankwise.ranks.kept import start_of
@@ -225,7 +225,9 @@ def in_a_trainer(method, shape, folder, seed, resume=None):
     return [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log], model
 
 
-@pytest.mark.parametrize(("kind", "init"), RESUMED)
+@pytest.mark.parametrize(
+    ("kind", "init"), [one if one in SOME else pytest.param(*one, marks=pytest.mark.large) for one in RESUMED]
+)
 def test_a_trainer_resumes_bit_identically(kind, init, tmp_path):
     method = made(kind, init, pull=0.05, dropout=0.1)
     whole, model = in_a_trainer(method, "gpt2", tmp_path, seed=1)
@@ -233,8 +235,7 @@ def test_a_trainer_resumes_bit_identically(kind, init, tmp_path):
     assert rest[-3:] == whole[-3:] and same_state(model, again)
 
 
-@every_init
-@pytest.mark.parametrize("shape", ["bert", "gpt2", "t5"])
+@by_turns("init", INITS, ["bert", "gpt2", "t5"])
 def test_a_checkpoint_of_one_start_fits_a_model_with_another(init, shape, tmp_path):
     """The checkpoint says how its model started, and W follows, whatever the model at hand did to its own W."""
     given = made("lora", init)

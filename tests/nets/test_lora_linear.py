@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 import models
 import rankwise as rw
-from methods import attached, every_method, every_shape, method
+from methods import METHODS, attached, by_turns, method
 from rankwise.errors import InputError
 from rankwise.nets.lora_linear import KINDS, FastLinear, LoraLinearFunction, set_fast
 from rankwise.ranks import sites
@@ -206,8 +206,7 @@ def test_half_precision_loses_no_small_change_of_a_large_weight() -> None:
     assert is_fast(y) and (y == 0.5).all()
 
 
-@every_method
-@every_shape
+@by_turns("name", METHODS)
 def test_every_method_trains_as_with_pefts_layers(name: str, shape: str) -> None:
     losses, states = [], []
     for on in (False, True):

@@ -1,7 +1,8 @@
 """Every registered method on the small models: how each is set up there, and what of it trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,17 +67,29 @@ TRAINS = {
     "weight-lora": f"{FACTORS}|{OMEGA}",
 }
 
-every_method = pytest.mark.parametrize("name", sorted(registry().keys() - {"none"}))
+METHODS = sorted(registry().keys() - {"none"})
 """Without `none`, which trains nothing: most promises are about training."""
-every_own_method = pytest.mark.parametrize(
-    "name", sorted(name for name, kind in registry().items() if name != "none" and not issubclass(kind, Peer))
-)
+OWN = [name for name in METHODS if not issubclass(registry()[name], Peer)]
 """Without those that are PEFT's layers and PEFT's files, in which nothing is ours."""
+every_method = pytest.mark.parametrize("name", METHODS)
+every_own_method = pytest.mark.parametrize("name", OWN)
 every_shape = pytest.mark.parametrize("shape", models.SHAPES)
 one_shape = pytest.mark.parametrize(
     "shape", [models.SHAPES[0], *(pytest.param(shape, marks=pytest.mark.large) for shape in models.SHAPES[1:])]
 )
 """For what takes long: the other shapes are large."""
+
+
+def by_turns(argument: str, values: Sequence[Any], shapes: Sequence[str] = models.SHAPES) -> pytest.MarkDecorator:
+    """Each value at one shape, and each shape in its turn; the other pairs are large."""
+    return pytest.mark.parametrize(
+        (argument, "shape"),
+        [
+            pytest.param(value, shape, marks=[pytest.mark.large] if (turn - place) % len(shapes) else [])
+            for turn, value in enumerate(values)
+            for place, shape in enumerate(shapes)
+        ],
+    )
 
 
 def method(name: str, **more: object) -> Method:

@@ -81,7 +81,9 @@ def test_no_more_runs_at_once_than_jobs_and_the_cores_are_divided(
     assert (environment["MKL_NUM_THREADS"], environment["TOKENIZERS_PARALLELISM"]) == ("1", "false")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.large)]
+)
 def test_a_sweep_that_is_told_to_stop_stops_its_workers_and_goes_on_later(
     number: signal.Signals, code: int, store: Store
 ) -> None:

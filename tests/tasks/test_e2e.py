@@ -190,7 +190,12 @@ def test_the_real_files():
 
 @real
 @pytest.mark.parametrize(
-    ("method", "model"), [("lora", "random-gpt2"), ("simplex-lora", "random-llama"), ("sora", "random-gpt2")]
+    ("method", "model"),
+    [
+        pytest.param("lora", "random-gpt2", marks=pytest.mark.large),
+        ("simplex-lora", "random-llama"),
+        pytest.param("sora", "random-gpt2", marks=pytest.mark.large),
+    ],
 )
 def test_a_run_on_real_rows(tmp_path, monkeypatch, method, model):
     if method != "lora":

@@ -124,7 +124,7 @@ def test_scores_are_those_of_all_pixels_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "head", "lora", "sora"])
-@pytest.mark.parametrize("model", ["unet", "unet-refined"])
+@pytest.mark.parametrize("model", ["unet", pytest.param("unet-refined", marks=pytest.mark.large)])
 def test_a_run_goes_from_pictures_to_masks(model: str, method: str, tmp_path: Path) -> None:
     options = {"rank": 2, "targets": ["bottleneck", "conv1"]} if method in ("lora", "sora") else {}
     task = write(tmp_path / "data")

@@ -222,7 +222,7 @@ def outcome(folder: Path):
     return result, pq.read_table(folder / "predictions.parquet").to_pydict(), lines
 
 
-@pytest.mark.parametrize("model", ["random-t5", "random-gpt2"])
+@pytest.mark.parametrize("model", ["random-t5", pytest.param("random-gpt2", marks=pytest.mark.large)])
 def test_a_killed_run_ends_as_one_that_never_was(folder, tmp_path, model):
     whole = make(tmp_path / "whole", **SETTINGS | {"model": model})
     run(whole)
@@ -259,7 +259,9 @@ def test_the_real_files(name, place, counts):
 @pytest.mark.parametrize(
     "name", [pytest.param("samsum", marks=real("samsum")), pytest.param("titles", marks=real("summarization/scitldr"))]
 )
-@pytest.mark.parametrize("method", ["lora", "simplex-lora", "sora"])
+@pytest.mark.parametrize(
+    "method", ["simplex-lora", *(pytest.param(name, marks=pytest.mark.large) for name in ("lora", "sora"))]
+)
 def test_a_run_on_real_rows(tmp_path, name, method):
     task = {"name": name, "beams": 2, "target_length": 8}
     settings = SETTINGS | {"task": task, "method": {"name": method, "rank": 2}, "max_steps": 3, "max_length": 48}

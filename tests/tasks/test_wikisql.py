@@ -187,7 +187,9 @@ def test_the_real_files():
 
 
 @real
-@pytest.mark.parametrize("method", ["lora", "simplex-lora", "sora"])
+@pytest.mark.parametrize(
+    "method", ["simplex-lora", *(pytest.param(name, marks=pytest.mark.large) for name in ("lora", "sora"))]
+)
 def test_a_run_on_real_rows(tmp_path, method):
     settings = {
         "task": {"name": "wikisql", "beams": 1, "target_length": 12},

@@ -57,11 +57,16 @@ def losses(folder: Path) -> list[float]:
     "settings",
     [
         {"micro_batch": 4},
-        {"micro_batch": 100},
         {"gradient_checkpointing": True},
         {"attention": "eager"},
-        {"attention": "sdpa"},
-        {"trainer": {"adam_beta2": 0.999}},  # as by default
+        *(
+            pytest.param(settings, marks=pytest.mark.large)
+            for settings in (
+                {"micro_batch": 100},
+                {"attention": "sdpa"},
+                {"trainer": {"adam_beta2": 0.999}},  # as by default
+            )
+        ),
     ],
     ids=str,
 )

@@ -168,7 +168,13 @@ def test_a_bare_loop_averages_gradients_or_wraps_the_model_anew(both: dict[str, 
     assert both["wrapped once"].startswith("RuntimeError: gradients differ between the processes since ranks")
 
 
-@pytest.mark.parametrize(("name", "then"), side_by_side.FOUND.items())
+@pytest.mark.parametrize(
+    ("name", "then"),
+    [
+        pytest.param(*names, marks=[] if names[0] == "simplex-lora" else [pytest.mark.large])
+        for names in side_by_side.FOUND.items()
+    ],
+)
 def test_a_found_adapter_trains_sharded_as_it_does_whole(
     name: str, then: str, both: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_run_killed_and_stopped_within_epochs_ends_as_the_uncut_one(tmp_path: 
     assert set(lines[1]["weights"]) == set(lines[1]["ranks"])
 
 
+@pytest.mark.large
 def test_a_run_of_plain_lora_killed_ends_as_the_uncut_one(tmp_path: Path) -> None:
     """It ends in a new interpreter; most other tests fork theirs."""
     alone, folder = (make(tmp_path / name, model=None, method=LORA) for name in ("alone", "run"))

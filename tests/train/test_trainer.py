@@ -120,7 +120,7 @@ def test_a_run_cut_at_any_step_and_resumed_is_bit_identical(name, tmp_path):
         assert same_weights(again.model, whole.model)
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("cut", [3, *(pytest.param(step, marks=pytest.mark.large) for step in (1, 2, 4, 6))])
 def test_a_plain_trainer_resumes_bit_identically_too(cut, tmp_path):
     method = METHODS["simplex"]
     whole = trained("plain", method, tmp_path)
@@ -575,7 +575,7 @@ def test_a_hyperparameter_search_maximises_what_was_measured(tmp_path):
     assert len(set(measured)) == 2 and best.objective == min(measured)
 
 
-@pytest.mark.parametrize("kind", ["rank", "plain"])
+@pytest.mark.parametrize("kind", ["rank", pytest.param("plain", marks=pytest.mark.large)])
 def test_the_end_of_a_search_is_told_once_and_as_a_warning_where_nothing_has_changed(kind, tmp_path, caplog):
     caplog.set_level("INFO", "rankwise")
     still = rw.SimplexLoRA(rank=2, every=2, times=2, omega_rate=0.0)
