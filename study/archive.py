@@ -4,18 +4,21 @@
     python study/archive.py put-back      # the other way round: `rankwise compare` then goes on from there
 
 A row is a run: its settings and its result as they are in its folder and, unless it only tried a rate, its last ranks,
-the course of its loss, and which rows of the main evaluation split it got right. Weights are not kept.
+the course of its loss, which rows of the main evaluation split it got right, and the standard error that the choice of
+these rows gives its score. Weights are not kept.
 """
 
 import argparse
 import json
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import yaml
 
 from rankwise.files import write_whole
-from rankwise.results.predictions import main_split
+from rankwise.metrics.bootstrap import LEVEL, interval
+from rankwise.results.predictions import main_split, predictions
 from rankwise.results.stats import mean
 from rankwise.runs import record
 
@@ -42,7 +45,7 @@ def row(folder: Path, sites: list[str]) -> dict[str, Any]:
         "value": result["metrics"][result["score"]],
     }
     if found["kind"] == "run":
-        found |= course(folder, sites)
+        found |= course(folder, sites) | {"error": error(folder, found["metric"])}
     return found | {"folder": folder.name, "run.yaml": text, "result.json": result}
 
 
@@ -59,6 +62,13 @@ def course(folder: Path, sites: list[str]) -> dict[str, Any]:
         "losses": [[each[-1].step, round(mean([step.loss for step in each]), 4)] for each in losses],
         "right": "".join(str(int(a == b)) for a, b in zip(answers["label"], answers["prediction"], strict=True)),
     }
+
+
+def error(folder: Path, metric: str) -> float | None:
+    """The standard error of a run's score over the rows that were scored, from the bootstrap of reports."""
+    answers = predictions(folder)
+    found = interval(metric, [answers]) if answers else None
+    return found and round((found[1] - found[0]) / (2 * NormalDist().inv_cdf((1 + LEVEL) / 2)), 6)
 
 
 def keep(study: str) -> int:

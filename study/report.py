@@ -24,14 +24,36 @@ NAMES = {
     "lora": "LoRA",
     "spaced-lora": "LoRA, spaced",
     "simplex-lora": "SimplexLoRA",
+    "weight-lora": "WeightLoRA",
+    "lora-fa": "LoRA-FA",
+    "sora": "SoRA",
+    "adalora": "AdaLoRA",
+    "bitfit": "BitFit",
     "head": "the head alone",
+    "none": "as it comes",
     "full": "full",
+    "fourierft": "FourierFT",
+    "ia3": "IA³",
+    "tinylora": "TinyLoRA",
+    "vb-lora": "VB-LoRA",
+    "vera": "VeRA",
 }
-RANKED = ("lora", "spaced-lora", "squeeze", "simplex-lora")
-LEVELS = ("head", "full")
+RANKED = ("lora", "spaced-lora", "squeeze", "simplex-lora", "weight-lora", "lora-fa", "sora", "adalora")
+LEVELS = ("none", "head", "full")
 """Methods of one size, which the pictures have as lines across."""
-CONTROLS = {"permuted": "squeeze, permuted", "uniform": "squeeze, uniform", "": "LoRA of that size"}
-"""By the score that squeeze is compared with, and its name; LoRA has none."""
+CONTROLS = ("squeeze, permuted", "squeeze, type", "squeeze, uniform", "LoRA of that size")
+"""What squeeze is compared with."""
+CLAIMS = (
+    ("SimplexLoRA is at least as good as LoRA of the same size", ("SimplexLoRA", 8), ("LoRA", 8)),
+    ("SimplexLoRA is at least as good as LoRA of the same size", ("SimplexLoRA", 1), ("LoRA", 1)),
+    ("WeightLoRA with a third of the adapters is as good as LoRA", ("WeightLoRA", 8), ("LoRA", 8)),
+    ("SoRA with 70 % of the parameters is at least as good as LoRA", ("SoRA", 8), ("LoRA", 8)),
+    ("LoRA-FA is as good as LoRA", ("LoRA-FA", 8), ("LoRA", 8)),
+    ("a pull of B to its start hurts", ("LoRA, pulled", 8), ("LoRA", 8)),
+)
+"""Of the papers, and the two cells that decide each."""
+TINY = 70 * 1024
+"""Bytes of the largest file that counts as a tiny adapter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +79,13 @@ class Cell:
     @property
     def name(self) -> str:
         """The method without its size."""
-        return (
-            "squeeze" + (f", {self.score}" if self.score != "spectrum" else "")
-            if self.score
-            else NAMES.get(self.method, self.method)
-        )
+        options, words = self.first["options"], [NAMES.get(self.method, self.method)]
+        if self.score:
+            words += [self.score] if self.score != "spectrum" else []
+            words += [f"from rank {options['rank']}"] if options["rank"] != 8 else []
+            at_the_end = options["every"] * options["times"] == self.first["losses"][-1][0]
+            words += ["cut at the end"] if at_the_end else []
+        return ", ".join([*words, *(["pulled"] if options.get("pull") else [])])
 
     @property
     def size(self) -> float | None:
@@ -106,23 +130,20 @@ class Study:
     @cached_property
     def reference(self) -> Cell | None:
         """LoRA of rank 8."""
-        return self.find("lora", 8)
+        return self.find("LoRA", 8)
 
-    def find(self, method: str, size: float, score: str = "") -> Cell | None:
-        found = [c for c in self.cells if (c.method, c.size, c.score) == (method, size, score)]
-        return found[0] if found else None
+    def find(self, name: str, size: float | None) -> Cell | None:
+        return next((cell for cell in self.cells if (cell.name, cell.size) == (name, size)), None)
 
-    def plain(self, size: float) -> Cell | None:
+    def plain(self, size: float | None) -> Cell | None:
         """LoRA of this size: of equal rank, or spaced."""
-        return self.find("lora", size) or self.find("spaced-lora", size)
+        return self.find("LoRA", size) or self.find("LoRA, spaced", size)
 
     @property
     def margin(self) -> float:
-        """One standard error of the reference's score over the rows that were scored."""
+        """One standard error of the reference's score over the rows that were scored: the mean over its seeds."""
         assert self.reference is not None
-        rows = self.reference.first["result.json"]["splits"]["evaluation"][0]["rows"]
-        score = mean(list(self.reference.scores.values()))
-        return math.sqrt(score * (1 - score) / rows)
+        return mean([row["error"] for row in self.reference.rows.values()])
 
 
 def studies() -> list[Study]:
@@ -227,10 +248,10 @@ def where(found: Sequence[Study]) -> str:
     rows, tests = [], []
     for study in found:
         for cell in study.cells:
-            if cell.score != "spectrum":
+            if cell.name != "squeeze":
                 continue
-            for score, name in CONTROLS.items():
-                other = study.find("squeeze", cell.size or 0, score) if score else study.plain(cell.size or 0)
+            for name in CONTROLS:
+                other = study.find(name, cell.size) or (study.plain(cell.size) if name == CONTROLS[-1] else None)
                 gap = difference(cell.scores, other.scores) if other is not None else None
                 if gap is not None and gap.p is not None:  # from two seeds on
                     rows.append([study.name, share(cell.size), name, signed(gap)])
@@ -271,6 +292,57 @@ def plans(found: Sequence[Study]) -> str:
                 ]
             )
     return table(["task", "method", "units a layer", "Spearman between seeds", "most rank in"], rows)
+
+
+def over_tasks(pairs: Sequence[tuple[Cell, Cell]]) -> Difference | None:
+    """The mean over tasks of how far the first of a pair is above the second, over the seeds that all have."""
+    seeds = set.intersection(*({*ours.scores} & {*theirs.scores} for ours, theirs in pairs)) if pairs else set()
+    sides = [{seed: mean([pair[side].scores[seed] for pair in pairs]) for seed in seeds} for side in (0, 1)]
+    return difference(*sides)
+
+
+def verdict(gap: Difference) -> str:
+    low, high = gap.seeds or (0.0, 0.0)
+    return "ahead" if low > 0 else "behind" if high < 0 else "no difference shown"
+
+
+def claims(found: Sequence[Study]) -> str:
+    """What papers say, with the gap on each task and over all that have both."""
+    rows = []
+    for claim, ours, theirs in CLAIMS:
+        gaps, pairs = [], []
+        for study in found:
+            one, other = study.find(*ours), study.find(*theirs)
+            gaps.append(signed(difference(one.scores, other.scores)) if one and other else "")
+            pairs += [(one, other)] if one and other else []
+        if (gap := over_tasks(pairs)) and gap.seeds:
+            rows.append([claim, share(ours[1]), *gaps, signed(gap), verdict(gap)])
+    return table(["claim", "units a layer", *(study.name for study in found), "mean", "it is"], rows)
+
+
+def tiny(found: Sequence[Study]) -> str:
+    """Every method whose file is tiny, the best mean first, next to spaced LoRA whose file is not larger."""
+    cells: dict[tuple[bool, float, str], dict[Study, Cell]] = {}
+    for study in found:
+        for cell in study.cells:
+            if cell.bytes <= TINY and cell.method not in LEVELS:
+                cells.setdefault(cell.key, {})[study] = cell
+    rows = []
+    for own in cells.values():
+        first = next(iter(own.values()))
+        pairs = []
+        for study, cell in own.items():
+            plain = [c for c in study.cells if c.name == "LoRA, spaced" and c.bytes <= 1.05 * cell.bytes]
+            pairs += [(cell, plain[0])] if plain and cell is not plain[0] else []
+        gap = over_tasks(pairs) if len(pairs) == len(own) else None
+        means = [mean(list(own[each].scores.values())) if each in own else None for each in found]
+        row = [first.name, share(first.size), f"{mean([c.parameters for c in own.values()]):,.0f}"]
+        row += [f"{mean([c.bytes for c in own.values()]) / 1024:,.0f} KiB", *(f"{m:.3f}" if m else "" for m in means)]
+        measured = [each for each in means if each is not None]
+        rows.append((len(measured), mean(measured), [*row, f"{mean(measured):.3f}", signed(gap)]))
+    names = [study.name for study in found]
+    titles = ["method", "units a layer", "parameters", "file", *names, "mean", "to LoRA, spaced (95 %)"]
+    return table(titles, [row for *_, row in sorted(rows, key=lambda each: each[:2], reverse=True)])
 
 
 # --- pictures
@@ -318,7 +390,13 @@ def curve(study: Study) -> Figure:
     return figure
 
 
-BLOCKS: dict[str, Callable[[Sequence[Study]], str]] = {"sizes": sizes, "where": where, "plans": plans}
+BLOCKS: dict[str, Callable[[Sequence[Study]], str]] = {
+    "sizes": sizes,
+    "tiny": tiny,
+    "where": where,
+    "plans": plans,
+    "claims": claims,
+}
 """What stands between the marks of the page, apart from the tasks."""
 
 

@@ -63,6 +63,7 @@ def test_what_is_kept_is_put_back_as_finished_runs(
     content = json.loads((tmp_path / "results" / "study_x.json").read_text())
     assert [row["right"] for row in content["rows"]] == ["110", "110"]
     assert content["rows"][0]["losses"] and content["rows"][0]["value"] == before[0].metrics["accuracy"]
+    assert content["rows"][0]["error"] == pytest.approx((2 / 9 / 3) ** 0.5, rel=0.3)  # of 2 of 3 rows
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     assert archive.put_back("study_x") == 2 and archive.put_back("study_x") == 0
     after = Store(tmp_path / "runs" / "study_x").results()
@@ -76,13 +77,10 @@ def test_what_is_kept_is_put_back_as_finished_runs(
 def row(
     method: str, seed: int, value: float, parameters: int = 1000, kind: str = "run", **options: Any
 ) -> dict[str, Any]:
-    result = {
-        "parameters": {"final": parameters},
-        "cost": {"adapter_bytes": 4 * parameters},
-        "splits": {"evaluation": [{"rows": 400}]},
-    }
+    result = {"parameters": {"final": parameters}, "cost": {"adapter_bytes": 4 * parameters}}
     asked = {"task": "t", "method": method, "seed": seed, "options": options, "learning_rate": 1e-3, "kind": kind}
-    return {**asked, "metric": "accuracy", "value": value, "ranks": [1, 2, 3, seed], "result.json": result}
+    found = {"metric": "accuracy", "value": value, "ranks": [1, 2, 3, seed], "error": 0.02, "losses": [[150, 0.5]]}
+    return {**asked, **found, "result.json": result}
 
 
 def study(report: ModuleType, *rows: dict[str, Any]) -> Any:
@@ -94,9 +92,9 @@ def test_an_adapter_is_not_worse_by_students_test_against_the_margin(report: Mod
     large = [row("lora", seed, 0.8 + 0.01 * seed, 8000, rank=8) for seed in range(5)]
     small = [row("spaced-lora", s, 0.8 + 0.01 * s + gap, 100, mean_rank=0.1, rank=8) for s, gap in enumerate(gaps)]
     one = study(report, *large, *small)
-    margin = (0.82 * 0.18 / 400) ** 0.5
-    assert one.margin == pytest.approx(margin)
-    cell = one.find("spaced-lora", 0.1)
+    margin = one.margin
+    assert margin == pytest.approx(0.02)
+    cell = one.find("LoRA, spaced", 0.1)
     expected = stats.ttest_1samp([gap + margin for gap in gaps], 0, alternative="greater").pvalue
     assert report.not_worse(cell, one) == pytest.approx(expected)
     assert "| 80 × | +0.000 **not worse** |" in report.sizes([one])
@@ -106,7 +104,8 @@ def test_an_adapter_is_not_worse_by_students_test_against_the_margin(report: Mod
 
 def test_a_choice_is_compared_with_its_controls_of_the_same_size(report: ModuleType) -> None:
     def squeezed(score: str, gap: float) -> list[dict[str, Any]]:
-        return [row("squeeze", s, 0.7 + gap + 0.01 * (s % 2), mean_rank=0.25, rank=8, score=score) for s in range(5)]
+        options = {"mean_rank": 0.25, "rank": 8, "score": score, "every": 50, "times": 1}
+        return [row("squeeze", s, 0.7 + gap + 0.01 * (s % 2), **options) for s in range(5)]
 
     lora = [row("lora", seed, 0.7, 8000, rank=8) for seed in range(5)]
     one = study(report, *lora, *squeezed("spectrum", 0.05), *squeezed("permuted", 0.0), *squeezed("uniform", 0.05))
@@ -117,13 +116,43 @@ def test_a_choice_is_compared_with_its_controls_of_the_same_size(report: ModuleT
     assert len(plans) == 1 and "| squeeze | ¼ |" in plans[0]
 
 
+def test_squeeze_is_named_by_what_it_is_asked_for(report: ModuleType) -> None:
+    plain = {"mean_rank": 0.25, "rank": 8, "score": "spectrum", "every": 50, "times": 1}
+    more = {"": {}, ", omega": {"score": "omega"}, ", from rank 1": {"rank": 1}, ", cut at the end": {"every": 150}}
+    for name, options in more.items():
+        [cell] = report._cells([row("squeeze", 0, 0.5, **plain | options)])
+        assert (cell.name, cell.size) == (f"squeeze{name}", 0.25)
+
+
+def test_a_claim_and_a_tiny_adapter_are_judged_over_all_tasks(report: ModuleType) -> None:
+    seeds = range(5)
+    noise = [0.0, 0.01, -0.01, 0.005, -0.005]
+    tasks = [
+        study(
+            report,
+            *[row("lora", s, 0.7 + noise[s], 80_000, rank=8) for s in seeds],
+            *[row("simplex-lora", s, 0.7 + gap + 2 * noise[s], 80_000, rank=8) for s in seeds],
+            *[row("spaced-lora", s, 0.6, 1000, mean_rank=0.1, rank=8) for s in seeds],
+            *[row("ia3", s, 0.6 - gap + noise[s], 1000) for s in seeds],
+        )
+        for gap in (0.02, 0.04)
+    ]
+    [claim] = report.claims(tasks).splitlines()[2:]
+    gaps = [0.03 + each for each in noise]
+    low, high = stats.t.interval(0.95, 4, stats.tmean(gaps), stats.sem(gaps))
+    assert f"| +0.030 ({low:+.3f} … {high:+.3f}) | ahead |" in claim
+    best, other = report.tiny(tasks).splitlines()[2:]
+    assert best.startswith("| LoRA, spaced | ⅒ | 1,000 | 4 KiB | 0.600 | 0.600 | 0.600 |")
+    assert "| IA³ |" in other and "| 0.580 | 0.560 | 0.570 | -0.030 (" in other
+
+
 def test_the_picture_of_a_task_has_every_method_and_numbers_that_can_be_read(report: ModuleType) -> None:
     sizes = ((8, 8000), (1, 1000))
     lora = [row("lora", seed, 0.7 + 0.01 * seed, many, rank=rank) for rank, many in sizes for seed in (0, 1)]
     tiny = [row("ia3", seed, 0.6, 300) for seed in (0, 1)]
     figure = report.curve(study(report, *lora, *tiny, *[row("head", seed, 0.5, 0) for seed in (0, 1)]))
     found = texts(figure)
-    assert {"LoRA", "ia3", "the head alone", "t: score and size"} <= {*found}
+    assert {"LoRA", "IA³", "the head alone", "t: score and size"} <= {*found}
     assert not [text for text in found if "$" in text]
 
 
