@@ -47,16 +47,24 @@ def whole(folder: Path) -> Path:
 
 
 @pytest.mark.timeout(100)
-@pytest.mark.parametrize("place", range(len(NAMES)), ids=NAMES)
-def test_whatever_lies_there_is_neither_waited_for_nor_a_traceback(place: int, cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("place", "command"),
+    [
+        pytest.param(place, command, id=f"{name}-{command}", marks=[pytest.mark.large] * ((place + turn) % 2))
+        for place, name in enumerate(NAMES)
+        for turn, command in enumerate(("status", "report"))
+    ],
+)
+def test_whatever_lies_there_is_neither_waited_for_nor_a_traceback(
+    place: int, command: str, cli: Cli, tmp_path: Path
+) -> None:
     for odd in ODD:
         run = whole(tmp_path / odd.__name__) / NAMES[place]
         run.unlink(missing_ok=True)
         odd(run)
-        for command in ("status", "report"):
-            code, out, err = cli(command, tmp_path / odd.__name__)
-            assert err.count("\n") == (code == 2 or (code == 0 and "experiment.yaml" in err)), err
-            assert out if code == 0 else code == 2
+        code, out, err = cli(command, tmp_path / odd.__name__)
+        assert err.count("\n") == (code == 2 or (code == 0 and "experiment.yaml" in err)), err
+        assert out if code == 0 else code == 2
     page = ["report", tmp_path / ODD[place % len(ODD)].__name__, "--html", tmp_path / "page.html"]
     assert cli(*page)[0] in (0, 2)
     assert cli("train", tmp_path / a_pipe.__name__ / run.parent.name)[0] in (0, 2)

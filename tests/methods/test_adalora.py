@@ -141,7 +141,7 @@ def same_state(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@every_shape
+@one_shape
 def test_a_bare_loop_cut_in_any_phase_goes_on_bit_identically(shape, tmp_path):
     method = made(dropout=0.1)
 

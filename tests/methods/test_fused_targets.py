@@ -197,6 +197,7 @@ def test_gradient_checkpointing_changes_nothing(reentrant):
     assert losses(True) == pytest.approx(losses(False), abs=1e-6)
 
 
+@pytest.mark.large
 def test_compiled_and_generating_it_says_the_same():
     model = filled(attached(base=language_model))
     compiled = torch.compile(model, backend="eager")
@@ -380,7 +381,7 @@ def trained(name, base=classifier):
     return chosen.fold(model)
 
 
-@pytest.mark.parametrize("base", [classifier, language_model])
+@pytest.mark.parametrize("base", [pytest.param(classifier, marks=pytest.mark.large), language_model])
 def test_stock_peft_in_a_fresh_process_gives_the_same_logits(base, tmp_path):
     wanted = {}
     for name in METHODS:

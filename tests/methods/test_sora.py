@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import models
 import rankwise as rw
+from methods import one_shape
 from rankwise.ranks import ranks, sites
 from rankwise.ranks.fold import fold
 
@@ -126,7 +127,7 @@ def test_a_larger_lambda_leaves_fewer_ranks():
     assert left[0] == 4 * len(sites(model)) > left[1] > left[2] > left[3] == 0
 
 
-@pytest.mark.parametrize("shape", models.SHAPES)
+@one_shape
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_a_fold_cuts_closed_gates_and_changes_no_output(shape, data):

@@ -202,7 +202,10 @@ SOME = [("lora", "svd_residual"), ("lora", "pissa"), ("lora-fa", "svd"), ("dora"
 
 @pytest.mark.parametrize(
     ("kind", "init", "shape"),
-    [(*one, "gpt2") for one in RESUMED] + [(*one, shape) for one in SOME for shape in models.SHAPES if shape != "gpt2"],
+    [(*one, "gpt2") for one in RESUMED]
+    + [
+        pytest.param(*one, shape, marks=pytest.mark.large) for one in SOME for shape in models.SHAPES if shape != "gpt2"
+    ],
 )
 def test_a_bare_loop_resumes_bit_identically(kind, init, shape, tmp_path):
     """Another seed at the second attach: what was drawn must come from the checkpoint."""

@@ -17,7 +17,7 @@ from rankwise.errors import InputError
 from rankwise.report import figures, html
 from rankwise.runs.store import Store
 from rankwise.settings import RunConfig
-from runs import config, finish_with_curves, tune, write_lines
+from runs import config, finish_with_curves, tune, write_lines, write_runs
 from runs import finish as made_up
 
 VOID = {"meta", "img", "br"}
@@ -63,10 +63,21 @@ def page(folder: Path) -> Page:
     return Page(html.write(folder).read_text(encoding="utf-8"))
 
 
-def test_the_page_holds_everything_and_fetches_nothing(runs: Path) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of runs that no test changes, in their folder."""
+    runs = write_runs(tmp_path_factory.mktemp("written") / "quickstart")
     out = html.write(runs)
     assert out == runs / "report.html"
-    text = out.read_text(encoding="utf-8")
+    return out
+
+
+@pytest.fixture
+def text(written: Path) -> str:
+    return written.read_text(encoding="utf-8")
+
+
+def test_the_page_holds_everything_and_fetches_nothing(text: str) -> None:
     found = Page(text)
     assert all(address.startswith(("data:image/svg+xml;base64,", "#")) for address in found.addresses)
     assert not re.search(r"<(link|iframe)|@import|url\(", text) and found.tags["script"] == 1
@@ -91,8 +102,8 @@ def test_the_page_holds_everything_and_fetches_nothing(runs: Path) -> None:
         assert words in found.text
 
 
-def test_the_pictures_are_the_ones_promised(runs: Path) -> None:
-    found = page(runs)
+def test_the_pictures_are_the_ones_promised(text: str) -> None:
+    found = Page(text)
     alts = [str(image["alt"]) for image in found.images]
     assert [re.split(r"\. | by optimizer| at some", alt)[0] for alt in alts] == [
         "Score against the parameters kept",
@@ -110,8 +121,8 @@ def test_the_pictures_are_the_ones_promised(runs: Path) -> None:
         assert b"<svg" in base64.b64decode(str(image["src"]).partition(",")[2])
 
 
-def test_the_same_runs_give_the_same_page(runs: Path, tmp_path: Path) -> None:
-    assert html.write(runs, tmp_path / "a.html").read_bytes() == html.write(runs, tmp_path / "b.html").read_bytes()
+def test_the_same_runs_give_the_same_page(written: Path, tmp_path: Path) -> None:
+    assert html.write(written.parent, tmp_path / "again.html").read_bytes() == written.read_bytes()
 
 
 def test_what_comes_from_a_run_is_escaped(tmp_path: Path, make: Callable[..., Path]) -> None:
@@ -143,15 +154,15 @@ def test_a_search_that_moved_nothing_is_said_to_have_moved_nothing(tmp_path: Pat
     assert not any(str(image["alt"]).startswith("Rank of each site") for image in found.images)
 
 
-def test_agreement_between_seeds_is_counted(runs: Path) -> None:
+def test_agreement_between_seeds_is_counted(written: Path, text: str) -> None:
     pattern = (
         r"(\d+) of 36 layers changed rank in at least one of 3 seeds; the seeds agree on (\d+), so do not read much "
         r"into the picture\."
     )
-    found = re.search(pattern, page(runs).text)
+    found = re.search(pattern, Page(text).text)
     assert found
     ends = []
-    for file in sorted(runs.glob("*simplex-lora-*/ranks.jsonl")):
+    for file in sorted(written.parent.glob("*simplex-lora-*/ranks.jsonl")):
         if "learning_rate: 0.003" in (file.parent / "run.yaml").read_text():
             ends.append(json.loads(file.read_text().splitlines()[-1])["ranks"])
     moved = [site for site in ends[0] if any(end[site] != 4 for end in ends)]
@@ -221,13 +232,13 @@ def test_a_finished_run_with_missing_curves_still_has_its_row(tmp_path: Path, ma
     assert len(found.images) == 3
 
 
-def test_every_run_has_a_section_that_its_row_links_to(runs: Path) -> None:
-    found = page(runs)
+def test_every_run_has_a_section_that_its_row_links_to(written: Path, text: str) -> None:
+    found = Page(text)
     links = [address.removeprefix("#") for address in found.addresses if address.startswith("#run-")]
     sections = [anchor for anchor in found.anchors if anchor.startswith("run-")]
     assert len(sections) == len(set(sections)) == 18 and set(links) == set(sections)
     assert {address[1:] for address in found.addresses if address.startswith("#")} <= set(found.anchors)
-    result = min(Store(runs).results(), key=lambda each: each.folder)
+    result = min(Store(written.parent).results(), key=lambda each: each.folder)
     said = found.text.rpartition("Every run")[2]
     assert said.count("ranks changed at 17 of 36 sites, and ω moved by up to 2.30 ranks.") == 6
     assert f"accuracy {result.metrics['accuracy']:.4f}" in said and "train_rows: 4800" in said
@@ -314,8 +325,7 @@ def test_sizes_of_a_method_are_one_family_and_other_options_are_not() -> None:
     assert set(figures.families(apart).values()) == {"lora alpha=1", "lora alpha=2"}
 
 
-def test_a_thousand_runs_make_a_page_of_a_few_megabytes(runs: Path) -> None:
-    text = html.write(runs).read_text(encoding="utf-8")
+def test_a_thousand_runs_make_a_page_of_a_few_megabytes(text: str) -> None:
     sections = text.partition('<h2 id="runs">')[2].partition("</main>")[0]
     assert len(sections) / 18 < 6000
 

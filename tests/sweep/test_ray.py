@@ -119,14 +119,8 @@ def test_the_runs_of_a_node_that_dies_go_on_elsewhere(cluster: Cluster, second: 
     assert said(cut) == said(alone)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        (signal.SIGINT, 130),
-        pytest.param(signal.SIGTERM, 75, marks=pytest.mark.large),
-        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.large),
-    ],
-)
+@pytest.mark.large
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)])
 def test_a_sweep_that_ends_leaves_no_worker(
     number: signal.Signals, code: int, cluster: Cluster, second: Node, tmp_path: Path
 ) -> None:
@@ -161,6 +155,7 @@ def test_what_becomes_of_a_run_is_told_as_on_this_machine(cluster: Cluster, seco
     check_told(store, folders)
 
 
+@pytest.mark.large
 def test_a_node_that_cannot_carry_out_runs_ends_the_sweep_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     runs(store, None)

@@ -72,7 +72,9 @@ def test_what_becomes_of_a_run_is_told_as_on_this_machine(array: str, store: Sto
     assert "#SBATCH --constraint=fast" in script and "#SBATCH --cpus-per-task=1" in script
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.large)]
+)
 def test_a_sweep_that_is_told_to_stop_leaves_no_job(
     number: signal.Signals, code: int, store: Store, slurm: Path
 ) -> None:
@@ -147,7 +149,11 @@ def test_a_job_left_by_a_sweep_that_was_killed_while_it_submitted_gives_way(stor
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("USR2", "the time of its job 100 was up"), ("TERM", "its job 100 had to make room")]
+    ("how", "said"),
+    [
+        ("USR2", "the time of its job 100 was up"),
+        pytest.param("TERM", "its job 100 had to make room", marks=pytest.mark.large),
+    ],
 )
 def test_a_run_whose_time_is_up_or_that_is_preempted_goes_on_in_another_job(
     how: str, said: str, store: Store, slurm: Path

@@ -17,9 +17,8 @@ def gradients(model, batches, **named):
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize(
-    "task", [pytest.param(each, marks=[pytest.mark.large] * (each != "classes")) for each in models.CLASS_TASKS]
-)
+@pytest.mark.large
+@pytest.mark.parametrize("task", models.CLASS_TASKS)
 def test_what_a_loss_answers_makes_accumulated_gradients_those_of_the_whole_batch(task):
     answers, wrong = {True: 0, False: 0}, []
     for name in models.class_names(task):

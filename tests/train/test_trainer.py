@@ -24,6 +24,7 @@ from transformers.training_args import OptimizerNames
 
 import models
 import rankwise as rw
+from methods import by_turns, one_shape
 from rankwise.methods import build
 from rankwise.ranks import ranks
 from rankwise.ranks.kept import merged_sites
@@ -195,7 +196,7 @@ def test_the_best_model_is_loaded_across_rank_changes(kind, best, tmp_path, monk
     )
 
 
-@pytest.mark.parametrize("shape", models.SHAPES)
+@one_shape
 def test_trains_searches_and_saves_on_every_architecture(shape, tmp_path):
     trainer = trained("rank", METHODS["simplex"], tmp_path, shape=shape)
     assert omega(trainer.model) is None
@@ -385,8 +386,7 @@ def agree(found):
         torch.testing.assert_close(whole, summed, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("shape", ["bert", "llama"])
-@pytest.mark.parametrize("method", [rw.LoRA(rank=2), rw.SimplexLoRA(rank=2, every=50)])
+@by_turns("method", [rw.LoRA(rank=2), rw.SimplexLoRA(rank=2, every=50)], ["bert", "llama"])
 def test_accumulated_gradients_are_those_of_the_whole_batch(method, shape, tmp_path):
     found = []
     for size, pieces in ((8, 1), (2, 4)):
