@@ -143,6 +143,19 @@ def test_two_searches_that_disagree_suggest_uniform_ranks(tmp_path: Path) -> Non
     check(llama, found)
 
 
+@pytest.mark.parametrize("worth", [luck, agreed])
+def test_a_budget_below_rank_1_everywhere_is_spread_or_spent_where_two_searches_agree(tmp_path: Path, worth) -> None:
+    budget = costs_of(llama, **WRITES) // 4
+    found = searched(llama, tmp_path, worth, budget, rank=2, **WRITES)
+    spread = found.agreement.uniform
+    assert {*spread.values()} == {0, 1}
+    if worth is luck:
+        assert found.doubts and found.ranks == spread
+    assert found.config["r"] >= 1 and len(found.config["target_modules"]) == sum(map(bool, found.ranks.values()))
+    check(llama, found)
+    check(llama, certain(found))
+
+
 def test_both_searches_count_the_same_whatever_their_losses_were(tmp_path: Path) -> None:
     """One seed's factors are a thousand times larger, which says nothing about layers."""
     budget = 2 * costs_of(llama, **WRITES)
@@ -263,11 +276,16 @@ def test_a_search_that_has_learnt_nothing_says_so(tmp_path: Path) -> None:
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(1, 9)), min_size=1, max_size=6), st.integers(1, 2_000))
 def test_uniform_ranks_are_the_largest_within_the_budget(layers, budget) -> None:
     costs, limits = ({str(place): each[part] for place, each in enumerate(layers)} for part in (0, 1))
-    if sum(costs.values()) > budget:
-        with pytest.raises(InputError, match="rank 1 in all"):
+    if max(costs.values()) > budget:
+        with pytest.raises(InputError, match=r"rank 1 of \d alone needs"):
             uniform_ranks(costs, limits, budget)
         return
     found = uniform_ranks(costs, limits, budget)
+    if sum(costs.values()) > budget:
+        left = budget - sum(found[name] * costs[name] for name in costs)
+        assert {*found.values()} == {0, 1}
+        assert 0 <= left < max(cost for name, cost in costs.items() if not found[name])
+        return
     rank, cost = max(found.values()), sum(found[name] * costs[name] for name in costs)
     assert cost <= budget and found == {name: min(rank, limits[name]) for name in costs}
     more = sum(min(rank + 1, limits[name]) * costs[name] for name in costs)
@@ -294,6 +312,7 @@ def test_the_searches_are_short_runs_of_the_users_settings(settings) -> None:
     assert first.method["rank"] == 6 and first.method["alpha"] == 18 and wanted.scale == 3
     assert first.max_steps == 100 and first.warmup == 0.06 and first.runs.endswith("/runs/suggest")
     assert first.task["name"] == "stdlib-kind" and first.learning_rate == settings["learning_rate"]
+    assert Wanted.of(settings, [], 500).runs[0].method["rank"] == 2  # less than rank 1 everywhere, which costs 960
 
 
 def test_those_of_a_run_are_next_to_it(settings, tmp_path: Path) -> None:
@@ -307,7 +326,7 @@ def test_those_of_a_run_are_next_to_it(settings, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("budget", "more", "message"),
     [
-        (900, [], r"budget = 900: rank 1 in all 13 layers needs 960 parameters; raise it, or name fewer targets"),
+        (90, [], r"budget = 90: rank 1 of .*dense alone needs 96 parameters; raise it, or name other targets"),
         (10**6, [], r"budget = 1000000: allows rank 32 everywhere, the most that .* can use, which leaves nothing"),
         (3_500, ["seed=[0,1]"], "seed"),
         (3_500, ["task=stdlib-kinds"], "did you mean"),

@@ -93,7 +93,7 @@ def rooms(draw):
 @given(rooms(), st.integers(0, 9))
 def test_ranks_by_no_weight_stay_within_budget_and_limits_and_leave_less_than_a_unit(problem, seed):
     costs, limits, budget = problem
-    for ranks in (evenly(costs, limits, budget), at_random(costs, limits, budget, np.random.default_rng(seed))):
+    for ranks in (evenly(costs, costs, limits, budget), at_random(costs, limits, budget, np.random.default_rng(seed))):
         left = budget - sum(r * c for r, c in zip(ranks, costs, strict=True))
         assert left >= 0
         assert all(0 <= r <= limit for r, limit in zip(ranks, limits, strict=True))
@@ -103,13 +103,29 @@ def test_ranks_by_no_weight_stay_within_budget_and_limits_and_leave_less_than_a_
 
 @given(st.lists(st.integers(2, 40_000), min_size=1, max_size=40), st.integers(1, 9))
 def test_even_ranks_are_equal_where_the_budget_allows_it(costs, rank):
-    assert evenly(costs, [10] * len(costs), rank * sum(costs)) == [rank] * len(costs)
+    assert evenly(costs, costs, [10] * len(costs), rank * sum(costs)) == [rank] * len(costs)
 
 
 @given(st.integers(2, 60), st.integers(1, 60))
 def test_sites_of_one_cost_get_a_unit_every_so_many(n, units):
-    ranks = evenly([100] * n, [9] * n, 100 * min(units, n))
+    ranks = evenly([1] * n, [100] * n, [9] * n, 100 * min(units, n))
     assert sum(ranks) == min(units, n) and max(ranks) <= 1
     places = [i for i, rank in enumerate(ranks) if rank]
     gaps = [b - a for a, b in zip(places, places[1:], strict=False)]
     assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+@given(st.lists(st.integers(2, 4000), min_size=1, max_size=7), st.integers(1, 24), st.floats(0, 3))
+def test_each_kind_of_layer_gets_its_share_and_at_all_depths(kinds, depth, mean):
+    """As in a model of equal blocks, whose layers cost what `kinds` says."""
+    costs = kinds * depth
+    places = [*range(len(kinds))] * depth
+    budget = int(mean * sum(costs))
+    ranks = np.array(evenly(places, costs, [9] * len(costs), budget)).reshape(depth, len(kinds))
+    assert ranks.max() - ranks.min() <= 1
+    shares = ranks.sum(axis=0)
+    dearest = max(kinds)
+    spent = int((ranks * np.array(kinds)).sum())
+    assert budget - spent < dearest or ranks.min() == 9
+    of_the_dearest = [shares[i] for i, cost in enumerate(kinds) if cost == dearest]
+    assert min(of_the_dearest) >= min(shares) - 1 and max(of_the_dearest) - min(of_the_dearest) <= 1

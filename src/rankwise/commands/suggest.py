@@ -4,7 +4,8 @@ A search trains plain LoRA at twice the rank that the budget allows everywhere, 
 layer i, s B_i A_i with singular values σ_ik, says what each unit of rank there is worth: σ_ik². A plan gives rank where
 the sum of these is largest within the budget (`ranks.knapsack`). Two searches differ in their seed alone: in the fresh
 factors, and in the order of the rows. Where their plans do not agree (`results.agreement`) they are no evidence, and
-uniform ranks are suggested; where they do, those of both searches together.
+uniform ranks are suggested, or rank 1 in layers spread evenly where the budget does not allow it everywhere; where they
+do, the ranks of both searches together.
 """
 
 import json
@@ -34,7 +35,9 @@ from rankwise.methods.lora import LoRA
 from rankwise.pictures.heat import layer_name, rank_grid, rank_pictures
 from rankwise.pictures.style import svg
 from rankwise.ranks import sites
+from rankwise.ranks.allocate import evenly
 from rankwise.ranks.knapsack import most_within
+from rankwise.ranks.sites import kind
 from rankwise.results.agreement import Agreement
 from rankwise.results.formats import plain
 from rankwise.runs.store import Store
@@ -154,13 +157,18 @@ def _search_rank(config: RunConfig, method: LoRA, budget: int) -> int:
 def uniform_ranks(costs: Mapping[str, int], limits: Mapping[str, int], budget: int) -> dict[str, int]:
     """The largest rank that all layers can have within the budget, less only where a layer cannot use it.
 
-    Raises InputError where that is less than 1.
+    A budget that is too small for rank 1 in all layers is spread evenly, as in spaced-lora: rank 1 in every k-th layer.
+
+    Raises InputError where some layer costs more than the budget.
     """
-    if sum(costs.values()) > budget:
+    if max(costs.values()) > budget:
+        name = max(costs, key=costs.__getitem__)
         raise InputError(
-            f"budget = {budget}: rank 1 in all {len(costs)} layers needs {sum(costs.values()):,} parameters; raise it, "
-            "or name fewer targets"
+            f"budget = {budget}: rank 1 of {name} alone needs {costs[name]:,} parameters; raise it, or name other "
+            "targets"
         )
+    if sum(costs.values()) > budget:
+        return dict(zip(costs, evenly([*map(kind, costs)], [*costs.values()], [1] * len(costs), budget), strict=True))
     rank = 1
     while sum(min(rank + 1, limits[name]) * cost for name, cost in costs.items()) <= budget and rank < max(
         limits.values()

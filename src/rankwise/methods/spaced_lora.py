@@ -1,7 +1,7 @@
 """LoRA with a small number of units of rank spread evenly: the plain way to spend less than one unit per layer.
 
-Sites in their order in the model save up their shares of the budget, and get a unit whenever they can pay for one. It
-is the control for whatever claims to know which sites matter.
+With the sites in order of their kind and then of their depth, every k-th gets a unit, so that each kind of layer has
+its share. It is the control for whatever claims to know which sites matter.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from rankwise.errors import require
 from rankwise.methods.lora import LoRA
 from rankwise.ranks import RankPlan, Site, sites
 from rankwise.ranks.allocate import evenly
+from rankwise.ranks.sites import kind
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class SpacedLoRA(LoRA, name="spaced-lora"):
     def first_plan(self, model: nn.Module) -> RankPlan:
         all_sites = sites(model)
         budget = affordable(all_sites, self.mean_rank)
-        ranks = evenly([site.cost for site in all_sites], [self.rank] * len(all_sites), budget)
+        kinds, costs = [kind(site.name) for site in all_sites], [site.cost for site in all_sites]
+        ranks = evenly(kinds, costs, [self.rank] * len(all_sites), budget)
         return RankPlan(dict(zip([site.name for site in all_sites], ranks, strict=True)), change="reinit")
 
 

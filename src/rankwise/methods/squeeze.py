@@ -13,7 +13,6 @@ with several cuts; one threshold for the singular values of all sites is PARA (a
 training. The other scores are controls: a choice that is no better than its own permutation has found nothing.
 """
 
-import re
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
@@ -32,12 +31,11 @@ from rankwise.ranks import RankPlan, Site, rank_report, sites
 from rankwise.ranks.allocate import at_random, evenly
 from rankwise.ranks.knapsack import most_within
 from rankwise.ranks.scales import Omega, trained_scales
-from rankwise.ranks.sites import omega
+from rankwise.ranks.sites import kind, omega
 from rankwise.ranks.spectrum import gains
 from rankwise.runs.search import Search
 
 Score = Literal["spectrum", "omega", "permuted", "type", "uniform", "random"]
-_NUMBER = re.compile(r"\b\d+\b")
 
 
 @dataclass(frozen=True)
@@ -105,23 +103,23 @@ class Squeeze(OmegaLoRA, name="squeeze"):
 
     def _ranks(self, all_sites: Sequence[Site], budget: int, step: int) -> list[int]:
         """New ranks of all sites, none above what it has."""
-        costs = [site.cost for site in all_sites]
+        costs, kinds = [site.cost for site in all_sites], [kind(site.name) for site in all_sites]
         room = [0 if site.dead else site.rank for site in all_sites]
         # The same in all processes, whose streams may differ by now, and after a restart.
         draws = np.random.default_rng([torch.initial_seed(), step])
         if self.score == "uniform":
-            return evenly(costs, room, budget)
+            return evenly(kinds, costs, room, budget)
         if self.score == "random":
             return at_random(costs, room, budget, draws)
         worth = [gains(site) for site in all_sites]
         if not any(each.any() for each in worth):  # nothing has been learnt yet
-            return evenly(costs, room, budget)
+            return evenly(kinds, costs, room, budget)
         if self.score == "permuted":
-            kinds = [(site.in_features, site.out_features, site.rank, site.dead) for site in all_sites]
-            worth = _permuted(worth, kinds, draws)
+            shapes = [(site.in_features, site.out_features, site.rank, site.dead) for site in all_sites]
+            worth = _permuted(worth, shapes, draws)
         if self.score != "type":
             return most_within(worth, costs, budget)
-        types = _alike([(_NUMBER.sub("*", site.name), site.cost) for site in all_sites])
+        types = _alike([(each, site.cost) for each, site in zip(kinds, all_sites, strict=True)])
         for places in types:
             mean = np.mean([np.pad(worth[i], (0, self.rank - len(worth[i]))) for i in places], axis=0)
             for i in places:
@@ -129,7 +127,7 @@ class Squeeze(OmegaLoRA, name="squeeze"):
         chosen = most_within(worth, costs, budget)
         for places in types:
             spent = sum(chosen[i] * costs[i] for i in places)
-            shared = evenly([costs[i] for i in places], [room[i] for i in places], spent)
+            shared = evenly([""] * len(places), [costs[i] for i in places], [room[i] for i in places], spent)
             for i, rank in zip(places, shared, strict=True):
                 chosen[i] = rank
         return chosen
@@ -161,8 +159,8 @@ class Squeeze(OmegaLoRA, name="squeeze"):
 def _alike(kinds: Sequence[Hashable]) -> list[list[int]]:
     """The indices of each kind."""
     places: dict[Hashable, list[int]] = {}
-    for index, kind in enumerate(kinds):
-        places.setdefault(kind, []).append(index)
+    for index, each in enumerate(kinds):
+        places.setdefault(each, []).append(index)
     return list(places.values())
 
 

@@ -1,12 +1,14 @@
 """From weights on a simplex to integer ranks (SimplexLoRA, step 2), and ranks that nothing was learnt for."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from math import ceil, floor
 from typing import Literal, get_args
 
 import numpy as np
 
 EDGE = 1e-4  # so that ω r0 = 7.9999999, rounding noise of a projection, gives 8
+
+GOLDEN = (5**0.5 - 1) / 2  # whose multiples are spread evenly over the unit interval, however many there are
 
 Rounding = Literal["floor", "ceil", "budget"]
 ROUNDINGS: tuple[str, ...] = get_args(Rounding)
@@ -62,24 +64,43 @@ def _within(budget: int, weights: Sequence[float], costs: Sequence[int], limits:
         left -= costs[i]
 
 
-def evenly(costs: Sequence[int], limits: Sequence[int], budget: int) -> list[int]:
-    """Ranks of about the same share of `budget` per parameter everywhere: some sites get none if it is small.
+def evenly(kinds: Sequence[Hashable], costs: Sequence[int], limits: Sequence[int], budget: int) -> list[int]:
+    """Ranks as equal as the budget allows: the same everywhere, and one more at some sites that are spaced evenly.
 
-    Sites in their order save up their share c_i / Σ_j c_j of the budget, and buy units as soon as they can, with what
-    sites before them could not spend (error diffusion).
+    For these the sites are taken kind by kind, so that every kind of layer gets its share, and within a kind in order,
+    from a depth that is another one for each kind, so that not all get theirs in the same blocks. n of N sites in this
+    order are those at ⌊(j + ½) N / n⌋, with the largest n whose cost fits. What is left goes the same way to sites that
+    it can still pay for.
 
     Args:
-        costs: c_i, parameters per unit of rank. limits: largest rank of a site; those at 0 have no share.
+        kinds: what makes two sites alike, such as their name in all blocks. costs: c_i, parameters per unit of rank.
+        limits: largest rank of a site.
     """
-    ranks, saved = [0] * len(costs), 0.0
-    total = sum(cost for cost, limit in zip(costs, limits, strict=True) if limit)
-    for share in (budget / max(1, total), 0.0):  # a second time around for what is left
-        for i, (cost, limit) in enumerate(zip(costs, limits, strict=True)):
-            saved += share * cost if limit else 0.0
-            bought = min(floor(saved / cost + 1e-9), limit - ranks[i])  # sums of shares are rounded
-            ranks[i] += bought
-            saved -= bought * cost
-    return ranks
+    rank = 0
+    while sum(min(rank + 1, limit) * cost for cost, limit in zip(costs, limits, strict=True)) <= budget:
+        if rank >= max(limits, default=0):
+            break
+        rank += 1
+    ranks = [min(rank, limit) for limit in limits]
+    left = budget - sum(r * cost for r, cost in zip(ranks, costs, strict=True))
+    alike: dict[Hashable, list[int]] = {}
+    for place, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(place)
+    order = []
+    for turn, places in enumerate(alike.values()):
+        begin = floor(GOLDEN * turn % 1 * len(places))
+        order += places[begin:] + places[:begin]
+    while True:
+        able = [i for i in order if ranks[i] < min(limits[i], rank + 1) and costs[i] <= left]
+        for n in range(len(able), 0, -1):
+            chosen = [able[(2 * j + 1) * len(able) // (2 * n)] for j in range(n)]
+            if sum(costs[i] for i in chosen) <= left:
+                break
+        else:
+            return ranks
+        for i in chosen:
+            ranks[i] += 1
+            left -= costs[i]
 
 
 def at_random(costs: Sequence[int], limits: Sequence[int], budget: int, draws: np.random.Generator) -> list[int]:

@@ -9,7 +9,6 @@ An expert to which no token has been routed yet has no gradients either, but is 
 gradient, while other experts of the same list have.
 """
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from rankwise.ranks.sites import peft_model, sites
+from rankwise.ranks.sites import kind, peft_model, sites
 
 PATIENCE = 10
 """Steps after which a run whose ranks do not change warns of dead sites."""
@@ -52,7 +51,7 @@ class Silence:
         names = _dead(model, {site.name for site in self.waiting if site.present})
         self._mark(names)
         if names:
-            shapes = Counter(re.sub(r"\b\d+\b", "*", name) for name in names)
+            shapes = Counter(map(kind, names))
             which = ", ".join(f"{shape} ({count})" if "*" in shape else shape for shape, count in shapes.items())
             warnings.warn(
                 f"no gradient has reached {len(names)} of {len(sites(model))} sites, so they learn nothing: "

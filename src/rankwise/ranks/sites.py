@@ -7,6 +7,7 @@ layers, gates and `nets.gated` work without it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 OMEGA_NAME = "lora_omega"
 """Attribute of PEFT's tuner, whose own parameters PEFT saves and loads, so that checkpoints keep ω."""
+
+
+def kind(name: str) -> str:
+    """What the layers of this name in all blocks have in common, as `encoder.layer.*.attention.self.query`."""
+    return re.sub(r"\b\d+\b", "*", name)
 
 
 @dataclass(frozen=True, eq=False)
