@@ -44,7 +44,8 @@ def write_ranks(
     adapted = [
         _peft_name(n, layer) for n, layer in layers.items() if isinstance(layer, LoraLayer) and adapter in layer.r
     ]
-    others = [name for name in adapted if name not in {*records, *site_names}]
+    known = {*records, *site_names}
+    others = [name for name in adapted if name not in known]
     present = {name: values for name, values in records.items() if values[0]}
     ranks, alphas = ({name: values[part] for name, values in present.items()} for part in (0, 1))
     parts = {f"^{re.escape(name)}" for name in site_names if name not in records}  # the whole projection is saved
@@ -97,7 +98,8 @@ def _pattern(
         return isclose(kept.get(key(name), default), true[name])
 
     own = {name: f"^{re.escape(name)}" for name in (*site_names, *others)}
-    kept = {key: value for key, value in pattern.items() if key not in [own[name] for name in site_names]}
+    of_sites = {own[name] for name in site_names}
+    kept = {key: value for key, value in pattern.items() if key not in of_sites}
     true = {name: pattern.get(get_pattern_key([*pattern], name), default) for name in others} | dict(values)
     while True:  # removing a key may make another one apply
         needed = {key(name) for name in true if right(name)}

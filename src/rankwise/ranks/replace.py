@@ -17,6 +17,8 @@ Carry = Callable[[Tensor, bool], Tensor]  # (moment, is it the second one) -> th
 _MOMENTS = {"exp_avg": False, "momentum_buffer": False, "exp_avg_sq": True, "max_exp_avg_sq": True}
 
 _optimizers: weakref.WeakKeyDictionary[nn.Module, "weakref.WeakSet[Optimizer]"] = weakref.WeakKeyDictionary()
+_places: weakref.WeakKeyDictionary[Optimizer, dict[int, tuple[list[nn.Parameter], int]]] = weakref.WeakKeyDictionary()
+"""Where each Parameter was last seen, by its id."""
 
 
 def follow(model: nn.Module, optimizer: Optimizer) -> None:
@@ -56,8 +58,11 @@ def replace(
     owner.register_parameter(name, fresh)
     for optimizer in followers(model):
         state = optimizer.state.pop(old, None) if old is not None else None
-        for entry in optimizer.param_groups:
-            entry["params"] = [fresh if p is old else p for p in entry["params"] if p is not old or fresh is not None]
+        if old is not None and (place := _place(optimizer, old)) is not None:
+            params, index = place
+            params[index : index + 1] = [] if fresh is None else [fresh]
+            if fresh is not None:
+                _places[optimizer][id(fresh)] = place
         if old is None and fresh is not None and trains and (group := _group(optimizer, model, scale)) is not None:
             group["params"].append(fresh)
         if state and state.keys() <= {"step", *_MOMENTS} and carry is not None and fresh is not None:
@@ -65,6 +70,25 @@ def replace(
                 k: shaped(carry(v.flatten(1), _MOMENTS[k]), v) if k in _MOMENTS and v is not None else v
                 for k, v in state.items()
             }
+
+
+def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[list[nn.Parameter], int] | None:
+    """The list and the index at which a parameter is in the optimizer's groups; None if it is in none.
+
+    They are kept from one parameter to the next, since to search for each takes time in proportion to all.
+    """
+    for again in (False, True):
+        if again:
+            _places[optimizer] = {
+                id(p): (entry["params"], index)
+                for entry in optimizer.param_groups
+                for index, p in enumerate(entry["params"])
+            }
+        params, index = place = _places.setdefault(optimizer, {}).get(id(parameter), ([], 0))
+        current = any(entry["params"] is params for entry in optimizer.param_groups)
+        if current and index < len(params) and params[index] is parameter:
+            return place
+    return None
 
 
 def _group(optimizer: Optimizer, model: nn.Module, scale: bool) -> dict[str, Any] | None:
