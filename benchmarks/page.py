@@ -128,6 +128,8 @@ def _named(part: str) -> str:
 
 AXES = {"rank": (1, 1, 3), "sites": (1, 1, 1), "tokens": (1, 1, 0)}
 """What an axis is -> how a step, the bytes that it keeps and a rank change have to grow: as which power of it."""
+NOISE = 0.1
+"""By how much a measured power may be above that."""
 
 
 def _scaling(result: dict[str, Any]) -> str:
@@ -157,7 +159,10 @@ def _growth(axis: str, rows: list[dict[str, Any]]) -> str:
         power(lambda row: row["seconds"]["change"]),
     ]
     named = zip(("a step", "what it saves above the limit", "a rank change"), powers, AXES[axis], strict=True)
-    shown = ", ".join(f"{name} as its power {got:.2f} (at most {most})" for name, got, most in named)
+    shown = ", ".join(
+        f"{name} as its power {got:.2f} (at most {most}{': **more**' if got > most + NOISE else ''})"
+        for name, got, most in named
+    )
     return f"Between the last two, with the {axis}: {shown}."
 
 
