@@ -1,6 +1,5 @@
 """The tables and pictures of docs/findings.md, from results/ alone: `make study-report`."""
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,10 @@ from matplotlib.ticker import NullFormatter
 from scipy import stats as distributions
 
 from rankwise.files import write_whole
+from rankwise.metrics import METRICS
+from rankwise.metrics.metric import Metric
 from rankwise.pictures.style import COLOURS, DASHES, MARKERS, legend, new_figure, set_title, styled, svg
-from rankwise.results.stats import Difference, difference, holm, mean, sd, t_interval
+from rankwise.results.stats import Difference, difference, equal, holm, mean, sd, t_interval
 
 PAGE = ROOT / "docs" / "findings.md"
 PICTURES = ROOT / "docs" / "pictures"
@@ -38,22 +39,24 @@ NAMES = {
     "vb-lora": "VB-LoRA",
     "vera": "VeRA",
 }
-RANKED = ("lora", "spaced-lora", "squeeze", "simplex-lora", "weight-lora", "lora-fa", "sora", "adalora")
+RANKED = ("lora", "spaced-lora", "squeeze", "simplex-lora", "lora-fa", "adalora")
 LEVELS = ("none", "head", "full")
 """Methods of one size, which the pictures have as lines across."""
-CONTROLS = ("squeeze, permuted", "squeeze, type", "squeeze, uniform", "LoRA of that size")
-"""What squeeze is compared with."""
+CONTROLS = ("permuted", "type", "uniform")
+"""What squeeze is compared with, and with LoRA of its size."""
 CLAIMS = (
-    ("SimplexLoRA is at least as good as LoRA of the same size", ("SimplexLoRA", 8), ("LoRA", 8)),
-    ("SimplexLoRA is at least as good as LoRA of the same size", ("SimplexLoRA", 1), ("LoRA", 1)),
-    ("WeightLoRA with a third of the adapters is as good as LoRA", ("WeightLoRA", 8), ("LoRA", 8)),
-    ("SoRA with 70 % of the parameters is at least as good as LoRA", ("SoRA", 8), ("LoRA", 8)),
-    ("LoRA-FA is as good as LoRA", ("LoRA-FA", 8), ("LoRA", 8)),
-    ("a pull of B to its start hurts", ("LoRA, pulled", 8), ("LoRA", 8)),
+    ("SimplexLoRA, 8 units a layer, is not worse than LoRA", ("SimplexLoRA", 8), ("LoRA", 8)),
+    ("SimplexLoRA, 1 unit a layer, is not worse than LoRA", ("SimplexLoRA", 1), ("LoRA", 1)),
+    ("WeightLoRA with a third of the adapters is not worse than LoRA", ("WeightLoRA", None), ("LoRA", 8)),
+    ("SoRA with 70 % of the parameters is not worse than LoRA", ("SoRA", None), ("LoRA", 8)),
+    ("LoRA-FA is not worse than LoRA", ("LoRA-FA", 8), ("LoRA", 8)),
+    ("LoRA is not worse with a pull of B to its start", ("LoRA, pulled", 8), ("LoRA", 8)),
 )
 """Of the papers, and the two cells that decide each."""
-TINY = 70 * 1024
+TINY = 128 * 1024
 """Bytes of the largest file that counts as a tiny adapter."""
+ENOUGH = 3
+"""Seeds, from which on gaps are judged and averaged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +86,8 @@ class Cell:
         if self.score:
             words += [self.score] if self.score != "spectrum" else []
             words += [f"from rank {options['rank']}"] if options["rank"] != 8 else []
-            at_the_end = options["every"] * options["times"] == self.first["losses"][-1][0]
-            words += ["cut at the end"] if at_the_end else []
+            steps = [step for step, _ in self.first["losses"][-1:]]
+            words += ["cut at the end"] if steps == [options["every"] * options["times"]] else []
         return ", ".join([*words, *(["pulled"] if options.get("pull") else [])])
 
     @property
@@ -139,11 +142,14 @@ class Study:
         """LoRA of this size: of equal rank, or spaced."""
         return self.find("LoRA", size) or self.find("LoRA, spaced", size)
 
-    @property
-    def margin(self) -> float:
-        """One standard error of the reference's score over the rows that were scored: the mean over its seeds."""
-        assert self.reference is not None
-        return mean([row["error"] for row in self.reference.rows.values()])
+    @cached_property
+    def margin(self) -> float | None:
+        """One standard error of the reference's score over the rows that were scored: the mean over its seeds.
+
+        None without a reference, and where no error could be computed.
+        """
+        errors = [row["error"] for row in self.reference.rows.values() if row["error"]] if self.reference else []
+        return mean(errors) if errors else None
 
 
 def studies() -> list[Study]:
@@ -151,17 +157,27 @@ def studies() -> list[Study]:
     found = []
     for name in STUDIES:
         content = kept(RESULTS / f"{name}.json")
-        if content["rows"]:
-            found.append(Study(name.removeprefix("study_"), content["sites"], _cells(content["rows"])))
+        if cells := _cells(content["rows"]):
+            found.append(Study(name.removeprefix("study_"), content["sites"], cells))
     return found
 
 
 def _cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
-    by_kind: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    """The cells with reported runs, each at the rate that was chosen: the best on the mean, the lower of equal ones."""
+    by_options: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
+        assert not METRICS.get(row["metric"], Metric()).least_is_best, "gaps are read as gains"
         key = f"{row['method']} {sorted(row['options'].items())}"
-        by_kind.setdefault(key, {"run": [], "trial": []})[row["kind"]].append(row)
-    cells = [Cell({r["seed"]: r for r in each["run"]}, each["trial"]) for each in by_kind.values() if each["run"]]
+        by_options.setdefault(key, {"run": [], "trial": []})[row["kind"]].append(row)
+    cells = []
+    for each in by_options.values():
+        rates: dict[float, list[float]] = {}
+        for row in each["trial"]:
+            rates.setdefault(row["learning_rate"], []).append(row["value"])
+        best = max(sorted(rates), key=lambda rate: mean(rates[rate])) if rates else None
+        if runs := {row["seed"]: row for row in each["run"] if best in (None, row["learning_rate"])}:
+            cells.append(Cell(runs, each["trial"]))
+    assert len({(cell.name, cell.size or cell.parameters) for cell in cells}) == len(cells), "two cells of one name"
     return sorted(cells, key=lambda cell: (-cell.parameters, cell.name))
 
 
@@ -184,16 +200,21 @@ def signed(gap: Difference | None) -> str:
     return f"{gap.mean:+.3f} ({gap.seeds[0]:+.3f} … {gap.seeds[1]:+.3f})"
 
 
+def gap_of(cell: Cell | None, other: Cell | None) -> Difference | None:
+    """How far a cell is above another; None where either is missing or too few seeds have both."""
+    found = difference(cell.scores, other.scores) if cell and other else None
+    return found if found and found.n >= ENOUGH else None
+
+
 def not_worse(cell: Cell, study: Study) -> float | None:
     """The p-value of Student's one-sided test that the mean gap to the reference is below minus the margin."""
-    if study.reference is None:
+    if study.reference is None or study.margin is None or gap_of(cell, study.reference) is None:
         return None
-    shared = sorted(cell.scores.keys() & study.reference.scores.keys())
-    above = [cell.scores[seed] - study.reference.scores[seed] + study.margin for seed in shared]
-    spread = sd(above)
-    if not spread:
-        return None
-    return float(distributions.t.sf(mean(above) * math.sqrt(len(above)) / spread, len(above) - 1))
+    shared = cell.scores.keys() & study.reference.scores.keys()
+    above = [cell.scores[seed] - study.reference.scores[seed] + study.margin for seed in sorted(shared)]
+    if equal(above):  # for which the sign test is what is left
+        return 0.5 ** len(above) if mean(above) > 0 else 1.0
+    return float(distributions.ttest_1samp(above, 0, alternative="greater").pvalue)
 
 
 def scores(study: Study) -> str:
@@ -228,19 +249,16 @@ def sizes(found: Sequence[Study]) -> str:
         cells = {study: cell for study, own in smaller.items() for cell in own if cell.key == key}
         name, size = key[-1], next(iter(cells.values())).size
         p = {study: value for study, cell in cells.items() if (value := not_worse(cell, study)) is not None}
-        adjusted = dict(zip(p, holm(list(p.values())), strict=True))
+        adjusted = dict(zip(p, holm([*p.values()]), strict=True))
         factors = [study.reference.parameters / cell.parameters for study, cell in cells.items() if study.reference]
         row = [name, share(size), f"{mean(factors):.0f} ×"]
         for study in smaller:
-            if study not in cells:
-                row.append("")
-                continue
-            gap = difference(cells[study].scores, study.reference.scores)  # type: ignore[union-attr]
-            passed = adjusted.get(study)
+            gap, passed = gap_of(cells.get(study), study.reference), adjusted.get(study)
             mark = "" if passed is None else " **not worse**" if passed <= 0.05 else f" p {passed:.2f}"
             row.append(f"{gap.mean:+.3f}{mark}" if gap else "")
-        rows.append(row)
-    return table(["method", "units a layer", "smaller", *(f"{s.name} (± {s.margin:.3f})" for s in smaller)], rows)
+        rows += [row] if any(row[3:]) else []
+    titles = [f"{each.name}" + (f" (± {each.margin:.3f})" if each.margin else "") for each in smaller]
+    return table(["method", "units a layer", "smaller", *titles], rows)
 
 
 def where(found: Sequence[Study]) -> str:
@@ -248,80 +266,87 @@ def where(found: Sequence[Study]) -> str:
     rows, tests = [], []
     for study in found:
         for cell in study.cells:
-            if cell.name != "squeeze":
+            if cell.score != "spectrum":
                 continue
-            for name in CONTROLS:
-                other = study.find(name, cell.size) or (study.plain(cell.size) if name == CONTROLS[-1] else None)
-                gap = difference(cell.scores, other.scores) if other is not None else None
-                if gap is not None and gap.p is not None:  # from two seeds on
-                    rows.append([study.name, share(cell.size), name, signed(gap)])
+            controls = [cell.name.replace("squeeze", f"squeeze, {control}", 1) for control in CONTROLS]
+            others = [study.find(name, cell.size) for name in controls]
+            others += [study.plain(cell.size)] if "end" not in cell.name else []
+            for other in filter(None, others):
+                gap = gap_of(cell, other)
+                if gap is not None and gap.p is not None:
+                    rows.append([study.name, share(cell.size), cell.name, other.name, signed(gap)])
                     tests.append(gap.p)
     return table(
-        ["task", "units a layer", "squeeze above", "gap (95 %)", "p", "p, Holm"],
+        ["task", "units a layer", "", "above", "gap (95 %)", "p", "p, Holm"],
         [[*row, f"{p:.2g}", f"{held:.2g}"] for row, p, held in zip(rows, tests, holm(tests), strict=True)],
     )
 
 
 def plans(found: Sequence[Study]) -> str:
-    """How far the ranks of two seeds agree, and where they are."""
+    """How far the ranks of two seeds agree, and where they are. The ranks of a permuted plan show what chance gives."""
     rows = []
     for study in found:
         for cell in study.cells:
             ranks = [row["ranks"] for row in cell.rows.values() if row.get("ranks")]
-            if (
-                cell.method not in ("squeeze", "simplex-lora")
-                or len(ranks) < 2
-                or cell.score in ("uniform", "permuted")
-            ):
+            if cell.method not in ("squeeze", "simplex-lora") or cell.score == "uniform":
                 continue
-            pairs = [float(distributions.spearmanr(a, b).statistic) for a, b in combinations(ranks, 2)]
+            pairs = [float(distributions.spearmanr(a, b).statistic) for a, b in combinations(ranks, 2) if differ(a, b)]
+            if not pairs:
+                continue
             units = np.sum(ranks, axis=0)
             kinds: dict[str, int] = {}
             for site, count in zip(study.sites, units.tolist(), strict=True):
-                kinds[kind] = kinds.get(kind := re.sub(r"^.*\.\d+\.", "", site), 0) + count
+                kinds[name] = kinds.get(name := re.sub(r"^.*\.\d+\.", "", site), 0) + count
             top = sorted(kinds.items(), key=lambda item: -item[1])[:3]
-            rows.append(
-                [
-                    *(
-                        study.name,
-                        cell.name,
-                        share(cell.size),
-                        f"{mean(pairs):+.2f} ({min(pairs):+.2f} … {max(pairs):+.2f})",
-                    ),
-                    ", ".join(f"{kind} {count / units.sum():.0%}" for kind, count in top),
-                ]
-            )
+            agreement = f"{mean(pairs):+.2f} ({min(pairs):+.2f} … {max(pairs):+.2f})"
+            most = ", ".join(f"{name} {count / units.sum():.0%}" for name, count in top)
+            rows.append([study.name, cell.name, share(cell.size), agreement, most])
     return table(["task", "method", "units a layer", "Spearman between seeds", "most rank in"], rows)
 
 
-def over_tasks(pairs: Sequence[tuple[Cell, Cell]]) -> Difference | None:
-    """The mean over tasks of how far the first of a pair is above the second, over the seeds that all have."""
-    seeds = set.intersection(*({*ours.scores} & {*theirs.scores} for ours, theirs in pairs)) if pairs else set()
-    sides = [{seed: mean([pair[side].scores[seed] for pair in pairs]) for seed in seeds} for side in (0, 1)]
-    return difference(*sides)
+def differ(*ranks: Sequence[int]) -> bool:
+    """Whether the ranks of each differ among its sites; without that there is no correlation."""
+    return all(len(set(each)) > 1 for each in ranks)
 
 
-def verdict(gap: Difference) -> str:
-    low, high = gap.seeds or (0.0, 0.0)
-    return "ahead" if low > 0 else "behind" if high < 0 else "no difference shown"
+def over_tasks(pairs: Sequence[tuple[Study, Cell | None, Cell | None]]) -> tuple[Difference | None, int]:
+    """The mean over tasks of how far one cell is above another, in margins of the task, and over how many tasks."""
+    able = [(study, a, b) for study, a, b in pairs if a and b and study.margin and gap_of(a, b)]
+    seeds = set.intersection(*({*a.scores} & {*b.scores} for _, a, b in able)) if able else set()
+    gaps = {
+        seed: mean([(a.scores[seed] - b.scores[seed]) / (study.margin or 1) for study, a, b in able]) for seed in seeds
+    }
+    return difference(gaps, dict.fromkeys(gaps, 0.0)), len(able)
+
+
+def in_margins(gap: Difference | None) -> str:
+    if gap is None or gap.seeds is None:
+        return ""
+    return f"{gap.mean:+.1f} ({gap.seeds[0]:+.1f} … {gap.seeds[1]:+.1f})"
+
+
+def verdict(gap: Difference | None) -> str:
+    """Of a claim that something is not worse, by a margin."""
+    if gap is None or gap.seeds is None:
+        return "not measured"
+    low, high = gap.seeds
+    return "holds" if low > -1 else "does not hold" if high < -1 else "open"
 
 
 def claims(found: Sequence[Study]) -> str:
     """What papers say, with the gap on each task and over all that have both."""
     rows = []
     for claim, ours, theirs in CLAIMS:
-        gaps, pairs = [], []
-        for study in found:
-            one, other = study.find(*ours), study.find(*theirs)
-            gaps.append(signed(difference(one.scores, other.scores)) if one and other else "")
-            pairs += [(one, other)] if one and other else []
-        if (gap := over_tasks(pairs)) and gap.seeds:
-            rows.append([claim, share(ours[1]), *gaps, signed(gap), verdict(gap)])
-    return table(["claim", "units a layer", *(study.name for study in found), "mean", "it is"], rows)
+        pairs = [(study, study.find(*ours), study.find(*theirs)) for study in found]
+        gap, count = over_tasks(pairs)
+        own = [signed(gap_of(one, other)) for _, one, other in pairs]
+        rows.append([claim, *own, str(count), in_margins(gap), verdict(gap)])
+    names = [study.name for study in found]
+    return table(["claim", *names, "tasks", "mean in margins (95 %)", "it"], rows) if found else table([], [])
 
 
 def tiny(found: Sequence[Study]) -> str:
-    """Every method whose file is tiny, the best mean first, next to spaced LoRA whose file is not larger."""
+    """Methods with tiny files, next to LoRA of rank 8 and to spaced LoRA of at most their bytes; the best first."""
     cells: dict[tuple[bool, float, str], dict[Study, Cell]] = {}
     for study in found:
         for cell in study.cells:
@@ -330,19 +355,21 @@ def tiny(found: Sequence[Study]) -> str:
     rows = []
     for own in cells.values():
         first = next(iter(own.values()))
-        pairs = []
-        for study, cell in own.items():
-            plain = [c for c in study.cells if c.name == "LoRA, spaced" and c.bytes <= 1.05 * cell.bytes]
-            pairs += [(cell, plain[0])] if plain and cell is not plain[0] else []
-        gap = over_tasks(pairs) if len(pairs) == len(own) else None
-        means = [mean(list(own[each].scores.values())) if each in own else None for each in found]
+        spaced = {
+            study: next((c for c in study.cells if c.name == "LoRA, spaced" and c.bytes <= 1.05 * cell.bytes), None)
+            for study, cell in own.items()
+        }
+        gap, count = over_tasks([(study, cell, study.reference) for study, cell in own.items()])
+        if gap is None:
+            continue
+        near, _ = over_tasks([(study, cell, spaced[study]) for study, cell in own.items() if cell is not spaced[study]])
         row = [first.name, share(first.size), f"{mean([c.parameters for c in own.values()]):,.0f}"]
-        row += [f"{mean([c.bytes for c in own.values()]) / 1024:,.0f} KiB", *(f"{m:.3f}" if m else "" for m in means)]
-        measured = [each for each in means if each is not None]
-        rows.append((len(measured), mean(measured), [*row, f"{mean(measured):.3f}", signed(gap)]))
+        row += [f"{mean([c.bytes for c in own.values()]) / 1024:,.0f} KiB"]
+        row += [f"{mean([*own[each].scores.values()]):.3f}" if each in own else "" for each in found]
+        rows.append((gap.mean, [*row, str(count), in_margins(gap), in_margins(near)]))
     names = [study.name for study in found]
-    titles = ["method", "units a layer", "parameters", "file", *names, "mean", "to LoRA, spaced (95 %)"]
-    return table(titles, [row for *_, row in sorted(rows, key=lambda each: each[:2], reverse=True)])
+    titles = ["method", "units a layer", "parameters", "file", *names, "tasks", "to LoRA, r 8", "to LoRA, spaced"]
+    return table(titles, [row for _, row in sorted(rows, key=lambda each: -each[0])])
 
 
 # --- pictures
@@ -379,7 +406,7 @@ def curve(study: Study) -> Figure:
         level = mean(list(cell.scores.values()))
         axes.axhline(level, color="#777777", linewidth=0.8, linestyle=(0, (2, 2)))
         axes.annotate(cell.name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    if study.reference:
+    if study.reference and study.margin:
         level = mean(list(study.reference.scores.values()))
         axes.axhspan(level - study.margin, level, color="#0072B2", alpha=0.08, linewidth=0)
     axes.set(xscale="log", xlabel="parameters, without the head", ylabel=study.cells[0].first["metric"])

@@ -111,9 +111,9 @@ def test_a_choice_is_compared_with_its_controls_of_the_same_size(report: ModuleT
     one = study(report, *lora, *squeezed("spectrum", 0.05), *squeezed("permuted", 0.0), *squeezed("uniform", 0.05))
     lines = report.where([one]).splitlines()[2:]
     assert len(lines) == 2
-    assert "squeeze, permuted | +0.050" in lines[0] and "squeeze, uniform | +0.000" in lines[1]
+    assert "| squeeze, permuted | +0.050" in lines[0] and "| squeeze, uniform | +0.000" in lines[1]
     plans = report.plans([one]).splitlines()[2:]
-    assert len(plans) == 1 and "| squeeze | ¼ |" in plans[0]
+    assert len(plans) == 2 and "| squeeze | ¼ |" in plans[0] and "| squeeze, permuted | ¼ |" in plans[1]
 
 
 def test_squeeze_is_named_by_what_it_is_asked_for(report: ModuleType) -> None:
@@ -137,13 +137,46 @@ def test_a_claim_and_a_tiny_adapter_are_judged_over_all_tasks(report: ModuleType
         )
         for gap in (0.02, 0.04)
     ]
-    [claim] = report.claims(tasks).splitlines()[2:]
-    gaps = [0.03 + each for each in noise]
+    claim, *others = report.claims(tasks).splitlines()[2:]
+    gaps = [(0.03 + each) / 0.02 for each in noise]  # in margins
     low, high = stats.t.interval(0.95, 4, stats.tmean(gaps), stats.sem(gaps))
-    assert f"| +0.030 ({low:+.3f} … {high:+.3f}) | ahead |" in claim
+    assert f"| 2 | +1.5 ({low:+.1f} … {high:+.1f}) | holds |" in claim
+    assert all("| 0 |  | not measured |" in line for line in others)
     best, other = report.tiny(tasks).splitlines()[2:]
-    assert best.startswith("| LoRA, spaced | ⅒ | 1,000 | 4 KiB | 0.600 | 0.600 | 0.600 |")
-    assert "| IA³ |" in other and "| 0.580 | 0.560 | 0.570 | -0.030 (" in other
+    assert best.startswith("| LoRA, spaced | ⅒ | 1,000 | 4 KiB | 0.600 | 0.600 | 2 | -5.0 (")
+    assert "| IA³ |" in other and "| 0.580 | 0.560 | 2 |" in other and other.count("-1.5 (") == 1
+
+
+def test_a_cell_has_the_runs_at_the_rate_that_was_chosen(report: ModuleType) -> None:
+    def at(rate: float, value: float, kind: str = "run", seed: int = 0) -> dict[str, Any]:
+        return {**row("lora", seed, value, rank=8, kind=kind), "learning_rate": rate}
+
+    trials = [at(0.01, 0.6, "trial", 9), at(0.03, 0.7, "trial", 9), at(0.1, 0.7, "trial", 9)]
+    [cell] = report._cells([*trials, at(0.01, 0.9), at(0.03, 0.8), at(0.01, 0.9, seed=1), at(0.03, 0.5, seed=1)])
+    assert cell.scores == {0: 0.8, 1: 0.5} and cell.first["learning_rate"] == 0.03
+    assert report._cells([*trials, at(0.01, 0.9)]) == []
+
+
+def test_what_is_not_measured_yet_leaves_a_gap(report: ModuleType) -> None:
+    few = study(
+        report,
+        *[row("lora", s, 0.7, 8000, rank=8) for s in range(2)],
+        *[row("squeeze", s, 0.7, mean_rank=0.25, rank=8, score="spectrum", every=50, times=1) for s in range(2)],
+    )
+    lost = study(report, *[{**row("lora", s, 0.7, 8000, rank=8), "error": None, "losses": []} for s in range(3)])
+    alone = study(report, *[row("squeeze", 0, 0.7, mean_rank=0.1, rank=8, score="type", every=50, times=1)])
+    for found in ([few], [lost], [alone], [few, lost, alone], []):
+        tables = [block(found) for block in report.BLOCKS.values()]
+        assert not [each for each in tables if "nan" in each or "not worse**" in each]
+        assert all(report.scores(each) and report.curve(each) for each in found)
+
+
+def test_equal_gaps_are_judged_by_their_number(report: ModuleType) -> None:
+    large = [row("lora", seed, 0.8, 8000, rank=8) for seed in range(5)]
+    small = [row("ia3", seed, 0.8 - 3 / 408, 100) for seed in range(5)]
+    one = study(report, *large, *small)
+    assert report.not_worse(one.find("IA³", None), one) == 0.5**5
+    assert report.not_worse(one.find("IA³", None), study(report, *large[:2], *small)) is None
 
 
 def test_the_picture_of_a_task_has_every_method_and_numbers_that_can_be_read(report: ModuleType) -> None:
@@ -157,6 +190,6 @@ def test_the_picture_of_a_task_has_every_method_and_numbers_that_can_be_read(rep
 
 
 def test_a_rate_at_an_end_of_those_tried_is_marked(report: ModuleType) -> None:
-    trials = [{**row("lora", 9, 0.5, rank=8, kind="trial"), "learning_rate": rate} for rate in (1e-4, 1e-3)]
+    trials = [{**row("lora", 9, rate, rank=8, kind="trial"), "learning_rate": rate} for rate in (1e-4, 1e-3)]
     one = study(report, *trials, *[row("lora", seed, 0.7, rank=8) for seed in (0, 1)])
     assert "| 0.001 ↑ | 0.700 ± 0.000 | 2 |" in report.scores(one)

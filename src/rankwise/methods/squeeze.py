@@ -10,7 +10,8 @@ units that are worth most within the budget stay (`ranks/knapsack.py`).
 
 To train wide and compress is LoRA-Squeeze (arXiv 2602.10993), which cuts every site to the same rank, and does best
 with several cuts; one threshold for the singular values of all sites is PARA (arXiv 2604.27796), which cuts after
-training. The other scores are controls: a choice that is no better than its own permutation has found nothing.
+training. The other scores are controls: a choice that is no better than its own permutation has found nothing about
+which of the layers of one size matter.
 """
 
 from collections.abc import Hashable, Sequence
