@@ -40,12 +40,13 @@ def _identity(result: Finished) -> str:
 
 def _label(result: Finished, results: Sequence[Finished]) -> str:
     same_method = [other.options for other in results if other.method == result.method]
+    size = "mean_rank" if "mean_rank" in result.options else "rank"
     configs = [other.config for other in results]
     budgets = {config.get("budget") for config in configs} - {None}
     parts = [
         (key, value)
         for key, value in result.options.items()
-        if key == "rank" or any(other.get(key, value) != value for other in same_method)
+        if key == size or any(other.get(key, value) != value for other in same_method)
     ]
     if result.lineage or result.config.get("followed"):
         parts.append(("stage", len(result.lineage) + 1))
