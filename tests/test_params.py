@@ -104,8 +104,11 @@ def test_counts_are_exact(
 @pytest.mark.parametrize(
     "arch",
     [
-        *("minilm-l6", "gpt2-medium"),
-        *(pytest.param(arch, marks=pytest.mark.large) for arch in ("deberta-v3-base", "llama-3.1-8b", "t5-small")),
+        "minilm-l6",
+        *(
+            pytest.param(arch, marks=pytest.mark.large)
+            for arch in ("gpt2-medium", "deberta-v3-base", "llama-3.1-8b", "t5-small")
+        ),
     ],
 )
 @pytest.mark.parametrize("method", sorted(registry()))

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import models
-from methods import every_own_method, method
+from methods import OWN, by_turns, method
 from rankwise.train.callback import MethodCallback
 
 SEARCHES = {
@@ -43,8 +43,7 @@ def options(name):
     return variants
 
 
-@every_own_method
-@pytest.mark.parametrize("shape", ["bert", pytest.param("llama", marks=pytest.mark.large)])
+@by_turns("name", OWN, ["bert", "llama"])
 def test_a_step_of_every_method_reads_no_value(name, shape, tmp_path):
     for more in options(name):
         chosen = method(name, **SEARCHES.get(name, {}), **more)
