@@ -14,6 +14,7 @@ import stock_peft
 from methods import one_shape
 from models import stirred
 from rankwise.adapters.layouts import compact, neighbours, portable, reading, targeted
+from rankwise.adapters.save import settle
 from rankwise.adapters.stored import padding, stored
 from rankwise.ranks import ranks, sites
 
@@ -27,6 +28,27 @@ def searched(shape):
     names = list(ranks(model))
     rw.resize(model, {names[0]: 0, names[1]: 1, names[2]: 5})
     return model
+
+
+@pytest.mark.parametrize("shape", models.SHAPES)
+@pytest.mark.parametrize("layout", ["compact", "portable"])
+def test_what_was_settled_is_what_is_loaded_to_the_last_bit_whatever_the_ranks(layout, shape, tmp_path):
+    """Ranks that are no powers of two, of which padding to one rank would round B each time."""
+    torch.manual_seed(1)
+    model = rw.LoRA(rank=3, alpha=5.0).attach(models.model(shape), head=models.head(shape))
+    names = list(ranks(model))
+    rw.resize(model, {name: (3, 5, 7, 1, 0)[place % 5] for place, name in enumerate(names)})
+    stirred(model)
+    settle(model)
+    folders = [rw.save(model, tmp_path / "first", layout=layout)]
+    loaded = rw.load(models.model(shape), folders[0])
+    if layout == "portable":  # as a run saves
+        assert torch.equal(models.logits(loaded), models.logits(model))
+    assert torch.allclose(models.logits(loaded), models.logits(model), atol=1e-6)
+    folders.append(rw.save(loaded, tmp_path / "second", layout=layout))
+    first, second = ((folder / "adapter_model.safetensors").read_bytes() for folder in folders)
+    assert first == second
+    PeftModel.from_pretrained(models.model(shape), folders[1])  # its configuration is true too
 
 
 def as_simple_programs_do(folder):

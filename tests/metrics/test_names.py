@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import sklearn.metrics
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rankwise.errors import InputError
@@ -32,7 +32,6 @@ def rows(values, least=1):
 
 
 @pytest.mark.parametrize("name", OF_CLASSES)
-@settings(max_examples=40)
 @given(n=st.integers(1, 60), data=st.data())
 def test_metrics_of_classes_have_the_values_of_scikit_learn(name, n, data):
     predictions, labels = (

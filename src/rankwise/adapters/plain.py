@@ -1,14 +1,12 @@
 """A trained model as plain LoRA on the pretrained weights, with the names and shapes of PEFT's files."""
 
 import re
-from collections import Counter
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from rankwise.adapters.peft_folder import why_unread
 from rankwise.nets.fused import PARTS, Part
 from rankwise.nets.new_weights import new_weights, own_tensors
 from rankwise.ranks.fold import kept_units
@@ -39,26 +37,6 @@ def folded(model: PeftModel) -> dict[str, tuple[Tensor, Tensor]]:
             A, B = torch.cat([A, start.A.to(A)]), torch.cat([B, -start.B.to(B)], dim=1)
         factors[site.name] = A, B
     return factors
-
-
-@torch.no_grad()
-def settle(model: PeftModel) -> None:
-    """Put the scales of a folded model into B, as the compact layout has them: s · r is then the same at all sites.
-
-    A run is scored after that, so that what it has saved has its scores: to the last digit in the compact layout, and
-    where padding to one rank only multiplies by powers of two. Models whose sites are not all plain LoRA stay as they
-    are; `save` writes these in PEFT's own layout, or joined.
-    """
-    live = [site for site in sites(model) if site.present]
-    plain = not why_unread(model.peft_config[model.active_adapter].to_dict())
-    if not live or not plain or any(on_part(s) or s.scale is not None or start_of(s) is not None for s in live):
-        return
-    if any(getattr(site.layer, "lora_bias", {}).get(site.adapter) for site in live):
-        return
-    whole = Counter(max(1, round(site.scaling * site.rank)) for site in live).most_common(1)[0][0]
-    for site in live:
-        site.B.mul_(site.scaling * site.rank / whole)
-        site.layer.scaling[site.adapter], site.layer.lora_alpha[site.adapter] = whole / site.rank, whole
 
 
 def on_part(site: Site) -> bool:

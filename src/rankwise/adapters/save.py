@@ -26,9 +26,10 @@ from rankwise.adapters import card
 from rankwise.adapters.auto import task
 from rankwise.adapters.beside import write_tokenizer
 from rankwise.adapters.card import Base, Facts
+from rankwise.adapters.layers import StoredAdapter
 from rankwise.adapters.layouts import Layout, compact, ends_of, one_rank, portable, targeted
 from rankwise.adapters.peft_folder import PADDED, STATE, why_unread
-from rankwise.adapters.plain import base_tensors, folded, joined, modules, state_of
+from rankwise.adapters.plain import base_tensors, folded, joined, modules, on_part, state_of
 from rankwise.adapters.stored import stored
 from rankwise.adapters.tensors import Tensors
 from rankwise.errors import InputError, require
@@ -37,8 +38,8 @@ from rankwise.methods import Method, build
 from rankwise.methods.peer import DRAWN_AGAIN
 from rankwise.methods.targets import check_bare
 from rankwise.nets.new_weights import buffers, new_weights
-from rankwise.ranks.kept import adapters_subtracted, merged_sites, peft_residual_start
-from rankwise.ranks.peft_records import alpha, write_ranks
+from rankwise.ranks.kept import adapters_subtracted, merged_sites, peft_residual_start, start_of
+from rankwise.ranks.peft_records import alpha, record, write_ranks
 from rankwise.ranks.sites import peft_model, sites
 from rankwise.ranks.triplets import to_lora, triplets
 from rankwise.runs.use import Use
@@ -116,6 +117,34 @@ def save(
             (written / CARD).write_text(card.text(written, base, ranks, use, facts), encoding="utf-8")
         replace_folder(folder, written)
     return folder
+
+
+@torch.no_grad()
+def settle(model: PeftModel) -> None:
+    """Give a folded model the scales and the numbers that `load` reads from what `save` writes, to the last bit.
+
+    A run is scored after that, so that what it has saved has its scores. Models whose sites are not all plain LoRA stay
+    as they are; `save` writes these in PEFT's own layout, or joined.
+    """
+    live = [site for site in sites(model) if site.present]
+    plain = not why_unread(model.peft_config[model.active_adapter].to_dict())
+    if not live or not plain or any(on_part(s) or s.scale is not None or start_of(s) is not None for s in live):
+        return
+    if any(getattr(site.layer, "lora_bias", {}).get(site.adapter) for site in live):
+        return
+    with TemporaryDirectory() as temporary:
+        _take(model, stored(save(model, Path(temporary) / "adapter")))
+
+
+@torch.no_grad()
+def _take(model: PeftModel, like: StoredAdapter) -> None:
+    """The scales and B of `like`, without padding: it may have put a part of a scale into B, and rounded that."""
+    for site in sites(model):
+        layer = like.layers.get(site.name)
+        if layer is not None and site.present and not layer.fixed:
+            site.B.copy_(like.factor(site.name, "B").reshape(site.B.shape))
+            site.layer.scaling[site.adapter] = layer.scale
+            site.layer.lora_alpha[site.adapter] = alpha(site, site.rank)
 
 
 def _learnt(model: nn.Module, also: Sequence[str]) -> dict[str, Tensor]:
@@ -222,15 +251,19 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
     settings, weights = _read(folder / CONFIG), _weights(folder)
     if why_unread(settings) or PADDED not in Tensors([folder / WEIGHTS]).metadata:
         return _load_adapter(model, folder, folder, settings, weights)
+    like = stored(folder)
     with TemporaryDirectory() as temporary:
-        unpadded = compact(Path(temporary) / "adapter", stored(folder))
-        return _load_adapter(model, folder, unpadded, settings, _weights(unpadded))
+        unpadded = compact(Path(temporary) / "adapter", like)
+        loaded = _load_adapter(model, folder, unpadded, settings, _weights(unpadded))
+    _take(loaded, like)  # what the file has, and not what a compact one would round it to
+    record(loaded, sites(loaded))
+    return loaded
 
 
 @torch.no_grad()
 def _load_adapter(
     model: nn.Module, folder: Path, files: Path, settings: dict[str, Any], weights: dict[str, Tensor]
-) -> nn.Module:
+) -> PeftModel:
     """Load the adapter in `files`; messages name `folder`."""
     if live := [name for name in weights if STATE.search(name)]:
         raise InputError(

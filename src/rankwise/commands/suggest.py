@@ -35,7 +35,7 @@ from rankwise.methods.lora import LoRA
 from rankwise.pictures.heat import layer_name, rank_grid, rank_pictures
 from rankwise.pictures.style import svg
 from rankwise.ranks import sites
-from rankwise.ranks.allocate import evenly
+from rankwise.ranks.allocate import equal_rank, evenly
 from rankwise.ranks.knapsack import most_within
 from rankwise.ranks.sites import kind
 from rankwise.results.agreement import Agreement
@@ -169,11 +169,7 @@ def uniform_ranks(costs: Mapping[str, int], limits: Mapping[str, int], budget: i
         )
     if sum(costs.values()) > budget:
         return dict(zip(costs, evenly([*map(kind, costs)], [*costs.values()], [1] * len(costs), budget), strict=True))
-    rank = 1
-    while sum(min(rank + 1, limits[name]) * cost for name, cost in costs.items()) <= budget and rank < max(
-        limits.values()
-    ):
-        rank += 1
+    rank = equal_rank([*costs.values()], [limits[name] for name in costs], budget)
     return {name: min(rank, limits[name]) for name in costs}
 
 

@@ -29,7 +29,7 @@ from rankwise.methods.omega import OmegaLoRA
 from rankwise.methods.spaced_lora import affordable, check_mean
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, Site, rank_report, sites
-from rankwise.ranks.allocate import at_random, evenly
+from rankwise.ranks.allocate import alike, at_random, evenly
 from rankwise.ranks.knapsack import most_within
 from rankwise.ranks.scales import Omega, trained_scales
 from rankwise.ranks.sites import kind, omega
@@ -120,7 +120,7 @@ class Squeeze(OmegaLoRA, name="squeeze"):
             worth = _permuted(worth, shapes, draws)
         if self.score != "type":
             return most_within(worth, costs, budget)
-        types = _alike([(each, site.cost) for each, site in zip(kinds, all_sites, strict=True)])
+        types = alike([(each, site.cost) for each, site in zip(kinds, all_sites, strict=True)])
         for places in types:
             mean = np.mean([np.pad(worth[i], (0, self.rank - len(worth[i]))) for i in places], axis=0)
             for i in places:
@@ -157,18 +157,10 @@ class Squeeze(OmegaLoRA, name="squeeze"):
         return self.every * self.times
 
 
-def _alike(kinds: Sequence[Hashable]) -> list[list[int]]:
-    """The indices of each kind."""
-    places: dict[Hashable, list[int]] = {}
-    for index, each in enumerate(kinds):
-        places.setdefault(each, []).append(index)
-    return list(places.values())
-
-
 def _permuted(worth: list[np.ndarray], kinds: Sequence[Hashable], draws: np.random.Generator) -> list[np.ndarray]:
     """`worth` shuffled among the sites of each kind."""
     shuffled = list(worth)
-    for places in _alike(kinds):
+    for places in alike(kinds):
         for i, j in zip(places, draws.permutation(places), strict=True):
             shuffled[i] = worth[j]
     return shuffled

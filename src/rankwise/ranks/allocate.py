@@ -76,18 +76,11 @@ def evenly(kinds: Sequence[Hashable], costs: Sequence[int], limits: Sequence[int
         kinds: what makes two sites alike, such as their name in all blocks. costs: c_i, parameters per unit of rank.
         limits: largest rank of a site.
     """
-    rank = 0
-    while sum(min(rank + 1, limit) * cost for cost, limit in zip(costs, limits, strict=True)) <= budget:
-        if rank >= max(limits, default=0):
-            break
-        rank += 1
+    rank = equal_rank(costs, limits, budget)
     ranks = [min(rank, limit) for limit in limits]
     left = budget - sum(r * cost for r, cost in zip(ranks, costs, strict=True))
-    alike: dict[Hashable, list[int]] = {}
-    for place, kind in enumerate(kinds):
-        alike.setdefault(kind, []).append(place)
     order = []
-    for turn, places in enumerate(alike.values()):
+    for turn, places in enumerate(alike(kinds)):
         begin = floor(GOLDEN * turn % 1 * len(places))
         order += places[begin:] + places[:begin]
     while True:
@@ -101,6 +94,24 @@ def evenly(kinds: Sequence[Hashable], costs: Sequence[int], limits: Sequence[int
         for i in chosen:
             ranks[i] += 1
             left -= costs[i]
+
+
+def equal_rank(costs: Sequence[int], limits: Sequence[int], budget: int) -> int:
+    """The largest rank that all sites can have within the budget, less only where a site cannot use it; 0 for none."""
+    rank = 0
+    while rank < max(limits, default=0):
+        if sum(min(rank + 1, limit) * cost for cost, limit in zip(costs, limits, strict=True)) > budget:
+            break
+        rank += 1
+    return rank
+
+
+def alike(kinds: Sequence[Hashable]) -> list[list[int]]:
+    """The indices of each kind, in the order of their first ones."""
+    places: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        places.setdefault(kind, []).append(index)
+    return [*places.values()]
 
 
 def at_random(costs: Sequence[int], limits: Sequence[int], budget: int, draws: np.random.Generator) -> list[int]:

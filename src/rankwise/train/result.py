@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from rankwise.adapters import save
 from rankwise.adapters.card import CARD, Facts
-from rankwise.adapters.plain import settle
+from rankwise.adapters.save import settle
 from rankwise.adapters.stored import padding, stored
 from rankwise.errors import InputError, need
 from rankwise.files import TOKENIZER, USE, claim, flush, replace_folder, unfinished, write_whole
