@@ -67,10 +67,10 @@ def _within(budget: int, weights: Sequence[float], costs: Sequence[int], limits:
 def evenly(kinds: Sequence[Hashable], costs: Sequence[int], limits: Sequence[int], budget: int) -> list[int]:
     """Ranks as equal as the budget allows: the same everywhere, and one more at some sites that are spaced evenly.
 
-    For these the sites are taken kind by kind, so that every kind of layer gets its share, and within a kind in order,
-    from a depth that is another one for each kind, so that not all get theirs in the same blocks. n of N sites in this
-    order are those at ⌊(j + ½) N / n⌋, with the largest n whose cost fits. What is left goes the same way to sites that
-    it can still pay for.
+    To choose these, sites are put in order by kind, so that every kind of layer gets its share, and within a kind by
+    depth, starting at a different depth for each kind, so that the extra units are not all in the same blocks. Of N
+    sites in this order, n get one: those at ⌊(j + ½) N / n⌋, with the largest n that the budget allows. What is left is
+    spent in the same way on sites that still fit.
 
     Args:
         kinds: what makes two sites alike, such as their name in all blocks. costs: c_i, parameters per unit of rank.

@@ -27,7 +27,7 @@ OMEGA_NAME = "lora_omega"
 
 
 def kind(name: str) -> str:
-    """What the layers of this name in all blocks have in common, as `encoder.layer.*.attention.self.query`."""
+    """A site's name with a * for each number, which it shares with its like in other blocks: `layer.*.output.dense`."""
     return re.sub(r"\b\d+\b", "*", name)
 
 
