@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from archive import RESULTS, ROOT, STUDIES, kept
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from scipy import stats as distributions
@@ -16,7 +17,7 @@ from scipy import stats as distributions
 from rankwise.files import write_whole
 from rankwise.metrics import METRICS
 from rankwise.metrics.metric import Metric
-from rankwise.pictures.style import COLOURS, DASHES, MARKERS, legend, new_figure, set_title, styled, svg
+from rankwise.pictures.style import COLOURS, DASHES, MARKERS, bare_figure, legend, look_of, set_title, styled, svg
 from rankwise.results.stats import Difference, difference, equal, holm, mean, sd, t_interval
 
 PAGE = ROOT / "docs" / "findings.md"
@@ -377,44 +378,61 @@ def tiny(found: Sequence[Study]) -> str:
 
 @styled
 def curve(study: Study) -> Figure:
-    """Score against parameters, with intervals over the seeds."""
-    figure, axes = new_figure(3.4)
+    """Score against parameters, with intervals over the seeds: methods with ranks above, others next to LoRA below."""
+    figure = bare_figure(5.6)
+    panels = figure.subplots(2, sharex=True, sharey=True)
     lines: dict[str, list[Cell]] = {}
     for cell in study.cells:
         if cell.method not in LEVELS:
             lines.setdefault("LoRA" if cell.method in ("lora", "spaced-lora") else cell.name, []).append(cell)
-    for look, (name, cells) in enumerate(sorted(lines.items())):
-        shift = 1.04 ** (look - len(lines) / 2)  # so that intervals do not hide each other
-        means = [mean(list(c.scores.values())) for c in cells]
-        ends = [t_interval(list(c.scores.values())) or (m, m) for c, m in zip(cells, means, strict=True)]
-        axes.errorbar(
-            [c.parameters * shift for c in cells],
-            means,
-            yerr=[
-                [m - low for m, (low, _) in zip(means, ends, strict=True)],
-                [high - m for m, (_, high) in zip(means, ends, strict=True)],
-            ],
-            color=COLOURS[look % len(COLOURS)],
-            marker=MARKERS[look % len(MARKERS)],
-            linestyle=DASHES[look % len(DASHES)],
-            markersize=4,
-            linewidth=1.1,
-            capsize=2,
-            label=name,
-        )
-    for cell in (each for each in study.cells if each.method in LEVELS):
-        level = mean(list(cell.scores.values()))
-        axes.axhline(level, color="#777777", linewidth=0.8, linestyle=(0, (2, 2)))
-        axes.annotate(cell.name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    if study.reference and study.margin:
-        level = mean(list(study.reference.scores.values()))
-        axes.axhspan(level - study.margin, level, color="#0072B2", alpha=0.08, linewidth=0)
-    axes.set(xscale="log", xlabel="parameters, without the head", ylabel=study.cells[0].first["metric"])
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    legend(figure, axes)
-    set_title(axes, f"{study.name}: score and size")
+    ranked = {name: any(any(cell.first["ranks"]) for cell in cells) for name, cells in lines.items()}
+    order = sorted(lines, key=lambda name: (name != "LoRA", not ranked[name], name))
+    for look, (name, cells) in enumerate((name, lines[name]) for name in order):
+        for axes in panels if name == "LoRA" else panels[:1] if ranked[name] else panels[1:]:
+            course(axes, name, cells, look, 1.04 ** (look - len(lines) / 2))
+    for axes in panels:
+        for cell in (each for each in study.cells if each.method in LEVELS):
+            level = mean(list(cell.scores.values()))
+            axes.axhline(level, color="#777777", linewidth=0.8, linestyle=(0, (2, 2)))
+            axes.annotate(
+                cell.name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+            )
+        if study.reference and study.margin:
+            level = mean(list(study.reference.scores.values()))
+            axes.axhspan(level - study.margin, level, color="#0072B2", alpha=0.08, linewidth=0)
+        axes.set_ylabel(study.cells[0].first["metric"])
+    panels[1].set(xscale="log", xlabel="parameters, without the head")
+    panels[1].xaxis.set_major_formatter("{x:,.0f}")
+    panels[1].xaxis.set_minor_formatter(NullFormatter())
+    named = {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    note = "bars: 95 % t-intervals over seeds; band: at most a margin below LoRA of rank 8"
+    legend(figure, panels[0], f"{note}\nLoRA below rank 1 is spaced LoRA", named)
+    set_title(panels[0], f"{study.name}: score and size")
     return figure
+
+
+def course(axes: Axes, name: str, cells: Sequence[Cell], look: int, shift: float) -> None:
+    """The line of a method, shifted so that intervals do not hide each other. Less than three seeds have none."""
+    means = [mean(list(c.scores.values())) for c in cells]
+    ends = [
+        (len(c.scores) >= ENOUGH and t_interval(list(c.scores.values()))) or (m, m)
+        for c, m in zip(cells, means, strict=True)
+    ]
+    axes.errorbar(
+        [c.parameters * shift for c in cells],
+        means,
+        yerr=[
+            [m - low for m, (low, _) in zip(means, ends, strict=True)],
+            [high - m for m, (_, high) in zip(means, ends, strict=True)],
+        ],
+        color=COLOURS[look % len(COLOURS)],
+        marker=look_of(MARKERS, look),
+        linestyle=look_of(DASHES, look),
+        markersize=4,
+        linewidth=1.1,
+        capsize=2,
+        label=name,
+    )
 
 
 BLOCKS: dict[str, Callable[[Sequence[Study]], str]] = {
