@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent.parent
 def test_the_table_in_the_docs_says_what_the_code_knows():
     page = (ROOT / "docs" / "adapters.md").read_text().replace("**", "")
     rows = [line for line in page.split("| consumer |")[1].splitlines() if line.startswith("| ")]
-    expected = [f"| {c.name} | {c.patterns} | {c.compact} | {c.portable} | {c.why} |" for c in CONSUMERS]
+    expected = [f"| {c.name} | {c.patterns} | {c.compact} | {c.gaps} | {c.portable} | {c.why} |" for c in CONSUMERS]
     assert rows[: len(expected)] == expected
 
 
@@ -19,7 +19,7 @@ def test_those_who_are_silently_wrong_come_first():
     first = [c.name for c in not_served("compact")][:3]
     assert first == ["PEFT's hotswap_adapter up to 0.21", "vLLM up to 0.31", "TGI and LoRAX"]
     assert "vLLM up to 0.31" not in {c.name for c in not_served("portable")}
-    for layout in ("patterns", "compact", "portable"):
+    for layout in ("patterns", "compact", "gaps", "portable"):
         readings = [c.reads(layout) for c in not_served(layout)]
         assert readings == sorted(readings, reverse=True)  # wrong, refused
         assert "right" not in readings

@@ -56,7 +56,7 @@ def test_what_is_written_is_the_same_adapter(to, mixed, tmp_path):
     assert done.as_json()["ranks"] == [2, 4] and len(done.ranks) == 3
     assert done.as_json()["padded"] == (0 if done.layout == "compact" else 8)
     assert len(written.tensors.shape) == (6 if done.layout == "compact" else 8)
-    wrong = {c.name for c in done.not_served if c.reads(done.layout) == "wrong"}
+    wrong = {name for name, how in done.not_served.items() if how == "wrong"}
     assert ("vLLM up to 0.31" in wrong) == (done.layout == "compact")
     assert done.max_lora_rank == 8 and "vLLM: --max-lora-rank 8" in done.text()
     with pytest.raises(rw.InputError, match="is there already"):

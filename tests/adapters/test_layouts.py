@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -116,6 +117,27 @@ def test_padding_of_the_default_is_seen_by_nothing_of_ours(shape, tmp_path):
     assert smaller[0] == smaller[1] and len(smaller[0])
     rw.save(again, tmp_path / "twice")
     assert stored(tmp_path / "twice").tensors.metadata == padded.tensors.metadata
+
+
+@pytest.mark.parametrize("shape", models.SHAPES)
+def test_an_adapter_on_few_layers_is_written_without_padding(shape, tmp_path):
+    """Padded, a file of kilobytes would have megabytes. Of one rank, it is read right by all that want one alpha."""
+    model = stirred(rw.LoRA(rank=2, alpha=3.0).attach(models.model(shape)))
+    rw.resize(model, {name: 2 * (place == 1) for place, name in enumerate(ranks(model))})
+    rw.save(model, tmp_path / "default")
+    found = stored(tmp_path / "default")
+    assert [layer.rank for layer in found.layers.values()] == [2] and not padding(found)
+    assert found.config["rank_pattern"] == found.config["alpha_pattern"] == {}
+    assert reading(found).startswith("read wrongly, without an error, by TGI and LoRAX: ")
+    expected = models.logits(model)
+    stock_peft.agrees(models.model(shape), models.batch(), {tmp_path / "default": expected}, tmp_path)
+    done = rw.export_adapter(tmp_path / "default", tmp_path / "compact", "peft")
+    assert done.not_served["TGI and LoRAX"] == "wrong" and "vLLM up to 0.31" not in done.not_served
+    served = stirred(rw.LoRA(rank=2, alpha=3.0).attach(models.model(shape)))
+    rw.save(served, tmp_path / "plain")
+    swapped = PeftModel.from_pretrained(models.model(shape), tmp_path / "plain").eval()
+    hotswap_adapter(swapped, str(tmp_path / "default"), "default")
+    assert torch.allclose(models.logits(swapped), expected, atol=1e-5)
 
 
 def test_numbers_where_the_padding_was_are_not_cut_off(tmp_path):

@@ -432,7 +432,7 @@ SORA = {"name": "sora", "rank": 2, "gate_rate": 0.1, "sparsity": 1.0}
 
 
 def test_the_ranks_of_gates_are_in_the_lines_and_what_is_left_in_the_result(tmp_path: Path) -> None:
-    method = {**SORA, "sparsity": 6.0, "gates": "normal", "rank": 4}
+    method = {**SORA, "sparsity": 4.0, "gates": "normal", "rank": 4}
     folder = make(tmp_path / "runs" / "run", method=method, max_steps=8)
     result = run(folder)
     found = lines(folder / "ranks.jsonl")

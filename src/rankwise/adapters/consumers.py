@@ -1,14 +1,15 @@
-"""Programs that load LoRA adapters, and what each makes of the three layouts that an adapter can be saved in.
+"""Programs that load LoRA adapters, and what each makes of the layouts that an adapter can be saved in.
 
 `patterns` is what PEFT writes: factors as trained, `rank_pattern` and `alpha_pattern`. `compact` has the scales in B,
 so that one alpha is enough, and `rank_pattern`. `portable` has one rank for all layers, padded with zeros, and no
-pattern. docs/adapters.md says how each was tried.
+pattern. `gaps` is `compact` where all layers that are there have one rank, which needs no pattern either.
+docs/adapters.md says how each was tried.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["patterns", "compact", "portable"]
+Layout = Literal["patterns", "compact", "gaps", "portable"]
 Reading = Literal["right", "refused", "wrong"]
 """`refused`: an error when the adapter is loaded. `wrong`: other weights than the trained ones, without an error."""
 
@@ -21,6 +22,7 @@ class Consumer:
         name: with the versions that it is true of.
         target: the name that `rankwise export --for` knows it by.
         patterns, compact, portable: how it reads an adapter with mixed ranks in that layout.
+        gaps: how it reads an adapter of one rank on some of the layers of each name.
         why: what decides it, a short sentence.
     """
 
@@ -28,6 +30,7 @@ class Consumer:
     target: str
     patterns: Reading
     compact: Reading
+    gaps: Reading
     portable: Reading
     why: str
 
@@ -36,40 +39,57 @@ class Consumer:
 
 
 CONSUMERS = (
-    Consumer("PEFT", "peft", "right", "right", "right", "the reference"),
+    Consumer("PEFT", "peft", "right", "right", "right", "right", "the reference"),
     Consumer(
         "PEFT's hotswap_adapter up to 0.21",
         "portable",
         "refused",
         "wrong",
         "right",
+        "right",
         "wants equal alpha patterns, and scales every layer by lora_alpha / r",
     ),
-    Consumer("transformers", "peft", "right", "right", "right", "its load_adapter is PEFT"),
-    Consumer("axolotl", "peft", "right", "right", "right", "loads and merges through PEFT"),
-    Consumer("Unsloth", "peft", "right", "right", "right", "loads through PEFT; its MLX code reads both patterns"),
-    Consumer("vLLM 0.32 and newer", "vllm", "right", "right", "right", "reads both patterns"),
+    Consumer("transformers", "peft", "right", "right", "right", "right", "its load_adapter is PEFT"),
+    Consumer("axolotl", "peft", "right", "right", "right", "right", "loads and merges through PEFT"),
+    Consumer(
+        "Unsloth", "peft", "right", "right", "right", "right", "loads through PEFT; its MLX code reads both patterns"
+    ),
+    Consumer("vLLM 0.32 and newer", "vllm", "right", "right", "right", "right", "reads both patterns"),
     Consumer(
         "vLLM up to 0.31",
         "vllm",
         "right",
         "wrong",
         "right",
+        "right",
         "scales every layer by lora_alpha / r and ignores both patterns",
     ),
-    Consumer("SGLang", "sglang", "refused", "refused", "right", "q, k and v must have the rank r, and all be there"),
+    Consumer(
+        "SGLang",
+        "sglang",
+        "refused",
+        "refused",
+        "refused",
+        "right",
+        "q, k and v must have the rank r, and all be there",
+    ),
     Consumer(
         "TGI and LoRAX",
         "tgi",
         "wrong",
         "wrong",
+        "wrong",
         "right",
         "drop all layers of a name of which one is missing, and scale by lora_alpha / the padded r",
     ),
-    Consumer("llama.cpp", "llama.cpp", "wrong", "right", "right", "scales by lora_alpha / the rank of the tensor"),
-    Consumer("diffusers", "diffusers", "refused", "refused", "refused", "wants files of its own, with other names"),
-    Consumer("ComfyUI", "diffusers", "wrong", "wrong", "wrong", "ignores names that it does not know"),
-    Consumer("mlx-lm", "mlx", "refused", "refused", "refused", "wants files of its own, with other names"),
+    Consumer(
+        "llama.cpp", "llama.cpp", "wrong", "right", "right", "right", "scales by lora_alpha / the rank of the tensor"
+    ),
+    Consumer(
+        "diffusers", "diffusers", "refused", "refused", "refused", "refused", "wants files of its own, with other names"
+    ),
+    Consumer("ComfyUI", "diffusers", "wrong", "wrong", "wrong", "wrong", "ignores names that it does not know"),
+    Consumer("mlx-lm", "mlx", "refused", "refused", "refused", "refused", "wants files of its own, with other names"),
 )
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

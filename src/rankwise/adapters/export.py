@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rankwise.adapters.consumers import CONSUMERS, Consumer, max_lora_rank, not_served, portable_rank
+from rankwise.adapters.consumers import CONSUMERS, Reading, max_lora_rank, not_served, portable_rank
 from rankwise.adapters.layers import StoredAdapter
-from rankwise.adapters.layouts import compact, ends_of, neighbours, one_rank, portable, targeted
+from rankwise.adapters.layouts import compact, ends_of, portable, read_as, targeted
 from rankwise.adapters.meta import base_of
-from rankwise.adapters.stored import check_free, pad, stored
+from rankwise.adapters.stored import check_free, pad, padding, stored
 from rankwise.adapters.tensors import write_tensors
 from rankwise.adapters.verify import Verified, verified
 from rankwise.errors import InputError, require
@@ -46,7 +46,7 @@ class Exported:
         ranks: of each layer, without padding.
         padded: the rank that all layers have in the file; 0 if each has its own.
         bytes: of the file of weights.
-        not_served: programs that refuse it or, without an error, read other weights from it.
+        not_served: programs that refuse it or, without an error, read other weights from it -> which of both.
         notes: what else to know.
         verified: how it differs from the adapter that was given; None if that was not asked for.
     """
@@ -56,7 +56,7 @@ class Exported:
     ranks: Mapping[str, int]
     padded: int
     bytes: int
-    not_served: list[Consumer]
+    not_served: dict[str, Reading]
     notes: list[str]
     verified: Verified | None
 
@@ -74,7 +74,7 @@ class Exported:
             "padded": self.padded,
             "bytes": self.bytes,
             "max_lora_rank": self.max_lora_rank,
-            "not_served": {c.name: c.reads(self.layout) for c in self.not_served},  # type: ignore[arg-type]
+            "not_served": self.not_served,
             "notes": self.notes,
             "verified": self.verified and self.verified.as_json(),
         }
@@ -87,7 +87,7 @@ class Exported:
         if self.max_lora_rank:
             lines.append(f"vLLM: --max-lora-rank {self.max_lora_rank}")
         for reading, what in (("wrong", "read wrongly, without an error, by"), ("refused", "not loaded by")):
-            names = [c.name for c in self.not_served if c.reads(self.layout) == reading]  # type: ignore[arg-type]
+            names = [name for name, how in self.not_served.items() if how == reading]
             lines += [f"{what}: {', '.join(names)}"] if names else []
         return "\n".join([*lines, *self.notes, *(self.verified.lines() if self.verified else [])])
 
@@ -183,15 +183,16 @@ def _check_read(like: StoredAdapter, to: str) -> None:
         )
 
 
-def _not_served(written: StoredAdapter, layout: str) -> list[Consumer]:
-    """Who does not read it right. One rank for all layers is read as `portable` is, where it needs no padding."""
-    if layout == "diffusers":
-        return []
-    if layout == "portable" or not one_rank(written, neighbours(written)):
-        return not_served(layout)  # type: ignore[arg-type]
+def _not_served(written: StoredAdapter, to: str) -> dict[str, Reading]:
+    """Who does not read it right. TGI and LoRAX pad other ranks than those of `portable`, and read them wrong."""
+    if to == "diffusers":
+        return {}
+    layout = "portable" if to == "portable" else read_as(written)
+    found = {each.name: each.reads(layout) for each in not_served(layout)}
     rank = max(layer.rank for layer in written.layers.values())
-    padded = portable_rank(rank) != rank
-    return not_served("portable") + [c for c in CONSUMERS if c.target == "tgi" and padded]
+    if layout == "portable" and written.config and portable_rank(rank) != rank and not padding(written):
+        found |= {each.name: "wrong" for each in CONSUMERS if each.target == "tgi"}
+    return found
 
 
 def _for_diffusers(file: Path, like: StoredAdapter) -> None:

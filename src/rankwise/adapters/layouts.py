@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from rankwise.adapters import consumers
 from rankwise.adapters.consumers import not_served, portable_rank
 from rankwise.adapters.layers import Factors, Layer, StoredAdapter, in_order
 from rankwise.adapters.stored import padding, write
@@ -71,17 +72,37 @@ def one_rank(like: StoredAdapter, modules: Mapping[str, Layer]) -> bool:
     return modules.keys() == like.layers.keys() and len({layer.rank for layer in like.layers.values()}) == 1
 
 
+def sparse(like: StoredAdapter, modules: Mapping[str, Layer]) -> bool:
+    """Whether half of the layers that `portable` would have, or more, are empty: padded, its file would be large."""
+    return 2 * len(like.layers) <= len(modules)
+
+
+def read_as(like: StoredAdapter) -> consumers.Layout:
+    """The layout as which programs read a written adapter."""
+    if padding(like):
+        return "portable"
+    if len({layer.rank for layer in like.layers.values()}) > 1:
+        return "compact"
+    # Where layers are left out, those that are there are named one by one, and no other may show that there were more.
+    named = like.layers.keys() <= {*((like.config or {}).get("target_modules") or ())}
+    return "gaps" if named or not one_rank(like, neighbours(like)) else "portable"
+
+
 def reading(adapter: StoredAdapter) -> str:
     """A line about other programs that read a written adapter, "" where there is nothing to say."""
-    if adapter.config is None or one_rank(adapter, neighbours(adapter)):
+    if adapter.config is None:
         return ""
     if padded := padding(adapter):
         return (
             f"padded with zeros to rank {adapter.config['r']}, so that programs that expect one rank read it right; "
             f"rankwise export --for peft writes it without, {padded:,} bytes smaller"
         )
-    names = ", ".join(c.name for c in not_served("compact") if c.compact == "wrong" and c.portable == "right")
-    return f"read wrongly, without an error, by {names}: rankwise export writes it in a form that they read right"
+    layout = read_as(adapter)
+    names = ", ".join(c.name for c in not_served(layout) if c.reads(layout) == "wrong" and c.portable == "right")
+    return (
+        names
+        and f"read wrongly, without an error, by {names}: rankwise export writes it in a form that they read right"
+    )
 
 
 def ends_of(like: StoredAdapter) -> list[str]:

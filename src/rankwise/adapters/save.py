@@ -27,7 +27,7 @@ from rankwise.adapters.auto import task
 from rankwise.adapters.beside import write_tokenizer
 from rankwise.adapters.card import Base, Facts
 from rankwise.adapters.layers import StoredAdapter
-from rankwise.adapters.layouts import Layout, compact, ends_of, one_rank, portable, targeted
+from rankwise.adapters.layouts import Layout, compact, ends_of, one_rank, portable, sparse, targeted
 from rankwise.adapters.peft_folder import PADDED, STATE, why_unread
 from rankwise.adapters.plain import base_tensors, folded, joined, modules, on_part, state_of
 from rankwise.adapters.stored import stored
@@ -75,8 +75,8 @@ def save(
         facts: for the card.
         layout: for other programs than PEFT. `compact` has the scales in B, so that one alpha is enough; `portable` one
             rank for all layers, padded with zeros, so that most programs read it right. Without, portable where the
-            ranks differ and the layers can be padded, else compact. PEFT's variants that are not the product of A and
-            B alone keep PEFT's own layout.
+            ranks differ, the layers can be padded and more than half of them have a rank, else compact. PEFT's variants
+            that are not the product of A and B alone keep PEFT's own layout.
 
     Raises:
         InputError: products were merged into the base weights (`empty: merge`), a model without adapter is given
@@ -206,7 +206,7 @@ def _laid_out(model: PeftModel, written: Path, layout: Layout | None) -> Path:
     if layout != "compact":
         with nullcontext() if layout else suppress(InputError):  # a layer that cannot be padded
             layers = targeted(model.get_base_model(), config, ends_of(like), written)
-            if layout or not one_rank(like, layers):
+            if layout or not (one_rank(like, layers) or sparse(like, layers)):
                 return portable(out, like, layers)
     targets = config["target_modules"]
     return compact(out, like, targets=targets if isinstance(targets, str) else None)
