@@ -278,7 +278,7 @@ def test_layers_that_add_nothing_lose_their_rank_first(tmp_path):
 
 REFUSED = {
     "too few": ({"budget": 19}, lambda m: None, {}, "19 parameters are too few for any rank: allow at least 20"),
-    "too few bytes": ({"bytes": 100}, lambda m: None, {}, "100 bytes are too few for any rank: allow at least 312"),
+    "too few bytes": ({"bytes": 100}, lambda m: None, {}, "100 bytes are too few for any rank: allow at least 336"),
     "none": ({}, lambda m: None, {}, "give exactly one of budget, rank, keep_energy and bytes"),
     "two": ({"rank": 1, "budget": 9}, lambda m: None, {}, "give exactly one of budget, rank, keep_energy and bytes"),
     "rank 0": ({"rank": 0}, lambda m: None, {}, "rank is 0: give a number above 0"),

@@ -32,18 +32,18 @@ def searched(shape):
 
 
 @pytest.mark.parametrize("shape", models.SHAPES)
-@pytest.mark.parametrize("layout", ["compact", "portable"])
+@pytest.mark.parametrize("layout", ["compact", "portable", None])
 def test_what_was_settled_is_what_is_loaded_to_the_last_bit_whatever_the_ranks(layout, shape, tmp_path):
     """Ranks that are no powers of two, of which padding to one rank would round B each time."""
     torch.manual_seed(1)
     model = rw.LoRA(rank=3, alpha=5.0).attach(models.model(shape), head=models.head(shape))
-    names = list(ranks(model))
-    rw.resize(model, {name: (3, 5, 7, 1, 0)[place % 5] for place, name in enumerate(names)})
+    names, chosen = list(ranks(model)), (3, 5, 7, 1, 0) if layout else (3, 0, 0, 5, 0)
+    rw.resize(model, {name: chosen[place % 5] for place, name in enumerate(names)})
     stirred(model)
     settle(model)
     folders = [rw.save(model, tmp_path / "first", layout=layout)]
     loaded = rw.load(models.model(shape), folders[0])
-    if layout == "portable":  # as a run saves
+    if layout != "compact":  # as a run saves
         assert torch.equal(models.logits(loaded), models.logits(model))
     assert torch.allclose(models.logits(loaded), models.logits(model), atol=1e-6)
     folders.append(rw.save(loaded, tmp_path / "second", layout=layout))
@@ -120,24 +120,77 @@ def test_padding_of_the_default_is_seen_by_nothing_of_ours(shape, tmp_path):
 
 
 @pytest.mark.parametrize("shape", models.SHAPES)
-def test_an_adapter_on_few_layers_is_written_without_padding(shape, tmp_path):
-    """Padded, a file of kilobytes would have megabytes. Of one rank, it is read right by all that want one alpha."""
+def test_an_adapter_on_few_layers_gets_one_rank_for_those_alone(shape, tmp_path):
+    """Padded to all layers, a file of kilobytes would have megabytes; with a pattern, some programs would be wrong."""
     model = stirred(rw.LoRA(rank=2, alpha=3.0).attach(models.model(shape)))
-    rw.resize(model, {name: 2 * (place == 1) for place, name in enumerate(ranks(model))})
+    places = dict(enumerate(ranks(model)))
+    few = {places[1]: 2, places[len(places) - 2]: 3}
+    rw.resize(model, {name: few.get(name, 0) for name in places.values()})
     rw.save(model, tmp_path / "default")
     found = stored(tmp_path / "default")
-    assert [layer.rank for layer in found.layers.values()] == [2] and not padding(found)
-    assert found.config["rank_pattern"] == found.config["alpha_pattern"] == {}
-    assert reading(found).startswith("read wrongly, without an error, by TGI and LoRAX: ")
+    assert {name: layer.rank for name, layer in found.layers.items()} == few
+    assert found.config["rank_pattern"] == found.config["alpha_pattern"] == {} and found.config["r"] == 3
+    assert sum("lora_A" in key for key in found.tensors.shape) == 2
+    assert reading(found).splitlines()[-1].startswith("read wrongly, without an error, by TGI and LoRAX: ")
     expected = models.logits(model)
     stock_peft.agrees(models.model(shape), models.batch(), {tmp_path / "default": expected}, tmp_path)
-    done = rw.export_adapter(tmp_path / "default", tmp_path / "compact", "peft")
-    assert done.not_served["TGI and LoRAX"] == "wrong" and "vLLM up to 0.31" not in done.not_served
-    served = stirred(rw.LoRA(rank=2, alpha=3.0).attach(models.model(shape)))
-    rw.save(served, tmp_path / "plain")
+    rw.save(model, tmp_path / "portable", layout="portable")
+    assert reading(stored(tmp_path / "portable")).startswith("padded with zeros to rank 8")
+    assert "TGI" not in reading(stored(tmp_path / "portable"))
+    rw.save(stirred(rw.LoRA(rank=3, alpha=3.0).attach(models.model(shape))), tmp_path / "plain")
     swapped = PeftModel.from_pretrained(models.model(shape), tmp_path / "plain").eval()
     hotswap_adapter(swapped, str(tmp_path / "default"), "default")
     assert torch.allclose(models.logits(swapped), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", models.SHAPES)
+def test_there_is_nothing_to_say_of_one_rank_on_all_layers(shape, tmp_path):
+    rw.save(stirred(rw.LoRA(rank=8).attach(models.model(shape), models.head(shape))), tmp_path / "adapter")
+    assert reading(stored(tmp_path / "adapter")) == ""
+    done = rw.export_adapter(tmp_path / "adapter", tmp_path / "compact", "peft")
+    assert "TGI and LoRAX" not in done.not_served and "SGLang" not in done.not_served
+
+
+Q_AND_V = r".*\.(q|v)_proj"
+
+
+@pytest.mark.parametrize(
+    ("config", "left_out"),
+    [
+        ({"target_modules": Q_AND_V}, False),
+        ({"target_modules": Q_AND_V, "exclude_modules": r".*layers\.1\..*"}, True),
+        ({"target_modules": r".*layers\.0\.self_attn\.(q|v)_proj"}, True),
+        ({"target_modules": ["layers.0.self_attn.q_proj"]}, True),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0]}, True),
+        ({"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["model.layers.0.self_attn.q_proj"]}, True),
+    ],
+)
+def test_layers_are_found_that_others_targets_leave_out(config, left_out, tmp_path):
+    model = stirred(get_peft_model(models.model("llama"), LoraConfig(r=8, **config)))
+    rw.save(model, tmp_path / "default")
+    found = stored(tmp_path / "default")
+    assert found.layers.keys() == {site.name for site in sites(model)}
+    rw.export_adapter(tmp_path / "default", tmp_path / "compact", "peft")
+    for each in ("default", "compact"):
+        padded = padding(stored(tmp_path / each)) > 0
+        assert ("TGI" in reading(stored(tmp_path / each))) == (left_out and not padded), each
+        loaded = rw.load(models.model("llama"), tmp_path / each)
+        assert torch.allclose(models.logits(loaded), models.logits(model), atol=1e-6)
+    stock_peft.agrees(models.model("llama"), models.batch(), {tmp_path / "default": models.logits(model)}, tmp_path)
+
+
+def test_a_layer_whose_name_ends_as_anothers_is_not_adapted_with_it(tmp_path):
+    def twice():
+        torch.manual_seed(0)
+        both = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(4, 4)}) for _ in range(3))})
+        both["draft"] = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"q": nn.Linear(4, 4)})])})
+        both.forward = lambda x: x
+        return both
+
+    config = LoraConfig(r=2, target_modules=["q"], exclude_modules=["draft.blocks.0.q", "blocks.1.q", "blocks.2.q"])
+    rw.save(stirred(get_peft_model(twice(), config)), tmp_path / "adapter")
+    loaded = rw.load(twice(), tmp_path / "adapter")
+    assert [site.name for site in sites(loaded)] == ["blocks.0.q"]
 
 
 def test_numbers_where_the_padding_was_are_not_cut_off(tmp_path):

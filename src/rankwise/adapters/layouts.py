@@ -17,6 +17,7 @@ from torch import nn
 from rankwise.adapters import consumers
 from rankwise.adapters.consumers import not_served, portable_rank
 from rankwise.adapters.layers import Factors, Layer, StoredAdapter, in_order
+from rankwise.adapters.peft_folder import module, said_left_out
 from rankwise.adapters.stored import padding, write
 from rankwise.errors import InputError
 from rankwise.ranks.layers import weight_layer
@@ -24,14 +25,36 @@ from rankwise.ranks.layers import weight_layer
 Layout = Literal["compact", "portable"]
 
 
-def compact(out: Path, like: StoredAdapter, *, force: bool = False, targets: str | None = None) -> Path:
-    """Write `like` with the scales in B. Raises as `write` does.
+def compact(
+    out: Path,
+    like: StoredAdapter,
+    *,
+    force: bool = False,
+    targets: Sequence[str] | str | None = None,
+    left_out: int | None = None,
+    level: bool = False,
+) -> Path:
+    """Write `like` with the scales in B. Raises as `write` does, whose `targets` and `left_out` these are.
 
     Args:
-        targets: the pattern of its layers' names where a list of names would mean others too.
+        level: pad the layers to the rank of the largest, so that no pattern is needed.
     """
-    same = ((name, like.factors(name)) for name in like.names)
-    return write(out, like, same, force=force, targets=targets, card=True)
+    same, ranks = ((name, like.factors(name)) for name in like.names), {layer.rank for layer in like.layers.values()}
+    padded = max(ranks) if level and len(ranks) > 1 else 0
+    return write(out, like, same, force=force, padded=padded, targets=targets, left_out=left_out, card=True)
+
+
+def exact_targets(base: nn.Module, like: StoredAdapter) -> list[str] | str:
+    """`target_modules` that mean the layers of `like` in its base model and no others.
+
+    These are their names, or a pattern where other names end as one of them does.
+    """
+    names = dict.fromkeys(map(module, like.layers))
+    for name, _ in base.named_modules():
+        parts = name.split(".")
+        if name not in names and any(".".join(parts[start:]) in names for start in range(1, len(parts))):
+            return "|".join(map(re.escape, names))
+    return [*names]
 
 
 def portable(
@@ -79,30 +102,27 @@ def sparse(like: StoredAdapter, modules: Mapping[str, Layer]) -> bool:
 
 def read_as(like: StoredAdapter) -> consumers.Layout:
     """The layout as which programs read a written adapter."""
-    if padding(like):
-        return "portable"
-    if len({layer.rank for layer in like.layers.values()}) > 1:
+    if not padding(like) and len({layer.rank for layer in like.layers.values()}) > 1:
         return "compact"
-    # Where layers are left out, those that are there are named one by one, and no other may show that there were more.
-    named = like.layers.keys() <= {*((like.config or {}).get("target_modules") or ())}
-    return "gaps" if named or not one_rank(like, neighbours(like)) else "portable"
+    if (said := said_left_out(like.tensors)) is not None:
+        return "gaps" if said else "portable"
+    return "portable" if padding(like) or one_rank(like, neighbours(like)) else "gaps"
 
 
 def reading(adapter: StoredAdapter) -> str:
-    """A line about other programs that read a written adapter, "" where there is nothing to say."""
+    """What to know about other programs that read a written adapter, "" where there is nothing to say."""
     if adapter.config is None:
         return ""
+    said, layout = list[str](), read_as(adapter)
     if padded := padding(adapter):
-        return (
+        said.append(
             f"padded with zeros to rank {adapter.config['r']}, so that programs that expect one rank read it right; "
             f"rankwise export --for peft writes it without, {padded:,} bytes smaller"
         )
-    layout = read_as(adapter)
-    names = ", ".join(c.name for c in not_served(layout) if c.reads(layout) == "wrong" and c.portable == "right")
-    return (
-        names
-        and f"read wrongly, without an error, by {names}: rankwise export writes it in a form that they read right"
-    )
+    if names := ", ".join(c.name for c in not_served(layout) if c.reads(layout) == "wrong" and c.portable == "right"):
+        way = "rankwise export writes it in a form that they read right"
+        said.append(f"read wrongly, without an error, by {names}: {way}")
+    return "\n".join(said)
 
 
 def ends_of(like: StoredAdapter) -> list[str]:
@@ -124,12 +144,12 @@ def targeted(base: nn.Module, config: Mapping[str, Any], ends: Sequence[str], wh
     from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 
     options = LoraConfig(target_modules=[*ends], modules_to_save=config.get("modules_to_save"))
-    inner = tuple(f"{name}." for name, module in base.named_modules() if isinstance(module, BaseTunerLayer))
+    inner = tuple(f"{name}." for name, layer in base.named_modules() if isinstance(layer, BaseTunerLayer))
     found = {}
-    for name, module in base.named_modules():
+    for name, adapted in base.named_modules():
         if name.startswith(inner) or not bool(check_target_module_exists(options, name)):
             continue
-        layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        layer: Any = adapted.get_base_layer() if isinstance(adapted, BaseTunerLayer) else adapted
         if isinstance(layer, nn.Embedding):
             found[name] = Layer({}, 1.0, 0, (layer.num_embeddings, layer.embedding_dim), (), True)
         elif (weight := weight_layer(layer)) and getattr(layer, "groups", 1) == 1:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite, sqrt
 from pathlib import Path
@@ -24,8 +24,9 @@ UNREAD = (
     "ensure_weight_tying",
 )
 """Options of PEFT's LoRA with which ΔW is not s · B A of a layer of its own."""
-PADDED = "rankwise.ranks"
-"""In the metadata of the weights: the ranks, as JSON, of layers that are padded with zeros to a larger one."""
+PADDED, LEFT_OUT = "rankwise.ranks", "rankwise.left_out"
+"""In the metadata of the weights: the ranks, as JSON, of layers that are padded with zeros to a larger one; and how
+many layers are left out whose names end as those of the layers that are there."""
 STATE = re.compile(r"\.(?:lora_start|lora_omega|lora_merged|parametrizations)\b")
 """Names of tensors that training needs and plain LoRA does not have."""
 PARTS = {
@@ -175,9 +176,28 @@ def _layer(folder: Path, name: str, parts: Mapping[str, str], tensors: Tensors, 
     return replace(layer, scale=scale, embedding="lora_embedding" in parts["A"], fixed=fixed)
 
 
-def metadata(unpadded: Mapping[str, int]) -> dict[str, str]:
-    """What the file of weights says of itself; `unpadded` are the ranks of the layers that are padded to another."""
-    return {"format": "pt"} | ({PADDED: json.dumps(unpadded)} if unpadded else {})
+def metadata(unpadded: Mapping[str, int], left_out: int | None = None) -> dict[str, str]:
+    """What the file of weights says of itself.
+
+    Args:
+        unpadded: the ranks of the layers that are padded to another.
+        left_out: how many layers are not in it whose names end as those of the layers that are; None if not known.
+    """
+    found = {"format": "pt"} | ({PADDED: json.dumps(unpadded)} if unpadded else {})
+    return found | ({LEFT_OUT: str(left_out)} if left_out is not None else {})
+
+
+def said_left_out(tensors: Tensors) -> int | None:
+    """How many layers are left out by what a file of weights says; one that PEFT has written says nothing."""
+    said = tensors.metadata.get(LEFT_OUT, "")
+    return int(said) if said.isdecimal() else None
+
+
+def left_out(tensors: Tensors, names: Collection[str], new: Collection[str]) -> int | None:
+    """How many layers are left out by an adapter of the layers `new`, made of one in a file that has `names`."""
+    old, said = {*names, *json.loads(tensors.metadata.get(PADDED, "{}"))}, said_left_out(tensors)
+    found = (said or 0) + len(old - {*new}) - len({*new} - old)
+    return None if said is None and found <= 0 else max(0, found)
 
 
 def _unpadded(folder: Path, layers: Mapping[str, Layer], tensors: Tensors) -> dict[str, int]:

@@ -26,9 +26,18 @@ from rankwise.adapters import card
 from rankwise.adapters.auto import task
 from rankwise.adapters.beside import write_tokenizer
 from rankwise.adapters.card import Base, Facts
-from rankwise.adapters.layers import StoredAdapter
-from rankwise.adapters.layouts import Layout, compact, ends_of, one_rank, portable, sparse, targeted
-from rankwise.adapters.peft_folder import PADDED, STATE, why_unread
+from rankwise.adapters.layers import Layer, StoredAdapter
+from rankwise.adapters.layouts import (
+    Layout,
+    compact,
+    ends_of,
+    exact_targets,
+    one_rank,
+    portable,
+    sparse,
+    targeted,
+)
+from rankwise.adapters.peft_folder import PADDED, STATE, own_targets, why_unread
 from rankwise.adapters.plain import base_tensors, folded, joined, modules, on_part, state_of
 from rankwise.adapters.stored import stored
 from rankwise.adapters.tensors import Tensors
@@ -75,8 +84,9 @@ def save(
         facts: for the card.
         layout: for other programs than PEFT. `compact` has the scales in B, so that one alpha is enough; `portable` one
             rank for all layers, padded with zeros, so that most programs read it right. Without, portable where the
-            ranks differ, the layers can be padded and more than half of them have a rank, else compact. PEFT's variants
-            that are not the product of A and B alone keep PEFT's own layout.
+            ranks differ and the layers can be padded. An adapter on half or fewer of the layers that portable would
+            have gets one rank for its own layers alone. All else is compact. PEFT's variants that are not the product
+            of A and B alone keep PEFT's own layout.
 
     Raises:
         InputError: products were merged into the base weights (`empty: merge`), a model without adapter is given
@@ -203,13 +213,20 @@ def _laid_out(model: PeftModel, written: Path, layout: Layout | None) -> Path:
         if layout:
             raise
         return written
-    if layout != "compact":
-        with nullcontext() if layout else suppress(InputError):  # a layer that cannot be padded
-            layers = targeted(model.get_base_model(), config, ends_of(like), written)
-            if layout or not (one_rank(like, layers) or sparse(like, layers)):
-                return portable(out, like, layers)
-    targets = config["target_modules"]
-    return compact(out, like, targets=targets if isinstance(targets, str) else None)
+    base, layers = model.get_base_model(), dict[str, Layer]()
+    cannot = nullcontext() if layout == "portable" else suppress(InputError)  # a layer that cannot be padded
+    with cannot:
+        layers = targeted(base, config, ends_of(like), written)
+    few = layout is None and sparse(like, layers)
+    own = own_targets(config) or [*like.layers]
+    targets = exact_targets(base, like) if like.layers.keys() & {*own} else own
+    missing = len(layers.keys() - like.layers.keys()) if layers else None
+    with cannot:
+        if layers and layout != "compact" and not few and (layout or not one_rank(like, layers)):
+            return portable(out, like, layers)
+        if few:
+            return compact(out, like, targets=targets, left_out=missing, level=True)
+    return compact(out, like, targets=targets, left_out=missing)
 
 
 def _check_base(model: PeftModel, name: str) -> None:
@@ -253,7 +270,7 @@ def load(model: nn.Module, folder: str | PathLike[str]) -> nn.Module:
         return _load_adapter(model, folder, folder, settings, weights)
     like = stored(folder)
     with TemporaryDirectory() as temporary:
-        unpadded = compact(Path(temporary) / "adapter", like)
+        unpadded = compact(Path(temporary) / "adapter", like, targets=exact_targets(model, like))
         loaded = _load_adapter(model, folder, unpadded, settings, _weights(unpadded))
     _take(loaded, like)  # what the file has, and not what a compact one would round it to
     record(loaded, sites(loaded))

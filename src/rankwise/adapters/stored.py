@@ -67,6 +67,7 @@ def write(
     force: bool = False,
     padded: int = 0,
     targets: Sequence[str] | str | None = None,
+    left_out: int | None = None,
     card: bool = False,
 ) -> Path:
     """Write an adapter as `like` with other factors, completely or not at all, one layer at a time.
@@ -86,6 +87,7 @@ def write(
         padded: the rank that all layers get, by zeros; 0 for each its own.
         targets: `target_modules` in PEFT's configuration; without, those of `like` if they are ends of names and no
             layer is left out, else each layer in full.
+        left_out: how many layers of the names that it has are not in the new adapter; counted where absent.
         card: copy any model card as it is; without, only one of rankwise's, which then says what has changed.
 
     Raises:
@@ -112,6 +114,9 @@ def write(
         if not ranks:
             raise InputError(f"{out}: no layer would have any rank; allow more")
 
+    def missing() -> int | None:
+        return peft_folder.left_out(like.tensors, like.layers, ranks) if left_out is None else left_out
+
     if like.config is None:
         with unfinished(out) as new:
             write_tensors(new, tensors(), lambda: single_file.metadata(like, ranks))
@@ -124,7 +129,7 @@ def write(
             own = file.name in OWN or (file.name == CARD and not (card or cards.ours(like.path)))
             if COPIED.fullmatch(file.name) and not own and file.is_file():
                 shutil.copyfile(file, new / file.name)
-        write_tensors(new / WEIGHTS, tensors(), lambda: peft_folder.metadata(unpadded))
+        write_tensors(new / WEIGHTS, tensors(), lambda: peft_folder.metadata(unpadded, missing()))
         if targets is None and ranks.keys() == like.layers.keys():
             targets = peft_folder.own_targets(like.config)
         same = ranks == {name: layer.rank for name, layer in like.layers.items()}
@@ -141,8 +146,9 @@ def size(like: StoredAdapter, ranks: Mapping[str, int]) -> int:
     """Bytes of the file of weights that `write` makes of the layers of `like` at these ranks."""
     at = {**ranks, **{name: layer.rank for name, layer in like.layers.items() if layer.fixed}}
     at = {name: rank for name, rank in at.items() if rank}
-    metadata = single_file.metadata(like, at) if like.config is None else peft_folder.metadata({})
-    return file_size(_held(like, at), metadata)
+    if like.config is None:
+        return file_size(_held(like, at), single_file.metadata(like, at))
+    return file_size(_held(like, at), peft_folder.metadata({}, peft_folder.left_out(like.tensors, like.layers, at)))
 
 
 def padding(adapter: StoredAdapter) -> int:
