@@ -137,6 +137,8 @@ def test_an_adapter_on_few_layers_gets_one_rank_for_those_alone(shape, tmp_path)
     rw.save(model, tmp_path / "portable", layout="portable")
     assert reading(stored(tmp_path / "portable")).startswith("padded with zeros to rank 8")
     assert "TGI" not in reading(stored(tmp_path / "portable"))
+    done = rw.export_adapter(tmp_path / "default", tmp_path / "guessed")  # its base cannot be read
+    assert ("TGI and LoRAX" in done.not_served) == ("TGI" in reading(stored(tmp_path / "guessed")))
     rw.save(stirred(rw.LoRA(rank=3, alpha=3.0).attach(models.model(shape))), tmp_path / "plain")
     swapped = PeftModel.from_pretrained(models.model(shape), tmp_path / "plain").eval()
     hotswap_adapter(swapped, str(tmp_path / "default"), "default")

@@ -187,7 +187,7 @@ def _not_served(written: StoredAdapter, to: str) -> dict[str, Reading]:
     """Who does not read it right. TGI and LoRAX pad other ranks than those of `portable`, and read them wrong."""
     if to == "diffusers":
         return {}
-    layout = "portable" if to == "portable" else read_as(written)
+    layout = read_as(written) if written.config else "portable" if to == "portable" else "compact"
     found = {each.name: each.reads(layout) for each in not_served(layout)}
     rank = max(layer.rank for layer in written.layers.values())
     if layout == "portable" and written.config and portable_rank(rank) != rank and not padding(written):
