@@ -109,7 +109,8 @@ def uncut(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("begun", [True, pytest.param(False, marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("begun", [True, False])
 def test_a_run_that_was_killed_and_resumed_shows_each_step_once(begun: bool, uncut: Path, tmp_path: Path) -> None:
     """Killed by -9 after two checkpoints, of which the newer is lost, or (`begun` false) before its first."""
     folder = make(tmp_path / "run", **{**LONG, "checkpoint_every": 12 if begun else 1000})

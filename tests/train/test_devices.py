@@ -66,6 +66,7 @@ def test_a_run_that_two_processes_share_ends_as_that_of_one(alone: Path, base: s
     assert found[0] != found[1]  # had the ranks stood still, this would prove little
 
 
+@pytest.mark.large
 def test_it_goes_on_after_a_kill_and_a_stop_also_in_one_process(base: str, tmp_path: Path) -> None:
     """One of the two is killed by -9; started again, the launcher is told to stop; one process alone ends the run."""
     steps = 90

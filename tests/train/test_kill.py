@@ -216,6 +216,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
+@pytest.mark.large
 def test_a_disk_that_is_full_loses_nothing_and_room_lets_the_run_go_on(small_disk: Path, tmp_path: Path) -> None:
     """The disk is filled to the last byte in the midst of the training, and emptied again."""
     alone, folder = (make(place / name, model=None) for place, name in ((tmp_path, "alone"), (small_disk, "run")))
