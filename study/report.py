@@ -54,6 +54,8 @@ CLAIMS = (
     ("LoRA is not worse with a pull of B to its start", ("LoRA, pulled", 8), ("LoRA", 8)),
 )
 """Of the papers, and the two cells that decide each."""
+SCREEN = "study_tasks"
+"""The file of candidates for tasks."""
 TINY = 128 * 1024
 """Bytes of the largest file that counts as a tiny adapter."""
 ENOUGH = 3
@@ -156,7 +158,7 @@ class Study:
 def studies() -> list[Study]:
     """Those with results, in the order of their names."""
     found = []
-    for name in STUDIES:
+    for name in (each for each in STUDIES if each != SCREEN):
         content = kept(RESULTS / f"{name}.json")
         if cells := _cells(content["rows"]):
             found.append(Study(name.removeprefix("study_"), content["sites"], cells))
@@ -334,6 +336,23 @@ def verdict(gap: Difference | None) -> str:
     return "holds" if low > -1 else "does not hold" if high < -1 else "open"
 
 
+def screen() -> str:
+    """How far LoRA of rank 8 is above the head alone on each candidate for a task."""
+    rows: dict[str, dict[str, Any]] = {}
+    for row in kept(RESULTS / f"{SCREEN}.json")["rows"]:
+        rates = "" if row["method"] in LEVELS else f" at {row['learning_rate']:g}"
+        rows.setdefault(row["task"], {})[NAMES[row["method"]] + rates] = row
+    names = sorted({name for found in rows.values() for name in found})
+    lines = []
+    for task, found in rows.items():
+        first = next(iter(found.values()))
+        answers = first["result.json"]["answers"][:1]
+        usual = answers[0]["metrics"].get(first["metric"]) if answers else None
+        cells = [f"{found[name]['value']:.3f}" if name in found else "" for name in names]
+        lines.append([task.replace("-", "_"), first["metric"], "" if usual is None else f"{usual:.3f}", *cells])
+    return table(["task", "metric", "one answer", *names], sorted(lines))
+
+
 def claims(found: Sequence[Study]) -> str:
     """What papers say, with the gap on each task and over all that have both."""
     rows = []
@@ -455,7 +474,7 @@ def tasks(found: Sequence[Study]) -> str:
 
 def written(text: str, found: Sequence[Study]) -> str:
     """The page with the tables of these results."""
-    for name, block in {**BLOCKS, "tasks": tasks}.items():
+    for name, block in {**BLOCKS, "screen": lambda _: screen(), "tasks": tasks}.items():
         marks = re.compile(rf"(<!-- {name}: [^\n]*-->\n)(?:(?!<!-- end).)*(<!-- end -->)", re.DOTALL)
         text, count = marks.subn(lambda mark, block=block: f"{mark[1]}\n{block(found)}\n\n{mark[2]}", text)
         assert count == 1, name
