@@ -94,6 +94,7 @@ def test_it_goes_on_without_the_process_that_forked_it(tmp_path: Path) -> None:
     code = f"open({str(ready)!r}, 'w').close()\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\nsys.exit(3)"
     one, other = parent.fork(code), parent.fork("time.sleep(600)")
     wait_for(ready.exists)
+    assert other.begun()  # an order that has not would be lost with the parent
     parent.process.kill()
     parent.process.wait()
     assert (one.poll(), other.poll()) == (None, None)
