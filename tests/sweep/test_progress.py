@@ -94,3 +94,19 @@ def test_of_many_runs_those_are_shown_that_have_come_furthest(tmp_path: Path, cl
         display.show(Count(0, 0, 100, folders), now=True)
     shown = [part.split()[0] for part in out.getvalue().partition(", ")[2].split("; ")]
     assert shown == [f"run{place}" for place in range(99, 99 - progress.SHOWN, -1)]
+
+
+@pytest.mark.parametrize("steps", [(12, 20), (1, 7), (49, 3), (29, 64)])
+def test_nothing_is_said_of_the_time_left_before_there_is_any_work(
+    steps: tuple[int, int], tmp_path: Path, clock: list[float]
+) -> None:
+    """However the shares of the runs that are gone on with are rounded."""
+    out = io.StringIO()
+    over = [run(tmp_path / f"over{place}", 150, 150) for place in range(2)]
+    rest = [run(tmp_path / f"rest{place}", step, 150) for place, step in enumerate(steps)]
+    with Display(Console(file=out), {folder: folder.name for folder in (*over, *rest)}) as display:
+        for done, running in ((27, over), (28, [over[1], rest[0]]), (29, rest)):
+            display.show(Count(done, 0, 45, running))
+            clock[0] += 10
+        display.show(Count(29, 0, 45, rest))
+    assert "left" not in out.getvalue() and out.getvalue().count("29/45") > 0
