@@ -1,7 +1,7 @@
 # make setup   the environment in .venv (once; later calls do nothing)
 # make demo    a small real comparison on this machine, with its report
 # make check   linter, types, direction of imports
-# make test    check, and at the same time all tests but the large ones
+# make test    check, then all tests but the large ones
 # make bench   time and memory next to the least possible and to PEFT's: docs/performance.md (40 minutes; make bench-quick: 2)
 # make test-large  the large tests, and more fuzzing; CI runs both
 # make study-report  the tables and pictures of docs/findings.md from results/
@@ -23,7 +23,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check test pytest test-large bench bench-quick study-report clients docs conformance installed oldest clean
+.PHONY: help setup demo check test test-large bench bench-quick study-report clients docs conformance installed oldest clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -53,12 +53,8 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# mypy has one thread, and would leave the other cores idle.
-test: $(READY)
-	@$(MAKE) --no-print-directory -j2 check pytest
-
 # Each test process has one thread; there is one more than cores, since some tests wait for processes of their own.
-pytest: $(READY)
+test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n "$$($(BIN)/python -c 'import os; print(os.cpu_count() + 1)')" -m "not large"
 
 test-large: $(READY)
