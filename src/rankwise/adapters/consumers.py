@@ -2,7 +2,7 @@
 
 `patterns` is what PEFT writes: factors as trained, `rank_pattern` and `alpha_pattern`. `compact` has the scales in B,
 so that one alpha is enough, and `rank_pattern`. `portable` has one rank for all layers, padded with zeros, and no
-pattern. `gaps` is `compact` where all layers that are there have one rank, which needs no pattern either.
+pattern. `gaps` leaves layers out and has one rank for those that are there, which needs no pattern either.
 docs/adapters.md says how each was tried.
 """
 

@@ -96,7 +96,7 @@ class Display:
         """About how long it will take, judged by the work done since the sweep began, `parts` of runs included."""
         over = count.done + count.failed + parts
         made, rest = over - before - sum(self._start.values()), count.total - over
-        if made < 1e-6 or rest <= 0:  # less than a step of any run is what rounding has left
+        if made < 1e-6 or rest <= 0:  # a share this small is only rounding
             return ""
         return f"about {duration((time.monotonic() - began) / made * rest)} left"
 
