@@ -161,6 +161,7 @@ def test_rooms_that_are_called_are_rooms_all_the_same() -> None:
     assert rankwise.train.model.build and rankwise.report.html.write
 
 
+@pytest.mark.large
 def test_public_names_are_looked_up_on_first_use() -> None:
     script = (
         "import sys, rankwise as rw\n"

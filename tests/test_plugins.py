@@ -152,6 +152,7 @@ def test_a_plugins_method_is_tuned_and_reported_as_ours_are(tmp_path: Path) -> N
     assert run_file.load(newest).config.plugins == [str(moved / "plug.py")]
 
 
+@pytest.mark.large
 def test_a_run_of_a_changed_plugin_is_one_of_other_code(tmp_path: Path) -> None:
     file = write(tmp_path / "plug.py")
     given = {**settings(file, tmp_path), "tune": None, "learning_rate": 1e-3}

@@ -196,6 +196,7 @@ def test_what_is_not_installed_is_refused_before_anything_is_made(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.large
 def test_two_processes_report_once(tmp_path: Path) -> None:
     base = launched.bert(tmp_path / "bert")
     folder = make(tmp_path / "run", model=base, method=SIMPLEX, report_to=["tensorboard"])

@@ -50,7 +50,7 @@ def whole(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("place", "command"),
     [
-        pytest.param(place, command, id=f"{name}-{command}", marks=[pytest.mark.large] * ((place + turn) % 2))
+        pytest.param(place, command, id=f"{name}-{command}", marks=[pytest.mark.large] * ((place + turn) % 4 != 0))
         for place, name in enumerate(NAMES)
         for turn, command in enumerate(("status", "report"))
     ],
@@ -107,7 +107,16 @@ def text_of(file: Path, draw: st.DataObject) -> str:
     return "".join(json.dumps(line) + "\n" for line in content) if lines else json.dumps(content)
 
 
-@pytest.mark.parametrize("name", ["run.yaml", "result.json", "metrics.jsonl", "ranks.jsonl", "../experiment.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("run.yaml", "result.json"),
+        *(
+            pytest.param(name, marks=pytest.mark.large)
+            for name in ("metrics.jsonl", "ranks.jsonl", "../experiment.yaml")
+        ),
+    ],
+)
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(data=st.data())
 def test_a_damaged_run_is_a_row_and_the_rest_is_shown(

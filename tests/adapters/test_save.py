@@ -30,7 +30,7 @@ def searched(shape, steps):
 
 
 @pytest.mark.parametrize("shape", models.SHAPES)
-@pytest.mark.parametrize("steps", [3, 5])
+@pytest.mark.parametrize("steps", [3, pytest.param(5, marks=pytest.mark.large)])
 def test_stock_peft_without_rankwise_gives_the_same_logits(shape, steps, tmp_path):
     model = searched(shape, steps)
     assert (omega(model) is not None) == (steps == 3)

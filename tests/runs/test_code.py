@@ -176,6 +176,7 @@ def rooms(frame: FrameType | None) -> set[str]:
     return found
 
 
+@pytest.mark.large
 def test_all_that_a_run_carries_out_is_in_its_code(tmp_path: Path) -> None:
     folder, called = (
         make(tmp_path / "run", method=SIMPLEX, max_steps=4, train_rows=32, eval_rows=8),

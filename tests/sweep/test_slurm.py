@@ -180,6 +180,7 @@ def test_a_run_whose_node_dies_goes_on_in_another_job(store: Store, slurm: Path)
     assert not alive(started(folder)[0]) and len(started(folder)) == 2
 
 
+@pytest.mark.large
 def test_a_run_that_takes_its_node_with_it_each_time_fails(store: Store, slurm: Path) -> None:
     (folder,) = runs(store, 1)
     sweep = start(store, "slurm")
@@ -201,6 +202,7 @@ def test_a_job_cancelled_by_its_owner_is_neither_done_nor_failed(store: Store, s
     assert store.state(folders[0]) == "stopped"
 
 
+@pytest.mark.large
 def test_a_controller_that_is_down_for_a_while_harms_nothing(store: Store, slurm: Path) -> None:
     (folder,) = runs(store, 6)
     sweep = start(store, "slurm")

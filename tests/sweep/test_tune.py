@@ -184,6 +184,7 @@ def test_a_range_needs_optuna_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
         next(made)
 
 
+@pytest.mark.large
 def test_a_real_comparison_that_is_killed_ends_tuned_and_within_its_budget(tmp_path: Path) -> None:
     runs, file = tmp_path / "runs", tmp_path / "fair.yaml"
     experiment = {

@@ -433,7 +433,7 @@ def test_a_run_counts_what_was_cut_and_shows_sample_answers(tmp_path):
         assert "What is " in example.source and example.references[0].startswith("It is ")
 
 
-@pytest.mark.parametrize("kind", ["chat", "text"])
+@pytest.mark.parametrize("kind", ["chat", pytest.param("text", marks=pytest.mark.large)])
 def test_packed_rows_are_learnt_as_unpacked_ones_are(tmp_path, kind):
     rows = [{"messages": turns(f"What is {n}?", f"It is {n}."), "text": f"The number {n}."} for n in range(40)]
     file = write(tmp_path / "a.jsonl", rows)

@@ -116,6 +116,7 @@ def test_without_java_three_metrics_are_missing_and_said_to_be(folder, monkeypat
     assert "Java" in note
 
 
+@pytest.mark.large
 @pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java, which METEOR and the tokenizer need")
 def test_with_java_all_five_are_there(folder):
     task = tasks.build("e2e")
@@ -224,6 +225,7 @@ def test_a_run_on_real_rows(tmp_path, monkeypatch, method, model):
     assert float(bleu_of(np.array(table["statistics"]).sum(axis=0))) == result["metrics"]["bleu"]
 
 
+@pytest.mark.large
 def test_a_summary_has_an_interval_over_the_texts(folder, tmp_path, monkeypatch):
     """It is that of a bootstrap by hand, which scores the texts that were drawn."""
     monkeypatch.setenv("PATH", str(tmp_path))  # no Java, which takes long

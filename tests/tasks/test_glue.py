@@ -245,6 +245,7 @@ print(task.revision(), len(task.train().data), task.evaluation()[0].name, *task.
 """
 
 
+@pytest.mark.large
 def test_a_dataset_laid_out_as_on_the_hub_gives_the_same_rows(folder, tmp_path):
     revision = tasks.build("rte").revision()
     (tmp_path / "hub").mkdir()

@@ -123,7 +123,9 @@ def test_scores_are_those_of_all_pixels_together(tmp_path: Path) -> None:
     assert not task.evaluate(net, evaluation, None, 5, final=False).files
 
 
-@pytest.mark.parametrize("method", ["full", "head", "lora", "sora"])
+@pytest.mark.parametrize(
+    "method", ["sora", *(pytest.param(name, marks=pytest.mark.large) for name in ("full", "head", "lora"))]
+)
 @pytest.mark.parametrize("model", ["unet", pytest.param("unet-refined", marks=pytest.mark.large)])
 def test_a_run_goes_from_pictures_to_masks(model: str, method: str, tmp_path: Path) -> None:
     options = {"rank": 2, "targets": ["bottleneck", "conv1"]} if method in ("lora", "sora") else {}
@@ -143,6 +145,7 @@ def test_a_run_goes_from_pictures_to_masks(model: str, method: str, tmp_path: Pa
         assert {name: scored.metrics[name] for name in result["metrics"]} == result["metrics"]
 
 
+@pytest.mark.large
 def test_a_summary_has_an_interval_over_the_images(tmp_path: Path) -> None:
     """It is that of a bootstrap by hand, which counts the pixels of the masks that were drawn."""
     task = write(tmp_path / "data", rows=5)
@@ -260,6 +263,7 @@ def test_the_real_films() -> None:
     assert json.dumps(whole.revision())
 
 
+@pytest.mark.large
 def test_a_chain_goes_over_two_tasks_in_one_sweep(tmp_path: Path) -> None:
     """As a sweep makes its folders: each with the revision of its own data, which differ."""
     first, second = write(tmp_path / "a"), write(tmp_path / "b", rows=10)

@@ -98,6 +98,7 @@ def test_fewer_activations_are_kept(monkeypatch: pytest.MonkeyPatch, base: str, 
     assert calls[True] == 2 * calls[False]
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     "method",
     [
@@ -120,6 +121,7 @@ def test_bf16_trains_near_fp32_and_what_trains_is_fp32(method: dict[str, Any], b
             assert set(kinds.values()) == {torch.float32}, kinds
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     "settings",
     [

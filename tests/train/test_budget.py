@@ -40,7 +40,7 @@ def options_of(name: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", SIZED)
-@pytest.mark.parametrize("budget", [20_001, 33_333])
+@pytest.mark.parametrize("budget", [20_001, pytest.param(33_333, marks=pytest.mark.large)])
 def test_the_size_chosen_fits_and_one_more_would_not(name: str, budget: int) -> None:
     config = fitted(name, budget, **options_of(name))
     method = build(config.method)

@@ -153,6 +153,7 @@ def test_every_method_learns_in_two_processes_and_in_pieces_what_it_learns_in_on
             assert_alike(both["methods"][name], state)
 
 
+@pytest.mark.large
 def test_what_emptied_sites_have_learnt_is_merged_alike(both: dict[str, Any], tmp_path: Path) -> None:
     assert_alike(both["merged"], side_by_side.merging(tmp_path, micro_batch=7))
 

@@ -139,7 +139,10 @@ def answers(process: subprocess.Popen[str], number: int) -> bool:
 
 
 @pytest.mark.parametrize("later", [0.0, 0.4, 1.5])  # seconds: wherever its imports are by then
-@pytest.mark.parametrize("command", [["train"], ["compare"], ["train", "--dry-run"]])
+@pytest.mark.parametrize(
+    "command",
+    [["train"], *(pytest.param(each, marks=pytest.mark.large) for each in (["compare"], ["train", "--dry-run"]))],
+)
 def test_a_signal_in_the_first_moments_is_one_line(command: list[str], later: float, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(
         "task: stdlib-kind\nvary: {seed: [0, 1]}\n" if command == ["compare"] else "task: stdlib-kind"

@@ -123,6 +123,7 @@ def config(**settings: Any) -> RunConfig:
     return RunConfig(task={"name": "stdlib-kind"}, **settings)
 
 
+@pytest.mark.large
 def test_each_setting_that_saves_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
     large(monkeypatch, 1)
 

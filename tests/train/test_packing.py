@@ -227,6 +227,7 @@ def assert_alike(folder: Path, other: Path) -> None:
             assert one.get("loss", 0.0) == pytest.approx(two.get("loss", 0.0), rel=1e-3)
 
 
+@pytest.mark.large
 def test_a_packed_run_comes_to_what_it_comes_to_unpacked(
     task: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,6 +99,7 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize(
     "name", [name if name == "simplex" else pytest.param(name, marks=pytest.mark.large) for name in METHODS]
 )
