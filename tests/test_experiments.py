@@ -64,7 +64,7 @@ def test_the_quickstart_and_the_small_glue_are_shipped(schema: Schema) -> None:
 TABLES = {table.id: table for paper in papers() for table in paper.tables}
 OF_PAPERS = [file for file in FILES if "\npublished:\n" in file.read_text()]
 SMALL = [file for file in OF_PAPERS if "\nsmall:\n" in file.read_text()]
-both_scales = pytest.mark.parametrize("scale", ["smoke", "full"])
+both_scales = pytest.mark.parametrize("scale", ["smoke", pytest.param("full", marks=pytest.mark.large)])
 
 
 def experiment(name: str, *settings: str, schema: Schema) -> Experiment:

@@ -110,10 +110,10 @@ def text_of(file: Path, draw: st.DataObject) -> str:
 @pytest.mark.parametrize(
     "name",
     [
-        *("run.yaml", "result.json"),
+        "result.json",
         *(
             pytest.param(name, marks=pytest.mark.large)
-            for name in ("metrics.jsonl", "ranks.jsonl", "../experiment.yaml")
+            for name in ("run.yaml", "metrics.jsonl", "ranks.jsonl", "../experiment.yaml")
         ),
     ],
 )

@@ -318,7 +318,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("module, base, fixed", CASES, ids=["axolotl", "LLaMA-Factory", "PEFT"])
+@pytest.mark.parametrize(
+    "module, base, fixed",
+    [
+        pytest.param(*CASES[0], id="axolotl", marks=pytest.mark.large),
+        pytest.param(*CASES[1], id="LLaMA-Factory", marks=pytest.mark.large),
+        pytest.param(*CASES[2], id="PEFT"),
+    ],
+)
 @given(data=st.data())
 @settings(max_examples=150)
 def test_no_key_is_lost_and_the_text_says_what_the_settings_are(

@@ -117,6 +117,7 @@ def small(kind):
     return config
 
 
+@pytest.mark.large
 def test_every_mixture_of_experts_has_sites_that_are_what_trains_or_is_refused():
     seen, told = set(), set()
     for kind in FAMILIES:

@@ -215,6 +215,7 @@ for variable in (None, ""):  # set to nothing is not set
 """
 
 
+@pytest.mark.large
 def test_a_hub_that_cannot_be_reached(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "RANKWISE_DATA"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
