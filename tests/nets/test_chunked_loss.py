@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -209,7 +210,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.names.add(func._schema.name)
-        self.most = max([self.most, *(each.numel() for each in tree_leaves(result) if isinstance(each, Tensor))])
+        tensors = (each for each in tree_leaves(result) if isinstance(each, Tensor) and not each.is_meta)
+        self.most = max([self.most, *(each.numel() for each in tensors)])
         return result
 
 
@@ -262,6 +264,138 @@ def test_whoever_needs_all_logits_has_them_and_their_gradients() -> None:
     assert torch.equal(logits.clone(), 2 * own)
     with torch.no_grad():
         assert type(made(**inputs).logits) is Tensor
+
+
+def written(*steps: Any) -> Any:
+    """Logits (…, words) and a part of them, after each of `steps` on both."""
+
+    def write(logits: Tensor) -> tuple[Tensor, Tensor]:
+        part = logits[:, :-1]
+        for step in steps:
+            result = step(logits, part)
+            logits, part = (logits, part) if result is None else result
+        return logits[:, :-1], part
+
+    return write
+
+
+def done(_: Tensor) -> None:
+    """What has changed its argument."""
+
+
+def assign(tensor: Tensor) -> None:
+    tensor[..., :3] = -1e4
+
+
+def scale(tensor: Tensor) -> None:
+    tensor /= 0.1
+
+
+WRITTEN = {
+    "a part": written(lambda logits, part: assign(part)),
+    "the whole": written(lambda logits, part: scale(logits)),
+    "one after the other": written(lambda logits, part: assign(logits), lambda logits, part: scale(part)),
+    "a part of a part": written(lambda logits, part: assign(part[1:])),
+    "as rows": written(lambda logits, part: assign(logits.view(-1, logits.shape[-1])[2:])),
+    "as rows, copied": written(lambda logits, part: assign(part.reshape(-1, part.shape[-1]))),
+    "what was contiguous": written(lambda logits, part: assign(logits.contiguous())),
+    "what is made contiguous": written(lambda logits, part: assign(part.contiguous())),
+    "with a method": written(lambda logits, part: done(part.masked_fill_(part > 0.5, -5.0))),
+    "with a function": written(lambda logits, part: done(functional.relu(part, inplace=True))),
+    "the same in fp32": written(lambda logits, part: assign(logits.float())),
+    "a copy": written(lambda logits, part: assign(logits * 2)),
+    "copies": written(lambda logits, part: (logits * 2, part * 2), lambda logits, part: assign(part)),
+    "what it was copied from": written(lambda logits, part: (assign(logits), logits, part.contiguous())[1:]),
+    "before it is copied": written(lambda logits, part: (logits, (part.contiguous(), assign(logits))[0])),
+    "through detached": written(lambda logits, part: assign(part.detach())),
+}
+
+
+@pytest.mark.parametrize("write", WRITTEN.values(), ids=WRITTEN.keys())
+@pytest.mark.parametrize("which", [0, 1], ids=["whole", "part"])
+def test_what_is_written_into_logits_or_a_part_of_them_is_seen_where_torch_shows_it(write: Any, which: int) -> None:
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(5, 11), torch.randn(2, 6, 5).requires_grad_()
+    labels = torch.randint(0, 11, (10,))
+
+    def gradients(forward: Any) -> list[Tensor]:
+        logits = write(forward(hidden))[which]
+        loss = functional.cross_entropy(logits.reshape(-1, 11), labels)
+        return [loss.detach(), *torch.autograd.grad(loss, [hidden, head.weight])]
+
+    with torch.no_grad():
+        plain = write(head(hidden))
+    for one, other in zip(gradients(Chunked(head.forward, tokens=4)), gradients(head), strict=True):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(write(Chunked(head.forward)(hidden)), plain, strict=True):
+        torch.testing.assert_close(one + 0, other)
+
+
+def test_a_number_that_logits_were_scaled_by_may_change_before_the_loss() -> None:
+    head, hidden, by = nn.Linear(3, 5), torch.randn(4, 3), torch.tensor(2.0)
+    logits = Chunked(head.forward)(hidden) * by
+    by.fill_(7.0)
+    labels = torch.tensor([1, 0, 4, 2])
+    expected = functional.cross_entropy(2 * head(hidden), labels)
+    torch.testing.assert_close(functional.cross_entropy(logits, labels), expected)
+
+
+def test_a_hook_on_logits_sees_their_gradient_or_is_refused() -> None:
+    made, inputs = model("llama"), batch()
+    put_on_small(made)
+    labels, seen = inputs.pop("labels"), list[Tensor]()
+    logits = made(**inputs).logits
+    logits.register_hook(seen.append)
+    functional.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1)).backward()
+    assert [gradient.shape for gradient in seen] == [logits.shape]
+    logits = made(**inputs, labels=labels).logits
+    for ask in (logits.retain_grad, lambda: logits.register_hook(seen.append)):
+        assert refused(ask).endswith("they have no gradient: call lean(model, on=False) first")
+
+
+def test_a_hook_on_a_weight_of_the_head_is_called_once() -> None:
+    made = model("llama", tie_word_embeddings=False)
+    chunked = put_on_small(made)
+    hook = made.lm_head.weight.register_hook(lambda gradient: gradient / 2)
+    found = learnt(made, **batch())
+    assert chunked.losses == 0
+    chunked_loss.take_off(made)
+    assert_equal(found, learnt(made, **batch()))
+    assert "(a weight of its head has a hook)" in refused(lambda: put_on_small(made))
+    hook.remove()
+    put_on_small(made)
+
+
+def test_second_derivatives_are_refused() -> None:
+    made = model("llama")
+    put_on_small(made)
+    inputs = batch()
+    with pytest.raises(InputError, match="no second derivatives"):
+        torch.autograd.grad(made(**inputs).loss, [*made.parameters()][:1], create_graph=True)
+
+
+def test_a_head_in_bf16_adds_up_many_chunks_without_losing_the_last() -> None:
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(8, 32, bias=False), torch.randn(16_384, 8) + 1
+    labels = torch.randint(0, 32, (16_384,))
+    [exact] = torch.autograd.grad(functional.cross_entropy(head(hidden), labels), head.weight)
+    head, hidden = head.bfloat16(), hidden.bfloat16()
+    loss = functional.cross_entropy(Chunked(head.forward, tokens=16)(hidden), labels)
+    [found] = torch.autograd.grad(loss, head.weight)
+    assert found.dtype == torch.bfloat16 and (found.float() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_within_checkpointing_of_the_whole_model_it_learns_the_same() -> None:
+    made, inputs = model("llama"), batch()
+    expected = learnt(made, **inputs)
+    chunked = put_on_small(made)
+
+    made.zero_grad()
+    loss = checkpoint(lambda: made(**inputs).loss, use_reentrant=False)
+    loss.backward()
+    gradients = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+    assert_equal((loss.item(), gradients), expected)
+    assert chunked.losses == 2 and chunked.whole_logits == 0
 
 
 def test_what_escapes_torch_functions_is_an_error_and_no_lost_gradient() -> None:

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rankwise.errors import InputError
+from rankwise.errors import InputError, require
 from rankwise.nets.recomputed import restore
 from rankwise.nets.undisturbed import undisturbed
 from rankwise.processes import together
@@ -36,6 +36,9 @@ _BY_NUMBER = {
     *("__mul__", "__rmul__", "__truediv__", "__add__", "__radd__", "__sub__", "__neg__"),
 }
 """What is done to each logit by itself."""
+_BY_GRADIENT = {"register_hook", "retain_grad"}
+_NO_SECOND = "a loss in chunks has no second derivatives (create_graph): call lean(model, on=False) first"
+_NO_GRADIENT = "their loss is computed in chunks, and they have no gradient: call lean(model, on=False) first"
 
 
 def put_on(model: nn.Module) -> None:
@@ -67,7 +70,8 @@ def put_on(model: nn.Module) -> None:
         if chunked is not None and not same:
             take_off(model)
     if not same:
-        raise _refused(model)
+        hooks = any(p._backward_hooks for p in output_layer(model).parameters())
+        raise _refused(model, " (a weight of its head has a hook)" if hooks else "")
 
 
 def take_off(model: nn.Module) -> None:
@@ -124,7 +128,11 @@ class Chunked:
         if args or kwargs or fp16 or not torch.is_grad_enabled():
             return self.own(hidden, *args, **kwargs)
         none = self.own(hidden.detach().flatten(0, -2)[:0])
-        return Logits(Pending(hidden, self, _leaves(none), none.detach(), autocast))
+        learnt = _leaves(none)
+        if any(p._backward_hooks for p in learnt):  # a hook would also see the gradient of each chunk
+            return self.own(hidden)
+        frame = torch.empty(*hidden.shape[:-1], none.shape[-1], device="meta")
+        return Logits(Pending(hidden, self, learnt, none.detach(), frame, autocast))
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,8 @@ class Pending:
     """The parameters that train among those that the head computes them with."""
     none: Tensor
     """The logits of no token (0, words), after the steps, which have their dtype."""
+    frame: Tensor
+    """Has the layout that the logits would have, without numbers."""
     autocast: tuple[torch.dtype, bool]
     steps: tuple[Callable[[Tensor], Tensor], ...] = ()
     """What the model does to each of them."""
@@ -158,37 +168,60 @@ class Pending:
             flat, more = tree_map(_flat, (rest, kwargs))
             step = lambda logits: func(logits, *flat, **more)  # noqa: E731
             none = step(self.none)
-            return replace(self, none=none, steps=(*self.steps, step)) if none.shape == self.none.shape else None
+            if none is self.none or none.shape != self.none.shape:
+                return self if none is self.none else None
+            return replace(self, none=none, frame=torch.empty_like(self.frame), steps=(*self.steps, step))
+        hidden = None
         if name == "contiguous" and not rest and not kwargs:
-            return self
+            hidden = self.hidden
         if name in ("view", "reshape") and not kwargs:
             sizes = rest[0] if isinstance(rest[0], (tuple, list)) else rest
             if len(sizes) > 1 and sizes[-1] == self.none.shape[-1]:
-                return replace(self, hidden=self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
+                hidden = self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1])
         if name == "__getitem__" and _keeps_words(rest[0], self.hidden.dim()):
-            return replace(self, hidden=self.hidden[rest[0]])
-        return None
+            hidden = self.hidden[rest[0]]
+        return None if hidden is None else replace(self, hidden=hidden, frame=func(self.frame, *rest))
 
 
 class Logits(Tensor):
     """Logits that are computed only if something needs all of them."""
 
     pending: Pending
+    before: "Logits | None"
+    """What these were made from."""
+    shared_by: tuple[Any, Sequence[Any], dict[str, Any]] | None
+    """The call that made them, if they share the numbers of those, as a view does."""
     computed: Tensor | None
+    used: bool
+    """Whether something that is computed in chunks was made from them."""
 
-    def __new__(cls, pending: Pending) -> "Logits":
-        shape = (*pending.hidden.shape[:-1], pending.none.shape[-1])
+    def __new__(cls, pending: Pending, before: Any = None, shared_by: Any = None) -> "Logits":
         dtype, device = pending.none.dtype, pending.none.device
-        logits: Logits = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        logits.pending, logits.computed = pending, None
+        logits: Logits = Tensor._make_wrapper_subclass(cls, pending.frame.shape, dtype=dtype, device=device)
+        logits.pending, logits.before, logits.shared_by = pending, before, shared_by
+        logits.computed, logits.used = None, False
         return logits
+
+    def settled(self) -> bool:
+        """Whether their numbers are known, and may have been changed since."""
+        viewed = self.before if self.shared_by is not None else None
+        return self.computed is not None or (viewed is not None and viewed.settled())
 
     def whole(self) -> Tensor:
         if self.computed is None:
-            self.pending.chunked.whole_logits += 1
             with torch.enable_grad():  # whoever asks first may need no gradients, and the loss comes after
-                self.computed = self.pending.of(self.pending.hidden)
+                if self.before is not None and self.shared_by is not None:
+                    func, rest, kwargs = self.shared_by
+                    self.computed = func(self.before.whole(), *rest, **kwargs)
+                else:
+                    self.pending.chunked.whole_logits += 1
+                    self.computed = self.pending.of(self.pending.hidden)
         return self.computed
+
+    def use(self) -> None:
+        self.used = True
+        if self.before is not None:
+            self.before.use()
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -197,13 +230,20 @@ class Logits(Tensor):
             if func in _ASKS:
                 return func(*args, **kwargs)
             first = args[0] if args else None
-            if isinstance(first, Logits) and first.computed is None:
-                if func is functional.cross_entropy:
-                    loss = _cross_entropy(*args, **kwargs)
-                    if loss is not None:
-                        return loss
-                elif (pending := first.pending.after(func, args[1:], kwargs)) is not None:
-                    return Logits(pending)
+            if isinstance(first, Logits):
+                name = func.__name__
+                require(name not in _BY_GRADIENT or not first.used, f"{name} of logits: {_NO_GRADIENT}")
+                if not first.settled():
+                    if func is functional.cross_entropy:
+                        loss = _cross_entropy(*args, **kwargs)
+                        if loss is not None:
+                            first.use()
+                            return loss
+                    elif (pending := first.pending.after(func, args[1:], kwargs)) is not None:
+                        if _share(pending.frame, first.pending.frame):
+                            return Logits(pending, first, (func, args[1:], kwargs))
+                        first.use()
+                        return Logits(pending, first)
             return func(*tree_map(_whole, args), **tree_map(_whole, kwargs))
 
     @classmethod
@@ -222,8 +262,14 @@ def _keeps_words(index: Any, dim: int) -> bool:
 
 
 def _flat(value: Any) -> Any:
-    """A number for all words, or one for each, as fits logits (tokens, words)."""
-    return value.reshape(-1) if isinstance(value, Tensor) and value.dim() else value
+    """A number for all words, or one for each, as fits logits (tokens, words), and as it is now."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.reshape(-1).clone() if value.dim() else value.clone()
+
+
+def _share(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def _whole(value: Any) -> Any:
@@ -261,32 +307,42 @@ class _Sum(torch.autograd.Function):
         by_hidden = ctx.needs_input_grad[0]
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=target.device)
         grads: list[Tensor | None] = [torch.empty_like(hidden) if by_hidden else None, *[None for _ in learnt]]
-        for start in range(0, len(hidden), pending.chunked.tokens):
-            rows = slice(start, start + pending.chunked.tokens)
-            chunk = hidden[rows].detach().requires_grad_(by_hidden)
-            with torch.enable_grad():
-                loss = functional.cross_entropy(pending.of(chunk), target[rows], **options)
-            total += loss.detach()
-            if not (wanted := [*([chunk] if by_hidden else []), *learnt]):
-                continue
-            with torch.autocast(hidden.device.type, enabled=False):
-                found = [*torch.autograd.grad(loss, wanted, allow_unused=True)]
-            if (by_chunk := grads[0]) is not None:
-                by_chunk[rows] = found.pop(0)
-            for place, grad in enumerate(found, 1):
-                if grad is not None:
-                    before = grads[place]
-                    grads[place] = grad if before is None else before.add_(grad)
+        # hooks around the model, such as those of checkpointing, must not see what is saved and gone before the end
+        with saved_tensors_hooks(_unchanged, _unchanged):
+            for start in range(0, len(hidden), pending.chunked.tokens):
+                rows = slice(start, start + pending.chunked.tokens)
+                chunk = hidden[rows].detach().requires_grad_(by_hidden)
+                with torch.enable_grad():
+                    loss = functional.cross_entropy(pending.of(chunk), target[rows], **options)
+                total += loss.detach()
+                if not (wanted := [*([chunk] if by_hidden else []), *learnt]):
+                    continue
+                with torch.autocast(hidden.device.type, enabled=False):
+                    found = [*torch.autograd.grad(loss, wanted, allow_unused=True)]
+                if (by_chunk := grads[0]) is not None:
+                    by_chunk[rows] = found.pop(0)
+                for place, grad in enumerate(found, 1):
+                    if grad is not None:  # bf16 would round away what later chunks add
+                        grad, before = grad.to(torch.promote_types(grad.dtype, torch.float32)), grads[place]
+                        grads[place] = grad if before is None else before.add_(grad)
+        for place, each in enumerate(learnt, 1):
+            if (sum_of_all := grads[place]) is not None:
+                grads[place] = sum_of_all.to(each.dtype)
         ctx.known = [grad is not None for grad in grads]
         ctx.save_for_backward(*(grad for grad in grads if grad is not None))
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        require(not torch.is_grad_enabled(), _NO_SECOND)
         saved = iter(ctx.saved_tensors)
         first, *others = (next(saved) * grad if known else None for known in ctx.known)
         return first, None, None, None, *others
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    """To save and to give back; a result of its own node would keep that."""
+    return tensor if tensor.grad_fn is None else tensor.detach()
 
 
 def _tiny(model: Any) -> dict[str, Any]:

@@ -121,6 +121,8 @@ class Recording(TorchDispatchMode):
     def __init__(self, tried: bool) -> None:
         super().__init__()
         self.tried = tried
+        self.compared = False
+        """Whether a recipe was tried."""
         self.recipes: dict[int, tuple[Recipe, weakref.ref[Any], int, torch.dtype]] = {}
         """By the address of the storage of the result, which the reference says is alive; with version and dtype."""
         self.kept: dict[int, weakref.ref[Kept]] = {}
@@ -139,7 +141,8 @@ class Recording(TorchDispatchMode):
         return result
 
     def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        if not _is_plain(result) or result.nbytes < SMALL or any(isinstance(each, Tensor) for each in kwargs.values()):
+        small = SMALL if self.tried else 1  # a model may be tried with few rows, and then get many
+        if not _is_plain(result) or result.nbytes < small or any(isinstance(each, Tensor) for each in kwargs.values()):
             return
         sources: list[Any] = []
         steps, free = LONGEST, result.nbytes // 2
@@ -185,6 +188,7 @@ class Recording(TorchDispatchMode):
             if not self.tried and type(tensor) is not FakeTensor and not tensor.is_meta:
                 again = _again(source, view, caching=False)
                 require(bool(((again == tensor) | (again != again)).all()), CHANGED)
+                self.compared = True
             source.left += 1
             return view
         kept = Kept(tensor if tensor.grad_fn is None else tensor.detach())  # or it would keep what keeps it
@@ -290,7 +294,7 @@ class Recomputing:
         try:
             with recording, saved_tensors_hooks(recording.pack, unpack):
                 result = self.own(*args, **kwargs)
-            self.tried = True
+            self.tried = self.tried or recording.compared
             return result
         finally:
             recording.recipes.clear()
