@@ -2,7 +2,7 @@
 # make demo    a small real comparison on this machine, with its report
 # make check   linter, types, direction of imports
 # make test    check, then all tests but the large ones
-# make bench   time and memory next to the least possible and to PEFT's: docs/performance.md (40 minutes; make bench-quick: 2)
+# make bench   time and memory next to the least possible and to PEFT's: docs/performance.md (an hour; on another machine with JSON=mine.json; make bench-quick: 2 minutes)
 # make test-large  the large tests, and more fuzzing; CI runs both
 # make study-report  the tables and pictures of docs/findings.md from results/
 # make docs    the documentation as a site, in site/; what leads nowhere is an error
@@ -61,7 +61,7 @@ test-large: $(READY)
 	OMP_NUM_THREADS=1 RANKWISE_FUZZ=10000 $(BIN)/python -m pytest -n auto -m "large or fuzz"
 
 bench: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/suite.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/suite.py $(if $(JSON),--json $(JSON))
 
 bench-quick: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/suite.py --quick

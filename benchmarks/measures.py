@@ -37,7 +37,9 @@ def in_turns(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, lis
 
 
 def quartiles(values: list[float]) -> list[float]:
-    return [float(f"{each:.5g}") for each in statistics.quantiles(values, n=4)]
+    """The median between the quartiles, or the least and the most of fewer than four values."""
+    few = [min(values), statistics.median(values), max(values)]
+    return [float(f"{each:.5g}") for each in (statistics.quantiles(values, n=4) if len(values) > 3 else few)]
 
 
 def over(one: list[float], other: list[float]) -> list[float]:

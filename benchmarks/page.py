@@ -63,7 +63,8 @@ def section(name: str, result: dict[str, Any]) -> str:
     """The table of one part, for the terminal."""
     kind = name.partition("-")[0]
     body = SECTIONS[kind](result)
-    return f"{name}, {result['machine']['device']}, {result['rounds']} rounds, {result['seconds']} s\n\n{body}\n"
+    rounds = "1 round" if result["rounds"] == 1 else f"{result['rounds']} rounds"
+    return f"{name}, {result['machine']['device']}, {rounds}, {result['seconds']} s\n\n{body}\n"
 
 
 def _steps(result: dict[str, Any]) -> str:
@@ -160,10 +161,10 @@ def _growth(axis: str, rows: list[dict[str, Any]]) -> str:
     ]
     named = zip(("a step", "what it saves above the limit", "a rank change"), powers, AXES[axis], strict=True)
     shown = ", ".join(
-        f"{name} as its power {got:.2f} (at most {most}{': **more**' if got > most + NOISE else ''})"
+        f"{name} grows as {axis}^{got:.2f} (at most {most}{': **more**' if got > most + NOISE else ''})"
         for name, got, most in named
     )
-    return f"Between the last two, with the {axis}: {shown}."
+    return f"Between the last two points, {shown}."
 
 
 def scaling(results: Results) -> str:
@@ -207,8 +208,10 @@ def together(results: Results) -> str:
         return NOTHING
     many = [row for result in there.values() for row in result["rows"] if row["tokens"] >= 512]
     gain = max((1 / row["over fast"][1] for row in many), default=math.nan)
+    where = " and ".join(f"in {NAMES[shape]}" if shape == "bert" else f"in the {NAMES[shape]}" for shape in there)
     said = (
-        f"The largest gain with 512 tokens or more of each run is {gain:.2f} times; {WORTH} would be worth a feature."
+        f"The largest gain {where}, with 512 tokens or more of each run, is {gain:.2f} times; {WORTH} would be worth a "
+        "feature."
     )
     tables = (f"{NAMES[shape]}:\n\n{_together(result)}" for shape, result in there.items())
     return "\n\n".join([*tables, said])
@@ -368,7 +371,8 @@ def measured_on(results: Results) -> str:
     for name, result in results.items():
         machine = result["machine"]
         versions = ", ".join(f"{package} {machine[package]}" for package in ("torch", "transformers", "peft"))
-        how = f"{machine['device']}, {machine['dtype']}, {machine['threads']} threads; {versions}"
+        threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+        how = f"{machine['device']}, {machine['dtype']}, {threads}; {versions}"
         lines.append([f"`{name}`", result["date"], f"{result['tokens']}", f"{result['rounds']}", how])
     return table(["part", "date", "tokens", "rounds", "machine"], lines)
 

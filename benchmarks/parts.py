@@ -70,7 +70,7 @@ def memory(tokens: int, rounds: int, shape: str, rank: int) -> dict[str, Any]:
          "peak over limit": sizes[1] / least[1]}
         for name, sizes in found.items()
     ]  # fmt: skip
-    return result(rows, kept_by_limit=least[0], peak_of_limit=least[1])
+    return result(rows, rounds=1, kept_by_limit=least[0], peak_of_limit=least[1])
 
 
 GROUPS = {
@@ -179,7 +179,7 @@ def error(tokens: int, rounds: int) -> dict[str, Any]:
         got = torch.linalg.matrix_norm(product - new_B.double() @ new_A.double())
         best = torch.linalg.svdvals(product)[after:].norm()
         rows.append({"shape": [outputs, inputs], "ranks": [before, after], "above": float(got / best - 1)})
-    return result(rows)
+    return result(rows, rounds=1)
 
 
 def starts(tokens: int, rounds: int) -> dict[str, Any]:
@@ -200,10 +200,11 @@ def starts(tokens: int, rounds: int) -> dict[str, Any]:
 
 def short_runs(tokens: int, rounds: int, *options: str) -> dict[str, Any]:
     """What `benchmarks/sweep.py` says of eight short runs: forked, or each a fresh process, next to one process."""
+    rounds = max(2, rounds // 7)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "runs.json"
-        command = [sys.executable, Path(__file__).parent / "sweep.py", "--rounds", max(2, rounds // 7), "--json", file]
+        command = [sys.executable, Path(__file__).parent / "sweep.py", "--rounds", rounds, "--json", file]
         subprocess.run([*map(str, command), *options], check=True, stdout=subprocess.DEVNULL)
         rows = json.loads(file.read_text())["rows"]
     keys = {"÷ one, on the clock": "over one", "÷ one, on the cores": "cores over one"}
-    return result([{keys.get(key, key): value for key, value in row.items()} for row in rows])
+    return result([{keys.get(key, key): value for key, value in row.items()} for row in rows], rounds=rounds)

@@ -29,7 +29,7 @@ def scaling(tokens: int, rounds: int, axis: str) -> dict[str, Any]:
         config = with_sites(value) if axis == "sites" else arms.SHAPES["bert"]
         rows.append({axis: value, **point(config, at["rank"], at["tokens"], rounds)})
         gc.collect()
-    return result(rows)
+    return result(rows, rounds=rounds)
 
 
 def with_sites(count: int) -> transformers.BertConfig:

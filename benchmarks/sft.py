@@ -49,7 +49,7 @@ def sft(tokens: int, rounds: int, model: str = MODEL) -> dict[str, Any]:
         }
         for each, runs in done.items()
     ]
-    return result(rows, model=model, trl=done[TRL][0]["version"])
+    return result(rows, rounds=rounds, model=model, trl=done[TRL][0]["version"])
 
 
 def write_rows(folder: Path, count: int) -> None:

@@ -104,7 +104,10 @@ def new_results(wanted: list[str], asked: argparse.Namespace) -> Iterator[tuple[
             was, now = result["machine"][other[0]], here[other[0]]
             raise InputError(f"{asked.json} is of another {other[0]} ({was}, not {now}): give another file with --json")
     for name in wanted:
-        if name in (known := read(asked.json)) and not asked.again:
+        known = read(asked.json)
+        there = {row.get("arm") for row in known[name]["rows"]} if name in known else set()
+        whole = not name.startswith(("steps", "memory")) or {*arms.every()} <= there  # methods may have been added
+        if name in known and whole and not asked.again:
             print(f"{name}: measured on {known[name]['date']}; --again measures it again", file=sys.stderr)
             continue
         result = measured(name, asked)

@@ -155,7 +155,8 @@ def smaps(process: int) -> dict[str, int]:
 
 def quartiles(seconds: list[float], others: list[float]) -> list[float]:
     ratios = [a / b for a, b in zip(seconds, others, strict=True)]
-    return statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    few = [min(ratios), statistics.median(ratios), max(ratios)]
+    return statistics.quantiles(ratios, n=4) if len(ratios) > 3 else few
 
 
 if __name__ == "__main__":

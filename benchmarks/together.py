@@ -92,7 +92,7 @@ def joined(config: Any, alone: list[arms.Arm]) -> tuple[Any, list[tuple[nn.Param
 
 def together(tokens: int, rounds: int, shape: str) -> dict[str, Any]:
     """A row for each number of runs and of tokens of each run, up to four times `tokens`."""
-    config, rows = arms.SHAPES[shape], []
+    config, rows, rounds = arms.SHAPES[shape], [], max(3, rounds // 4)
     for count in RUNS:
         alone = [arms.ours(config, RANK, "lora") for _ in range(count)]
         for arm in alone:
@@ -102,10 +102,10 @@ def together(tokens: int, rounds: int, shape: str) -> dict[str, Any]:
         model, pairs = joined(config, alone)
         for each in TOKENS:
             if each <= 4 * tokens and count * each <= MOST:
-                rows.append({"runs": count, "tokens": each, **compared(model, pairs, alone, each, max(3, rounds // 4))})
+                rows.append({"runs": count, "tokens": each, **compared(model, pairs, alone, each, rounds)})
         del alone, model, pairs
         gc.collect()
-    return result(rows)
+    return result(rows, rounds=rounds)
 
 
 def compared(model: Any, pairs: Any, alone: list[arms.Arm], tokens: int, rounds: int) -> dict[str, Any]:

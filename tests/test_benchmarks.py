@@ -1,5 +1,6 @@
 """`make bench`: what it measures is well formed, is kept, and is what docs/performance.md says."""
 
+import argparse
 import json
 import re
 import subprocess
@@ -98,8 +99,10 @@ def growing(axis: str) -> dict[str, Any]:
 
 def test_growth_is_the_power_between_the_last_two_points(suite: ModuleType) -> None:
     said = suite.page.scaling({"scaling-rank": growing("rank")})
-    assert "a step as its power 1.00 (at most 1), what it saves above the limit as its power 0.00 (at most 1), " in said
-    assert "a rank change as its power 2.00 (at most 3)." in said and "growth.svg" not in said
+    assert (
+        "a step grows as rank^1.00 (at most 1), what it saves above the limit grows as rank^0.00 (at most 1), " in said
+    )
+    assert "a rank change grows as rank^2.00 (at most 3)." in said and "growth.svg" not in said
 
 
 def test_pictures_are_drawn_and_linked_where_the_results_are_enough(suite: ModuleType) -> None:
@@ -130,11 +133,40 @@ def test_runs_take_turns_and_the_first_round_is_not_counted(suite: ModuleType) -
     assert found == {"a": [5.0, 7.0], "b": [3.0, 8.0], "c": [4.0, 6.0]}
 
 
+@pytest.mark.parametrize("values", [[2.0], [3.0, 1.0], [3.0, 1.0, 2.0], [4.0, 1.0, 3.0, 2.0]])
+def test_quartiles_lie_within_what_was_measured(suite: ModuleType, values: list[float]) -> None:
+    import measures
+
+    low, middle, high = measures.quartiles(values)
+    assert min(values) <= low <= middle <= high <= max(values)
+    if len(values) < 4:
+        assert (low, high) == (min(values), max(values))
+
+
+def test_a_part_without_a_method_that_was_added_is_measured_again(
+    suite: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import arms
+
+    def measured(name: str, asked: argparse.Namespace) -> dict[str, Any]:
+        again.append(name)
+        return whole | {"rows": rows}
+
+    file, again = tmp_path / "results.json", list[str]()
+    whole = {"machine": arms.machine(), "date": "2026-01-01"}
+    rows = [{"arm": name} for name in arms.every()]
+    file.write_text(json.dumps({"steps-bert-8": whole | {"rows": rows}, "memory-bert-8": whole | {"rows": rows[1:]}}))
+    monkeypatch.setattr(suite, "measured", measured)
+    for _ in range(2):
+        [*suite.new_results(["steps-bert-8", "memory-bert-8"], argparse.Namespace(json=file, again=False))]
+    assert again == ["memory-bert-8"]
+
+
 @pytest.mark.large
 def test_what_has_been_measured_is_kept_unless_it_is_asked_for_again(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     options = ("--json", file, "--rounds", 2)
-    assert run("help", "error", *options).count("2 rounds") == 2
+    assert re.findall(r"\d rounds?", run("help", "error", *options)) == ["2 rounds", "1 round"]
     first = json.loads(file.read_text())
     assert [*first] == ["error", "help"]  # in the order of the parts
     assert run("help", "error", *options) == ""
@@ -187,7 +219,7 @@ def test_growth_is_measured_along_each_axis(axis: str, tmp_path: Path) -> None:
         assert row["kept"] > row["kept by limit"] > 0
         for key in ("over limit", "search over lora", "change over step"):
             assert 0 < row[key][0] <= row[key][1] <= row[key][2]
-    assert re.search(rf"with the {axis}: a step as its power \d\.\d\d \(at most 1\)", shown)
+    assert re.search(rf"a step grows as {axis}\^\d\.\d\d \(at most 1\)", shown)
 
 
 @pytest.mark.large
