@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from rankwise.optim.project import simplex
@@ -116,6 +116,7 @@ def test_sites_of_one_cost_get_a_unit_every_so_many(n, units):
 
 
 @given(st.lists(st.integers(2, 4000), min_size=1, max_size=7), st.integers(1, 24), st.floats(0, 3))
+@example([6, 6, 6, 2, 6], 17, 1.625)  # what is left after the first units goes to a kind that had one more
 def test_each_kind_of_layer_gets_its_share_and_at_all_depths(kinds, depth, mean):
     """As in a model of equal blocks, whose layers cost what `kinds` says."""
     costs = kinds * depth

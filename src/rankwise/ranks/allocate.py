@@ -70,7 +70,7 @@ def evenly(kinds: Sequence[Hashable], costs: Sequence[int], limits: Sequence[int
     To choose these, sites are put in order by kind, so that every kind of layer gets its share, and within a kind by
     depth, starting at a different depth for each kind, so that the extra units are not all in the same blocks. Of N
     sites in this order, n get one: those at ⌊(j + ½) N / n⌋, with the largest n that the budget allows. What is left is
-    spent in the same way on sites that still fit.
+    spent in the same way on sites that still fit. The shares of kinds of one cost differ by a unit at most.
 
     Args:
         kinds: what makes two sites alike, such as their name in all blocks. costs: c_i, parameters per unit of rank.
@@ -79,7 +79,7 @@ def evenly(kinds: Sequence[Hashable], costs: Sequence[int], limits: Sequence[int
     rank = equal_rank(costs, limits, budget)
     ranks = [min(rank, limit) for limit in limits]
     left = budget - sum(r * cost for r, cost in zip(ranks, costs, strict=True))
-    order = []
+    order, added = [], list[int]()
     for turn, places in enumerate(alike(kinds)):
         begin = floor(GOLDEN * turn % 1 * len(places))
         order += places[begin:] + places[:begin]
@@ -90,10 +90,34 @@ def evenly(kinds: Sequence[Hashable], costs: Sequence[int], limits: Sequence[int
             if sum(costs[i] for i in chosen) <= left:
                 break
         else:
-            return ranks
+            break
         for i in chosen:
             ranks[i] += 1
             left -= costs[i]
+        added += chosen
+    peers: dict[tuple[int, ...], list[list[int]]] = {}
+    for places in alike(kinds):
+        peers.setdefault((len(places), *sorted({costs[i] for i in places})), []).append(places)
+    for each in peers.values():
+        _level(each, ranks, [min(rank + 1, limit) for limit in limits], added)
+    return ranks
+
+
+def _level(peers: list[list[int]], ranks: list[int], most: list[int], added: list[int]) -> None:
+    """Move units, the last added first, from kinds with more to kinds with fewer, at a depth nearby."""
+    while True:
+        shares = [sum(ranks[i] for i in places) for places in peers]
+        rich, poor = peers[shares.index(max(shares))], peers[shares.index(min(shares))]
+        spare = [i for i in added if i in rich]
+        free = [i for i in poor if ranks[i] < most[i]]
+        if max(shares) - min(shares) < 2 or not spare or not free:
+            return
+        depth = rich.index(spare[-1])
+        given = min(free, key=lambda i: abs(poor.index(i) - depth))
+        ranks[spare[-1]] -= 1
+        ranks[given] += 1
+        added.remove(spare[-1])
+        added.append(given)
 
 
 def equal_rank(costs: Sequence[int], limits: Sequence[int], budget: int) -> int:
