@@ -2,7 +2,7 @@
 # make demo    a small real comparison on this machine, with its report
 # make check   linter, types, direction of imports
 # make test    check, then all tests but the large ones
-# make bench   time and memory next to the least possible and to PEFT's: docs/performance.md (an hour; on another machine with JSON=mine.json; make bench-quick: 2 minutes)
+# make bench   time and memory next to the least possible and to PEFT's: docs/performance.md (an hour; JSON=mine.json on other machines; make bench-quick: 2 minutes)
 # make test-large  the large tests, and more fuzzing; CI runs both
 # make study-report  the tables and pictures of docs/findings.md from results/
 # make docs    the documentation as a site, in site/; what leads nowhere is an error

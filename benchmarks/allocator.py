@@ -11,12 +11,13 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
 import warnings
 from pathlib import Path
+
+from measures import quartiles
 
 KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
@@ -43,7 +44,7 @@ def main() -> None:
             pair.append(json.loads(done.stdout.splitlines()[-1]))
         for place, values in enumerate(found.values()):
             values.append([pair[0][place], pair[1][place]])
-    ratios = {name: statistics.quantiles([b / a for a, b in pairs], n=4) for name, pairs in found.items()}
+    ratios = {name: quartiles([b / a for a, b in pairs]) for name, pairs in found.items()}
     for name, (low, middle, high) in ratios.items():
         print(f"{name}, kept ÷ given back: {middle:.3f} ({low:.3f} to {high:.3f})")
     if asked.json:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measures import over
 
 from rankwise.commands.ready import Ready
 from rankwise.tasks import decoding, subset
@@ -47,8 +48,7 @@ def main() -> None:
                 start = clock()
                 texts[way] = task.generate(ready.model, examples, ready.processor, asked.at_once)
                 seconds[way].append(clock() - start)
-    ratios = [a / b for a, b in zip(seconds["ours"], seconds["transformers"], strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else 3 * ratios
+    low, middle, high = over(seconds["ours"], seconds["transformers"])
     same = sum(a == b for a, b in zip(*texts.values(), strict=True))
     tokens = sum(len(ready.processor(text)["input_ids"]) for text in texts["ours"])
     speed = {way: tokens / statistics.median(each) for way, each in seconds.items()}

@@ -208,10 +208,9 @@ def together(results: Results) -> str:
         return NOTHING
     many = [row for result in there.values() for row in result["rows"] if row["tokens"] >= 512]
     gain = max((1 / row["over fast"][1] for row in many), default=math.nan)
-    where = " and ".join(f"in {NAMES[shape]}" if shape == "bert" else f"in the {NAMES[shape]}" for shape in there)
     said = (
-        f"The largest gain {where}, with 512 tokens or more of each run, is {gain:.2f} times; {WORTH} would be worth a "
-        "feature."
+        f"With 512 tokens or more of each run the largest gain ({', '.join(NAMES[shape] for shape in there)}) is "
+        f"{gain:.2f} times; {WORTH} would be worth a feature."
     )
     tables = (f"{NAMES[shape]}:\n\n{_together(result)}" for shape, result in there.items())
     return "\n\n".join([*tables, said])

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from measures import over
 from rich.console import Console
 
 from rankwise import methods, tasks
@@ -87,8 +88,8 @@ def times(asked: argparse.Namespace) -> list[dict[str, Any]]:
     return [
         {
             "arm": arm,
-            "÷ one, on the clock": quartiles(clock[arm], clock["one"]),
-            "÷ one, on the cores": quartiles(cores[arm], cores["one"]),
+            "÷ one, on the clock": over(clock[arm], clock["one"]),
+            "÷ one, on the cores": over(cores[arm], cores["one"]),
             "seconds": round(statistics.median(clock[arm]), 1),
         }
         for arm in arms
@@ -151,12 +152,6 @@ def smaps(process: int) -> dict[str, int]:
     """The kB of a process by kind."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
     return {line.split(":")[0]: int(line.split()[1]) for line in lines}
-
-
-def quartiles(seconds: list[float], others: list[float]) -> list[float]:
-    ratios = [a / b for a, b in zip(seconds, others, strict=True)]
-    few = [min(ratios), statistics.median(ratios), max(ratios)]
-    return statistics.quantiles(ratios, n=4) if len(ratios) > 3 else few
 
 
 if __name__ == "__main__":

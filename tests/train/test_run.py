@@ -78,7 +78,7 @@ def test_the_result_says_all_that_a_table_needs_and_no_path(finished: Path) -> N
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.large)])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_by_default_a_search_changes_ranks_and_says_at_how_many_sites(
     seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

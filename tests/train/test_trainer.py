@@ -100,9 +100,7 @@ def same_weights(a, b):
 
 
 @pytest.mark.large
-@pytest.mark.parametrize(
-    "name", [name if name == "simplex" else pytest.param(name, marks=pytest.mark.large) for name in METHODS]
-)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_run_cut_at_any_step_and_resumed_is_bit_identical(name, tmp_path):
     method = METHODS[name]
     whole = trained("rank", method, tmp_path, train_sampling_strategy="group_by_length")

@@ -37,8 +37,9 @@ _BY_NUMBER = {
 }
 """What is done to each logit by itself."""
 _BY_GRADIENT = {"register_hook", "retain_grad"}
+"""What needs the gradient of all logits."""
 _NO_SECOND = "a loss in chunks has no second derivatives (create_graph): call lean(model, on=False) first"
-_NO_GRADIENT = "their loss is computed in chunks, and they have no gradient: call lean(model, on=False) first"
+_NO_GRADIENT = "logits whose loss is computed in chunks have no gradient for {}: call lean(model, on=False) first"
 
 
 def put_on(model: nn.Module) -> None:
@@ -168,8 +169,10 @@ class Pending:
             flat, more = tree_map(_flat, (rest, kwargs))
             step = lambda logits: func(logits, *flat, **more)  # noqa: E731
             none = step(self.none)
-            if none is self.none or none.shape != self.none.shape:
-                return self if none is self.none else None
+            if none is self.none:
+                return self
+            if none.shape != self.none.shape:
+                return None
             return replace(self, none=none, frame=torch.empty_like(self.frame), steps=(*self.steps, step))
         hidden = None
         if name == "contiguous" and not rest and not kwargs:
@@ -193,7 +196,7 @@ class Logits(Tensor):
     """The call that made them, if they share the numbers of those, as a view does."""
     computed: Tensor | None
     used: bool
-    """Whether something that is computed in chunks was made from them."""
+    """Whether a loss in chunks, or logits that are not computed, were made from them."""
 
     def __new__(cls, pending: Pending, before: Any = None, shared_by: Any = None) -> "Logits":
         dtype, device = pending.none.dtype, pending.none.device
@@ -203,7 +206,7 @@ class Logits(Tensor):
         return logits
 
     def settled(self) -> bool:
-        """Whether their numbers are known, and may have been changed since."""
+        """Whether they have been computed, or what they are a view of has, so that they may have been changed."""
         viewed = self.before if self.shared_by is not None else None
         return self.computed is not None or (viewed is not None and viewed.settled())
 
@@ -219,6 +222,7 @@ class Logits(Tensor):
         return self.computed
 
     def use(self) -> None:
+        """Note that something in chunks was made from them, and so from all that they were made from."""
         self.used = True
         if self.before is not None:
             self.before.use()
@@ -232,7 +236,7 @@ class Logits(Tensor):
             first = args[0] if args else None
             if isinstance(first, Logits):
                 name = func.__name__
-                require(name not in _BY_GRADIENT or not first.used, f"{name} of logits: {_NO_GRADIENT}")
+                require(name not in _BY_GRADIENT or not first.used, _NO_GRADIENT.format(name))
                 if not first.settled():
                     if func is functional.cross_entropy:
                         loss = _cross_entropy(*args, **kwargs)
@@ -262,7 +266,7 @@ def _keeps_words(index: Any, dim: int) -> bool:
 
 
 def _flat(value: Any) -> Any:
-    """A number for all words, or one for each, as fits logits (tokens, words), and as it is now."""
+    """A copy, since it may be changed later: a number for all words or one for each, as fits logits (tokens, words)."""
     if not isinstance(value, Tensor):
         return value
     return value.reshape(-1).clone() if value.dim() else value.clone()

@@ -70,7 +70,8 @@ def evenly(kinds: Sequence[Hashable], costs: Sequence[int], limits: Sequence[int
     To choose these, sites are put in order by kind, so that every kind of layer gets its share, and within a kind by
     depth, starting at a different depth for each kind, so that the extra units are not all in the same blocks. Of N
     sites in this order, n get one: those at ⌊(j + ½) N / n⌋, with the largest n that the budget allows. What is left is
-    spent in the same way on sites that still fit. The shares of kinds of one cost differ by a unit at most.
+    spent in the same way on sites that still fit. Kinds with the same cost and number of
+    sites end with shares that differ by one unit at most.
 
     Args:
         kinds: what makes two sites alike, such as their name in all blocks. costs: c_i, parameters per unit of rank.
@@ -79,8 +80,8 @@ def evenly(kinds: Sequence[Hashable], costs: Sequence[int], limits: Sequence[int
     rank = equal_rank(costs, limits, budget)
     ranks = [min(rank, limit) for limit in limits]
     left = budget - sum(r * cost for r, cost in zip(ranks, costs, strict=True))
-    order, added = [], list[int]()
-    for turn, places in enumerate(alike(kinds)):
+    groups, order, added = alike(kinds), list[int](), list[int]()
+    for turn, places in enumerate(groups):
         begin = floor(GOLDEN * turn % 1 * len(places))
         order += places[begin:] + places[:begin]
     while True:
@@ -96,7 +97,7 @@ def evenly(kinds: Sequence[Hashable], costs: Sequence[int], limits: Sequence[int
             left -= costs[i]
         added += chosen
     peers: dict[tuple[int, ...], list[list[int]]] = {}
-    for places in alike(kinds):
+    for places in groups:
         peers.setdefault((len(places), *sorted({costs[i] for i in places})), []).append(places)
     for each in peers.values():
         _level(each, ranks, [min(rank + 1, limit) for limit in limits], added)
