@@ -53,6 +53,9 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Processes find the sources compiled, also where Python is told to keep nothing.
+test: export PYTHONDONTWRITEBYTECODE :=
+
 # Each test process has one thread; there is one more than cores, since some tests wait for processes of their own.
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n "$$($(BIN)/python -c 'import os; print(os.cpu_count() + 1)')" -m "not large"

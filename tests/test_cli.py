@@ -548,6 +548,7 @@ def test_a_run_is_reproduced_from_the_file_that_lies_in_its_folder(cli: Cli, qui
     assert code == 2 and "id: there is no such key" in err
 
 
+@pytest.mark.large
 def test_a_rate_is_not_chosen_among_what_two_codes_have_found(cli: Cli, quick: None, tmp_path: Path) -> None:
     store = Store(tmp_path / "runs")
     tuned = {**TINY, "tune": {"learning_rate": [1e-3, 1e-2]}, "vary": {"method": ["lora"], "seed": [0, 1]}}

@@ -132,6 +132,7 @@ def test_a_run_that_was_killed_and_resumed_shows_each_step_once(begun: bool, unc
     assert resumed == sorted({*resumed, *whole}) and len(whole) > 1  # a resumed run draws once more than it would
 
 
+@pytest.mark.large
 def test_repeat_starts_the_event_files_again(tmp_path: Path) -> None:
     settings = {**runs.SETTINGS, "model": runs._small_bert(), "method": "lora", "report_to": ["tensorboard"]}
     del settings["id"]

@@ -70,6 +70,7 @@ def as_simple_programs_do(folder):
     return config, found
 
 
+@pytest.mark.large
 @one_shape
 def test_both_layouts_are_the_same_model_in_stock_peft(shape, tmp_path):
     model = searched(shape)

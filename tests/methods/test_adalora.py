@@ -179,7 +179,8 @@ def in_a_trainer(kind, method, folder, seed=1, resume=None, **more):
     return [(log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log], trainer.model
 
 
-@pytest.mark.parametrize("kind", ["rank", pytest.param("plain", marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("kind", ["rank", "plain"])
 def test_a_trainer_resumes_bit_identically_and_says_how_many_steps_there_are(kind, tmp_path):
     method = made(total=0, dropout=0.1)
     whole, model = in_a_trainer(kind, method, tmp_path)

@@ -224,8 +224,9 @@ def test_a_deep_copy_has_adapters_of_its_own(name):
     assert not torch.equal(models.logits(model), before)
 
 
+@pytest.mark.large
 @both
-@pytest.mark.parametrize("shape", ["bert", pytest.param("llama", marks=pytest.mark.large)])
+@pytest.mark.parametrize("shape", ["bert", "llama"])
 def test_a_compiled_model_runs_its_adapters(name, shape):
     model = draw(attached(name, shape))
     compiled = torch.compile(model, backend="aot_eager")

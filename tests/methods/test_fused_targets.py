@@ -381,7 +381,8 @@ def trained(name, base=classifier):
     return chosen.fold(model)
 
 
-@pytest.mark.parametrize("base", [pytest.param(classifier, marks=pytest.mark.large), language_model])
+@pytest.mark.large
+@pytest.mark.parametrize("base", [classifier, language_model])
 def test_stock_peft_in_a_fresh_process_gives_the_same_logits(base, tmp_path):
     wanted = {}
     for name in METHODS:

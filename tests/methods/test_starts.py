@@ -133,6 +133,7 @@ def test_a_tied_weight_takes_no_residual_start(init):
 # --- trained, saved, loaded by stock PEFT ----------------------------------------------------------------------------
 
 
+@pytest.mark.large
 @one_shape
 def test_stock_peft_on_the_untouched_base_gives_the_trained_logits(shape, tmp_path):
     methods = {f"{kind}-{init}": made(kind, init) for kind in ("lora", "lora-fa") for init in INITS}

@@ -360,7 +360,7 @@ def test_methods_find_the_bottleneck_and_its_ranks(kind):
     assert [s.name for s in sites(rw.LoRA(rank=2).attach(small(kind), head=["classifier"]))] == ["bottleneck"]
 
 
-@both
+@pytest.mark.parametrize("kind", [UNet, pytest.param(RefinedUNet, marks=pytest.mark.large)])
 def test_a_trainer_trains_and_scores_it(kind, tmp_path):
     from rankwise.metrics.segmentation import counts, dice
 

@@ -64,7 +64,13 @@ if Version(transformers.__version__) >= Version("5.23"):  # 5.6 leaves the head 
     READERS.append(by_transformers)
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.large] * (kind in ("adalora", "start", "pull", "dora")))
+        for kind in ADAPTERS
+    ],
+)
 def test_what_peft_writes_at_any_step_is_refused_by_peft_or_right(kind, tmp_path):
     method, model, shape = attached(kind)
     optimizer = rw.SimplexAdam(method, model, lr=1e-2)

@@ -139,6 +139,7 @@ def test_a_change_in_what_runs_share_is_one_of_them_all(file: str, old: str, new
         assert differing(made_by(package, method), made_by(SOURCE, method)) == ([] if unused else [file])
 
 
+@pytest.mark.large
 def test_runs_of_one_code_never_disagree() -> None:
     """Names that two files share would look like one definition that has changed."""
     kinds = [*methods.registry().values(), *tasks.registry().values()]

@@ -81,9 +81,8 @@ def test_no_more_runs_at_once_than_jobs_and_the_cores_are_divided(
     assert (environment["MKL_NUM_THREADS"], environment["TOKENIZERS_PARALLELISM"]) == ("1", "false")
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.large)]
-)
+@pytest.mark.large
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
 def test_a_sweep_that_is_told_to_stop_stops_its_workers_and_goes_on_later(
     number: signal.Signals, code: int, store: Store
 ) -> None:
@@ -136,6 +135,7 @@ def test_a_worker_stopped_from_outside_is_neither_done_nor_failed(store: Store) 
     assert store.state(folder) == "stopped"
 
 
+@pytest.mark.large
 def test_two_sweeps_in_one_folder_share_the_runs(store: Store) -> None:
     folders = runs(store, *[None] * 6)
     both = [start(store, "local", "jobs=2"), start(store, "local", "jobs=2")]

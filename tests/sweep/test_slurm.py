@@ -61,7 +61,7 @@ def busy(*folders: Path) -> Callable[[], bool]:
     return lambda: all(started(folder) for folder in folders)
 
 
-@pytest.mark.parametrize("array", ["false", "true"])
+@pytest.mark.parametrize("array", [pytest.param("false", marks=pytest.mark.large), "true"])
 def test_what_becomes_of_a_run_is_told_as_on_this_machine(array: str, store: Store, slurm: Path) -> None:
     folders = runs(store, None, 2, 3, 4)
     out, log = start(store, "slurm", f"array={array}", "sbatch={constraint: fast}").communicate(timeout=PATIENCE)
@@ -103,7 +103,8 @@ def test_a_job_that_waits_in_the_queue_is_cancelled_with_its_sweep(store: Store,
     assert [state.read_text() for state in slurm.glob("*/state")] == ["CANCELLED by 0"] * 2
 
 
-@pytest.mark.parametrize("array", ["false", pytest.param("true", marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("array", ["false", "true"])
 def test_what_a_killed_sweep_left_in_the_queue_is_not_submitted_again(array: str, store: Store, slurm: Path) -> None:
     """Of two jobs one waits and one is at work when the sweep is killed by -9; the same call takes both over."""
     first, second = runs(store, 6, None)
@@ -132,6 +133,7 @@ def test_what_a_killed_sweep_left_in_the_queue_is_not_submitted_again(array: str
     assert (len(started(first)), len(started(second)), count(slurm)) == (2, 1, 3)
 
 
+@pytest.mark.large
 def test_a_job_left_by_a_sweep_that_was_killed_while_it_submitted_gives_way(store: Store, slurm: Path) -> None:
     (folder,) = runs(store, None)
     (slurm / "hold").touch()
@@ -232,6 +234,7 @@ def test_what_the_cluster_refuses_is_one_line(store: Store, slurm: Path) -> None
     assert "InputError: sbatch did not take the job: sbatch: error: invalid partition specified: nowhere" in last
 
 
+@pytest.mark.large
 def test_a_node_that_cannot_carry_out_runs_ends_the_sweep_in_one_line(store: Store, slurm: Path) -> None:
     runs(store, None)
     _, log = start(store, "slurm", "command=[no-such-program]").communicate(timeout=PATIENCE)
@@ -240,6 +243,7 @@ def test_a_node_that_cannot_carry_out_runs_ends_the_sweep_in_one_line(store: Sto
     assert last.startswith("rankwise.errors.InputError: ") and f": node {socket.gethostname()} " in last
 
 
+@pytest.mark.large
 def test_a_node_where_rankwise_cannot_be_imported_ends_the_sweep_in_one_line(
     store: Store, slurm: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def rates(runs: Path) -> dict[bool, set[tuple[str, float, int]]]:
     return found
 
 
+@pytest.mark.large
 def test_each_method_is_reported_at_its_own_best_rate(tmp_path: Path) -> None:
     head = {"name": "head", "learning_rate": [1e-2, 3e-2]}
     done, failed, shown, log = carry_out(settings(tmp_path, {"learning_rate": [1e-4, 1e-3, 5.0], "seeds": [7]}, head))
@@ -69,6 +70,7 @@ def test_each_method_is_reported_at_its_own_best_rate(tmp_path: Path) -> None:
     assert all(len((folder / "started").read_text().splitlines()) == 1 for folder in Store(tmp_path).folders())
 
 
+@pytest.mark.large
 def test_a_method_that_diverges_at_every_rate_fails_alone(tmp_path: Path) -> None:
     head = {"name": "head", "learning_rate": [2.0, 5.0]}
     done, failed, _, log = carry_out(settings(tmp_path, {"learning_rate": [1e-3]}, head))

@@ -121,6 +121,7 @@ def test_a_python_that_was_built_on_an_older_system_forks_nothing(
     assert not possible() and Local(1)._fork(tmp_path, {}) is None
 
 
+@pytest.mark.large
 def test_what_runs_draw_by_chance_differs(local: Local, tmp_path: Path) -> None:
     """Else two runs would read each other's files in the cache of `datasets`."""
     (tmp_path / "drawing.py").write_text(

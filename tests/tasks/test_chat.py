@@ -413,6 +413,7 @@ def test_what_is_cut_is_said_once_on_stderr(tmp_path, capsys):
     assert said.count("warning: train rows of told (chat): max_length = 90: of ") == 1
 
 
+@pytest.mark.large
 def test_a_run_counts_what_was_cut_and_shows_sample_answers(tmp_path):
     rows = [turns(f"What is {n} + {n}?", f"It is {n + n}." * (1 + 3 * (n % 5 == 0))) for n in range(150)]
     rows += [turns("long " * 60, "No.")] * 3
@@ -433,7 +434,8 @@ def test_a_run_counts_what_was_cut_and_shows_sample_answers(tmp_path):
         assert "What is " in example.source and example.references[0].startswith("It is ")
 
 
-@pytest.mark.parametrize("kind", ["chat", pytest.param("text", marks=pytest.mark.large)])
+@pytest.mark.large
+@pytest.mark.parametrize("kind", ["chat", "text"])
 def test_packed_rows_are_learnt_as_unpacked_ones_are(tmp_path, kind):
     rows = [{"messages": turns(f"What is {n}?", f"It is {n}."), "text": f"The number {n}."} for n in range(40)]
     file = write(tmp_path / "a.jsonl", rows)

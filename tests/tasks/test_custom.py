@@ -89,7 +89,10 @@ def test_classes_that_are_numbers_keep_their_order(tmp_path: Path) -> None:
             {"text": "a", "text_pair": "b", "label": "same"},
             {"accuracy", "matthews"},
         ),
-        ("regression", {"a": "one text", "grade": 1.5}, {"text": "a", "label": "grade"}, {"pearson", "spearman"}),
+        pytest.param(
+            *("regression", {"a": "one text", "grade": 1.5}, {"text": "a", "label": "grade"}, {"pearson", "spearman"}),
+            marks=pytest.mark.large,
+        ),
     ],
 )
 def test_a_run_on_own_data(
@@ -106,7 +109,9 @@ def test_a_run_on_own_data(
     assert str(tmp_path) not in json.dumps(result)
 
 
-@pytest.mark.parametrize(("name", "model"), [("seq2seq", "random-t5"), ("causal", "random-gpt2")])
+@pytest.mark.parametrize(
+    ("name", "model"), [("seq2seq", "random-t5"), pytest.param("causal", "random-gpt2", marks=pytest.mark.large)]
+)
 def test_a_text_is_written_for_own_data(tmp_path: Path, name: str, model: str) -> None:
     write(tmp_path / "data" / "train.csv", [{"in": f"say {i}", "out": f"it is {i}"} for i in range(16)])
     write(tmp_path / "data" / "test.csv", [{"in": "say 3", "out": "it is 3"}])
@@ -118,6 +123,7 @@ def test_a_text_is_written_for_own_data(tmp_path: Path, name: str, model: str) -
     assert rows[0]["source"] == "say 3" and rows[0]["references"] == ["it is 3"]
 
 
+@pytest.mark.large
 def test_none_scores_the_model_as_it_comes(tmp_path: Path) -> None:
     """It takes no step, whatever the settings say of steps, and writes what the base model writes."""
     write(tmp_path / "data" / "train.csv", [{"in": f"say {i}", "out": f"it is {i}"} for i in range(16)])

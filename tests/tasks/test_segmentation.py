@@ -168,6 +168,7 @@ def test_a_summary_has_an_interval_over_the_images(tmp_path: Path) -> None:
     assert by_hand[0] < by_hand[1]
 
 
+@pytest.mark.large
 def test_a_network_trained_on_one_set_is_adapted_to_another(tmp_path: Path) -> None:
     """A chain from full fine-tuning to LoRA: the second run begins with the function that the first one ended with."""
     first, second = write(tmp_path / "a"), write(tmp_path / "b")

@@ -58,10 +58,10 @@ def losses(folder: Path) -> list[float]:
     [
         {"micro_batch": 4},
         {"gradient_checkpointing": True},
-        {"attention": "eager"},
         *(
             pytest.param(settings, marks=pytest.mark.large)
             for settings in (
+                {"attention": "eager"},
                 {"micro_batch": 100},
                 {"attention": "sdpa"},
                 {"trainer": {"adam_beta2": 0.999}},  # as by default

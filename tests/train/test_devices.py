@@ -158,6 +158,7 @@ def test_what_emptied_sites_have_learnt_is_merged_alike(both: dict[str, Any], tm
     assert_alike(both["merged"], side_by_side.merging(tmp_path, micro_batch=7))
 
 
+@pytest.mark.large
 def test_ranks_and_fresh_factors_are_alike_where_dropout_parts_the_random_streams(both: dict[str, Any]) -> None:
     assert both["alike"]
     assert max(both["ranks"].values()) > 2  # sites have grown, by factors drawn at random

@@ -12,6 +12,7 @@ from rankwise.train.run import run
 from runs import SIMPLEX, lines, make
 
 
+@pytest.mark.large
 def test_a_fast_run_learns_the_same_by_another_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     used = []
     forward = LoraLinearFunction.forward

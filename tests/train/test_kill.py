@@ -153,6 +153,7 @@ main()
 """
 
 
+@pytest.mark.large
 def test_a_worker_that_cannot_see_its_parent_goes_on(tmp_path: Path) -> None:
     """As in a container with process ids of its own, where the parent's is nobody's, or another's."""
     able = subprocess.run(["unshare", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, text=True)

@@ -63,6 +63,7 @@ def test_a_run_that_runs_out_of_memory_takes_half_as_many_rows_at_once(alone: Pa
     assert row.remarks == [*whole.remarks, said]
 
 
+@pytest.mark.large
 def test_in_two_processes_both_take_fewer_where_one_is_short(base: str, tmp_path: Path) -> None:
     """Of 15 rows one process has 7, which it could hold, and the other 8."""
     folder = make(tmp_path / "run", model=base, batch_size=15, max_steps=4)

@@ -240,6 +240,7 @@ def test_a_run_says_it_before_it_loads_the_model(tmp_path: Path) -> None:
     assert re.search(r"training needs about \d\d\.\d GiB .*2048 rows of up to 128", (folder / "log.txt").read_text())
 
 
+@pytest.mark.large
 def test_lean_activations_are_advised_where_they_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     large(monkeypatch, 0.001)
 

@@ -336,6 +336,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         run(folder)
 
 
+@pytest.mark.large
 def test_a_finished_run_is_returned_from_a_folder_that_cannot_be_written_to(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "run")
     (tmp_path / "run" / "run.lock").unlink()

@@ -398,8 +398,17 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(method, shape, tmp_p
 
 
 @pytest.mark.filterwarnings("ignore:.* are in no layer that can be adapted")  # XLNet's attention
-@pytest.mark.parametrize(("name", "scales"), [("XLNetLMHeadModel", False), ("LlamaForCausalLM", True)])
-@pytest.mark.parametrize("told", ["nothing", "smooth", "function", "function of the batch alone"])
+@pytest.mark.parametrize(
+    ("name", "scales", "told"),
+    [
+        pytest.param(name, scales, told, marks=[pytest.mark.large] * (told in heavy))
+        for name, scales, heavy in (
+            ("XLNetLMHeadModel", False, {"smooth", "function"}),
+            ("LlamaForCausalLM", True, {"function of the batch alone"}),
+        )
+        for told in ("nothing", "smooth", "function", "function of the batch alone")
+    ],
+)
 def test_whoever_computes_the_loss_is_asked_whether_it_scales(name, scales, told, tmp_path):
     """The model, the Trainer's label smoother, or a function of the user's, whatever its class is called."""
     found, batch = [], models.class_batch(name)
@@ -542,6 +551,7 @@ def test_what_evaluate_returns_is_what_the_trainer_measured(kind, tmp_path):
     assert trainer.state.log_history[-1]["adapter_parameters"] == rw.rank_report(trainer.model).total
 
 
+@pytest.mark.large
 def test_a_hyperparameter_search_maximises_what_was_measured(tmp_path):
     method = METHODS["simplex"]
 
