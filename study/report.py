@@ -43,8 +43,10 @@ NAMES = {
 RANKED = ("lora", "spaced-lora", "squeeze", "simplex-lora", "lora-fa", "adalora")
 LEVELS = ("none", "head", "full")
 """Methods of one size, which the pictures have as lines across."""
+OWN = {"squeeze": "spectrum", "simplex-lora": "omega"}
+"""What decides ranks in the methods that have controls."""
 CONTROLS = ("permuted", "type", "uniform")
-"""What squeeze is compared with, and with LoRA of its size."""
+"""What these are compared with, and with LoRA of their size."""
 CLAIMS = (
     ("SimplexLoRA, 8 units a layer, is not worse than LoRA", ("SimplexLoRA", 8), ("LoRA", 8)),
     ("SimplexLoRA, 1 unit a layer, is not worse than LoRA", ("SimplexLoRA", 1), ("LoRA", 1)),
@@ -79,15 +81,17 @@ class Cell:
 
     @property
     def score(self) -> str:
-        """What squeeze chose by; empty for other methods."""
-        return self.first["options"].get("score", "")
+        """What decided the ranks; empty for methods that do not choose."""
+        return self.first["options"].get("score", OWN.get(self.method, ""))
 
     @property
     def name(self) -> str:
         """The method without its size."""
         options, words = self.first["options"], [NAMES.get(self.method, self.method)]
-        if self.score:
-            words += [self.score] if self.score != "spectrum" else []
+        words += [self.score] if self.score != OWN.get(self.method, "") else []
+        if self.method == "simplex-lora" and options.get("omega_rate"):
+            words.append(f"ω at rate {options['omega_rate']:g}")
+        if self.method == "squeeze":
             words += [f"from rank {options['rank']}"] if options["rank"] != 8 else []
             steps = [step for step, _ in self.first["losses"][-1:]]
             words += ["cut at the end"] if steps == [options["every"] * options["times"]] else []
@@ -265,13 +269,14 @@ def sizes(found: Sequence[Study]) -> str:
 
 
 def where(found: Sequence[Study]) -> str:
-    """What squeeze gains by its choice over each control at the same size."""
+    """What a choice of ranks gains over each control at the same size."""
     rows, tests = [], []
     for study in found:
         for cell in study.cells:
-            if cell.score != "spectrum":
+            if cell.score != OWN.get(cell.method):
                 continue
-            controls = [cell.name.replace("squeeze", f"squeeze, {control}", 1) for control in CONTROLS]
+            name = NAMES.get(cell.method, cell.method)
+            controls = [cell.name.replace(name, f"{name}, {control}", 1) for control in CONTROLS]
             others = [study.find(name, cell.size) for name in controls]
             others += [study.plain(cell.size)] if "end" not in cell.name else []
             for other in filter(None, others):
@@ -291,7 +296,7 @@ def plans(found: Sequence[Study]) -> str:
     for study in found:
         for cell in study.cells:
             ranks = [row["ranks"] for row in cell.rows.values() if row.get("ranks")]
-            if cell.method not in ("squeeze", "simplex-lora") or cell.score == "uniform":
+            if cell.method not in OWN or cell.score == "uniform":
                 continue
             pairs = [float(distributions.spearmanr(a, b).statistic) for a, b in combinations(ranks, 2) if differ(a, b)]
             if not pairs:

@@ -116,6 +116,16 @@ def test_a_choice_is_compared_with_its_controls_of_the_same_size(report: ModuleT
     assert len(plans) == 2 and "| squeeze | ¼ |" in plans[0] and "| squeeze, permuted | ¼ |" in plans[1]
 
 
+def test_ranks_by_weights_are_compared_with_lora_and_with_weights_of_other_layers(report: ModuleType) -> None:
+    rows = [row("lora", seed, 0.7, 8000, rank=8) for seed in range(5)]
+    for gap, more in ((0.05, {}), (0.04, {"score": "omega", "omega_rate": 5.0}), (0.02, {"score": "permuted"})):
+        rows += [row("simplex-lora", s, 0.7 + gap + 0.01 * (s % 2), 8000, rank=8, **more) for s in range(5)]
+    lines = report.where([study(report, *rows)]).splitlines()[2:]
+    gaps = ["SimplexLoRA | SimplexLoRA, permuted | +0.030", "SimplexLoRA | LoRA | +0.054"]
+    gaps.append("SimplexLoRA, ω at rate 5 | LoRA | +0.044")
+    assert len(lines) == 3 and all(gap in line for gap, line in zip(gaps, lines, strict=True))
+
+
 def test_squeeze_is_named_by_what_it_is_asked_for(report: ModuleType) -> None:
     plain = {"mean_rank": 0.25, "rank": 8, "score": "spectrum", "every": 50, "times": 1}
     more = {"": {}, ", omega": {"score": "omega"}, ", from rank 1": {"rank": 1}, ", cut at the end": {"every": 150}}

@@ -7,14 +7,12 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import models
 import rankwise as rw
 from rankwise.errors import InputError, NotFiniteError
 from rankwise.methods import build
-from rankwise.methods.squeeze import Score, _permuted
+from rankwise.methods.squeeze import Score
 from rankwise.ranks import rank_report, ranks, sites
 from rankwise.ranks.sites import omega
 from rankwise.ranks.spectrum import gains
@@ -115,16 +113,6 @@ def test_draws_are_those_of_the_seed(score):
 
     assert plan(1) == plan(1) != plan(2)
     assert method.score == score
-
-
-@given(st.lists(st.tuples(st.integers(0, 2), st.floats(0, 1)), min_size=1, max_size=12), st.integers(0, 99))
-def test_a_permutation_moves_worth_within_a_kind_alone(items, seed):
-    kinds = [kind for kind, _ in items]
-    worth = [np.array([value]) for _, value in items]
-    moved = _permuted(worth, kinds, np.random.default_rng(seed))
-    for kind in set(kinds):
-        own = [i for i, each in enumerate(kinds) if each == kind]
-        assert sorted(float(worth[i][0]) for i in own) == sorted(float(moved[i][0]) for i in own)
 
 
 @pytest.mark.parametrize("score", SCORES)

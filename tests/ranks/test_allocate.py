@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from rankwise.optim.project import simplex
 from rankwise.ranks import allocate
-from rankwise.ranks.allocate import at_random, evenly
+from rankwise.ranks.allocate import at_random, evenly, shuffled
 
 
 @st.composite
@@ -130,3 +130,9 @@ def test_each_kind_of_layer_gets_its_share_and_at_all_depths(kinds, depth, mean)
     assert budget - spent < dearest or ranks.min() == 9
     of_the_dearest = [shares[i] for i, cost in enumerate(kinds) if cost == dearest]
     assert min(of_the_dearest) >= min(shares) - 1 and max(of_the_dearest) - min(of_the_dearest) <= 1
+
+
+@given(st.lists(st.integers(0, 2), max_size=12), st.integers(0, 99))
+def test_each_kind_is_shuffled_among_its_own_places(kinds, seed):
+    order = shuffled(kinds, np.random.default_rng(seed))
+    assert sorted(order) == list(range(len(kinds))) and [kinds[i] for i in order] == kinds

@@ -18,19 +18,23 @@ defaults spend at most the parameters of uniform r0 (`rounding: budget`) and kee
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from rankwise.methods.omega import OmegaLoRA, without_dead
 from rankwise.optim import project
-from rankwise.ranks import RankPlan, allocate, sites
-from rankwise.ranks.allocate import Rounding, may_exceed
+from rankwise.ranks import RankPlan, Site, allocate, sites
+from rankwise.ranks.allocate import Rounding, alike, may_exceed, shuffled
 from rankwise.ranks.layers import check_own_weight
-from rankwise.ranks.sites import omega, peft_model
+from rankwise.ranks.sites import kind, omega, peft_model
 from rankwise.runs.search import Search
+
+Score = Literal["omega", "permuted", "type"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,9 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         rewarm: steps of linear warm-up of all rates after each rank change.
         projection: `simplex` (Euclidean), `softmax` or `rank-softmax` (softmax weighted by the current ranks). The last
             two are not projections: they enlarge any difference at each step, even without a gradient.
+        score: what decides the rank of a site. `omega`: its own ω. Controls, with ω in the layers as it is:
+            `permuted`, the ω of another site of the same size, drawn once; `type`, the mean over the sites of the same
+            name in all blocks.
         omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection, with η the rate or clock of ω.
     """
 
@@ -61,6 +68,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     moments: Literal["reset", "keep"] = "reset"
     rewarm: Annotated[int, Field(ge=0)] = 0
     projection: Literal["simplex", "softmax", "rank-softmax"] = "simplex"
+    score: Score = "omega"
     omega_decay: Annotated[float, Field(ge=0)] = 0.0
 
     moving = ("ω", "ranks")
@@ -86,7 +94,7 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
             return None
         all_sites = sites(model)
         new = allocate(
-            without_dead(weights.tolist(), all_sites),
+            without_dead(self._scores(weights.tolist(), all_sites), all_sites),
             [s.cost for s in all_sites],
             [s.limit for s in all_sites],
             rank=self.rank,
@@ -103,6 +111,19 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
             reset_scales=last and self.resets,
             moved=self._moved(weights.tolist()),
         )
+
+    def _scores(self, weights: list[float], all_sites: Sequence[Site]) -> list[float]:
+        """What stands for ω where ranks are decided; its sum is that of ω."""
+        if self.score == "permuted":  # alike at each change, in all processes, and after a restart
+            shapes = [(site.in_features, site.out_features) for site in all_sites]
+            return [weights[i] for i in shuffled(shapes, np.random.default_rng([torch.initial_seed()]))]
+        if self.score == "type":
+            scores = list(weights)
+            for places in alike([(kind(site.name), site.cost) for site in all_sites]):
+                for i in places:
+                    scores[i] = fmean(weights[j] for j in places)
+            return scores
+        return weights
 
     def _project(self, weights: Tensor, model: nn.Module) -> Tensor:
         n = len(weights)

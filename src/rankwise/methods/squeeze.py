@@ -14,7 +14,7 @@ training. The other scores are controls: a choice that is no better than its own
 which of the layers of one size matter.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -29,7 +29,7 @@ from rankwise.methods.omega import OmegaLoRA
 from rankwise.methods.spaced_lora import affordable, check_mean
 from rankwise.optim import project
 from rankwise.ranks import RankPlan, Site, rank_report, sites
-from rankwise.ranks.allocate import alike, at_random, evenly
+from rankwise.ranks.allocate import alike, at_random, evenly, shuffled
 from rankwise.ranks.knapsack import most_within
 from rankwise.ranks.scales import Omega, trained_scales
 from rankwise.ranks.sites import kind, omega
@@ -117,7 +117,7 @@ class Squeeze(OmegaLoRA, name="squeeze"):
             return evenly(kinds, costs, room, budget)
         if self.score == "permuted":
             shapes = [(site.in_features, site.out_features, site.rank, site.dead) for site in all_sites]
-            worth = _permuted(worth, shapes, draws)
+            worth = [worth[i] for i in shuffled(shapes, draws)]
         if self.score != "type":
             return most_within(worth, costs, budget)
         types = alike([(each, site.cost) for each, site in zip(kinds, all_sites, strict=True)])
@@ -155,12 +155,3 @@ class Squeeze(OmegaLoRA, name="squeeze"):
     @property
     def search_steps(self) -> int:
         return self.every * self.times
-
-
-def _permuted(worth: list[np.ndarray], kinds: Sequence[Hashable], draws: np.random.Generator) -> list[np.ndarray]:
-    """`worth` shuffled among the sites of each kind."""
-    shuffled = list(worth)
-    for places in alike(kinds):
-        for i, j in zip(places, draws.permutation(places), strict=True):
-            shuffled[i] = worth[j]
-    return shuffled

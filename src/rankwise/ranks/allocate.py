@@ -139,6 +139,15 @@ def alike(kinds: Sequence[Hashable]) -> list[list[int]]:
     return [*places.values()]
 
 
+def shuffled(kinds: Sequence[Hashable], draws: np.random.Generator) -> list[int]:
+    """All indices, those of each kind shuffled among their places."""
+    order = list(range(len(kinds)))
+    for places in alike(kinds):
+        for i, j in zip(places, draws.permutation(places).tolist(), strict=True):
+            order[i] = j
+    return order
+
+
 def at_random(costs: Sequence[int], limits: Sequence[int], budget: int, draws: np.random.Generator) -> list[int]:
     """Ranks by units drawn one after the other, each if it still fits. Arguments as for `evenly`."""
     ranks = [0] * len(costs)
