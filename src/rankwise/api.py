@@ -281,6 +281,7 @@ def shrink(
     tolerance: float,
     out: Path | str,
     heal: int = 0,
+    retrain: bool = False,
     force: bool = False,
 ) -> Shrunk:
     """The smallest adapter whose score on held-out rows is not worse than the given one's by more than `tolerance`.
@@ -291,12 +292,15 @@ def shrink(
         tolerance: in units of the task's main metric.
         out: folder to write; `force` replaces an adapter there.
         heal: optimizer steps for which each cut is trained on.
+        retrain: train each size from the start, with its rank spread evenly over the layers, instead of cutting.
     """
     _check_readable(data)
     from rankwise.commands.shrink import Asked
     from rankwise.commands.shrink import shrink as carry_out
 
-    asked = Asked.of(Path(adapter), data, overrides(settings, None), tolerance, heal, Path(out))
+    asked = Asked.of(
+        Path(adapter), data, overrides(settings, None), tolerance=tolerance, out=Path(out), heal=heal, retrain=retrain
+    )
     return carry_out(asked, force)
 
 

@@ -24,6 +24,7 @@ import runs
 import warm
 from rankwise.adapters.stored import stored
 from rankwise.commands.shrink import STEP, Asked, Half, Shrunk
+from rankwise.commands.smaller import retraining
 from rankwise.errors import InputError
 from rankwise.nets import recomputed
 from rankwise.nets.lora_linear import LoraLinearFunction
@@ -172,6 +173,34 @@ def test_cuts_are_healed_as_a_run_with_these_settings_trains(
     assert sorted(used) == expected
 
 
+def test_retrained_adapters_are_small_from_the_start(made: Path) -> None:
+    steps = ["max_steps=20", "eval_rows=60"]
+    found = rw.shrink(made / "runs" / "run", settings=steps, tolerance=1.0, retrain=True, out=made / "retrained")
+    tensors = load_file(made / "retrained" / "adapter_model.safetensors")
+    spent = sum(each.numel() for name, each in tensors.items() if ".lora_" in name)
+    assert spent == found.best.parameters <= found.best.budget and 2 * spent < found.given.parameters
+    sizes = [attempt.bytes for attempt in found.attempts]
+    assert sizes == sorted(sizes) and len({*sizes}) > 1  # no zeros in between
+    assert found.best.budget == min(attempt.budget for attempt in found.attempts) == 96  # the dearest unit
+    assert "trained from the start at rate 0.03" in "\n".join(found.lines())
+    settings = {**settings_of(made), "eval_rows": 60}
+    [scored] = rw.evaluate(made / "retrained", settings=settings).scores
+    assert scored.metrics["accuracy"] == pytest.approx((found.best.chosen.score + found.best.reported.score) / 2)
+    assert not (made / "retrained.partly").exists()
+
+
+@pytest.mark.parametrize(("budget", "rate"), [(96, 0.03), (959, 0.03), (960, 0.01), (3_000, 0.01)])
+def test_what_is_retrained_has_the_layers_the_scale_and_the_settings_of_the_given_one(made: Path, budget, rate) -> None:
+    run = made / "runs" / "run"
+    asked = Asked.of(run, None, (), tolerance=0.1, out=made / "x", retrain=True)
+    again = retraining(asked.adapter, asked.config, budget)
+    assert again.learning_rate == pytest.approx(rate)
+    own = {"name": "spaced-lora", "rank": 4, "mean_rank": budget / 960}
+    assert again.method == {**asked.config.method, **own, "targets": [*asked.adapter.names]}
+    changed = {"method", "learning_rate"}
+    assert again.model_dump(exclude=changed) == asked.config.model_dump(exclude=changed)
+
+
 @given(st.integers(1, 9), st.integers(1, 400), st.integers(1, 400))
 def test_budgets_go_from_one_unit_to_less_than_all(rank: int, inputs: int, outputs: int) -> None:
     class Layers:
@@ -184,7 +213,7 @@ def test_budgets_go_from_one_unit_to_less_than_all(rank: int, inputs: int, outpu
         def cost(self, name: str) -> int:
             return inputs + outputs
 
-    asked = Asked(Layers(), None, 0.1, 0, Path("out"))  # type: ignore[arg-type]
+    asked = Asked(Layers(), None, 0.1, 0, False, Path("out"))  # type: ignore[arg-type]
     found = asked.budgets
     assert found[0] == inputs + outputs and found[-1] < asked.total
     assert found == sorted(found)
@@ -202,7 +231,7 @@ def test_budgets_go_from_one_unit_to_less_than_all(rank: int, inputs: int, outpu
 )
 def test_the_worse_end_of_the_interval_decides(monkeypatch: pytest.MonkeyPatch, metric, interval, passes) -> None:
     monkeypatch.setattr(Asked, "metric", metric)
-    asked = Asked(None, None, 0.01, 0, Path("out"))  # type: ignore[arg-type]
+    asked = Asked(None, None, 0.01, 0, False, Path("out"))  # type: ignore[arg-type]
     assert asked.within(Half(0.5, 0.0, interval)) is passes
 
 
@@ -223,6 +252,8 @@ def test_what_cannot_be_shrunk_is_refused_in_one_line(made: Path, found, cli, tm
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_config.json").touch()
     assert "--force to replace it" in refused(made / "runs" / "run", "--tolerance", 0.1, *out)
+    both = ["--heal", 3, "--retrain", "--tolerance", 0.1, "-o", tmp_path / "other"]
+    assert "leave one of them out" in refused(made / "runs" / "run", *both)
     wider = tmp_path / "wider.yaml"
     wider.write_text(yaml.safe_dump({**settings, "model": None}))
     other = ["-o", tmp_path / "other"]
@@ -265,20 +296,27 @@ def test_what_was_tried_on_other_rows_is_not_used(made: Path, tmp_path: Path) ->
     shutil.copytree(made, data, ignore=lambda folder, names: {name for name in names if not name.endswith(".csv")})
     settings = settings_of(made)
     settings["task"]["dataset"] = str(data)
-    asked = [made / "runs" / "run", settings, (), 0.03, 0, tmp_path / "small"]
-    before = Asked.of(*asked).digest
-    assert Asked.of(*asked).digest == before
+
+    def asked():
+        return Asked.of(made / "runs" / "run", settings, (), tolerance=0.03, out=tmp_path / "small")
+
+    before = asked().digest
+    assert asked().digest == before
     rows = (data / "validation.csv").read_text()
     (data / "validation.csv").write_text(rows.replace("house", "garden"))
-    assert Asked.of(*asked).digest != before
+    assert asked().digest != before
 
 
 @pytest.mark.large
-@pytest.mark.parametrize("heal", [0, 4])
-def test_killed_again_and_again_the_same_command_ends_with_the_same(made: Path, tmp_path: Path, heal: int) -> None:
+@pytest.mark.parametrize(
+    "how", [["--heal", 0], ["--heal", 4], ["--retrain", "max_steps=12", "checkpoint_every=3"]], ids=str
+)
+def test_killed_again_and_again_the_same_command_ends_with_the_same(
+    made: Path, tmp_path: Path, how: list[object]
+) -> None:
     answers, work = {}, tmp_path / "killed.partly"
     for name, kills in (("undisturbed", 0), ("killed", 4)):
-        arguments = [made / "runs" / "run", "--tolerance", 0.03, "--heal", heal, "--json", "-o", tmp_path / name]
+        arguments = [made / "runs" / "run", "--tolerance", 0.03, *how, "--json", "-o", tmp_path / name]
         while True:
             command = [sys.executable, "-m", "rankwise", "shrink", *map(str, arguments)]
             process = warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -134,6 +134,10 @@ def shrink(
     heal: Annotated[
         int, typer.Option("--heal", min=0, metavar="STEPS", help="train each cut on for so many steps")
     ] = 0,
+    retrain: Annotated[
+        bool,
+        typer.Option("--retrain", help="train each size from the start instead of cutting"),
+    ] = False,
     picture: Annotated[
         Path | None,
         typer.Option("--picture", metavar="FILE.svg", callback=svg, help="draw score against bytes"),
@@ -146,7 +150,9 @@ def shrink(
     with redirect_stdout(sys.stderr):
         from rankwise import api
 
-        found = api.shrink(adapter, data, settings or [], tolerance=tolerance, out=out, heal=heal, force=force)
+        found = api.shrink(
+            adapter, data, settings or [], tolerance=tolerance, out=out, heal=heal, retrain=retrain, force=force
+        )
     show_json(found.as_json()) if as_json else show("\n".join(found.lines()))
     if picture is not None:
         log(f"picture: {found.save_picture(picture)}")

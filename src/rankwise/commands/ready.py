@@ -1,7 +1,7 @@
 """An adapter, the folder of a run or a model, loaded and ready to answer."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from copy import copy
 from dataclasses import dataclass, replace
@@ -167,9 +167,19 @@ def config_of(source: str | Path, settings: Sequence[str], dataset: str = "") ->
     return _settled(Found.of(source), settings, dataset)[0]
 
 
-def _settled(found: Found, settings: Sequence[str], dataset: str) -> tuple[RunConfig, bool]:
-    """The settings, and whether `dataset`, with rows to be answered, stands in for the task's own rows."""
-    data = found.settings()
+def trained_by(source: str | Path, settings: Sequence[str]) -> RunConfig:
+    """As `config_of`, but of a run with all the settings by which it has trained, such as its learning rate."""
+    found = Found.of(source)
+    more = {"runs", "report_to", "budget", "tuned", "followed"}  # its budget has become a size of its method
+    own = {} if found.run is None else found.run.model_dump(mode="json", exclude=more, exclude_defaults=True)
+    return _settled(found, settings, "", own)[0]
+
+
+def _settled(
+    found: Found, settings: Sequence[str], dataset: str, own: Mapping[str, Any] | None = None
+) -> tuple[RunConfig, bool]:
+    """The settings, among them `own`, and whether `dataset`, with rows to be answered, stands in for the task's own."""
+    data = {**(own or {}), **found.settings()}
     for text in settings:
         put(data, *override(text))
     if "task" not in data:

@@ -1,9 +1,10 @@
 """The smallest adapter whose score on rows held out is not worse than the given one's by more than a tolerance.
 
-Budgets from one unit of rank up to the whole adapter, each 2^¼ times the one before, are bisected. Each cut is the best
-one within its budget (`adapters.cut`), trained on for some steps where that is asked for, and scored. It passes if the
-95 % interval of its score minus the given one's, by the paired bootstrap over the rows, is within the tolerance; where
-the interval cannot tell, it does not pass. It is assumed that a smaller adapter is never better.
+Budgets from one unit of rank up to the whole adapter, each 2^¼ times the one before, are bisected. For each, the best
+cut within it (`adapters.cut`) is made, and trained on for some steps where that is asked for; or an adapter of that
+size is trained from the start. It passes if the 95 % interval of its score minus the given one's, by the paired
+bootstrap over the rows, is within the tolerance; where the interval cannot tell, it does not pass. It is assumed that a
+smaller adapter is never better.
 
 The best of several on some rows looks better on these than it is. So one half of the rows chooses, and the other half,
 on which nothing was chosen, reports.
@@ -16,7 +17,6 @@ import json
 import math
 import shutil
 import sys
-import tempfile
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -26,16 +26,14 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 import numpy as np
-from transformers import PrinterCallback, set_seed
 
 from rankwise import tasks
-from rankwise.adapters import save
 from rankwise.adapters.cut import Limit, cut
 from rankwise.adapters.stored import StoredAdapter, check_free, stored
-from rankwise.commands.ready import Ready, config_of
+from rankwise.commands.ready import Ready, trained_by
+from rankwise.commands.smaller import heal, retrain, retraining
 from rankwise.errors import InputError, need
 from rankwise.files import ADAPTER, check_replaceable, read_json, replace_folder, tidy, unfinished, write_whole
-from rankwise.methods.lora import LoRA
 from rankwise.metrics import METRICS, Metric, with_direction, worth
 from rankwise.metrics.bootstrap import Predictions, interval, scored
 from rankwise.metrics.metric import Interval
@@ -48,10 +46,7 @@ from rankwise.settings import RunConfig
 from rankwise.sweep.check import Source, load_one
 from rankwise.tasks import subset
 from rankwise.train import model as models
-from rankwise.train.arguments import arguments, computing
-from rankwise.train.progress import Plan
 from rankwise.train.run import code_for
-from rankwise.train.trainer import RunTrainer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -102,18 +97,27 @@ class Asked:
     Attributes:
         adapter: the given one. config: model and data.
         tolerance: by how much the score may be worse. heal: steps for which each cut is trained on.
-        out: the folder to write.
+        retrain: whether each size is trained from the start instead of cut. out: the folder to write.
     """
 
     adapter: StoredAdapter
     config: RunConfig
     tolerance: float
     heal: int
+    retrain: bool
     out: Path
 
     @classmethod
     def of(
-        cls, path: Path, source: Source | None, settings: Sequence[str], tolerance: float, heal: int, out: Path
+        cls,
+        path: Path,
+        source: Source | None,
+        settings: Sequence[str],
+        *,
+        tolerance: float,
+        out: Path,
+        heal: int = 0,
+        retrain: bool = False,
     ) -> "Asked":
         """`path` is an adapter, or the folder of a run; without `source`, it is scored on what is saved next to it.
 
@@ -121,14 +125,20 @@ class Asked:
         """
         adapter = stored(path)
         adapter.check_linear("a cut")
-        config = config_of(path, settings) if source is None else load_one(source, settings)
+        config = trained_by(path, settings) if source is None else load_one(source, settings)
         task = tasks.build(config.task)
         if not METRICS.get(task.main, Metric()).of_any_sum or not task.main:
             what = f"{task.main} of some rows is not a sum over them" if task.main else f"{task.name} has no score"
             raise InputError(f"{what}, so adapters cannot be compared by it: choose another metric or task")
         if adapter.config is None:
             raise InputError(f"{path}: is a single file, which PEFT does not load: shrink the folder of a PEFT adapter")
-        return cls(adapter, config, tolerance, heal, out)
+        if retrain and heal:
+            raise InputError("heal is for cuts, and with retrain nothing is cut: leave one of them out")
+        if retrain and config.after is not None:
+            raise InputError(
+                f"{path}: its run began with another run's weights; such adapters can be cut, not retrained"
+            )
+        return cls(adapter, config, tolerance, heal, retrain, out)
 
     @property
     def total(self) -> int:
@@ -138,8 +148,9 @@ class Asked:
     @property
     def budgets(self) -> list[int]:
         """What may be tried, from the least that leaves any rank to less than all."""
+        costs = [self.adapter.cost(name) for name in self.adapter.names]
         fixed = self.total - sum(self.adapter.rank(name) * self.adapter.cost(name) for name in self.adapter.names)
-        least = fixed + min(map(self.adapter.cost, self.adapter.names), default=self.total)
+        least = max(costs, default=self.total) if self.retrain else fixed + min(costs, default=self.total)
         found, budget = list[int](), self.total / STEP
         while budget > least:
             found.append(int(budget))
@@ -150,7 +161,7 @@ class Asked:
     def digest(self) -> str:
         """16 hex digits of all that decides what is found, the rows and the code among them."""
         maker = Maker.now(tasks.build(self.config.task).revision(), code_for(self.config))
-        found = hashlib.sha256(json.dumps([self.config.id, self.heal, maker.name]).encode())
+        found = hashlib.sha256(json.dumps([self.config.id, self.heal, self.retrain, maker.name]).encode())
         for file in self.adapter.tensors.files:
             with file.open("rb") as opened:
                 found.update(hashlib.file_digest(opened, "sha256").digest())
@@ -165,37 +176,6 @@ class Asked:
     def metric(self) -> str:
         """The score that is compared."""
         return tasks.build(self.config.task).main
-
-
-def _heal(adapter: Path, config: RunConfig, stop: Stop) -> None:
-    """Train an adapter on, as a run with these settings would, and write its numbers again."""
-    ready = Ready.by(adapter, config)
-    model: Any = ready.model
-    task, method = ready.task, LoRA()
-    model.set_adapter(model.active_adapter)  # which trains it and its head
-    models.prepare(model, config)
-    examples = task.encode(subset(task.train(), config.train_rows), ready.processor, config.max_length)
-    steps = config.max_steps or 1
-    plan = Plan(len(examples), config.batch_size, steps, eval_every=steps, checkpoint_every=steps)
-    set_seed(config.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = RunTrainer(
-            micro_batch=min(config.batch_size, config.micro_batch or config.batch_size),
-            stop=stop,
-            method=method,
-            model=model,
-            args=arguments(Path(folder), config, plan),
-            train_dataset=examples,
-            data_collator=task.collate(model, ready.processor, config.seed),
-        )
-        trainer.remove_callback(PrinterCallback)
-        if config.activation_memory == "lean":
-            with computing(config):
-                trainer.keep_less(task)
-        trainer.train()
-        healed = save(model, Path(folder) / "adapter", layout="compact")
-        for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(healed / name, adapter / name)
 
 
 @dataclass(frozen=True)
@@ -241,11 +221,14 @@ class Shrunk:
             yield f"no smaller adapter is shown to be {within}; {asked.out} is a copy of the given one"
             if self.attempts:
                 most = -min(worth(asked.metric, end) for end in self.attempts[-1].chosen.interval)
-                yield f"the largest cut may be worse by {most:.3f}: score on more rows, or allow more"
+                yield f"the largest of them may be worse by {most:.3f}: score on more rows, or allow more"
             return
-        healed = f", trained on for {asked.heal} steps" if asked.heal else ""
+        how = f", trained on for {asked.heal} steps" if asked.heal else ""
+        if asked.retrain:
+            rate = retraining(asked.adapter, asked.config, self.best.budget).learning_rate
+            how = f", trained from the start at rate {rate:g}"
         yield (
-            f"the smallest that is {within}: {self.best.parameters:,} parameters{healed}, {size(self.best.bytes)} of "
+            f"the smallest that is {within}: {self.best.parameters:,} parameters{how}, {size(self.best.bytes)} of "
             f"{size(self.given.bytes)}"
         )
         low, high = self.best.chosen.interval
@@ -268,6 +251,7 @@ class Shrunk:
             "metric": self.asked.metric,
             "tolerance": self.asked.tolerance,
             "heal": self.asked.heal,
+            "retrain": self.asked.retrain,
             "rows": {"choose": self.rows[0], "report": self.rows[1]},
             "given": asdict(self.given),
             "attempts": [asdict(attempt) for attempt in self.attempts],
@@ -399,17 +383,22 @@ class _Tries:
         """The answers of the adapter within a budget, which is made, trained on and asked unless it has been."""
         folder = self.work / str(budget)
         if not (folder / ATTEMPT).is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            done = cut(self.asked.adapter, self.asked.adapter, Limit(budget=budget), folder / "adapter")
-            config = self.asked.config
-            if self.asked.heal and budget < self.asked.total:
-                _heal(folder / "adapter", config.model_copy(update={"max_steps": self.asked.heal}), self.stop)
+            config, less = self.asked.config, budget < self.asked.total
+            if self.asked.retrain and less:
+                parameters = retrain(self.asked.adapter, config, budget, folder)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                parameters = cut(
+                    self.asked.adapter, self.asked.adapter, Limit(budget=budget), folder / "adapter"
+                ).parameters
+                if self.asked.heal and less:
+                    heal(folder / "adapter", config.model_copy(update={"max_steps": self.asked.heal}), self.stop)
             ready = Ready.by(folder / "adapter", config)
             split = subset(ready.task.evaluation()[0], config.eval_rows)
             rows = ready.score(ready.encoded(split), final=True).rows  # some scores are not computed before the end
             need("pyarrow.parquet", "bench").write_table(rows, folder / PREDICTIONS)
-            made = {"parameters": done.parameters, "bytes": (folder / "adapter" / WEIGHTS).stat().st_size}
+            made = {"parameters": parameters, "bytes": (folder / "adapter" / WEIGHTS).stat().st_size}
             write_whole(folder / ATTEMPT, json.dumps(made))
         found = predictions(folder)
         if found is None:

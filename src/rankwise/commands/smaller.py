@@ -1,0 +1,104 @@
+"""How `shrink` trains a smaller adapter: a cut is trained on, or one of its size is trained from the start."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, set_seed
+
+from rankwise import methods, tasks
+from rankwise.adapters import save
+from rankwise.adapters.cut import Limit, cut
+from rankwise.adapters.stored import StoredAdapter, stored
+from rankwise.commands.ready import Ready
+from rankwise.errors import InputError
+from rankwise.files import ADAPTER
+from rankwise.methods.lora import LoRA, scale_of
+from rankwise.processes.stop import Stop
+from rankwise.runs.maker import Maker
+from rankwise.runs.store import Store
+from rankwise.settings import RunConfig, complete
+from rankwise.sweep.check import schema
+from rankwise.tasks import subset
+from rankwise.train import model as models
+from rankwise.train.arguments import arguments, computing
+from rankwise.train.progress import Plan
+from rankwise.train.run import code_for, run
+from rankwise.train.trainer import RunTrainer
+
+FASTER = 3.0
+"""How many times the rate of a large adapter suits one of less than a unit of rank per layer (docs/findings.md)."""
+CONFIG, _, WEIGHTS = ADAPTER[:3]
+
+
+def heal(adapter: Path, config: RunConfig, stop: Stop) -> None:
+    """Train an adapter on, as a run with these settings would, and write its numbers again."""
+    ready = Ready.by(adapter, config)
+    model: Any = ready.model
+    task, method = ready.task, LoRA()
+    model.set_adapter(model.active_adapter)  # which trains it and its head
+    models.prepare(model, config)
+    examples = task.encode(subset(task.train(), config.train_rows), ready.processor, config.max_length)
+    steps = config.max_steps or 1
+    plan = Plan(len(examples), config.batch_size, steps, eval_every=steps, checkpoint_every=steps)
+    set_seed(config.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = RunTrainer(
+            micro_batch=min(config.batch_size, config.micro_batch or config.batch_size),
+            stop=stop,
+            method=method,
+            model=model,
+            args=arguments(Path(folder), config, plan),
+            train_dataset=examples,
+            data_collator=task.collate(model, ready.processor, config.seed),
+        )
+        trainer.remove_callback(PrinterCallback)
+        if config.activation_memory == "lean":
+            with computing(config):
+                trainer.keep_less(task)
+        trainer.train()
+        healed = save(model, Path(folder) / "adapter", layout="compact")
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(healed / name, adapter / name)
+
+
+def retraining(adapter: StoredAdapter, config: RunConfig, budget: int) -> RunConfig:
+    """The settings of a run that trains an adapter within a budget from the start.
+
+    Its rank is spread evenly over the layers of the given adapter, as in spaced-lora, at the scale and with the
+    settings of `config`, but for the rate of one that has less than a unit of rank per layer.
+    """
+    given, costs = methods.build(config.method), [adapter.cost(name) for name in adapter.names]
+    rank, mean_rank = max(map(adapter.rank, adapter.names)), budget / sum(costs)
+    method = {
+        "name": "spaced-lora",
+        "rank": rank,
+        "mean_rank": mean_rank,
+        "alpha": scale_of(given) * rank,
+        "targets": [*adapter.names],
+        "dropout": given.dropout if isinstance(given, LoRA) else 0.0,
+    }
+    changed = {
+        "method": method,
+        "learning_rate": config.learning_rate * (FASTER if mean_rank < 1 else 1),
+        "budget": None,
+        "eval_every": 0,
+        "report_to": [],
+    }
+    return complete(config.model_copy(update=changed), schema())
+
+
+def retrain(adapter: StoredAdapter, config: RunConfig, budget: int, folder: Path) -> int:
+    """Write to `folder/adapter` one that `retraining` gives, and return its parameters; goes on with a run that was
+    stopped, which is in `folder` too.
+
+    Raises InputError where it has other layers than the given adapter.
+    """
+    again = retraining(adapter, config, budget)
+    place = Store(folder / "runs").create(again, Maker.now(tasks.build(again.task).revision(), code_for(again)))
+    if run(place)["parameters"]["final"] > budget:
+        raise InputError(f"{adapter.path}: other layers end in the names of its own: it can be cut, not retrained")
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    made = stored(place / "adapter")  # with zeros, for programs that expect one rank
+    return cut(made, made, Limit(budget=budget), folder / "adapter").parameters
