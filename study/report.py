@@ -174,7 +174,8 @@ def _cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
     by_options: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         assert not METRICS.get(row["metric"], Metric()).least_is_best, "gaps are read as gains"
-        key = f"{row['method']} {sorted(row['options'].items())}"
+        score = {"score": OWN[row["method"]]} if row["method"] in OWN else {}  # runs of before it was an option
+        key = f"{row['method']} {sorted((score | row['options']).items())}"
         by_options.setdefault(key, {"run": [], "trial": []})[row["kind"]].append(row)
     cells = []
     for each in by_options.values():

@@ -126,6 +126,13 @@ def test_ranks_by_weights_are_compared_with_lora_and_with_weights_of_other_layer
     assert len(lines) == 3 and all(gap in line for gap, line in zip(gaps, lines, strict=True))
 
 
+def test_runs_of_before_an_option_was_added_join_those_after_it(report: ModuleType) -> None:
+    old = [row("simplex-lora", seed, 0.5, rank=8) for seed in (0, 1)]
+    new = [row("simplex-lora", seed, 0.5, rank=8, score="omega") for seed in (2, 3)]
+    [cell] = report._cells([*old, *new])
+    assert sorted(cell.rows) == [0, 1, 2, 3]
+
+
 def test_squeeze_is_named_by_what_it_is_asked_for(report: ModuleType) -> None:
     plain = {"mean_rank": 0.25, "rank": 8, "score": "spectrum", "every": 50, "times": 1}
     more = {"": {}, ", omega": {"score": "omega"}, ", from rank 1": {"rank": 1}, ", cut at the end": {"every": 150}}

@@ -28,6 +28,7 @@ from rankwise.commands.smaller import retraining
 from rankwise.errors import InputError
 from rankwise.nets import recomputed
 from rankwise.nets.lora_linear import LoraLinearFunction
+from rankwise.runs import run_file
 from rankwise.train.run import run
 
 WORDS = {"yes": ["good", "fine", "great", "nice"], "no": ["bad", "poor", "awful", "wrong"]}
@@ -187,18 +188,50 @@ def test_retrained_adapters_are_small_from_the_start(made: Path) -> None:
     [scored] = rw.evaluate(made / "retrained", settings=settings).scores
     assert scored.metrics["accuracy"] == pytest.approx((found.best.chosen.score + found.best.reported.score) / 2)
     assert not (made / "retrained.partly").exists()
+    assert "changed after training" not in (made / "retrained" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("budget", "rate"), [(96, 0.03), (959, 0.03), (960, 0.01), (3_000, 0.01)])
-def test_what_is_retrained_has_the_layers_the_scale_and_the_settings_of_the_given_one(made: Path, budget, rate) -> None:
-    run = made / "runs" / "run"
-    asked = Asked.of(run, None, (), tolerance=0.1, out=made / "x", retrain=True)
-    again = retraining(asked.adapter, asked.config, budget)
+def test_what_is_retrained_has_the_layers_the_scale_and_the_rate_of_the_given_one(made: Path, budget, rate) -> None:
+    asked = Asked.of(made / "runs" / "run", None, (), tolerance=0.1, out=made / "x", retrain=True)
+    again = retraining(asked.adapter, asked.training, budget)
     assert again.learning_rate == pytest.approx(rate)
-    own = {"name": "spaced-lora", "rank": 4, "mean_rank": budget / 960}
-    assert again.method == {**asked.config.method, **own, "targets": [*asked.adapter.names]}
-    changed = {"method", "learning_rate"}
-    assert again.model_dump(exclude=changed) == asked.config.model_dump(exclude=changed)
+    own = {"name": "spaced-lora", "rank": 4, "mean_rank": budget / 960, "targets": [*asked.adapter.names]}
+    assert again.method == {**asked.training.method, **own}  # alpha too: s is that of the file
+    small = asked.training.model_copy(update={"method": {"name": "spaced-lora", "mean_rank": 0.5}})
+    assert retraining(asked.adapter, small, budget).learning_rate == pytest.approx(0.01)  # which is that of a small one
+
+
+def test_a_run_is_retrained_and_healed_by_its_own_settings(made: Path, tmp_path: Path) -> None:
+    more = {"batch_size": 8, "micro_batch": 4, "train_rows": 40, "eval_rows": 20, "seed": 3, "clip": 0.5, "warmup": 3}
+    more |= {"max_steps": 4, "schedule": "cosine", "weight_decay": 0.1, "label_smoothing": 0.1, "checkpoint_every": 9}
+    more |= {"scale": "small", "trainer": {"adam_beta2": 0.9}, "eval_every": 4}
+    folder = runs.make(tmp_path / "runs" / "run", **{**settings_of(made), **more})
+    run(folder)
+    noted = run_file.load(folder).config.model_dump()
+    for source in (None, folder):
+        asked = Asked.of(folder, source, (), tolerance=0.1, out=tmp_path / "x", retrain=True)
+        found = asked.training.model_dump()
+        for name in ("task", "method"):  # with the defaults of their options written out
+            assert {**found[name], **noted[name]} == found[name]
+        lost = {key for key, value in noted.items() if found[key] != value} - {"task", "method"}
+        assert lost <= {"scale", "runs"}
+    assert Asked.of(folder, None, ["seed=5"], tolerance=0.1, out=tmp_path / "x", heal=1).training.seed == 5
+
+
+@pytest.mark.parametrize("how", [["--heal", 2], ["--retrain"]])
+def test_without_a_run_it_is_not_trained_by_the_defaults(made: Path, tmp_path: Path, cli, how) -> None:
+    shutil.copytree(made / "runs" / "run" / "adapter", tmp_path / "adapter")
+    task = f"task={json.dumps(settings_of(made)['task'])}"
+    code, _, err = cli("shrink", tmp_path / "adapter", "--tolerance", 0.1, "-o", tmp_path / "out", *how, task)
+    assert code == 2 and "nothing says how it was trained: give its run's folder" in err and err.count("\n") == 1
+
+
+def test_a_training_that_diverges_says_at_which_rate(made: Path, tmp_path: Path, cli) -> None:
+    how = ["--retrain", "max_steps=20", "eval_rows=60", "learning_rate=1e9", "clip=0"]
+    code, _, err = cli("shrink", made / "runs" / "run", "--tolerance", 1, "-o", tmp_path / "out", *how)
+    last = err.splitlines()[-1]
+    assert code == 2 and "parameters at rate " in last and last.endswith("give a smaller learning_rate="), err
 
 
 @given(st.integers(1, 9), st.integers(1, 400), st.integers(1, 400))

@@ -168,10 +168,15 @@ def config_of(source: str | Path, settings: Sequence[str], dataset: str = "") ->
 
 
 def trained_by(source: str | Path, settings: Sequence[str]) -> RunConfig:
-    """As `config_of`, but of a run with all the settings by which it has trained, such as its learning rate."""
+    """The settings by which a run has trained, changed by `settings`. Raises InputError for what is no run."""
     found = Found.of(source)
-    more = {"runs", "report_to", "budget", "tuned", "followed"}  # its budget has become a size of its method
-    own = {} if found.run is None else found.run.model_dump(mode="json", exclude=more, exclude_defaults=True)
+    if found.run is None:
+        raise InputError(f"{source}: nothing says how it was trained: give its run's folder, or --data CONFIG.yaml")
+    # A budget has become a size of the method, and a scale the numbers of rows and steps.
+    more = {"runs", "report_to", "budget", "tuned", "followed", "scale"}
+    own = found.run.model_dump(mode="json", exclude=more, exclude_defaults=True)
+    at_once = found.settings().get("batch_size", found.run.batch_size)  # as many as there was room for
+    own |= {"batch_size": found.run.batch_size, "micro_batch": min(at_once, found.run.micro_batch or at_once)}
     return _settled(found, settings, "", own)[0]
 
 
@@ -179,7 +184,7 @@ def _settled(
     found: Found, settings: Sequence[str], dataset: str, own: Mapping[str, Any] | None = None
 ) -> tuple[RunConfig, bool]:
     """The settings, among them `own`, and whether `dataset`, with rows to be answered, stands in for the task's own."""
-    data = {**(own or {}), **found.settings()}
+    data = {**found.settings(), **(own or {})}
     for text in settings:
         put(data, *override(text))
     if "task" not in data:

@@ -30,8 +30,8 @@ import numpy as np
 from rankwise import tasks
 from rankwise.adapters.cut import Limit, cut
 from rankwise.adapters.stored import StoredAdapter, check_free, stored
-from rankwise.commands.ready import Ready, trained_by
-from rankwise.commands.smaller import heal, retrain, retraining
+from rankwise.commands.ready import Ready, config_of, trained_by
+from rankwise.commands.smaller import check_retrainable, heal, largest, retrain, retraining
 from rankwise.errors import InputError, need
 from rankwise.files import ADAPTER, check_replaceable, read_json, replace_folder, tidy, unfinished, write_whole
 from rankwise.metrics import METRICS, Metric, with_direction, worth
@@ -95,7 +95,7 @@ class Asked:
     """What is to be shrunk, and how.
 
     Attributes:
-        adapter: the given one. config: model and data.
+        adapter: the given one. config: model and data to score it on. training: the settings to heal or retrain with.
         tolerance: by how much the score may be worse. heal: steps for which each cut is trained on.
         retrain: whether each size is trained from the start instead of cut. out: the folder to write.
     """
@@ -106,6 +106,7 @@ class Asked:
     heal: int
     retrain: bool
     out: Path
+    training: RunConfig | None = None
 
     @classmethod
     def of(
@@ -125,7 +126,7 @@ class Asked:
         """
         adapter = stored(path)
         adapter.check_linear("a cut")
-        config = trained_by(path, settings) if source is None else load_one(source, settings)
+        config = config_of(path, settings) if source is None else load_one(source, settings)
         task = tasks.build(config.task)
         if not METRICS.get(task.main, Metric()).of_any_sum or not task.main:
             what = f"{task.main} of some rows is not a sum over them" if task.main else f"{task.name} has no score"
@@ -134,11 +135,12 @@ class Asked:
             raise InputError(f"{path}: is a single file, which PEFT does not load: shrink the folder of a PEFT adapter")
         if retrain and heal:
             raise InputError("heal is for cuts, and with retrain nothing is cut: leave one of them out")
-        if retrain and config.after is not None:
-            raise InputError(
-                f"{path}: its run began with another run's weights; such adapters can be cut, not retrained"
-            )
-        return cls(adapter, config, tolerance, heal, retrain, out)
+        training = None
+        if heal or retrain:
+            training = trained_by(path, settings) if source is None else config
+        if retrain and training:
+            check_retrainable(adapter, training)
+        return cls(adapter, config, tolerance, heal, retrain, out, training)
 
     @property
     def total(self) -> int:
@@ -151,7 +153,8 @@ class Asked:
         costs = [self.adapter.cost(name) for name in self.adapter.names]
         fixed = self.total - sum(self.adapter.rank(name) * self.adapter.cost(name) for name in self.adapter.names)
         least = max(costs, default=self.total) if self.retrain else fixed + min(costs, default=self.total)
-        found, budget = list[int](), self.total / STEP
+        most = min(self.total, largest(self.adapter) * sum(costs)) if self.retrain else self.total
+        found, budget = list[int](), most / STEP
         while budget > least:
             found.append(int(budget))
             budget /= STEP
@@ -161,7 +164,8 @@ class Asked:
     def digest(self) -> str:
         """16 hex digits of all that decides what is found, the rows and the code among them."""
         maker = Maker.now(tasks.build(self.config.task).revision(), code_for(self.config))
-        found = hashlib.sha256(json.dumps([self.config.id, self.heal, self.retrain, maker.name]).encode())
+        asked = [self.config.id, self.training and self.training.id, self.heal, self.retrain, maker.name]
+        found = hashlib.sha256(json.dumps(asked).encode())
         for file in self.adapter.tensors.files:
             with file.open("rb") as opened:
                 found.update(hashlib.file_digest(opened, "sha256").digest())
@@ -224,8 +228,8 @@ class Shrunk:
                 yield f"the largest of them may be worse by {most:.3f}: score on more rows, or allow more"
             return
         how = f", trained on for {asked.heal} steps" if asked.heal else ""
-        if asked.retrain:
-            rate = retraining(asked.adapter, asked.config, self.best.budget).learning_rate
+        if asked.retrain and asked.training:
+            rate = retraining(asked.adapter, asked.training, self.best.budget).learning_rate
             how = f", trained from the start at rate {rate:g}"
         yield (
             f"the smallest that is {within}: {self.best.parameters:,} parameters{how}, {size(self.best.bytes)} of "
@@ -383,17 +387,18 @@ class _Tries:
         """The answers of the adapter within a budget, which is made, trained on and asked unless it has been."""
         folder = self.work / str(budget)
         if not (folder / ATTEMPT).is_file():
-            config, less = self.asked.config, budget < self.asked.total
-            if self.asked.retrain and less:
-                parameters = retrain(self.asked.adapter, config, budget, folder)
+            config = self.asked.config
+            training = self.asked.training if budget < self.asked.total else None
+            if self.asked.retrain and training:
+                parameters = retrain(self.asked.adapter, training, budget, folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 parameters = cut(
                     self.asked.adapter, self.asked.adapter, Limit(budget=budget), folder / "adapter"
                 ).parameters
-                if self.asked.heal and less:
-                    heal(folder / "adapter", config.model_copy(update={"max_steps": self.asked.heal}), self.stop)
+                if training:
+                    heal(folder / "adapter", training.model_copy(update={"max_steps": self.asked.heal}), self.stop)
             ready = Ready.by(folder / "adapter", config)
             split = subset(ready.task.evaluation()[0], config.eval_rows)
             rows = ready.score(ready.encoded(split), final=True).rows  # some scores are not computed before the end

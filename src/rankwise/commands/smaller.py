@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from rankwise.adapters.stored import StoredAdapter, stored
 from rankwise.commands.ready import Ready
 from rankwise.errors import InputError
 from rankwise.files import ADAPTER
-from rankwise.methods.lora import LoRA, scale_of
+from rankwise.methods.lora import LoRA
+from rankwise.named import FARTHEST
 from rankwise.processes.stop import Stop
 from rankwise.runs.maker import Maker
 from rankwise.runs.store import Store
@@ -23,17 +25,22 @@ from rankwise.sweep.check import schema
 from rankwise.tasks import subset
 from rankwise.train import model as models
 from rankwise.train.arguments import arguments, computing
-from rankwise.train.progress import Plan
+from rankwise.train.progress import DivergedError, Plan
 from rankwise.train.run import code_for, run
 from rankwise.train.trainer import RunTrainer
 
 FASTER = 3.0
 """How many times the rate of a large adapter suits one of less than a unit of rank per layer (docs/findings.md)."""
-CONFIG, _, WEIGHTS = ADAPTER[:3]
+CONFIG, _, WEIGHTS, CARD = ADAPTER[:4]
 
 
 def heal(adapter: Path, config: RunConfig, stop: Stop) -> None:
-    """Train an adapter on, as a run with these settings would, and write its numbers again."""
+    """Train an adapter on, as a run with these settings would, and write its numbers again.
+
+    A warm-up of so many steps, which were those of a longer training, is one of the usual share.
+    """
+    if config.warmup > 1:
+        config = config.model_copy(update={"warmup": RunConfig.model_fields["warmup"].default})
     ready = Ready.by(adapter, config)
     model: Any = ready.model
     task, method = ready.task, LoRA()
@@ -63,25 +70,43 @@ def heal(adapter: Path, config: RunConfig, stop: Stop) -> None:
             shutil.copyfile(healed / name, adapter / name)
 
 
+def check_retrainable(adapter: StoredAdapter, config: RunConfig) -> None:
+    """Raise InputError for an adapter of which `retrain` would leave out a part."""
+    if config.after is not None:
+        raise InputError(f"{adapter.path}: its run began with another run's weights: it can be cut, not retrained")
+    for name, layer in adapter.layers.items():
+        if layer.embedding or layer.fixed:
+            what = "an embedding" if layer.embedding else layer.fixed
+            raise InputError(f"{adapter.path}: {name} is no plain linear layer ({what}): it can be cut, not retrained")
+
+
+def largest(adapter: StoredAdapter) -> int:
+    """The rank of the largest layer, or what all layers allow if that is less."""
+    return min(max(map(adapter.rank, adapter.names)), *map(adapter.limit, adapter.names))
+
+
 def retraining(adapter: StoredAdapter, config: RunConfig, budget: int) -> RunConfig:
     """The settings of a run that trains an adapter within a budget from the start.
 
-    Its rank is spread evenly over the layers of the given adapter, as in spaced-lora, at the scale and with the
-    settings of `config`, but for the rate of one that has less than a unit of rank per layer.
+    Its rank is spread evenly over the layers of the given adapter, as in spaced-lora, at the scale of most of these,
+    with the settings of `config`. It has FASTER times the rate if it has less than a unit of rank per layer and the
+    method of `config` does not.
     """
     given, costs = methods.build(config.method), [adapter.cost(name) for name in adapter.names]
-    rank, mean_rank = max(map(adapter.rank, adapter.names)), budget / sum(costs)
+    rank, mean_rank = largest(adapter), budget / sum(costs)
+    scale = Counter(adapter.layers[name].scale for name in adapter.names).most_common(1)[0][0]
+    faster = FASTER if mean_rank < 1 <= getattr(given, "mean_rank", 1) else 1
     method = {
         "name": "spaced-lora",
         "rank": rank,
         "mean_rank": mean_rank,
-        "alpha": scale_of(given) * rank,
+        "alpha": scale * rank,
         "targets": [*adapter.names],
-        "dropout": given.dropout if isinstance(given, LoRA) else 0.0,
+        "dropout": getattr(given, "dropout", 0.0),
     }
     changed = {
         "method": method,
-        "learning_rate": config.learning_rate * (FASTER if mean_rank < 1 else 1),
+        "learning_rate": min(config.learning_rate * faster, FARTHEST),
         "budget": None,
         "eval_every": 0,
         "report_to": [],
@@ -93,12 +118,21 @@ def retrain(adapter: StoredAdapter, config: RunConfig, budget: int, folder: Path
     """Write to `folder/adapter` one that `retraining` gives, and return its parameters; goes on with a run that was
     stopped, which is in `folder` too.
 
-    Raises InputError where it has other layers than the given adapter.
+    Raises InputError where it has other layers than the given adapter, and where it diverges.
     """
     again = retraining(adapter, config, budget)
     place = Store(folder / "runs").create(again, Maker.now(tasks.build(again.task).revision(), code_for(again)))
-    if run(place)["parameters"]["final"] > budget:
+    try:
+        final = run(place)["parameters"]["final"]
+    except DivergedError as error:
+        times = f", {FASTER:g} times that of the run" if again.learning_rate != config.learning_rate else ""
+        raise InputError(
+            f"{budget:,} parameters at rate {again.learning_rate:g}{times}: {error}; give a smaller learning_rate="
+        ) from error
+    made = stored(place / "adapter")  # with zeros, for programs that expect one rank
+    if final > budget or not {*made.names} <= {*adapter.names}:
         raise InputError(f"{adapter.path}: other layers end in the names of its own: it can be cut, not retrained")
     shutil.rmtree(folder / "adapter", ignore_errors=True)
-    made = stored(place / "adapter")  # with zeros, for programs that expect one rank
-    return cut(made, made, Limit(budget=budget), folder / "adapter").parameters
+    parameters = cut(made, made, Limit(budget=budget), folder / "adapter").parameters
+    shutil.copyfile(place / "adapter" / CARD, folder / "adapter" / CARD)  # its ranks are those of its training
+    return parameters

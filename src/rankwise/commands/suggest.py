@@ -31,7 +31,7 @@ from rankwise.adapters.stored import StoredAdapter, stored
 from rankwise.commands.snippets import AXOLOTL, axolotl, snippets
 from rankwise.errors import STOPPED, InputError
 from rankwise.files import ADAPTER, check_replaceable, replace_folder, unfinished, write_whole
-from rankwise.methods.lora import LoRA, scale_of
+from rankwise.methods.lora import LoRA
 from rankwise.pictures.heat import layer_name, rank_grid, rank_pictures
 from rankwise.pictures.style import svg
 from rankwise.ranks import sites
@@ -53,6 +53,8 @@ STEPS = 100
 """Steps of a search, unless told otherwise."""
 SCORED = 16
 """Rows that a search is scored on at most; ranks do not depend on them."""
+SCALE = 2.0
+"""s = alpha / rank where the configuration has no method with a rank."""
 CONFIG, _, WEIGHTS = ADAPTER[:3]
 
 
@@ -79,7 +81,7 @@ class Wanted:
         """
         config = load_one(source, settings)
         given = methods.build(config.method)
-        scale = scale_of(given)
+        scale = given.alpha / given.rank if isinstance(given, LoRA) else SCALE
         options: dict[str, Any] = {}
         if isinstance(given, LoRA):
             options = {"targets": given.targets, "dropout": given.dropout}

@@ -118,9 +118,3 @@ class LoRA(Method, name="lora"):
     def exact_start(self) -> bool:
         # With a residual start W x + s B A x is the old W x only up to rounding.
         return self.init in ("kaiming", "normal")
-
-
-def scale_of(method: Method) -> float:
-    """s, by which a method multiplies B A; LoRA's own by default where it has none."""
-    lora = method if isinstance(method, LoRA) else LoRA()
-    return lora.alpha / lora.rank

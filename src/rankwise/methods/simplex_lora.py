@@ -54,8 +54,8 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         projection: `simplex` (Euclidean), `softmax` or `rank-softmax` (softmax weighted by the current ranks). The last
             two are not projections: they enlarge any difference at each step, even without a gradient.
         score: what decides the rank of a site. `omega`: its own ω. Controls, with ω in the layers as it is:
-            `permuted`, the ω of another site of the same size, drawn once; `type`, the mean over the sites of the same
-            name in all blocks.
+            `permuted`, ω shuffled among the sites of a size, once; `type`, the mean over the sites of the same name in
+            all blocks.
         omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection, with η the rate or clock of ω.
     """
 
@@ -115,11 +115,11 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
     def _scores(self, weights: list[float], all_sites: Sequence[Site]) -> list[float]:
         """What stands for ω where ranks are decided; its sum is that of ω."""
         if self.score == "permuted":  # alike at each change, in all processes, and after a restart
-            shapes = [(site.in_features, site.out_features) for site in all_sites]
+            shapes = [(site.in_features, site.out_features, site.dead) for site in all_sites]
             return [weights[i] for i in shuffled(shapes, np.random.default_rng([torch.initial_seed()]))]
         if self.score == "type":
             scores = list(weights)
-            for places in alike([(kind(site.name), site.cost) for site in all_sites]):
+            for places in alike([(kind(site.name), site.cost, site.dead) for site in all_sites]):
                 for i in places:
                     scores[i] = fmean(weights[j] for j in places)
             return scores
