@@ -58,8 +58,8 @@ CLAIMS = (
 """Of the papers, and the two cells that decide each."""
 SCREEN = "study_tasks"
 """The file of candidates for tasks."""
-TINY = 128 * 1024
-"""Bytes of the largest file that counts as a tiny adapter."""
+TINY = 0.1
+"""The largest file that counts as a tiny adapter, in that of LoRA of rank 8."""
 ENOUGH = 3
 """Seeds, from which on gaps are judged and averaged."""
 
@@ -104,9 +104,9 @@ class Cell:
         return options.get("mean_rank", options.get("rank")) if self.method in RANKED else None
 
     @property
-    def key(self) -> tuple[bool, float, str]:
-        """What the same method has in common on other tasks at this size; the largest comes first."""
-        return self.size is None, -(self.size or self.parameters), self.name
+    def key(self) -> tuple[str, str]:
+        """What the same method has in common on other tasks, and models, at this size."""
+        return self.name, str(self.size or sorted(self.first["options"].items()))
 
     @property
     def scores(self) -> dict[int, float]:
@@ -245,6 +245,11 @@ def scores(study: Study) -> str:
     )
 
 
+def how_much(cells: Mapping[Study, Cell], of: str) -> float:
+    """How many times smaller than LoRA of rank 8, the mean over tasks."""
+    return mean([getattr(study.reference, of) / getattr(cell, of) for study, cell in cells.items()])
+
+
 def sizes(found: Sequence[Study]) -> str:
     """How much smaller than LoRA of rank 8, and not worse: Holm's correction is over the tasks of a size and method."""
     smaller = {
@@ -252,14 +257,16 @@ def sizes(found: Sequence[Study]) -> str:
         for study in found
         if study.reference
     }
+    groups: dict[tuple[str, str], dict[Study, Cell]] = {}
+    for study, own in smaller.items():
+        for cell in own:
+            groups.setdefault(cell.key, {})[study] = cell
     rows = []
-    for key in sorted({cell.key for cells in smaller.values() for cell in cells}):
-        cells = {study: cell for study, own in smaller.items() for cell in own if cell.key == key}
-        name, size = key[-1], next(iter(cells.values())).size
+    for cells in sorted(groups.values(), key=lambda each: how_much(each, "parameters")):
         p = {study: value for study, cell in cells.items() if (value := not_worse(cell, study)) is not None}
         adjusted = dict(zip(p, holm([*p.values()]), strict=True))
-        factors = [study.reference.parameters / cell.parameters for study, cell in cells.items() if study.reference]
-        row = [name, share(size), f"{mean(factors):.0f} ×"]
+        first = next(iter(cells.values()))
+        row = [first.name, share(first.size), f"{how_much(cells, 'parameters'):.0f} ×"]
         for study in smaller:
             gap, passed = gap_of(cells.get(study), study.reference), adjusted.get(study)
             mark = "" if passed is None else " **not worse**" if passed <= 0.05 else f" p {passed:.2f}"
@@ -373,10 +380,10 @@ def claims(found: Sequence[Study]) -> str:
 
 def tiny(found: Sequence[Study]) -> str:
     """Methods with tiny files, next to LoRA of rank 8 and to spaced LoRA of at most their bytes; the best first."""
-    cells: dict[tuple[bool, float, str], dict[Study, Cell]] = {}
+    cells: dict[tuple[str, str], dict[Study, Cell]] = {}
     for study in found:
-        for cell in study.cells:
-            if cell.bytes <= TINY and cell.method not in LEVELS:
+        for cell in study.cells if study.reference else ():
+            if cell.bytes <= TINY * study.reference.bytes and cell.method not in LEVELS:
                 cells.setdefault(cell.key, {})[study] = cell
     rows = []
     for own in cells.values():
@@ -389,12 +396,11 @@ def tiny(found: Sequence[Study]) -> str:
         if gap is None:
             continue
         near, _ = over_tasks([(study, cell, spaced[study]) for study, cell in own.items() if cell is not spaced[study]])
-        row = [first.name, share(first.size), f"{mean([c.parameters for c in own.values()]):,.0f}"]
-        row += [f"{mean([c.bytes for c in own.values()]) / 1024:,.0f} KiB"]
+        row = [first.name, share(first.size), f"{how_much(own, 'bytes'):.0f} ×"]
         row += [f"{mean([*own[each].scores.values()]):.3f}" if each in own else "" for each in found]
         rows.append((gap.mean, [*row, str(count), in_margins(gap), in_margins(near)]))
     names = [study.name for study in found]
-    titles = ["method", "units a layer", "parameters", "file", *names, "tasks", "to LoRA, r 8", "to LoRA, spaced"]
+    titles = ["method", "units a layer", "file smaller", *names, "tasks", "to LoRA, r 8", "to LoRA, spaced"]
     return table(titles, [row for _, row in sorted(rows, key=lambda each: -each[0])])
 
 

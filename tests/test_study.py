@@ -147,12 +147,12 @@ def test_a_claim_and_a_tiny_adapter_are_judged_over_all_tasks(report: ModuleType
     tasks = [
         study(
             report,
-            *[row("lora", s, 0.7 + noise[s], 80_000, rank=8) for s in seeds],
-            *[row("simplex-lora", s, 0.7 + gap + 2 * noise[s], 80_000, rank=8) for s in seeds],
-            *[row("spaced-lora", s, 0.6, 1000, mean_rank=0.1, rank=8) for s in seeds],
-            *[row("ia3", s, 0.6 - gap + noise[s], 1000) for s in seeds],
+            *[row("lora", s, 0.7 + noise[s], 80_000 * large, rank=8) for s in seeds],
+            *[row("simplex-lora", s, 0.7 + gap + 2 * noise[s], 80_000 * large, rank=8) for s in seeds],
+            *[row("spaced-lora", s, 0.6, 1000 * large, mean_rank=0.1, rank=8) for s in seeds],
+            *[row("ia3", s, 0.6 - gap + noise[s], 1000 * large) for s in seeds],
         )
-        for gap in (0.02, 0.04)
+        for gap, large in ((0.02, 1), (0.04, 9))  # of models of two sizes
     ]
     claim, *others = report.claims(tasks).splitlines()[2:]
     gaps = [(0.03 + each) / 0.02 for each in noise]  # in margins
@@ -160,7 +160,7 @@ def test_a_claim_and_a_tiny_adapter_are_judged_over_all_tasks(report: ModuleType
     assert f"| 2 | +1.5 ({low:+.1f} … {high:+.1f}) | holds |" in claim
     assert all("| 0 |  | not measured |" in line for line in others)
     best, other = report.tiny(tasks).splitlines()[2:]
-    assert best.startswith("| LoRA, spaced | ⅒ | 1,000 | 4 KiB | 0.600 | 0.600 | 2 | -5.0 (")
+    assert best.startswith("| LoRA, spaced | ⅒ | 80 × | 0.600 | 0.600 | 2 | -5.0 (")
     assert "| IA³ |" in other and "| 0.580 | 0.560 | 2 |" in other and other.count("-1.5 (") == 1
 
 
