@@ -415,12 +415,13 @@ def curve(study: Study) -> Figure:
     lines: dict[str, list[Cell]] = {}
     for cell in study.cells:
         if cell.method not in LEVELS:
-            lines.setdefault("LoRA" if cell.method in ("lora", "spaced-lora") else cell.name, []).append(cell)
+            lines.setdefault("LoRA" if cell.name in ("LoRA", "LoRA, spaced") else cell.name, []).append(cell)
     ranked = {name: any(any(cell.first["ranks"]) for cell in cells) for name, cells in lines.items()}
     order = sorted(lines, key=lambda name: (name != "LoRA", not ranked[name], name))
     for look, (name, cells) in enumerate((name, lines[name]) for name in order):
         for axes in panels if name == "LoRA" else panels[:1] if ranked[name] else panels[1:]:
-            course(axes, name, cells, look, 1.04 ** (look - len(lines) / 2))
+            shift = 1.3 ** (look / len(lines) - 0.5) if name != "LoRA" else 1.0  # what has one size stands side by side
+            course(axes, name, cells, look, shift)
     for axes in panels:
         for cell in (each for each in study.cells if each.method in LEVELS):
             level = mean(list(cell.scores.values()))
