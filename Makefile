@@ -53,7 +53,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Processes find the sources compiled, also where Python is told to keep nothing.
+# Hundreds of processes import the sources: they are compiled once, even where PYTHONDONTWRITEBYTECODE is set.
 test: export PYTHONDONTWRITEBYTECODE :=
 
 # Each test process has one thread; there is one more than cores, since some tests wait for processes of their own.

@@ -17,6 +17,7 @@ from scipy import stats as distributions
 from rankwise.files import write_whole
 from rankwise.metrics import METRICS
 from rankwise.metrics.metric import Metric
+from rankwise.named import asked
 from rankwise.pictures.style import COLOURS, DASHES, MARKERS, bare_figure, legend, look_of, set_title, styled, svg
 from rankwise.results.stats import Difference, difference, equal, holm, mean, sd, t_interval
 
@@ -106,7 +107,7 @@ class Cell:
     @property
     def key(self) -> tuple[str, str]:
         """What the same method has in common on other tasks, and models, at this size."""
-        return self.name, str(self.size or sorted(self.first["options"].items()))
+        return self.name, str(self.size or _asked(self.first))
 
     @property
     def scores(self) -> dict[int, float]:
@@ -169,14 +170,17 @@ def studies() -> list[Study]:
     return found
 
 
+def _asked(row: Mapping[str, Any]) -> str:
+    """The method of a run and its options but for defaults: an option may have been added since."""
+    return str(sorted(asked("method", {"name": row["method"], **row["options"]}).items()))
+
+
 def _cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
     """The cells with reported runs, each at the rate that was chosen: the best on the mean, the lower of equal ones."""
     by_options: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         assert not METRICS.get(row["metric"], Metric()).least_is_best, "gaps are read as gains"
-        score = {"score": OWN[row["method"]]} if row["method"] in OWN else {}  # runs of before it was an option
-        key = f"{row['method']} {sorted((score | row['options']).items())}"
-        by_options.setdefault(key, {"run": [], "trial": []})[row["kind"]].append(row)
+        by_options.setdefault(_asked(row), {"run": [], "trial": []})[row["kind"]].append(row)
     cells = []
     for each in by_options.values():
         rates: dict[float, list[float]] = {}

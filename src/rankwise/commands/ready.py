@@ -168,7 +168,7 @@ def config_of(source: str | Path, settings: Sequence[str], dataset: str = "") ->
 
 
 def trained_by(source: str | Path, settings: Sequence[str]) -> RunConfig:
-    """The settings by which a run has trained, changed by `settings`. Raises InputError for what is no run."""
+    """The settings that a run was trained with, changed by `settings`. Raises InputError if there is no run."""
     found = Found.of(source)
     if found.run is None:
         raise InputError(f"{source}: nothing says how it was trained: give its run's folder, or --data CONFIG.yaml")
@@ -183,7 +183,7 @@ def trained_by(source: str | Path, settings: Sequence[str]) -> RunConfig:
 def _settled(
     found: Found, settings: Sequence[str], dataset: str, own: Mapping[str, Any] | None = None
 ) -> tuple[RunConfig, bool]:
-    """The settings, among them `own`, and whether `dataset`, with rows to be answered, stands in for the task's own."""
+    """The settings, where `own` wins, and whether `dataset`, with rows to be answered, stands in for the task's own."""
     data = {**found.settings(), **(own or {})}
     for text in settings:
         put(data, *override(text))

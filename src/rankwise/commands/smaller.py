@@ -37,7 +37,7 @@ CONFIG, _, WEIGHTS, CARD = ADAPTER[:4]
 def heal(adapter: Path, config: RunConfig, stop: Stop) -> None:
     """Train an adapter on, as a run with these settings would, and write its numbers again.
 
-    A warm-up of so many steps, which were those of a longer training, is one of the usual share.
+    A warm-up given in steps was meant for a longer training; the default share of the steps is used instead.
     """
     if config.warmup > 1:
         config = config.model_copy(update={"warmup": RunConfig.model_fields["warmup"].default})
@@ -71,7 +71,7 @@ def heal(adapter: Path, config: RunConfig, stop: Stop) -> None:
 
 
 def check_retrainable(adapter: StoredAdapter, config: RunConfig) -> None:
-    """Raise InputError for an adapter of which `retrain` would leave out a part."""
+    """Raise InputError for an adapter with parts that `retrain` cannot train."""
     if config.after is not None:
         raise InputError(f"{adapter.path}: its run began with another run's weights: it can be cut, not retrained")
     for name, layer in adapter.layers.items():
@@ -81,7 +81,7 @@ def check_retrainable(adapter: StoredAdapter, config: RunConfig) -> None:
 
 
 def largest(adapter: StoredAdapter) -> int:
-    """The rank of the largest layer, or what all layers allow if that is less."""
+    """The highest rank of any layer, but none that is too high for another one."""
     return min(max(map(adapter.rank, adapter.names)), *map(adapter.limit, adapter.names))
 
 
@@ -115,10 +115,10 @@ def retraining(adapter: StoredAdapter, config: RunConfig, budget: int) -> RunCon
 
 
 def retrain(adapter: StoredAdapter, config: RunConfig, budget: int, folder: Path) -> int:
-    """Write to `folder/adapter` one that `retraining` gives, and return its parameters; goes on with a run that was
-    stopped, which is in `folder` too.
+    """Train an adapter by the settings of `retraining`, write it to `folder/adapter`, and return its parameters.
 
-    Raises InputError where it has other layers than the given adapter, and where it diverges.
+    The run is in `folder` too, and goes on there if it was stopped. Raises InputError where the layers that were
+    trained are not those of the given adapter, and where the training diverges.
     """
     again = retraining(adapter, config, budget)
     place = Store(folder / "runs").create(again, Maker.now(tasks.build(again.task).revision(), code_for(again)))
@@ -127,11 +127,14 @@ def retrain(adapter: StoredAdapter, config: RunConfig, budget: int, folder: Path
     except DivergedError as error:
         times = f", {FASTER:g} times that of the run" if again.learning_rate != config.learning_rate else ""
         raise InputError(
-            f"{budget:,} parameters at rate {again.learning_rate:g}{times}: {error}; give a smaller learning_rate="
+            f"{budget:,} parameters at rate {again.learning_rate:g}{times}: {error}; give a smaller one, "
+            f"as in learning_rate={config.learning_rate / 3:.2g}"
         ) from error
     made = stored(place / "adapter")  # with zeros, for programs that expect one rank
     if final > budget or not {*made.names} <= {*adapter.names}:
-        raise InputError(f"{adapter.path}: other layers end in the names of its own: it can be cut, not retrained")
+        raise InputError(
+            f"{adapter.path}: names of its layers fit other layers of the model too: it can be cut, not retrained"
+        )
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     parameters = cut(made, made, Limit(budget=budget), folder / "adapter").parameters
     shutil.copyfile(place / "adapter" / CARD, folder / "adapter" / CARD)  # its ranks are those of its training

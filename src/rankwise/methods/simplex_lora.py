@@ -54,8 +54,8 @@ class SimplexLoRA(OmegaLoRA, name="simplex-lora"):
         projection: `simplex` (Euclidean), `softmax` or `rank-softmax` (softmax weighted by the current ranks). The last
             two are not projections: they enlarge any difference at each step, even without a gradient.
         score: what decides the rank of a site. `omega`: its own ω. Controls, with ω in the layers as it is:
-            `permuted`, ω shuffled among the sites of a size, once; `type`, the mean over the sites of the same name in
-            all blocks.
+            `permuted`, ω shuffled once among the sites of each size; `type`, the mean over the sites of the same name
+            in all blocks.
         omega_decay: pulls ω towards 1: ω ← ω − η·decay·(ω − 1) before the projection, with η the rate or clock of ω.
     """
 
