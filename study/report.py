@@ -1,51 +1,22 @@
 """The tables and pictures of docs/findings.md, from results/ alone: `make study-report`."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from archive import RESULTS, ROOT, STUDIES, kept
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from archive import RESULTS, ROOT, kept
+from cells import ENOUGH, LEVELS, NAMES, OWN, SCREEN, Cell, Study, studies
+from curves import curve
 from scipy import stats as distributions
 
 from rankwise.files import write_whole
-from rankwise.metrics import METRICS
-from rankwise.metrics.metric import Metric
-from rankwise.named import asked
-from rankwise.pictures.style import COLOURS, DASHES, MARKERS, bare_figure, legend, look_of, set_title, styled, svg
-from rankwise.results.stats import Difference, difference, equal, holm, mean, sd, t_interval
+from rankwise.pictures.style import svg
+from rankwise.results.stats import Difference, difference, equal, holm, mean, sd
 
 PAGE = ROOT / "docs" / "findings.md"
 PICTURES = ROOT / "docs" / "pictures"
-NAMES = {
-    "lora": "LoRA",
-    "spaced-lora": "LoRA, spaced",
-    "simplex-lora": "SimplexLoRA",
-    "weight-lora": "WeightLoRA",
-    "lora-fa": "LoRA-FA",
-    "sora": "SoRA",
-    "adalora": "AdaLoRA",
-    "bitfit": "BitFit",
-    "head": "the head alone",
-    "none": "as it comes",
-    "full": "full",
-    "fourierft": "FourierFT",
-    "ia3": "IA³",
-    "tinylora": "TinyLoRA",
-    "vb-lora": "VB-LoRA",
-    "vera": "VeRA",
-}
-RANKED = ("lora", "spaced-lora", "squeeze", "simplex-lora", "lora-fa", "adalora")
-LEVELS = ("none", "head", "full")
-"""Methods of one size, which the pictures have as lines across."""
-OWN = {"squeeze": "spectrum", "simplex-lora": "omega"}
-"""What decides ranks in the methods that have controls."""
 CONTROLS = ("permuted", "type", "uniform")
 """What these are compared with, and with LoRA of their size."""
 CLAIMS = (
@@ -57,143 +28,8 @@ CLAIMS = (
     ("LoRA is not worse with a pull of B to its start", ("LoRA, pulled", 8), ("LoRA", 8)),
 )
 """Of the papers, and the two cells that decide each."""
-SCREEN = "study_tasks"
-"""The file of candidates for tasks."""
 TINY = 0.1
 """The largest file that counts as a tiny adapter, in that of LoRA of rank 8."""
-ENOUGH = 3
-"""Seeds, from which on gaps are judged and averaged."""
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One method at one size on one task: its reported runs by seed, and the runs that chose its rate."""
-
-    rows: Mapping[int, dict[str, Any]]
-    trials: Sequence[dict[str, Any]] = ()
-
-    @property
-    def first(self) -> dict[str, Any]:
-        return next(iter(self.rows.values()))
-
-    @property
-    def method(self) -> str:
-        return self.first["method"]
-
-    @property
-    def score(self) -> str:
-        """What decided the ranks; empty for methods that do not choose."""
-        return self.first["options"].get("score", OWN.get(self.method, ""))
-
-    @property
-    def name(self) -> str:
-        """The method without its size."""
-        options, words = self.first["options"], [NAMES.get(self.method, self.method)]
-        words += [self.score] if self.score != OWN.get(self.method, "") else []
-        if self.method == "simplex-lora" and options.get("omega_rate"):
-            words.append(f"ω at rate {options['omega_rate']:g}")
-        if self.method == "squeeze":
-            words += [f"from rank {options['rank']}"] if options["rank"] != 8 else []
-            steps = [step for step, _ in self.first["losses"][-1:]]
-            words += ["cut at the end"] if steps == [options["every"] * options["times"]] else []
-        return ", ".join([*words, *(["pulled"] if options.get("pull") else [])])
-
-    @property
-    def size(self) -> float | None:
-        """Units of rank per site; None where rank is not what decides the size."""
-        options = self.first["options"]
-        return options.get("mean_rank", options.get("rank")) if self.method in RANKED else None
-
-    @property
-    def key(self) -> tuple[str, str]:
-        """What the same method has in common on other tasks, and models, at this size."""
-        return self.name, str(self.size or _asked(self.first))
-
-    @property
-    def scores(self) -> dict[int, float]:
-        return {seed: row["value"] for seed, row in self.rows.items()}
-
-    @property
-    def parameters(self) -> float:
-        """At the end, without the head."""
-        return mean([row["result.json"]["parameters"]["final"] for row in self.rows.values()])
-
-    @property
-    def bytes(self) -> float:
-        """Of the saved file of weights."""
-        return mean([row["result.json"]["cost"]["adapter_bytes"] for row in self.rows.values()])
-
-    @property
-    def edge(self) -> str:
-        """Whether the rate is the lowest or the highest of those tried."""
-        rates, own = [row["learning_rate"] for row in self.trials], self.first["learning_rate"]
-        return "" if len(set(rates)) < 2 else " ↓" if own == min(rates) else " ↑" if own == max(rates) else ""
-
-
-@dataclass(frozen=True, eq=False)
-class Study:
-    """One task: its cells, in the order of their sizes."""
-
-    name: str
-    sites: Sequence[str]
-    cells: Sequence[Cell]
-
-    @cached_property
-    def reference(self) -> Cell | None:
-        """LoRA of rank 8."""
-        return self.find("LoRA", 8)
-
-    def find(self, name: str, size: float | None) -> Cell | None:
-        return next((cell for cell in self.cells if (cell.name, cell.size) == (name, size)), None)
-
-    def plain(self, size: float | None) -> Cell | None:
-        """LoRA of this size: of equal rank, or spaced."""
-        return self.find("LoRA", size) or self.find("LoRA, spaced", size)
-
-    @cached_property
-    def margin(self) -> float | None:
-        """One standard error of the reference's score over the rows that were scored: the mean over its seeds.
-
-        None without a reference, and where no error could be computed.
-        """
-        errors = [row["error"] for row in self.reference.rows.values() if row["error"]] if self.reference else []
-        return mean(errors) if errors else None
-
-
-def studies() -> list[Study]:
-    """Those with results, in the order of their names."""
-    found = []
-    for name in (each for each in STUDIES if each != SCREEN):
-        content = kept(RESULTS / f"{name}.json")
-        if cells := _cells(content["rows"]):
-            found.append(Study(name.removeprefix("study_"), content["sites"], cells))
-    return found
-
-
-def _asked(row: Mapping[str, Any]) -> str:
-    """The method of a run and its options but for defaults: an option may have been added since."""
-    return str(sorted(asked("method", {"name": row["method"], **row["options"]}).items()))
-
-
-def _cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
-    """The cells with reported runs, each at the rate that was chosen: the best on the mean, the lower of equal ones."""
-    by_options: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in rows:
-        assert not METRICS.get(row["metric"], Metric()).least_is_best, "gaps are read as gains"
-        by_options.setdefault(_asked(row), {"run": [], "trial": []})[row["kind"]].append(row)
-    cells = []
-    for each in by_options.values():
-        rates: dict[float, list[float]] = {}
-        for row in each["trial"]:
-            rates.setdefault(row["learning_rate"], []).append(row["value"])
-        best = max(sorted(rates), key=lambda rate: mean(rates[rate])) if rates else None
-        if runs := {row["seed"]: row for row in each["run"] if best in (None, row["learning_rate"])}:
-            cells.append(Cell(runs, each["trial"]))
-    assert len({(cell.name, cell.size or cell.parameters) for cell in cells}) == len(cells), "two cells of one name"
-    return sorted(cells, key=lambda cell: (-cell.parameters, cell.name))
-
-
-# --- tables
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -238,7 +74,7 @@ def scores(study: Study) -> str:
         rows.append(
             [
                 *(cell.name, share(cell.size), f"{cell.parameters:,.0f}", f"{cell.bytes / 1024:,.0f} KiB"),
-                f"{cell.first['learning_rate']:g}{cell.edge}",
+                f"{cell.first['learning_rate']:g}{cell.edge}" + (f" ({n})" if (n := cell.tuning_seeds) > 1 else ""),
                 f"{mean(list(cell.scores.values())):.3f}" + (f" ± {spread:.3f}" if spread is not None else ""),
                 *(str(len(cell.scores)), "" if cell is study.reference else signed(gap)),
             ]
@@ -406,69 +242,6 @@ def tiny(found: Sequence[Study]) -> str:
     names = [study.name for study in found]
     titles = ["method", "units a layer", "file smaller", *names, "tasks", "to LoRA, r 8", "to LoRA, spaced"]
     return table(titles, [row for _, row in sorted(rows, key=lambda each: -each[0])])
-
-
-# --- pictures
-
-
-@styled
-def curve(study: Study) -> Figure:
-    """Score against parameters, with intervals over the seeds: methods with ranks above, others next to LoRA below."""
-    figure = bare_figure(5.6)
-    panels = figure.subplots(2, sharex=True, sharey=True)
-    lines: dict[str, list[Cell]] = {}
-    for cell in study.cells:
-        if cell.method not in LEVELS:
-            lines.setdefault("LoRA" if cell.name in ("LoRA", "LoRA, spaced") else cell.name, []).append(cell)
-    ranked = {name: any(any(cell.first["ranks"]) for cell in cells) for name, cells in lines.items()}
-    order = sorted(lines, key=lambda name: (name != "LoRA", not ranked[name], name))
-    for look, (name, cells) in enumerate((name, lines[name]) for name in order):
-        for axes in panels if name == "LoRA" else panels[:1] if ranked[name] else panels[1:]:
-            shift = 1.3 ** (look / len(lines) - 0.5) if name != "LoRA" else 1.0  # what has one size stands side by side
-            course(axes, name, cells, look, shift)
-    for axes in panels:
-        for cell in (each for each in study.cells if each.method in LEVELS):
-            level = mean(list(cell.scores.values()))
-            axes.axhline(level, color="#777777", linewidth=0.8, linestyle=(0, (2, 2)))
-            axes.annotate(
-                cell.name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
-            )
-        if study.reference and study.margin:
-            level = mean(list(study.reference.scores.values()))
-            axes.axhspan(level - study.margin, level, color="#0072B2", alpha=0.08, linewidth=0)
-        axes.set_ylabel(study.cells[0].first["metric"])
-    panels[1].set(xscale="log", xlabel="parameters, without the head")
-    panels[1].xaxis.set_major_formatter("{x:,.0f}")
-    panels[1].xaxis.set_minor_formatter(NullFormatter())
-    named = {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    note = "bars: 95 % t-intervals over seeds; band: at most a margin below LoRA of rank 8"
-    legend(figure, panels[0], f"{note}\nLoRA below rank 1 is spaced LoRA", named)
-    set_title(panels[0], f"{study.name}: score and size")
-    return figure
-
-
-def course(axes: Axes, name: str, cells: Sequence[Cell], look: int, shift: float) -> None:
-    """The line of a method, shifted so that intervals do not hide each other. Less than three seeds have none."""
-    means = [mean(list(c.scores.values())) for c in cells]
-    ends = [
-        (len(c.scores) >= ENOUGH and t_interval(list(c.scores.values()))) or (m, m)
-        for c, m in zip(cells, means, strict=True)
-    ]
-    axes.errorbar(
-        [c.parameters * shift for c in cells],
-        means,
-        yerr=[
-            [m - low for m, (low, _) in zip(means, ends, strict=True)],
-            [high - m for m, (_, high) in zip(means, ends, strict=True)],
-        ],
-        color=COLOURS[look % len(COLOURS)],
-        marker=look_of(MARKERS, look),
-        linestyle=look_of(DASHES, look),
-        markersize=4,
-        linewidth=1.1,
-        capsize=2,
-        label=name,
-    )
 
 
 BLOCKS: dict[str, Callable[[Sequence[Study]], str]] = {

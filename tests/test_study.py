@@ -1,14 +1,17 @@
 """The study: what is kept of its runs can be put back, and docs/findings.md is what results/ gives."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 from scipy import stats
 
 from asserts import texts
+from rankwise.named import asked
 from rankwise.runs.store import Store
 from runs import config, finish_with_curves, predict
 
@@ -49,6 +52,25 @@ def test_every_study_is_one_of_the_experiments_and_its_rows_have_what_a_result_h
             assert not row.get("ranks") or len(row["ranks"]) == len(content["sites"])
 
 
+def test_every_row_is_one_that_its_experiment_runs(archive: ModuleType) -> None:
+    for name in archive.STUDIES:
+        settings = yaml.safe_load((archive.ROOT / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))
+        common = settings.get("tune", settings["vary"]).get("learning_rate")
+        rates: dict[frozenset[Any], set[float]] = {}
+        for entry in settings["vary"]["method"]:
+            own = entry.pop("learning_rate", common)
+            rates.setdefault(frozenset(asked("method", entry).items()), set()).update(
+                map(float, own if isinstance(own, list) else [own])
+            )
+        for row in archive.kept(archive.RESULTS / f"{name}.json")["rows"]:
+            options = frozenset(asked("method", {"name": row["method"], **row["options"]}).items())
+            found = row["kind"] == "trial" or row["learning_rate"] in rates[options]  # more may have been tried
+            assert options in rates and found, (name, row["folder"])
+            run = yaml.safe_load(row["run.yaml"])
+            for key in settings.keys() - {"task", "runs", "tune", "vary", "report"}:
+                assert run[key] == settings[key], (name, row["folder"], key)
+
+
 def test_what_is_kept_is_put_back_as_finished_runs(
     archive: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,8 +105,14 @@ def row(
     return {**asked, **found, "result.json": result}
 
 
+def cells_of(rows: Iterable[dict[str, Any]]) -> list[Any]:
+    from cells import cells
+
+    return cells(rows)
+
+
 def study(report: ModuleType, *rows: dict[str, Any]) -> Any:
-    return report.Study("t", ["a.0.q", "a.0.k", "a.1.q", "a.1.k"], report._cells(rows))
+    return report.Study("t", ["a.0.q", "a.0.k", "a.1.q", "a.1.k"], cells_of(rows))
 
 
 def test_an_adapter_is_not_worse_by_students_test_against_the_margin(report: ModuleType) -> None:
@@ -129,7 +157,7 @@ def test_ranks_by_weights_are_compared_with_lora_and_with_weights_of_other_layer
 def test_runs_of_before_an_option_was_added_join_those_after_it(report: ModuleType) -> None:
     old = [row("simplex-lora", seed, 0.5, rank=8) for seed in (0, 1)]
     new = [row("simplex-lora", seed, 0.5, rank=8, score="omega") for seed in (2, 3)]
-    [cell] = report._cells([*old, *new])
+    [cell] = cells_of([*old, *new])
     assert sorted(cell.rows) == [0, 1, 2, 3]
 
 
@@ -137,8 +165,14 @@ def test_squeeze_is_named_by_what_it_is_asked_for(report: ModuleType) -> None:
     plain = {"mean_rank": 0.25, "rank": 8, "score": "spectrum", "every": 50, "times": 1}
     more = {"": {}, ", omega": {"score": "omega"}, ", from rank 1": {"rank": 1}, ", cut at the end": {"every": 150}}
     for name, options in more.items():
-        [cell] = report._cells([row("squeeze", 0, 0.5, **plain | options)])
+        [cell] = cells_of([row("squeeze", 0, 0.5, **plain | options)])
         assert (cell.name, cell.size) == (f"squeeze{name}", 0.25)
+
+
+def test_layers_have_one_name_whatever_the_model_calls_them() -> None:
+    kinds = (["query", "value"], ["q_proj", "v_proj"], "all-linear")
+    found = [cells_of([row("lora", 0, 0.5, rank=1, targets=targets)])[0] for targets in kinds]
+    assert [cell.key for cell in found] == [("LoRA on query and value", "1")] * 2 + [("LoRA", "1")]
 
 
 def test_a_claim_and_a_tiny_adapter_are_judged_over_all_tasks(report: ModuleType) -> None:
@@ -169,9 +203,13 @@ def test_a_cell_has_the_runs_at_the_rate_that_was_chosen(report: ModuleType) -> 
         return {**row("lora", seed, value, rank=8, kind=kind), "learning_rate": rate}
 
     trials = [at(0.01, 0.6, "trial", 9), at(0.03, 0.7, "trial", 9), at(0.1, 0.7, "trial", 9)]
-    [cell] = report._cells([*trials, at(0.01, 0.9), at(0.03, 0.8), at(0.01, 0.9, seed=1), at(0.03, 0.5, seed=1)])
+    [cell] = cells_of([*trials, at(0.01, 0.9), at(0.03, 0.8), at(0.01, 0.9, seed=1), at(0.03, 0.5, seed=1)])
     assert cell.scores == {0: 0.8, 1: 0.5} and cell.first["learning_rate"] == 0.03
-    assert report._cells([*trials, at(0.01, 0.9)]) == []
+    assert cells_of([*trials, at(0.01, 0.9)]) == []
+    more = [at(0.01, 0.8, "trial", 10), at(0.03, 0.6, "trial", 10)]  # at the highest rate that seed diverged
+    runs = [at(0.01, 0.9), at(0.03, 0.8), at(0.1, 0.7)]
+    [cell] = cells_of([*trials, *more, *runs])
+    assert (cell.first["learning_rate"], cell.tuning_seeds) == (0.01, 2)
 
 
 def test_what_is_not_measured_yet_leaves_a_gap(report: ModuleType) -> None:
@@ -210,3 +248,6 @@ def test_a_rate_at_an_end_of_those_tried_is_marked(report: ModuleType) -> None:
     trials = [{**row("lora", 9, rate, rank=8, kind="trial"), "learning_rate": rate} for rate in (1e-4, 1e-3)]
     one = study(report, *trials, *[row("lora", seed, 0.7, rank=8) for seed in (0, 1)])
     assert "| 0.001 ↑ | 0.700 ± 0.000 | 2 |" in report.scores(one)
+    more = [{**each, "seed": 10} for each in trials]
+    one = study(report, *trials, *more, *[row("lora", seed, 0.7, rank=8) for seed in (0, 1)])
+    assert "| 0.001 ↑ (2) | 0.700 ± 0.000 | 2 |" in report.scores(one)

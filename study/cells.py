@@ -1,0 +1,191 @@
+"""What the study has found, as cells: one method at one size on one task, with its runs by seed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from archive import RESULTS, STUDIES, kept
+
+from rankwise.metrics import METRICS
+from rankwise.metrics.metric import Metric
+from rankwise.named import asked
+from rankwise.results.stats import mean
+
+NAMES = {
+    "lora": "LoRA",
+    "spaced-lora": "LoRA, spaced",
+    "simplex-lora": "SimplexLoRA",
+    "weight-lora": "WeightLoRA",
+    "lora-fa": "LoRA-FA",
+    "sora": "SoRA",
+    "adalora": "AdaLoRA",
+    "bitfit": "BitFit",
+    "head": "the head alone",
+    "none": "as it comes",
+    "full": "full",
+    "fourierft": "FourierFT",
+    "ia3": "IA³",
+    "tinylora": "TinyLoRA",
+    "vb-lora": "VB-LoRA",
+    "vera": "VeRA",
+}
+KINDS = {
+    "q_proj": "query",
+    "k_proj": "key",
+    "v_proj": "value",
+    "o_proj": "attention.output",
+    "up_proj": "intermediate",
+    "attention.output.dense": "attention.output",
+    "intermediate.dense": "intermediate",
+}
+"""Kinds of layers by one name, whatever the model calls them."""
+RANKED = ("lora", "spaced-lora", "squeeze", "simplex-lora", "lora-fa", "adalora")
+LEVELS = ("none", "head", "full")
+"""Methods of one size, which the pictures have as lines across."""
+OWN = {"squeeze": "spectrum", "simplex-lora": "omega"}
+"""What decides ranks in the methods that have controls."""
+SCREEN = "study_tasks"
+"""The file of candidates for tasks."""
+ENOUGH = 3
+"""Seeds, from which on gaps are judged and averaged."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One method at one size on one task: its reported runs by seed, and the runs that chose its rate."""
+
+    rows: Mapping[int, dict[str, Any]]
+    trials: Sequence[dict[str, Any]] = ()
+
+    @property
+    def first(self) -> dict[str, Any]:
+        return next(iter(self.rows.values()))
+
+    @property
+    def method(self) -> str:
+        return self.first["method"]
+
+    @property
+    def score(self) -> str:
+        """What decided the ranks; empty for methods that do not choose."""
+        return self.first["options"].get("score", OWN.get(self.method, ""))
+
+    @property
+    def name(self) -> str:
+        """The method without its size."""
+        options, words = self.first["options"], [NAMES.get(self.method, self.method)]
+        if isinstance(targets := options.get("targets"), list):
+            words[0] += f" on {' and '.join(KINDS.get(each, each) for each in targets)}"
+        words += [self.score] if self.score != OWN.get(self.method, "") else []
+        if self.method == "simplex-lora" and options.get("omega_rate"):
+            words.append(f"ω at rate {options['omega_rate']:g}")
+        if self.method == "squeeze":
+            words += [f"from rank {options['rank']}"] if options["rank"] != 8 else []
+            steps = [step for step, _ in self.first["losses"][-1:]]
+            words += ["cut at the end"] if steps == [options["every"] * options["times"]] else []
+        return ", ".join([*words, *(["pulled"] if options.get("pull") else [])])
+
+    @property
+    def size(self) -> float | None:
+        """Units of rank per site; None where rank is not what decides the size."""
+        options = self.first["options"]
+        return options.get("mean_rank", options.get("rank")) if self.method in RANKED else None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What the same method has in common on other tasks, and models, at this size."""
+        return self.name, str(self.size or _asked(self.first))
+
+    @property
+    def scores(self) -> dict[int, float]:
+        return {seed: row["value"] for seed, row in self.rows.items()}
+
+    @property
+    def parameters(self) -> float:
+        """At the end, without the head."""
+        return mean([row["result.json"]["parameters"]["final"] for row in self.rows.values()])
+
+    @property
+    def bytes(self) -> float:
+        """Of the saved file of weights."""
+        return mean([row["result.json"]["cost"]["adapter_bytes"] for row in self.rows.values()])
+
+    @property
+    def edge(self) -> str:
+        """Whether the rate is the lowest or the highest of those tried."""
+        rates, own = [row["learning_rate"] for row in self.trials], self.first["learning_rate"]
+        return "" if len(set(rates)) < 2 else " ↓" if own == min(rates) else " ↑" if own == max(rates) else ""
+
+    @property
+    def tuning_seeds(self) -> int:
+        """How many seeds chose the rate."""
+        return len({row["seed"] for row in self.trials})
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """One task: its cells, in the order of their sizes."""
+
+    name: str
+    sites: Sequence[str]
+    cells: Sequence[Cell]
+
+    @cached_property
+    def reference(self) -> Cell | None:
+        """LoRA of rank 8."""
+        return self.find("LoRA", 8)
+
+    def find(self, name: str, size: float | None) -> Cell | None:
+        return next((cell for cell in self.cells if (cell.name, cell.size) == (name, size)), None)
+
+    def plain(self, size: float | None) -> Cell | None:
+        """LoRA of this size: of equal rank, or spaced."""
+        return self.find("LoRA", size) or self.find("LoRA, spaced", size)
+
+    @cached_property
+    def margin(self) -> float | None:
+        """One standard error of the reference's score over the rows that were scored: the mean over its seeds.
+
+        None without a reference, and where no error could be computed.
+        """
+        errors = [row["error"] for row in self.reference.rows.values() if row["error"]] if self.reference else []
+        return mean(errors) if errors else None
+
+
+def studies() -> list[Study]:
+    """Those with results, in the order of their names."""
+    found = []
+    for name in (each for each in STUDIES if each != SCREEN):
+        content = kept(RESULTS / f"{name}.json")
+        if found_cells := cells(content["rows"]):
+            found.append(Study(name.removeprefix("study_"), content["sites"], found_cells))
+    return found
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    """The method of a run and its options but for defaults: an option may have been added since."""
+    return str(sorted(asked("method", {"name": row["method"], **row["options"]}).items()))
+
+
+def cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
+    """The cells with reported runs, each at the rate that was chosen.
+
+    That is the best on the mean over the tuning seeds, and the lower of equal ones. A rate that lacks one of them is
+    out: at that seed it diverged.
+    """
+    by_options: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        assert not METRICS.get(row["metric"], Metric()).least_is_best, "gaps are read as gains"
+        by_options.setdefault(_asked(row), {"run": [], "trial": []})[row["kind"]].append(row)
+    found = []
+    for each in by_options.values():
+        rates: dict[float, list[float]] = {}
+        for row in each["trial"]:
+            rates.setdefault(row["learning_rate"], []).append(row["value"])
+        whole = [rate for rate in sorted(rates) if len(rates[rate]) == max(map(len, rates.values()))]
+        best = max(whole, key=lambda rate: mean(rates[rate])) if rates else None
+        if runs := {row["seed"]: row for row in each["run"] if best in (None, row["learning_rate"])}:
+            found.append(Cell(runs, each["trial"]))
+    assert len({(cell.name, cell.size or cell.parameters) for cell in found}) == len(found), "two cells of one name"
+    return sorted(found, key=lambda cell: (-cell.parameters, cell.name))
