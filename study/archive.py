@@ -4,8 +4,8 @@
     python study/archive.py put-back      # the other way round: `rankwise compare` then goes on from there
 
 A row is a run: its settings and its result as they are in its folder and, unless it only tried a rate, its last ranks,
-the course of its loss, which rows of the main evaluation split it got right, and the standard error that the choice of
-these rows gives its score. Weights are not kept.
+the course of its loss, which rows of the main evaluation split a classifier got right, and the standard error that the
+choice of these rows gives its score. Weights are not kept.
 """
 
 import argparse
@@ -57,10 +57,11 @@ def course(folder: Path, sites: list[str]) -> dict[str, Any]:
     for found in ranks:
         sites[:] = sites or found
     answers = main_split(folder, ["label", "prediction"]) or {"label": [], "prediction": []}
+    right = [str(int(a == b)) for a, b in zip(answers["label"], answers["prediction"], strict=True)]
     return {
         "ranks": [found.get(site, 0) for found in ranks for site in sites],
         "losses": [[each[-1].step, round(mean([step.loss for step in each]), 4)] for each in losses],
-        "right": "".join(str(int(a == b)) for a, b in zip(answers["label"], answers["prediction"], strict=True)),
+        "right": "".join(right) if "1" in right else "",  # numbers and sentences are never the same
     }
 
 
@@ -99,8 +100,9 @@ def put_back(study: str) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["keep", "put-back"])
+    what = parser.parse_args().what
     for name in STUDIES:
-        if parser.parse_args().what == "keep":
+        if what == "keep":
             print(f"results/{name}.json: {keep(name)} rows")
         else:
             print(f"runs/{name}: {put_back(name)} runs put back")

@@ -94,7 +94,7 @@ class Cell:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What the same method has in common on other tasks, and models, at this size."""
+        """Name and size: equal for the same method on other tasks and models."""
         return self.name, str(self.size or _asked(self.first))
 
     @property
@@ -119,8 +119,8 @@ class Cell:
 
     @property
     def tuning_seeds(self) -> int:
-        """How many seeds chose the rate."""
-        return len({row["seed"] for row in self.trials})
+        """How many seeds the rate was tried with."""
+        return len({row["seed"] for row in self.trials if row["learning_rate"] == self.first["learning_rate"]})
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +172,7 @@ def cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
     """The cells with reported runs, each at the rate that was chosen.
 
     That is the best on the mean over the tuning seeds, and the lower of equal ones. A rate that lacks one of them is
-    out: at that seed it diverged.
+    out, since it diverged with it or was not tried with it.
     """
     by_options: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:

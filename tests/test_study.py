@@ -1,7 +1,7 @@
 """The study: what is kept of its runs can be put back, and docs/findings.md is what results/ gives."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,6 +52,13 @@ def test_every_study_is_one_of_the_experiments_and_its_rows_have_what_a_result_h
             assert not row.get("ranks") or len(row["ranks"]) == len(content["sites"])
 
 
+def asks(method: Mapping[str, Any]) -> frozenset[Any]:
+    """The options of a method but for defaults, whatever types their numbers have."""
+    return frozenset(
+        (key, tuple(value) if isinstance(value, list) else value) for key, value in asked("method", method).items()
+    )
+
+
 def test_every_row_is_one_that_its_experiment_runs(archive: ModuleType) -> None:
     for name in archive.STUDIES:
         settings = yaml.safe_load((archive.ROOT / "experiments" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -59,11 +66,9 @@ def test_every_row_is_one_that_its_experiment_runs(archive: ModuleType) -> None:
         rates: dict[frozenset[Any], set[float]] = {}
         for entry in settings["vary"]["method"]:
             own = entry.pop("learning_rate", common)
-            rates.setdefault(frozenset(asked("method", entry).items()), set()).update(
-                map(float, own if isinstance(own, list) else [own])
-            )
+            rates.setdefault(asks(entry), set()).update(map(float, own if isinstance(own, list) else [own]))
         for row in archive.kept(archive.RESULTS / f"{name}.json")["rows"]:
-            options = frozenset(asked("method", {"name": row["method"], **row["options"]}).items())
+            options = asks({"name": row["method"], **row["options"]})
             found = row["kind"] == "trial" or row["learning_rate"] in rates[options]  # more may have been tried
             assert options in rates and found, (name, row["folder"])
             run = yaml.safe_load(row["run.yaml"])
@@ -210,6 +215,34 @@ def test_a_cell_has_the_runs_at_the_rate_that_was_chosen(report: ModuleType) -> 
     runs = [at(0.01, 0.9), at(0.03, 0.8), at(0.1, 0.7)]
     [cell] = cells_of([*trials, *more, *runs])
     assert (cell.first["learning_rate"], cell.tuning_seeds) == (0.01, 2)
+
+
+def test_a_task_on_which_a_size_was_not_measured_counts_against_it(report: ModuleType) -> None:
+    large = [row("lora", seed, 0.8, 8000, rank=8) for seed in range(5)]
+    small = [row("ia3", seed, 0.8 + 0.007 * seed - 0.023, 100) for seed in range(5)]
+    one, other = study(report, *large, *small), study(report, *large)
+    p = report.not_worse(one.find("IA³", None), one)
+    assert 0.025 < p < 0.05
+    assert "**not worse**" in report.sizes([one]) and f"p {2 * p:.3f} |  |" in report.sizes([one, other])
+
+
+def test_a_mean_over_tasks_is_of_seeds_that_all_of_them_have(report: ModuleType) -> None:
+    def of(*seeds: int) -> Any:
+        return study(report, *[row(m, s, 0.7, rank=8) for s in seeds for m in ("lora", "lora-fa")])
+
+    def fa(*tasks: Any) -> tuple[dict[int, float], int]:
+        return report.over_tasks([(each, each.find("LoRA-FA", 8), each.find("LoRA", 8)) for each in tasks])
+
+    assert fa(of(0, 1, 2, 3), of(1, 2, 3)) == ({1: 0.0, 2: 0.0, 3: 0.0}, 2)
+    assert fa(of(0, 1, 2), of(1, 2, 3)) == ({}, 0)
+    assert report.verdict({}) == "not measured"
+
+
+def test_claims_are_judged_by_the_test_that_sizes_are(report: ModuleType) -> None:
+    gaps = {0: -0.2, 1: 0.3, 2: -0.9, 3: 0.4, 4: -0.1}
+    assert stats.ttest_1samp([each + 1 for each in gaps.values()], 0, alternative="greater").pvalue < 0.05
+    verdicts = [report.verdict({seed: gap + more for seed, gap in gaps.items()}) for more in (0, -0.9, -2)]
+    assert verdicts == ["holds", "open", "does not hold"]
 
 
 def test_what_is_not_measured_yet_leaves_a_gap(report: ModuleType) -> None:
