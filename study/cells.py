@@ -11,6 +11,7 @@ from rankwise.metrics import METRICS
 from rankwise.metrics.metric import Metric
 from rankwise.named import asked
 from rankwise.results.stats import mean
+from rankwise.results.tuning import Edge, Rate, best
 
 NAMES = {
     "lora": "LoRA",
@@ -53,10 +54,14 @@ ENOUGH = 3
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One method at one size on one task: its reported runs by seed, and the runs that chose its rate."""
+    """One method at one size on one task: its reported runs by seed.
+
+    `edge`: whether their rate is the lowest or the highest of those tried. `tuning_seeds`: how many seeds chose it.
+    """
 
     rows: Mapping[int, dict[str, Any]]
-    trials: Sequence[dict[str, Any]] = ()
+    edge: Edge = ""
+    tuning_seeds: int = 0
 
     @property
     def first(self) -> dict[str, Any]:
@@ -111,17 +116,6 @@ class Cell:
         """Of the saved file of weights."""
         return mean([row["result.json"]["cost"]["adapter_bytes"] for row in self.rows.values()])
 
-    @property
-    def edge(self) -> str:
-        """Whether the rate is the lowest or the highest of those tried."""
-        rates, own = [row["learning_rate"] for row in self.trials], self.first["learning_rate"]
-        return "" if len(set(rates)) < 2 else " ↓" if own == min(rates) else " ↑" if own == max(rates) else ""
-
-    @property
-    def tuning_seeds(self) -> int:
-        """How many seeds the rate was tried with."""
-        return len({row["seed"] for row in self.trials if row["learning_rate"] == self.first["learning_rate"]})
-
 
 @dataclass(frozen=True, eq=False)
 class Study:
@@ -169,23 +163,22 @@ def _asked(row: Mapping[str, Any]) -> str:
 
 
 def cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
-    """The cells with reported runs, each at the rate that was chosen.
-
-    That is the best on the mean over the tuning seeds, and the lower of equal ones. A rate that lacks one of them is
-    out, since it diverged with it or was not tried with it.
-    """
+    """The cells with reported runs, each at the rate that `rankwise compare` chooses from all that were tried."""
     by_options: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in rows:
         assert not METRICS.get(row["metric"], Metric()).least_is_best, "gaps are read as gains"
         by_options.setdefault(_asked(row), {"run": [], "trial": []})[row["kind"]].append(row)
     found = []
+    no_edge: Edge = ""
     for each in by_options.values():
-        rates: dict[float, list[float]] = {}
+        tried: dict[float, dict[int, float]] = {}
         for row in each["trial"]:
-            rates.setdefault(row["learning_rate"], []).append(row["value"])
-        whole = [rate for rate in sorted(rates) if len(rates[rate]) == max(map(len, rates.values()))]
-        best = max(whole, key=lambda rate: mean(rates[rate])) if rates else None
-        if runs := {row["seed"]: row for row in each["run"] if best in (None, row["learning_rate"])}:
-            found.append(Cell(runs, each["trial"]))
+            tried.setdefault(row["learning_rate"], {})[row["seed"]] = row["value"]
+        runs, edge, seeds = each["run"], no_edge, 0
+        if tried:
+            (chosen, *_), edge = best([Rate(rate, tried[rate]) for rate in sorted(tried)], each["trial"][0]["metric"])
+            runs, seeds = [row for row in runs if row["learning_rate"] == chosen.learning_rate], chosen.n
+        if runs:
+            found.append(Cell({row["seed"]: row for row in runs}, edge, seeds))
     assert len({(cell.name, cell.size or cell.parameters) for cell in found}) == len(found), "two cells of one name"
     return sorted(found, key=lambda cell: (-cell.parameters, cell.name))

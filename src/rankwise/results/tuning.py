@@ -10,6 +10,7 @@ from rankwise.results.labels import CHAIN
 from rankwise.results.stats import mean, sd
 from rankwise.runs.result import Finished, Split
 
+Edge = Literal["lowest", "highest", ""]
 _PHASE = {"tuning", "eval_every"}
 """Settings in which a run that tries a rate differs from one that is reported, besides rate and seed."""
 
@@ -62,7 +63,7 @@ class Tuned:
     rates: Sequence[Rate]
     learning_rate: float
     tied: Sequence[float] = ()
-    edge: Literal["lowest", "highest", ""] = ""
+    edge: Edge = ""
 
     def as_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -80,10 +81,7 @@ class Tuned:
 
 
 def tuned(results: Sequence[Finished]) -> Tuned | None:
-    """The rate chosen from runs that differ only in rate and seed; None if none of them has a score.
-
-    Of the rates with the most seeds the one with the best mean is chosen, and the lowest of equals.
-    """
+    """The rate chosen from runs that differ only in rate and seed; None if none of them has a score."""
     by_rate: dict[float, dict[int, float]] = {}
     for result in sorted(results, key=lambda result: (result.learning_rate, result.seed)):
         if result.score in result.metrics:
@@ -91,21 +89,26 @@ def tuned(results: Sequence[Finished]) -> Tuned | None:
     if not by_rate:
         return None
     rates = [Rate(rate, scores) for rate, scores in by_rate.items()]
-    score = results[0].score
-    best = max((rate.n, worth(score, rate.mean)) for rate in rates)
-    chosen, *tied = [rate for rate in rates if (rate.n, worth(score, rate.mean)) == best]
-    edge: Literal["lowest", "highest", ""] = ""
-    if not tied and len(rates) > 1:
-        edge = "lowest" if chosen is rates[0] else "highest" if chosen is rates[-1] else ""
+    (chosen, *tied), edge = best(rates, results[0].score)
     return Tuned(
         results[0].splits.evaluation[0],
-        score,
+        results[0].score,
         sorted({seed for scores in by_rate.values() for seed in scores}),
         rates,
         chosen.learning_rate,
         [rate.learning_rate for rate in tied],
         edge,
     )
+
+
+def best(rates: Sequence[Rate], score: str) -> tuple[Sequence[Rate], Edge]:
+    """Of the rates with the most seeds those with the best mean of `score`, the lowest first, which is chosen; and its
+    edge, as in Tuned. `rates` has all that were tried, the lowest first."""
+    worths = [(rate.n, worth(score, rate.mean)) for rate in rates]
+    chosen, *tied = [rate for rate, each in zip(rates, worths, strict=True) if each == max(worths)]
+    if tied or len(rates) == 1:
+        return [chosen, *tied], ""
+    return [chosen], "lowest" if chosen is rates[0] else "highest" if chosen is rates[-1] else ""
 
 
 class Contests:
