@@ -6,7 +6,8 @@
 
 Only what loads an adapter is run; what else these programs import, such as their kernels, is replaced by names that do
 nothing. ΔW of each layer is compared with PEFT's, on a Llama of three blocks with mixed ranks, with and without empty
-layers. Each loader runs in a process of its own; `rankwise.save` and `rankwise.export_adapter` write the layouts.
+layers, and with one rank on some of the layers of a block. Each loader runs in a process of its own; `rankwise.save`
+and `rankwise.export_adapter` write the layouts.
 """
 
 import argparse
@@ -39,7 +40,17 @@ PLACES = {name: "self_attn" if name in TARGETS[:4] else "mlp" for name in TARGET
 STACKED = {"qkv_proj": TARGETS[:3], "gate_up_proj": TARGETS[4:6]}
 HIDDEN, KEYS, INNER, BLOCKS = 64, 32, 96, 3
 ROWS = {"q_proj": HIDDEN, "k_proj": KEYS, "v_proj": KEYS, "gate_proj": INNER, "up_proj": INNER}
-RANKS = {"mixed": (4, 8, 12, 3, 10), "empty": (4, 8, 0, 12, 3), "≤ 8": (4, 8, 3, 8, 2), "≤ 8, empty": (4, 8, 0, 8, 2)}
+ADAPTERS = {
+    "mixed": ((4, 8, 12, 3, 10), TARGETS),
+    "empty": ((4, 8, 0, 12, 3), TARGETS),
+    "≤ 8": ((4, 8, 3, 8, 2), TARGETS),
+    "≤ 8, empty": ((4, 8, 0, 8, 2), TARGETS),
+    "8 on q": ((8,), ("q_proj",)),
+    "8 on v": ((8,), ("v_proj",)),
+    "8 on q and v": ((8,), ("q_proj", "v_proj")),
+    "8 on up": ((8,), ("up_proj",)),
+}
+"""Label -> the ranks of its layers, over and over, and which layers it has."""
 LAYOUTS = ("patterns", "compact", "portable")
 Deltas = dict[str, Tensor]
 
@@ -226,9 +237,9 @@ def loaded(name: str, folder: Path, out: Path) -> Deltas | str:
     return out.read_text() if os.waitpid(child, 0)[1] else load_file(out)
 
 
-def written(folder: Path, ranks: tuple[int, ...]) -> None:
-    """An adapter with these ranks, over and over, in each layout."""
-    model = rw.LoRA(rank=8, alpha=16, targets=list(TARGETS)).attach(
+def written(folder: Path, ranks: tuple[int, ...], targets: tuple[str, ...]) -> None:
+    """An adapter on `targets` with these ranks, over and over, in each layout."""
+    model = rw.LoRA(rank=8, alpha=16, targets=list(targets)).attach(
         LlamaForCausalLM.from_pretrained(folder.parent / "base")
     )
     names = [site.name for site in rw.sites(model)]
@@ -299,9 +310,9 @@ if __name__ == "__main__":
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
         LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(root / "base")
         print("| ranks | consumer | " + " | ".join(LAYOUTS) + " |\n|---|---|" + "---|" * len(LAYOUTS))
-        for number, (label, ranks) in enumerate(RANKS.items()):
+        for number, (label, (ranks, targets)) in enumerate(ADAPTERS.items()):
             adapter = root / str(number)
-            written(adapter, ranks)
+            written(adapter, ranks, targets)
             truth = loaded("peft", adapter / "patterns", root / "out")
             assert not isinstance(truth, str), truth
             for name in names:

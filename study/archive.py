@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from rankwise.files import write_whole
+from rankwise.files import read_json, write_whole
 from rankwise.metrics.bootstrap import LEVEL, interval
 from rankwise.results.predictions import main_split, predictions
 from rankwise.results.stats import mean
@@ -31,7 +31,7 @@ EVERY = 10
 
 def kept(file: Path) -> dict[str, Any]:
     """The content of a file in results/; without rows if there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"sites": [], "rows": []}
+    return read_json(file) if file.exists() else {"sites": [], "rows": []}
 
 
 def row(folder: Path, sites: list[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import rankwise as rw
 from models import stirred
 from rankwise.adapters.consumers import CONSUMERS
 from rankwise.adapters.export import TARGETS
+from rankwise.adapters.layouts import reading
 from rankwise.adapters.stored import stored
 from rankwise.adapters.verify import verified
 from rankwise.cli import app
@@ -80,6 +81,52 @@ def test_the_base_model_that_cannot_be_looked_at_is_said(mixed, tmp_path):
     (copy / "adapter_model.safetensors").write_bytes((mixed / "adapter_model.safetensors").read_bytes())
     done = rw.export_adapter(copy, tmp_path / "out")
     assert "its base model could not be looked at" in done.text() and len(stored(tmp_path / "out").tensors.shape) == 8
+
+
+@pytest.mark.parametrize("target", ["q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"])
+def test_what_sglang_stacks_is_there_or_is_refused(target, tmp_path):
+    """It ignores v_proj without q_proj, and up_proj without gate_proj, and does not load q_proj without v_proj."""
+    base = models.write_llama(tmp_path / "base")
+    config = LoraConfig(r=8, target_modules=[target], task_type="CAUSAL_LM")
+    stirred(get_peft_model(models.llama(base), config)).save_pretrained(tmp_path / "a")
+    for to in ("portable", "sglang"):
+        done = rw.export_adapter(tmp_path / "a", tmp_path / to, to, verify=True)
+        assert "SGLang" not in done.not_served and max(done.verified.layers.values()) < 1e-6
+    partners = {"q_proj": {"v_proj"}, "k_proj": {"q_proj", "v_proj"}, "v_proj": {"q_proj"}, "up_proj": {"gate_proj"}}
+    written = json.loads((tmp_path / "sglang" / "adapter_config.json").read_text())["target_modules"]
+    assert {*written} == {target} | partners.get(target, set())
+    (base / "config.json").unlink()
+    if target == "gate_proj":
+        rw.export_adapter(tmp_path / "a", tmp_path / "sglang", "sglang", force=True)
+        return
+    before = (tmp_path / "sglang" / "adapter_model.safetensors").read_bytes()
+    needed = {"q_proj": "v_proj", "up_proj": "gate_proj"}.get(target, "q_proj")
+    refused = (
+        rf"SGLang does not read {target} without {needed}, for which zeros cannot stand in, as its base model could"
+    )
+    with pytest.raises(rw.InputError, match=refused):
+        rw.export_adapter(tmp_path / "a", tmp_path / "sglang", "sglang", force=True)
+    assert (tmp_path / "sglang" / "adapter_model.safetensors").read_bytes() == before
+    done = rw.export_adapter(tmp_path / "a", tmp_path / "guessed")
+    assert done.not_served["SGLang"] == ("refused" if target == "q_proj" else "wrong")
+    assert ("SGLang" in reading(stored(tmp_path / "a"))) == (target != "q_proj")
+
+
+def test_a_model_without_gates_needs_none_for_sglang(tmp_path):
+    settings = transformers.NemotronConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    transformers.NemotronForCausalLM(settings).save_pretrained(tmp_path / "base")
+    base = transformers.NemotronForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(r=8, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    stirred(get_peft_model(base, config)).save_pretrained(tmp_path / "a")
+    done = rw.export_adapter(tmp_path / "a", tmp_path / "b", "sglang")
+    assert "SGLang" not in done.not_served and {name.rpartition(".")[2] for name in done.ranks} == {"up_proj"}
 
 
 def test_an_adapter_of_one_rank_on_all_layers_of_a_name_is_read_by_more(tmp_path):
@@ -155,7 +202,11 @@ MORE = {
     "another head": ({"modules_to_save": ["lm_head"]}, "lm_head.weight", ()),
     "two heads": ({"modules_to_save": ["lm_head", "embed_tokens"]}, "lm_head.weight", ()),
     "a classifier": ({"modules_to_save": ["score"], "task_type": "SEQ_CLS"}, "score.weight", ("vllm",)),
-    "a copy of the base": ({"target_modules": ["q_proj", "lm_head"]}, None, ("vllm", "sglang", "tgi", "llama.cpp")),
+    "a copy of the base": (
+        {"target_modules": ["q_proj", "v_proj", "lm_head"]},
+        None,
+        ("vllm", "sglang", "tgi", "llama.cpp"),
+    ),
 }
 
 

@@ -132,7 +132,8 @@ def test_an_adapter_on_few_layers_gets_one_rank_for_those_alone(shape, tmp_path)
     assert {name: layer.rank for name, layer in found.layers.items()} == few
     assert found.config["rank_pattern"] == found.config["alpha_pattern"] == {} and found.config["r"] == 3
     assert sum("lora_A" in key for key in found.tensors.shape) == 2
-    assert reading(found).splitlines()[-1].startswith("read wrongly, without an error, by TGI and LoRAX: ")
+    who = "TGI and LoRAX, SGLang" if shape == "llama" else "TGI and LoRAX"  # a k_proj without q_proj
+    assert reading(found).splitlines()[-1].startswith(f"read wrongly, without an error, by {who}: ")
     expected = models.logits(model)
     stock_peft.agrees(models.model(shape), models.batch(), {tmp_path / "default": expected}, tmp_path)
     rw.save(model, tmp_path / "portable", layout="portable")

@@ -218,6 +218,14 @@ def test_a_wrong_smoke_or_published_is_named(content: dict[str, Any], message: s
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("axis", ["seed", "method"])
+def test_an_override_without_values_is_refused_as_in_the_file(axis: str) -> None:
+    content = {**SMALL, "vary": {"seed": [0], "method": ["lora"]}, "tune": {"learning_rate": [1e-3]}}
+    for setting in (f"{axis}=[]", f"vary.{axis}=[]"):
+        with pytest.raises(InputError, match=rf"^vary\.{axis} = \[\]: expected a list of values, as in `{axis}: \["):
+            load(content, [setting], SCHEMA)
+
+
 def test_keys_below_keys_reach_what_lies_below() -> None:
     """Varying or overriding one of several columns leaves the others as they are."""
     base = {"task": {"name": "t", "columns": {"text": "body", "label": "kind"}}, "tune": {"learning_rate": [1e-3]}}

@@ -6,6 +6,7 @@ pattern. `gaps` leaves layers out and has one rank for those that are there, whi
 docs/adapters.md says how each was tried.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,7 +72,7 @@ CONSUMERS = (
         "refused",
         "refused",
         "right",
-        "q, k and v must have the rank r, and all be there",
+        "q, k and v must have the rank r, q and v both be there, and gate with up",
     ),
     Consumer(
         "TGI and LoRAX",
@@ -96,6 +97,40 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank of vLLM takes."""
 PUNICA_BLOCK = 16
 """TGI and LoRAX pad ranks to 8 or to a multiple of this, and then scale by lora_alpha / the padded rank."""
+STACKED = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+"""A layer that SGLang stacks with others of its block -> the one without which it does not read it."""
+
+
+def stacked_with(ends: Iterable[str]) -> list[str]:
+    """What SGLang needs next to layers whose names end so, and they do not have."""
+    have = {*ends}
+    while more := {STACKED[end] for end in have & STACKED.keys()} - have:
+        have |= more
+    return sorted(have - {*ends})
+
+
+def unstacked(layers: Iterable[str], gated: bool) -> list[str]:
+    """The ends of names of layers that SGLang does not read, since what it stacks them with is missing.
+
+    Args:
+        layers: names of all layers in the file, those of zeros too.
+        gated: whether the model has a gate_proj next to each up_proj.
+    """
+    names, found = {*layers}, set[str]()
+    for name in names:
+        block, _, end = name.rpartition(".")
+        if end in STACKED and f"{block}.{STACKED[end]}" not in names and (gated or end != "up_proj"):
+            found.add(end)
+    return sorted(found)
+
+
+def sglang_reads(layers: Iterable[str], gated: bool) -> Reading:
+    """How SGLang reads layers of one rank: it stops at q without v, and ignores k or v without q, and up without gate.
+
+    Takes what `unstacked` takes.
+    """
+    found = unstacked(layers, gated)
+    return "wrong" if {*found} - {"q_proj"} else "refused" if found else "right"
 
 
 def not_served(layout: Layout) -> list[Consumer]:

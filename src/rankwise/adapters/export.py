@@ -9,9 +9,19 @@ from typing import Any
 
 from torch import Tensor
 
-from rankwise.adapters.consumers import CONSUMERS, Reading, max_lora_rank, not_served, portable_rank
+from rankwise.adapters.consumers import (
+    CONSUMERS,
+    STACKED,
+    Reading,
+    max_lora_rank,
+    not_served,
+    portable_rank,
+    sglang_reads,
+    stacked_with,
+    unstacked,
+)
 from rankwise.adapters.layers import StoredAdapter
-from rankwise.adapters.layouts import compact, ends_of, portable, read_as, targeted
+from rankwise.adapters.layouts import adapted, compact, ends_of, portable, read_as, targeted
 from rankwise.adapters.meta import base_of
 from rankwise.adapters.stored import check_free, pad, padding, stored
 from rankwise.adapters.tensors import write_tensors
@@ -129,6 +139,7 @@ def export_adapter(
     else:
         check_free(out, like, force)
     out.parent.mkdir(parents=True, exist_ok=True)
+    gated = True
     with unfinished(out, folder=True) as temporary:
         new = temporary / (out.name if file else "adapter")
         if layout == "compact":
@@ -138,10 +149,18 @@ def export_adapter(
         elif layout == "diffusers":
             _for_diffusers(new, like)
         else:
-            base, note = base_of(like.config)
-            notes += [note] if note else []
-            portable(new, like, targeted(base, like.config, ends_of(like), like.path) if base else None)
+            base, why = base_of(like.config)
+            if base:
+                gated = any(name.endswith("gate_proj") for name, _ in base.named_modules())
+                ends = ends_of(like.layers)
+                portable(new, like, targeted(base, like.config, [*ends, *stacked_with(ends)], like.path))
+            else:
+                notes.append(f"{why}: layers of rank 0 are assumed where other blocks have such a layer")
+                portable(new, like)
         written = stored(new)
+        if to == "sglang" and (lacking := unstacked(adapted(written), gated)):
+            why = "which its base model does not have" if base else f"for which zeros cannot stand in, as {why}"
+            raise InputError(f"{like.path}: SGLang does not read {lacking[0]} without {STACKED[lacking[0]]}, {why}")
         report = verified(like, written, logits=layout != "diffusers") if verify else None
         if more := sorted({part for layer in like.layers.values() for part in layer.parts} - {"A", "B", "alpha"}):
             notes.append(f"its layers have a {' and a '.join(more)} too: not every program reads that")
@@ -154,7 +173,7 @@ def export_adapter(
             {name: layer.rank for name, layer in written.layers.items()},
             written.config["r"] if layout == "portable" and written.config else 0,
             sum(path.stat().st_size for path in written.tensors.files),
-            _not_served(written, layout),
+            _not_served(written, layout, gated),
             notes,
             report,
         )
@@ -183,8 +202,11 @@ def _check_read(like: StoredAdapter, to: str) -> None:
         )
 
 
-def _not_served(written: StoredAdapter, to: str) -> dict[str, Reading]:
-    """Who does not read it right. TGI and LoRAX pad other ranks than those of `portable`, and read them wrong."""
+def _not_served(written: StoredAdapter, to: str, gated: bool) -> dict[str, Reading]:
+    """Who does not read it right, given whether the model has a gate_proj next to each up_proj.
+
+    TGI and LoRAX pad other ranks than those of `portable`, and read them wrong. SGLang wants some layers together.
+    """
     if to == "diffusers":
         return {}
     layout = read_as(written) if written.config else "portable" if to == "portable" else "compact"
@@ -192,6 +214,8 @@ def _not_served(written: StoredAdapter, to: str) -> dict[str, Reading]:
     rank = max(layer.rank for layer in written.layers.values())
     if layout == "portable" and written.config and portable_rank(rank) != rank and not padding(written):
         found |= {each.name: "wrong" for each in CONSUMERS if each.target == "tgi"}
+    if written.config and (how := sglang_reads(adapted(written), gated)) != "right":
+        found["SGLang"] = how
     return found
 
 

@@ -6,7 +6,7 @@ ranks without padding are in the metadata of its weights, and `stored` reads tho
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from rankwise.adapters import consumers
-from rankwise.adapters.consumers import not_served, portable_rank
+from rankwise.adapters.consumers import not_served, portable_rank, sglang_reads
 from rankwise.adapters.layers import Factors, Layer, StoredAdapter, in_order
-from rankwise.adapters.peft_folder import module, said_left_out
+from rankwise.adapters.peft_folder import PREFIX, module, said_left_out
 from rankwise.adapters.stored import padding, write
 from rankwise.errors import InputError
 from rankwise.ranks.layers import weight_layer
@@ -74,7 +74,7 @@ def portable(
         modules = {}
     else:
         modules = neighbours(like) if modules is None else modules
-        rank, ends = portable_rank(rank), ends_of(like)
+        rank, ends = portable_rank(rank), ends_of([*like.layers, *modules])
     if strange := [name for name in like.layers if modules and name not in modules]:
         raise InputError(f"{like.path}: adapts {strange[0]}, which its base model does not have")
     kind = _dtype(like)
@@ -109,6 +109,12 @@ def read_as(like: StoredAdapter) -> consumers.Layout:
     return "portable" if padding(like) or one_rank(like, neighbours(like)) else "gaps"
 
 
+def adapted(adapter: StoredAdapter) -> list[str]:
+    """The names of all layers in the file, those of zeros too."""
+    keys = [each.removeprefix(PREFIX) for each in adapter.tensors.shape]
+    return [each.removesuffix(".lora_A.weight") for each in keys if each.endswith(".lora_A.weight")]
+
+
 def reading(adapter: StoredAdapter) -> str:
     """What to know about other programs that read a written adapter, "" where there is nothing to say."""
     if adapter.config is None:
@@ -119,15 +125,18 @@ def reading(adapter: StoredAdapter) -> str:
             f"padded with zeros to rank {adapter.config['r']}, so that programs that expect one rank read it right; "
             f"rankwise export --for peft writes it without, {padded:,} bytes smaller"
         )
-    if names := ", ".join(c.name for c in not_served(layout) if c.reads(layout) == "wrong" and c.portable == "right"):
+    names = [each.name for each in not_served(layout) if each.reads(layout) == "wrong" and each.portable == "right"]
+    if sglang_reads(adapted(adapter), gated=True) == "wrong":
+        names.append("SGLang")
+    if names:
         way = "rankwise export writes it in a form that they read right"
-        said.append(f"read wrongly, without an error, by {names}: {way}")
+        said.append(f"read wrongly, without an error, by {', '.join(names)}: {way}")
     return "\n".join(said)
 
 
-def ends_of(like: StoredAdapter) -> list[str]:
-    """The last parts of the names of the adapted layers, with the part before a number, as in `to_out.0`."""
-    found = (re.search(r"[^.]+(?:\.\d+)*$", re.sub(r"\.base_layer\..*", "", name)) for name in like.layers)
+def ends_of(layers: Iterable[str]) -> list[str]:
+    """The last parts of the names of layers, with the part before a number, as in `to_out.0`."""
+    found = (re.search(r"[^.]+(?:\.\d+)*$", re.sub(r"\.base_layer\..*", "", name)) for name in layers)
     return sorted({each.group() for each in found if each})
 
 

@@ -30,7 +30,4 @@ def base_of(config: Mapping[str, Any]) -> tuple[nn.Module | None, str]:
             return (kind.from_config if hasattr(kind, "from_config") else kind._from_config)(settings), ""
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        return None, (
-            f"its base model could not be looked at ({reason}): layers of rank 0 are assumed where other blocks have "
-            "such a layer"
-        )
+        return None, f"its base model could not be looked at ({reason})"

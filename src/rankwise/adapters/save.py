@@ -216,7 +216,7 @@ def _laid_out(model: PeftModel, written: Path, layout: Layout | None) -> Path:
     base, layers = model.get_base_model(), dict[str, Layer]()
     cannot = nullcontext() if layout == "portable" else suppress(InputError)  # a layer that cannot be padded
     with cannot:
-        layers = targeted(base, config, ends_of(like), written)
+        layers = targeted(base, config, ends_of(like.layers), written)
     few = layout is None and sparse(like, layers)
     own = own_targets(config) or [*like.layers]
     targets = exact_targets(base, like) if like.layers.keys() & {*own} else own

@@ -195,7 +195,7 @@ def _experiment(
             if not key.startswith(("vary.", "tune.", "report.")):
                 _override_experiment(data, vary, key, value, schema)
     settings = [*itertools.chain(*groups)]
-    del data["vary"]
+    vary = _axes(data.pop("vary"), keys)
     report = data.pop("report", None) or {}
     published = _published(data.pop("published", None))
     chain = _chain(data.pop("chain", None), keys)
