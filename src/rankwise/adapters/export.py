@@ -9,21 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
-from rankwise.adapters.consumers import (
-    CONSUMERS,
-    STACKED,
-    Reading,
-    max_lora_rank,
-    not_served,
-    portable_rank,
-    sglang_reads,
-    stacked_with,
-    unstacked,
-)
+from rankwise.adapters.consumers import STACKED, Reading, max_lora_rank, stacked_with, unstacked
 from rankwise.adapters.layers import StoredAdapter
-from rankwise.adapters.layouts import adapted, compact, ends_of, portable, read_as, targeted
+from rankwise.adapters.layouts import adapted, compact, ends_of, not_read, portable, targeted
 from rankwise.adapters.meta import base_of
-from rankwise.adapters.stored import check_free, pad, padding, stored
+from rankwise.adapters.stored import check_free, pad, stored
 from rankwise.adapters.tensors import write_tensors
 from rankwise.adapters.verify import Verified, verified
 from rankwise.errors import InputError, require
@@ -173,7 +163,7 @@ def export_adapter(
             {name: layer.rank for name, layer in written.layers.items()},
             written.config["r"] if layout == "portable" and written.config else 0,
             sum(path.stat().st_size for path in written.tensors.files),
-            _not_served(written, layout, gated),
+            {} if layout == "diffusers" else not_read(written, gated),
             notes,
             report,
         )
@@ -200,23 +190,6 @@ def _check_read(like: StoredAdapter, to: str) -> None:
         raise InputError(
             f"{like.path}: has {more[0]} besides A and B, which {to} does not read: rankwise merge makes a model of all"
         )
-
-
-def _not_served(written: StoredAdapter, to: str, gated: bool) -> dict[str, Reading]:
-    """Who does not read it right, given whether the model has a gate_proj next to each up_proj.
-
-    TGI and LoRAX pad other ranks than those of `portable`, and read them wrong. SGLang wants some layers together.
-    """
-    if to == "diffusers":
-        return {}
-    layout = read_as(written) if written.config else "portable" if to == "portable" else "compact"
-    found = {each.name: each.reads(layout) for each in not_served(layout)}
-    rank = max(layer.rank for layer in written.layers.values())
-    if layout == "portable" and written.config and portable_rank(rank) != rank and not padding(written):
-        found |= {each.name: "wrong" for each in CONSUMERS if each.target == "tgi"}
-    if written.config and (how := sglang_reads(adapted(written), gated)) != "right":
-        found["SGLang"] = how
-    return found
 
 
 def _for_diffusers(file: Path, like: StoredAdapter) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rankwise.adapters import consumers
-from rankwise.adapters.consumers import not_served, portable_rank, sglang_reads
+from rankwise.adapters.consumers import CONSUMERS, not_served, portable_rank, sglang_reads
 from rankwise.adapters.layers import Factors, Layer, StoredAdapter, in_order
 from rankwise.adapters.peft_folder import PREFIX, module, said_left_out
 from rankwise.adapters.stored import padding, write
@@ -115,20 +115,36 @@ def adapted(adapter: StoredAdapter) -> list[str]:
     return [each.removesuffix(".lora_A.weight") for each in keys if each.endswith(".lora_A.weight")]
 
 
+def not_read(adapter: StoredAdapter, gated: bool = True) -> dict[str, consumers.Reading]:
+    """The programs that do not read a PEFT adapter right, and which of both it is.
+
+    That follows from its layout. Besides, TGI and LoRAX pad other ranks than those of `portable` and read them wrong,
+    and SGLang wants some layers together.
+
+    Args:
+        gated: whether its base model has a gate_proj next to each up_proj.
+    """
+    layout = read_as(adapter)
+    found = {each.name: each.reads(layout) for each in not_served(layout)}
+    rank = max(layer.rank for layer in adapter.layers.values())
+    if layout == "portable" and portable_rank(rank) != rank and not padding(adapter):
+        found |= {each.name: "wrong" for each in CONSUMERS if each.target == "tgi"}
+    if (how := sglang_reads(adapted(adapter), gated)) != "right":
+        found["SGLang"] = how
+    return found
+
+
 def reading(adapter: StoredAdapter) -> str:
     """What to know about other programs that read a written adapter, "" where there is nothing to say."""
     if adapter.config is None:
         return ""
-    said, layout = list[str](), read_as(adapter)
+    said, found = list[str](), not_read(adapter)
     if padded := padding(adapter):
         said.append(
             f"padded with zeros to rank {adapter.config['r']}, so that programs that expect one rank read it right; "
             f"rankwise export --for peft writes it without, {padded:,} bytes smaller"
         )
-    names = [each.name for each in not_served(layout) if each.reads(layout) == "wrong" and each.portable == "right"]
-    if sglang_reads(adapted(adapter), gated=True) == "wrong":
-        names.append("SGLang")
-    if names:
+    if names := [c.name for c in CONSUMERS if found.get(c.name) == "wrong" and c.portable == "right"]:
         way = "rankwise export writes it in a form that they read right"
         said.append(f"read wrongly, without an error, by {', '.join(names)}: {way}")
     return "\n".join(said)
