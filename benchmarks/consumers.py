@@ -129,11 +129,12 @@ def vllm(folder: Path) -> Deltas:
 
 
 def sglang(folder: Path) -> Deltas:
-    from sglang.srt.lora import lora
+    from sglang.srt.lora import lora, utils
     from sglang.srt.lora.lora_config import LoRAConfig
 
     lora.get_layer_id = lambda name: int(m[1]) if (m := re.search(r"layers\.(\d+)\.", name)) else None
     config = LoRAConfig(str(folder))
+    targets = utils.get_normalized_target_modules(config.target_modules)
     base = types.SimpleNamespace(num_hidden_layers=BLOCKS, architectures=["LlamaForCausalLM"], model_type="llama")
     adapter = lora.LoRAAdapter("a", config, base, None, types.SimpleNamespace(name="triton"))
     adapter.initialize_weights_from_tensors(load_file(folder / "adapter_model.safetensors"))
@@ -143,10 +144,9 @@ def sglang(folder: Path) -> Deltas:
             A, B = weights[name], weights[name.replace("lora_A", "lora_B")]
             module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             end = module.rpartition(".")[2]
-            if end in ROWS:
-                continue  # not stacked, so no module of the pool has it
+            utils.get_target_module_name(name, targets)  # as load_lora_weight_to_buffer of mem_pool.py does
             parts = STACKED.get(end, (end,))
-            # what load_lora_weight_to_buffer of mem_pool.py asserts
+            # what it asserts
             assert A.shape[0] == config.r * len(parts) and B.shape[1] == config.r, "LoRA buffer shape does not match"
             blocks = B.split([ROWS[part] for part in parts]) if end in STACKED else (B,)
             for part, b, a in zip(parts, blocks, A.split(config.r), strict=True):
@@ -250,7 +250,7 @@ def written(folder: Path, ranks: tuple[int, ...], targets: tuple[str, ...]) -> N
             torch.nn.init.normal_(site.B, std=0.3)
     rw.save(model, folder / "compact")
     model.save_pretrained(str(folder / "patterns"))
-    rw.export_adapter(folder / "compact", folder / "portable", to="portable")
+    rw.export_adapter(folder / "compact", folder / "portable", to="sglang")  # portable, with what SGLang needs besides
 
 
 def verdict(found: Deltas | str, truth: Mapping[str, Tensor]) -> str:

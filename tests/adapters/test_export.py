@@ -83,50 +83,100 @@ def test_the_base_model_that_cannot_be_looked_at_is_said(mixed, tmp_path):
     assert "its base model could not be looked at" in done.text() and len(stored(tmp_path / "out").tensors.shape) == 8
 
 
-@pytest.mark.parametrize("target", ["q_proj", "k_proj", "v_proj", "up_proj", "gate_proj"])
+def on(base, folder, *targets):
+    """An adapter of rank 8 on some layers of a model that is saved too."""
+    base.save_pretrained(folder / "base")
+    base.name_or_path = base.config._name_or_path = str(folder / "base")
+    config = LoraConfig(r=8, target_modules=list(targets), task_type="CAUSAL_LM")
+    model = stirred(get_peft_model(base, config))
+    model.save_pretrained(folder / "a", save_embedding_layers=False)
+    return folder / "a"
+
+
+STACKS = {"q_proj": {"v_proj"}, "k_proj": {"q_proj", "v_proj"}, "v_proj": {"q_proj"}, "up_proj": {"gate_proj"}}
+
+
+@pytest.mark.parametrize("target", [*STACKS, "gate_proj"])
 def test_what_sglang_stacks_is_there_or_is_refused(target, tmp_path):
-    """It ignores v_proj without q_proj, and up_proj without gate_proj, and does not load q_proj without v_proj."""
-    base = models.write_llama(tmp_path / "base")
-    config = LoraConfig(r=8, target_modules=[target], task_type="CAUSAL_LM")
-    stirred(get_peft_model(models.llama(base), config)).save_pretrained(tmp_path / "a")
-    for to in ("portable", "sglang"):
-        done = rw.export_adapter(tmp_path / "a", tmp_path / to, to, verify=True)
-        assert "SGLang" not in done.not_served and max(done.verified.layers.values()) < 1e-6
-    partners = {"q_proj": {"v_proj"}, "k_proj": {"q_proj", "v_proj"}, "v_proj": {"q_proj"}, "up_proj": {"gate_proj"}}
+    """It loads no v_proj without q_proj, no q_proj without v_proj, and no up_proj without gate_proj."""
+    adapter = on(models.llama(models.write_llama(tmp_path / "base")), tmp_path, target)
+    done = rw.export_adapter(adapter, tmp_path / "portable")
+    assert done.not_served.get("SGLang") == ("refused" if target in STACKS else None)
+    done = rw.export_adapter(adapter, tmp_path / "sglang", "sglang", verify=True)
+    assert "SGLang" not in done.not_served and max(done.verified.layers.values()) < 1e-6
     written = json.loads((tmp_path / "sglang" / "adapter_config.json").read_text())["target_modules"]
-    assert {*written} == {target} | partners.get(target, set())
-    (base / "config.json").unlink()
-    if target == "gate_proj":
-        rw.export_adapter(tmp_path / "a", tmp_path / "sglang", "sglang", force=True)
+    assert {*written} == {target} | STACKS.get(target, set())
+    (tmp_path / "base" / "config.json").unlink()
+    if target not in STACKS:
+        rw.export_adapter(adapter, tmp_path / "sglang", "sglang", force=True)
         return
     before = (tmp_path / "sglang" / "adapter_model.safetensors").read_bytes()
-    needed = {"q_proj": "v_proj", "up_proj": "gate_proj"}.get(target, "q_proj")
     refused = (
-        rf"SGLang does not read {target} without {needed}, for which zeros cannot stand in, as its base model could"
+        rf"SGLang needs \w+_proj next to .*\.{target}; export can add it as zeros, but its base model could not be"
     )
     with pytest.raises(rw.InputError, match=refused):
-        rw.export_adapter(tmp_path / "a", tmp_path / "sglang", "sglang", force=True)
+        rw.export_adapter(adapter, tmp_path / "sglang", "sglang", force=True)
     assert (tmp_path / "sglang" / "adapter_model.safetensors").read_bytes() == before
-    done = rw.export_adapter(tmp_path / "a", tmp_path / "guessed")
-    assert done.not_served["SGLang"] == ("refused" if target == "q_proj" else "wrong")
-    assert ("SGLang" in reading(stored(tmp_path / "a"))) == (target != "q_proj")
 
 
-def test_a_model_without_gates_needs_none_for_sglang(tmp_path):
-    settings = transformers.NemotronConfig(
-        vocab_size=16,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    transformers.NemotronForCausalLM(settings).save_pretrained(tmp_path / "base")
-    base = transformers.NemotronForCausalLM.from_pretrained(tmp_path / "base")
-    config = LoraConfig(r=8, target_modules=["up_proj"], task_type="CAUSAL_LM")
-    stirred(get_peft_model(base, config)).save_pretrained(tmp_path / "a")
-    done = rw.export_adapter(tmp_path / "a", tmp_path / "b", "sglang")
-    assert "SGLang" not in done.not_served and {name.rpartition(".")[2] for name in done.ranks} == {"up_proj"}
+SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def without_gates():
+    return transformers.NemotronForCausalLM(transformers.NemotronConfig(**SMALL, **HEADS, num_hidden_layers=2))
+
+
+def without_layers_in_names():
+    kinds = {"attention_types": [[["global", "local"], 1]]}
+    return transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**SMALL, **kinds, num_layers=2, num_heads=2))
+
+
+def with_two_towers():
+    text = {**SMALL, **HEADS, "num_hidden_layers": 2, "head_dim": 8}
+    image = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.Gemma3Config(text_config=text, vision_config={**image, "image_size": 28, "patch_size": 14})
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("base", "targets", "refused", "how"),
+    [
+        (
+            without_gates,
+            ["up_proj"],
+            "SGLang needs gate_proj next to .*up_proj, which its base model does not",
+            "refused",
+        ),
+        (
+            without_layers_in_names,
+            ["q_proj", "v_proj"],
+            r"SGLang ignores transformer\.h\.0\..*q_proj, whose name",
+            "wrong",
+        ),
+        (with_two_towers, ["q_proj", "v_proj"], r"SGLang takes .* and .*\.0\..*q_proj for one layer", "wrong"),
+    ],
+)
+def test_layers_that_sglang_cannot_have_are_refused_for_it(base, targets, refused, how, tmp_path):
+    torch.manual_seed(0)
+    adapter = on(base(), tmp_path, *targets)
+    with pytest.raises(rw.InputError, match=refused):
+        rw.export_adapter(adapter, tmp_path / "sglang", "sglang")
+    assert not (tmp_path / "sglang").exists()
+    assert rw.export_adapter(adapter, tmp_path / "portable").not_served["SGLang"] == how
+
+
+def test_what_export_refuses_is_not_promised(tmp_path):
+    """TGI and LoRAX read no head, so there is no form for them of an adapter with one."""
+    model = models.adapted(rank=4)
+    rw.save(model, tmp_path / "plain")
+    assert "TGI and LoRAX: rankwise export writes it" in reading(stored(tmp_path / "plain"))
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    base = models.llama(models.write_llama(tmp_path / "base"))
+    get_peft_model(base, config).save_pretrained(tmp_path / "head", save_embedding_layers=False)
+    assert reading(stored(tmp_path / "head")) == ""
+    with pytest.raises(rw.InputError, match=r"has base_model\.model\.lm_head\.weight besides A and B"):
+        rw.export_adapter(tmp_path / "head", tmp_path / "out", "tgi")
 
 
 def test_an_adapter_of_one_rank_on_all_layers_of_a_name_is_read_by_more(tmp_path):

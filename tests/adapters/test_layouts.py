@@ -132,8 +132,7 @@ def test_an_adapter_on_few_layers_gets_one_rank_for_those_alone(shape, tmp_path)
     assert {name: layer.rank for name, layer in found.layers.items()} == few
     assert found.config["rank_pattern"] == found.config["alpha_pattern"] == {} and found.config["r"] == 3
     assert sum("lora_A" in key for key in found.tensors.shape) == 2
-    who = "SGLang, TGI and LoRAX" if shape == "llama" else "TGI and LoRAX"  # a k_proj without q_proj
-    assert reading(found).splitlines()[-1].startswith(f"read wrongly, without an error, by {who}: ")
+    assert reading(found).splitlines()[-1].startswith("read wrongly, without an error, by TGI and LoRAX: ")
     expected = models.logits(model)
     stock_peft.agrees(models.model(shape), models.batch(), {tmp_path / "default": expected}, tmp_path)
     rw.save(model, tmp_path / "portable", layout="portable")
@@ -152,15 +151,15 @@ def test_there_is_nothing_to_say_of_one_rank_on_all_layers(shape, tmp_path):
     rw.save(stirred(rw.LoRA(rank=8).attach(models.model(shape), models.head(shape))), tmp_path / "adapter")
     assert reading(stored(tmp_path / "adapter")) == ""
     done = rw.export_adapter(tmp_path / "adapter", tmp_path / "compact", "peft")
-    assert "TGI and LoRAX" not in done.not_served and "SGLang" not in done.not_served
+    assert "TGI and LoRAX" not in done.not_served and (shape != "llama" or "SGLang" not in done.not_served)
 
 
 @pytest.mark.parametrize("shape", models.SHAPES)
 def test_a_rank_that_tgi_pads_is_said_where_it_is_written(shape, tmp_path):
     """TGI and LoRAX pad it to 8, and scale what follows by lora_alpha / 8."""
-    rw.save(stirred(rw.LoRA(rank=4).attach(models.model(shape), models.head(shape))), tmp_path / "adapter")
+    rw.save(stirred(rw.LoRA(rank=3).attach(models.model(shape))), tmp_path / "adapter")
     assert reading(stored(tmp_path / "adapter")).startswith("read wrongly, without an error, by TGI and LoRAX: ")
-    rw.export_adapter(tmp_path / "adapter", tmp_path / "padded")
+    rw.export_adapter(tmp_path / "adapter", tmp_path / "padded", "tgi")
     assert "wrongly" not in reading(stored(tmp_path / "padded"))
 
 

@@ -224,6 +224,12 @@ def test_an_override_without_values_is_refused_as_in_the_file(axis: str) -> None
     for setting in (f"{axis}=[]", f"vary.{axis}=[]"):
         with pytest.raises(InputError, match=rf"^vary\.{axis} = \[\]: expected a list of values, as in `{axis}: \["):
             load(content, [setting], SCHEMA)
+    with pytest.raises(InputError, match="^vary: expected axes"):
+        load({"vary": {}}, [], SCHEMA)
+
+
+def test_axes_may_come_from_overrides_alone() -> None:
+    assert [config.seed for config in runs({"task": "cola"}, "vary.seed=[0,1]")] == [0, 1]
 
 
 def test_keys_below_keys_reach_what_lies_below() -> None:

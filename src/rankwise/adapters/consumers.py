@@ -6,6 +6,7 @@ pattern. `gaps` leaves layers out and has one rank for those that are there, whi
 docs/adapters.md says how each was tried.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -72,7 +73,7 @@ CONSUMERS = (
         "refused",
         "refused",
         "right",
-        "q, k and v must have the rank r, q and v both be there, and gate with up",
+        "q, k and v must have the rank r; q needs v, k and v need q, up needs gate",
     ),
     Consumer(
         "TGI and LoRAX",
@@ -97,40 +98,47 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank of vLLM takes."""
 PUNICA_BLOCK = 16
 """TGI and LoRAX pad ranks to 8 or to a multiple of this, and then scale by lora_alpha / the padded rank."""
-STACKED = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-"""A layer that SGLang stacks with others of its block -> the one without which it does not read it."""
+STACKED = {
+    "q_proj": "v_proj",
+    "k_proj": "q_proj",
+    "v_proj": "q_proj",
+    "up_proj": "gate_proj",
+    "kv_a_proj_with_mqa": "q_a_proj",
+}
+"""The last part of a layer's name -> that of the layer without which SGLang, which stacks both, loads no adapter."""
 
 
 def stacked_with(ends: Iterable[str]) -> list[str]:
-    """What SGLang needs next to layers whose names end so, and they do not have."""
+    """The last parts of the names of layers that must be added to layers with these, for SGLang to load them."""
     have = {*ends}
     while more := {STACKED[end] for end in have & STACKED.keys()} - have:
         have |= more
     return sorted(have - {*ends})
 
 
-def unstacked(layers: Iterable[str], gated: bool) -> list[str]:
-    """The ends of names of layers that SGLang does not read, since what it stacks them with is missing.
+def sglang_fault(layers: Iterable[str], zeros: Iterable[str]) -> tuple[Reading, str] | None:
+    """How SGLang fails to read an adapter of one rank, and why; None if it reads it right.
+
+    It knows a layer by the number of its block and the last part of its name.
 
     Args:
-        layers: names of all layers in the file, those of zeros too.
-        gated: whether the model has a gate_proj next to each up_proj.
+        layers: the names of the layers. zeros: of those that are in the file with rank 0.
     """
-    names, found = {*layers}, set[str]()
+    layers, slots = [*layers], dict[tuple[str, ...], str]()
+    for name in layers:
+        if not re.search(r"layers\.\d+\.", name) and name.rpartition(".")[2] not in ("embed_tokens", "lm_head"):
+            return "wrong", f"SGLang ignores {name}, whose name has no layers.NUMBER"
+    names = [name for name in (*layers, *zeros) if re.search(r"layers\.\d+\.", name)]
+    for name in names:
+        number, *experts = re.findall(r"(?:layers|experts)\.(\d+)\.", name)
+        slot = (number, *experts, str("shared_expert" in name), name.rpartition(".")[2])
+        if (other := slots.setdefault(slot, name)) != name:
+            return "wrong", f"SGLang takes {other} and {name} for one layer"
     for name in names:
         block, _, end = name.rpartition(".")
-        if end in STACKED and f"{block}.{STACKED[end]}" not in names and (gated or end != "up_proj"):
-            found.add(end)
-    return sorted(found)
-
-
-def sglang_reads(layers: Iterable[str], gated: bool) -> Reading:
-    """How SGLang reads layers of one rank: it stops at q without v, and ignores k or v without q, and up without gate.
-
-    Takes what `unstacked` takes.
-    """
-    found = unstacked(layers, gated)
-    return "wrong" if {*found} - {"q_proj"} else "refused" if found else "right"
+        if end in STACKED and f"{block}.{STACKED[end]}" not in names:
+            return "refused", f"SGLang needs {STACKED[end]} next to {name}"
+    return None
 
 
 def not_served(layout: Layout) -> list[Consumer]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rankwise.adapters.consumers import STACKED, Reading, max_lora_rank, stacked_with, unstacked
+from rankwise.adapters.consumers import Reading, max_lora_rank, stacked_with
 from rankwise.adapters.layers import StoredAdapter
-from rankwise.adapters.layouts import adapted, compact, ends_of, not_read, portable, targeted
+from rankwise.adapters.layouts import compact, ends_of, in_sglang, not_read, portable, targeted, unread
 from rankwise.adapters.meta import base_of
 from rankwise.adapters.stored import check_free, pad, stored
 from rankwise.adapters.tensors import write_tensors
@@ -25,8 +25,6 @@ TARGETS = {
     "diffusers": "diffusers",
 }
 """What `--for` takes -> the layout that it is served with."""
-HEADS: dict[str, tuple[str, ...]] = {"vllm": ("classifier", "score"), "sglang": (), "tgi": (), "llama.cpp": ()}
-"""Programs that read A and B alone -> modules whose whole weights they read besides."""
 PIPELINE = {
     "unet": re.compile(r"UNet\w*Model|(?:down_blocks|up_blocks|mid_block)\..+"),
     "text_encoder": re.compile(r"CLIPTextModel|text_model\..+"),
@@ -121,7 +119,10 @@ def export_adapter(
         if to not in ("portable", "diffusers"):
             raise InputError(f"{like.path}: adapts models of diffusion pipelines, which {to} does not load")
         layout = "diffusers"
-    _check_read(like, to)
+    if key := unread(like, to):
+        raise InputError(
+            f"{like.path}: has {key} besides A and B, which {to} does not read: rankwise merge makes a model of all"
+        )
     file = out.suffix == ".safetensors"
     if layout == "diffusers" and like.config is not None:
         require(file, f"{out}: diffusers reads one file; give a name that ends in .safetensors")
@@ -129,7 +130,6 @@ def export_adapter(
     else:
         check_free(out, like, force)
     out.parent.mkdir(parents=True, exist_ok=True)
-    gated = True
     with unfinished(out, folder=True) as temporary:
         new = temporary / (out.name if file else "adapter")
         if layout == "compact":
@@ -141,16 +141,16 @@ def export_adapter(
         else:
             base, why = base_of(like.config)
             if base:
-                gated = any(name.endswith("gate_proj") for name, _ in base.named_modules())
                 ends = ends_of(like.layers)
-                portable(new, like, targeted(base, like.config, [*ends, *stacked_with(ends)], like.path))
+                ends += stacked_with(ends) if to == "sglang" else []
+                portable(new, like, targeted(base, like.config, ends, like.path))
             else:
                 notes.append(f"{why}: layers of rank 0 are assumed where other blocks have such a layer")
                 portable(new, like)
         written = stored(new)
-        if to == "sglang" and (lacking := unstacked(adapted(written), gated)):
-            why = "which its base model does not have" if base else f"for which zeros cannot stand in, as {why}"
-            raise InputError(f"{like.path}: SGLang does not read {lacking[0]} without {STACKED[lacking[0]]}, {why}")
+        if to == "sglang" and (fault := in_sglang(written)):
+            tail = ", which its base model does not have" if base else f"; export can add it as zeros, but {why}"
+            raise InputError(f"{like.path}: {fault[1]}{tail if fault[0] == 'refused' else ''}")
         report = verified(like, written, logits=layout != "diffusers") if verify else None
         if more := sorted({part for layer in like.layers.values() for part in layer.parts} - {"A", "B", "alpha"}):
             notes.append(f"its layers have a {' and a '.join(more)} too: not every program reads that")
@@ -163,7 +163,7 @@ def export_adapter(
             {name: layer.rank for name, layer in written.layers.items()},
             written.config["r"] if layout == "portable" and written.config else 0,
             sum(path.stat().st_size for path in written.tensors.files),
-            {} if layout == "diffusers" else not_read(written, gated),
+            {} if layout == "diffusers" else not_read(written),
             notes,
             report,
         )
@@ -176,20 +176,6 @@ def export_adapter(
 
         notes.append(f"on the hub: {upload(out, push)}")
     return done
-
-
-def _check_read(like: StoredAdapter, to: str) -> None:
-    """Raise InputError if the adapter has something that the program `to` refuses or ignores."""
-    if to not in HEADS:
-        return
-    more = [key for layer in like.layers.values() for part, key in layer.parts.items() if part not in ("A", "B")]
-    for key in like.others:
-        if not key.endswith(".base_layer.weight") and key.split(".")[-2:-1] not in ([head] for head in HEADS[to]):
-            more.append(key)
-    if more:
-        raise InputError(
-            f"{like.path}: has {more[0]} besides A and B, which {to} does not read: rankwise merge makes a model of all"
-        )
 
 
 def _for_diffusers(file: Path, like: StoredAdapter) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rankwise.adapters import consumers
-from rankwise.adapters.consumers import CONSUMERS, not_served, portable_rank, sglang_reads
+from rankwise.adapters.consumers import CONSUMERS, not_served, portable_rank, sglang_fault
 from rankwise.adapters.layers import Factors, Layer, StoredAdapter, in_order
 from rankwise.adapters.peft_folder import PREFIX, module, said_left_out
 from rankwise.adapters.stored import padding, write
@@ -23,6 +23,8 @@ from rankwise.errors import InputError
 from rankwise.ranks.layers import weight_layer
 
 Layout = Literal["compact", "portable"]
+HEADS: dict[str, tuple[str, ...]] = {"vllm": ("classifier", "score"), "sglang": (), "tgi": (), "llama.cpp": ()}
+"""Programs that read A and B alone -> modules whose whole weights they read besides."""
 
 
 def compact(
@@ -109,29 +111,41 @@ def read_as(like: StoredAdapter) -> consumers.Layout:
     return "portable" if padding(like) or one_rank(like, neighbours(like)) else "gaps"
 
 
-def adapted(adapter: StoredAdapter) -> list[str]:
-    """The names of all layers in the file, those of zeros too."""
-    keys = [each.removeprefix(PREFIX) for each in adapter.tensors.shape]
-    return [each.removesuffix(".lora_A.weight") for each in keys if each.endswith(".lora_A.weight")]
+def not_read(adapter: StoredAdapter) -> dict[str, consumers.Reading]:
+    """The programs that do not read the layers of a PEFT adapter right, by name: refused or wrong.
 
-
-def not_read(adapter: StoredAdapter, gated: bool = True) -> dict[str, consumers.Reading]:
-    """The programs that do not read a PEFT adapter right, and which of both it is.
-
-    That follows from its layout. Besides, TGI and LoRAX pad other ranks than those of `portable` and read them wrong,
-    and SGLang wants some layers together.
-
-    Args:
-        gated: whether its base model has a gate_proj next to each up_proj.
+    That follows from its layout. Besides, TGI and LoRAX pad other ranks than those of `portable` and read them wrong
+    in all names but the first; and SGLang knows layers by parts of their names, and wants some together.
     """
     layout = read_as(adapter)
     found = {each.name: each.reads(layout) for each in not_served(layout)}
     rank = max(layer.rank for layer in adapter.layers.values())
-    if layout == "portable" and portable_rank(rank) != rank and not padding(adapter):
+    plain = layout == "portable" and not padding(adapter) and len(ends_of(adapter.layers)) > 1
+    if plain and portable_rank(rank) != rank:
         found |= {each.name: "wrong" for each in CONSUMERS if each.target == "tgi"}
-    if (how := sglang_reads(adapted(adapter), gated)) != "right":
-        found["SGLang"] = how
+    if fault := in_sglang(adapter):
+        found["SGLang"] = fault[0]
+    elif layout == "gaps":
+        found.pop("SGLang", None)
     return found
+
+
+def in_sglang(adapter: StoredAdapter) -> tuple[consumers.Reading, str] | None:
+    """How SGLang fails to read the layers of an adapter of one rank, and why; None if it reads them right."""
+    keys = [key.removeprefix(PREFIX) for key in adapter.tensors.shape if key.endswith(".lora_A.weight")]
+    zeros = {key.removesuffix(".lora_A.weight") for key in keys} - adapter.layers.keys()
+    return sglang_fault(adapter.layers, zeros)
+
+
+def unread(adapter: StoredAdapter, to: str) -> str | None:
+    """A tensor of a PEFT adapter that the program `to` refuses or ignores: one that is no A or B. None without one."""
+    if to not in HEADS:
+        return None
+    more = [key for layer in adapter.layers.values() for part, key in layer.parts.items() if part not in ("A", "B")]
+    for key in adapter.others:
+        if not key.endswith(".base_layer.weight") and key.split(".")[-2:-1] not in ([head] for head in HEADS[to]):
+            more.append(key)
+    return next(iter(more), None)
 
 
 def reading(adapter: StoredAdapter) -> str:
@@ -144,9 +158,17 @@ def reading(adapter: StoredAdapter) -> str:
             f"padded with zeros to rank {adapter.config['r']}, so that programs that expect one rank read it right; "
             f"rankwise export --for peft writes it without, {padded:,} bytes smaller"
         )
-    if names := [c.name for c in CONSUMERS if found.get(c.name) == "wrong" and c.portable == "right"]:
-        way = "rankwise export writes it in a form that they read right"
-        said.append(f"read wrongly, without an error, by {', '.join(names)}: {way}")
+    wrong = [each for each in CONSUMERS if found.get(each.name) == "wrong" and each.portable == "right"]
+    with_export, with_merge = list[str](), list[str]()
+    for each in wrong:
+        if unread(adapter, each.target):
+            with_merge.append(each.name)
+        elif each.target != "sglang":  # what SGLang reads wrongly has no other form
+            with_export.append(each.name)
+    ways = {"rankwise export writes it in a form that they read right": with_export}
+    if read_as(adapter) != "portable":  # else nobody trains such an adapter for them
+        ways["they do not read its other tensors either; rankwise merge makes a model of all"] = with_merge
+    said += [f"read wrongly, without an error, by {', '.join(names)}: {way}" for way, names in ways.items() if names]
     return "\n".join(said)
 
 

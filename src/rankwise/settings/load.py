@@ -185,7 +185,7 @@ def _experiment(
 ) -> Experiment:
     """The experiment of a file's `data`, changed by each group of settings in turn."""
     data, keys, tuned = dict(data), [*RunConfig.model_fields], data.get("tune") is not None
-    for group in groups:
+    for group in filter(None, groups):
         for key, value in group:
             if key.startswith(("vary.", "tune.", "report.")):
                 put(data, key, value)
@@ -195,7 +195,7 @@ def _experiment(
             if not key.startswith(("vary.", "tune.", "report.")):
                 _override_experiment(data, vary, key, value, schema)
     settings = [*itertools.chain(*groups)]
-    vary = _axes(data.pop("vary"), keys)
+    vary = _axes(data.pop("vary", None), keys)  # of which an override may have left no values
     report = data.pop("report", None) or {}
     published = _published(data.pop("published", None))
     chain = _chain(data.pop("chain", None), keys)
