@@ -41,13 +41,14 @@ KINDS = {
     "intermediate.dense": "intermediate",
 }
 """Kinds of layers by one name, whatever the model calls them."""
+ATTENTION = {"query", "key", "value", "attention.output"}
 RANKED = ("lora", "spaced-lora", "squeeze", "simplex-lora", "lora-fa", "adalora")
 LEVELS = ("none", "head", "full")
 """Methods of one size, which the pictures have as lines across."""
 OWN = {"squeeze": "spectrum", "simplex-lora": "omega"}
 """What decides ranks in the methods that have controls."""
-SCREEN = "study_tasks"
-"""The file of candidates for tasks."""
+SCREEN, STARTS = "study_tasks", "study_starts"
+"""The files of candidates for tasks and of starts, which are no tasks of their own."""
 ENOUGH = 3
 """Seeds, from which on gaps are judged and averaged."""
 
@@ -81,7 +82,8 @@ class Cell:
         """The method without its size."""
         options, words = self.first["options"], [NAMES.get(self.method, self.method)]
         if isinstance(targets := options.get("targets"), list):
-            words[0] += f" on {' and '.join(KINDS.get(each, each) for each in targets)}"
+            kinds = [KINDS.get(each, each) for each in targets]
+            words[0] += f" on {'attention' if {*kinds} == ATTENTION else ' and '.join(kinds)}"
         words += [self.score] if self.score != OWN.get(self.method, "") else []
         if self.method == "simplex-lora" and options.get("omega_rate"):
             words.append(f"ω at rate {options['omega_rate']:g}")
@@ -100,7 +102,7 @@ class Cell:
     @property
     def key(self) -> tuple[str, str]:
         """Name and size: equal for the same method on other tasks and models."""
-        return self.name, str(self.size or _asked(self.first))
+        return self.name, str(self.size or _asked(self.first, but="targets"))  # which the name has
 
     @property
     def scores(self) -> dict[int, float]:
@@ -150,16 +152,55 @@ class Study:
 def studies() -> list[Study]:
     """Those with results, in the order of their names."""
     found = []
-    for name in (each for each in STUDIES if each != SCREEN):
+    for name in (each for each in STUDIES if each not in (SCREEN, STARTS)):
         content = kept(RESULTS / f"{name}.json")
         if found_cells := cells(content["rows"]):
             found.append(Study(name.removeprefix("study_"), content["sites"], found_cells))
     return found
 
 
-def _asked(row: Mapping[str, Any]) -> str:
+@dataclass(frozen=True, eq=False)
+class Start:
+    """One start of A and B at one rate: its runs by seed."""
+
+    rows: Mapping[int, dict[str, Any]]
+
+    @property
+    def of(self) -> tuple[str, float, float]:
+        """What starts are compared within: method, α and rate."""
+        first = next(iter(self.rows.values()))
+        return NAMES[first["method"]], first["options"]["alpha"], first["learning_rate"]
+
+    @property
+    def init(self) -> str:
+        return next(iter(self.rows.values()))["options"]["init"]
+
+    @property
+    def scores(self) -> dict[int, float]:
+        return {seed: row["value"] for seed, row in self.rows.items()}
+
+    def losses(self, first: int, last: int) -> dict[int, float]:
+        """The mean loss of the steps from `first` to `last`, both included."""
+        return {
+            seed: mean([loss for step, loss in row["losses"] if first <= step <= last])
+            for seed, row in self.rows.items()
+        }
+
+
+def starts() -> list[Start]:
+    """Those with results: by method and α, then by rate, the random start first."""
+    found: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in kept(RESULTS / f"{STARTS}.json")["rows"]:
+        options = row["options"]
+        key = row["method"], options["alpha"], row["learning_rate"], options["init"] != "kaiming", options["init"]
+        found.setdefault(key, {})[row["seed"]] = row
+    return [Start(found[key]) for key in sorted(found)]
+
+
+def _asked(row: Mapping[str, Any], but: str = "") -> str:
     """The method of a run and its options but for defaults: an option may have been added since."""
-    return str(sorted(asked("method", {"name": row["method"], **row["options"]}).items()))
+    found = asked("method", {"name": row["method"], **row["options"]})
+    return str(sorted((key, value) for key, value in found.items() if key != but))
 
 
 def cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:

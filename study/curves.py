@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cells import ENOUGH, LEVELS, Cell, Study
+from cells import ENOUGH, LEVELS, Cell, Start, Study
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
@@ -69,3 +69,37 @@ def course(axes: Axes, name: str, cells: Sequence[Cell], look: int, shift: float
         capsize=2,
         label=name,
     )
+
+
+@styled
+def courses(starts: Sequence[Start]) -> Figure:
+    """The loss of each start over the steps, the mean over its seeds; a panel for each rate."""
+    rates = sorted({start.of[2] for start in starts})
+    figure = bare_figure(2.2 * len(rates))
+    panels = figure.subplots(len(rates), sharex=True, squeeze=False)[:, 0]
+    names = list(dict.fromkeys(name_of(start) for start in starts))
+    for axes, rate in zip(panels, rates, strict=True):
+        for start in (each for each in starts if each.of[2] == rate):
+            steps = [step for step, _ in next(iter(start.rows.values()))["losses"]]
+            look = names.index(name_of(start))
+            axes.plot(
+                steps,
+                [mean([*start.losses(step, step).values()]) for step in steps],
+                color=COLOURS[look % len(COLOURS)],
+                marker=look_of(MARKERS, look),
+                linestyle=look_of(DASHES, look),
+                markersize=3,
+                linewidth=1.1,
+                label=name_of(start),
+            )
+        axes.set_ylabel("training loss")
+        axes.annotate(f"rate {rate:g}", (0.99, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=8)
+    panels[-1].set_xlabel("step")
+    legend(figure, panels[0], "means over seeds, of ten steps each")
+    set_title(panels[0], "sst2: random and SVD starts")
+    return figure
+
+
+def name_of(start: Start) -> str:
+    method, alpha, _ = start.of
+    return f"{method}, α {alpha:g}, {start.init}"

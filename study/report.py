@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from archive import RESULTS, ROOT, kept
-from cells import ENOUGH, LEVELS, NAMES, OWN, SCREEN, Cell, Study, studies
-from curves import curve
+from cells import ENOUGH, LEVELS, NAMES, OWN, SCREEN, STARTS, Cell, Start, Study, starts, studies
+from curves import courses, curve
 from scipy import stats as distributions
 
 from rankwise.files import write_whole
@@ -213,6 +213,29 @@ def screen() -> str:
     return table(["task", "metric", "one answer", *names], sorted(lines))
 
 
+def begun() -> str:
+    """Each start at each rate: the loss of the first 50 steps, and the score, next to the random start."""
+    rows, random = [], dict[tuple[str, float, float], Start]()
+    for start in starts():
+        method, alpha, rate = start.of
+        other = random.setdefault(start.of, start)  # the first of each
+        early, late = start.losses(1, 50), start.losses(101, 150)
+        gaps = difference(early, other.losses(1, 50)), difference(start.scores, other.scores)
+        scores = list(start.scores.values())
+        rows.append(
+            [
+                *(method, f"{alpha:g}", start.init, f"{rate:g}", f"{mean([*early.values()]):.3f}"),
+                "" if other is start else signed(gaps[0]),
+                f"{mean([*late.values()]):.3f}",
+                f"{mean(scores):.3f} ± {sd(scores) or 0:.3f}",
+                "" if other is start else signed(gaps[1]),
+            ]
+        )
+    titles = ["method", "α", "start", "rate", "loss, steps 1 to 50", "to random (95 %)", "loss, steps 101 to 150"]
+    picture = f"\n\n![loss against steps](pictures/{STARTS}.svg)" if rows else ""
+    return table([*titles, "accuracy", "to random (95 %)"], rows) + picture
+
+
 def claims(found: Sequence[Study]) -> str:
     """What papers say, with the gap on each task and over all that have both."""
     rows = []
@@ -274,7 +297,7 @@ def tasks(found: Sequence[Study]) -> str:
 
 def written(text: str, found: Sequence[Study]) -> str:
     """The page with the tables of these results."""
-    for name, block in {**BLOCKS, "screen": lambda _: screen(), "tasks": tasks}.items():
+    for name, block in {**BLOCKS, "screen": lambda _: screen(), "starts": lambda _: begun(), "tasks": tasks}.items():
         marks = re.compile(rf"(<!-- {name}: [^\n]*-->\n)(?:(?!<!-- end).)*(<!-- end -->)", re.DOTALL)
         text, count = marks.subn(lambda mark, block=block: f"{mark[1]}\n{block(found)}\n\n{mark[2]}", text)
         assert count == 1, name
@@ -285,5 +308,7 @@ if __name__ == "__main__":
     everything = studies()
     for each in everything:
         write_whole(PICTURES / f"study_{each.name}.svg", svg(curve(each)))
+    if found := starts():
+        write_whole(PICTURES / f"{STARTS}.svg", svg(courses(found)))
     write_whole(PAGE, written(PAGE.read_text(encoding="utf-8"), everything))
     print(f"docs/findings.md: {', '.join(each.name for each in everything) or 'no results yet'}")

@@ -178,6 +178,9 @@ def test_layers_have_one_name_whatever_the_model_calls_them() -> None:
     kinds = (["query", "value"], ["q_proj", "v_proj"], "all-linear")
     found = [cells_of([row("lora", 0, 0.5, rank=1, targets=targets)])[0] for targets in kinds]
     assert [cell.key for cell in found] == [("LoRA on query and value", "1")] * 2 + [("LoRA", "1")]
+    attention = ["query", "key", "value", "attention.output.dense"], ["q_proj", "k_proj", "v_proj", "o_proj"]
+    found = [cells_of([row("ia3", 0, 0.5, targets=targets)])[0] for targets in attention]
+    assert found[0].key == found[1].key and found[0].name == "IA³ on attention"  # a method without ranks, too
 
 
 def test_a_claim_and_a_tiny_adapter_are_judged_over_all_tasks(report: ModuleType) -> None:
@@ -260,6 +263,33 @@ def test_what_is_not_measured_yet_leaves_a_gap(report: ModuleType) -> None:
         tables = [block(found) for block in report.BLOCKS.values()]
         assert not [each for each in tables if "nan" in each or "not worse**" in each]
         assert all(report.scores(each) and report.curve(each) for each in found)
+
+
+def test_a_start_is_compared_with_the_random_one_at_its_rate(
+    report: ModuleType, archive: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import cells
+
+    rows = []
+    for init, gain in (("svd", 0.1), ("kaiming", 0.0)):
+        for rate, level in ((1e-2, 0.5), (1e-4, 0.6)):
+            for seed in (0, 1, 2):
+                value = level + (gain if rate < 1e-3 else -gain) + seed / 1000
+                each = row("lora-fa", seed, value, init=init, alpha=1.0)
+                rows.append(each | {"learning_rate": rate, "losses": [[50, 1 - value], [150, 1 - value]]})
+    monkeypatch.setattr(cells, "RESULTS", tmp_path)
+    assert report.begun() == "Not measured yet."
+    (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": rows}))
+    found = [line for line in report.begun().splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found[2:]]
+    assert [(line[2], line[3]) for line in lines] == [
+        (init, rate) for rate in ("0.0001", "0.01") for init in ("kaiming", "svd")
+    ]
+    assert [line[5].split(" ")[0] for line in lines] == ["", "-0.100", "", "+0.100"]  # of the loss
+    assert [line[8].split(" ")[0] for line in lines] == ["", "+0.100", "", "-0.100"]  # of the score
+    from curves import courses
+
+    assert {"LoRA-FA, α 1, svd", "rate 0.0001", "rate 0.01"} <= {*texts(courses(cells.starts()))}
 
 
 def test_equal_gaps_are_judged_by_their_number(report: ModuleType) -> None:
