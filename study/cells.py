@@ -102,7 +102,8 @@ class Cell:
     @property
     def key(self) -> tuple[str, str]:
         """Name and size: equal for the same method on other tasks and models."""
-        return self.name, str(self.size or _asked(self.first, but="targets"))  # which the name has
+        named = isinstance(self.first["options"].get("targets"), list)
+        return self.name, str(self.size or _asked(self.first, but="targets" if named else ""))
 
     @property
     def scores(self) -> dict[int, float]:

@@ -95,7 +95,8 @@ def courses(starts: Sequence[Start]) -> Figure:
         axes.set_ylabel("training loss")
         axes.annotate(f"rate {rate:g}", (0.99, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=8)
     panels[-1].set_xlabel("step")
-    legend(figure, panels[0], "means over seeds, of ten steps each")
+    named = {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    legend(figure, panels[0], "means over seeds, of ten steps each", named)
     set_title(panels[0], "sst2: random and SVD starts")
     return figure
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from archive import RESULTS, ROOT, kept
-from cells import ENOUGH, LEVELS, NAMES, OWN, SCREEN, STARTS, Cell, Start, Study, starts, studies
+from cells import ENOUGH, LEVELS, NAMES, OWN, SCREEN, STARTS, Cell, Study, starts, studies
 from curves import courses, curve
 from scipy import stats as distributions
 
@@ -215,20 +215,21 @@ def screen() -> str:
 
 def begun() -> str:
     """Each start at each rate: the loss of the first 50 steps, and the score, next to the random start."""
-    rows, random = [], dict[tuple[str, float, float], Start]()
+    rows, random = [], {start.of: start for start in starts() if start.init == "kaiming"}
     for start in starts():
-        method, alpha, rate = start.of
-        other = random.setdefault(start.of, start)  # the first of each
+        (method, alpha, rate), other = start.of, random.get(start.of)
         early, late = start.losses(1, 50), start.losses(101, 150)
-        gaps = difference(early, other.losses(1, 50)), difference(start.scores, other.scores)
+        gaps: list[Difference | None] = [None, None]
+        if other is not None and start.init != "kaiming":
+            gaps = [difference(early, other.losses(1, 50)), difference(start.scores, other.scores)]
         scores = list(start.scores.values())
         rows.append(
             [
                 *(method, f"{alpha:g}", start.init, f"{rate:g}", f"{mean([*early.values()]):.3f}"),
-                "" if other is start else signed(gaps[0]),
+                signed(gaps[0]),
                 f"{mean([*late.values()]):.3f}",
                 f"{mean(scores):.3f} ± {sd(scores) or 0:.3f}",
-                "" if other is start else signed(gaps[1]),
+                signed(gaps[1]),
             ]
         )
     titles = ["method", "α", "start", "rate", "loss, steps 1 to 50", "to random (95 %)", "loss, steps 101 to 150"]

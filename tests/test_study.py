@@ -287,8 +287,12 @@ def test_a_start_is_compared_with_the_random_one_at_its_rate(
     ]
     assert [line[5].split(" ")[0] for line in lines] == ["", "-0.100", "", "+0.100"]  # of the loss
     assert [line[8].split(" ")[0] for line in lines] == ["", "+0.100", "", "-0.100"]  # of the score
+    alone = [each for each in rows if each["options"]["init"] == "svd"]
+    (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": alone}))
+    assert all("…" not in line for line in report.begun().splitlines())  # next to nothing, no gap
     from curves import courses
 
+    (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": rows}))
     assert {"LoRA-FA, α 1, svd", "rate 0.0001", "rate 0.01"} <= {*texts(courses(cells.starts()))}
 
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import models
 import rankwise as rw
 from models import stirred
-from rankwise.adapters.consumers import CONSUMERS
+from rankwise.adapters.consumers import CONSUMERS, sglang_fault
 from rankwise.adapters.export import TARGETS
 from rankwise.adapters.layouts import reading
 from rankwise.adapters.stored import stored
@@ -164,6 +164,21 @@ def test_layers_that_sglang_cannot_have_are_refused_for_it(base, targets, refuse
         rw.export_adapter(adapter, tmp_path / "sglang", "sglang")
     assert not (tmp_path / "sglang").exists()
     assert rw.export_adapter(adapter, tmp_path / "portable").not_served["SGLang"] == how
+
+
+@pytest.mark.parametrize(
+    ("layers", "how"),
+    [
+        (["model.layers.0.mlp.experts.0.down_proj", "model.layers.0.mlp.experts.1.down_proj"], None),
+        (["model.layers.0.mlp.down_proj", "model.layers.0.mlp.shared_expert.down_proj"], "wrong"),
+        (["encoder.embed_tokens", "decoder.embed_tokens"], "wrong"),
+        (["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"], "refused"),
+        (["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj", "lm_head"], None),
+    ],
+)
+def test_sglang_knows_a_layer_by_its_block_and_last_part(layers, how):
+    fault = sglang_fault(layers, [])
+    assert (fault and fault[0]) == how
 
 
 def test_what_export_refuses_is_not_promised(tmp_path):

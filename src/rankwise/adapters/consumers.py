@@ -98,6 +98,8 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank of vLLM takes."""
 PUNICA_BLOCK = 16
 """TGI and LoRAX pad ranks to 8 or to a multiple of this, and then scale by lora_alpha / the padded rank."""
+BLOCK = re.compile(r"layers\.(\d+)\.")
+"""By which SGLang finds the block of a layer."""
 STACKED = {
     "q_proj": "v_proj",
     "k_proj": "q_proj",
@@ -126,12 +128,12 @@ def sglang_fault(layers: Iterable[str], zeros: Iterable[str]) -> tuple[Reading, 
     """
     layers, slots = [*layers], dict[tuple[str, ...], str]()
     for name in layers:
-        if not re.search(r"layers\.\d+\.", name) and name.rpartition(".")[2] not in ("embed_tokens", "lm_head"):
+        if not BLOCK.search(name) and name.rpartition(".")[2] not in ("embed_tokens", "lm_head"):
             return "wrong", f"SGLang ignores {name}, whose name has no layers.NUMBER"
-    names = [name for name in (*layers, *zeros) if re.search(r"layers\.\d+\.", name)]
+    names = [name for name in (*layers, *zeros) if BLOCK.search(name) or name in layers]
     for name in names:
-        number, *experts = re.findall(r"(?:layers|experts)\.(\d+)\.", name)
-        slot = (number, *experts, str("shared_expert" in name), name.rpartition(".")[2])
+        experts = re.findall(r"experts\.\d+\.|shared_experts\.", name)
+        slot = (*BLOCK.findall(name)[:1], *experts, name.rpartition(".")[2])
         if (other := slots.setdefault(slot, name)) != name:
             return "wrong", f"SGLang takes {other} and {name} for one layer"
     for name in names:
