@@ -146,7 +146,7 @@ def sglang(folder: Path) -> Deltas:
             end = module.rpartition(".")[2]
             utils.get_target_module_name(name, targets)  # as load_lora_weight_to_buffer of mem_pool.py does
             parts = STACKED.get(end, (end,))
-            # what it asserts
+            # the pool asserts this too
             assert A.shape[0] == config.r * len(parts) and B.shape[1] == config.r, "LoRA buffer shape does not match"
             blocks = B.split([ROWS[part] for part in parts]) if end in STACKED else (B,)
             for part, b, a in zip(parts, blocks, A.split(config.r), strict=True):

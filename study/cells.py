@@ -161,24 +161,17 @@ def studies() -> list[Study]:
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class Start(Cell):
     """One start of A and B at one rate: its runs by seed."""
-
-    rows: Mapping[int, dict[str, Any]]
 
     @property
     def of(self) -> tuple[str, float, float]:
         """What starts are compared within: method, α and rate."""
-        first = next(iter(self.rows.values()))
-        return NAMES[first["method"]], first["options"]["alpha"], first["learning_rate"]
+        return NAMES[self.method], self.first["options"]["alpha"], self.first["learning_rate"]
 
     @property
     def init(self) -> str:
-        return next(iter(self.rows.values()))["options"]["init"]
-
-    @property
-    def scores(self) -> dict[int, float]:
-        return {seed: row["value"] for seed, row in self.rows.items()}
+        return self.first["options"]["init"]
 
     def losses(self, first: int, last: int) -> dict[int, float]:
         """The mean loss of the steps from `first` to `last`, both included."""

@@ -1,6 +1,7 @@
 """The pictures of docs/findings.md."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from cells import ENOUGH, LEVELS, Cell, Start, Study
 from matplotlib.axes import Axes
@@ -40,9 +41,8 @@ def curve(study: Study) -> Figure:
     panels[1].set(xscale="log", xlabel="parameters, without the head")
     panels[1].xaxis.set_major_formatter("{x:,.0f}")
     panels[1].xaxis.set_minor_formatter(NullFormatter())
-    named = {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     note = "bars: 95 % t-intervals over seeds; band: at most a margin below LoRA of rank 8"
-    legend(figure, panels[0], f"{note}\nLoRA below rank 1 is spaced LoRA", named)
+    legend(figure, panels[0], f"{note}\nLoRA below rank 1 is spaced LoRA", labels(panels))
     set_title(panels[0], f"{study.name}: score and size")
     return figure
 
@@ -72,7 +72,7 @@ def course(axes: Axes, name: str, cells: Sequence[Cell], look: int, shift: float
 
 
 @styled
-def courses(starts: Sequence[Start]) -> Figure:
+def losses(starts: Sequence[Start]) -> Figure:
     """The loss of each start over the steps, the mean over its seeds; a panel for each rate."""
     rates = sorted({start.of[2] for start in starts})
     figure = bare_figure(2.2 * len(rates))
@@ -95,10 +95,14 @@ def courses(starts: Sequence[Start]) -> Figure:
         axes.set_ylabel("training loss")
         axes.annotate(f"rate {rate:g}", (0.99, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=8)
     panels[-1].set_xlabel("step")
-    named = {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    legend(figure, panels[0], "means over seeds, of ten steps each", named)
+    legend(figure, panels[0], "means over seeds, of ten steps each", labels(panels))
     set_title(panels[0], "sst2: random and SVD starts")
     return figure
+
+
+def labels(panels: Iterable[Axes]) -> dict[str, Any]:
+    """What is drawn in any of the panels, by name."""
+    return {label: mark for axes in panels for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
 
 
 def name_of(start: Start) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from archive import RESULTS, ROOT, kept
 from cells import ENOUGH, LEVELS, NAMES, OWN, SCREEN, STARTS, Cell, Study, starts, studies
-from curves import courses, curve
+from curves import curve, losses
 from scipy import stats as distributions
 
 from rankwise.files import write_whole
@@ -213,7 +213,7 @@ def screen() -> str:
     return table(["task", "metric", "one answer", *names], sorted(lines))
 
 
-def begun() -> str:
+def by_start() -> str:
     """Each start at each rate: the loss of the first 50 steps, and the score, next to the random start."""
     rows, random = [], {start.of: start for start in starts() if start.init == "kaiming"}
     for start in starts():
@@ -298,7 +298,7 @@ def tasks(found: Sequence[Study]) -> str:
 
 def written(text: str, found: Sequence[Study]) -> str:
     """The page with the tables of these results."""
-    for name, block in {**BLOCKS, "screen": lambda _: screen(), "starts": lambda _: begun(), "tasks": tasks}.items():
+    for name, block in {**BLOCKS, "screen": lambda _: screen(), "starts": lambda _: by_start(), "tasks": tasks}.items():
         marks = re.compile(rf"(<!-- {name}: [^\n]*-->\n)(?:(?!<!-- end).)*(<!-- end -->)", re.DOTALL)
         text, count = marks.subn(lambda mark, block=block: f"{mark[1]}\n{block(found)}\n\n{mark[2]}", text)
         assert count == 1, name
@@ -310,6 +310,6 @@ if __name__ == "__main__":
     for each in everything:
         write_whole(PICTURES / f"study_{each.name}.svg", svg(curve(each)))
     if found := starts():
-        write_whole(PICTURES / f"{STARTS}.svg", svg(courses(found)))
+        write_whole(PICTURES / f"{STARTS}.svg", svg(losses(found)))
     write_whole(PAGE, written(PAGE.read_text(encoding="utf-8"), everything))
     print(f"docs/findings.md: {', '.join(each.name for each in everything) or 'no results yet'}")

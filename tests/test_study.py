@@ -278,9 +278,9 @@ def test_a_start_is_compared_with_the_random_one_at_its_rate(
                 each = row("lora-fa", seed, value, init=init, alpha=1.0)
                 rows.append(each | {"learning_rate": rate, "losses": [[50, 1 - value], [150, 1 - value]]})
     monkeypatch.setattr(cells, "RESULTS", tmp_path)
-    assert report.begun() == "Not measured yet."
+    assert report.by_start() == "Not measured yet."
     (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": rows}))
-    found = [line for line in report.begun().splitlines() if line.startswith("|")]
+    found = [line for line in report.by_start().splitlines() if line.startswith("|")]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found[2:]]
     assert [(line[2], line[3]) for line in lines] == [
         (init, rate) for rate in ("0.0001", "0.01") for init in ("kaiming", "svd")
@@ -289,11 +289,11 @@ def test_a_start_is_compared_with_the_random_one_at_its_rate(
     assert [line[8].split(" ")[0] for line in lines] == ["", "+0.100", "", "-0.100"]  # of the score
     alone = [each for each in rows if each["options"]["init"] == "svd"]
     (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": alone}))
-    assert all("…" not in line for line in report.begun().splitlines())  # next to nothing, no gap
-    from curves import courses
+    assert all("…" not in line for line in report.by_start().splitlines())  # next to nothing, no gap
+    from curves import losses
 
     (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": rows}))
-    assert {"LoRA-FA, α 1, svd", "rate 0.0001", "rate 0.01"} <= {*texts(courses(cells.starts()))}
+    assert {"LoRA-FA, α 1, svd", "rate 0.0001", "rate 0.01"} <= {*texts(losses(cells.starts()))}
 
 
 def test_equal_gaps_are_judged_by_their_number(report: ModuleType) -> None:

@@ -98,6 +98,8 @@ VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank of vLLM takes."""
 PUNICA_BLOCK = 16
 """TGI and LoRAX pad ranks to 8 or to a multiple of this, and then scale by lora_alpha / the padded rank."""
+HEADS: dict[str, tuple[str, ...]] = {"vllm": ("classifier", "score"), "sglang": (), "tgi": (), "llama.cpp": ()}
+"""Programs that read A and B alone -> modules whose whole weights they read besides."""
 BLOCK = re.compile(r"layers\.(\d+)\.")
 """By which SGLang finds the block of a layer."""
 STACKED = {
@@ -124,13 +126,14 @@ def sglang_fault(layers: Iterable[str], zeros: Iterable[str]) -> tuple[Reading, 
     It knows a layer by the number of its block and the last part of its name.
 
     Args:
-        layers: the names of the layers. zeros: of those that are in the file with rank 0.
+        layers: the names of the layers.
+        zeros: the names of those in the file that have rank 0.
     """
-    layers, slots = [*layers], dict[tuple[str, ...], str]()
+    layers, slots = dict.fromkeys(layers), dict[tuple[str, ...], str]()
     for name in layers:
         if not BLOCK.search(name) and name.rpartition(".")[2] not in ("embed_tokens", "lm_head"):
             return "wrong", f"SGLang ignores {name}, whose name has no layers.NUMBER"
-    names = [name for name in (*layers, *zeros) if BLOCK.search(name) or name in layers]
+    names = layers | dict.fromkeys(filter(BLOCK.search, zeros))
     for name in names:
         experts = re.findall(r"experts\.\d+\.|shared_experts\.", name)
         slot = (*BLOCK.findall(name)[:1], *experts, name.rpartition(".")[2])

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rankwise.adapters import consumers
-from rankwise.adapters.consumers import CONSUMERS, not_served, portable_rank, sglang_fault
+from rankwise.adapters.consumers import CONSUMERS, HEADS, not_served, portable_rank, sglang_fault
 from rankwise.adapters.layers import Factors, Layer, StoredAdapter, in_order
 from rankwise.adapters.peft_folder import PREFIX, module, said_left_out
 from rankwise.adapters.stored import padding, write
@@ -23,8 +23,6 @@ from rankwise.errors import InputError
 from rankwise.ranks.layers import weight_layer
 
 Layout = Literal["compact", "portable"]
-HEADS: dict[str, tuple[str, ...]] = {"vllm": ("classifier", "score"), "sglang": (), "tgi": (), "llama.cpp": ()}
-"""Programs that read A and B alone -> modules whose whole weights they read besides."""
 
 
 def compact(
@@ -166,7 +164,7 @@ def reading(adapter: StoredAdapter) -> str:
         elif each.target != "sglang":  # what SGLang reads wrongly has no other form
             with_export.append(each.name)
     ways = {"rankwise export writes it in a form that they read right": with_export}
-    if read_as(adapter) != "portable":  # else nobody trains such an adapter for them
+    if read_as(adapter) != "portable":  # at one rank, a head is of a model that they do not serve
         ways["they do not read its other tensors either; rankwise merge makes a model of all"] = with_merge
     said += [f"read wrongly, without an error, by {', '.join(names)}: {way}" for way, names in ways.items() if names]
     return "\n".join(said)
