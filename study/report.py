@@ -28,6 +28,12 @@ CLAIMS = (
     ("LoRA is not worse with a pull of B to its start", ("LoRA, pulled", 8), ("LoRA", 8)),
 )
 """Of the papers, and the two cells that decide each."""
+ADVICE = (
+    ("plain LoRA", "`lora` with rank 1 on all linear layers", ("LoRA", 1)),
+    ("the most score for few parameters", "`ia3`", ("IA³", None)),
+    ("a file of some 20 KiB instead of 1.3 MiB", "`spaced-lora` with `mean_rank: 0.1`", ("LoRA, spaced", 0.1)),
+)
+"""What a reader may want, what to take, and its cells."""
 ARROWS = {"lowest": " ↓", "highest": " ↑", "": ""}
 TINY = 0.1
 """The largest file that counts as a tiny adapter, in that of LoRA of rank 8."""
@@ -90,6 +96,27 @@ def scores(study: Study) -> str:
 def how_much(cells: Mapping[Study, Cell], of: str) -> float:
     """How many times smaller than LoRA of rank 8, the mean over tasks."""
     return mean([getattr(study.reference, of) / getattr(cell, of) for study, cell in cells.items()])
+
+
+def advice(found: Sequence[Study]) -> str:
+    """What to take, with its gap to LoRA of rank 8 on each task, in bold where the interval over seeds leaves out 0."""
+    rows = []
+    for want, take, cell in ADVICE:
+        own = {study: taken for study in found if study.reference and (taken := study.find(*cell))}
+        if own:
+            gaps = [gap_of(own.get(study), study.reference) for study in found]
+            rows.append([want, take, f"{how_much(own, 'parameters'):.0f} ×", *map(clear, gaps)])
+    titles = [f"{study.name} ({study.cells[0].first['metric']})" for study in found]
+    return table(["you want", "take", "smaller", *titles], rows)
+
+
+def clear(gap: Difference | None) -> str:
+    """A gap, in bold where its interval leaves out 0."""
+    if gap is None or gap.seeds is None:
+        return ""
+    shown = f"{gap.mean:+.3g}" if abs(gap.mean) >= 1 else f"{gap.mean:+.3f}"
+    low, high = gap.seeds
+    return f"**{shown}**" if low > 0 or high < 0 else shown
 
 
 def sizes(found: Sequence[Study]) -> str:
@@ -279,6 +306,7 @@ def tiny(found: Sequence[Study]) -> str:
 
 
 BLOCKS: dict[str, Callable[[Sequence[Study]], str]] = {
+    "advice": advice,
     "sizes": sizes,
     "tiny": tiny,
     "where": where,

@@ -135,6 +135,17 @@ def test_an_adapter_is_not_worse_by_students_test_against_the_margin(report: Mod
     assert "not worse" not in report.sizes([study(report, *large, *worse)])
 
 
+def test_advice_shows_the_gap_of_each_task_and_marks_what_seeds_agree_on(report: ModuleType) -> None:
+    large = [row("lora", seed, 0.8, 8000, rank=8) for seed in range(3)]
+    spread = study(report, *large, *[row("lora", seed, 0.71 + 0.1 * seed, 1000, rank=1) for seed in range(3)])
+    ahead = study(report, *large, *[row("lora", seed, 0.89 + 0.01 * seed, 1000, rank=1) for seed in range(3)])
+    missing = study(report, *large)
+    first, *others = report.advice([spread, ahead, missing]).splitlines()[2:]
+    assert first == "| plain LoRA | `lora` with rank 1 on all linear layers | 8 × | +0.010 | **+0.100** |  |"
+    assert others == []
+    assert report.clear(report.difference({0: 41.0, 1: 42.0, 2: 43.0}, {0: 40.0, 1: 40.0, 2: 40.0})) == "+2"
+
+
 def test_a_choice_is_compared_with_its_controls_of_the_same_size(report: ModuleType) -> None:
     def squeezed(score: str, gap: float) -> list[dict[str, Any]]:
         options = {"mean_rank": 0.25, "rank": 8, "score": score, "every": 50, "times": 1}
