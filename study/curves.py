@@ -92,8 +92,7 @@ def losses(starts: Sequence[Start]) -> Figure:
                 linewidth=1.1,
                 label=name_of(start),
             )
-        axes.set_ylabel("training loss")
-        axes.annotate(f"rate {rate:g}", (0.99, 0.95), xycoords="axes fraction", ha="right", va="top", fontsize=8)
+        axes.set_ylabel(f"rate {rate:g}\ntraining loss")
     panels[-1].set_xlabel("step")
     legend(figure, panels[0], "means over seeds, of ten steps each", labels(panels))
     set_title(panels[0], "sst2: random and SVD starts")

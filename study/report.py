@@ -241,27 +241,28 @@ def screen() -> str:
 
 
 def by_start() -> str:
-    """Each start at each rate: the loss of the first 50 steps, and the score, next to the random start."""
+    """Each start at each rate: the loss of the first and the last 50 steps, and the score, next to the random start."""
     rows, random = [], {start.of: start for start in starts() if start.init == "kaiming"}
     for start in starts():
         (method, alpha, rate), other = start.of, random.get(start.of)
         early, late = start.losses(1, 50), start.losses(101, 150)
-        gaps: list[Difference | None] = [None, None]
+        gaps: list[Difference | None] = [None, None, None]
         if other is not None and start.init != "kaiming":
-            gaps = [difference(early, other.losses(1, 50)), difference(start.scores, other.scores)]
+            pairs = [(early, other.losses(1, 50)), (late, other.losses(101, 150)), (start.scores, other.scores)]
+            gaps = [difference(*pair) for pair in pairs]
         scores = list(start.scores.values())
         rows.append(
             [
-                *(method, f"{alpha:g}", start.init, f"{rate:g}", f"{mean([*early.values()]):.3f}"),
-                signed(gaps[0]),
-                f"{mean([*late.values()]):.3f}",
-                f"{mean(scores):.3f} ± {sd(scores) or 0:.3f}",
-                signed(gaps[1]),
+                *(method, f"{alpha:g}", start.init, f"{rate:g}"),
+                *(f"{mean([*early.values()]):.3f}", signed(gaps[0])),
+                *(f"{mean([*late.values()]):.3f}", signed(gaps[1])),
+                *(f"{mean(scores):.3f} ± {sd(scores) or 0:.3f}", signed(gaps[2])),
             ]
         )
-    titles = ["method", "α", "start", "rate", "loss, steps 1 to 50", "to random (95 %)", "loss, steps 101 to 150"]
+    against = "to random (95 %)"
+    titles = ["method", "α", "start", "rate", "loss, steps 1 to 50", against, "loss, steps 101 to 150", against]
     picture = f"\n\n![loss against steps](pictures/{STARTS}.svg)" if rows else ""
-    return table([*titles, "accuracy", "to random (95 %)"], rows) + picture
+    return table([*titles, "accuracy", against], rows) + picture
 
 
 def claims(found: Sequence[Study]) -> str:

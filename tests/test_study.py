@@ -287,7 +287,7 @@ def test_a_start_is_compared_with_the_random_one_at_its_rate(
             for seed in (0, 1, 2):
                 value = level + (gain if rate < 1e-3 else -gain) + seed / 1000
                 each = row("lora-fa", seed, value, init=init, alpha=1.0)
-                rows.append(each | {"learning_rate": rate, "losses": [[50, 1 - value], [150, 1 - value]]})
+                rows.append(each | {"learning_rate": rate, "losses": [[50, 1 - value], [150, 1 - 2 * value]]})
     monkeypatch.setattr(cells, "RESULTS", tmp_path)
     assert report.by_start() == "Not measured yet."
     (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": rows}))
@@ -296,15 +296,18 @@ def test_a_start_is_compared_with_the_random_one_at_its_rate(
     assert [(line[2], line[3]) for line in lines] == [
         (init, rate) for rate in ("0.0001", "0.01") for init in ("kaiming", "svd")
     ]
-    assert [line[5].split(" ")[0] for line in lines] == ["", "-0.100", "", "+0.100"]  # of the loss
-    assert [line[8].split(" ")[0] for line in lines] == ["", "+0.100", "", "-0.100"]  # of the score
+    assert [line[5].split(" ")[0] for line in lines] == ["", "-0.100", "", "+0.100"]  # of the first loss
+    assert [line[7].split(" ")[0] for line in lines] == ["", "-0.200", "", "+0.200"]  # of the last loss
+    assert [line[9].split(" ")[0] for line in lines] == ["", "+0.100", "", "-0.100"]  # of the score
     alone = [each for each in rows if each["options"]["init"] == "svd"]
     (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": alone}))
     assert all("…" not in line for line in report.by_start().splitlines())  # next to nothing, no gap
     from curves import losses
 
     (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": rows}))
-    assert {"LoRA-FA, α 1, svd", "rate 0.0001", "rate 0.01"} <= {*texts(losses(cells.starts()))}
+    assert {"LoRA-FA, α 1, svd", "rate 0.0001\ntraining loss", "rate 0.01\ntraining loss"} <= {
+        *texts(losses(cells.starts()))
+    }
 
 
 def test_equal_gaps_are_judged_by_their_number(report: ModuleType) -> None:
