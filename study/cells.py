@@ -174,7 +174,7 @@ class Start(Cell):
         return self.first["options"]["init"]
 
     def losses(self, first: int, last: int) -> dict[int, float]:
-        """The mean loss of the steps from `first` to `last`, both included."""
+        """The mean loss of the steps from `first` to `last`, both included; they are kept as means of ten steps."""
         return {
             seed: mean([loss for step, loss in row["losses"] if first <= step <= last])
             for seed, row in self.rows.items()
@@ -187,7 +187,8 @@ def starts() -> list[Start]:
     for row in kept(RESULTS / f"{STARTS}.json")["rows"]:
         options = row["options"]
         key = row["method"], options["alpha"], row["learning_rate"], options["init"] != "kaiming", options["init"]
-        found.setdefault(key, {})[row["seed"]] = row
+        assert row["seed"] not in found.setdefault(key, {}), "two starts of one name"
+        found[key][row["seed"]] = row
     return [Start(found[key]) for key in sorted(found)]
 
 

@@ -76,7 +76,7 @@ def losses(starts: Sequence[Start]) -> Figure:
     """The loss of each start over the steps, the mean over its seeds; a panel for each rate."""
     rates = sorted({start.of[2] for start in starts})
     figure = bare_figure(2.2 * len(rates))
-    panels = figure.subplots(len(rates), sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(rates), sharex=True, sharey=True, squeeze=False)[:, 0]
     names = list(dict.fromkeys(name_of(start) for start in starts))
     for axes, rate in zip(panels, rates, strict=True):
         for start in (each for each in starts if each.of[2] == rate):

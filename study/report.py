@@ -29,9 +29,9 @@ CLAIMS = (
 )
 """Of the papers, and the two cells that decide each."""
 ADVICE = (
-    ("plain LoRA", "`lora` with rank 1 on all linear layers", ("LoRA", 1)),
+    ("plain LoRA", "`lora` with `rank: 1, alpha: 2`", ("LoRA", 1)),
     ("the most score for few parameters", "`ia3`", ("IA³", None)),
-    ("a file of some 20 KiB instead of 1.3 MiB", "`spaced-lora` with `mean_rank: 0.1`", ("LoRA, spaced", 0.1)),
+    ("next to nothing on disk", "`spaced-lora` with `mean_rank: 0.1`", ("LoRA, spaced", 0.1)),
 )
 """What a reader may want, what to take, and its cells."""
 ARROWS = {"lowest": " ↓", "highest": " ↑", "": ""}
@@ -53,6 +53,13 @@ def signed(gap: Difference | None) -> str:
     if gap is None or gap.seeds is None:
         return ""
     return f"{gap.mean:+.3f} ({gap.seeds[0]:+.3f} … {gap.seeds[1]:+.3f})"
+
+
+def mean_of(cell: Cell) -> str:
+    """The mean score and the standard deviation over seeds."""
+    values = list(cell.scores.values())
+    spread = sd(values)
+    return f"{mean(values):.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
 
 
 def gap_of(cell: Cell | None, other: Cell | None) -> Difference | None:
@@ -77,13 +84,12 @@ def scores(study: Study) -> str:
     rows = []
     for cell in study.cells:
         gap = gap_of(cell, study.reference)
-        spread = sd(list(cell.scores.values()))
         rows.append(
             [
                 *(cell.name, share(cell.size), f"{cell.parameters:,.0f}", f"{cell.bytes / 1024:,.0f} KiB"),
                 f"{cell.first['learning_rate']:g}{ARROWS[cell.edge]}"
                 + (f" ({n})" if (n := cell.tuning_seeds) > 1 else ""),
-                f"{mean(list(cell.scores.values())):.3f}" + (f" ± {spread:.3f}" if spread is not None else ""),
+                mean_of(cell),
                 *(str(len(cell.scores)), "" if cell is study.reference else signed(gap)),
             ]
         )
@@ -99,24 +105,15 @@ def how_much(cells: Mapping[Study, Cell], of: str) -> float:
 
 
 def advice(found: Sequence[Study]) -> str:
-    """What to take, with its gap to LoRA of rank 8 on each task, in bold where the interval over seeds leaves out 0."""
+    """What to take, and its gap to LoRA of rank 8 on each task."""
     rows = []
     for want, take, cell in ADVICE:
         own = {study: taken for study in found if study.reference and (taken := study.find(*cell))}
         if own:
             gaps = [gap_of(own.get(study), study.reference) for study in found]
-            rows.append([want, take, f"{how_much(own, 'parameters'):.0f} ×", *map(clear, gaps)])
+            rows.append([want, take, f"{how_much(own, 'parameters'):.0f} ×", *map(signed, gaps)])
     titles = [f"{study.name} ({study.cells[0].first['metric']})" for study in found]
-    return table(["you want", "take", "smaller", *titles], rows)
-
-
-def clear(gap: Difference | None) -> str:
-    """A gap, in bold where its interval leaves out 0."""
-    if gap is None or gap.seeds is None:
-        return ""
-    shown = f"{gap.mean:+.3g}" if abs(gap.mean) >= 1 else f"{gap.mean:+.3f}"
-    low, high = gap.seeds
-    return f"**{shown}**" if low > 0 or high < 0 else shown
+    return table(["you want", "take", "fewer parameters", *titles], rows)
 
 
 def sizes(found: Sequence[Study]) -> str:
@@ -242,27 +239,28 @@ def screen() -> str:
 
 def by_start() -> str:
     """Each start at each rate: the loss of the first and the last 50 steps, and the score, next to the random start."""
-    rows, random = [], {start.of: start for start in starts() if start.init == "kaiming"}
-    for start in starts():
-        (method, alpha, rate), other = start.of, random.get(start.of)
+    rows, found = [], starts()
+    random = {start.of: start for start in found if start.init == "kaiming"}
+    for start in found:
+        other = random.get(start.of) if start.init != "kaiming" else None
         early, late = start.losses(1, 50), start.losses(101, 150)
         gaps: list[Difference | None] = [None, None, None]
-        if other is not None and start.init != "kaiming":
+        if other is not None and gap_of(start, other) is not None:
             pairs = [(early, other.losses(1, 50)), (late, other.losses(101, 150)), (start.scores, other.scores)]
             gaps = [difference(*pair) for pair in pairs]
-        scores = list(start.scores.values())
+        method, alpha, rate = start.of
         rows.append(
             [
                 *(method, f"{alpha:g}", start.init, f"{rate:g}"),
                 *(f"{mean([*early.values()]):.3f}", signed(gaps[0])),
                 *(f"{mean([*late.values()]):.3f}", signed(gaps[1])),
-                *(f"{mean(scores):.3f} ± {sd(scores) or 0:.3f}", signed(gaps[2])),
+                *(mean_of(start), signed(gaps[2]), str(len(start.scores))),
             ]
         )
     against = "to random (95 %)"
     titles = ["method", "α", "start", "rate", "loss, steps 1 to 50", against, "loss, steps 101 to 150", against]
     picture = f"\n\n![loss against steps](pictures/{STARTS}.svg)" if rows else ""
-    return table([*titles, "accuracy", against], rows) + picture
+    return table([*titles, "accuracy", against, "seeds"], rows) + picture
 
 
 def claims(found: Sequence[Study]) -> str:

@@ -135,15 +135,15 @@ def test_an_adapter_is_not_worse_by_students_test_against_the_margin(report: Mod
     assert "not worse" not in report.sizes([study(report, *large, *worse)])
 
 
-def test_advice_shows_the_gap_of_each_task_and_marks_what_seeds_agree_on(report: ModuleType) -> None:
-    large = [row("lora", seed, 0.8, 8000, rank=8) for seed in range(3)]
-    spread = study(report, *large, *[row("lora", seed, 0.71 + 0.1 * seed, 1000, rank=1) for seed in range(3)])
-    ahead = study(report, *large, *[row("lora", seed, 0.89 + 0.01 * seed, 1000, rank=1) for seed in range(3)])
-    missing = study(report, *large)
-    first, *others = report.advice([spread, ahead, missing]).splitlines()[2:]
-    assert first == "| plain LoRA | `lora` with rank 1 on all linear layers | 8 × | +0.010 | **+0.100** |  |"
-    assert others == []
-    assert report.clear(report.difference({0: 41.0, 1: 42.0, 2: 43.0}, {0: 40.0, 1: 40.0, 2: 40.0})) == "+2"
+def test_advice_shows_the_gap_of_each_task_with_its_interval(report: ModuleType) -> None:
+    def of(*small: float) -> Any:
+        large = [row("lora", seed, 0.8, 8000, rank=8) for seed in range(3)]
+        return study(report, *large, *[row("lora", s, 0.8 + gap, 1000, rank=1) for s, gap in enumerate(small)])
+
+    gaps = [0.02, 0.03, 0.01]
+    low, high = stats.t.interval(0.95, 2, 0.02, stats.sem(gaps))
+    [line] = report.advice([of(*gaps), of(0.1, 0.1), of()]).splitlines()[2:]
+    assert line == f"| plain LoRA | `lora` with `rank: 1, alpha: 2` | 8 × | +0.020 ({low:+.3f} … {high:+.3f}) |  |  |"
 
 
 def test_a_choice_is_compared_with_its_controls_of_the_same_size(report: ModuleType) -> None:
@@ -277,7 +277,7 @@ def test_what_is_not_measured_yet_leaves_a_gap(report: ModuleType) -> None:
 
 
 def test_a_start_is_compared_with_the_random_one_at_its_rate(
-    report: ModuleType, archive: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    report: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import cells
 
@@ -287,10 +287,12 @@ def test_a_start_is_compared_with_the_random_one_at_its_rate(
             for seed in (0, 1, 2):
                 value = level + (gain if rate < 1e-3 else -gain) + seed / 1000
                 each = row("lora-fa", seed, value, init=init, alpha=1.0)
-                rows.append(each | {"learning_rate": rate, "losses": [[50, 1 - value], [150, 1 - 2 * value]]})
+                losses = [[50, 1 - value], [60, 9 * gain], [100, 9 * gain], [110, 1 - 3 * value], [150, 1 - value]]
+                rows.append(each | {"learning_rate": rate, "losses": losses})
     monkeypatch.setattr(cells, "RESULTS", tmp_path)
     assert report.by_start() == "Not measured yet."
-    (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": rows}))
+    write = (tmp_path / "study_starts.json").write_text
+    write(json.dumps({"sites": [], "rows": rows}))
     found = [line for line in report.by_start().splitlines() if line.startswith("|")]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in found[2:]]
     assert [(line[2], line[3]) for line in lines] == [
@@ -300,14 +302,18 @@ def test_a_start_is_compared_with_the_random_one_at_its_rate(
     assert [line[7].split(" ")[0] for line in lines] == ["", "-0.200", "", "+0.200"]  # of the last loss
     assert [line[9].split(" ")[0] for line in lines] == ["", "+0.100", "", "-0.100"]  # of the score
     alone = [each for each in rows if each["options"]["init"] == "svd"]
-    (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": alone}))
-    assert all("…" not in line for line in report.by_start().splitlines())  # next to nothing, no gap
-    from curves import losses
+    for few in (alone, [each for each in rows if each["seed"] < 2]):  # next to nothing, and of too few seeds
+        write(json.dumps({"sites": [], "rows": few}))
+        assert "…" not in report.by_start() and "nan" not in report.by_start()
+    import curves
 
-    (tmp_path / "study_starts.json").write_text(json.dumps({"sites": [], "rows": rows}))
+    write(json.dumps({"sites": [], "rows": rows}))
     assert {"LoRA-FA, α 1, svd", "rate 0.0001\ntraining loss", "rate 0.01\ntraining loss"} <= {
-        *texts(losses(cells.starts()))
+        *texts(curves.losses(cells.starts()))
     }
+    write(json.dumps({"sites": [], "rows": [*rows, rows[0]]}))
+    with pytest.raises(AssertionError, match="two starts of one name"):
+        cells.starts()
 
 
 def test_equal_gaps_are_judged_by_their_number(report: ModuleType) -> None:
