@@ -23,7 +23,7 @@ CLAIMS = (
     ("SimplexLoRA, 8 units a layer, is not worse than LoRA", ("SimplexLoRA", 8), ("LoRA", 8)),
     ("SimplexLoRA, 1 unit a layer, is not worse than LoRA", ("SimplexLoRA", 1), ("LoRA", 1)),
     ("WeightLoRA with a third of the adapters is not worse than LoRA", ("WeightLoRA", None), ("LoRA", 8)),
-    ("SoRA with 70 % of the parameters is not worse than LoRA", ("SoRA", None), ("LoRA", 8)),
+    ("SoRA with a part of the parameters (70 % in the paper) is not worse than LoRA", ("SoRA", None), ("LoRA", 8)),
     ("LoRA-FA is not worse than LoRA", ("LoRA-FA", 8), ("LoRA", 8)),
     ("LoRA is not worse with a pull of B to its start", ("LoRA, pulled", 8), ("LoRA", 8)),
 )
