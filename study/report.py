@@ -244,10 +244,9 @@ def by_start() -> str:
     for start in found:
         other = random.get(start.of) if start.init != "kaiming" else None
         early, late = start.losses(1, 50), start.losses(101, 150)
-        gaps: list[Difference | None] = [None, None, None]
-        if other is not None and gap_of(start, other) is not None:
-            pairs = [(early, other.losses(1, 50)), (late, other.losses(101, 150)), (start.scores, other.scores)]
-            gaps = [difference(*pair) for pair in pairs]
+        gaps: list[Difference | None] = [None, None, gap_of(start, other)]
+        if other is not None and gaps[2] is not None:
+            gaps[:2] = [difference(early, other.losses(1, 50)), difference(late, other.losses(101, 150))]
         method, alpha, rate = start.of
         rows.append(
             [

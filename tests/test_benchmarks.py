@@ -210,7 +210,7 @@ def test_each_step_is_measured_and_its_memory(shape: str, tmp_path: Path) -> Non
 
 @pytest.mark.large
 @pytest.mark.parametrize("axis", ["rank", "sites", "tokens"])
-def test_growth_is_measured_along_each_axis(axis: str, tmp_path: Path) -> None:
+def test_growth_is_measured_along_each_axis(axis: str, suite: ModuleType, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     shown = run(f"scaling-{axis}", "--json", file, "--rounds", 2, "--tokens", 32)
     rows = json.loads(file.read_text())[f"scaling-{axis}"]["rows"]
@@ -222,7 +222,8 @@ def test_growth_is_measured_along_each_axis(axis: str, tmp_path: Path) -> None:
             assert 0 < row[key][0] <= row[key][1] <= row[key][2]
     before, last = rows[-2:]
     power = math.log(last["seconds"]["lora"] / before["seconds"]["lora"]) / math.log(last[axis] / before[axis])
-    assert f"a step grows as {axis}^{power:.2f} (at most 1" in shown
+    more = ": **more**" if power > 1 + suite.page.NOISE else ""
+    assert f"a step grows as {axis}^{power:.2f} (at most 1{more})" in shown
 
 
 @pytest.mark.large
