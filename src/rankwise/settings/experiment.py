@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from rankwise.errors import InputError, nearest
-from rankwise.named import FARTHEST
+from rankwise.named import FARTHEST, LARGEST
 from rankwise.settings.run import RunConfig, explain, named, put, run_config
 
 MOST_RUNS = 10_000  # of an experiment, and of what its tuning tries
@@ -57,6 +57,9 @@ class Tune(BaseModel):
     )
     share: float = Field(
         default=0.1, gt=0, lt=1, description="share of the training rows to choose by, where a task has no other rows"
+    )
+    rows: int | None = Field(
+        default=None, ge=1, le=LARGEST, description="in place of `share`: how many rows that train_rows leaves"
     )
 
     def rates(self, own: Any = None, key: str = "tune.learning_rate") -> Rates:
@@ -108,7 +111,7 @@ class Contest:
 
     def tried(self, rate: float) -> list[RunConfig]:
         """The runs that say what a rate is worth, one per seed of `tune`, scored on rows that are not reported."""
-        own = {**self.settings, "learning_rate": rate, "tuning": self.tune.share}
+        own = {**self.settings, "learning_rate": rate, "tuning": self.tune.rows or self.tune.share}
         return [run_config({**own, "seed": seed}) for seed in self.tune.seeds]
 
     def reported(self, rate: float) -> list[RunConfig]:

@@ -32,7 +32,7 @@ from rankwise.settings.yaml_files import parse_yaml, plain_data, quoted, read_ya
 
 # Settings of a run that a section of an experiment makes, each with what to write in their place.
 _BY_SECTION = {
-    "tuning": "tune chooses learning rates, and tune.share says by what",
+    "tuning": "tune chooses learning rates, and tune.share or tune.rows says by what",
     "tuned": "tune chooses learning rates, and notes that it did",
     "after": "the stages of `chain:` follow one another by themselves",
     "followed": "the stages of `chain:` follow one another by themselves",
@@ -282,6 +282,8 @@ def _tune(given: Any, others: Mapping[str, Any], chain: Sequence[Any]) -> Tune |
         raise InputError(explain(error, f"tune.{error.errors()[0]['loc'][0]}")) from None
     if len(set(tune.seeds)) < len(tune.seeds):
         raise InputError(f"tune.seeds = {tune.seeds}: expected different numbers")
+    if tune.rows is not None and "share" in given:
+        raise InputError("tune.share and tune.rows: both say what to choose by; leave one out")
     if tune.trials is not None and isinstance(tune.learning_rate, list):
         raise InputError("tune.trials: a list of rates is tried whole; give {low: .., high: ..} to try some of a range")
     if tune.learning_rate is not None:

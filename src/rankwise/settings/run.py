@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -137,11 +137,10 @@ class RunConfig(BaseModel):
     checkpoint_every: int | None = Field(
         default=None, ge=1, le=LARGEST, description="steps between checkpoints; once an epoch when absent"
     )
-    tuning: float | None = Field(
+    tuning: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1, le=LARGEST)] | None = Field(
         default=None,
-        gt=0,
-        lt=1,
-        description="share of the training rows held out and scored, in place of those to evaluate on; `tune:` sets it",
+        description="share of the training rows held out, or number of other rows, scored in place of those to "
+        "evaluate on; `tune:` sets it",
     )
     scale: Literal["smoke", "small", "full"] = Field(
         default="full",
@@ -196,6 +195,8 @@ class RunConfig(BaseModel):
                 value = data.get(key)
                 if value is None or (isinstance(value, int) and value > most):
                     data[key] = most
+            if isinstance(rows := data.get("tuning"), int):
+                data["tuning"] = min(rows, SMOKE["eval_rows"])
         return data
 
     @model_validator(mode="after")

@@ -10,7 +10,6 @@ from rankwise.named import load_plugin
 from rankwise.runs.maker import Maker, in_words
 from rankwise.runs.store import Store
 from rankwise.settings import RunConfig
-from rankwise.tasks.base import subset
 from rankwise.train.run import code_for
 
 
@@ -31,9 +30,9 @@ def _revisions(configs: Sequence[RunConfig]) -> dict[tuple[str, bool], str]:
     for name, group in groups.items():
         task = tasks.build(group[0].task)
         splits = [task.train(), *task.evaluation()]
-        for rows, share in {(each.train_rows, each.tuning) for each in group}:
-            if share is not None:
-                task.tuning(subset(splits[0], rows), share)
+        for rows, part in {(each.train_rows, each.tuning) for each in group}:
+            if part is not None:
+                task.tuning(splits[0], part, rows)
         for tuning in {each.tuning is not None for each in group}:
             found[name, tuning] = task.revision(splits, tuning=tuning)
     return found

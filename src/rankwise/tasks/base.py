@@ -179,23 +179,24 @@ class Task(Named, ABC, kind="task"):
         """The task's own rows to choose a learning rate by, neither for training nor for evaluation; None without."""
         return None
 
-    def tuning(self, train: Split, share: float) -> tuple[Split, Split]:
+    def tuning(self, whole: Split, part: float, train_rows: int | None = None) -> tuple[Split, Split]:
         """Rows to train on and rows to choose a learning rate by, none of them for evaluation.
 
-        A task with rows for this (`apart`) returns all of `train` and those. Else `share` of the rows of `train` are
-        held out: the same ones for every seed and method, and rows with equal inputs together. InputError for too few
-        rows, and for a task without a score.
+        `part` below 1 is the share of the training rows, `train_rows` of `whole`, that is held out. From 1 on it is a
+        number of different inputs, drawn from the rows that `train_rows` leaves. Either way they are the same for every
+        seed and method, and rows with equal inputs are on one side. A task with rows for this (`apart`) returns all
+        training rows and those, or `part` of them. InputError for too few rows, and for a task without a score.
         """
         if not self.main:
             raise InputError(
                 f"{self.name} has no score to choose a learning rate by: leave it out of an experiment with tune"
             )
+        train = subset(whole, train_rows)
         if (rows := self.apart()) is not None:
-            return train, rows
-        columns = zip(*(train.data[column][:] for column in self.grouped or self.text), strict=True)
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        for index, inputs in enumerate(columns):
-            groups.setdefault(inputs, []).append(index)
+            return train, subset(rows, int(part)) if part >= 1 else rows
+        if part >= 1:
+            return train, self._left(whole, train, int(part))
+        groups = self._by_input(train)
         if len(groups) < 2:
             raise InputError(
                 f"{train.name} has too few rows to hold some out for tuning: at least two different ones are needed"
@@ -205,7 +206,7 @@ class Task(Named, ABC, kind="task"):
         total = len(train.data)
         held_out: list[int] = []
         for group in order[:-1]:  # at least one group stays
-            if len(held_out) >= max(1, round(share * total)):
+            if len(held_out) >= max(1, round(part * total)):
                 break
             held_out += group
         parts = []
@@ -215,6 +216,30 @@ class Task(Named, ABC, kind="task"):
             note = f"{train.note}; {note}" if train.note else note
             parts.append(replace(train, data=data, official=False, note=note))
         return parts[0], replace(parts[1], name=f"{train.name}_held_out")
+
+    def _left(self, whole: Split, train: Split, count: int) -> Split:
+        """Rows of `whole` with `count` different inputs, none of which is in `train`."""
+        known = self._by_input(train)
+        groups = [rows for inputs, rows in self._by_input(whole).items() if inputs not in known]
+        if len(groups) < count:
+            raise InputError(
+                f"tune.rows = {count:,}: {len(train.data):,} training rows leave {len(groups):,} other ones of "
+                f"{whole.name}; ask for fewer, lower train_rows, or give tune.share in its place"
+            )
+        random.Random(0).shuffle(groups)
+        chosen = sorted(index for group in groups[:count] for index in group)
+        note = f"{len(chosen):,} of {len(whole.data):,} rows, none of them trained on"
+        data = whole.data.select(chosen, keep_in_memory=True)
+        note = f"{whole.note}; {note}" if whole.note else note
+        return replace(whole, data=data, official=False, note=note, name=f"{whole.name}_held_out")
+
+    def _by_input(self, split: Split) -> dict[tuple[Any, ...], list[int]]:
+        """The places of the rows with each input."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        columns = (split.data[column][:] for column in self.grouped or self.text)
+        for index, inputs in enumerate(zip(*columns, strict=True)):
+            groups.setdefault(inputs, []).append(index)
+        return groups
 
     @abstractmethod
     def encode(self, split: Split, processor: Any, max_length: int) -> "Dataset":

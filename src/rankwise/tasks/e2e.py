@@ -58,9 +58,9 @@ class E2E(Generation, name="e2e"):
         data = _grouped(table["meaning_representation"].to_pylist(), table["human_reference"].to_pylist())
         return [Split(name, data, not note, note)]
 
-    def tuning(self, train: Split, share: float) -> tuple[Split, Split]:
+    def tuning(self, whole: Split, part: float, train_rows: int | None = None) -> tuple[Split, Split]:
         """As for any task, with all references of the rows that are held out."""
-        rest, held_out = super().tuning(train, share)
+        rest, held_out = super().tuning(whole, part, train_rows)
         if REFERENCES in held_out.data.column_names:
             return rest, held_out
         return rest, replace(held_out, data=_grouped(held_out.data["source"][:], held_out.data["target"][:]))

@@ -223,9 +223,10 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     before = chain.before(folder)
     train, splits = subset(all_splits[0], config.train_rows), all_splits[1:]
     if config.tuning is not None:
-        train, held_out = task.tuning(train, config.tuning)
+        train, held_out = task.tuning(all_splits[0], config.tuning, config.train_rows)
         splits = [held_out]
-    splits = [subset(split, config.eval_rows) for split in splits]
+    if config.tuning is None or config.tuning < 1:  # else their number was asked for
+        splits = [subset(split, config.eval_rows) for split in splits]
     set_seed(config.seed)  # before the model, whose head and adapters start at random
     base, processor, head = models.build(config.model, task, config.max_length, train, Loading.of(config))
     if before is not None and not before.same:
