@@ -57,12 +57,14 @@ ENOUGH = 3
 class Cell:
     """One method at one size on one task: its reported runs by seed.
 
-    `edge`: whether their rate is the lowest or the highest of those tried. `tuning_seeds`: how many seeds chose it.
+    `edge`: whether their rate is the lowest or the highest of those tried. `tuning_seeds` and `tuning_rows`: how many
+    seeds and rows chose it.
     """
 
     rows: Mapping[int, dict[str, Any]]
     edge: Edge = ""
     tuning_seeds: int = 0
+    tuning_rows: int = 0
 
     @property
     def first(self) -> dict[str, Any]:
@@ -210,11 +212,14 @@ def cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
         tried: dict[float, dict[int, float]] = {}
         for row in each["trial"]:
             tried.setdefault(row["learning_rate"], {})[row["seed"]] = row["value"]
-        runs, edge, seeds = each["run"], no_edge, 0
+        runs, edge, seeds, chosen_on = each["run"], no_edge, 0, 0
         if tried:
             (chosen, *_), edge = best([Rate(rate, tried[rate]) for rate in sorted(tried)], each["trial"][0]["metric"])
             runs, seeds = [row for row in runs if row["learning_rate"] == chosen.learning_rate], chosen.n
+            rows_of = {row["result.json"]["splits"]["evaluation"][0]["rows"] for row in each["trial"]}
+            assert len(rows_of) == 1, "rates of one cell were tried on different rows"
+            chosen_on = rows_of.pop()
         if runs:
-            found.append(Cell({row["seed"]: row for row in runs}, edge, seeds))
+            found.append(Cell({row["seed"]: row for row in runs}, edge, seeds, chosen_on))
     assert len({(cell.name, cell.size or cell.parameters) for cell in found}) == len(found), "two cells of one name"
     return sorted(found, key=lambda cell: (-cell.parameters, cell.name))

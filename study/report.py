@@ -87,15 +87,16 @@ def scores(study: Study) -> str:
         rows.append(
             [
                 *(cell.name, share(cell.size), f"{cell.parameters:,.0f}", f"{cell.bytes / 1024:,.0f} KiB"),
-                f"{cell.first['learning_rate']:g}{ARROWS[cell.edge]}"
-                + (f" ({n})" if (n := cell.tuning_seeds) > 1 else ""),
+                f"{cell.first['learning_rate']:g}{ARROWS[cell.edge]}",
+                f"{n} × {cell.tuning_rows:,}" if (n := cell.tuning_seeds) else "",
                 mean_of(cell),
                 *(str(len(cell.scores)), "" if cell is study.reference else signed(gap)),
             ]
         )
     metric = study.cells[0].first["metric"]
     return table(
-        ["method", "units a layer", "parameters", "file", "rate", metric, "seeds", "to LoRA, r 8 (95 %)"], rows
+        ["method", "units a layer", "parameters", "file", "rate", "chosen on", metric, "seeds", "to LoRA, r 8 (95 %)"],
+        rows,
     )
 
 

@@ -72,7 +72,8 @@ def test_every_row_is_one_that_its_experiment_runs(archive: ModuleType) -> None:
             found = row["kind"] == "trial" or row["learning_rate"] in rates[options]  # more may have been tried
             assert options in rates and found, (name, row["folder"])
             run = yaml.safe_load(row["run.yaml"])
-            for key in settings.keys() - {"task", "runs", "tune", "vary", "report"}:
+            looked = {"eval_every"} if row["kind"] == "trial" else set()  # is scored at its end in any case
+            for key in settings.keys() - {"task", "runs", "tune", "vary", "report"} - looked:
                 assert run[key] == settings[key], (name, row["folder"], key)
 
 
@@ -104,7 +105,10 @@ def test_what_is_kept_is_put_back_as_finished_runs(
 def row(
     method: str, seed: int, value: float, parameters: int = 1000, kind: str = "run", **options: Any
 ) -> dict[str, Any]:
-    result = {"parameters": {"final": parameters}, "cost": {"adapter_bytes": 4 * parameters}}
+    result = {
+        **{"parameters": {"final": parameters}, "cost": {"adapter_bytes": 4 * parameters}},
+        "splits": {"evaluation": [{"rows": 2000}]},
+    }
     asked = {"task": "t", "method": method, "seed": seed, "options": options, "learning_rate": 1e-3, "kind": kind}
     found = {"metric": "accuracy", "value": value, "ranks": [1, 2, 3, seed], "error": 0.02, "losses": [[150, 0.5]]}
     return {**asked, **found, "result.json": result}
@@ -337,7 +341,16 @@ def test_the_picture_of_a_task_has_every_method_and_numbers_that_can_be_read(rep
 def test_a_rate_at_an_end_of_those_tried_is_marked(report: ModuleType) -> None:
     trials = [{**row("lora", 9, rate, rank=8, kind="trial"), "learning_rate": rate} for rate in (1e-4, 1e-3)]
     one = study(report, *trials, *[row("lora", seed, 0.7, rank=8) for seed in (0, 1)])
-    assert "| 0.001 ↑ | 0.700 ± 0.000 | 2 |" in report.scores(one)
+    assert "| 0.001 ↑ | 1 × 2,000 | 0.700 ± 0.000 | 2 |" in report.scores(one)
     more = [{**each, "seed": 10} for each in trials]
     one = study(report, *trials, *more, *[row("lora", seed, 0.7, rank=8) for seed in (0, 1)])
-    assert "| 0.001 ↑ (2) | 0.700 ± 0.000 | 2 |" in report.scores(one)
+    assert "| 0.001 ↑ | 2 × 2,000 | 0.700 ± 0.000 | 2 |" in report.scores(one)
+    single = study(report, *[row("lora", seed, 0.7, rank=8) for seed in (0, 1)])
+    assert f"| {single.cells[0].first['learning_rate']:g} |  | 0.700 ± 0.000 | 2 |" in report.scores(single)
+
+
+def test_a_rate_is_not_chosen_by_trials_on_different_rows(report: ModuleType) -> None:
+    one, other = (row("lora", seed, 0.7, rank=8, kind="trial") for seed in (9, 10))
+    other["result.json"]["splits"]["evaluation"][0]["rows"] = 320
+    with pytest.raises(AssertionError, match="on different rows"):
+        study(report, one, other, row("lora", 0, 0.7, rank=8))

@@ -114,6 +114,15 @@ def test_a_contest_tries_its_rates_at_the_tuning_seeds_and_reports_the_others() 
     assert {run.method["name"] for run in reported} == {"lora"}
 
 
+def test_a_number_of_rows_to_choose_by_is_noted_as_such_and_small_in_a_smoke_test() -> None:
+    rows = {"tune": {"learning_rate": [1e-3, 3e-4], "rows": 500}, "train_rows": 100}
+    for scale, expected in (("full", 500), ("smoke", 64)):
+        lora, _ = contests(**rows, scale=scale)
+        assert [run.tuning for run in lora.tried(1e-3)] == [expected]
+        assert isinstance(lora.tried(1e-3)[0].tuning, int)
+        assert lora.reported(1e-3)[0].tuning is None
+
+
 def test_the_runs_of_a_tuned_experiment_are_those_reported_each_once() -> None:
     experiment = load(TUNED, [], SCHEMA)
     assert isinstance(experiment, Experiment)
@@ -152,6 +161,9 @@ def test_a_method_may_bring_a_range_of_its_own() -> None:
         ({"learning_rate": [1e-3], "seeds": [2**32]}, "tune.seeds = 4294967296: expected less than"),
         ({"learning_rate": [1e-3], "share": 1.0}, "tune.share = 1.0: expected less than 1"),
         ({"learning_rate": [1e-3], "share": 0}, "tune.share = 0: expected greater than 0"),
+        ({"learning_rate": [1e-3], "rows": 0}, "tune.rows = 0: expected greater than or equal to 1"),
+        ({"learning_rate": [1e-3], "rows": 0.2}, "tune.rows = 0.2: expected"),
+        ({"learning_rate": [1e-3], "rows": 9, "share": 0.2}, "tune.share and tune.rows: .* leave one out"),
     ],
 )
 def test_a_tuning_that_cannot_be_gets_one_clear_line(tune: Any, message: str) -> None:

@@ -192,7 +192,7 @@ def test_a_real_comparison_that_is_killed_ends_tuned_and_within_its_budget(tmp_p
     experiment = {
         **{"task": "stdlib-kind", "train_rows": 48, "eval_rows": 24, "max_length": 12, "batch_size": 16},
         **{"max_steps": 4, "checkpoint_every": 1, "eval_every": 1, "budget": 50_000, "runs": str(runs)},
-        "tune": {"learning_rate": [1e-3, 1e-2], "share": 0.25},
+        "tune": {"learning_rate": [1e-3, 1e-2], "rows": 30},  # more than eval_rows, which does not cut them
         "vary": {"seed": [3], "method": [{"name": "lora"}]},
     }
     file.write_text(yaml.safe_dump(experiment))
@@ -216,7 +216,7 @@ def test_a_real_comparison_that_is_killed_ends_tuned_and_within_its_budget(tmp_p
     how = row["tuned"]
     assert (row["seeds"], row["options"]["rank"], row["asked"]) == ([3], 1, 50_000)
     assert 0.8 < row["used"] <= 1
-    assert (how["split"], how["rows"], how["seeds"]) == ("train_held_out", 12, [0])
+    assert (how["split"], how["rows"], how["seeds"]) == ("train_held_out", 30, [0])
     assert row["learning_rate"] == how["learning_rate"]
     assert unneeded(Store(runs)) == []  # trials that were done before the second command are part of it
     assert how["learning_rate"] == max(how["rates"], key=lambda each: each["mean"])["learning_rate"]

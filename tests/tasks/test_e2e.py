@@ -262,6 +262,10 @@ def test_what_is_held_out_has_all_references_of_its_sources(folder):
         assert found == [reference for each, reference in ROWS if each == source]
     assert set(rest.data["source"]) == {source for source, _ in ROWS} - set(references)
     assert held.data["idx"][:] == [0]
+    rest, held = task.tuning(task.train(), 1, 1)
+    (source,) = held.data["source"]
+    assert source not in rest.data["source"] and len(rest.data) == 1
+    assert held.data["references"][:] == [[reference for each, reference in ROWS if each == source]]
 
 
 def test_with_the_test_rows_to_report_the_validation_rows_choose(folder):
@@ -269,3 +273,4 @@ def test_with_the_test_rows_to_report_the_validation_rows_choose(folder):
     train, held = task.tuning(task.train(), 0.3)
     assert train.data[:] == task.train().data[:]
     assert held.name == "validation" and held.data[:] == tasks.build("e2e").evaluation()[0].data[:]
+    assert len(task.tuning(task.train(), 1)[1].data) == 1

@@ -51,12 +51,59 @@ def test_the_parts_are_disjoint_and_all_and_share_no_text(texts: list[int], shar
     assert [part.data["idx"][:] for part in again] == [rest.data["idx"][:], held.data["idx"][:]]
 
 
+@given(TEXTS, st.data())
+@settings(deadline=None, max_examples=60)
+def test_rows_that_training_leaves_have_new_texts_and_all_of_training_stays(
+    texts: list[int], data: st.DataObject
+) -> None:
+    whole = split(texts)
+    trained = data.draw(st.integers(1, len(texts)))
+    train = subset(whole, trained)
+    other = set(whole.data["a"]) - set(train.data["a"])
+    count = data.draw(st.integers(1, len(other) + 1))
+    if count > len(other):
+        with pytest.raises(
+            InputError, match=f"tune.rows = {count}: {trained} training rows leave {len(other)} other ones"
+        ):
+            Words().tuning(whole, count, trained)
+        return
+    rest, held = Words().tuning(whole, count, trained)
+    assert rest.data["idx"][:] == train.data["idx"][:]
+    assert set(held.data["a"]) <= other and len(set(held.data["a"])) == count
+    # every row of a text that is held out
+    assert len(held.data) == sum(f"text {text}" in set(held.data["a"]) for text in texts)
+    assert [part.data["idx"][:] for part in Words().tuning(whole, count, trained)] == [
+        rest.data["idx"][:],
+        held.data["idx"][:],
+    ]
+
+
+def test_more_rows_to_choose_by_contain_fewer() -> None:
+    whole = split(list(range(40)))
+    few, many = (set(Words().tuning(whole, count, 10)[1].data["idx"]) for count in (5, 20))
+    assert few < many
+
+
+def test_without_train_rows_nothing_is_left_to_choose_by() -> None:
+    with pytest.raises(
+        InputError, match="20 training rows leave 0 other ones of train; ask for fewer, lower train_rows"
+    ):
+        Words().tuning(split(list(range(20))), 5)
+
+
 def test_what_is_held_out_says_so_and_is_named_apart() -> None:
     rest, held = Words().tuning(split(list(range(20))), 0.1)
     assert (rest.name, held.name, rest.official, held.official) == ("train", "train_held_out", False, False)
     assert (rest.note, held.note) == ("18 of 20 rows, without those held out", "2 of 20 rows, held out")
-    part, _ = Words().tuning(subset(split(list(range(20))), 10), 0.1)
+    part, _ = Words().tuning(split(list(range(20))), 0.1, 10)
     assert part.note == "10 of 20 rows, drawn with seed 0; 9 of 10 rows, without those held out"
+    part, other = Words().tuning(split(list(range(20))), 5, 10)
+    assert part.note == "10 of 20 rows, drawn with seed 0"
+    assert (other.name, other.official, other.note) == (
+        "train_held_out",
+        False,
+        "5 of 20 rows, none of them trained on",
+    )
 
 
 def test_two_texts_that_differ_in_one_column_are_different() -> None:
@@ -85,7 +132,7 @@ def test_too_little_to_choose_by_is_refused() -> None:
 
 def test_a_task_of_docstrings_never_shares_a_line_with_what_is_reported() -> None:
     task = tasks.build("stdlib-kind")
-    rest, held = task.tuning(subset(task.train(), 400), 0.1)
+    rest, held = task.tuning(task.train(), 0.1, 400)
     (reported,) = task.evaluation()
     assert not (set(rest.data["line"]) | set(held.data["line"])) & set(reported.data["line"])
     assert len(held.data) == 40
