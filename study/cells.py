@@ -200,6 +200,11 @@ def _asked(row: Mapping[str, Any], but: str = "") -> str:
     return str(sorted((key, value) for key, value in found.items() if key != but))
 
 
+def chosen_on(trial: Mapping[str, Any]) -> int:
+    """How many rows a run that tries a rate was scored on."""
+    return int(trial["result.json"]["splits"]["evaluation"][0]["rows"])
+
+
 def cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
     """The cells with reported runs, each at the rate that `rankwise compare` chooses from all that were tried."""
     by_options: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -209,17 +214,16 @@ def cells(rows: Iterable[dict[str, Any]]) -> list[Cell]:
     found = []
     no_edge: Edge = ""
     for each in by_options.values():
+        most = max((chosen_on(row) for row in each["trial"]), default=0)
         tried: dict[float, dict[int, float]] = {}
         for row in each["trial"]:
-            tried.setdefault(row["learning_rate"], {})[row["seed"]] = row["value"]
-        runs, edge, seeds, chosen_on = each["run"], no_edge, 0, 0
+            if chosen_on(row) == most:  # a choice on more rows takes the place of one on fewer
+                tried.setdefault(row["learning_rate"], {})[row["seed"]] = row["value"]
+        runs, edge, seeds = each["run"], no_edge, 0
         if tried:
             (chosen, *_), edge = best([Rate(rate, tried[rate]) for rate in sorted(tried)], each["trial"][0]["metric"])
             runs, seeds = [row for row in runs if row["learning_rate"] == chosen.learning_rate], chosen.n
-            rows_of = {row["result.json"]["splits"]["evaluation"][0]["rows"] for row in each["trial"]}
-            assert len(rows_of) == 1, "rates of one cell were tried on different rows"
-            chosen_on = rows_of.pop()
         if runs:
-            found.append(Cell({row["seed"]: row for row in runs}, edge, seeds, chosen_on))
+            found.append(Cell({row["seed"]: row for row in runs}, edge, seeds, most))
     assert len({(cell.name, cell.size or cell.parameters) for cell in found}) == len(found), "two cells of one name"
     return sorted(found, key=lambda cell: (-cell.parameters, cell.name))

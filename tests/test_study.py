@@ -349,8 +349,15 @@ def test_a_rate_at_an_end_of_those_tried_is_marked(report: ModuleType) -> None:
     assert f"| {single.cells[0].first['learning_rate']:g} |  | 0.700 ± 0.000 | 2 |" in report.scores(single)
 
 
-def test_a_rate_is_not_chosen_by_trials_on_different_rows(report: ModuleType) -> None:
-    one, other = (row("lora", seed, 0.7, rank=8, kind="trial") for seed in (9, 10))
-    other["result.json"]["splits"]["evaluation"][0]["rows"] = 320
-    with pytest.raises(AssertionError, match="on different rows"):
-        study(report, one, other, row("lora", 0, 0.7, rank=8))
+def test_a_rate_is_chosen_by_the_trials_on_the_most_rows(report: ModuleType) -> None:
+    def trial(rate: float, value: float, rows: int, seed: int) -> dict[str, Any]:
+        found = {**row("lora", seed, value, rank=8, kind="trial"), "learning_rate": rate}
+        found["result.json"]["splits"]["evaluation"][0]["rows"] = rows
+        return found
+
+    few = [trial(1e-3, 0.7, 320, seed) for seed in (9, 10)] + [trial(1e-2, 0.9, 320, seed) for seed in (9, 10)]
+    many = [trial(1e-3, 0.8, 2000, 9), trial(1e-2, 0.6, 2000, 9)]
+    one = study(
+        report, *few, *many, row("lora", 0, 0.7, rank=8), {**row("lora", 0, 0.9, rank=8), "learning_rate": 1e-2}
+    )
+    assert "| 0.001 ↓ | 1 × 2,000 | 0.700 | 1 |" in report.scores(one)

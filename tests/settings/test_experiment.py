@@ -121,6 +121,15 @@ def test_a_number_of_rows_to_choose_by_is_noted_as_such_and_small_in_a_smoke_tes
         assert [run.tuning for run in lora.tried(1e-3)] == [expected]
         assert isinstance(lora.tried(1e-3)[0].tuning, int)
         assert lora.reported(1e-3)[0].tuning is None
+    for overrides, part in (
+        (["tune.rows=null"], 0.1),
+        (["tune.rows=null", "tune.share=0.3"], 0.3),
+        (["tune.rows=20"], 20),
+    ):
+        lora, _ = contests(*overrides, **rows)
+        assert lora.tried(1e-3)[0].tuning == part
+    lora, _ = contests("tune.rows=7", "tune.share=null")  # of a file with a share
+    assert lora.tried(1e-3)[0].tuning == 7
 
 
 def test_the_runs_of_a_tuned_experiment_are_those_reported_each_once() -> None:
@@ -163,7 +172,7 @@ def test_a_method_may_bring_a_range_of_its_own() -> None:
         ({"learning_rate": [1e-3], "share": 0}, "tune.share = 0: expected greater than 0"),
         ({"learning_rate": [1e-3], "rows": 0}, "tune.rows = 0: expected greater than or equal to 1"),
         ({"learning_rate": [1e-3], "rows": 0.2}, "tune.rows = 0.2: expected"),
-        ({"learning_rate": [1e-3], "rows": 9, "share": 0.2}, "tune.share and tune.rows: .* leave one out"),
+        ({"learning_rate": [1e-3], "rows": 9, "share": 0.2}, "tune.share and tune.rows: .* or set it to null"),
     ],
 )
 def test_a_tuning_that_cannot_be_gets_one_clear_line(tune: Any, message: str) -> None:

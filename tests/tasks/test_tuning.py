@@ -1,5 +1,7 @@
 """Rows to choose a learning rate by: apart from those trained on, and the same for every run."""
 
+from dataclasses import replace
+
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings
@@ -62,9 +64,8 @@ def test_rows_that_training_leaves_have_new_texts_and_all_of_training_stays(
     other = set(whole.data["a"]) - set(train.data["a"])
     count = data.draw(st.integers(1, len(other) + 1))
     if count > len(other):
-        with pytest.raises(
-            InputError, match=f"tune.rows = {count}: {trained} training rows leave {len(other)} other ones"
-        ):
+        told = f"train has {len(other)} different inputs" if other else "all rows of train are trained on"
+        with pytest.raises(InputError, match=f"tune.rows = {count}: {told}"):
             Words().tuning(whole, count, trained)
         return
     rest, held = Words().tuning(whole, count, trained)
@@ -85,10 +86,26 @@ def test_more_rows_to_choose_by_contain_fewer() -> None:
 
 
 def test_without_train_rows_nothing_is_left_to_choose_by() -> None:
-    with pytest.raises(
-        InputError, match="20 training rows leave 0 other ones of train; ask for fewer, lower train_rows"
-    ):
+    with pytest.raises(InputError, match="all rows of train are trained on; set train_rows to fewer than these 20"):
         Words().tuning(split(list(range(20))), 5)
+    same = split([1] * 10)  # whichever row is trained on, the others have its text
+    with pytest.raises(InputError, match="all rows of train are trained on"):
+        Words().tuning(same, 1, 1)
+
+
+def test_a_number_of_rows_of_those_that_a_task_has_for_this() -> None:
+    class Apart(Words):
+        name = "apart"
+
+        def apart(self) -> Split:
+            return replace(split([20, 20, 21, 22]), name="validation")
+
+    whole = split(list(range(20)))
+    rest, held = Apart().tuning(whole, 2, 10)
+    assert rest.data["idx"][:] == subset(whole, 10).data["idx"][:]
+    assert held.name == "validation" and len(set(held.data["a"])) == 2
+    with pytest.raises(InputError, match="validation has 3 different inputs that are not trained on"):
+        Apart().tuning(whole, 4)
 
 
 def test_what_is_held_out_says_so_and_is_named_apart() -> None:

@@ -80,8 +80,8 @@ def chosen_on(row: Row) -> str:
     split = row.tuned.split
     note = f" ({split.note})" if split.note else ""
     return (
-        f"{row.task}: learning rates were chosen on {split.rows} rows of {split.name}{note}; the "
-        f"{row.evaluated.rows} rows of {row.evaluated.name} were scored once, at the end."
+        f"{row.task}: learning rates were chosen on {split.rows:,} rows of {split.name}{note}; the "
+        f"{row.evaluated.rows:,} rows of {row.evaluated.name} were scored once, at the end."
     )
 
 

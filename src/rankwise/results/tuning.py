@@ -118,10 +118,12 @@ class Contests:
         groups: dict[str, dict[float, list[Finished]]] = {}
         for result in tries:
             groups.setdefault(_combination(result), {}).setdefault(result.config["tuning"], []).append(result)
-        # once, or once per share of the rows that was held out
+        # once, or once for each share or number of rows to choose by, the one on the most rows first
         self._found = {
-            key: [found for members in by_share.values() if (found := tuned(members))]
-            for key, by_share in groups.items()
+            key: sorted(
+                (found for members in by_part.values() if (found := tuned(members))), key=lambda each: -each.split.rows
+            )
+            for key, by_part in groups.items()
         }
 
     def of(self, reported: Finished) -> Tuned | None:

@@ -55,12 +55,20 @@ class Tune(BaseModel):
     seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
         default_factory=lambda: [0], min_length=1, description="seeds at which rates are tried"
     )
-    share: float = Field(
-        default=0.1, gt=0, lt=1, description="share of the training rows to choose by, where a task has no other rows"
+    share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="share of the training rows to choose by, where a task has no other rows; 0.1"
     )
     rows: int | None = Field(
-        default=None, ge=1, le=LARGEST, description="in place of `share`: how many rows that train_rows leaves"
+        default=None,
+        ge=1,
+        le=LARGEST,
+        description="in place of `share`: number of training rows to choose by that are not among `train_rows`",
     )
+
+    @property
+    def part(self) -> float:
+        """The share of the training rows to choose by, or from 1 on the number of others."""
+        return self.rows or self.share or 0.1
 
     def rates(self, own: Any = None, key: str = "tune.learning_rate") -> Rates:
         """The rates to try: a method's `own`, else those for all, of which `key` is what the user calls them.
@@ -111,7 +119,7 @@ class Contest:
 
     def tried(self, rate: float) -> list[RunConfig]:
         """The runs that say what a rate is worth, one per seed of `tune`, scored on rows that are not reported."""
-        own = {**self.settings, "learning_rate": rate, "tuning": self.tune.rows or self.tune.share}
+        own = {**self.settings, "learning_rate": rate, "tuning": self.tune.part}
         return [run_config({**own, "seed": seed}) for seed in self.tune.seeds]
 
     def reported(self, rate: float) -> list[RunConfig]:

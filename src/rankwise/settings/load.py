@@ -282,8 +282,8 @@ def _tune(given: Any, others: Mapping[str, Any], chain: Sequence[Any]) -> Tune |
         raise InputError(explain(error, f"tune.{error.errors()[0]['loc'][0]}")) from None
     if len(set(tune.seeds)) < len(tune.seeds):
         raise InputError(f"tune.seeds = {tune.seeds}: expected different numbers")
-    if tune.rows is not None and "share" in given:
-        raise InputError("tune.share and tune.rows: both say what to choose by; leave one out")
+    if tune.rows is not None and tune.share is not None:
+        raise InputError("tune.share and tune.rows: both say what to choose by; leave one out, or set it to null")
     if tune.trials is not None and isinstance(tune.learning_rate, list):
         raise InputError("tune.trials: a list of rates is tried whole; give {low: .., high: ..} to try some of a range")
     if tune.learning_rate is not None:

@@ -168,7 +168,7 @@ def tune_and_carry_out(
             say(f"{_called(search)}: not tuned yet")
         else:
             score = next(rate.mean for rate in how.rates if rate.learning_rate == how.learning_rate)
-            where = f"{how.score} {score:.3f} on {how.split.rows} rows of {how.split.name}"
+            where = f"{how.score} {score:.3f} on {how.split.rows:,} rows of {how.split.name}"
             say(f"{_called(search)}: learning rate {how.learning_rate:g} of {len(how.rates)} tried, {where}")
     total.done += [folder for search in found for folder in search.configs if store.state(folder) == "done"]
     final = list(dict.fromkeys(map(place, reported(found))))

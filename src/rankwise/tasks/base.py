@@ -183,9 +183,10 @@ class Task(Named, ABC, kind="task"):
         """Rows to train on and rows to choose a learning rate by, none of them for evaluation.
 
         `part` below 1 is the share of the training rows, `train_rows` of `whole`, that is held out. From 1 on it is a
-        number of different inputs, drawn from the rows that `train_rows` leaves. Either way they are the same for every
-        seed and method, and rows with equal inputs are on one side. A task with rows for this (`apart`) returns all
-        training rows and those, or `part` of them. InputError for too few rows, and for a task without a score.
+        number of different inputs among the rows of `whole` that are not trained on. Either way they are the same for
+        every seed and method, and rows with equal inputs are on one side. A task with rows for this (`apart`) returns
+        all training rows and those, or `part` of their inputs. InputError for too few rows, and for a task without a
+        score.
         """
         if not self.main:
             raise InputError(
@@ -193,9 +194,12 @@ class Task(Named, ABC, kind="task"):
             )
         train = subset(whole, train_rows)
         if (rows := self.apart()) is not None:
-            return train, subset(rows, int(part)) if part >= 1 else rows
+            return train, self._drawn(rows, self._by_input(rows), int(part)) if part >= 1 else rows
         if part >= 1:
-            return train, self._left(whole, train, int(part))
+            known = self._by_input(train)
+            left = {inputs: places for inputs, places in self._by_input(whole).items() if inputs not in known}
+            held = self._drawn(whole, left, int(part), "none of them trained on")
+            return train, replace(held, name=f"{whole.name}_held_out")
         groups = self._by_input(train)
         if len(groups) < 2:
             raise InputError(
@@ -217,28 +221,36 @@ class Task(Named, ABC, kind="task"):
             parts.append(replace(train, data=data, official=False, note=note))
         return parts[0], replace(parts[1], name=f"{train.name}_held_out")
 
-    def _left(self, whole: Split, train: Split, count: int) -> Split:
-        """Rows of `whole` with `count` different inputs, none of which is in `train`."""
-        known = self._by_input(train)
-        groups = [rows for inputs, rows in self._by_input(whole).items() if inputs not in known]
+    def _drawn(
+        self, split: Split, groups: Mapping[bytes, list[int]], count: int, what: str = "drawn at random"
+    ) -> Split:
+        """The rows of `count` of the inputs in `groups`, as `_by_input` has them; larger draws contain smaller ones."""
+        if not groups:
+            raise InputError(
+                f"tune.rows = {count:,}: all rows of {split.name} are trained on; set train_rows to fewer than these "
+                f"{len(split.data):,}, or give tune.share in its place"
+            )
         if len(groups) < count:
             raise InputError(
-                f"tune.rows = {count:,}: {len(train.data):,} training rows leave {len(groups):,} other ones of "
-                f"{whole.name}; ask for fewer, lower train_rows, or give tune.share in its place"
+                f"tune.rows = {count:,}: {split.name} has {len(groups):,} different inputs that are not trained on; "
+                "ask for at most as many, lower train_rows, or give tune.share in its place"
             )
-        random.Random(0).shuffle(groups)
-        chosen = sorted(index for group in groups[:count] for index in group)
-        note = f"{len(chosen):,} of {len(whole.data):,} rows, none of them trained on"
-        data = whole.data.select(chosen, keep_in_memory=True)
-        note = f"{whole.note}; {note}" if whole.note else note
-        return replace(whole, data=data, official=False, note=note, name=f"{whole.name}_held_out")
+        order = list(groups.values())
+        random.Random(0).shuffle(order)
+        chosen = sorted(place for places in order[:count] for place in places)
+        inputs = f", with {count:,} different inputs" if len(chosen) > count else ""
+        note = f"{len(chosen):,} of {len(split.data):,} rows{inputs}, {what}"
+        note = f"{split.note}; {note}" if split.note else note
+        return replace(split, data=split.data.select(chosen, keep_in_memory=True), official=False, note=note)
 
-    def _by_input(self, split: Split) -> dict[tuple[Any, ...], list[int]]:
-        """The places of the rows with each input."""
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        columns = (split.data[column][:] for column in self.grouped or self.text)
-        for index, inputs in enumerate(zip(*columns, strict=True)):
-            groups.setdefault(inputs, []).append(index)
+    def _by_input(self, split: Split) -> dict[bytes, list[int]]:
+        """The places of the rows with each input, in the order of their first; of an input only a digest is kept."""
+        groups: dict[bytes, list[int]] = {}
+        columns, place = list(self.grouped or self.text), 0
+        for batch in split.data.select_columns(columns).iter(1_000):
+            for inputs in zip(*(batch[column] for column in columns), strict=True):
+                groups.setdefault(hashlib.sha256(repr(inputs).encode()).digest(), []).append(place)
+                place += 1
         return groups
 
     @abstractmethod

@@ -63,7 +63,8 @@ class E2E(Generation, name="e2e"):
         rest, held_out = super().tuning(whole, part, train_rows)
         if REFERENCES in held_out.data.column_names:
             return rest, held_out
-        return rest, replace(held_out, data=_grouped(held_out.data["source"][:], held_out.data["target"][:]))
+        data = _grouped(held_out.data["source"][:], held_out.data["target"][:])
+        return rest, replace(held_out, data=data, note=f"{held_out.note}; all references of a source in one row")
 
     def score_texts(self, hypotheses: list[str], split: Split) -> Judged:
         missing = unavailable()
