@@ -125,6 +125,8 @@ def test_a_number_of_rows_to_choose_by_is_noted_as_such_and_small_in_a_smoke_tes
         (["tune.rows=null"], 0.1),
         (["tune.rows=null", "tune.share=0.3"], 0.3),
         (["tune.rows=20"], 20),
+        (["tune={learning_rate: [1e-3], share: 0.3}", "tune.rows=7", "tune.share=null"], 7),
+        (["tune.rows=7", "tune={learning_rate: [1e-3], share: 0.3}"], 0.3),
     ):
         lora, _ = contests(*overrides, **rows)
         assert lora.tried(1e-3)[0].tuning == part

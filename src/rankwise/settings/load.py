@@ -187,12 +187,12 @@ def _experiment(
     data, keys, tuned = dict(data), [*RunConfig.model_fields], data.get("tune") is not None
     for group in filter(None, groups):
         for key, value in group:
-            if key.startswith(("vary.", "tune.", "report.")):
+            if key.partition(".")[0] in SECTIONS:
                 put(data, key, value)
         vary = _axes(data.get("vary"), keys)
         data["vary"] = vary
         for key, value in group:
-            if not key.startswith(("vary.", "tune.", "report.")):
+            if key.partition(".")[0] not in SECTIONS:
                 _override_experiment(data, vary, key, value, schema)
     settings = [*itertools.chain(*groups)]
     vary = _axes(data.pop("vary", None), keys)  # of which an override may have left no values
