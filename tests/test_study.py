@@ -72,9 +72,13 @@ def test_every_row_is_one_that_its_experiment_runs(archive: ModuleType) -> None:
             found = row["kind"] == "trial" or row["learning_rate"] in rates[options]  # more may have been tried
             assert options in rates and found, (name, row["folder"])
             run = yaml.safe_load(row["run.yaml"])
-            looked = {"eval_every"} if row["kind"] == "trial" else set()  # is scored at its end in any case
-            for key in settings.keys() - {"task", "runs", "tune", "vary", "report"} - looked:
-                assert run[key] == settings[key], (name, row["folder"], key)
+            asked_for = {**settings}
+            if row["kind"] == "trial":
+                by_share = run["tuning"] < 1  # the first way to choose; now and then it also looked between epochs
+                assert by_share or run["tuning"] == settings["tune"]["rows"], (name, row["folder"])
+                asked_for |= {"eval_every": None} if by_share and run["eval_every"] is None else {}
+            for key in settings.keys() - {"task", "runs", "tune", "vary", "report"}:
+                assert run[key] == asked_for[key], (name, row["folder"], key)
 
 
 def test_what_is_kept_is_put_back_as_finished_runs(

@@ -64,7 +64,11 @@ def test_rows_that_training_leaves_have_new_texts_and_all_of_training_stays(
     other = set(whole.data["a"]) - set(train.data["a"])
     count = data.draw(st.integers(1, len(other) + 1))
     if count > len(other):
-        told = f"train has {len(other)} different inputs" if other else "all rows of train are trained on"
+        told = (
+            f"train has {len(other)} different inputs"
+            if other
+            else "all rows of train, or others with the same input, are trained on"
+        )
         with pytest.raises(InputError, match=f"tune.rows = {count}: {told}"):
             Words().tuning(whole, count, trained)
         return
@@ -86,10 +90,12 @@ def test_more_rows_to_choose_by_contain_fewer() -> None:
 
 
 def test_without_train_rows_nothing_is_left_to_choose_by() -> None:
-    with pytest.raises(InputError, match="all rows of train are trained on; set train_rows to fewer than these 20"):
+    with pytest.raises(
+        InputError, match="all rows of train, .*, are trained on; set train_rows to fewer than these 20"
+    ):
         Words().tuning(split(list(range(20))), 5)
     same = split([1] * 10)  # whichever row is trained on, the others have its text
-    with pytest.raises(InputError, match="all rows of train are trained on"):
+    with pytest.raises(InputError, match="all rows of train, or others with the same input, are trained on"):
         Words().tuning(same, 1, 1)
 
 

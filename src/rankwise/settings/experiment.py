@@ -56,7 +56,8 @@ class Tune(BaseModel):
         default_factory=lambda: [0], min_length=1, description="seeds at which rates are tried"
     )
     share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="share of the training rows to choose by, where a task has no other rows; 0.1"
+        default=None,
+        description="share of the training rows to choose by, where a task has no other rows; 0.1 if absent",
     )
     rows: int | None = Field(
         default=None,

@@ -10,7 +10,7 @@ import json
 import random
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -55,6 +55,11 @@ class Split:
     def labelled(self) -> bool:
         """Whether the rows can be trained or scored on: they have labels that are not all -1."""
         return "label" in self.data.column_names and any(label != -1 for label in self.data["label"])
+
+    def part(self, places: Iterable[int], note: str) -> "Split":
+        """The rows at `places` alone, in their order, which are not the official ones; `note` is added to the note."""
+        data = self.data.select(sorted(places), keep_in_memory=True)
+        return replace(self, data=data, official=False, note=f"{self.note}; {note}" if self.note else note)
 
 
 @dataclass(frozen=True)
@@ -213,13 +218,12 @@ class Task(Named, ABC, kind="task"):
             if len(held_out) >= max(1, round(part * total)):
                 break
             held_out += group
-        parts = []
-        for rest, rows_of in (("without those held out", {*range(total)}.difference(held_out)), ("held out", held_out)):
-            note = f"{len(rows_of):,} of {total:,} rows, {rest}"
-            data = train.data.select(sorted(rows_of), keep_in_memory=True)
-            note = f"{train.note}; {note}" if train.note else note
-            parts.append(replace(train, data=data, official=False, note=note))
-        return parts[0], replace(parts[1], name=f"{train.name}_held_out")
+        rest = {*range(total)}.difference(held_out)
+        held = train.part(held_out, f"{len(held_out):,} of {total:,} rows, held out")
+        return (
+            train.part(rest, f"{len(rest):,} of {total:,} rows, without those held out"),
+            replace(held, name=f"{train.name}_held_out"),
+        )
 
     def _drawn(
         self, split: Split, groups: Mapping[bytes, list[int]], count: int, what: str = "drawn at random"
@@ -227,21 +231,19 @@ class Task(Named, ABC, kind="task"):
         """The rows of `count` of the inputs in `groups`, as `_by_input` has them; larger draws contain smaller ones."""
         if not groups:
             raise InputError(
-                f"tune.rows = {count:,}: all rows of {split.name} are trained on; set train_rows to fewer than these "
-                f"{len(split.data):,}, or give tune.share in its place"
+                f"tune.rows = {count:,}: all rows of {split.name}, or others with the same input, are trained on; set "
+                f"train_rows to fewer than these {len(split.data):,}, or give tune.share in place of tune.rows"
             )
         if len(groups) < count:
             raise InputError(
                 f"tune.rows = {count:,}: {split.name} has {len(groups):,} different inputs that are not trained on; "
-                "ask for at most as many, lower train_rows, or give tune.share in its place"
+                "ask for no more than that, lower train_rows, or give tune.share in place of tune.rows"
             )
         order = list(groups.values())
         random.Random(0).shuffle(order)
-        chosen = sorted(place for places in order[:count] for place in places)
+        chosen = [place for places in order[:count] for place in places]
         inputs = f", with {count:,} different inputs" if len(chosen) > count else ""
-        note = f"{len(chosen):,} of {len(split.data):,} rows{inputs}, {what}"
-        note = f"{split.note}; {note}" if split.note else note
-        return replace(split, data=split.data.select(chosen, keep_in_memory=True), official=False, note=note)
+        return split.part(chosen, f"{len(chosen):,} of {len(split.data):,} rows{inputs}, {what}")
 
     def _by_input(self, split: Split) -> dict[bytes, list[int]]:
         """The places of the rows with each input, in the order of their first; of an input only a digest is kept."""
@@ -360,6 +362,4 @@ def subset(split: Split, rows: int | None, seed: int = 0) -> Split:
         return split
     order = list(range(total))
     random.Random(seed).shuffle(order)
-    data = split.data.select(sorted(order[:rows]), keep_in_memory=True)
-    note = f"{rows:,} of {total:,} rows, drawn with seed {seed}"
-    return replace(split, data=data, official=False, note=f"{split.note}; {note}" if split.note else note)
+    return split.part(order[:rows], f"{rows:,} of {total:,} rows, drawn with seed {seed}")

@@ -115,14 +115,8 @@ def _half(split: Split, second: bool) -> Split:
     random.Random(0).shuffle(order)
     middle = len(order) // 2
     which, half = ("second", order[middle:]) if second else ("first", order[:middle])
-    note = f"the {which} half of {split.name}, drawn with seed 0"
-    return replace(
-        split,
-        name=f"{split.name}_{which}",
-        data=split.data.select(sorted(half), keep_in_memory=True),
-        official=False,
-        note=f"{split.note}; {note}" if split.note else note,
-    )
+    part = split.part(half, f"the {which} half of {split.name}, drawn with seed 0")
+    return replace(part, name=f"{split.name}_{which}")
 
 
 def _checked(rows: Rows, text: tuple[str, ...], labels: tuple[str, ...], labelled: bool) -> "pa.Table":

@@ -221,10 +221,11 @@ def _prepare(folder: Path, config: RunConfig, rows: int) -> Parts:
     maker = Maker.now(task.revision(all_splits, tuning=config.tuning is not None), code_for(config))
     together.on_first(lambda: Store(folder.parent).claim(folder, maker))
     before = chain.before(folder)
-    train, splits = subset(all_splits[0], config.train_rows), all_splits[1:]
-    if config.tuning is not None:
-        train, held_out = task.tuning(all_splits[0], config.tuning, config.train_rows)
-        splits = [held_out]
+    whole, *splits = all_splits
+    if config.tuning is None:
+        train = subset(whole, config.train_rows)
+    else:
+        train, *splits = task.tuning(whole, config.tuning, config.train_rows)
     if config.tuning is None or config.tuning < 1:  # else their number was asked for
         splits = [subset(split, config.eval_rows) for split in splits]
     set_seed(config.seed)  # before the model, whose head and adapters start at random
