@@ -18,6 +18,7 @@ NAMES = {
     "spaced-lora": "LoRA, spaced",
     "simplex-lora": "SimplexLoRA",
     "weight-lora": "WeightLoRA",
+    "random-lora": "LoRA in random layers",
     "lora-fa": "LoRA-FA",
     "sora": "SoRA",
     "adalora": "AdaLoRA",
@@ -92,6 +93,7 @@ class Cell:
         if self.method == "squeeze":
             words += [f"from rank {options['rank']}"] if options["rank"] != 8 else []
             steps = [step for step, _ in self.first["losses"][-1:]]
+            words += [f"{options['times']} cuts"] if options["times"] > 1 else []
             words += ["cut at the end"] if steps == [options["every"] * options["times"]] else []
         return ", ".join([*words, *(["pulled"] if options.get("pull") else [])])
 

@@ -17,7 +17,7 @@ from rankwise.results.stats import Difference, difference, equal, holm, mean, sd
 
 PAGE = ROOT / "docs" / "findings.md"
 PICTURES = ROOT / "docs" / "pictures"
-CONTROLS = ("permuted", "type", "uniform")
+CONTROLS = ("permuted", "type", "uniform", "random")
 """What methods that decide ranks are compared with, next to LoRA of their size."""
 CLAIMS = (
     ("SimplexLoRA, 8 units a layer, is not worse than LoRA", ("SimplexLoRA", 8), ("LoRA", 8)),

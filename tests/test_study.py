@@ -187,7 +187,8 @@ def test_runs_of_before_an_option_was_added_join_those_after_it(report: ModuleTy
 
 def test_squeeze_is_named_by_what_it_is_asked_for(report: ModuleType) -> None:
     plain = {"mean_rank": 0.25, "rank": 8, "score": "spectrum", "every": 50, "times": 1}
-    more = {"": {}, ", omega": {"score": "omega"}, ", from rank 1": {"rank": 1}, ", cut at the end": {"every": 150}}
+    more: dict[str, dict[str, Any]] = {"": {}, ", omega": {"score": "omega"}, ", from rank 1": {"rank": 1}}
+    more |= {", cut at the end": {"every": 150}, ", 4 cuts": {"every": 20, "times": 4}}
     for name, options in more.items():
         [cell] = cells_of([row("squeeze", 0, 0.5, **plain | options)])
         assert (cell.name, cell.size) == (f"squeeze{name}", 0.25)
