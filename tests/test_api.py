@@ -136,7 +136,7 @@ def test_python_builds_the_task_that_a_file_asks_for(name: str, tmp_path: Path) 
     [
         ("colla", "task = 'colla': no such task (did you mean \"cola\"?); known: "),
         ({"type": "pair", "dataste": "x"}, 'task.dataste: pair has no such option (did you mean "dataset"?)'),
-        ({"type": "pair", "dataset": "x", "split": 3}, "task.split = 3: expected string"),
+        ({"type": "pair", "dataset": "x", "split": 3}, "task.split = 3: expected string: put it in quotes"),
         ({"dataset": "x"}, "task: needs a name, as in `task: {name: mrpc}`"),
         (3, "task = 3: expected a name or a mapping, as in `task: {name: mrpc}`"),
     ],

@@ -18,11 +18,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
-import yaml
 
 import warm
 from rankwise.runs.store import Store
-from rankwise.settings import Experiment, RunConfig
+from rankwise.settings import Experiment, RunConfig, as_yaml
 
 REVISION = "0123456789ab"
 
@@ -234,7 +233,7 @@ def make(folder: Path, **settings: Any) -> Path:
     settings = {**SETTINGS, **settings}
     if "model" not in settings:
         settings["model"] = _small_bert()
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "run.yaml").write_text(as_yaml(settings))
     return folder
 
 

@@ -296,4 +296,6 @@ def explain(error: ValidationError, key: str = "") -> str:
         for item in error.errors()
         if key or item["loc"][:1] == first["loc"][:1]
     )
-    return f"{place} = {quoted(first['input'])}: expected {' or '.join(expected)}"
+    # a text that reads as a number: a folder 2024, a run's id 12850e102075
+    hint = ": put it in quotes" if "string" in expected and isinstance(first["input"], int | float) else ""
+    return f"{place} = {quoted(first['input'])}: expected {' or '.join(expected)}{hint}"
